@@ -1,0 +1,7 @@
+"""Tighter bounds and richer posteriors for any Pyro model, by swapping one loss or one guide."""
+
+from pyro_recursive.elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO
+
+__all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "MultiSampleELBO"]
+
+__version__ = "0.1.0"

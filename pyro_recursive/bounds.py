@@ -1,0 +1,274 @@
+"""Multi-sample bounds on the evidence: pure functions of log-weights.
+
+A bound maps log-weights ``log p(x, z) - log q(z)``, an ``[M, K, *plates]`` tensor of M independent
+estimates with K samples each, to one number in nats per datum, a ``[*plates]`` tensor. A new bound
+is a subclass of `Bound` with one method, `Bound.estimate`; its gradient estimators follow.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bound", "Jackknife", "Pooled", "PowerMeans", "Split"]
+
+
+class Derivatives(NamedTuple):
+    """First and second derivative of a bound in each log-weight, ``[M, K, *plates]`` both."""
+
+    first: Tensor
+    second: Tensor
+
+
+class Bound(ABC):
+    """A bound is the average over M estimates of one function of K log-weights.
+
+    The derivatives and the leave-one-out values below are right for any `estimate`, at a cost that
+    grows as K squared; a subclass may give closed forms.
+    """
+
+    @abstractmethod
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``, in nats."""
+
+    def __call__(self, log_weights: Tensor) -> Tensor:
+        """Return the bound: ``[M, K, *plates]`` to ``[*plates]``, in nats."""
+        return self.estimate(log_weights).mean(0)
+
+    @property
+    def guide(self) -> "Bound":
+        """The bound that the guide's parameters climb; another one only in `Split`."""
+        return self
+
+    def is_linear(self, num_estimates: int, num_particles: int) -> bool:
+        """Whether the bound is a plain average of log-weights, as every bound is for K = 1."""
+        return num_particles == 1
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return both derivatives of the bound in each log-weight, without a graph."""
+        with torch.enable_grad():
+            leaf = log_weights.detach().requires_grad_()
+            (first,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
+            if not first.requires_grad:  # a linear bound
+                return Derivatives(first, torch.zeros_like(first))
+            basis = torch.eye(leaf.shape[1]).to(leaf)
+            each = basis.reshape(basis.shape[0], 1, -1, *[1] * (leaf.dim() - 2))
+            (rows,) = torch.autograd.grad(
+                first, leaf, each.expand(-1, *leaf.shape), is_grads_batched=True
+            )
+        return Derivatives(first.detach(), torch.diagonal(rows, dim1=0, dim2=2).movedim(-1, 1))
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        """Return each estimate with log-weight k replaced by the mean of the others.
+
+        ``[M, K, *plates]`` to ``[M, K, *plates]``; entry k does not depend on sample k, which makes
+        it the control variate of VIMCO (`Variational Inference for Monte Carlo Objectives`,
+        arXiv 1602.06725).
+        """
+        size = log_weights.shape[1]
+        keep = 1 - torch.eye(size).to(log_weights)
+        keep = keep.reshape(size, 1, size, *[1] * (log_weights.dim() - 2))
+        others = mean_of_others(log_weights).movedim(1, 0).unsqueeze(2)
+        replaced = torch.where(keep.bool(), log_weights, others)
+        return self.estimate(replaced.flatten(0, 1)).unflatten(0, (size, -1)).movedim(0, 1)
+
+
+@dataclass(frozen=True)
+class PowerMeans(Bound):
+    """A weighted sum of logarithms of power means: ``sum_j weight_j * power_mean(order_j)``.
+
+    ``terms`` holds pairs (weight, order). With ``w = exp(log_weights)`` a term is
+
+        log(mean_k(w_k ** (1 - order))) / (1 - order),    or  mean_k(log w_k)  where order is 1
+
+    Order 0 is the importance-weighted bound, order 1 the ELBO, an order in between the VR-IWAE
+    bound (`Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders`,
+    arXiv 2210.06226); a negative order is no lower bound.
+    """
+
+    terms: tuple[tuple[float | Tensor, float], ...]
+
+    def is_linear(self, num_estimates: int, num_particles: int) -> bool:
+        """Whether every term is the ELBO, or K is 1."""
+        return num_particles == 1 or all(order == 1 for _, order in self.terms)
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""
+        return sum(weight * _power_mean(log_weights, order) for weight, order in self.terms)  # type: ignore[return-value]
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return both derivatives in closed form: ``s`` and ``(1 - order) * (s - s * s)``."""
+        first, second = torch.zeros_like(log_weights), torch.zeros_like(log_weights)
+        for weight, order in self.terms:
+            share = _normalized(log_weights, order)
+            first += weight * share
+            if order != 1:
+                second += weight * (1 - order) * (share - share * share)
+        num_estimates = log_weights.shape[0]
+        return Derivatives(first / num_estimates, second / num_estimates)
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        """Return `Bound.leave_one_out` at a cost linear in K."""
+        others = mean_of_others(log_weights)
+        return sum(  # type: ignore[return-value]
+            weight * _power_mean_replacing(log_weights, others, order)
+            for weight, order in self.terms
+        )
+
+
+@dataclass(frozen=True)
+class Pooled(Bound):
+    """Another bound with all M * K samples inside one logarithm."""
+
+    bound: Bound
+
+    def is_linear(self, num_estimates: int, num_particles: int) -> bool:
+        """Whether the pooled bound is linear."""
+        return self.bound.is_linear(1, num_estimates * num_particles)
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return the value of the pooled bound: ``[M, K, *plates]`` to ``[1, *plates]``."""
+        return self.bound.estimate(log_weights.flatten(0, 1).unsqueeze(0))
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return the derivatives of the pooled bound, unflattened to ``[M, K, *plates]``."""
+        shape = log_weights.shape
+        pooled = self.bound.derivatives(log_weights.flatten(0, 1).unsqueeze(0))
+        return Derivatives(pooled.first.reshape(shape), pooled.second.reshape(shape))
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        """Return the leave-one-out values of the pooled bound, as ``[M, K, *plates]``."""
+        pooled = self.bound.leave_one_out(log_weights.flatten(0, 1).unsqueeze(0))
+        return pooled.reshape(log_weights.shape)
+
+
+@dataclass(frozen=True)
+class Split(Bound):
+    """Two bounds on the same samples: the model climbs one, the guide the other.
+
+    The value is the model's bound. No scalar function has both gradients.
+    """
+
+    model_bound: Bound
+    guide_bound: Bound
+
+    @property
+    def guide(self) -> Bound:
+        """The bound that the guide's parameters climb."""
+        return self.guide_bound
+
+    def is_linear(self, num_estimates: int, num_particles: int) -> bool:
+        """Whether both bounds are linear."""
+        return self.model_bound.is_linear(
+            num_estimates, num_particles
+        ) and self.guide_bound.is_linear(num_estimates, num_particles)
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return the model's bound."""
+        return self.model_bound.estimate(log_weights)
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return the derivatives of the model's bound."""
+        return self.model_bound.derivatives(log_weights)
+
+
+class Jackknife(Bound):
+    """First-order jackknife of the importance-weighted bound; less biased, and no lower bound.
+
+    ``K L_K - (K - 1) mean_k L_(without k)``, from `Debiasing Evidence Approximations: On
+    Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018).
+    Needs K >= 2.
+    """
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""
+        size = log_weights.shape[1]
+        if size < 2:
+            raise ValueError(f"the jackknife bound needs num_particles >= 2, got {size}")
+        without = log_sum_exp_of_others(log_weights).mean(1) - math.log(size - 1)
+        return size * _power_mean(log_weights, 0.0) - (size - 1) * without
+
+
+elbo = PowerMeans(((1.0, 1.0),))
+"""The evidence lower bound, ``mean_{m,k} log w``."""
+
+iwae = PowerMeans(((1.0, 0.0),))
+"""`Importance Weighted Autoencoders` (arXiv 1509.00519): ``mean_m log mean_k w``."""
+
+miwae = iwae
+"""MIWAE is IWAE averaged over M > 1 estimates (arXiv 1802.04537)."""
+
+piwae = Split(Pooled(iwae), miwae)
+"""PIWAE (arXiv 1802.04537): the model climbs IWAE over all M * K samples, the guide MIWAE."""
+
+jackknife = Jackknife()
+
+
+def ciwae(beta: float | Tensor) -> PowerMeans:
+    """Return CIWAE, ``beta * ELBO + (1 - beta) * IWAE`` on the same samples (arXiv 1802.04537).
+
+    Raises ValueError for a number outside [0, 1], where it is no bound.
+
+    >>> log_weights = torch.tensor([[-1.0, -3.0]])
+    >>> bool(ciwae(1.0)(log_weights) == log_weights.mean())
+    True
+    """
+    if not isinstance(beta, Tensor) and not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    return PowerMeans(((beta, 1.0), (1 - beta, 0.0)))
+
+
+def renyi(alpha: float) -> PowerMeans:
+    """Return the VR-IWAE bound of order ``alpha`` (arXiv 2210.06226): 0 is IWAE, 1 the ELBO.
+
+    The value is that of `Renyi Divergence Variational Inference` (arXiv 1602.02311).
+    """
+    return PowerMeans(((1.0, float(alpha)),))
+
+
+def mean_of_others(log_weights: Tensor) -> Tensor:
+    """Return the mean of the other K - 1 log-weights for each sample, ``[M, K, *plates]``."""
+    size = log_weights.shape[1]
+    dead = log_weights.isneginf()
+    finite = log_weights.masked_fill(dead, 0.0)
+    mean = (finite.sum(1, keepdim=True) - finite) / (size - 1)
+    other_is_dead = dead.sum(1, keepdim=True) - dead.long() > 0
+    return mean.masked_fill(other_is_dead, -math.inf)
+
+
+def log_sum_exp_of_others(log_weights: Tensor) -> Tensor:
+    """Return the logarithm of the sum of the other K - 1 weights for each sample.
+
+    From both ends, never as a difference: subtracting a weight that holds nearly the whole sum
+    would lose every digit of the rest.
+    """
+    edge = torch.full_like(log_weights[:, :1], -math.inf)
+    before = torch.cat([edge, log_weights[:, :-1]], 1).logcumsumexp(1)
+    after = torch.cat([log_weights[:, 1:], edge], 1).flip(1).logcumsumexp(1).flip(1)
+    return torch.logaddexp(before, after)
+
+
+def _power_mean(log_weights: Tensor, order: float) -> Tensor:
+    if order == 1:
+        return log_weights.mean(1)
+    power = 1 - order
+    return (torch.logsumexp(power * log_weights, 1) - math.log(log_weights.shape[1])) / power
+
+
+def _normalized(log_weights: Tensor, order: float) -> Tensor:
+    """Return the self-normalised weights; zeros where every sample is dead."""
+    if order == 1:
+        return torch.full_like(log_weights, 1 / log_weights.shape[1])
+    scaled = (1 - order) * log_weights
+    return torch.exp(scaled - torch.logsumexp(scaled, 1, keepdim=True)).nan_to_num(nan=0.0)
+
+
+def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float) -> Tensor:
+    if order == 1:  # the mean with one entry replaced by the mean of the others is that mean
+        return substitute
+    power = 1 - order
+    total = torch.logaddexp(log_sum_exp_of_others(power * log_weights), power * substitute)
+    return (total - math.log(log_weights.shape[1])) / power

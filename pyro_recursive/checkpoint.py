@@ -1,0 +1,148 @@
+"""Checkpoint files and random states, so that a run goes on bit for bit where it stopped.
+
+A file is written whole or not at all, holds only tensors and plain containers, and is read without
+running any code that it might contain.
+"""
+
+import os
+import random
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.util import get_rng_state, set_rng_state
+from torch import Generator, Tensor
+
+__all__ = ["CheckpointError", "forked_rng", "load", "random_state", "save", "set_random_state"]
+
+FORMAT = 1  # raised whenever a file of the older kind could no longer be read
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint file cannot be read, or belongs to another program."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state to a file, which holds the old or the new state whole, whatever happens.
+
+    The state goes to ``path + ".tmp"`` in the same folder (a rename is atomic only within one file
+    system) and from there, once on the disk, takes the place of the old file.
+
+    :param path: the file; missing folders are made
+    :param state: tensors and plain containers (dict, list, tuple, str, numbers, None)
+    :raises OSError: the file cannot be written; the old one is left as it was
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+    >>> save(path, {"loc": torch.ones(2)})
+    >>> load(path)["loc"]
+    tensor([1., 1.])
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, all tensors on the CPU.
+
+    :raises CheckpointError: the file is truncated, damaged, or no checkpoint of this package
+    """
+    remedy = "Restore it from a copy, or delete it to start afresh."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not compare checksums when it reads
+        if damaged is not None:
+            raise CheckpointError(f"the checksum of its entry '{damaged}' is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file may cause
+        raise CheckpointError(f"Checkpoint '{path}' cannot be read: {error}. {remedy}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        got = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"'{path}' is no checkpoint of format {FORMAT} written by fit (got {got!r}). {remedy}"
+        )
+    return state
+
+
+def check_tensors(
+    path: Path, kind: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]
+) -> None:
+    """Raise where the names, shapes or dtypes of two sets of tensors differ.
+
+    :raises CheckpointError: naming the file, and each tensor with what is there and what should be
+    """
+    problems = [
+        f"'{name}': {_outline(saved.get(name))} in the file, {_outline(live.get(name))} in the "
+        "program"
+        for name in [*saved, *(live.keys() - saved.keys())]
+        if _outline(saved.get(name)) != _outline(live.get(name))
+    ]
+    if problems:
+        raise CheckpointError(
+            f"Checkpoint '{path}' does not fit the {kind} of model and guide: "
+            f"{'; '.join(problems)}. Use the model and guide that wrote it, or another file."
+        )
+
+
+def _outline(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+    """Return the states of torch (CPU and CUDA), numpy, ``random`` and of the generators given."""
+    state: dict[str, Any] = get_rng_state()
+    kind, keys, *rest = state["numpy"]
+    state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
+    # Asking an idle CUDA for its state would start it up.
+    state["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state["generators"] = [generator.get_state() for generator in generators]
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
+    """Set all random states from what `random_state` returned."""
+    kind, keys, *rest = state["numpy"]
+    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
+    set_rng_state({"torch": state["torch"], "random": state["random"], "numpy": numpy_state})
+    devices = torch.cuda.device_count() if state["cuda"] else 0
+    for device, cuda_state in zip(range(devices), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda_state, device)
+    for generator, own_state in zip(generators, state["generators"], strict=True):
+        generator.set_state(own_state)
+
+
+@contextmanager
+def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) -> Iterator[None]:
+    """Leave no trace of the block's random draws; start the block from a seed, if given.
+
+    >>> state = random.getstate()
+    >>> with forked_rng(seed=0):
+    ...     draw = random.random()
+    >>> random.getstate() == state
+    True
+    """
+    generators = list(generators)
+    before = random_state(generators)
+    try:
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        yield
+    finally:
+        set_random_state(before, generators)

@@ -1,0 +1,132 @@
+"""Data in minibatches: tensors cut into shuffled rows, or the batches of a DataLoader."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+
+__all__ = ["Batch", "Data", "Minibatches"]
+
+Batch: TypeAlias = tuple[Any, ...]
+Data: TypeAlias = Tensor | Sequence[Tensor] | DataLoader
+
+
+class Minibatches:
+    """The batches of an epoch, anew at each iteration: tuples of the arguments of model and guide.
+
+    :param data: a tensor, a tuple of tensors with the same number of rows, or a DataLoader, whose
+        batches are used as they come
+    :param batch_size: rows per batch (the last may have fewer); None gives all rows in one, as they
+        stand
+    :param shuffle: whether to draw another order of the rows each time
+    :param transform: maps the tensors of a batch to a tensor or a tuple of tensors
+    :param name: what messages call the data
+    :raises TypeError: data are of another kind
+    :raises ValueError: no data, tensors of different lengths, a batch size below 1
+
+    >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
+    >>> [len(rows) for rows, _ in batches]
+    [2, 1]
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        transform: Callable | None = None,
+        name: str = "data",
+    ) -> None:
+        self.data = data if isinstance(data, DataLoader) else _columns(data, name)
+        self.batch_size, self.transform, self.name = batch_size, transform, name
+        _check_batch_size(batch_size, self.data)
+        if self.count == 0:
+            raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")
+        self.order: Generator | None = None
+        if shuffle and batch_size is not None:
+            # One draw, so that pyro.set_rng_seed decides the order and the order nothing else.
+            self.order = Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The generators that decide the order of the data, other than the global one."""
+        if not isinstance(self.data, DataLoader):
+            return [self.order] if self.order is not None else []
+        sampler, batch_sampler = self.data.sampler, self.data.batch_sampler
+        owners = (self.data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(each): each for each in found if isinstance(each, Generator)}.values())
+
+    @property
+    def count(self) -> int | None:
+        """The number of batches; None where a DataLoader does not know it."""
+        if not isinstance(self.data, DataLoader):
+            rows = self.data[0].shape[0]
+            return -(-rows // (self.batch_size or rows))
+        try:
+            return len(self.data)
+        except TypeError:
+            return None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of one epoch, transformed."""
+        data = self.data
+        for batch in data if isinstance(data, DataLoader) else self._rows(data):
+            yield _as_tuple(batch if self.transform is None else self.transform(*_as_tuple(batch)))
+
+    def _rows(self, columns: Batch) -> Iterator[Batch]:
+        """Yield slices of the columns, in order or in a new random order."""
+        if self.batch_size is None:
+            yield columns
+            return
+        rows = len(columns[0])
+        parts = [slice(start, start + self.batch_size) for start in range(0, rows, self.batch_size)]
+        if self.order is None:
+            yield from (tuple(column[part] for column in columns) for part in parts)
+            return
+        order = torch.randperm(rows, generator=self.order)
+        orders = [order.to(column.device) for column in columns]  # one transfer per epoch
+        for part in parts:
+            yield tuple(
+                column[own[part]] for column, own in zip(columns, orders, strict=True)
+            )
+
+
+def _as_tuple(batch: Any) -> Batch:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _columns(data: Any, name: str) -> Batch:
+    """Return the data as a tuple of tensors with the same number of rows, at least one."""
+    columns = _as_tuple(data)
+    for column in columns:
+        if not isinstance(column, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, a tuple of tensors or a torch DataLoader, got "
+                f"{type(column).__name__}. Convert arrays with torch.as_tensor; bind other "
+                "arguments of model and guide with functools.partial."
+            )
+        if column.dim() == 0:
+            raise ValueError(f"{name} has a scalar tensor, which has no rows. Give it a dimension.")
+    lengths = [column.shape[0] for column in columns]
+    if not lengths or 0 in lengths:
+        raise ValueError(f"{name} is empty: lengths {lengths}. Pass at least one row.")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"The tensors of {name} have different lengths {lengths}. Give each the same number of "
+            "rows; bind what is no data with functools.partial."
+        )
+    return columns
+
+
+def _check_batch_size(batch_size: int | None, data: Any) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(
+            f"batch_size must be at least 1, or None for the full batch, got {batch_size}."
+        )
+    if batch_size is not None and isinstance(data, DataLoader):
+        raise ValueError(
+            f"batch_size={batch_size} has no effect on a DataLoader. Give it to the DataLoader."
+        )

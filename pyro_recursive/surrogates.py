@@ -1,0 +1,177 @@
+"""From coefficients to one scalar whose gradient is the estimator; its value means nothing.
+
+With ``z`` a sample of the guide and ``s`` its stand-in, the surrogate of one datum is
+
+    sum_k  c_k log p(x, s_k) + density_k log q(s_k) + score_k log q_score(s_k) + <v_k, z_k>
+
+The gradient that reaches a stand-in through log p arrives as ``c`` times the derivative and leaves
+towards ``z`` multiplied by ``path / c``. ``v`` adds what log q contributes along the path and takes
+away what leaked through the stand-ins. So theta, the densities and the paths each get their own
+coefficient from one backward pass through the model.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_recursive.bounds import Bound
+from pyro_recursive.estimators import Coefficients, Estimator
+from pyro_recursive.log_weights import Densities, guide_group
+from pyro_recursive.traces import Draw, Path, is_delta, sites
+
+__all__ = ["global_surrogate", "surrogate"]
+
+
+def surrogate(
+    runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator
+) -> Tensor:
+    """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
+    log_weights = local.log_weights
+    if estimator.signal is None and estimator.replay != "values":
+        _refuse_score_sites(runs, local, estimator)
+    if estimator.wake:
+        _refuse_moving_deltas(runs)
+    if bound.guide is not bound or estimator.wake:
+        _refuse_shared_parameters(runs, local)
+    table = estimator(bound.guide, log_weights)
+    model = bound.derivatives(log_weights).first
+    guide = model if bound.guide is bound else bound.guide.derivatives(log_weights).first
+    if bound.guide is not bound:
+        model, ratio = _ratio(guide, model)
+        _scale(local, (path for run in runs for path in run.crossings), ratio)
+    own = [path for run in runs for path in run.paths if _belongs(path, local)]
+    return (
+        _dot(model, local.model, log_weights)
+        - _dot(guide, local.jacobian, log_weights)
+        + _dot(table.density, local.density, log_weights)
+        + _dot(table.score, local.score, log_weights)
+        + _along_paths(local, own, table, guide)
+    )
+
+
+def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
+    """Return a scalar with the gradient of the ELBO terms of the global latents.
+
+    Where the local sites are replayed, the score of the global density is dropped as well: its
+    expectation is zero.
+    """
+    if shared.score is not None and shared.score.requires_grad:
+        raise NotImplementedError(
+            "global_latents='elbo' needs reparameterised global latents, and "
+            f"'{_score_sites(runs)[0]}' is not; use the full data with estimator='vimco'."
+        )
+    particles = shared.layout.particles
+    each = torch.full_like(shared.log_weights, 1 / particles.total)
+    own = [path for run in runs for path in run.paths if _belongs(path, shared)]
+    table = Coefficients(path=each, density=None if own else -each)
+    return (
+        _dot(each, shared.model, each)
+        - _dot(each, shared.jacobian, each)
+        + _dot(table.density, shared.density, each)
+        + _along_paths(shared, own, table, each)
+    )
+
+
+def _along_paths(
+    dens: Densities, paths: list[Path], table: Coefficients, guide: Tensor
+) -> Tensor | float:
+    """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
+    if not paths or table.path is None:
+        return 0.0
+    guide, ratio = _ratio(table.path, guide)
+    _scale(dens, paths, ratio)
+    outputs, weights = [], []
+    for log_q, coefficient in ((dens.density, table.density), (dens.score, table.score)):
+        if log_q is not None and log_q.requires_grad:
+            own = torch.zeros_like(ratio) if coefficient is None else coefficient
+            upstream = own if log_q is dens.score else torch.zeros_like(own)
+            outputs.append(log_q)
+            weights.append(upstream - table.path - ratio * own)
+    if not outputs:
+        return 0.0
+    derivatives = torch.autograd.grad(
+        outputs, [path.stand_in for path in paths], weights, retain_graph=True, allow_unused=True
+    )
+    total: Tensor | float = 0.0
+    for path, derivative in zip(paths, derivatives, strict=True):
+        if derivative is None:
+            raise ValueError(
+                f"Guide site '{path.site['name']}': its log-density does not depend smoothly on its "
+                "value, so this estimator would be wrong. Use estimator='pathwise'."
+            )
+        total = total + (derivative * path.value).sum()
+    return total
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the denominator, raised where it has all but vanished, and the ratio.
+
+    A denominator far below the numerator's rounding error may be replaced by a number that is
+    still far below it: the ratio then stays finite, and their product is the numerator.
+    """
+    floor = 1e-20 * numerator.abs()
+    denominator = torch.where(denominator.abs() < floor, floor, denominator)
+    return denominator, torch.where(numerator == 0, numerator, numerator / denominator)
+
+
+def _scale(dens: Densities, paths: Iterable[Path], factor: Tensor) -> None:
+    for path in paths:
+        path.scale_gradient(dens.layout.at_site(factor, path.site, path.particle))
+
+
+def _dot(coefficients: Tensor | None, log_density: Tensor | None, like: Tensor) -> Tensor | float:
+    """Sum coefficient times log-density, leaving out dead samples: zero times infinity is NaN."""
+    if coefficients is None or log_density is None:
+        return 0.0
+    alive = log_density.expand(like.shape).masked_fill(log_density.isinf(), 0.0)
+    return (coefficients * alive).sum()
+
+
+def _belongs(path: Path, dens: Densities) -> bool:
+    return dens.names is None or path.site["name"] in dens.names
+
+
+def _score_sites(runs: Sequence[Draw]) -> list[str]:
+    return [site["name"] for site in sites(runs[0].guide) if guide_group(site) == "score"]
+
+
+def _refuse_score_sites(runs: Sequence[Draw], local: Densities, estimator: Estimator) -> None:
+    if local.score is not None and local.score.requires_grad:
+        raise NotImplementedError(
+            f"Guide site '{_score_sites(runs)[0]}' is not reparameterised, so "
+            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' "
+            "(or 'dreg+vimco' to keep DReG for the other sites)."
+        )
+
+
+def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
+    for site in sites(runs[0].guide):
+        if is_delta(site) and site["value"].requires_grad:
+            raise NotImplementedError(
+                f"Guide site '{site['name']}' is computed from parameters, and a wake-phase "
+                "estimator has no gradient for that. Use estimator='dreg'."
+            )
+
+
+def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
+    """Raise where model and guide share a parameter: its two gradients have different targets."""
+    guide = {name: runs[0].guide.nodes[name]["value"] for name in runs[0].guide.param_nodes}
+    model = {id(runs[0].model.nodes[name]["value"].unconstrained()) for name in runs[0].model.param_nodes}
+    for name, value in guide.items():
+        if id(value.unconstrained()) in model and _moves_guide(value.unconstrained(), runs, local):
+            raise ValueError(
+                f"Parameter '{name}' belongs to model and guide, which climb different objectives "
+                "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
+            )
+
+
+def _moves_guide(parameter: Tensor, runs: Sequence[Draw], local: Densities) -> bool:
+    """Whether the guide depends on a parameter, and did not only pass by it (as messengers do)."""
+    values = [site["value"] for site in sites(runs[0].guide)]
+    outputs = [local.density, local.score, local.jacobian, *values]
+    moving = [out.sum() for out in outputs if out is not None and out.requires_grad]
+    if not moving or not parameter.requires_grad:
+        return False
+    found = torch.autograd.grad(moving, parameter, retain_graph=True, allow_unused=True)
+    return found[0] is not None

@@ -1,0 +1,176 @@
+"""The training loop that people otherwise rewrite; it stands beside `SVI.step` and replaces nothing.
+
+History, early stopping, minibatches, schedules, KL warm-up, checkpoints that resume bit for bit, and
+an error that names the site where a NaN arises. Model, guide and loss are used as they are.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from torch.nn import Module
+from tqdm import tqdm
+
+from pyro_recursive import checkpoint as checkpoints
+from pyro_recursive.checkpoint import CheckpointError, forked_rng
+from pyro_recursive.minibatches import Data, Minibatches
+from pyro_recursive.non_finite import NonFiniteError
+from pyro_recursive.schedules import KLWarmup, burda_schedule
+from pyro_recursive.training_step import Learner, MakeOptimizer, MakeScheduler, Weights
+
+__all__ = ["CheckpointError", "History", "KLWarmup", "NonFiniteError", "burda_schedule", "fit"]
+
+VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
+
+
+@dataclass
+class History:
+    """What `fit` recorded: lists with one entry per epoch, ``json.dumps(asdict(history))`` works.
+
+    ``loss`` is the mean over the epoch's batches of what the loss returned before each step, in
+    nats: of the full data where the model's plate knows their size (``pyro.plate("data", size,
+    subsample=batch)``), of the batch where it does not. During KL warm-up it is the weighted loss.
+    ``validation`` is the same mean over the validation batches, never weighted, None in an epoch
+    without validation. ``learning_rate`` is the first parameter group's in that epoch; ``seconds``
+    the epoch's duration; ``steps`` the steps since the start of the run.
+
+    >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
+    >>> history.best_epoch
+    1
+    """
+
+    epoch: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    validation: list[float | None] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch with the lowest validation loss; None without validation."""
+        values = [math.inf if v is None or math.isnan(v) else v for v in self.validation]
+        best = min(values, default=math.inf)
+        return self.epoch[values.index(best)] if best < math.inf else None
+
+    def out_of_patience(self, patience: float | None) -> bool:
+        """Whether the last ``patience`` epochs brought no better validation loss."""
+        return patience is not None and len(self.epoch) - (self.best_epoch or 0) >= patience
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    data: Data,
+    *,
+    loss: ELBO,
+    epochs: int,
+    optimizer: MakeOptimizer = partial(torch.optim.Adam, lr=1e-3),  # noqa: B008
+    scheduler: MakeScheduler | None = None,
+    clip_norm: float = math.inf,
+    batch_size: int | None = None,
+    shuffle: bool = True,
+    transform: Callable | None = None,
+    kl_warmup: int = 0,
+    validation: Data | None = None,
+    validation_loss: ELBO | None = None,
+    validate_every: int = 1,
+    patience: float | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
+    modules: Iterable[Module] = (),
+    seed: int | None = None,
+    check_every: int | None = None,
+    progress: bool = True,
+) -> History:
+    """Minimise a loss over the parameters of model and guide, which are called on each batch.
+
+    Parameters are found as `pyro.infer.SVI` finds them, whenever they first appear, and share one
+    torch optimiser. On an accelerator the loop itself never waits for the device within an epoch,
+    but for its checks (`Trace_ELBO` does, at each sample site).
+
+    :param model: called as ``model(*batch)``, like the guide
+    :param guide: any Pyro guide that the loss accepts
+    :param data: a tensor, a tuple of tensors whose rows go together, or a torch DataLoader
+    :param loss: any `pyro.infer.ELBO`; its ``differentiable_loss``, else its ``loss_and_grads``
+    :param epochs: how many passes over the data, at least 1; a resumed run counts all its epochs
+    :param optimizer: makes a torch optimiser from the list of (unconstrained) parameters, e.g.
+        ``partial(torch.optim.Adam, lr=1e-3, fused=True)``
+    :param scheduler: makes a torch learning-rate schedule from that optimiser, e.g.
+        `burda_schedule`; stepped after each epoch
+    :param clip_norm: gradients with a larger norm, over all parameters, are scaled down to it
+    :param batch_size: rows per batch, the last may have fewer; None is the full batch
+    :param shuffle: whether the rows of tensors are put in a new order for each epoch
+    :param transform: maps the tensors of each training batch to a tensor or a tuple, e.g. a dynamic
+        binarisation with the global random state
+    :param kl_warmup: in epoch e = 1, 2, ... all latents' log-densities are weighted by
+        ``min(1, e / kl_warmup)``, see `KLWarmup`; 0 is no warm-up
+    :param validation: held-out data in any form of ``data``; neither shuffled nor transformed, and
+        evaluated with modules in eval mode, no gradients and the same random draws each time
+    :param validation_loss: the loss for validation; the training loss if None
+    :param validate_every: epochs from one validation to the next
+    :param patience: stop after as many epochs without a better validation loss, and put the best
+        parameters and buffers back; ``math.inf`` never stops but puts the best back; None only
+        records
+    :param checkpoint: a file, written at the end of each epoch and over what was there before
+    :param resume: go on from that file, if it exists, bit for bit as if there had been no stop; all
+        other arguments must be those of the run that wrote it, but for a larger ``epochs``
+    :param modules: modules with buffers (batch norm), or with a behaviour in eval mode, that cannot
+        be seen from here, as those in `pyro.module` calls; known are model, guide and loss where
+        they are modules or bound methods of one
+    :param seed: sets all global random states at the start; None leaves them as they are
+    :param check_every: steps from one check for NaN to the next; None is each step on a CPU and
+        every 100 steps, and each epoch's end, on an accelerator, which each check makes wait
+    :param progress: whether to show a bar with the last epoch's losses, in nats
+    :return: the record of all epochs, those before a resume included
+    :raises NonFiniteError: the loss or its gradient is NaN or infinite; names the sample site,
+        parameter or data tensor where that arises. With ``check_every=1`` no parameter has changed
+    :raises CheckpointError: ``resume`` from a damaged file or one of another program
+    :raises TypeError: an optimiser of Pyro (take `SVI` for those), data that are not tensors
+    :raises ValueError: arguments out of range, empty data, or nothing to train
+
+    Two processes must not share a checkpoint. DataLoader workers that persist, or random numbers
+    drawn by a data set from generators of its own, are beyond what a checkpoint can hold.
+
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", 100, subsample=x):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> pyro.clear_param_store()
+    >>> history = fit(model, AutoNormal(model), torch.randn(100) + 3, loss=Trace_ELBO(), epochs=3,
+    ...               batch_size=20, seed=0, progress=False)
+    >>> history.steps
+    [5, 10, 15]
+    """
+    _check_loss(loss), _check_optimizer(optimizer)
+    _check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
+    _check_combination(kl_warmup, patience, validation, resume, checkpoint)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    batches = Minibatches(data, batch_size, shuffle, transform)
+    held_out = _held_out(validation, batch_size)
+    learner = Learner(
+        model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules=modules
+    )
+    run = _Run(learner, batches, Path(checkpoint) if checkpoint is not None else None)
+    if resume:
+        run.resume()
+    with run.progress_bar(epochs, disable=not progress) as bar:
+        while len(run.history.epoch) < epochs and not run.history.out_of_patience(patience):
+            epoch = len(run.history.epoch) + 1
+            ...
+    return run.history

@@ -1,0 +1,321 @@
+"""One step of training: the loss, its parameters and their one optimiser."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_recursive import checkpoint
+from pyro_recursive.minibatches import Batch, Minibatches
+from pyro_recursive.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
+
+__all__ = ["Learner", "MakeOptimizer", "MakeScheduler"]
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+Weights = dict[str, dict[str, Tensor]]  # the parameters (unconstrained) and the buffers, by name
+
+ACCELERATOR_CHECKS_EVERY = 100  # steps; each check waits until the device has caught up
+
+
+class Learner:
+    """A loss, the parameters that it reaches, and one optimiser for all of them."""
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        loss: ELBO,
+        make_optimizer: MakeOptimizer,
+        make_scheduler: MakeScheduler | None = None,
+        clip_norm: float = math.inf,
+        check_every: int | None = None,
+        modules: Iterable[Module] = (),
+    ) -> None:
+        self.model, self.guide, self.loss = model, guide, loss
+        self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
+        self.clip_norm, self.check_every = clip_norm, check_every
+        self.modules = _modules([model, guide, loss, *modules])
+        self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of first sight
+        self.num_initial = 0  # how many of them the optimiser was made with
+        self.optimizer: Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self.health = torch.zeros((), dtype=torch.float64)  # finite as long as all is well
+        self.steps = 0
+
+    def step(self, batch: Batch, epoch: int) -> Tensor:
+        """Take one step; return the loss before it: a float64 scalar in nats, on its device.
+
+        :raises NonFiniteError: before the optimiser has changed anything
+        """
+        before = _torch_state()
+        try:
+            loss = self._differentiate(batch)
+        except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
+            site = self._first_site(batch, before)
+            if site is None:
+                raise
+            raise self._error(batch, epoch, site) from error
+        if self.optimizer is None:
+            self._start_optimizer()
+        norm = clip_grad_norm_(self.parameters.values(), self.clip_norm).double()
+        self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
+        every = 1 if norm.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY
+        if self.steps % (self.check_every or every) == 0:
+            self.check(batch, epoch, before)
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.steps += 1
+        return loss
+
+    def check(self, batch: Batch, epoch: int, before: list[Tensor] | None = None) -> None:
+        """Raise if any loss or gradient so far was not finite; waits for the device.
+
+        :raises NonFiniteError: naming step, epoch and the place where the NaN or infinity arises
+        """
+        if not math.isfinite(self.health.item()):
+            raise self._error(batch, epoch, self._first_site(batch, before or _torch_state()))
+
+    def end_epoch(self, value: float) -> None:
+        """Step the learning-rate schedule; ``value`` is for one that waits for a plateau."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(value)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the optimiser's first group."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def weights(self) -> Weights:
+        """Return a copy of all parameters and buffers."""
+        live = {"parameters": self.parameters, "buffers": self._buffers()}
+        return {
+            kind: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            for kind, tensors in live.items()
+        }
+
+    def set_weights(self, weights: Weights) -> None:
+        """Copy parameters and buffers in place."""
+        _copy(self.parameters, weights["parameters"])
+        _copy(self._buffers(), weights["buffers"])
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on, random states aside."""
+        assert self.optimizer is not None
+        return {
+            "weights": self.weights(),
+            "num_initial": self.num_initial,
+            "steps": self.steps,
+            "optimizer": _state_of(self.optimizer),
+            "scheduler": _state_of(self.scheduler),
+        }
+
+    def set_state(self, path: Path, state: dict[str, Any], batches: Minibatches) -> None:
+        """Go back to a state, after a look whether it fits; batches serve to create parameters.
+
+        :raises CheckpointError: the state is another program's; nothing has changed
+        """
+        saved: Weights = state["weights"]
+        self._create_parameters(batches, saved["parameters"].keys())
+        checkpoint.check_tensors(path, "parameters", saved["parameters"], self.parameters)
+        checkpoint.check_tensors(path, "buffers", saved["buffers"], self._buffers())
+        self.parameters = {name: self.parameters[name] for name in saved["parameters"]}
+        self._start_optimizer(state["num_initial"])
+        for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            _set_state_of(owner, path, kind, state[kind])
+        self.set_weights(saved)
+        self.steps = state["steps"]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Hold all modules in eval mode, without gradients."""
+        modes = {part: part.training for module in self.modules for part in module.modules()}
+        try:
+            for module in self.modules:
+                module.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+    def _differentiate(self, batch: Batch) -> Tensor:
+        """Return the loss as a float64 scalar; leave its gradient in the parameters."""
+        self._zero_gradients()
+        differentiable = getattr(self.loss, "differentiable_loss", None)
+        run = self.loss.loss_and_grads if differentiable is None else differentiable
+        with poutine.trace(param_only=True) as captured:
+            value = run(self.model, self.guide, *batch)
+        self._collect(captured.trace)
+        loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
+        if differentiable is not None and loss.requires_grad:
+            self._zero_gradients()  # of parameters that are new to this run, too
+            loss.backward()
+        return loss.detach().double()
+
+    def _collect(self, trace: poutine.Trace) -> None:
+        """Take in the parameters that were not seen before, under their first name."""
+        seen = {id(parameter) for parameter in self.parameters.values()}
+        for name, site in trace.nodes.items():
+            parameter = site["value"].unconstrained()
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                self.parameters[name] = parameter
+                if self.optimizer is not None:
+                    self._add_to_optimizer(parameter)
+
+    def _start_optimizer(self, num_initial: int | None = None) -> None:
+        """Make optimiser and schedule, with the first parameters and then those seen later."""
+        parameters = list(self.parameters.values())
+        if not parameters:
+            raise ValueError(
+                "Model and guide have no parameters to train. Register them with pyro.param or "
+                "pyro.module, or use a PyroModule or an autoguide."
+            )
+        self.num_initial = len(parameters) if num_initial is None else num_initial
+        optimizer = self.make_optimizer(parameters[: self.num_initial])
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+                "Pass e.g. functools.partial(torch.optim.Adam, lr=1e-3)."
+            )
+        self.optimizer = optimizer
+        for parameter in parameters[self.num_initial :]:
+            self._add_to_optimizer(parameter)
+        self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None
+
+    def _add_to_optimizer(self, parameter: Tensor) -> None:
+        # A group of its own would start at the first learning rate, and no schedule would know it.
+        assert self.optimizer is not None
+        self.optimizer.param_groups[-1]["params"].append(parameter)
+
+    def _zero_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _buffers(self) -> dict[str, Tensor]:
+        # Asked for anew each time: a module may put another tensor in a buffer's place.
+        return {
+            f"{number}.{name}": buffer
+            for number, module in enumerate(self.modules)
+            for name, buffer in module.named_buffers()
+        }
+
+    def _create_parameters(self, batches: Minibatches, names: Iterable[str]) -> None:
+        """Run the loss until all named parameters exist; leave nothing else behind.
+
+        Autoguides and `pyro.param` create theirs in the first call, some perhaps in a later one.
+        """
+        missing = set(names)
+        buffers = self.weights()["buffers"]
+        with checkpoint.forked_rng(generators=batches.generators):
+            for batch in batches:
+                self._differentiate(batch)
+                missing -= self.parameters.keys()
+                if not missing:
+                    break
+        self._zero_gradients()
+        _copy(self._buffers(), buffers)
+
+    def _first_site(self, batch: Batch, state: list[Tensor]) -> str | None:
+        """Run a step's loss again and return where its first NaN or infinity arises, if at all."""
+        watch = FirstNonFiniteSite()
+        with checkpoint.forked_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _set_torch_state(state)
+            with pyro.validation_enabled(False), watch:
+                try:
+                    self._differentiate(batch)
+                except Exception:  # it has failed before; the sites up to there are known
+                    return watch.first
+        return watch.first
+
+    def _error(self, batch: Batch, epoch: int, site: str | None) -> NonFiniteError:
+        """Say where the NaN arises; gradients are those that the search has left."""
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        data = {str(number): column for number, column in enumerate(batch)}
+        places = [*non_finite("data tensor", data), *non_finite("parameter", self.parameters)]
+        places += [site] if site else non_finite("the gradient of parameter", gradients)
+        self._zero_gradients()
+        return NonFiniteError(
+            f"The loss or its gradient is not finite in step {self.steps + 1}, epoch {epoch}. "
+            f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
+            "The optimiser has not taken this step. Clean or mask the data if the cause is there; "
+            "else lower the learning rate, set clip_norm, or keep scales away from 0. (Checks that "
+            "are more than one step apart, check_every, may come late.)"
+        )
+
+
+def _modules(owners: Iterable[Any]) -> list[Module]:
+    """Return the modules among callables, under partials and bound methods, each once."""
+    modules: dict[int, Module] = {}
+    for owner in owners:
+        while isinstance(owner, partial):
+            owner = owner.func
+        if inspect.ismethod(owner):
+            owner = owner.__self__
+        if isinstance(owner, Module):
+            modules[id(owner)] = owner
+    return list(modules.values())
+
+
+@torch.no_grad()
+def _copy(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for name, tensor in saved.items():
+        live[name].copy_(tensor)
+
+
+def _state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:
+    if owner is None:
+        return None
+    return {"class": type(owner).__name__, "state": owner.state_dict()}
+
+
+def _set_state_of(
+    owner: Optimizer | LRScheduler | None, path: Path, kind: str, saved: dict[str, Any] | None
+) -> None:
+    """Load the state of an optimiser or scheduler of the same class.
+
+    :raises CheckpointError: it is of another class, or has other parameter groups
+    """
+    got, expected = type(owner).__name__, saved["class"] if saved else "NoneType"
+    problem = f"it was {expected}, now {got}" if got != expected else None
+    try:
+        if owner is not None and saved is not None and problem is None:
+            owner.load_state_dict(saved["state"])
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise checkpoint.CheckpointError(
+            f"Checkpoint '{path}' does not fit the {kind}: {problem}. Use the {kind} of the run "
+            "that wrote it, or another file."
+        )
+
+
+def _torch_state() -> list[Tensor]:
+    """Return the random states of torch alone: cheap enough for each step, and no wait."""
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
+
+
+def _set_torch_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for cuda_state in state[1:]:
+        torch.cuda.set_rng_state(cuda_state)
