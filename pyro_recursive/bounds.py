@@ -26,8 +26,8 @@ class Derivatives(NamedTuple):
 class Bound(ABC):
     """A bound is the average over M estimates of one function of K log-weights.
 
-    The derivatives and the leave-one-out values below are right for any `estimate`, at a cost that
-    grows as K squared; a subclass may give closed forms.
+    The derivatives and the leave-one-out values below are right for any `estimate` that treats its
+    estimates one by one, at a cost that grows as K squared; a subclass may give closed forms.
     """
 
     @abstractmethod
@@ -188,7 +188,11 @@ class Jackknife(Bound):
         size = log_weights.shape[1]
         if size < 2:
             raise ValueError(f"the jackknife bound needs num_particles >= 2, got {size}")
-        without = log_sum_exp_of_others(log_weights).mean(1) - math.log(size - 1)
+        # Not from both ends as below: torch's second derivative of that is wrong next to -inf.
+        itself = torch.eye(size, dtype=torch.bool, device=log_weights.device)
+        itself = itself.reshape(1, size, size, *[1] * (log_weights.dim() - 2))
+        others = log_weights.unsqueeze(1).masked_fill(itself, -math.inf)
+        without = torch.logsumexp(others, 2).mean(1) - math.log(size - 1)
         return size * _power_mean(log_weights, 0.0) - (size - 1) * without
 
 

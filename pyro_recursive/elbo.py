@@ -30,7 +30,15 @@ from pyro_recursive.log_weights import (
     warn_if_joint,
 )
 from pyro_recursive.surrogates import global_surrogate, surrogate
-from pyro_recursive.traces import Draw, Program, check_sites, draw, sites, structure_of
+from pyro_recursive.traces import (
+    Draw,
+    Program,
+    check_sites,
+    draw,
+    sites,
+    structure_in,
+    structure_of,
+)
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "MultiSampleELBO"]
 
@@ -128,11 +136,11 @@ class MultiSampleELBO(ELBO):
             loss.backward()
         return loss.item()
 
-    def _evaluate(self, program: Program, **options: Any) -> "_Evaluation":
+    def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> "_Evaluation":
         """Draw all samples and gather their log-densities."""
         local = None
         if self.global_latents == "elbo":
-            structure = structure_of(program)
+            structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
             options["shared"] = frozenset(structure.guide) - local
         particles, runs = draw(
@@ -143,6 +151,11 @@ class MultiSampleELBO(ELBO):
             vectorize=self.vectorize_particles,
             **options,
         )
+        if local is not None and not fresh:
+            now = structure_in(runs[0])
+            if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
+                # Sites depend on the arguments: look at this call's.
+                return self._evaluate(program, fresh=True, **options)
         layout = layout_of(particles, runs, only=local)
         check_sites(runs[0], layout.max_plate_nesting)
         if not self.bound.is_linear(self.num_estimates, self.num_particles):
@@ -173,7 +186,7 @@ class MultiSampleELBO(ELBO):
         total = local.layout.scale * surrogate(runs, local, self.bound, self.estimator)
         if shared is not None:
             total = total + shared.layout.scale * global_surrogate(runs, shared)
-        return torch.as_tensor(total)
+        return total
 
     @property
     def _splits(self) -> bool:
@@ -289,7 +302,7 @@ class CIWAE_ELBO(MultiSampleELBO):
         """The current weight of the ELBO, detached."""
         if self._learned is None:
             return torch.as_tensor(self._bound.terms[0][0])  # type: ignore[attr-defined]
-        return self._learned.beta.detach()
+        return self._learned().detach()
 
     @property
     def bound(self) -> Bound:
@@ -308,7 +321,7 @@ class CIWAE_ELBO(MultiSampleELBO):
         if self._learned is None:
             return total
         target = optimal_beta(evaluation.runs, evaluation.local, self.estimator)
-        return total - 0.5 * (self._learned.beta - target) ** 2
+        return total - 0.5 * (self._learned() - target) ** 2
 
 
 class _Evaluation(NamedTuple):

@@ -37,6 +37,10 @@ class LearnedBeta(PyroModule):
         super().__init__(name)
         self.beta = PyroParam(torch.tensor(beta), constraint=constraints.unit_interval)
 
+    def forward(self) -> Tensor:
+        """Return beta through `pyro.param`, where `SVI` and `fit` can see it."""
+        return self.beta
+
 
 def check_replicates(num_estimates: int, num_particles: int, estimator: Estimator) -> None:
     """Raise ValueError where the moments of the gradient cannot be measured."""
@@ -77,7 +81,7 @@ Samples = list[tuple[dict, int, Tensor]]  # for one site: where each run sampled
 def _path_derivatives(
     runs: Sequence[Draw], local: Densities, estimator: Estimator
 ) -> list[Samples]:
-    """Return, for each reparameterised site, the derivative that the estimator sends along its path.
+    """Return each reparameterised site's derivative, as the estimator sends it along the path.
 
     Pathwise, the density moves with its location, and only log p has a derivative there.
     """
@@ -93,7 +97,7 @@ def _path_derivatives(
         ]
         objective = _total(local.model) - _total(local.jacobian)
     cut = [entry for entry in cut if local.names is None or entry[0]["name"] in local.names]
-    if not cut:
+    if not cut or isinstance(objective, float):
         return []
     values = [value for _, _, value in cut]
     derivatives = torch.autograd.grad(objective, values, retain_graph=True, allow_unused=True)

@@ -6,6 +6,7 @@ shared plates is taken out of the log-weights, to be multiplied on after the bou
 logarithm of a mean it would be a power of the weights. A user's own scales and masks stay.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from pyro_recursive.traces import (
     Draw,
     Particles,
     Structure,
+    check_batch_shape,
     is_delta,
     nesting_of,
     sites,
@@ -65,9 +67,12 @@ class Layout:
         return tuple(frame.name for frame in self.plates if not frame.vectorized)
 
     def cell(self, site: Site) -> tuple[int, ...]:
-        """Return where the site stands in the shared sequential plates."""
-        counters = {frame.name: frame.counter for frame in site["cond_indep_stack"]}
-        return tuple(counters[name] - 1 for name in self.sequential)
+        """Return where the site stands in the shared sequential plates.
+
+        A plate that is iterated once more goes on counting.
+        """
+        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+        return tuple((frames[name].counter - 1) % frames[name].size for name in self.sequential)
 
     def gather(self, runs: Sequence[Iterable[tuple[Site, Tensor]]]) -> Tensor | None:
         """Sum the sites' log-densities of every run and return ``[M, K, *plates]``."""
@@ -88,7 +93,10 @@ class Layout:
             return None
         total = 1 if self.particles.dim is None else self.particles.total
         target = (total, *self.shape[len(self.sequential) :])
-        rows = [cells[cell].expand(target) for cell in sorted(cells)]
+        # A group may have sites in some of the cells only.
+        zero = next(iter(cells.values())).new_zeros(())
+        every = itertools.product(*map(range, self.shape[: len(self.sequential)]))
+        rows = [cells.get(cell, zero).expand(target) for cell in every]
         return rows[0] if len(rows) == 1 else torch.stack(rows, 1)
 
     def _reduce(self, site: Site, log_prob: Tensor) -> Tensor:
@@ -143,7 +151,9 @@ class Densities:
         return total.expand(shape)
 
 
-def densities(runs: Sequence[Draw], layout: Layout, only: frozenset[str] | None = None) -> Densities:
+def densities(
+    runs: Sequence[Draw], layout: Layout, only: frozenset[str] | None = None
+) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
     groups: dict[str, list[list[tuple[Site, Tensor]]]] = {
         name: [[] for _ in runs] for name in ("model", "density", "score", "jacobian")
@@ -176,20 +186,9 @@ def log_density(site: Site, layout: Layout) -> Tensor:
         log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     except ValueError as error:
         raise ValueError(f"At site '{site['name']}': {error}") from error
-    _check_shape(site, log_prob)
-    return scale_and_mask(log_prob, scale, site["mask"])
-
-
-def _check_shape(site: Site, log_prob: Tensor) -> None:
-    """Raise where a batch dim belongs to no plate: it would be summed or shared in silence."""
-    dims = {frame.dim for frame in site["cond_indep_stack"]}
-    for dim in range(-log_prob.dim(), 0):
-        if log_prob.shape[dim] != 1 and dim not in dims:
-            raise ValueError(
-                f"Site '{site['name']}' has a log-density of shape {tuple(log_prob.shape)}, and dim "
-                f"{dim} belongs to no plate. Put the site inside a pyro.plate, or use "
-                ".to_event(...) on its distribution."
-            )
+    log_prob = scale_and_mask(log_prob, scale, site["mask"])
+    check_batch_shape(site, log_prob.shape)
+    return log_prob
 
 
 def layout_of(
@@ -220,10 +219,10 @@ def check_subsampling(runs: Sequence[Draw], layout: Layout) -> None:
             if name not in shared and _subsample_scale(frame) != 1:
                 outside = next(s["name"] for s in everything if name not in _frames(s))
                 raise ValueError(
-                    f"Plate '{name}' is subsampled ({frame.size} of {frame.full_size}) but does not "
-                    f"enclose site '{outside}'. The logarithm of a mean over '{outside}' has no "
-                    "unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for the "
-                    "global latents, this bound for the local ones), the full data, or Trace_ELBO."
+                    f"Plate '{name}' is subsampled ({frame.size} of {frame.full_size}) but does "
+                    f"not enclose site '{outside}'. The logarithm of a mean over '{outside}' has "
+                    "no unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for "
+                    "the global latents, this bound for the local ones), full data, or Trace_ELBO."
                 )
 
 

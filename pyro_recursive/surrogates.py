@@ -13,6 +13,7 @@ coefficient from one backward pass through the model.
 from collections.abc import Iterable, Sequence
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.bounds import Bound
@@ -23,9 +24,7 @@ from pyro_recursive.traces import Draw, Path, is_delta, sites
 __all__ = ["global_surrogate", "surrogate"]
 
 
-def surrogate(
-    runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator
-) -> Tensor:
+def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
     log_weights = local.log_weights
     if estimator.signal is None and estimator.replay != "values":
@@ -41,7 +40,7 @@ def surrogate(
         model, ratio = _ratio(guide, model)
         _scale(local, (path for run in runs for path in run.crossings), ratio)
     own = [path for run in runs for path in run.paths if _belongs(path, local)]
-    return (
+    return log_weights.new_zeros(()) + (
         _dot(model, local.model, log_weights)
         - _dot(guide, local.jacobian, log_weights)
         + _dot(table.density, local.density, log_weights)
@@ -65,7 +64,7 @@ def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
     each = torch.full_like(shared.log_weights, 1 / particles.total)
     own = [path for run in runs for path in run.paths if _belongs(path, shared)]
     table = Coefficients(path=each, density=None if own else -each)
-    return (
+    return each.new_zeros(()) + (
         _dot(each, shared.model, each)
         - _dot(each, shared.jacobian, each)
         + _dot(table.density, shared.density, each)
@@ -96,9 +95,11 @@ def _along_paths(
     total: Tensor | float = 0.0
     for path, derivative in zip(paths, derivatives, strict=True):
         if derivative is None:
+            if path.site["mask"] is False:  # no density at all
+                continue
             raise ValueError(
-                f"Guide site '{path.site['name']}': its log-density does not depend smoothly on its "
-                "value, so this estimator would be wrong. Use estimator='pathwise'."
+                f"Guide site '{path.site['name']}': its log-density does not depend smoothly on "
+                "its value, so this estimator would be wrong. Use estimator='pathwise'."
             )
         total = total + (derivative * path.value).sum()
     return total
@@ -110,7 +111,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     A denominator far below the numerator's rounding error may be replaced by a number that is
     still far below it: the ratio then stays finite, and their product is the numerator.
     """
-    floor = 1e-20 * numerator.abs()
+    floor = (1e-20 * numerator.abs()).clamp_min(torch.finfo(numerator.dtype).tiny)
     denominator = torch.where(denominator.abs() < floor, floor, denominator)
     return denominator, torch.where(numerator == 0, numerator, numerator / denominator)
 
@@ -156,14 +157,17 @@ def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
 
 def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
     """Raise where model and guide share a parameter: its two gradients have different targets."""
-    guide = {name: runs[0].guide.nodes[name]["value"] for name in runs[0].guide.param_nodes}
-    model = {id(runs[0].model.nodes[name]["value"].unconstrained()) for name in runs[0].model.param_nodes}
-    for name, value in guide.items():
-        if id(value.unconstrained()) in model and _moves_guide(value.unconstrained(), runs, local):
+    model = {id(parameter) for _, parameter in _parameters(runs[0].model)}
+    for name, parameter in _parameters(runs[0].guide):
+        if id(parameter) in model and _moves_guide(parameter, runs, local):
             raise ValueError(
                 f"Parameter '{name}' belongs to model and guide, which climb different objectives "
                 "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
             )
+
+
+def _parameters(trace: poutine.Trace) -> list[tuple[str, Tensor]]:
+    return [(name, trace.nodes[name]["value"].unconstrained()) for name in trace.param_nodes]
 
 
 def _moves_guide(parameter: Tensor, runs: Sequence[Draw], local: Densities) -> bool:

@@ -70,7 +70,7 @@ class Path:
         self.site, self.particle = site, particle
         self.value: Tensor = site["value"]
         self._factor: list[Tensor] = []
-        self.stand_in: Tensor = _ScaleGradient.apply(self.value, self._factor)  # type: ignore[no-untyped-call]
+        self.stand_in: Tensor = _ScaleGradient.apply(self.value, self._factor)
 
     def scale_gradient(self, factor: Tensor) -> None:
         """Set what multiplies the gradient on its way from the stand-in to the value."""
@@ -86,7 +86,7 @@ class _ScaleGradient(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor[0], None
 
 
@@ -120,18 +120,18 @@ def draw(
         particles = Particles(num_estimates, num_particles)
         return particles, _draw(program, particles, **options)
     known = structure_of(program).max_plate_nesting
-    nesting = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
-    particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
+    assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
+    particles = Particles(num_estimates, num_particles, dim=-assumed - 1)
     try:
         runs = _draw(program, particles, **options)
-        if nesting_of(runs[0]) <= nesting:
+        if nesting_of(runs[0]) <= assumed:
             return particles, runs
         problem = ValueError(f"a plate stands to the left of the particle plate at {particles.dim}")
     except ValueError as error:
         problem = error
     # Plates may depend on the arguments: look at this call's before giving up.
     nesting = structure_of(program, fresh=True).max_plate_nesting
-    if nesting <= -particles.dim - 1:
+    if nesting <= assumed:
         raise problem
     particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
     return particles, _draw(program, particles, **options)
@@ -194,7 +194,7 @@ def _continue(
 def _run_guide(program: Program, replayed: poutine.Trace | None) -> poutine.Trace:
     """Trace the guide, with the values of another trace where there is one."""
     guide = program.guide
-    handled = guide if replayed is None else poutine.replay(guide, trace=replayed)
+    handled = guide if replayed is None else _Substitute(replayed)(guide)
     trace = poutine.trace(handled).get_trace(*program.args, **program.kwargs)
     if isinstance(poutine.unwrap(guide), Messenger):
         # A guide messenger runs the model too, and what the model observes is not the guide's.
@@ -202,12 +202,27 @@ def _run_guide(program: Program, replayed: poutine.Trace | None) -> poutine.Trac
     return trace
 
 
+class _Substitute(Messenger):
+    """Gives sites the values of a trace, as `poutine.replay` does.
+
+    Unlike it, leaves `infer` alone: guide messengers keep the prior of their own run there.
+    """
+
+    def __init__(self, trace: poutine.Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.trace.nodes and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.trace.nodes[msg["name"]]["value"], True
+
+
 def _with_values(trace: poutine.Trace, value_of: Callable[[Site], Tensor]) -> poutine.Trace:
     """Copy a trace with another value at each latent site."""
     copy = trace.copy()
     for site in sites(trace):
         if not site["is_observed"]:
-            copy.nodes[site["name"]] = {**site, "value": value_of(site)}  # type: ignore[assignment]
+            copy.nodes[site["name"]] = {**site, "value": value_of(site)}
     return copy
 
 
@@ -258,9 +273,10 @@ def subsample_sites(run: Draw) -> poutine.Trace:
 def sites(trace: poutine.Trace) -> Iterator[Site]:
     """Yield the sample sites that carry a density: no subsample and no deterministic sites."""
     for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            if not site["infer"].get("_deterministic"):
-                yield site  # type: ignore[misc]
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if not site["infer"].get("_deterministic"):
+            yield site
 
 
 def is_delta(site: Site) -> bool:
@@ -366,11 +382,41 @@ def _discover(program: Program) -> Structure:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), poutine.block():
         run = _draw(program, Particles(1, 1))[0]
+    # Later a dim of size M * K could pass for the particle plate.
+    for trace in (run.model, run.guide):
+        for site in sites(trace):
+            check_batch_shape(site, *_batch_shapes(site))
+    return structure_in(run)
+
+
+def structure_in(run: Draw) -> Structure:
+    """Return the structure that one run shows."""
     return Structure(
         max_plate_nesting=nesting_of(run),
         model={site["name"]: _outline(site) for site in sites(run.model)},
         guide={site["name"]: _outline(site) for site in sites(run.guide)},
     )
+
+
+def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
+    """Raise where a batch dim belongs to no plate: it would be summed or shared in silence."""
+    dims = {frame.dim for frame in site["cond_indep_stack"]}
+    for shape in shapes:
+        for dim in range(-len(shape), 0):
+            if shape[dim] != 1 and dim not in dims:
+                raise ValueError(
+                    f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
+                    "to no plate. Put the site inside a pyro.plate, or use .to_event(...) on its "
+                    "distribution."
+                )
+
+
+def _batch_shapes(site: Site) -> list[torch.Size]:
+    """Return the shapes that a site's log-density is made of: distribution, value, scale, mask."""
+    value = site["value"]
+    tensors = [site[key] for key in ("scale", "mask") if isinstance(site[key], Tensor)]
+    batch = value.shape[: value.dim() - site["fn"].event_dim]
+    return [site["fn"].batch_shape, batch, *(tensor.shape for tensor in tensors)]
 
 
 def _outline(site: Site) -> Site:
@@ -384,7 +430,8 @@ def nesting_of(run: Draw) -> int:
         (
             -frame.dim
             for trace in (run.model, run.guide)
-            for site in sites(trace)
+            for site in trace.nodes.values()  # deterministic ones too: their plates take dims
+            if site["type"] == "sample"
             for frame in site["cond_indep_stack"]
             if frame.vectorized and frame.name != PARTICLE_PLATE
         ),

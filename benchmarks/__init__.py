@@ -1,0 +1,1 @@
+"""Side-by-side comparisons: ``python -m benchmarks`` is the main job, ``--help`` lists the rest."""

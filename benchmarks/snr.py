@@ -1,0 +1,180 @@
+"""Signal-to-noise ratio of gradients on a linear Gaussian model, near and far from its optimum.
+
+``p(z) = N(mu, I), p(x | z) = N(z, I), q(z | x) = N(A x + b, 2/3 I)`` with D = 20, whose optimum is
+known; all parameters are moved off it by N(0, 0.01^2) (near) or N(0, 0.5^2) (far). The set-up of
+`Tighter Variational Bounds are Not Necessarily Better` (Rainforth et al., arXiv 1802.04537), with
+fewer data. Theory, near the optimum: the model's ratio grows as sqrt(M K), the pathwise guide's as
+sqrt(M / K), and that of DReG grows with K.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.report import hardware, table, write_json
+from pyro_recursive import MIWAE_ELBO
+
+DIM, POINTS = 20, 16
+PARTICLES = (4, 8, 16, 32, 64, 128, 256)
+ESTIMATES = (1, 2, 4, 8, 16, 32)
+PARTICLES_OF_ESTIMATES = 8
+CURVES = {  # label: (estimator, parameter, the slope in K that theory gives)
+    "model": ("pathwise", "mu", 0.5),
+    "guide, pathwise": ("pathwise", "b", -0.5),
+    "guide, dreg": ("dreg", "b", None),
+    "guide, stl (biased)": ("stl", "b", None),
+}
+
+Program = Callable[[Tensor], None]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure all curves, print their slopes; write JSON and a plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks snr", description=__doc__)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/snr")
+    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.draws = 20
+    pyro.set_rng_seed(options.seed)
+    results: dict[str, Any] = {"settings": vars(options), "hardware": hardware()}
+    for place, perturbation in (("near", 0.01), ("far", 0.5)):
+        results[place] = measure(perturbation, options.draws)
+    folder = Path(options.output)
+    write_json(folder / "snr.json", results)
+    print(f"\n{report(results)}\n")
+    plot(results, folder / "snr.png")
+    print(f"Wrote {folder / 'snr.json'} and {folder / 'snr.png'}")
+
+
+def measure(perturbation: float, draws: int) -> dict[str, dict[str, list[float]]]:
+    """Return each curve's ratios, against K at M = 1 and against M at a fixed K."""
+    model, guide, x = problem(perturbation)
+    curves: dict[str, dict[str, list[float]]] = {name: {"K": [], "M": []} for name in CURVES}
+    axes = [("K", 1, k) for k in PARTICLES]
+    axes += [("M", m, PARTICLES_OF_ESTIMATES) for m in ESTIMATES]
+    for axis, estimates, particles in tqdm(axes, desc=f"perturbation {perturbation}"):
+        for estimator in dict.fromkeys(estimator for estimator, _, _ in CURVES.values()):
+            loss = MIWAE_ELBO(estimates, particles, estimator=estimator, max_plate_nesting=1)
+            gradients = draw_gradients(loss, model, guide, x, draws)
+            for name, (wanted, parameter, _) in CURVES.items():
+                if wanted == estimator:
+                    curves[name][axis].append(signal_to_noise(gradients[parameter]))
+    return curves
+
+
+def problem(perturbation: float) -> tuple[Program, Program, Tensor]:
+    """Return model, guide and data, with the parameters set near the optimum."""
+    truth = torch.randn(DIM)
+    x = truth + math.sqrt(2) * torch.randn(POINTS, DIM)
+    off = {"mu": (DIM,), "A": (DIM, DIM), "b": (DIM,)}
+    noise = {name: perturbation * torch.randn(shape) for name, shape in off.items()}
+    best = {"mu": x.mean(0), "A": torch.eye(DIM) / 2, "b": x.mean(0) / 2}
+    pyro.clear_param_store()
+
+    def parameter(name: str) -> Tensor:
+        return pyro.param(name, lambda: best[name] + noise[name])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(parameter("mu"), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = x @ parameter("A").T + parameter("b")
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, math.sqrt(2 / 3)).to_event(1))
+
+    return model, guide, x
+
+
+def draw_gradients(
+    loss: MIWAE_ELBO, model: Program, guide: Program, x: Tensor, draws: int
+) -> dict[str, Tensor]:
+    """Return independent draws of the gradient of each parameter, ``[draws, D]``."""
+    names = ("mu", "b")
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for _ in range(draws):
+        value = loss.differentiable_loss(model, guide, x)
+        parameters = [pyro.param(name).unconstrained() for name in names]
+        for name, gradient in zip(names, torch.autograd.grad(value, parameters), strict=True):
+            rows[name].append(gradient)
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def signal_to_noise(draws: Tensor) -> float:
+    """Return the root mean square over coordinates of mean / standard deviation.
+
+    The squared mean of n draws is too large by variance / n; without that correction no ratio
+    below ``1 / sqrt(n)`` could be seen.
+    """
+    variance = draws.var(0)
+    signal = draws.mean(0).square() - variance / len(draws)
+    return math.sqrt(max((signal / variance).mean().item(), 0.0))
+
+
+def slope(sizes: tuple[int, ...], ratios: list[float]) -> float:
+    """Return the least-squares slope in log-log coordinates, over the positive ratios."""
+    kept = [(math.log(s), math.log(r)) for s, r in zip(sizes, ratios, strict=True) if r > 0]
+    if len(kept) < 2:
+        return math.nan
+    x, y = (torch.tensor(column) for column in zip(*kept, strict=True))
+    return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the slopes as a table."""
+    header = ["gradient", "near: slope in K", "theory", "near: slope in M", "theory"]
+    header += ["far: slope in K", "far: slope in M"]
+    rows = []
+    for name, (_, _, theory) in CURVES.items():
+        near, far = results["near"][name], results["far"][name]
+        expected = "> 0" if theory is None else f"{theory:+.1f}"
+        slopes = [
+            f"{slope(sizes, place[axis]):+.2f}"
+            for place in (near, far)
+            for axis, sizes in (("K", PARTICLES), ("M", ESTIMATES))
+        ]
+        rows.append([name, slopes[0], expected, slopes[1], "+0.5", *slopes[2:]])
+    return table(header, rows)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the ratios against K and M, with the slopes of theory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    panels = [("near", "K", PARTICLES), ("near", "M", ESTIMATES), ("far", "K", PARTICLES)]
+    for panel, (place, axis, sizes) in zip(axes, panels, strict=True):
+        for number, name in enumerate(CURVES):
+            ratios = results[place][name][axis]
+            label = f"{name}: slope {slope(sizes, ratios):+.2f}"
+            panel.loglog(
+                sizes, [r or math.nan for r in ratios], "o-", color=f"C{number}", label=label
+            )
+            theory = 0.5 if axis == "M" else CURVES[name][2]
+            if place == "near" and theory is not None and ratios[0] > 0:
+                line = [ratios[0] * (size / sizes[0]) ** theory for size in sizes]
+                panel.loglog(sizes, line, ":", color=f"C{number}", linewidth=1)
+        other = f"K = {PARTICLES_OF_ESTIMATES}" if axis == "M" else "M = 1"
+        panel.set(
+            xlabel=axis, ylabel="signal-to-noise ratio", title=f"{place} the optimum, {other}"
+        )
+        panel.legend(fontsize=8)
+    axes[2].set_title("far from the optimum, M = 1")
+    figure.suptitle("Gradient signal-to-noise, linear Gaussian model (dotted: theory)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,48 @@
+"""The variational autoencoder of the benchmarks, written as a plain Pyro model and guide."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+
+class VAE(nn.Module):
+    """One stochastic layer, Bernoulli pixels, tanh networks with two hidden layers.
+
+    The set-up of `Importance Weighted Autoencoders` (Burda et al., arXiv 1509.00519): uniform
+    weights after Glorot, zero biases, and the logits of the mean training image as output bias.
+    """
+
+    def __init__(self, mean_image: Tensor, hidden: int = 200, latent: int = 50) -> None:
+        super().__init__()
+        pixels = mean_image.numel()
+        self.latent = latent
+        self.encoder = _tanh_network(pixels, hidden, 2 * latent)
+        self.decoder = _tanh_network(latent, hidden, pixels)
+        self.decoder[-1].bias = nn.Parameter(torch.logit(mean_image.clamp(0.001, 0.999)))
+
+    def model(self, x: Tensor) -> None:
+        """p(z) p(x | z) for a batch of binary images, ``[batch, pixels]``."""
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
+            pixels = dist.Bernoulli(logits=self.decoder(z), validate_args=False)
+            pyro.sample("x", pixels.to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z | x), a diagonal normal."""
+        pyro.module("encoder", self.encoder)
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("images", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def _tanh_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    for layer in layers:
+        bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])

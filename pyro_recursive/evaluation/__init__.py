@@ -1,0 +1,1 @@
+"""How good an approximation is; never imported by models, guides or losses."""
