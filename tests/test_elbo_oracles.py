@@ -236,7 +236,7 @@ def test_piwae_refuses_shared_parameters() -> None:
 
 @pytest.mark.parametrize("loss", [PIWAE_ELBO(3, 2, estimator="dreg"), PIWAE_ELBO(8, 8)])
 def test_piwae_in_float32_with_far_apart_estimates(loss: PIWAE_ELBO) -> None:
-    """Estimates hundreds of nats apart leave model weights of zero and guide weights that are not."""
+    """Estimates hundreds of nats apart: a model weight of zero with a guide weight that is not."""
     torch.set_default_dtype(torch.float32)
 
     def model() -> None:
@@ -261,7 +261,7 @@ def test_unknown_options_raise() -> None:
         IWAE_ELBO(3, estimator="reinforce")
     with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
         IWAE_ELBO(0)
-    with pytest.raises(ValueError, match="num_estimates must be an integer >= 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"num_estimates must be an integer >= 1, got 1\.5"):
         MIWAE_ELBO(1.5, 2)
     with pytest.raises(ValueError, match="needs num_particles >= 2, got 1"):
         IWAE_ELBO(1, estimator="vimco")

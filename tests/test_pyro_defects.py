@@ -217,7 +217,7 @@ def global_and_local(subsample: Tensor | None) -> tuple[Callable, Callable]:
 
 
 def test_one_global_latent_costs_every_datum_its_weights() -> None:
-    """Pyro falls back to one weight per data set in silence; we say so, and offer the local ones."""
+    """Pyro falls back to one weight per data set in silence; we say so, and offer the others."""
     model, guide = global_and_local(None)
     with pytest.warns(UserWarning, match=r"'data' encloses latent site 'z' but not 'shift'"):
         joint = IWAE_ELBO(50).loss(model, guide)

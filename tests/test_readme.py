@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_python_blocks_run(name: str) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert blocks
     exec("\n".join(blocks), {"__name__": "readme"})
 

@@ -19,6 +19,7 @@ class FirstNonFiniteSite(Messenger):
     """Notes the first sample site at which something is NaN or infinite."""
 
     def __init__(self) -> None:
+        """Start with nothing found."""
         super().__init__()
         self.first: str | None = None
         self._replayed: set[str] = set()

@@ -1,7 +1,7 @@
-"""The training loop that people otherwise rewrite; it stands beside `SVI.step` and replaces nothing.
+"""`fit`: epochs over minibatches, and what is recorded, kept and resumed between them.
 
-History, early stopping, minibatches, schedules, KL warm-up, checkpoints that resume bit for bit, and
-an error that names the site where a NaN arises. Model, guide and loss are used as they are.
+History, early stopping, minibatches, schedules, KL warm-up, checkpoints that resume bit for bit,
+and an error that names the site where a NaN arises. Model, guide and loss are used as they are.
 """
 
 import math
@@ -17,18 +17,17 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.optim import PyroOptim
 from torch.nn import Module
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pyro_recursive import checkpoint as checkpoints
-from pyro_recursive.checkpoint import CheckpointError, forked_rng
-from pyro_recursive.minibatches import Data, Minibatches
-from pyro_recursive.non_finite import NonFiniteError
-from pyro_recursive.schedules import KLWarmup, burda_schedule
-from pyro_recursive.training_step import Learner, MakeOptimizer, MakeScheduler, Weights
+from pyro_recursive.training import checkpoint as checkpoints
+from pyro_recursive.training.checkpoint import forked_rng
+from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
+from pyro_recursive.training.minibatches import Data, Minibatches
+from pyro_recursive.training.schedules import KLWarmup
 
-__all__ = ["CheckpointError", "History", "KLWarmup", "NonFiniteError", "burda_schedule", "fit"]
+__all__ = ["History", "fit"]
 
 VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
 
@@ -65,8 +64,10 @@ class History:
         return self.epoch[values.index(best)] if best < math.inf else None
 
     def out_of_patience(self, patience: float | None) -> bool:
-        """Whether the last ``patience`` epochs brought no better validation loss."""
-        return patience is not None and len(self.epoch) - (self.best_epoch or 0) >= patience
+        """Whether ``patience`` epochs, up to a validation just done, brought no better one."""
+        if patience is None or not self.validation or self.validation[-1] is None:
+            return False
+        return len(self.epoch) - (self.best_epoch or 0) >= patience
 
 
 def fit(
@@ -156,7 +157,8 @@ def fit(
     >>> history.steps
     [5, 10, 15]
     """
-    _check_loss(loss), _check_optimizer(optimizer)
+    _check_loss(loss, validation_loss)
+    _check_optimizer(optimizer)
     _check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
     _check_combination(kl_warmup, patience, validation, resume, checkpoint)
     if seed is not None:
@@ -170,7 +172,148 @@ def fit(
     if resume:
         run.resume()
     with run.progress_bar(epochs, disable=not progress) as bar:
-        while len(run.history.epoch) < epochs and not run.history.out_of_patience(patience):
-            epoch = len(run.history.epoch) + 1
-            ...
+        while run.num_epochs < epochs and not run.history.out_of_patience(patience):
+            weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
+            validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
+            run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
+            run.end_epoch(keep_best=patience is not None)
+    run.history.stopped_early = run.num_epochs < epochs
+    if patience is not None and run.best is not None:
+        learner.set_weights(run.best)
     return run.history
+
+
+class _Run:
+    """A run in progress; all of it but the data is in its checkpoint."""
+
+    def __init__(self, learner: Learner, batches: Minibatches, path: Path | None) -> None:
+        self.learner, self.batches, self.path = learner, batches, path
+        self.history = History()
+        self.best: Weights | None = None  # parameters and buffers of the best epoch
+
+    @property
+    def num_epochs(self) -> int:
+        """The epochs done."""
+        return len(self.history.epoch)
+
+    def progress_bar(self, epochs: int, disable: bool) -> tqdm:
+        """Return a bar over all steps, those before a resume included."""
+        count = self.batches.count
+        total = None if count is None else epochs * count
+        return tqdm(total=total, initial=self.learner.steps, unit="step", disable=disable)
+
+    def epoch(
+        self, weight: float, held_out: Minibatches | None, validation_loss: ELBO, bar: tqdm
+    ) -> None:
+        """Train for one epoch, validate, and record both."""
+        start, history = time.perf_counter(), self.history
+        loss = self._train(weight, bar)
+        validation = None if held_out is None else self._validate(held_out, validation_loss)
+        history.epoch.append(self.num_epochs + 1)
+        history.loss.append(loss)
+        history.validation.append(validation)
+        history.learning_rate.append(self.learner.learning_rate)
+        history.seconds.append(time.perf_counter() - start)
+        history.steps.append(self.learner.steps)
+        shown = {"loss": loss} if validation is None else {"loss": loss, "validation": validation}
+        bar.set_postfix(shown)
+
+    def end_epoch(self, keep_best: bool) -> None:
+        """Step the schedule, keep the best weights, write the checkpoint."""
+        validated = [value for value in self.history.validation if value is not None]
+        self.learner.end_epoch(validated[-1] if validated else self.history.loss[-1])
+        if keep_best and self.history.best_epoch == self.num_epochs:
+            self.best = self.learner.weights()
+        if self.path is not None:
+            checkpoints.save(self.path, self._state())
+
+    def resume(self) -> None:
+        """Go back to the checkpoint, if there is one.
+
+        :raises CheckpointError: it is damaged or another program's; nothing has changed
+        """
+        if self.path is None or not self.path.exists():
+            return
+        state, generators = checkpoints.load(self.path), self.batches.generators
+        checkpoints.check_generators(self.path, state["random"], generators)
+        self.learner.set_state(self.path, state["learner"], self.batches)
+        self.history, self.best = History(**state["history"]), state["best"]
+        checkpoints.set_random_state(state["random"], generators)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state(),
+            "history": asdict(self.history),
+            "best": self.best,
+            "random": checkpoints.random_state(self.batches.generators),
+        }
+
+    def _train(self, weight: float, bar: tqdm) -> float:
+        """Return the mean loss of one pass over the batches, in nats."""
+        total, count = torch.zeros(()), 0  # on the device to the end: to read it is to wait
+        warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
+        with warmup:
+            for batch in self.batches:
+                loss = self.learner.step(batch, self.num_epochs + 1)
+                total, count = total.to(loss) + loss, count + 1
+                bar.update()
+            if not count:
+                raise ValueError("The DataLoader gave no batches. Check its data set.")
+            self.learner.check(batch, self.num_epochs + 1)
+        return total.item() / count
+
+    def _validate(self, held_out: Minibatches, loss: ELBO) -> float:
+        """Return the mean loss of the validation batches, in nats, and leave no trace."""
+        learner = self.learner
+        with learner.evaluating(), forked_rng(VALIDATION_SEED, held_out.generators):
+            values = [loss.loss(learner.model, learner.guide, *batch) for batch in held_out]
+        return float(torch.as_tensor(values, dtype=torch.float64).sum() / len(values))
+
+
+def _held_out(validation: Data | None, batch_size: int | None) -> Minibatches | None:
+    if validation is None:
+        return None
+    size = None if isinstance(validation, DataLoader) else batch_size
+    return Minibatches(validation, size, shuffle=False, name="validation")
+
+
+def _check_loss(*losses: ELBO | None) -> None:
+    for loss in losses:
+        if loss is not None and not isinstance(loss, ELBO):
+            raise TypeError(
+                f"loss must be a pyro.infer.ELBO, got {loss!r}. Pass an instance such as "
+                "Trace_ELBO()."
+            )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    of_pyro = str(getattr(optimizer, "__module__", None)).startswith("pyro.optim")
+    if of_pyro or isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"optimizer must make a torch optimiser from a list of parameters, got a "
+            f"{type(optimizer).__name__}. Pass e.g. functools.partial(torch.optim.Adam, lr=1e-3); "
+            "pyro.optim optimisers belong in a loop of SVI.step."
+        )
+
+
+def _check_at_least_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+
+
+def _check_combination(
+    kl_warmup: int,
+    patience: float | None,
+    validation: Data | None,
+    resume: bool,
+    checkpoint: str | os.PathLike | None,
+) -> None:
+    if kl_warmup < 0:
+        raise ValueError(f"kl_warmup must be 0 (none) or a number of epochs, got {kl_warmup}.")
+    if patience is not None and not patience >= 1:
+        raise ValueError(f"patience must be at least 1 epoch, or None, got {patience}.")
+    if patience is not None and validation is None:
+        raise ValueError(f"patience={patience} needs a validation loss. Pass validation data.")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")

@@ -19,9 +19,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_recursive import checkpoint
-from pyro_recursive.minibatches import Batch, Minibatches
-from pyro_recursive.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
+from pyro_recursive.training import checkpoint
+from pyro_recursive.training.minibatches import Batch, Minibatches
+from pyro_recursive.training.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
 
 __all__ = ["Learner", "MakeOptimizer", "MakeScheduler"]
 
@@ -46,6 +46,7 @@ class Learner:
         check_every: int | None = None,
         modules: Iterable[Module] = (),
     ) -> None:
+        """Keep what `fit` was given; parameters and optimiser come with the first step."""
         self.model, self.guide, self.loss = model, guide, loss
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.clip_norm, self.check_every = clip_norm, check_every
@@ -62,7 +63,7 @@ class Learner:
 
         :raises NonFiniteError: before the optimiser has changed anything
         """
-        before = _torch_state()
+        before = checkpoint.torch_state()
         try:
             loss = self._differentiate(batch)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
@@ -70,15 +71,14 @@ class Learner:
             if site is None:
                 raise
             raise self._error(batch, epoch, site) from error
-        if self.optimizer is None:
-            self._start_optimizer()
+        optimizer = self.optimizer or self._start_optimizer()
         norm = clip_grad_norm_(self.parameters.values(), self.clip_norm).double()
         self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
         every = 1 if norm.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY
         if self.steps % (self.check_every or every) == 0:
             self.check(batch, epoch, before)
-        assert self.optimizer is not None
-        self.optimizer.step()
+        optimizer.step()
+        self._zero_gradients()  # what comes after, an SVI perhaps, would add to them
         self.steps += 1
         return loss
 
@@ -88,7 +88,9 @@ class Learner:
         :raises NonFiniteError: naming step, epoch and the place where the NaN or infinity arises
         """
         if not math.isfinite(self.health.item()):
-            raise self._error(batch, epoch, self._first_site(batch, before or _torch_state()))
+            raise self._error(
+                batch, epoch, self._first_site(batch, before or checkpoint.torch_state())
+            )
 
     def end_epoch(self, value: float) -> None:
         """Step the learning-rate schedule; ``value`` is for one that waits for a plateau."""
@@ -118,13 +120,12 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on, random states aside."""
-        assert self.optimizer is not None
         return {
             "weights": self.weights(),
             "num_initial": self.num_initial,
             "steps": self.steps,
-            "optimizer": _state_of(self.optimizer),
-            "scheduler": _state_of(self.scheduler),
+            "optimizer": checkpoint.state_of(self.optimizer),
+            "scheduler": checkpoint.state_of(self.scheduler),
         }
 
     def set_state(self, path: Path, state: dict[str, Any], batches: Minibatches) -> None:
@@ -139,7 +140,7 @@ class Learner:
         self.parameters = {name: self.parameters[name] for name in saved["parameters"]}
         self._start_optimizer(state["num_initial"])
         for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
-            _set_state_of(owner, path, kind, state[kind])
+            checkpoint.set_state_of(owner, path, kind, state[kind])
         self.set_weights(saved)
         self.steps = state["steps"]
 
@@ -179,9 +180,9 @@ class Learner:
                 seen.add(id(parameter))
                 self.parameters[name] = parameter
                 if self.optimizer is not None:
-                    self._add_to_optimizer(parameter)
+                    _add(self.optimizer, parameter)
 
-    def _start_optimizer(self, num_initial: int | None = None) -> None:
+    def _start_optimizer(self, num_initial: int | None = None) -> Optimizer:
         """Make optimiser and schedule, with the first parameters and then those seen later."""
         parameters = list(self.parameters.values())
         if not parameters:
@@ -198,13 +199,9 @@ class Learner:
             )
         self.optimizer = optimizer
         for parameter in parameters[self.num_initial :]:
-            self._add_to_optimizer(parameter)
+            _add(optimizer, parameter)
         self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None
-
-    def _add_to_optimizer(self, parameter: Tensor) -> None:
-        # A group of its own would start at the first learning rate, and no schedule would know it.
-        assert self.optimizer is not None
-        self.optimizer.param_groups[-1]["params"].append(parameter)
+        return optimizer
 
     def _zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -239,7 +236,7 @@ class Learner:
         watch = FirstNonFiniteSite()
         with checkpoint.forked_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _set_torch_state(state)
+            checkpoint.set_torch_state(state)
             with pyro.validation_enabled(False), watch:
                 try:
                     self._differentiate(batch)
@@ -257,9 +254,9 @@ class Learner:
         return NonFiniteError(
             f"The loss or its gradient is not finite in step {self.steps + 1}, epoch {epoch}. "
             f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
-            "The optimiser has not taken this step. Clean or mask the data if the cause is there; "
-            "else lower the learning rate, set clip_norm, or keep scales away from 0. (Checks that "
-            "are more than one step apart, check_every, may come late.)"
+            "Clean or mask the data if the cause is there; else lower the learning rate, set "
+            "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "
+            "this step; without, the cause may lie some steps back."
         )
 
 
@@ -282,40 +279,6 @@ def _copy(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         live[name].copy_(tensor)
 
 
-def _state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:
-    if owner is None:
-        return None
-    return {"class": type(owner).__name__, "state": owner.state_dict()}
-
-
-def _set_state_of(
-    owner: Optimizer | LRScheduler | None, path: Path, kind: str, saved: dict[str, Any] | None
-) -> None:
-    """Load the state of an optimiser or scheduler of the same class.
-
-    :raises CheckpointError: it is of another class, or has other parameter groups
-    """
-    got, expected = type(owner).__name__, saved["class"] if saved else "NoneType"
-    problem = f"it was {expected}, now {got}" if got != expected else None
-    try:
-        if owner is not None and saved is not None and problem is None:
-            owner.load_state_dict(saved["state"])
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        raise checkpoint.CheckpointError(
-            f"Checkpoint '{path}' does not fit the {kind}: {problem}. Use the {kind} of the run "
-            "that wrote it, or another file."
-        )
-
-
-def _torch_state() -> list[Tensor]:
-    """Return the random states of torch alone: cheap enough for each step, and no wait."""
-    state = [torch.get_rng_state()]
-    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
-
-
-def _set_torch_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for cuda_state in state[1:]:
-        torch.cuda.set_rng_state(cuda_state)
+def _add(optimizer: Optimizer, parameter: Tensor) -> None:
+    # A group of its own would start at the first learning rate, and no schedule would know it.
+    optimizer.param_groups[-1]["params"].append(parameter)

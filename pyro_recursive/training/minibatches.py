@@ -39,6 +39,7 @@ class Minibatches:
         transform: Callable | None = None,
         name: str = "data",
     ) -> None:
+        """Check the data; draw the seed of their order from the global random state."""
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         self.batch_size, self.transform, self.name = batch_size, transform, name
         _check_batch_size(batch_size, self.data)
@@ -47,7 +48,7 @@ class Minibatches:
         self.order: Generator | None = None
         if shuffle and batch_size is not None:
             # One draw, so that pyro.set_rng_seed decides the order and the order nothing else.
-            self.order = Generator().manual_seed(int(torch.randint(2**62, ())))
+            self.order = Generator("cpu").manual_seed(int(torch.randint(2**62, (), device="cpu")))
 
     @property
     def generators(self) -> list[Generator]:
@@ -86,12 +87,10 @@ class Minibatches:
         if self.order is None:
             yield from (tuple(column[part] for column in columns) for part in parts)
             return
-        order = torch.randperm(rows, generator=self.order)
+        order = torch.randperm(rows, generator=self.order, device="cpu")
         orders = [order.to(column.device) for column in columns]  # one transfer per epoch
         for part in parts:
-            yield tuple(
-                column[own[part]] for column, own in zip(columns, orders, strict=True)
-            )
+            yield tuple(column[own[part]] for column, own in zip(columns, orders, strict=True))
 
 
 def _as_tuple(batch: Any) -> Batch:

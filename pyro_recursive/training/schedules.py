@@ -62,6 +62,7 @@ class KLWarmup(Messenger):
     """
 
     def __init__(self, weight: float) -> None:
+        """Take the weight."""
         if not weight > 0:
             raise ValueError(f"The weight of the latents must be above 0, got {weight}.")
         super().__init__()

@@ -5,9 +5,8 @@ running any code that it might contain.
 """
 
 import os
-import random
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import pyro
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Generator, Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["CheckpointError", "forked_rng", "load", "random_state", "save", "set_random_state"]
 
@@ -99,6 +100,19 @@ def check_tensors(
         )
 
 
+def check_generators(path: Path, state: Mapping[str, Any], live: Collection[Generator]) -> None:
+    """Raise where a file has another number of data orders than the program.
+
+    :raises CheckpointError: naming the file and both numbers
+    """
+    if len(state["generators"]) != len(live):
+        raise CheckpointError(
+            f"Checkpoint '{path}' does not fit the data: it holds {len(state['generators'])} "
+            f"generators of their order, the program has {len(live)}. Use the data, batch_size and "
+            "shuffle of the run that wrote it, or another file."
+        )
+
+
 def _outline(tensor: Tensor | None) -> str:
     if tensor is None:
         return "missing"
@@ -132,10 +146,10 @@ def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] =
 def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) -> Iterator[None]:
     """Leave no trace of the block's random draws; start the block from a seed, if given.
 
-    >>> state = random.getstate()
+    >>> state = torch.get_rng_state()
     >>> with forked_rng(seed=0):
-    ...     draw = random.random()
-    >>> random.getstate() == state
+    ...     draw = torch.rand(3)
+    >>> torch.equal(torch.get_rng_state(), state)
     True
     """
     generators = list(generators)
@@ -146,3 +160,44 @@ def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) ->
         yield
     finally:
         set_random_state(before, generators)
+
+
+def state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:
+    """Return the state and the class of an optimiser or scheduler."""
+    if owner is None:
+        return None
+    return {"class": type(owner).__name__, "state": owner.state_dict()}
+
+
+def set_state_of(
+    owner: Optimizer | LRScheduler | None, path: Path, kind: str, saved: dict[str, Any] | None
+) -> None:
+    """Load the state of an optimiser or scheduler of the same class.
+
+    :raises CheckpointError: it is of another class, or has other parameter groups
+    """
+    got, expected = type(owner).__name__, saved["class"] if saved else "NoneType"
+    problem = f"it was {expected}, now {got}" if got != expected else None
+    try:
+        if owner is not None and saved is not None and problem is None:
+            owner.load_state_dict(saved["state"])
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise CheckpointError(
+            f"Checkpoint '{path}' does not fit the {kind}: {problem}. Use the {kind} of the run "
+            "that wrote it, or another file."
+        )
+
+
+def torch_state() -> list[Tensor]:
+    """Return the random states of torch alone: cheap enough for each step, and no wait."""
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
+
+
+def set_torch_state(state: list[Tensor]) -> None:
+    """Set the random states of torch from what `torch_state` returned."""
+    torch.set_rng_state(state[0])
+    for cuda_state in state[1:]:
+        torch.cuda.set_rng_state(cuda_state)
