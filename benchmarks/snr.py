@@ -9,7 +9,6 @@ sqrt(M / K), and that of DReG grows with K.
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,11 @@ from benchmarks.report import hardware, table, write_json
 from pyro_recursive import MIWAE_ELBO
 
 DIM, POINTS = 20, 16
-PARTICLES = (4, 8, 16, 32, 64, 128, 256)
+ROWS_PER_PASS = 200_000  # copies times samples times data
+PARTICLES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+ASYMPTOTIC = 64  # the theory is for large K: slopes in K are fitted from here
 ESTIMATES = (1, 2, 4, 8, 16, 32)
+SIZES = {"K": PARTICLES, "M": ESTIMATES}
 PARTICLES_OF_ESTIMATES = 8
 CURVES = {  # label: (estimator, parameter, the slope in K that theory gives)
     "model": ("pathwise", "mu", 0.5),
@@ -32,8 +34,6 @@ CURVES = {  # label: (estimator, parameter, the slope in K that theory gives)
     "guide, dreg": ("dreg", "b", None),
     "guide, stl (biased)": ("stl", "b", None),
 }
-
-Program = Callable[[Tensor], None]
 
 
 def main(arguments: list[str]) -> None:
@@ -59,57 +59,61 @@ def main(arguments: list[str]) -> None:
 
 def measure(perturbation: float, draws: int) -> dict[str, dict[str, list[float]]]:
     """Return each curve's ratios, against K at M = 1 and against M at a fixed K."""
-    model, guide, x = problem(perturbation)
+    problem = Problem(perturbation)
     curves: dict[str, dict[str, list[float]]] = {name: {"K": [], "M": []} for name in CURVES}
     axes = [("K", 1, k) for k in PARTICLES]
     axes += [("M", m, PARTICLES_OF_ESTIMATES) for m in ESTIMATES]
     for axis, estimates, particles in tqdm(axes, desc=f"perturbation {perturbation}"):
         for estimator in dict.fromkeys(estimator for estimator, _, _ in CURVES.values()):
-            loss = MIWAE_ELBO(estimates, particles, estimator=estimator, max_plate_nesting=1)
-            gradients = draw_gradients(loss, model, guide, x, draws)
+            loss = MIWAE_ELBO(estimates, particles, estimator=estimator, max_plate_nesting=2)
+            gradients = problem.gradients(loss, draws)
             for name, (wanted, parameter, _) in CURVES.items():
                 if wanted == estimator:
                     curves[name][axis].append(signal_to_noise(gradients[parameter]))
     return curves
 
 
-def problem(perturbation: float) -> tuple[Program, Program, Tensor]:
-    """Return model, guide and data, with the parameters set near the optimum."""
-    truth = torch.randn(DIM)
-    x = truth + math.sqrt(2) * torch.randn(POINTS, DIM)
-    off = {"mu": (DIM,), "A": (DIM, DIM), "b": (DIM,)}
-    noise = {name: perturbation * torch.randn(shape) for name, shape in off.items()}
-    best = {"mu": x.mean(0), "A": torch.eye(DIM) / 2, "b": x.mean(0) / 2}
-    pyro.clear_param_store()
+class Problem:
+    """The linear Gaussian model with its parameters moved off the optimum.
 
-    def parameter(name: str) -> Tensor:
-        return pyro.param(name, lambda: best[name] + noise[name])
+    A plate of copies, each with parameters of its own at the same place, gives as many independent
+    draws of the gradient in one pass.
+    """
 
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(parameter("mu"), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+    def __init__(self, perturbation: float) -> None:
+        truth = torch.randn(DIM)
+        self.x = truth + math.sqrt(2) * torch.randn(POINTS, DIM)
+        mean = self.x.mean(0)
+        self.mu = mean + perturbation * torch.randn(DIM)
+        slope = torch.eye(DIM) / 2 + perturbation * torch.randn(DIM, DIM)
+        self.b = mean / 2 + perturbation * torch.randn(DIM)
+        self.projected = self.x @ slope.T
 
-    def guide(x: Tensor) -> None:
-        loc = x @ parameter("A").T + parameter("b")
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, math.sqrt(2 / 3)).to_event(1))
+    def model(self, copies: int) -> None:
+        mu = pyro.param("mu", lambda: self.mu.repeat(copies, 1, 1))
+        with pyro.plate("copies", copies, dim=-2), pyro.plate("data", POINTS, dim=-1):
+            z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
+            x = dist.Normal(z, 1.0).to_event(1)
+            pyro.sample("x", x, obs=self.x.expand(copies, POINTS, DIM))
 
-    return model, guide, x
+    def guide(self, copies: int) -> None:
+        b = pyro.param("b", lambda: self.b.repeat(copies, 1, 1))
+        with pyro.plate("copies", copies, dim=-2), pyro.plate("data", POINTS, dim=-1):
+            pyro.sample("z", dist.Normal(self.projected + b, math.sqrt(2 / 3)).to_event(1))
 
-
-def draw_gradients(
-    loss: MIWAE_ELBO, model: Program, guide: Program, x: Tensor, draws: int
-) -> dict[str, Tensor]:
-    """Return independent draws of the gradient of each parameter, ``[draws, D]``."""
-    names = ("mu", "b")
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for _ in range(draws):
-        value = loss.differentiable_loss(model, guide, x)
-        parameters = [pyro.param(name).unconstrained() for name in names]
-        for name, gradient in zip(names, torch.autograd.grad(value, parameters), strict=True):
-            rows[name].append(gradient)
-    return {name: torch.stack(values) for name, values in rows.items()}
+    def gradients(self, loss: MIWAE_ELBO, draws: int) -> dict[str, Tensor]:
+        """Return independent draws of the gradient of each parameter, ``[draws, D]``."""
+        rows: dict[str, list[Tensor]] = {"mu": [], "b": []}
+        samples = loss.num_estimates * loss.num_particles
+        copies = max(1, min(draws, ROWS_PER_PASS // (samples * POINTS)))
+        for _ in range(-(-draws // copies)):
+            pyro.clear_param_store()
+            loss.loss_and_grads(self.model, self.guide, copies)
+            for name, kept in rows.items():
+                gradient = pyro.param(name).unconstrained().grad
+                assert gradient is not None
+                kept.append(gradient[:, 0])
+        return {name: torch.cat(kept)[:draws] for name, kept in rows.items()}
 
 
 def signal_to_noise(draws: Tensor) -> float:
@@ -123,9 +127,11 @@ def signal_to_noise(draws: Tensor) -> float:
     return math.sqrt(max((signal / variance).mean().item(), 0.0))
 
 
-def slope(sizes: tuple[int, ...], ratios: list[float]) -> float:
+def slope(axis: str, ratios: list[float]) -> float:
     """Return the least-squares slope in log-log coordinates, over the positive ratios."""
-    kept = [(math.log(s), math.log(r)) for s, r in zip(sizes, ratios, strict=True) if r > 0]
+    pairs = zip(SIZES[axis], ratios, strict=True)
+    least = ASYMPTOTIC if axis == "K" else 1
+    kept = [(math.log(s), math.log(r)) for s, r in pairs if r > 0 and s >= least]
     if len(kept) < 2:
         return math.nan
     x, y = (torch.tensor(column) for column in zip(*kept, strict=True))
@@ -140,11 +146,7 @@ def report(results: dict[str, Any]) -> str:
     for name, (_, _, theory) in CURVES.items():
         near, far = results["near"][name], results["far"][name]
         expected = "> 0" if theory is None else f"{theory:+.1f}"
-        slopes = [
-            f"{slope(sizes, place[axis]):+.2f}"
-            for place in (near, far)
-            for axis, sizes in (("K", PARTICLES), ("M", ESTIMATES))
-        ]
+        slopes = [f"{slope(axis, place[axis]):+.2f}" for place in (near, far) for axis in SIZES]
         rows.append([name, slopes[0], expected, slopes[1], "+0.5", *slopes[2:]])
     return table(header, rows)
 
@@ -157,17 +159,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    panels = [("near", "K", PARTICLES), ("near", "M", ESTIMATES), ("far", "K", PARTICLES)]
-    for panel, (place, axis, sizes) in zip(axes, panels, strict=True):
+    panels = [("near", "K"), ("near", "M"), ("far", "K")]
+    for panel, (place, axis) in zip(axes, panels, strict=True):
+        sizes = SIZES[axis]
         for number, name in enumerate(CURVES):
             ratios = results[place][name][axis]
-            label = f"{name}: slope {slope(sizes, ratios):+.2f}"
+            label = f"{name}: slope {slope(axis, ratios):+.2f}"
             panel.loglog(
                 sizes, [r or math.nan for r in ratios], "o-", color=f"C{number}", label=label
             )
             theory = 0.5 if axis == "M" else CURVES[name][2]
-            if place == "near" and theory is not None and ratios[0] > 0:
-                line = [ratios[0] * (size / sizes[0]) ** theory for size in sizes]
+            if place == "near" and theory is not None and ratios[-1] > 0:
+                line = [ratios[-1] * (size / sizes[-1]) ** theory for size in sizes]
                 panel.loglog(sizes, line, ":", color=f"C{number}", linewidth=1)
         other = f"K = {PARTICLES_OF_ESTIMATES}" if axis == "M" else "M = 1"
         panel.set(

@@ -2,8 +2,8 @@
 
 All variants do the same work on the same networks (784-200-200-50 and back), with fused Adam;
 the last two rows are stock `pyro.infer.SVI` with Pyro's optimiser. Repeats are interleaved; a ratio
-is the median of per-repeat ratios. ``--validation`` leaves Pyro's argument checks on, as they are by
-default; hand-written code has none, so they are off unless asked for.
+is the median of per-repeat ratios. ``--validation`` leaves Pyro's argument checks on, as they are
+by default; hand-written code has none, so they are off unless asked for.
 """
 
 import argparse

@@ -30,11 +30,17 @@ class Coefficients(NamedTuple):
     of the others. Where a score-handled density depends on a reparameterised site above it, that
     site's path also carries ``score`` times the derivative of the density, plus ``c`` times it
     where ``density`` is ``-c`` (there, the joint derivative of log w has taken it away).
+
+    Those multiply the densities in the weights. Where a site is scaled or masked there, its samples
+    still come from all of its density, and the identities above hold for that one: ``density_rest``
+    and ``score_rest`` multiply the whole density minus the part in the weights.
     """
 
     path: Tensor | None
     density: Tensor | None
     score: Tensor | None = None
+    density_rest: Tensor | None = None
+    score_rest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class Estimator:
             table = self.coefficients(bound, log_weights)
             if self.signal is None:
                 return table
-            score = self.signal(bound, log_weights) - bound.derivatives(log_weights).first
-            return table._replace(score=score)
+            signal = self.signal(bound, log_weights)
+            score = signal - bound.derivatives(log_weights).first
+            return table._replace(score=score, score_rest=signal)
 
 
 def pathwise(bound: Bound, log_weights: Tensor) -> Coefficients:
@@ -82,7 +89,9 @@ def doubly_reparameterized(bound: Bound, log_weights: Tensor) -> Coefficients:
     on ``z_k`` through ``log w_k`` alone; for IWAE it leaves the squared weights.
     """
     first, second = bound.derivatives(log_weights)
-    return Coefficients(path=first - second, density=None)
+    # Less its mean, which a score may have without bias: no noise where all weights are equal.
+    rest = first - 1 / first.shape[:2].numel()
+    return Coefficients(path=first - second, density=None, density_rest=rest)
 
 
 def wake(bound: Bound, log_weights: Tensor) -> Coefficients:
@@ -92,7 +101,7 @@ def wake(bound: Bound, log_weights: Tensor) -> Coefficients:
     by its density alone.
     """
     first = bound.derivatives(log_weights).first
-    return Coefficients(path=None, density=first, score=first)
+    return Coefficients(None, density=first, score=first, density_rest=first, score_rest=first)
 
 
 def doubly_reparameterized_wake(bound: Bound, log_weights: Tensor) -> Coefficients:

@@ -13,8 +13,10 @@ independent replicates: the M estimates, or for M = 1 the two halves of the K sa
 covariance is taken to fall as 1/K.
 """
 
+import warnings
 from collections.abc import Sequence
 
+import pyro
 import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
@@ -36,10 +38,21 @@ class LearnedBeta(PyroModule):
             raise ValueError(f"a learned beta must start inside (0, 1), got {beta}")
         super().__init__(name)
         self.beta = PyroParam(torch.tensor(beta), constraint=constraints.unit_interval)
+        _warn_if_stored(f"{name}.beta", beta)
 
     def forward(self) -> Tensor:
         """Return beta through `pyro.param`, where `SVI` and `fit` can see it."""
         return self.beta
+
+
+def _warn_if_stored(name: str, beta: float) -> None:
+    store = pyro.get_param_store()
+    if name in store and abs(store[name].item() - beta) > 1e-6:
+        warnings.warn(
+            f"Pyro's parameter store already holds '{name}' = {store[name].item():.3g}, which goes "
+            f"before beta={beta}. Give each loss a name of its own, or clear the store.",
+            stacklevel=4,
+        )
 
 
 def check_replicates(num_estimates: int, num_particles: int, estimator: Estimator) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -128,8 +129,10 @@ class Densities:
     """Log-densities as ``[M, K, *plates]`` in nats; None for a group without sites.
 
     ``model`` is log p; ``density``, ``score`` and ``jacobian`` together are log q: of the
-    reparameterised sites, of the other sampled ones, and of what is computed from them. ``names``
-    are the sites that were asked for, None for all.
+    reparameterised sites, of the other sampled ones, and of what is computed from them. Scales and
+    masks are in these; ``density_rest`` and ``score_rest`` are what they took away from the density
+    that the samples come from, None where they took nothing. ``names`` are the sites that were
+    asked for, None for all.
     """
 
     layout: Layout
@@ -137,6 +140,8 @@ class Densities:
     density: Tensor | None
     score: Tensor | None
     jacobian: Tensor | None
+    density_rest: Tensor | None = None
+    score_rest: Tensor | None = None
     names: frozenset[str] | None = None
 
     @property
@@ -155,15 +160,19 @@ def densities(
     runs: Sequence[Draw], layout: Layout, only: frozenset[str] | None = None
 ) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
+    names = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
     groups: dict[str, list[list[tuple[Site, Tensor]]]] = {
-        name: [[] for _ in runs] for name in ("model", "density", "score", "jacobian")
+        name: [[] for _ in runs] for name in names
     }
     for number, run in enumerate(runs):
         for trace, group_of in ((run.model, lambda site: "model"), (run.guide, guide_group)):
             for site in sites(trace):
                 if only is None or site["name"] in only:
-                    entry = (site, log_density(site, layout))
-                    groups[group_of(site)][number].append(entry)
+                    group, log_prob = group_of(site), log_density(site, layout)
+                    groups[group][number].append((site, log_prob))
+                    if group in ("density", "score") and _is_weighted(site, layout):
+                        rest = (site, _whole_density(site) - log_prob)
+                        groups[f"{group}_rest"][number].append(rest)
     tensors = {name: layout.gather(group) for name, group in groups.items()}
     return Densities(layout, **tensors, names=only)
 
@@ -177,18 +186,47 @@ def guide_group(site: Site) -> str:
 
 def log_density(site: Site, layout: Layout) -> Tensor:
     """Return a site's log-density with mask and user's scale, without the shared plates' scale."""
+    log_prob = scale_and_mask(_log_prob(site, site["fn"]), _own_scale(site, layout), site["mask"])
+    check_batch_shape(site, log_prob.shape)
+    return log_prob
+
+
+def _log_prob(site: Site, fn: Any) -> Tensor:
+    try:
+        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"At site '{site['name']}': {error}") from error
+
+
+def _own_scale(site: Site, layout: Layout) -> Any:
+    """Return a site's scale without that of the shared plates."""
     shared = {frame.name for frame in layout.plates}
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
         if frame.name in shared:
             scale = scale / _subsample_scale(frame)
-    try:
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    except ValueError as error:
-        raise ValueError(f"At site '{site['name']}': {error}") from error
-    log_prob = scale_and_mask(log_prob, scale, site["mask"])
-    check_batch_shape(site, log_prob.shape)
-    return log_prob
+    return scale
+
+
+def _is_weighted(site: Site, layout: Layout) -> bool:
+    """Whether a scale or a mask changes the site's density."""
+    masked = site["mask"] is not None or _unmasked(site["fn"]) is not site["fn"]
+    scale = _own_scale(site, layout)
+    return masked or isinstance(scale, Tensor) or scale != 1
+
+
+def _whole_density(site: Site) -> Tensor:
+    """Return the log-density that a guide site is sampled from, whatever its scale and mask."""
+    return _log_prob(site, _unmasked(site["fn"]))
+
+
+def _unmasked(fn: Any) -> Any:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, dist.Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def layout_of(
@@ -243,7 +281,7 @@ def warn_if_joint(runs: Sequence[Draw], layout: Layout) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
     if layout.plates:
         return
-    latent = [site for site in sites(runs[0].guide) if not site["is_observed"]]
+    latent = [site for site in sites(runs[0].model) if not site["is_observed"]]
     for site in sites(runs[0].model):
         for name, frame in _frames(site).items():
             local = next((s["name"] for s in latent if name in _frames(s)), None)
@@ -251,8 +289,8 @@ def warn_if_joint(runs: Sequence[Draw], layout: Layout) -> None:
                 outside = next((s["name"] for s in latent if name not in _frames(s)), "?")
                 warnings.warn(
                     f"Plate '{name}' encloses latent site '{local}' but not '{outside}', so that "
-                    "all its entries share one joint weight: a valid bound, looser than one with "
-                    "a weight each. global_latents='elbo' gives those.",
+                    f"all its {frame.size} entries share one joint weight: a valid bound, but the "
+                    "more entries the looser. global_latents='elbo' gives each entry its own.",
                     stacklevel=4,
                 )
                 return

@@ -12,9 +12,10 @@ coefficient from one backward pass through the model.
 
 from collections.abc import Iterable, Sequence
 
+import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.bounds import Bound
 from pyro_recursive.estimators import Coefficients, Estimator
@@ -45,6 +46,8 @@ def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: E
         - _dot(guide, local.jacobian, log_weights)
         + _dot(table.density, local.density, log_weights)
         + _dot(table.score, local.score, log_weights)
+        + _dot(table.density_rest, local.density_rest, log_weights)
+        + _dot(table.score_rest, local.score_rest, log_weights)
         + _along_paths(local, own, table, guide)
     )
 
@@ -80,13 +83,19 @@ def _along_paths(
         return 0.0
     guide, ratio = _ratio(table.path, guide)
     _scale(dens, paths, ratio)
+    zero = torch.zeros_like(ratio)
+    score = zero if table.score is None else table.score
     outputs, weights = [], []
-    for log_q, coefficient in ((dens.density, table.density), (dens.score, table.score)):
+    # What multiplies each part of log q, and what its derivative sends up the path.
+    for log_q, own, upstream in (
+        (dens.density, table.density, -table.path),
+        (dens.score, table.score, score - table.path),
+        (dens.density_rest, table.density_rest, zero),
+        (dens.score_rest, table.score_rest, score),
+    ):
         if log_q is not None and log_q.requires_grad:
-            own = torch.zeros_like(ratio) if coefficient is None else coefficient
-            upstream = own if log_q is dens.score else torch.zeros_like(own)
             outputs.append(log_q)
-            weights.append(upstream - table.path - ratio * own)
+            weights.append(upstream if own is None else upstream - ratio * own)
     if not outputs:
         return 0.0
     derivatives = torch.autograd.grad(
@@ -148,7 +157,7 @@ def _refuse_score_sites(runs: Sequence[Draw], local: Densities, estimator: Estim
 
 def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
     for site in sites(runs[0].guide):
-        if is_delta(site) and site["value"].requires_grad:
+        if is_delta(site) and _parameters([site["value"]], runs):
             raise NotImplementedError(
                 f"Guide site '{site['name']}' is computed from parameters, and a wake-phase "
                 "estimator has no gradient for that. Use estimator='dreg'."
@@ -157,25 +166,34 @@ def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
 
 def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
     """Raise where model and guide share a parameter: its two gradients have different targets."""
-    model = {id(parameter) for _, parameter in _parameters(runs[0].model)}
-    for name, parameter in _parameters(runs[0].guide):
-        if id(parameter) in model and _moves_guide(parameter, runs, local):
-            raise ValueError(
-                f"Parameter '{name}' belongs to model and guide, which climb different objectives "
-                "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
-            )
+    paths = [path.value for run in runs for path in run.paths]
+    values = [site["value"] for run in runs for site in sites(run.guide)]
+    guide = _parameters([local.density, local.score, local.jacobian, *paths, *values], runs)
+    for parameter in guide & _parameters([local.model], runs):
+        name = pyro.get_param_store().param_name(parameter)
+        known = f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"
+        raise ValueError(
+            f"Parameter {known} belongs to model and guide, which climb different objectives "
+            "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
+        )
 
 
-def _parameters(trace: poutine.Trace) -> list[tuple[str, Tensor]]:
-    return [(name, trace.nodes[name]["value"].unconstrained()) for name in trace.param_nodes]
+def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[Draw]) -> set[Tensor]:
+    """Return the leaves that tensors depend on, other than through a cut.
 
-
-def _moves_guide(parameter: Tensor, runs: Sequence[Draw], local: Densities) -> bool:
-    """Whether the guide depends on a parameter, and did not only pass by it (as messengers do)."""
-    values = [site["value"] for site in sites(runs[0].guide)]
-    outputs = [local.density, local.score, local.jacobian, *values]
-    moving = [out.sum() for out in outputs if out is not None and out.requires_grad]
-    if not moving or not parameter.requires_grad:
-        return False
-    found = torch.autograd.grad(moving, parameter, retain_graph=True, allow_unused=True)
-    return found[0] is not None
+    Read off the graph, so that parameters count whether Pyro knows of them or not.
+    """
+    cuts = [path.stand_in for run in runs for path in (*run.paths, *run.crossings)]
+    seen = {get_gradient_edge(stand_in).node for stand_in in cuts}
+    moving = [out for out in outputs if out is not None and out.requires_grad]
+    pending = [get_gradient_edge(out).node for out in moving]
+    found = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions and hasattr(node, "variable"):
+            found.add(node.variable)
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return found

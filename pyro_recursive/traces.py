@@ -8,7 +8,7 @@ goes on to the sample multiplied by a factor that is known only after the forwar
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
@@ -157,35 +157,45 @@ def _draw(
     sharing = _ShareWithinEstimate(shared, particles)
     for particle in range(1 if particles.dim is not None else particles.total):
         sharing.particle = particle
+        noise = _SameNoise() if replay != "none" else nullcontext()
         with _particle_plate(particles):
-            with sharing:
+            with sharing, noise:
                 guide = _run_guide(program, subsample)
-            run = _continue(program, guide, particle, replay, cut_model, subsample)
+            with noise:
+                guide, paths = _replayed(program, guide, particle, replay)
+            run = _continue(program, guide, paths, particle, cut_model, subsample)
         if subsample is None:
             subsample = subsample_sites(run)
         runs.append(run)
     return runs
 
 
-def _continue(
-    program: Program,
-    guide: poutine.Trace,
-    particle: int,
-    replay: Replay,
-    cut_model: bool,
-    subsample: poutine.Trace | None,
-) -> Draw:
-    """Replay the guide where asked, then the model on the guide's values.
+def _replayed(
+    program: Program, guide: poutine.Trace, particle: int, replay: Replay
+) -> tuple[poutine.Trace, list[Path]]:
+    """Run the guide once more where asked.
 
-    Delta sites of the guide are not replayed: they are computed again from what they depend on.
+    Its Delta sites are not replayed: they are computed again from what they depend on.
     """
     paths: list[Path] = []
-    crossings: list[Path] = []
     if replay == "values":
         guide = _run_guide(program, _with_values(_without(guide, is_delta), _detached))
     elif replay == "paths":
         cut = _without(guide, is_delta)
         guide = _run_guide(program, _with_values(cut, _cut(particle, paths)))
+    return guide, paths
+
+
+def _continue(
+    program: Program,
+    guide: poutine.Trace,
+    paths: list[Path],
+    particle: int,
+    cut_model: bool,
+    subsample: poutine.Trace | None,
+) -> Draw:
+    """Replay the model on the guide's values."""
+    crossings: list[Path] = []
     source = _with_values(guide, _cut(particle, crossings)) if cut_model else guide
     model = poutine.trace(poutine.replay(program.model, trace=_merged(source, subsample)))
     return Draw(model.get_trace(*program.args, **program.kwargs), guide, paths, crossings)
@@ -293,6 +303,41 @@ def _particle_plate(particles: Particles) -> ExitStack:
     if particles.dim is not None:
         stack.enter_context(pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim))
     return stack
+
+
+class _SameNoise(Messenger):
+    """Gives two runs of a guide the same noise outside its sites: dropout, say.
+
+    The first run notes the random state at its start and after each site, the second goes back to
+    it; otherwise densities would be those of another guide than the one that sampled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, list[Tensor]] = {}
+        self.again = False
+
+    def __enter__(self) -> "_SameNoise":
+        self.again = bool(self.states)
+        self._meet("")
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self._meet(msg["name"])
+
+    def _meet(self, name: str) -> None:
+        if not self.again:
+            self.states[name] = _random_state()
+        elif name in self.states:
+            cpu, *cuda = self.states[name]
+            torch.set_rng_state(cpu)
+            for state in cuda:
+                torch.cuda.set_rng_state(state)
+
+
+def _random_state() -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 class _ShareWithinEstimate(Messenger):

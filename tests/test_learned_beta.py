@@ -161,6 +161,14 @@ def test_refusals(make: partial, message: str) -> None:
         make()
 
 
+def test_a_stored_beta_goes_first_and_says_so() -> None:
+    first = CIWAE_ELBO(4, beta=0.9, learn_beta=True)
+    assert first.beta.item() == pytest.approx(0.9)
+    with pytest.warns(UserWarning, match=r"already holds 'ciwae\.beta' = 0\.9"):
+        assert CIWAE_ELBO(4, beta=0.1, learn_beta=True).beta.item() == pytest.approx(0.9)
+    assert CIWAE_ELBO(4, beta=0.1, learn_beta=True, name="b").beta.item() == pytest.approx(0.1)
+
+
 def test_criterion_without_path_is_zero() -> None:
     """A guide without reparameterised parameters leaves beta where the estimate says nothing."""
 

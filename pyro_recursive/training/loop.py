@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
-from pyro_recursive.training.minibatches import Data, Minibatches
+from pyro_recursive.training.minibatches import Data, Minibatches, rows_of
 from pyro_recursive.training.schedules import KLWarmup
 
 __all__ = ["History", "fit"]
@@ -40,7 +40,8 @@ class History:
     nats: of the full data where the model's plate knows their size (``pyro.plate("data", size,
     subsample=batch)``), of the batch where it does not. During KL warm-up it is the weighted loss.
     ``validation`` is the same mean over the validation batches, never weighted, None in an epoch
-    without validation. ``learning_rate`` is the first parameter group's in that epoch; ``seconds``
+    without validation. ``rows`` and ``validation_rows`` are the mean rows of a batch: where the
+    plate is the batch, ``loss / rows`` is per datum. ``learning_rate`` is the first parameter group's in that epoch; ``seconds``
     the epoch's duration; ``steps`` the steps since the start of the run.
 
     >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
@@ -51,6 +52,8 @@ class History:
     epoch: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     validation: list[float | None] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+    validation_rows: float | None = None
     learning_rate: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -207,11 +210,14 @@ class _Run:
     ) -> None:
         """Train for one epoch, validate, and record both."""
         start, history = time.perf_counter(), self.history
-        loss = self._train(weight, bar)
-        validation = None if held_out is None else self._validate(held_out, validation_loss)
+        loss, rows = self._train(weight, bar)
+        validation = None
+        if held_out is not None:
+            validation, history.validation_rows = self._validate(held_out, validation_loss)
         history.epoch.append(self.num_epochs + 1)
         history.loss.append(loss)
         history.validation.append(validation)
+        history.rows.append(rows)
         history.learning_rate.append(self.learner.learning_rate)
         history.seconds.append(time.perf_counter() - start)
         history.steps.append(self.learner.steps)
@@ -248,26 +254,30 @@ class _Run:
             "random": checkpoints.random_state(self.batches.generators),
         }
 
-    def _train(self, weight: float, bar: tqdm) -> float:
-        """Return the mean loss of one pass over the batches, in nats."""
-        total, count = torch.zeros(()), 0  # on the device to the end: to read it is to wait
+    def _train(self, weight: float, bar: tqdm) -> tuple[float, float]:
+        """Return the mean loss in nats and the mean rows of one pass over the batches."""
+        total, count, rows = torch.zeros(()), 0, 0  # on the device: to read it is to wait
         warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
         with warmup:
             for batch in self.batches:
                 loss = self.learner.step(batch, self.num_epochs + 1)
-                total, count = total.to(loss) + loss, count + 1
+                total, count, rows = total.to(loss) + loss, count + 1, rows + rows_of(batch)
                 bar.update()
             if not count:
                 raise ValueError("The DataLoader gave no batches. Check its data set.")
             self.learner.check(batch, self.num_epochs + 1)
-        return total.item() / count
+        return total.item() / count, rows / count
 
-    def _validate(self, held_out: Minibatches, loss: ELBO) -> float:
-        """Return the mean loss of the validation batches, in nats, and leave no trace."""
+    def _validate(self, held_out: Minibatches, loss: ELBO) -> tuple[float, float]:
+        """Return mean loss in nats and mean rows of the validation batches; leave no trace."""
         learner = self.learner
         with learner.evaluating(), forked_rng(VALIDATION_SEED, held_out.generators):
-            values = [loss.loss(learner.model, learner.guide, *batch) for batch in held_out]
-        return float(torch.as_tensor(values, dtype=torch.float64).sum() / len(values))
+            pairs = [
+                (loss.loss(learner.model, learner.guide, *batch), rows_of(batch))
+                for batch in held_out
+            ]
+        value, rows = torch.as_tensor(pairs, dtype=torch.float64).mean(0).tolist()
+        return value, rows
 
 
 def _held_out(validation: Data | None, batch_size: int | None) -> Minibatches | None:

@@ -93,6 +93,12 @@ class Minibatches:
             yield tuple(column[own[part]] for column, own in zip(columns, orders, strict=True))
 
 
+def rows_of(batch: Batch) -> int:
+    """Return the rows of a batch: the length of its first tensor, 1 if that is a scalar."""
+    first = batch[0] if batch else None
+    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+
+
 def _as_tuple(batch: Any) -> Batch:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
