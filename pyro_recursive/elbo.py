@@ -20,25 +20,14 @@ from torch import Tensor
 from pyro_recursive import bounds
 from pyro_recursive.bounds import Bound
 from pyro_recursive.estimators import ESTIMATORS, Estimator
+from pyro_recursive.layout import check_subsampling, layout_of, local_sites, warn_if_joint
 from pyro_recursive.learned_beta import LearnedBeta, check_replicates, optimal_beta
-from pyro_recursive.log_weights import (
-    Densities,
-    check_subsampling,
-    densities,
-    layout_of,
-    local_sites,
-    warn_if_joint,
-)
+from pyro_recursive.log_weights import Densities, densities
+from pyro_recursive.program import Program
+from pyro_recursive.sites import check_match, sites
+from pyro_recursive.structure import structure_in, structure_of
 from pyro_recursive.surrogates import global_surrogate, surrogate
-from pyro_recursive.traces import (
-    Draw,
-    Program,
-    check_sites,
-    draw,
-    sites,
-    structure_in,
-    structure_of,
-)
+from pyro_recursive.traces import Draw, draw
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "MultiSampleELBO"]
 
@@ -152,12 +141,13 @@ class MultiSampleELBO(ELBO):
             **options,
         )
         if local is not None and not fresh:
-            now = structure_in(runs[0])
+            now = structure_in(runs[0].model, runs[0].guide)
             if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
                 # Sites depend on the arguments: look at this call's.
                 return self._evaluate(program, fresh=True, **options)
         layout = layout_of(particles, runs, only=local)
-        check_sites(runs[0], layout.max_plate_nesting)
+        for run in runs:
+            check_match(run.model, run.guide, layout.max_plate_nesting)
         if not self.bound.is_linear(self.num_estimates, self.num_particles):
             check_subsampling(runs, layout)
             warn_if_joint(runs, layout)

@@ -25,7 +25,8 @@ from torch.distributions import constraints
 from pyro_recursive import bounds
 from pyro_recursive.estimators import Estimator
 from pyro_recursive.log_weights import Densities, guide_group
-from pyro_recursive.traces import Draw, sites
+from pyro_recursive.sites import sites
+from pyro_recursive.traces import Draw
 
 __all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
 

@@ -20,7 +20,9 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_recursive.bounds import Bound
 from pyro_recursive.estimators import Coefficients, Estimator
 from pyro_recursive.log_weights import Densities, guide_group
-from pyro_recursive.traces import Draw, Path, is_delta, sites
+from pyro_recursive.paths import Path
+from pyro_recursive.sites import is_delta, sites
+from pyro_recursive.traces import Draw
 
 __all__ = ["global_surrogate", "surrogate"]
 

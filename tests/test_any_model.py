@@ -38,7 +38,9 @@ from pyro_recursive import (
     log_marginal,
 )
 from pyro_recursive.estimators import ESTIMATORS
-from pyro_recursive.traces import Program, draw, is_delta
+from pyro_recursive.program import Program
+from pyro_recursive.sites import is_delta
+from pyro_recursive.traces import draw
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
 

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_recursive import IWAE_ELBO, MultiSampleELBO, bounds
@@ -240,6 +241,39 @@ def test_global_latent_under_subsampling() -> None:
     one = IWAE_ELBO(1).loss(model, guide)
     pyro.set_rng_seed(1)
     assert one == pytest.approx(Trace_ELBO().loss(model, guide))
+
+
+def test_a_minibatch_that_the_guide_overrides() -> None:
+    """An autoguide draws its own minibatch over the one that the model was given."""
+    x, batch = torch.linspace(-2, 2, 50), torch.arange(5)
+
+    def model(batch: Tensor) -> None:
+        with pyro.plate("data", 50, subsample=batch):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([5]))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[batch])
+
+    def create_plates(batch: Tensor) -> pyro.plate:
+        return pyro.plate("data", 50, subsample=batch)
+
+    careless = AutoNormal(model)
+    assert isinstance(Trace_ELBO().loss(model, careless, batch), float)
+    for vectorize in (True, False):
+        with pytest.raises(ValueError, match=r"minibatch for plate 'data'.*create_plates"):
+            IWAE_ELBO(3, vectorize_particles=vectorize).loss(model, careless, batch)
+    IWAE_ELBO(3).loss(model, AutoNormal(model, create_plates=create_plates), batch)
+
+
+def test_a_model_that_cannot_be_vectorised() -> None:
+    """Torch's own error says nothing of the cause; the note does."""
+
+    def program() -> None:
+        if pyro.sample("z", dist.Normal(0.0, 1.0)) > 0:
+            pyro.sample("more", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(RuntimeError) as caught:
+        IWAE_ELBO(3).loss(program, program)
+    assert "vectorize_particles=False" in "".join(caught.value.__notes__)
+    assert IWAE_ELBO(3, vectorize_particles=False).loss(program, program) == 0
 
 
 def test_agrees_with_pyro_where_pyro_is_right() -> None:

@@ -7,8 +7,12 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyro_recursive.log_weights import check_subsampling, densities, layout_of
-from pyro_recursive.traces import Program, check_sites, draw, structure_of, subsample_sites
+from pyro_recursive.layout import check_subsampling, layout_of
+from pyro_recursive.log_weights import densities
+from pyro_recursive.program import Program
+from pyro_recursive.sites import check_match, subsample_sites
+from pyro_recursive.structure import structure_of
+from pyro_recursive.traces import draw
 
 __all__ = ["Evidence", "log_marginal"]
 
@@ -123,10 +127,9 @@ def _chunks(program: Program, total: int, size: int, options: dict) -> Iterator[
         particles, runs = draw(program, 1, count, subsample=minibatch, **options)
         layout = layout_of(particles, runs)
         if minibatch is None:
-            check_sites(runs[0], layout.max_plate_nesting)
-            if total > 1:
-                check_subsampling(runs, layout)
-            minibatch = subsample_sites(runs[0])
+            check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
+            check_subsampling(runs, layout)
+            minibatch = subsample_sites(runs[0].guide, runs[0].model)
         yield densities(runs, layout).log_weights[0].double()
 
 

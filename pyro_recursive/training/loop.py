@@ -41,8 +41,8 @@ class History:
     subsample=batch)``), of the batch where it does not. During KL warm-up it is the weighted loss.
     ``validation`` is the same mean over the validation batches, never weighted, None in an epoch
     without validation. ``rows`` and ``validation_rows`` are the mean rows of a batch: where the
-    plate is the batch, ``loss / rows`` is per datum. ``learning_rate`` is the first parameter group's in that epoch; ``seconds``
-    the epoch's duration; ``steps`` the steps since the start of the run.
+    plate is the batch, ``loss / rows`` is per datum. ``learning_rate`` is the first parameter
+    group's in that epoch; ``seconds`` the epoch's duration; ``steps`` the steps since the start.
 
     >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
     >>> history.best_epoch

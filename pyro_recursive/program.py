@@ -1,0 +1,92 @@
+"""A model and a guide with the arguments of one call, and how to run them again on given values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_recursive.sites import Site, sites
+
+__all__ = ["Program", "without"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model, a guide, and the arguments of this call."""
+
+    model: Callable
+    guide: Callable
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run_guide(self, replayed: poutine.Trace | None = None) -> poutine.Trace:
+        """Trace the guide, with the values of another trace where there is one."""
+        handled = self.guide if replayed is None else _Substitute(replayed)(self.guide)
+        trace = poutine.trace(handled).get_trace(*self.args, **self.kwargs)
+        if isinstance(poutine.unwrap(self.guide), Messenger):
+            # A guide messenger runs the model too, and what the model observes is not the guide's.
+            trace = without(trace, lambda site: site["is_observed"])
+        return trace
+
+    def run_model(self, guide: poutine.Trace) -> poutine.Trace:
+        """Trace the model on the guide's values."""
+        model = poutine.replay(_KeepMinibatch()(self.model), trace=guide)
+        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+
+
+def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:
+    """Copy a trace, leaving out some of its sites."""
+    copy = trace.copy()
+    for site in list(sites(trace)):
+        if unwanted(site):
+            copy.remove_node(site["name"])
+    return copy
+
+
+class _Substitute(Messenger):
+    """Gives sites the values of a trace, as `poutine.replay` does.
+
+    Unlike it, leaves `infer` alone: guide messengers keep the prior of their own run there.
+    """
+
+    def __init__(self, trace: poutine.Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.trace.nodes and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.trace.nodes[msg["name"]]["value"], True
+
+
+class _KeepMinibatch(Messenger):
+    """Raises where the guide's draw of a minibatch would replace the one that the model was given.
+
+    The innermost handler of the model: it sees an explicit ``subsample`` before `replay` does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        given = self.given.pop(msg["name"], None)
+        if given is None or given is msg["value"] or _equal(given, msg["value"]):
+            return
+        raise ValueError(
+            f"The model was given a minibatch for plate '{msg['name']}', the guide drew another; "
+            "its data would belong to other latents. Give the guide the same subsample; to an "
+            "autoguide, with create_plates."
+        )
+
+
+def _equal(given: Any, replayed: torch.Tensor) -> bool:
+    given = torch.as_tensor(given, device=replayed.device)
+    return given.shape == replayed.shape and bool((given == replayed).all())

@@ -1,0 +1,122 @@
+"""What the sample sites of traces say: kinds, plates, shapes, and whether model and guide match."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+__all__ = ["PARTICLE_PLATE", "Site", "check_match", "is_delta", "plates_of", "sites"]
+
+Site = dict[str, Any]
+
+PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
+
+
+def sites(trace: poutine.Trace) -> Iterator[Site]:
+    """Yield the sample sites that carry a density: no subsample and no deterministic sites."""
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if not site["infer"].get("_deterministic"):
+            yield site
+
+
+def is_delta(site: Site) -> bool:
+    """Whether the site's value is computed, not sampled: a Delta under any wrapping."""
+    fn = site["fn"]
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def plates_of(site: Site) -> dict[str, Any]:
+    """Return the frames of a site's plates by name, the particle plate aside."""
+    return {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE}
+
+
+def subsample_scale(frame: Any) -> float:
+    """Return ``full_size / size`` of a plate."""
+    return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def nesting_of(*traces: poutine.Trace) -> int:
+    """Return how many dims to the right the plates of traces use, the particle plate aside."""
+    return max(
+        (
+            -frame.dim
+            for trace in traces
+            for site in trace.nodes.values()  # deterministic ones too: their plates take dims
+            if site["type"] == "sample"
+            for frame in plates_of(site).values()
+            if frame.vectorized
+        ),
+        default=0,
+    )
+
+
+def subsample_sites(*traces: poutine.Trace) -> poutine.Trace:
+    """Return the minibatch of traces as a trace of their subsample sites, for replay."""
+    chosen = poutine.Trace()
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site_is_subsample(site) and name not in chosen.nodes:
+                chosen.add_node(name, **site)
+    return chosen
+
+
+def check_match(model: poutine.Trace, guide: poutine.Trace, max_plate_nesting: int) -> None:
+    """Raise where model and guide do not fit together, naming site and remedy."""
+    latent = {site["name"]: site for site in sites(model) if not site["is_observed"]}
+    guided = {site["name"]: site for site in sites(guide) if not site["is_observed"]}
+    for name, site in guided.items():
+        if site["infer"].get("enumerate"):
+            raise NotImplementedError(
+                f"Guide site '{name}' asks for enumeration, which multi-sample bounds do not do. "
+                "Drop its infer={'enumerate': ...} (estimator='vimco' handles discrete sites), or "
+                "use pyro.infer.TraceEnum_ELBO."
+            )
+        if name not in latent and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"Guide site '{name}' is no latent site of the model. Sample it in the model too, "
+                "or mark it infer={'is_auxiliary': True}."
+            )
+    for name in latent.keys() - guided.keys():
+        if latent[name]["infer"].get("enumerate"):
+            raise NotImplementedError(
+                f"Model site '{name}' is to be enumerated, which multi-sample bounds do not do. "
+                "Use pyro.infer.TraceEnum_ELBO, or sample the site in the guide "
+                "(estimator='vimco')."
+            )
+        raise ValueError(
+            f"Model site '{name}' is latent and the guide does not sample it: the bound would be "
+            "wrong. Sample it in the guide, or observe it."
+        )
+    if is_validation_enabled():
+        check_model_guide_match(model, guide, max_plate_nesting)
+
+
+def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
+    """Raise where a batch dim belongs to no plate: it would be summed or shared in silence."""
+    dims = {frame.dim for frame in site["cond_indep_stack"]}
+    for shape in shapes:
+        for dim in range(-len(shape), 0):
+            if shape[dim] != 1 and dim not in dims:
+                raise ValueError(
+                    f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
+                    "to no plate. Put the site inside a pyro.plate, or use .to_event(...) on its "
+                    "distribution."
+                )
+
+
+def batch_shapes(site: Site) -> list[torch.Size]:
+    """Return the shapes that a site's log-density is made of: distribution, value, scale, mask."""
+    value = site["value"]
+    tensors = [site[key] for key in ("scale", "mask") if isinstance(site[key], Tensor)]
+    batch = value.shape[: value.dim() - site["fn"].event_dim]
+    return [site["fn"].batch_shape, batch, *(tensor.shape for tensor in tensors)]
