@@ -217,6 +217,7 @@ def _time_steps(
 ) -> dict[str, dict[str, float]]:
     """Time a training step of every method, interleaved."""
     batch = dynamic_binarize(data.train[: settings.batch_size])
+    pyro.clear_param_store()
     steps = {
         name: _step(name, settings, data, batch) for name in dict.fromkeys([BASELINE, *methods])
     }
@@ -226,12 +227,11 @@ def _time_steps(
 
 def _step(name: str, settings: Settings, data: Data, batch: Tensor) -> Callable[[], object]:
     """Return one step of a method on networks of its own, with the optimiser of the main job."""
-    vae, loss = _new_vae(settings, data), METHODS[name]()
-    optimizer = OPTIMIZER(vae.parameters())
+    vae = VAE(data.train.mean(0), settings.hidden, settings.latent, name=name)
+    loss, optimizer = METHODS[name](), OPTIMIZER(vae.parameters())
     model, guide = vae.model, vae.guide
 
     def step() -> None:
-        pyro.clear_param_store()  # the methods' parameters have the same names
         optimizer.zero_grad()
         loss.loss_and_grads(model, guide, batch)
         optimizer.step()

@@ -57,9 +57,10 @@ def main(arguments: list[str]) -> None:
 def time_steps(batch: int, particles: int, repeats: int) -> dict[str, dict[str, float]]:
     """Return median milliseconds and ratios to the hand-written step, for every variant."""
     x = torch.bernoulli(torch.full((batch, PIXELS), 0.3))
-    steps = {HAND: _step(x, lambda vae: by_hand(vae, x, particles))}
+    pyro.clear_param_store()
+    steps = {HAND: _step(HAND, x, lambda vae: by_hand(vae, x, particles))}
     for name, loss in losses(particles).items():
-        steps[name] = _step(x, _loss_of(loss, x))
+        steps[name] = _step(name, x, _loss_of(loss, x))
     for name in ("Trace_ELBO", "RenyiELBO"):
         if name in losses(particles):
             steps[f"{name}, stock SVI"] = _svi_step(losses(particles)[name], x)
@@ -103,13 +104,12 @@ def _loss_of(loss: ELBO, x: Tensor) -> Callable[[VAE], None]:
     return backward
 
 
-def _step(x: Tensor, backward: Callable[[VAE], None]) -> Callable[[], None]:
+def _step(name: str, x: Tensor, backward: Callable[[VAE], None]) -> Callable[[], None]:
     pyro.set_rng_seed(0)
-    vae = VAE(x.mean(0))
+    vae = VAE(x.mean(0), name=name)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
-        pyro.clear_param_store()  # the variants' parameters have the same names
         optimizer.zero_grad()
         backward(vae)
         optimizer.step()
@@ -119,11 +119,10 @@ def _step(x: Tensor, backward: Callable[[VAE], None]) -> Callable[[], None]:
 
 def _svi_step(loss: ELBO, x: Tensor) -> Callable[[], None]:
     pyro.set_rng_seed(0)
-    vae = VAE(x.mean(0))
+    vae = VAE(x.mean(0), name=type(loss).__name__ + " of SVI")
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
 
     def step() -> None:
-        pyro.clear_param_store()
         svi.step(x)
 
     return step

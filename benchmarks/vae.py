@@ -15,8 +15,13 @@ class VAE(nn.Module):
     weights after Glorot, zero biases, and the logits of the mean training image as output bias.
     """
 
-    def __init__(self, mean_image: Tensor, hidden: int = 200, latent: int = 50) -> None:
+    def __init__(
+        self, mean_image: Tensor, hidden: int = 200, latent: int = 50, name: str = ""
+    ) -> None:
         super().__init__()
+        self.name = (
+            name  # of its parameters in Pyro's store, where several models stand side by side
+        )
         pixels = mean_image.numel()
         self.latent = latent
         self.encoder = _tanh_network(pixels, hidden, 2 * latent)
@@ -25,7 +30,7 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor) -> None:
         """p(z) p(x | z) for a batch of binary images, ``[batch, pixels]``."""
-        pyro.module("decoder", self.decoder)
+        pyro.module(f"{self.name}decoder", self.decoder)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
             pixels = dist.Bernoulli(logits=self.decoder(z), validate_args=False)
@@ -33,7 +38,7 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor) -> None:
         """q(z | x), a diagonal normal."""
-        pyro.module("encoder", self.encoder)
+        pyro.module(f"{self.name}encoder", self.encoder)
         loc, log_scale = self.encoder(x).chunk(2, -1)
         with pyro.plate("images", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

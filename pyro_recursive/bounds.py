@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Bound", "Jackknife", "Pooled", "PowerMeans", "Split"]
+__all__ = ["Bound", "Derivatives", "Jackknife", "Pooled", "PowerMeans", "Split"]
 
 
 class Derivatives(NamedTuple):
@@ -101,14 +101,14 @@ class PowerMeans(Bound):
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
         """Return both derivatives in closed form: ``s`` and ``(1 - order) * (s - s * s)``."""
-        first, second = torch.zeros_like(log_weights), torch.zeros_like(log_weights)
+        first = second = log_weights.new_zeros(())
         for weight, order in self.terms:
             share = _normalized(log_weights, order)
-            first += weight * share
+            weight = weight / log_weights.shape[0]
+            first = first + weight * share
             if order != 1:
-                second += weight * (1 - order) * (share - share * share)
-        num_estimates = log_weights.shape[0]
-        return Derivatives(first / num_estimates, second / num_estimates)
+                second = second + weight * (1 - order) * (share - share * share)
+        return Derivatives(first, second.expand_as(log_weights))
 
     def leave_one_out(self, log_weights: Tensor) -> Tensor:
         """Return `Bound.leave_one_out` at a cost linear in K."""

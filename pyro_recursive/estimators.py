@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.bounds import Bound
+from pyro_recursive.bounds import Bound, Derivatives
 
 __all__ = ["ESTIMATORS", "Coefficients", "Estimator"]
 
@@ -54,59 +54,63 @@ class Estimator:
     """
 
     name: str
-    coefficients: Callable[[Bound, Tensor], Coefficients]
+    coefficients: Callable[[Derivatives], Coefficients]
     signal: Callable[[Bound, Tensor], Tensor] | None = None
     replay: Literal["none", "paths", "values"] = "paths"
     min_particles: int = 1
     wake: bool = False
 
-    def __call__(self, bound: Bound, log_weights: Tensor) -> Coefficients:
-        """Return the coefficients for ``[M, K, *plates]`` log-weights, without a graph."""
+    def __call__(
+        self, bound: Bound, log_weights: Tensor, derivatives: Derivatives | None = None
+    ) -> Coefficients:
+        """Return the coefficients for ``[M, K, *plates]`` log-weights, without a graph.
+
+        ``derivatives`` are those of the bound there, where they are known already.
+        """
         with torch.no_grad():
-            table = self.coefficients(bound, log_weights)
+            derivatives = derivatives or bound.derivatives(log_weights)
+            table = self.coefficients(derivatives)
             if self.signal is None:
                 return table
             signal = self.signal(bound, log_weights)
-            score = signal - bound.derivatives(log_weights).first
-            return table._replace(score=score, score_rest=signal)
+            return table._replace(score=signal - derivatives.first, score_rest=signal)
 
 
-def pathwise(bound: Bound, log_weights: Tensor) -> Coefficients:
+def pathwise(derivatives: Derivatives) -> Coefficients:
     """Plain reparameterisation: the derivative of the bound through sample and density alike."""
-    first = bound.derivatives(log_weights).first
-    return Coefficients(path=first, density=-first)
+    return Coefficients(path=derivatives.first, density=-derivatives.first)
 
 
-def sticking_the_landing(bound: Bound, log_weights: Tensor) -> Coefficients:
+def sticking_the_landing(derivatives: Derivatives) -> Coefficients:
     """Drop the density's own gradient; biased for K > 1 (`Sticking the Landing`, 1703.09194)."""
-    return Coefficients(path=bound.derivatives(log_weights).first, density=None)
+    return Coefficients(path=derivatives.first, density=None)
 
 
-def doubly_reparameterized(bound: Bound, log_weights: Tensor) -> Coefficients:
+def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
     """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152).
 
     ``E[c_k * d log q(z_k)] = E[curvature_k * <d log w_k / d z_k, d z_k>]`` because ``c_k`` depends
     on ``z_k`` through ``log w_k`` alone; for IWAE it leaves the squared weights.
     """
-    first, second = bound.derivatives(log_weights)
+    first, second = derivatives
     # Less its mean, which a score may have without bias: no noise where all weights are equal.
     rest = first - 1 / first.shape[:2].numel()
     return Coefficients(path=first - second, density=None, density_rest=rest)
 
 
-def wake(bound: Bound, log_weights: Tensor) -> Coefficients:
+def wake(derivatives: Derivatives) -> Coefficients:
     """Wake-phase update of the guide (`Reweighted Wake-Sleep`, arXiv 1406.2751); biased.
 
     A self-normalised estimate of minus the gradient of KL(p || q); every kind of site is handled
     by its density alone.
     """
-    first = bound.derivatives(log_weights).first
+    first = derivatives.first
     return Coefficients(None, density=first, score=first, density_rest=first, score_rest=first)
 
 
-def doubly_reparameterized_wake(bound: Bound, log_weights: Tensor) -> Coefficients:
+def doubly_reparameterized_wake(derivatives: Derivatives) -> Coefficients:
     """The wake-phase update with the expectation of `wake` and less variance (1810.04152)."""
-    return Coefficients(path=bound.derivatives(log_weights).second, density=None)
+    return Coefficients(path=derivatives.second, density=None)
 
 
 def plain_signal(bound: Bound, log_weights: Tensor) -> Tensor:

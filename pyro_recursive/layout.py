@@ -7,7 +7,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,35 +62,37 @@ class Layout:
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
         return tuple((frames[name].counter - 1) % frames[name].size for name in self.sequential)
 
-    def gather(self, runs: Sequence[Iterable[tuple[Site, Tensor]]]) -> Tensor | None:
+    def gather(self, runs: Sequence[Sequence[tuple[Site, Tensor]]]) -> Tensor | None:
         """Sum the sites' log-densities of every run and return ``[M, K, *plates]``."""
-        rows = [self._gather_run(run) for run in runs]
-        if all(row is None for row in rows):
+        found = [self._gather_run(run) if run else None for run in runs]
+        some = next((row for row in found if row is not None), None)
+        if some is None:
             return None
-        shape = (-1, *self.shape)
-        stacked = torch.cat([row.reshape(shape) for row in rows if row is not None])
+        rows = [torch.zeros_like(some) if row is None else row for row in found]
+        stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
         return stacked.unflatten(0, (self.particles.num_estimates, self.particles.num_particles))
 
-    def _gather_run(self, run: Iterable[tuple[Site, Tensor]]) -> Tensor | None:
+    def _gather_run(self, run: Sequence[tuple[Site, Tensor]]) -> Tensor:
         cells: dict[tuple[int, ...], Tensor] = {}
         for site, log_prob in run:
             cell = self.cell(site)
             reduced = self._reduce(site, log_prob)
             cells[cell] = cells[cell] + reduced if cell in cells else reduced
-        if not cells:
-            return None
         total = 1 if self.particles.dim is None else self.particles.total
         target = (total, *self.shape[len(self.sequential) :])
         # A group may have sites in some of the cells only.
         zero = next(iter(cells.values())).new_zeros(())
         every = itertools.product(*map(range, self.shape[: len(self.sequential)]))
         rows = [cells.get(cell, zero).expand(target) for cell in every]
-        return rows[0] if len(rows) == 1 else torch.stack(rows, 1)
+        if not self.sequential:
+            return rows[0]
+        return torch.stack(rows, 1).reshape(total, *self.shape)
 
     def _reduce(self, site: Site, log_prob: Tensor) -> Tensor:
         """Sum over all plates that are not shared: to ``[particles, *vectorised plates]``."""
         width = self.max_plate_nesting + 1
-        log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
+        if log_prob.dim() != width:
+            log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
         others = [dim for dim in range(-width + 1, 0) if dim not in self.dims]
         return log_prob.sum(others) if others else log_prob
 

@@ -7,6 +7,7 @@ masks stay.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro.distributions as dist
@@ -41,13 +42,21 @@ class Densities:
     score_rest: Tensor | None = None
     names: frozenset[str] | None = None
 
-    @property
-    def log_weights(self) -> Tensor:
-        """Return ``log p - log q``, detached."""
-        total = torch.zeros(()) if self.model is None else self.model.detach()
-        for group in (self.density, self.score, self.jacobian):
+    @cached_property
+    def reparameterized(self) -> Tensor:
+        """The log-weights but for the score-handled sites, with their graph."""
+        total = torch.zeros(()) if self.model is None else self.model
+        for group in (self.density, self.jacobian):
             if group is not None:
-                total = total - group.detach()
+                total = total - group
+        return total
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        """``log p - log q``, without a graph."""
+        total = self.reparameterized.detach()
+        if self.score is not None:
+            total = total - self.score.detach()
         particles = self.layout.particles
         shape = (particles.num_estimates, particles.num_particles, *self.layout.shape)
         return total.expand(shape)

@@ -34,8 +34,9 @@ class Program:
 
     def run_model(self, guide: poutine.Trace) -> poutine.Trace:
         """Trace the model on the guide's values."""
-        model = poutine.replay(_KeepMinibatch()(self.model), trace=guide)
-        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        model = _KeepMinibatch()(self.model) if _draws_minibatch(guide) else self.model
+        replayed = poutine.replay(model, trace=guide)
+        return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
 
 
 def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:
@@ -85,6 +86,15 @@ class _KeepMinibatch(Messenger):
             "its data would belong to other latents. Give the guide the same subsample; to an "
             "autoguide, with create_plates."
         )
+
+
+def _draws_minibatch(trace: poutine.Trace) -> bool:
+    """Whether a trace has a plate with fewer entries than its full size."""
+    return any(
+        len(site["value"]) < site["fn"].size
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and site_is_subsample(site)
+    )
 
 
 def _equal(given: Any, replayed: torch.Tensor) -> bool:

@@ -26,6 +26,8 @@ from pyro_recursive.traces import Draw
 
 __all__ = ["global_surrogate", "surrogate"]
 
+HUGE = 1e30  # nats; a log-density beyond is infinite
+
 
 def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
@@ -36,20 +38,23 @@ def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: E
         _refuse_moving_deltas(runs)
     if bound.guide is not bound or estimator.wake:
         _refuse_shared_parameters(runs, local)
-    table = estimator(bound.guide, log_weights)
-    model = bound.derivatives(log_weights).first
-    guide = model if bound.guide is bound else bound.guide.derivatives(log_weights).first
+    derivatives = bound.guide.derivatives(log_weights)
+    table = estimator(bound.guide, log_weights, derivatives)
+    guide = model = derivatives.first
     if bound.guide is not bound:
-        model, ratio = _ratio(guide, model)
+        model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
         _scale(local, (path for run in runs for path in run.crossings), ratio)
     own = [path for run in runs for path in run.paths if _belongs(path, local)]
-    return log_weights.new_zeros(()) + (
-        _dot(model, local.model, log_weights)
-        - _dot(guide, local.jacobian, log_weights)
-        + _dot(table.density, local.density, log_weights)
-        + _dot(table.score, local.score, log_weights)
-        + _dot(table.density_rest, local.density_rest, log_weights)
-        + _dot(table.score_rest, local.score_rest, log_weights)
+    if estimator.replay == "none" and bound.guide is bound:
+        core = _dot(model, local.reparameterized)  # one coefficient for all of it
+    else:
+        core = _dot(model, local.model) - _dot(guide, local.jacobian)
+        core = core + _dot(table.density, local.density)
+    return torch.as_tensor(
+        core
+        + _dot(table.score, local.score)
+        + _dot(table.density_rest, local.density_rest)
+        + _dot(table.score_rest, local.score_rest)
         + _along_paths(local, own, table, guide)
     )
 
@@ -69,10 +74,10 @@ def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
     each = torch.full_like(shared.log_weights, 1 / particles.total)
     own = [path for run in runs for path in run.paths if _belongs(path, shared)]
     table = Coefficients(path=each, density=None if own else -each)
-    return each.new_zeros(()) + (
-        _dot(each, shared.model, each)
-        - _dot(each, shared.jacobian, each)
-        + _dot(table.density, shared.density, each)
+    return torch.as_tensor(
+        _dot(each, shared.model)
+        - _dot(each, shared.jacobian)
+        + _dot(table.density, shared.density)
         + _along_paths(shared, own, table, each)
     )
 
@@ -132,12 +137,14 @@ def _scale(dens: Densities, paths: Iterable[Path], factor: Tensor) -> None:
         path.scale_gradient(dens.layout.at_site(factor, path.site, path.particle))
 
 
-def _dot(coefficients: Tensor | None, log_density: Tensor | None, like: Tensor) -> Tensor | float:
-    """Sum coefficient times log-density, leaving out dead samples: zero times infinity is NaN."""
+def _dot(coefficients: Tensor | None, log_density: Tensor | None) -> Tensor | float:
+    """Sum coefficient times log-density; no gradient reaches the density of a dead sample.
+
+    Its coefficient is zero, and zero times infinity would be NaN.
+    """
     if coefficients is None or log_density is None:
         return 0.0
-    alive = log_density.expand(like.shape).masked_fill(log_density.isinf(), 0.0)
-    return (coefficients * alive).sum()
+    return (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
 
 
 def _belongs(path: Path, dens: Densities) -> bool:

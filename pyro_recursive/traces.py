@@ -118,7 +118,7 @@ def _draw(
         sharing.particle = particle
         noise = _SameNoise() if replay != "none" else nullcontext()
         with _particle_plate(particles):
-            with sharing, noise:
+            with sharing if shared else nullcontext(), noise:
                 guide = program.run_guide(subsample)
             with noise:
                 guide, paths = _replayed(program, guide, particle, replay)
