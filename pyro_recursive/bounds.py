@@ -258,16 +258,18 @@ def log_sum_exp_of_others(log_weights: Tensor) -> Tensor:
 def _power_mean(log_weights: Tensor, order: float) -> Tensor:
     if order == 1:
         return log_weights.mean(1)
+    log_size = math.log(log_weights.shape[1])
+    if order == 0:
+        return torch.logsumexp(log_weights, 1) - log_size
     power = 1 - order
-    return (torch.logsumexp(power * log_weights, 1) - math.log(log_weights.shape[1])) / power
+    return (torch.logsumexp(power * log_weights, 1) - log_size) / power
 
 
 def _normalized(log_weights: Tensor, order: float) -> Tensor:
     """Return the self-normalised weights; zeros where every sample is dead."""
     if order == 1:
         return torch.full_like(log_weights, 1 / log_weights.shape[1])
-    scaled = (1 - order) * log_weights
-    return torch.exp(scaled - torch.logsumexp(scaled, 1, keepdim=True)).nan_to_num(nan=0.0)
+    return torch.softmax((1 - order) * log_weights, 1).nan_to_num(nan=0.0)
 
 
 def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float) -> Tensor:

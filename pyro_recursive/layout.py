@@ -83,7 +83,8 @@ class Layout:
         # A group may have sites in some of the cells only.
         zero = next(iter(cells.values())).new_zeros(())
         every = itertools.product(*map(range, self.shape[: len(self.sequential)]))
-        rows = [cells.get(cell, zero).expand(target) for cell in every]
+        rows = [cells.get(cell, zero) for cell in every]
+        rows = [row if row.shape == target else row.expand(target) for row in rows]
         if not self.sequential:
             return rows[0]
         return torch.stack(rows, 1).reshape(total, *self.shape)
