@@ -12,7 +12,10 @@ def main(arguments: list[str]) -> None:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "bounds"
     if name not in COMMANDS:
         sys.exit(f"unknown benchmark '{name}': choose one of {', '.join(COMMANDS)}")
-    COMMANDS[name](arguments[1:] if arguments and arguments[0] == name else arguments)
+    try:
+        COMMANDS[name](arguments[1:] if arguments and arguments[0] == name else arguments)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The main job goes on from here with --resume.")
 
 
 if __name__ == "__main__":
