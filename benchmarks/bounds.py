@@ -73,7 +73,7 @@ class Data:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
     options = _parse(arguments)
-    settings, folder = _settings(options), Path(options.output or f"runs/bounds-{options.dataset}")
+    settings, folder = _settings(options), Path(options.output)
     data = _data(settings, load(settings.dataset, download=options.download))
     results = _stored(folder, settings, options.resume)
     for name in tqdm(options.methods, desc="methods"):
@@ -104,6 +104,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     options = parser.parse_args(arguments)
+    kind = "smoke" if options.smoke else "bounds"
+    options.output = options.output or f"runs/{kind}-{options.dataset}"
     if options.smoke:
         options.epochs, options.eval_points, options.eval_samples = 1, 20, 100
         options.timing_repeats = 1
@@ -140,17 +142,19 @@ def _data(settings: Settings, images: Dataset) -> Data:
 def _stored(folder: Path, settings: Settings, resume: bool) -> dict[str, Any]:
     """Return the finished methods of an interrupted run, if they are of these settings."""
     path = folder / "results.json"
-    if not (resume and path.exists()):
-        for checkpoint in folder.glob("*.pt"):
-            checkpoint.unlink()
-        return {"settings": asdict(settings), "methods": {}}
-    stored = json.loads(path.read_text())
-    if stored["settings"] != asdict(settings):
-        raise SystemExit(
-            f"{path} holds a run with {stored['settings']}, not {asdict(settings)}: "
-            "give the same options to resume it, or another --output"
-        )
-    return stored
+    if resume and path.exists():
+        stored = json.loads(path.read_text())
+        if stored["settings"] != asdict(settings):
+            raise SystemExit(
+                f"{path} holds a run with {stored['settings']}, not {asdict(settings)}: "
+                "give the same options to resume it, or another --output"
+            )
+        return stored
+    for checkpoint in folder.glob("*.pt"):  # of a run that is not to be resumed
+        checkpoint.unlink()
+    fresh: dict[str, Any] = {"settings": asdict(settings), "methods": {}}
+    write_json(path, fresh)  # from here on there is something to resume
+    return fresh
 
 
 def _new_vae(settings: Settings, data: Data) -> VAE:
@@ -284,7 +288,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (curves, final, cost) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    names = list(results["methods"])
+    names, samples = list(results["methods"]), results["settings"]["eval_samples"]
     for number, name in enumerate(names):
         history = results["methods"][name]["history"]
         bound = [-value / _rows(results) for value in history["validation"]]
@@ -303,7 +307,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     curves.legend(fontsize=8)
     final.set_yticks(range(len(names)), names)
     final.invert_yaxis()
-    final.set(xlabel="nats per test image", title="log p(x) by IWAE-5000 (dot) and IWAE-64 (bar)")
+    final.set(xlabel="nats per test image", title=f"IWAE-{samples} (dot) and IWAE-64 (bar)")
     ratio = results["steps"]["ratio"]
     cost.barh(
         range(len(names)), [ratio[n] for n in names], color=[f"C{i}" for i in range(len(names))]
@@ -312,7 +316,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     cost.invert_yaxis()
     cost.axvline(1.0, color="black", linewidth=0.8)
     cost.set(xlabel="step time / Trace_ELBO", title="cost of a step, equal samples")
-    figure.suptitle(f"{results['settings']['dataset']}: 64 samples per image and step")
+    figure.suptitle(f"{results['settings']['dataset']}: training with 64 samples per image")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

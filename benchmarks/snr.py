@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     options = parser.parse_args(arguments)
     if options.smoke:
+        options.output += "-smoke"
         options.draws = 20
     pyro.set_rng_seed(options.seed)
     results: dict[str, Any] = {"settings": vars(options), "hardware": hardware()}

@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     options = parser.parse_args(arguments)
     if options.smoke:
+        options.output += "-smoke"
         options.repeats = 1
     results: dict[str, Any] = {"settings": vars(options), "hardware": hardware()}
     # The memory first: the process remembers only its highest mark.

@@ -19,9 +19,7 @@ class VAE(nn.Module):
         self, mean_image: Tensor, hidden: int = 200, latent: int = 50, name: str = ""
     ) -> None:
         super().__init__()
-        self.name = (
-            name  # of its parameters in Pyro's store, where several models stand side by side
-        )
+        self.name = name  # tells its parameters in Pyro's store from those of other models
         pixels = mean_image.numel()
         self.latent = latent
         self.encoder = _tanh_network(pixels, hidden, 2 * latent)

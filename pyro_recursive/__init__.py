@@ -1,4 +1,4 @@
-"""Tighter bounds and richer posteriors for any Pyro model, by swapping one loss or one guide."""
+"""Tighter bounds for any Pyro model, by swapping one loss."""
 
 from pyro_recursive.elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO
 from pyro_recursive.evaluation.evidence import log_marginal

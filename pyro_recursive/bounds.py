@@ -30,6 +30,8 @@ class Bound(ABC):
     estimates one by one, at a cost that grows as K squared; a subclass may give closed forms.
     """
 
+    min_particles = 1  # the smallest K for which it is defined
+
     @abstractmethod
     def estimate(self, log_weights: Tensor) -> Tensor:
         """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``, in nats."""
@@ -52,14 +54,16 @@ class Bound(ABC):
         with torch.enable_grad():
             leaf = log_weights.detach().requires_grad_()
             (first,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
+            dead = log_weights.isneginf()
             if not first.requires_grad:  # a linear bound
-                return Derivatives(first, torch.zeros_like(first))
+                return Derivatives(first.masked_fill(dead, 0.0), torch.zeros_like(first))
             basis = torch.eye(leaf.shape[1]).to(leaf)
             each = basis.reshape(basis.shape[0], 1, -1, *[1] * (leaf.dim() - 2))
             (rows,) = torch.autograd.grad(
                 first, leaf, each.expand(-1, *leaf.shape), is_grads_batched=True
             )
-        return Derivatives(first.detach(), torch.diagonal(rows, dim1=0, dim2=2).movedim(-1, 1))
+        second = torch.diagonal(rows, dim1=0, dim2=2).movedim(-1, 1)
+        return Derivatives(first.detach().masked_fill(dead, 0.0), second.masked_fill(dead, 0.0))
 
     def leave_one_out(self, log_weights: Tensor) -> Tensor:
         """Return each estimate with log-weight k replaced by the mean of the others.
@@ -180,8 +184,9 @@ class Jackknife(Bound):
 
     ``K L_K - (K - 1) mean_k L_(without k)``, from `Debiasing Evidence Approximations: On
     Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018).
-    Needs K >= 2.
     """
+
+    min_particles = 2
 
     def estimate(self, log_weights: Tensor) -> Tensor:
         """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""
@@ -222,7 +227,9 @@ def ciwae(beta: float | Tensor) -> PowerMeans:
     """
     if not isinstance(beta, Tensor) and not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], got {beta}")
-    return PowerMeans(((beta, 1.0), (1 - beta, 0.0)))
+    terms: list[tuple[float | Tensor, float]] = [(beta, 1.0), (1 - beta, 0.0)]
+    # A term of weight zero is no term: zero times the mean of a dead sample would be NaN.
+    return PowerMeans(tuple(term for term in terms if isinstance(term[0], Tensor) or term[0] != 0))
 
 
 def renyi(alpha: float) -> PowerMeans:

@@ -1,7 +1,8 @@
 """The losses: drop-in replacements for `pyro.infer.Trace_ELBO`.
 
 `MultiSampleELBO` composes a bound and an estimator; the named losses are thin members. No loss
-keeps anything from a call, so one instance serves many models.
+keeps anything from a call, so one instance serves many models; a learned beta is a parameter, and
+goes on from where it is.
 """
 
 import math
@@ -51,8 +52,9 @@ class MultiSampleELBO(ELBO):
         num_estimates: M, the number of independent estimates.
         num_particles: K, the number of samples inside each logarithm.
         max_plate_nesting: the number of plate dims of the model; found by one run if not given.
-        vectorize_particles: run all M * K samples in one pass under an outer plate; if False, one
-            by one, on the same minibatch, for models that cannot be vectorised.
+        vectorize_particles: run all M * K samples in one pass, under one more plate on the left (so
+            that a model must count its dims from the right); if False, one by one, on the same
+            minibatch, for models that branch on a sample or cannot have that plate.
         global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives the latents
             outside the data's plates the ELBO and the others the bound,
             ``E[log p(z_g) - log q(z_g) + sum_i bound(log-weights of datum i given z_g)]``, which is
@@ -187,9 +189,19 @@ class MultiSampleELBO(ELBO):
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
     def _check(self) -> None:
+        if not isinstance(self._bound, Bound):
+            raise TypeError(
+                "bound must be a pyro_recursive.bounds.Bound such as bounds.iwae, "
+                f"got {self._bound!r}"
+            )
         for name in ("num_estimates", "num_particles"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if self.num_particles < self._bound.min_particles:
+            raise ValueError(
+                f"the bound needs num_particles >= {self._bound.min_particles}, "
+                f"got {self.num_particles}"
+            )
         if self.num_particles < self.estimator.min_particles:
             raise ValueError(
                 f"estimator='{self.estimator.name}' compares each sample with the others and needs "
@@ -217,7 +229,7 @@ class IWAE_ELBO(MultiSampleELBO):
     64
     """
 
-    def __init__(self, num_particles: int = 1, **options: Any) -> None:
+    def __init__(self, num_particles: int, **options: Any) -> None:
         super().__init__(bounds.iwae, num_particles=num_particles, **options)
 
 
@@ -231,7 +243,7 @@ class MIWAE_ELBO(MultiSampleELBO):
     8
     """
 
-    def __init__(self, num_estimates: int = 1, num_particles: int = 1, **options: Any) -> None:
+    def __init__(self, num_estimates: int, num_particles: int, **options: Any) -> None:
         super().__init__(
             bounds.miwae, num_estimates=num_estimates, num_particles=num_particles, **options
         )
@@ -249,7 +261,7 @@ class PIWAE_ELBO(MultiSampleELBO):
     8
     """
 
-    def __init__(self, num_estimates: int = 1, num_particles: int = 1, **options: Any) -> None:
+    def __init__(self, num_estimates: int, num_particles: int, **options: Any) -> None:
         super().__init__(
             bounds.piwae, num_estimates=num_estimates, num_particles=num_particles, **options
         )
@@ -275,13 +287,14 @@ class CIWAE_ELBO(MultiSampleELBO):
 
     def __init__(
         self,
-        num_particles: int = 1,
+        num_particles: int,
         *,
         beta: float = 0.5,
         learn_beta: bool = False,
         name: str = "ciwae",
         **options: Any,
     ) -> None:
+        self._beta = beta
         self._learned = LearnedBeta(beta, name) if learn_beta else None
         super().__init__(bounds.ciwae(beta), num_particles=num_particles, **options)
         if learn_beta:
@@ -291,7 +304,7 @@ class CIWAE_ELBO(MultiSampleELBO):
     def beta(self) -> Tensor:
         """The current weight of the ELBO, detached."""
         if self._learned is None:
-            return torch.as_tensor(self._bound.terms[0][0])  # type: ignore[attr-defined]
+            return torch.as_tensor(self._beta)
         return self._learned().detach()
 
     @property

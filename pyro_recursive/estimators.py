@@ -116,6 +116,7 @@ def doubly_reparameterized_wake(derivatives: Derivatives) -> Coefficients:
 def plain_signal(bound: Bound, log_weights: Tensor) -> Tensor:
     """Return each estimate's own value as the signal of its K samples."""
     values = bound.estimate(log_weights)
+    values = values.masked_fill(values.isneginf(), 0.0)  # all are dead: nothing to learn from
     return (values / values.shape[0]).unsqueeze(1).expand_as(log_weights)
 
 
@@ -124,6 +125,7 @@ def vimco_signal(bound: Bound, log_weights: Tensor) -> Tensor:
     values, baseline = bound.estimate(log_weights), bound.leave_one_out(log_weights)
     # Where the only living sample is left out there is nothing to compare with.
     baseline = baseline.masked_fill(baseline.isneginf(), 0.0)
+    values = values.masked_fill(values.isneginf(), 0.0)
     return (values.unsqueeze(1) - baseline) / values.shape[0]
 
 

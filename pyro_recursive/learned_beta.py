@@ -50,8 +50,8 @@ def _warn_if_stored(name: str, beta: float) -> None:
     store = pyro.get_param_store()
     if name in store and abs(store[name].item() - beta) > 1e-6:
         warnings.warn(
-            f"Pyro's parameter store already holds '{name}' = {store[name].item():.3g}, which goes "
-            f"before beta={beta}. Give each loss a name of its own, or clear the store.",
+            f"Pyro's parameter store already holds '{name}' = {store[name].item():.3g}, which is "
+            f"used instead of beta={beta}. Give each loss a name of its own, or clear the store.",
             stacklevel=4,
         )
 

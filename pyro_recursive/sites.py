@@ -97,8 +97,25 @@ def check_match(model: poutine.Trace, guide: poutine.Trace, max_plate_nesting: i
             f"Model site '{name}' is latent and the guide does not sample it: the bound would be "
             "wrong. Sample it in the guide, or observe it."
         )
+    for name in latent.keys() & guided.keys():
+        if _masked(latent[name]) and not _masked(guided[name]):
+            raise ValueError(
+                f"Model site '{name}' is masked and the guide's is not: its log q would stand in "
+                "the weights without a log p. Sample it under the same poutine.mask in the guide. "
+                "An autoguide cannot: block the site there, and add a guide of your own for it "
+                "with pyro.infer.autoguide.AutoGuideList."
+            )
     if is_validation_enabled():
         check_model_guide_match(model, guide, max_plate_nesting)
+
+
+def _masked(site: Site) -> bool:
+    """Whether a mask leaves out any of a site's density."""
+    masks, fn = [site["mask"]], site["fn"]
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)
 
 
 def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
@@ -110,7 +127,8 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
                 raise ValueError(
                     f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
                     "to no plate. Put the site inside a pyro.plate, or use .to_event(...) on its "
-                    "distribution."
+                    "distribution. If it is right without the plate of samples on the left, use "
+                    "vectorize_particles=False."
                 )
 
 

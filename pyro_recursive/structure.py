@@ -1,25 +1,38 @@
 """What one run tells about a program, so that plates need not be declared to the losses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import pyro
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from pyro_recursive.program import Program
-from pyro_recursive.sites import Site, batch_shapes, check_batch_shape, nesting_of, sites
+from pyro_recursive.sites import (
+    PARTICLE_PLATE,
+    Site,
+    batch_shapes,
+    check_batch_shape,
+    nesting_of,
+    sites,
+)
 
-__all__ = ["Structure", "structure_of"]
+__all__ = ["Structure", "structure_in", "structure_of"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What one run tells about a program: its plate nesting and the plates of each sample site."""
+    """What one run tells about a program: its plate nesting and the plates of each sample site.
+
+    ``mixing`` names a latent whose particles would be mixed in one pass; see `_mixed_site`.
+    """
 
     max_plate_nesting: int
     model: dict[str, Site]
     guide: dict[str, Site]
+    mixing: str | None = None
 
 
 # By model, then guide, both held weakly: no loss remembers the first model that it saw.
@@ -52,11 +65,62 @@ def _discover(program: Program) -> Structure:
     with torch.random.fork_rng(devices=devices), poutine.block():
         guide = program.run_guide()
         model = program.run_model(guide)
-    # Later a dim of size M * K could pass for the particle plate.
-    for trace in (model, guide):
-        for site in sites(trace):
-            check_batch_shape(site, *batch_shapes(site))
-    return structure_in(model, guide)
+        # Later a dim of size M * K could pass for the particle plate.
+        for trace in (model, guide):
+            for site in sites(trace):
+                check_batch_shape(site, *batch_shapes(site))
+        found = structure_in(model, guide)
+        return replace(found, mixing=_mixed_site(program, found.max_plate_nesting))
+
+
+@torch.enable_grad()
+def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
+    """Return a latent of which one particle's value moves another particle's density, if any.
+
+    A program that sums over a dim from the left, say, runs under a particle plate without an error
+    and mixes the particles. Two of them show it, for every site with a derivative.
+    """
+    dim = -max_plate_nesting - 1
+    try:
+        with pyro.plate(PARTICLE_PLATE, 2, dim=dim):
+            sampled = program.run_guide()
+            leaves = _cut_to_leaves(sampled)
+            runs = (program.run_guide(sampled), program.run_model(sampled))
+        first = [lp.select(dim, 0).sum() for lp in _log_probs(*runs) if lp.dim() >= -dim]
+        moving = [lp for lp in first if lp.requires_grad]
+        if not moving or not leaves:
+            return None
+        values = [site["value"] for site in leaves]
+        derivatives = torch.autograd.grad(moving, values, allow_unused=True)
+    except Exception:  # what cannot run in one pass says so itself, when it is run
+        return None
+    for site, derivative in zip(leaves, derivatives, strict=True):
+        place = dim - site["fn"].event_dim
+        if derivative is None or derivative.dim() < -place:
+            continue
+        if derivative.select(place, 1).nan_to_num(0.0).any():
+            return site["name"]
+    return None
+
+
+def _cut_to_leaves(trace: poutine.Trace) -> list[Site]:
+    """Make the latent values of a trace leaves, in place; return the sites that have one."""
+    leaves = []
+    for site in sites(trace):
+        if not site["is_observed"]:
+            site["value"] = site["value"].detach().clone()
+            if site["value"].is_floating_point():
+                site["value"].requires_grad_()
+                leaves.append(site)
+    return leaves
+
+
+def _log_probs(*traces: poutine.Trace) -> list[Tensor]:
+    return [
+        site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        for trace in traces
+        for site in sites(trace)
+    ]
 
 
 def structure_in(model: poutine.Trace, guide: poutine.Trace) -> Structure:

@@ -86,17 +86,18 @@ def _along_paths(
     dens: Densities, paths: list[Path], table: Coefficients, guide: Tensor
 ) -> Tensor | float:
     """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
-    if not paths or table.path is None:
+    if not paths:
         return 0.0
-    guide, ratio = _ratio(table.path, guide)
+    along = torch.zeros_like(guide) if table.path is None else table.path
+    guide, ratio = _ratio(along, guide)
     _scale(dens, paths, ratio)
     zero = torch.zeros_like(ratio)
     score = zero if table.score is None else table.score
     outputs, weights = [], []
     # What multiplies each part of log q, and what its derivative sends up the path.
     for log_q, own, upstream in (
-        (dens.density, table.density, -table.path),
-        (dens.score, table.score, score - table.path),
+        (dens.density, table.density, -along),
+        (dens.score, table.score, score - along),
         (dens.density_rest, table.density_rest, zero),
         (dens.score_rest, table.score_rest, score),
     ):

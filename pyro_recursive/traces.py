@@ -74,7 +74,15 @@ def draw(
     if not vectorize or num_estimates * num_particles == 1:
         particles = Particles(num_estimates, num_particles)
         return particles, _draw(program, particles, **options)
-    known = structure_of(program).max_plate_nesting
+    structure = structure_of(program)
+    if structure.mixing is not None:
+        raise ValueError(
+            f"The density of one sample depends on the value of '{structure.mixing}' in another, "
+            "when all run in one pass: model or guide sums over a dim or indexes it from the left, "
+            "where the samples are. Count dims from the right (z.sum(-1), z[..., 0]), or use "
+            "vectorize_particles=False."
+        )
+    known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
     particles = Particles(num_estimates, num_particles, dim=-assumed - 1)
     try:
@@ -82,7 +90,7 @@ def draw(
         if nesting_of(runs[0].model, runs[0].guide) <= assumed:
             return particles, runs
         problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         problem = error
     # Plates may depend on the arguments: look at this call's before giving up.
     nesting = structure_of(program, fresh=True).max_plate_nesting

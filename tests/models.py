@@ -1052,6 +1052,11 @@ def scalar_guide(x: Tensor) -> None:
     normal("z", real("a", 0.4), 1.0)
 
 
+def masked_scalar_guide(x: Tensor) -> None:
+    with poutine.mask(mask=mask()):
+        normal("z", real("a", 0.4), 1.0)
+
+
 def mask_without_plate(x: Tensor) -> None:
     with poutine.mask(mask=mask()):
         z = normal("z", 0.0, 1.0)
@@ -1135,7 +1140,7 @@ REFUSALS = [
         for name, pair, site in (
             ("batch_without_plate", (batch_without_plate, batch_without_plate_guide), "z"),
             ("data_without_plate", (data_without_plate, scalar_guide), "x"),
-            ("mask_without_plate", (mask_without_plate, scalar_guide), "z"),
+            ("mask_without_plate", (mask_without_plate, masked_scalar_guide), "z"),
             ("scale_without_plate", (scale_without_plate, scalar_guide), "z"),
         )
     ),

@@ -152,6 +152,12 @@ def test_dead_samples(name: str) -> None:
     assert bound.derivatives(lw).first.isfinite().all()
 
 
+def test_a_term_of_weight_zero_is_no_term() -> None:
+    lw = torch.tensor([[0.0, -math.inf, 1.0]])
+    torch.testing.assert_close(bounds.ciwae(0.0)(lw), bounds.iwae(lw))
+    assert bounds.ciwae(1.0).is_linear(1, 3) and not bounds.ciwae(0.5).is_linear(1, 3)
+
+
 def test_large_weights_do_not_overflow() -> None:
     lw = torch.tensor([[900.0, 100.0, -900.0]])
     assert bounds.iwae(lw).item() == pytest.approx(900 - math.log(3))

@@ -256,9 +256,33 @@ def test_piwae_in_float32_with_far_apart_estimates(loss: PIWAE_ELBO) -> None:
         assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("estimator", ["score", "vimco", "dreg+vimco", "pathwise", "dreg", "rws"])
+def test_an_impossible_datum_leaves_the_parameters_finite(estimator: str) -> None:
+    def model() -> None:
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]))
+            pyro.factor("possible", torch.tensor([0.0, -torch.inf]) + 0 * z)
+
+    def guide() -> None:
+        loc = pyro.param("loc", lambda: torch.tensor(0.5))
+        with pyro.plate("data", 2):
+            z = dist.Normal(loc, 1.0).expand([2])
+            scored = estimator in ("score", "vimco")
+            pyro.sample("z", z.has_rsample_(False) if scored else z)
+
+    with pytest.warns(UserWarning, match=r"The bound is -inf at plate indices \[\[1\]\]"):
+        value = IWAE_ELBO(3, estimator=estimator).loss_and_grads(model, guide)
+    gradient = pyro.param("loc").unconstrained().grad
+    assert value == torch.inf and gradient is not None and gradient.isfinite()
+
+
 def test_unknown_options_raise() -> None:
     with pytest.raises(ValueError, match=r"estimator must be one of .*got 'reinforce'"):
         IWAE_ELBO(3, estimator="reinforce")
+    with pytest.raises(TypeError, match=r"bound must be a pyro_recursive\.bounds\.Bound"):
+        MultiSampleELBO("iwae")
+    with pytest.raises(ValueError, match="the bound needs num_particles >= 2, got 1"):
+        MultiSampleELBO(bounds.jackknife)
     with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
         IWAE_ELBO(0)
     with pytest.raises(ValueError, match=r"num_estimates must be an integer >= 1, got 1\.5"):

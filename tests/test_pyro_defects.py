@@ -12,11 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_recursive import IWAE_ELBO, MultiSampleELBO, bounds
+from pyro_recursive import IWAE_ELBO, MultiSampleELBO, bounds, log_marginal
 
 MINIBATCH = torch.tensor([1.1, -0.4, 0.7, 2.0])
 # Quadrature, K = 2: value, d/dmu, d/dA, d/db, d/ds for the full data.
@@ -274,6 +275,50 @@ def test_a_model_that_cannot_be_vectorised() -> None:
         IWAE_ELBO(3).loss(program, program)
     assert "vectorize_particles=False" in "".join(caught.value.__notes__)
     assert IWAE_ELBO(3, vectorize_particles=False).loss(program, program) == 0
+
+
+def mixing_model() -> None:
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(b.sum(), 1.0), obs=torch.tensor(1.0))
+
+
+def mixing_guide() -> None:
+    pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+
+def test_a_model_that_mixes_the_samples() -> None:
+    """A sum over all dims is right for one sample, and wrong in silence for many in one pass."""
+    exact = dist.Normal(0.0, 3**0.5).log_prob(torch.tensor(1.0))
+    wrong = Trace_ELBO(100, vectorize_particles=True).loss(mixing_model, mixing_guide)
+    assert wrong > 20  # and its like for one sample is about 2.5
+    for call in (IWAE_ELBO(3).loss, IWAE_ELBO(3).loss_and_grads, log_marginal):
+        with pytest.raises(ValueError, match=r"value of 'b' in another.*z\.sum\(-1\)"):
+            call(mixing_model, mixing_guide)
+    looped = log_marginal(mixing_model, mixing_guide, num_particles=4000, vectorize_particles=False)
+    assert looped.item() == pytest.approx(exact.item(), abs=0.1)
+
+
+def test_a_mask_that_the_guide_does_not_have() -> None:
+    """Pyro keeps log q of what `obs_mask` leaves out: the wider the guide, the better its value."""
+    observed = torch.tensor([True, False])
+
+    def model() -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(2), obs_mask=observed)
+
+    def guide(masked: bool) -> Callable[[], None]:
+        def sample() -> None:
+            with pyro.plate("data", 2), poutine.mask(mask=~observed if masked else True):
+                pyro.sample("x_unobserved", dist.Normal(0.0, 1e9).expand([2]))
+
+        return sample
+
+    assert Trace_ELBO().loss(model, AutoNormal(model, init_scale=1e-9)) > 10
+    with pytest.raises(ValueError, match=r"'x_unobserved' is masked and the guide's is not"):
+        IWAE_ELBO(3).loss(model, AutoNormal(model))
+    with pytest.raises(ValueError, match=r"poutine\.mask"):
+        IWAE_ELBO(3).loss(model, guide(False))
+    assert isinstance(IWAE_ELBO(3).loss(model, guide(True)), float)
 
 
 def test_agrees_with_pyro_where_pyro_is_right() -> None:

@@ -24,7 +24,8 @@ class Evidence(NamedTuple):
     """Estimates per datum, ``[*plates]`` each, in float64.
 
     ``log_marginal`` in nats; its Monte Carlo ``standard_error`` in nats by the delta method,
-    ``sqrt(1 / ess - 1 / K)``; ``ess``, the effective sample size in samples, between 1 and K.
+    ``sqrt(1 / ess - 1 / K)``; ``ess``, the effective sample size in samples, between 1 and K, or 0
+    (and an infinite error) where no sample has any weight.
     A small ESS means that neither of the first two can be trusted.
     """
 
@@ -114,7 +115,7 @@ def log_marginal(
     evidence = first - math.log(num_particles)
     if not diagnostics:
         return evidence
-    ess = torch.exp(2 * first - second)
+    ess = torch.exp(2 * first - second).nan_to_num(nan=0.0)  # no sample of any weight
     error = (1 / ess - 1 / num_particles).clamp_min(0).sqrt()
     return Evidence(evidence, error, ess)
 
