@@ -15,8 +15,12 @@ def interleaved(
 ) -> Timings:
     """Return the milliseconds of a call for each variant and repeat."""
     timings: Timings = {name: [] for name in steps}
-    for _ in tqdm(range(repeats), desc=title, leave=False):
-        for name, step in steps.items():
+    names = list(steps)
+    for repeat in tqdm(range(repeats), desc=title, leave=False):
+        # Each takes each place in turn: what ran before leaves its caches behind.
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            step = steps[name]
             step()
             _synchronize()
             start = time.perf_counter()
