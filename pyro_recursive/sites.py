@@ -11,7 +11,19 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-__all__ = ["PARTICLE_PLATE", "Site", "check_match", "is_delta", "plates_of", "sites"]
+__all__ = [
+    "PARTICLE_PLATE",
+    "Site",
+    "batch_shapes",
+    "check_batch_shape",
+    "check_match",
+    "is_delta",
+    "nesting_of",
+    "plates_of",
+    "sites",
+    "subsample_scale",
+    "subsample_sites",
+]
 
 Site = dict[str, Any]
 

@@ -36,6 +36,7 @@ from pyro_recursive.training import (
     fit,
 )
 from pyro_recursive.training import checkpoint as checkpoints
+from pyro_recursive.training.non_finite import FirstNonFiniteSite
 
 ROWS = 12
 sgd = partial(torch.optim.SGD, lr=1e-3)
@@ -869,3 +870,14 @@ def test_weight_of_latents_must_be_positive(make: Callable) -> None:
 def test_number_of_stages_must_be_positive() -> None:
     with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
         burda_schedule(sgd([torch.ones(1, requires_grad=True)]), num_stages=0)
+
+
+def test_a_dead_sample_is_not_blamed_for_a_nan() -> None:
+    """One sample of zero density is legal; the NaN after it is the fault."""
+    watch = FirstNonFiniteSite()
+    with pyro.validation_enabled(False), watch:
+        pyro.factor("dead", torch.tensor([0.0, -torch.inf]))
+        assert watch.first == "model site 'dead', its log_prob is -inf"
+        pyro.factor("wrong", torch.tensor(torch.nan))
+        pyro.factor("late", torch.tensor(torch.inf))
+    assert watch.first is not None and "'wrong'" in watch.first

@@ -83,6 +83,9 @@ def log_marginal(
     Samples come in chunks of ``chunk_size``, all on one minibatch, so that memory does not grow
     with K; by default a chunk has about 5,000 rows. Sums are kept in float64.
 
+    Modules are used in the mode they are in: call ``.eval()`` first, if they have dropout or batch
+    norm. A keyword of the model that has the name of one here cannot be passed: wrap the model.
+
     Raises ValueError where a subsampled plate does not enclose every site, and as
     `pyro_recursive.MultiSampleELBO` does.
 

@@ -16,13 +16,22 @@ class NonFiniteError(FloatingPointError):
 
 
 class FirstNonFiniteSite(Messenger):
-    """Notes the first sample site at which something is NaN or infinite."""
+    """Notes the first sample site at which something is NaN or infinite.
+
+    A log-density of -inf is legal for some of many samples: it is blamed if nothing else is.
+    """
 
     def __init__(self) -> None:
         """Start with nothing found."""
         super().__init__()
-        self.first: str | None = None
+        self._certain: str | None = None
+        self._suspect: str | None = None
         self._replayed: set[str] = set()
+
+    @property
+    def first(self) -> str | None:
+        """Where and what it is, None for nowhere."""
+        return self._certain or self._suspect
 
     def _pyro_sample(self, msg: Any) -> None:
         # As the outermost handler it comes last here: what is done by now was replayed.
@@ -30,11 +39,14 @@ class FirstNonFiniteSite(Messenger):
         (self._replayed.add if replayed else self._replayed.discard)(msg["name"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if self.first is None and not site_is_subsample(msg):
+        if self._certain is None and not site_is_subsample(msg):
             fault = _fault(msg)
             program = "model" if msg["name"] in self._replayed else "guide"
-            if fault:
-                self.first = f"{program} site '{msg['name']}', its {fault}"
+            place = f"{program} site '{msg['name']}', its {fault}"
+            if fault and fault.endswith("-inf"):
+                self._suspect = self._suspect or place
+            elif fault:
+                self._certain = place
 
 
 def _fault(site: Any) -> str | None:
