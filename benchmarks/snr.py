@@ -24,7 +24,7 @@ from pyro_recursive import MIWAE_ELBO
 DIM, POINTS = 20, 16
 ROWS_PER_PASS = 200_000  # copies times samples times data
 PARTICLES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
-ASYMPTOTIC = 64  # the theory is for large K: slopes in K are fitted from here
+ASYMPTOTIC = 64  # the rising laws are for large K: their slopes are fitted from here
 ESTIMATES = (1, 2, 4, 8, 16, 32)
 SIZES = {"K": PARTICLES, "M": ESTIMATES}
 PARTICLES_OF_ESTIMATES = 8
@@ -128,11 +128,18 @@ def signal_to_noise(draws: Tensor) -> float:
     return math.sqrt(max((signal / variance).mean().item(), 0.0))
 
 
+def measurable(ratios: list[float], draws: int) -> list[float]:
+    """Replace what the noise of the mean of so many draws hides by NaN: two standard errors."""
+    floor = math.sqrt(2 * math.sqrt(2 / DIM) / draws)
+    return [ratio if ratio > floor else math.nan for ratio in ratios]
+
+
 def slope(axis: str, ratios: list[float]) -> float:
-    """Return the least-squares slope in log-log coordinates, over the positive ratios."""
-    pairs = zip(SIZES[axis], ratios, strict=True)
-    least = ASYMPTOTIC if axis == "K" else 1
-    kept = [(math.log(s), math.log(r)) for s, r in pairs if r > 0 and s >= least]
+    """Return the least-squares slope in log-log coordinates: of a rising law for large K."""
+    pairs = [(s, r) for s, r in zip(SIZES[axis], ratios, strict=True) if not math.isnan(r)]
+    rising = axis == "K" and len(pairs) > 1 and pairs[-1][1] > pairs[0][1]
+    least = ASYMPTOTIC if rising else 1
+    kept = [(math.log(s), math.log(r)) for s, r in pairs if s >= least]
     if len(kept) < 2:
         return math.nan
     x, y = (torch.tensor(column) for column in zip(*kept, strict=True))
@@ -143,9 +150,12 @@ def report(results: dict[str, Any]) -> str:
     """Return the slopes as a table."""
     header = ["gradient", "near: slope in K", "theory", "near: slope in M", "theory"]
     header += ["far: slope in K", "far: slope in M"]
-    rows = []
+    rows, draws = [], results["settings"]["draws"]
     for name, (_, _, theory) in CURVES.items():
-        near, far = results["near"][name], results["far"][name]
+        near, far = (
+            {axis: measurable(r, draws) for axis, r in results[place][name].items()}
+            for place in ("near", "far")
+        )
         expected = "> 0" if theory is None else f"{theory:+.1f}"
         slopes = [f"{slope(axis, place[axis]):+.2f}" for place in (near, far) for axis in SIZES]
         rows.append([name, slopes[0], expected, slopes[1], "+0.5", *slopes[2:]])
@@ -164,14 +174,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for panel, (place, axis) in zip(axes, panels, strict=True):
         sizes = SIZES[axis]
         for number, name in enumerate(CURVES):
-            ratios = results[place][name][axis]
+            ratios = measurable(results[place][name][axis], results["settings"]["draws"])
             label = f"{name}: slope {slope(axis, ratios):+.2f}"
-            panel.loglog(
-                sizes, [r or math.nan for r in ratios], "o-", color=f"C{number}", label=label
-            )
+            panel.loglog(sizes, ratios, "o-", color=f"C{number}", label=label)
             theory = 0.5 if axis == "M" else CURVES[name][2]
-            if place == "near" and theory is not None and ratios[-1] > 0:
-                line = [ratios[-1] * (size / sizes[-1]) ** theory for size in sizes]
+            known = [pair for pair in zip(sizes, ratios, strict=True) if not math.isnan(pair[1])]
+            if place == "near" and theory is not None and known:
+                line = [known[-1][1] * (size / known[-1][0]) ** theory for size in sizes]
                 panel.loglog(sizes, line, ":", color=f"C{number}", linewidth=1)
         other = f"K = {PARTICLES_OF_ESTIMATES}" if axis == "M" else "M = 1"
         panel.set(
