@@ -129,12 +129,12 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _data(settings: Settings, images: Dataset) -> Data:
     """Hold out validation rows, and binarise once all that is evaluated on."""
     held_out = VALIDATION.get(settings.dataset, 400)
-    train, validation = images.train[:-held_out], images.train[-held_out:]
+    split = images.split_validation(held_out)
     count = settings.eval_points
     return Data(
-        train=train,
-        validation=fixed_binarize(validation, seed=1),
-        train_binary=fixed_binarize(train[:count], seed=2),
+        train=split.train,
+        validation=fixed_binarize(split.test, seed=1),
+        train_binary=fixed_binarize(split.train[:count], seed=2),
         test_binary=fixed_binarize(images.test[:count], seed=3),
     )
 

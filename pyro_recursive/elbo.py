@@ -344,7 +344,7 @@ def _estimator(estimator: str | Estimator) -> Estimator:
 
 
 def _names(run: Draw) -> frozenset[str]:
-    return frozenset(site["name"] for trace in (run.model, run.guide) for site in sites(trace))
+    return frozenset(site["name"] for site in sites(run.model, run.guide))
 
 
 def _warn_if_dead(value: Tensor) -> None:

@@ -120,12 +120,7 @@ def layout_of(
     """Find the shared plates of runs and check the rules for all others."""
     traces = [trace for run in runs for trace in (run.model, run.guide)]
     nesting = nesting_of(*traces) if particles.dim is None else -particles.dim - 1
-    stacks = [
-        plates_of(site)
-        for trace in traces
-        for site in sites(trace)
-        if only is None or site["name"] in only
-    ]
+    stacks = [plates_of(site) for site in sites(*traces) if only is None or site["name"] in only]
     if not stacks:
         return Layout(particles, nesting, ())
     shared = set.intersection(*map(set, stacks))
@@ -137,7 +132,7 @@ def layout_of(
 def check_subsampling(runs: Sequence[Draw], layout: Layout) -> None:
     """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
     shared = {frame.name for frame in layout.plates}
-    everything = [site for trace in (runs[0].model, runs[0].guide) for site in sites(trace)]
+    everything = list(sites(runs[0].model, runs[0].guide))
     for site in everything:
         for name, frame in plates_of(site).items():
             if name not in shared and subsample_scale(frame) != 1:

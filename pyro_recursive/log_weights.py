@@ -16,7 +16,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_recursive.layout import Layout
-from pyro_recursive.sites import Site, check_batch_shape, is_delta, sites, subsample_scale
+from pyro_recursive.sites import (
+    Site,
+    check_batch_shape,
+    is_delta,
+    log_prob_of,
+    sites,
+    subsample_scale,
+)
 from pyro_recursive.traces import Draw
 
 __all__ = ["Densities", "densities", "guide_group"]
@@ -92,16 +99,9 @@ def guide_group(site: Site) -> str:
 
 def log_density(site: Site, layout: Layout) -> Tensor:
     """Return a site's log-density with mask and user's scale, without the shared plates' scale."""
-    log_prob = scale_and_mask(_log_prob(site, site["fn"]), _own_scale(site, layout), site["mask"])
+    log_prob = scale_and_mask(log_prob_of(site, site["fn"]), _own_scale(site, layout), site["mask"])
     check_batch_shape(site, log_prob.shape)
     return log_prob
-
-
-def _log_prob(site: Site, fn: Any) -> Tensor:
-    try:
-        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-    except ValueError as error:
-        raise ValueError(f"At site '{site['name']}': {error}") from error
 
 
 def _own_scale(site: Site, layout: Layout) -> Any:
@@ -123,7 +123,7 @@ def _is_weighted(site: Site, layout: Layout) -> bool:
 
 def _whole_density(site: Site) -> Tensor:
     """Return the log-density that a guide site is sampled from, whatever its scale and mask."""
-    return _log_prob(site, _unmasked(site["fn"]))
+    return log_prob_of(site, _unmasked(site["fn"]))
 
 
 def _unmasked(fn: Any) -> Any:

@@ -1,5 +1,6 @@
 """What the sample sites of traces say: kinds, plates, shapes, and whether model and guide match."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_batch_shape",
     "check_match",
     "is_delta",
+    "log_prob_of",
     "nesting_of",
     "plates_of",
     "sites",
@@ -30,9 +32,9 @@ Site = dict[str, Any]
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
 
 
-def sites(trace: poutine.Trace) -> Iterator[Site]:
+def sites(*traces: poutine.Trace) -> Iterator[Site]:
     """Yield the sample sites that carry a density: no subsample and no deterministic sites."""
-    for site in trace.nodes.values():
+    for site in itertools.chain.from_iterable(trace.nodes.values() for trace in traces):
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         if not site["infer"].get("_deterministic"):
@@ -41,10 +43,23 @@ def sites(trace: poutine.Trace) -> Iterator[Site]:
 
 def is_delta(site: Site) -> bool:
     """Whether the site's value is computed, not sampled: a Delta under any wrapping."""
-    fn = site["fn"]
+    return any(isinstance(layer, dist.Delta) for layer in _layers(site["fn"]))
+
+
+def _layers(fn: Any) -> Iterator[Any]:
+    """Yield a distribution and what stands under its event dims and masks."""
+    yield fn
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+        yield fn
+
+
+def log_prob_of(site: Site, fn: Any) -> Tensor:
+    """Return the site's log-density under a distribution, without scale and mask."""
+    try:
+        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"At site '{site['name']}': {error}") from error
 
 
 def plates_of(site: Site) -> dict[str, Any]:
@@ -123,10 +138,7 @@ def check_match(model: poutine.Trace, guide: poutine.Trace, max_plate_nesting: i
 
 def _masked(site: Site) -> bool:
     """Whether a mask leaves out any of a site's density."""
-    masks, fn = [site["mask"]], site["fn"]
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        masks.append(getattr(fn, "_mask", None))
-        fn = fn.base_dist
+    masks = [site["mask"], *(getattr(layer, "_mask", None) for layer in _layers(site["fn"]))]
     return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)
 
 

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
 
 from pyro_recursive.program import Program
 from pyro_recursive.sites import (
@@ -15,6 +14,7 @@ from pyro_recursive.sites import (
     Site,
     batch_shapes,
     check_batch_shape,
+    log_prob_of,
     nesting_of,
     sites,
 )
@@ -66,9 +66,8 @@ def _discover(program: Program) -> Structure:
         guide = program.run_guide()
         model = program.run_model(guide)
         # Later a dim of size M * K could pass for the particle plate.
-        for trace in (model, guide):
-            for site in sites(trace):
-                check_batch_shape(site, *batch_shapes(site))
+        for site in sites(model, guide):
+            check_batch_shape(site, *batch_shapes(site))
         found = structure_in(model, guide)
         return replace(found, mixing=_mixed_site(program, found.max_plate_nesting))
 
@@ -86,7 +85,8 @@ def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
             sampled = program.run_guide()
             leaves = _cut_to_leaves(sampled)
             runs = (program.run_guide(sampled), program.run_model(sampled))
-        first = [lp.select(dim, 0).sum() for lp in _log_probs(*runs) if lp.dim() >= -dim]
+        densities = [log_prob_of(site, site["fn"]) for site in sites(*runs)]
+        first = [lp.select(dim, 0).sum() for lp in densities if lp.dim() >= -dim]
         moving = [lp for lp in first if lp.requires_grad]
         if not moving or not leaves:
             return None
@@ -113,14 +113,6 @@ def _cut_to_leaves(trace: poutine.Trace) -> list[Site]:
                 site["value"].requires_grad_()
                 leaves.append(site)
     return leaves
-
-
-def _log_probs(*traces: poutine.Trace) -> list[Tensor]:
-    return [
-        site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        for trace in traces
-        for site in sites(trace)
-    ]
 
 
 def structure_in(model: poutine.Trace, guide: poutine.Trace) -> Structure:

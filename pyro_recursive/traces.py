@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.paths import Path, cut
 from pyro_recursive.program import Program, without
+from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
     Site,
@@ -221,17 +221,9 @@ class _SameNoise(Messenger):
 
     def _meet(self, name: str) -> None:
         if not self.again:
-            self.states[name] = _random_state()
+            self.states[name] = torch_state()
         elif name in self.states:
-            cpu, *cuda = self.states[name]
-            torch.set_rng_state(cpu)
-            for state in cuda:
-                torch.cuda.set_rng_state(state)
-
-
-def _random_state() -> list[Tensor]:
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
+            set_torch_state(self.states[name])
 
 
 class _ShareWithinEstimate(Messenger):

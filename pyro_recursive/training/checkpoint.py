@@ -188,16 +188,3 @@ def set_state_of(
             f"Checkpoint '{path}' does not fit the {kind}: {problem}. Use the {kind} of the run "
             "that wrote it, or another file."
         )
-
-
-def torch_state() -> list[Tensor]:
-    """Return the random states of torch alone: cheap enough for each step, and no wait."""
-    state = [torch.get_rng_state()]
-    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
-
-
-def set_torch_state(state: list[Tensor]) -> None:
-    """Set the random states of torch from what `torch_state` returned."""
-    torch.set_rng_state(state[0])
-    for cuda_state in state[1:]:
-        torch.cuda.set_rng_state(cuda_state)

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.minibatches import Batch, Minibatches
 from pyro_recursive.training.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
@@ -63,7 +64,7 @@ class Learner:
 
         :raises NonFiniteError: before the optimiser has changed anything
         """
-        before = checkpoint.torch_state()
+        before = torch_state()
         try:
             loss = self._differentiate(batch)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
@@ -88,9 +89,7 @@ class Learner:
         :raises NonFiniteError: naming step, epoch and the place where the NaN or infinity arises
         """
         if not math.isfinite(self.health.item()):
-            raise self._error(
-                batch, epoch, self._first_site(batch, before or checkpoint.torch_state())
-            )
+            raise self._error(batch, epoch, self._first_site(batch, before or torch_state()))
 
     def end_epoch(self, value: float) -> None:
         """Step the learning-rate schedule; ``value`` is for one that waits for a plateau."""
@@ -236,7 +235,7 @@ class Learner:
         watch = FirstNonFiniteSite()
         with checkpoint.forked_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint.set_torch_state(state)
+            set_torch_state(state)
             with pyro.validation_enabled(False), watch:
                 try:
                     self._differentiate(batch)
