@@ -2,14 +2,28 @@
 
 from pyro_recursive.elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO
 from pyro_recursive.evaluation.evidence import log_marginal
+from pyro_recursive.guides.amortized import AmortizedGuide
+from pyro_recursive.guides.mixture import MixtureGuide
+from pyro_recursive.guides.recursive_mixture import RecursiveMixtureGuide
+from pyro_recursive.guides.schedules import Schedule
+from pyro_recursive.recursive_elbo import RecursiveMixture_ELBO
+from pyro_recursive.stratified import MISELBO, SIWAE_ELBO, Stratified_ELBO
 from pyro_recursive.training import fit
 
 __all__ = [
     "CIWAE_ELBO",
     "IWAE_ELBO",
+    "MISELBO",
     "MIWAE_ELBO",
     "PIWAE_ELBO",
+    "SIWAE_ELBO",
+    "AmortizedGuide",
+    "MixtureGuide",
     "MultiSampleELBO",
+    "RecursiveMixtureGuide",
+    "RecursiveMixture_ELBO",
+    "Schedule",
+    "Stratified_ELBO",
     "fit",
     "log_marginal",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Bound", "Derivatives", "Jackknife", "Pooled", "PowerMeans", "Split"]
+__all__ = ["Bound", "Derivatives", "Jackknife", "Pooled", "PowerMeans", "Split", "Weighted"]
 
 
 class Derivatives(NamedTuple):
@@ -177,6 +177,34 @@ class Split(Bound):
     def derivatives(self, log_weights: Tensor) -> Derivatives:
         """Return the derivatives of the model's bound."""
         return self.model_bound.derivatives(log_weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted(Bound):
+    """Another bound whose M estimates do not count alike: ``weights`` are ``[M, *plates]``.
+
+    The estimates of a stratified loss come from different components of the guide.
+    """
+
+    bound: Bound
+    weights: Tensor
+
+    def is_linear(self, num_estimates: int, num_particles: int) -> bool:
+        """Whether the other bound is linear."""
+        return self.bound.is_linear(num_estimates, num_particles)
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        """Return the weighted estimates: ``[M, K, *plates]`` to ``[M, *plates]``."""
+        return self.weights * self.bound.estimate(log_weights)
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return the other bound's derivatives, weighted."""
+        weights = self.weights.unsqueeze(1)
+        return Derivatives(*(weights * part for part in self.bound.derivatives(log_weights)))
+
+    def leave_one_out(self, log_weights: Tensor) -> Tensor:
+        """Return the other bound's leave-one-out values, weighted."""
+        return self.weights.unsqueeze(1) * self.bound.leave_one_out(log_weights)
 
 
 class Jackknife(Bound):

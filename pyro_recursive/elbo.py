@@ -127,8 +127,16 @@ class MultiSampleELBO(ELBO):
             loss.backward()
         return loss.item()
 
-    def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> "_Evaluation":
-        """Draw all samples and gather their log-densities."""
+    def _evaluate(
+        self,
+        program: Program,
+        *,
+        fresh: bool = False,
+        shape: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> "Evaluation":
+        """Draw M * K samples, ``shape`` where it is given, and gather their log-densities."""
+        shape = shape or (self.num_estimates, self.num_particles)
         local = None
         if self.global_latents == "elbo":
             structure = structure_of(program, fresh=fresh)
@@ -136,8 +144,7 @@ class MultiSampleELBO(ELBO):
             options["shared"] = frozenset(structure.guide) - local
         particles, runs = draw(
             program,
-            self.num_estimates,
-            self.num_particles,
+            *shape,
             max_plate_nesting=self.max_plate_nesting,
             vectorize=self.vectorize_particles,
             **options,
@@ -146,20 +153,20 @@ class MultiSampleELBO(ELBO):
             now = structure_in(runs[0].model, runs[0].guide)
             if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
                 # Sites depend on the arguments: look at this call's.
-                return self._evaluate(program, fresh=True, **options)
+                return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, runs, only=local)
         for run in runs:
             check_match(run.model, run.guide, layout.max_plate_nesting)
-        if not self.bound.is_linear(self.num_estimates, self.num_particles):
+        if not self.bound.is_linear(*shape):
             check_subsampling(runs, layout)
             warn_if_joint(runs, layout)
         shared = None
         if local is not None:
             outside = _names(runs[0]) - local
             shared = densities(runs, layout_of(particles, runs, only=outside), only=outside)
-        return _Evaluation(runs, densities(runs, layout, only=local), shared)
+        return Evaluation(runs, densities(runs, layout, only=local), shared)
 
-    def _value(self, evaluation: "_Evaluation") -> Tensor:
+    def _value(self, evaluation: "Evaluation") -> Tensor:
         """Return minus the bound, without a graph."""
         local, shared = evaluation.local, evaluation.shared
         value = self.bound(local.log_weights)
@@ -172,7 +179,7 @@ class MultiSampleELBO(ELBO):
             warn_if_nan(total, "loss")
         return -total
 
-    def _surrogate(self, evaluation: "_Evaluation") -> Tensor:
+    def _surrogate(self, evaluation: "Evaluation") -> Tensor:
         """Return a scalar whose gradient is the estimator's, for ascent."""
         runs, local, shared = evaluation
         total = local.layout.scale * surrogate(runs, local, self.bound, self.estimator)
@@ -319,7 +326,7 @@ class CIWAE_ELBO(MultiSampleELBO):
             module.add_module("learned_beta", self._learned)
         return module
 
-    def _surrogate(self, evaluation: "_Evaluation") -> Tensor:
+    def _surrogate(self, evaluation: "Evaluation") -> Tensor:
         total = super()._surrogate(evaluation)
         if self._learned is None:
             return total
@@ -327,7 +334,7 @@ class CIWAE_ELBO(MultiSampleELBO):
         return total - 0.5 * (self._learned() - target) ** 2
 
 
-class _Evaluation(NamedTuple):
+class Evaluation(NamedTuple):
     """One evaluation: the runs, the densities in the weights, and those of the global latents."""
 
     runs: list[Draw]

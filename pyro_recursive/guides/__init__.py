@@ -1,0 +1,1 @@
+"""Guides: ordinary Pyro guides, for any loss and for `pyro.infer.Predictive`."""

@@ -1,0 +1,103 @@
+"""Families of distributions over an unconstrained vector: parameters in, a distribution out."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+__all__ = ["FAMILIES", "Diagonal", "Family", "Full", "LowRank", "family_of"]
+
+
+class Family(ABC):
+    """A family of Gaussians over vectors of any length D, given by a vector of numbers."""
+
+    @abstractmethod
+    def num_parameters(self, size: int) -> int:
+        """Return how many numbers describe a member over vectors of length ``size``."""
+
+    @abstractmethod
+    def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
+        """Return the member: ``[*batch, num_parameters]`` to batch ``[*batch]``, event ``[D]``."""
+
+    def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the parameters of ``N(loc, scale ** 2 I)``, ``[*batch, D]`` to its numbers."""
+        size = loc.shape[-1]
+        rest = loc.new_zeros(*loc.shape[:-1], self.num_parameters(size) - 2 * size)
+        return torch.cat([loc, _log(scale, loc), rest], -1)
+
+
+@dataclass(frozen=True)
+class Diagonal(Family):
+    """Independent normals: D locations, D logarithms of scales."""
+
+    def num_parameters(self, size: int) -> int:
+        """Return 2 D."""
+        return 2 * size
+
+    def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
+        """Return the normals with their dims as event."""
+        loc, log_scale = parameters.split(size, -1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+@dataclass(frozen=True)
+class LowRank(Family):
+    """Covariance ``diag(scale ** 2) + F F'``, with F of ``rank`` columns."""
+
+    rank: int
+
+    def num_parameters(self, size: int) -> int:
+        """Return (2 + rank) D."""
+        return (2 + self.rank) * size
+
+    def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the parameters of about ``N(loc, scale ** 2 I)``; zero factors would not learn."""
+        log_scale = _log(scale, loc)
+        noise = torch.randn(*loc.shape, self.rank).to(loc)
+        factors = (0.1 * log_scale.exp().unsqueeze(-1) * noise).flatten(-2)
+        return torch.cat([loc, log_scale, factors], -1)
+
+    def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
+        """Return the low-rank normal."""
+        loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
+        factor = factor.unflatten(-1, (size, self.rank))
+        return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+
+
+@dataclass(frozen=True)
+class Full(Family):
+    """Any covariance, by its Cholesky factor with the logarithm of its diagonal."""
+
+    def num_parameters(self, size: int) -> int:
+        """Return D + D (D + 1) / 2."""
+        return size + size * (size + 1) // 2
+
+    def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
+        """Return the normal with that Cholesky factor."""
+        lower = size * (size - 1) // 2
+        loc, log_diagonal, below = parameters.split([size, size, lower], -1)
+        rows, columns = torch.tril_indices(size, size, -1, device=parameters.device)
+        factor = torch.diag_embed(log_diagonal.exp())
+        factor[..., rows, columns] = below
+        return dist.MultivariateNormal(loc, scale_tril=factor)
+
+
+FAMILIES = {"diagonal": Diagonal(), "full": Full()}
+
+
+def family_of(family: str | Family) -> Family:
+    """Return a family by name, or the one given; raise ValueError for an unknown name."""
+    if isinstance(family, Family):
+        return family
+    if family not in FAMILIES:
+        raise ValueError(
+            f"family must be one of {sorted(FAMILIES)} or a Family such as LowRank(2), "
+            f"got {family!r}"
+        )
+    return FAMILIES[family]
+
+
+def _log(scale: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(scale).to(like).log().expand_as(like)

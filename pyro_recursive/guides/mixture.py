@@ -1,0 +1,240 @@
+"""Mixtures of guides."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import get_plates
+from torch import Tensor, nn
+
+from pyro_recursive.guides.amortized import AmortizedGuide
+from pyro_recursive.guides.components import component_of
+from pyro_recursive.guides.families import Family
+from pyro_recursive.guides.joint import emit, inside, outer_shape
+from pyro_recursive.guides.latents import Latents, Values
+from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
+from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.weights import Weights
+from pyro_recursive.sites import PARTICLE_PLATE
+from pyro_recursive.strata import Strata, current_strata
+
+__all__ = ["MixtureGuide"]
+
+
+class MixtureGuide(PackedGuide):
+    """A mixture of guides, with the exact log-density over all components and all latent sites.
+
+    ``q(z | x) = sum_m w_m(x) q_m(z | x)``. Latents inside the data's plate have one mixture for
+    each row, with weights of its own; the others have one mixture over all of them together.
+
+    An auxiliary site ``<name>_component`` draws the component. Its probabilities have a
+    score-function gradient in ordinary losses: use ``estimator="vimco"`` or ``"dreg+vimco"`` with
+    this package's; the stratified losses (`Stratified_ELBO`, `SIWAE_ELBO`, `MISELBO`) need none,
+    and are the ones to train with.
+
+    Arguments:
+        model: a Pyro model with continuous latents.
+        components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
+            samples the model's own sites; or a number, for that many Gaussians with parameters of
+            their own. Components should differ from the start: copies never separate.
+        weights: a module from the rows of the inputs to ``[*rows, M]`` logits; ``"linear"`` for a
+            linear one (the default where a component has an encoder), or ``"shared"`` for the same
+            weights in all rows. Where no component has an encoder each row has its own.
+        learn_weights: False keeps the weights equal.
+        family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
+        plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
+            component has an encoder or is written by hand; else all latents are one group.
+
+    Raises:
+        NotImplementedError: a latent site is discrete; a component has no density at given values.
+        ValueError: a component does not sample all latent sites, or packs them otherwise.
+
+    Sources: `Automatic Differentiation Variational Inference with Mixture Models` (Morningstar et
+    al., arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
+    Approximations` (Kviman et al., arXiv 2202.10951).
+
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import SVI, Predictive
+    >>> from pyro_recursive import Stratified_ELBO
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    ...     pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
+    >>> guide = MixtureGuide(model, 2)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Stratified_ELBO(8))
+    >>> losses = [svi.step() for _ in range(10)]
+    >>> Predictive(model, guide=guide, num_samples=5)()["z"].shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        components: int | Sequence[Callable],
+        *,
+        weights: nn.Module | str | None = None,
+        learn_weights: bool = True,
+        family: str | Family = "diagonal",
+        plate: str | None = None,
+        inputs: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if isinstance(components, int):
+            components = [AmortizedGuide(model, family=family) for _ in range(components)]
+        _check(components)
+        super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
+        # Guides that are plain functions have no parameters of their own to register.
+        self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
+        modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
+        self.components = PyroModule[nn.ModuleList](modules)
+        with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
+        if inputs is None and with_encoder:
+            self.inputs = with_encoder[0].inputs
+        kind = weights or ("linear" if with_encoder else "table")
+        self.weights = Weights(kind, self.initial_logits(), learn_weights)
+
+    def initial_logits(self) -> Tensor:
+        """Return the logits that the weights start from, those of equal weights."""
+        return torch.zeros(len(self.components))
+
+    @property
+    def by_row(self) -> bool:
+        """With an encoder or a guide written by hand, each row has a mixture of its own."""
+        return any(
+            c.by_row if isinstance(c, PackedGuide) else not isinstance(c, AutoContinuous)
+            for c in self.components
+        )
+
+    def component(self, m: int) -> Callable:
+        """Return component ``m``."""
+        return self._functions.get(m, self.components[m])
+
+    def adopt(
+        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+    ) -> None:
+        """Share the groups with the components, each around a point of its own."""
+        for component in self.components:
+            if isinstance(component, PackedGuide):
+                component.adopt(groups, prior, raw)
+        super().adopt(groups, prior, raw)
+
+    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+        """Create the weights of a group."""
+        self.weights.build(latents, raw)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The numbers of the components that make up the mixture."""
+        return tuple(range(len(self.components)))
+
+    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+        """Return the logarithms of the members' weights in a group, ``[*batch, J]``."""
+        return self.weights.logits(latents, call)[..., list(members)].log_softmax(-1)
+
+    def posterior(self, latents: Latents, call: Call) -> Mixture:
+        """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
+        strata = current_strata()
+        if strata is not None and len(self.groups) > 1:
+            raise NotImplementedError(
+                "This guide has one mixture over the global latents and one over those of each row, "
+                "and a stratified loss takes one. Leave the global latents to another guide "
+                "(pyro.infer.autoguide.AutoGuideList), or use Trace_ELBO, or a loss of this "
+                "package with estimator='vimco'."
+            )
+        members = strata.members if strata and strata.members else self.members
+        frozen = strata.frozen if strata else frozenset()
+        log_weights = self.log_weights(latents, call, members)
+        guides = [self.component(m) for m in members]
+        if _alike(guides):
+            parameters = self.parameters_of(latents, call, members, frozen)
+            return StackedMixture(log_weights, parameters, guides[0].family, latents.size)
+        components = []
+        for place, guide in enumerate(guides):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+                components.append(component_of(guide, latents, call))
+        return ListMixture(log_weights, components)
+
+    def parameters_of(
+        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+    ) -> Tensor:
+        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        found = []
+        for place, m in enumerate(members):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+                found.append(self.component(m).parameters_of(latents, call))
+        return torch.stack(torch.broadcast_tensors(*found))
+
+    def sample(self, latents: Latents, call: Call) -> Values:
+        """Sample a component for each row, then the sites of a group."""
+        mixture, strata = self.posterior(latents, call), current_strata()
+        if mixture.num_components == 1 and strata is None:
+            only = torch.zeros(mixture.batch_shape, dtype=torch.long)
+            index = only.to(mixture.log_weights.device)
+        else:
+            index = self._draw_component(latents, mixture, strata, call)
+        shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
+        index = index.expand(shape)
+        if strata is not None and strata.points is not None:
+            u = strata.points_of(shape)
+        else:
+            u = mixture.draw(index, strata.components if strata else None)
+        chosen = mixture.log_weights.expand(*shape, -1).gather(-1, index[..., None])[..., 0]
+
+        def density(u: Tensor) -> Tensor:
+            # The component's site adds log w of the one chosen: together they are log Q.
+            if strata is None or strata.reference is None:
+                return mixture.log_prob(u) - chosen
+            return strata.reference(mixture.table(u), mixture.log_weights) - chosen
+
+        return emit(latents, call.plates, u, density)
+
+    def _draw_component(
+        self, latents: Latents, mixture: Mixture, strata: Strata | None, call: Call
+    ) -> Tensor:
+        """Sample which component each row is drawn from, or take it from the strata."""
+        group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
+        with inside(latents.rows, call.plates):
+            return pyro.sample(
+                f"{self.name}{group}_component",
+                dist.Categorical(logits=mixture.log_weights),
+                obs=None if strata is None else _assigned(strata, mixture),
+                infer={"is_auxiliary": True},
+            )
+
+
+def _check(components: Sequence[Callable]) -> None:
+    if not components:
+        raise ValueError("A mixture needs at least one component, got none.")
+    if any(isinstance(component, MixtureGuide) for component in components):
+        raise ValueError(
+            "A mixture guide cannot be a component of a mixture: list all components in one."
+        )
+
+
+def _alike(guides: Sequence[Any]) -> bool:
+    """Whether all are Gaussians of one family, so that they can be evaluated at once."""
+    gaussian = all(isinstance(guide, AmortizedGuide) for guide in guides)
+    return gaussian and len({guide.family for guide in guides}) == 1
+
+
+def _assigned(strata: Strata, mixture: Mixture) -> Tensor:
+    """Return the component of each particle and row."""
+    device = mixture.log_weights.device
+    frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
+    if frame is None:
+        index = torch.tensor(strata.components[strata.particle or 0], device=device)
+    else:
+        index = _on_device(strata.components, device).reshape(-1, *[1] * (-frame.dim - 1))
+    return index.expand(torch.broadcast_shapes(outer_shape(), mixture.batch_shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(components: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return component numbers as a tensor, copied to the device once."""
+    return torch.tensor(components, device=device)

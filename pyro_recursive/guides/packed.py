@@ -1,0 +1,219 @@
+"""What all guides of this package share: groups of latents, the plates of a call, and names."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
+from pyro_recursive.guides.latents import Latents, Values, latents_of
+from pyro_recursive.sites import Site, plates_of, sites
+
+__all__ = ["Call", "PackedGuide"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a guide: its arguments, its plates by name, and what it has sampled so far."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    plates: Mapping[str, Any]
+    inputs: Callable[..., Any]
+    given: Values
+
+    @cached_property
+    def raw(self) -> Any:
+        """What encoders are fed with, before any minibatch is taken out of it."""
+        return self.inputs(*self.args, **self.kwargs)
+
+    def rows(self, latents: Latents) -> Any:
+        """Return the encoders' inputs, ``[*rows, ...]``, for the rows of the minibatch."""
+        rows = self.raw
+        for place, frame in enumerate(latents.rows):
+            plate = self.plates[frame.name]
+            if plate.subsample_size < plate.size and rows.shape[place] == plate.size:
+                rows = rows.index_select(place, plate.indices)
+        return rows
+
+
+class PackedGuide(PyroModule):
+    """A guide over a model's continuous latents, in one or two groups of packed vectors.
+
+    The latents inside the plate of the data are one group, with a distribution for each row; those
+    outside are the other, with one joint distribution. Nothing is known before the first call or
+    `prepare`, which looks at the model once.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        plate: str | None = None,
+        inputs: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name or type(self).__name__)
+        self.name = name or type(self).__name__
+        # In a tuple: a model that is a module is no part of the guide.
+        self._model: tuple[Callable | None] = (model,)
+        self.plate, self.create_plates = plate, create_plates
+        self.inputs = inputs or _first_argument
+        self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
+        self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
+
+    @abstractmethod
+    def posterior(self, latents: Latents, call: Call) -> Any:
+        """Return the distribution of a group: batch ``[*batch]``, event ``[D]``, unconstrained."""
+
+    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+        """Create what depends on the model's latents.
+
+        ``place`` is a draw from the prior, ``[*batch, D]``, and ``raw`` what encoders are fed with.
+        """
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the model, and create all parameters; the first call does so by itself.
+
+        Needed before `load_state_dict`. Draws from the model's prior under the random state.
+        """
+        if self.groups:
+            return
+        model = self._model[0]
+        if model is None:
+            raise RuntimeError("This guide was saved before its first call: build it again.")
+
+        def prior() -> poutine.Trace:
+            with poutine.block(), torch.no_grad():
+                return poutine.trace(model).get_trace(*args, **kwargs)
+
+        trace, raw = prior(), self.inputs(*args, **kwargs)
+        latent = [s for s in sites(trace) if not s["is_observed"] and not _enumerated(s)]
+        local = self._local(trace, latent)
+        parts = [[s for s in latent if s["name"] not in local]]
+        parts.append([s for s in latent if s["name"] in local])
+        groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
+        self._follows = dict(_following(groups, raw))
+        self.adopt(groups, prior, raw)
+
+    def adopt(
+        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+    ) -> None:
+        """Take over groups of latents, with a function that draws from the prior."""
+        if self.groups:
+            return
+        drawn = prior()
+        values = {name: site["value"] for name, site in drawn.nodes.items() if "value" in site}
+        for latents in groups:
+            self.build(latents, latents.pack(values), raw)
+        self.groups = groups
+
+    def forward(self, *args: Any, **kwargs: Any) -> Values:
+        """Sample the model's latent sites; return their values."""
+        self.prepare(*args, **kwargs)
+        call = self._call(args, kwargs)
+        for latents in self.groups:
+            call.given.update(self.sample(latents, call))
+        return call.given
+
+    def sample(self, latents: Latents, call: Call) -> Values:
+        """Sample the sites of a group."""
+        posterior = self.posterior(latents, call)
+        u = drawn_from(posterior, outer_shape())
+        return emit(latents, call.plates, u, posterior.log_prob)
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+        plates: dict[str, Any] = {}
+        if self.create_plates is not None:
+            made = self.create_plates(*args, **kwargs)
+            plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
+        call = Call(args, kwargs, plates, self.inputs, {})
+        for latents in self.groups:
+            for frame in (f for slot in latents.slots for f in slot.frames):
+                if frame.name not in plates:
+                    plates[frame.name] = self._plate(frame, latents, call)
+        return call
+
+    def _plate(self, frame: Any, latents: Latents, call: Call) -> Any:
+        """Make a plate as the model's, or of the length of the inputs where it was theirs."""
+        full, size = frame.full_size or frame.size, frame.size
+        if frame.name in self._follows:
+            length = call.raw.shape[latents.rows.index(frame)]
+            if self._follows[frame.name] == "minibatch":
+                size = length
+            else:
+                full, size = length, length if full == size else min(size, length)
+        return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the latents in the data's plate have a distribution for each row by default."""
+        return False
+
+    def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
+        """Return the names of the latents that have a distribution for each row of the data."""
+        plate = self.plate
+        if plate is None and self.by_row:
+            plate = _data_plate(trace, latent)
+        if plate is None:
+            return set()
+        within = {site["name"] for site in latent if plate in plates_of(site)}
+        if not within:
+            known = sorted({name for site in latent for name in plates_of(site)})
+            raise ValueError(
+                f"No latent site is inside plate '{plate}'; the latents' plates are {known}."
+            )
+        return within
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model may be anything; once the guide is prepared, it is not needed.
+        state = self.__dict__.copy()
+        state["_model"] = (None,) if self.groups else self._model
+        return state
+
+
+def _first_argument(*args: Any, **kwargs: Any) -> Any:
+    if args:
+        return args[0]
+    return next(iter(kwargs.values()), None)
+
+
+def _data_plate(trace: poutine.Trace, latent: list[Site]) -> str | None:
+    """Return the plate that holds all the data and some latents, None if there is none."""
+    observed = [set(plates_of(site)) for site in sites(trace) if site["is_observed"]]
+    shared = set.intersection(*observed) if observed else set()
+    frames = {
+        name: frame
+        for site in latent
+        for name, frame in plates_of(site).items()
+        if name in shared and frame.vectorized
+    }
+    if not frames:
+        return None
+    # Of several the one that holds the most latents: its sites have the others as rows or inside.
+    return max(frames, key=lambda name: sum(name in plates_of(site) for site in latent))
+
+
+def _enumerated(site: Site) -> bool:
+    return bool(site["infer"].get("enumerate"))
+
+
+def _following(groups: tuple[Latents, ...], raw: Any) -> Iterator[tuple[str, str]]:
+    """Yield the row plates that are as long as the inputs: all of the plate, or a minibatch."""
+    if isinstance(raw, Tensor):
+        for latents in groups:
+            for place, frame in enumerate(latents.rows):
+                length = raw.shape[place] if raw.dim() > place else None
+                if length in (frame.full_size or frame.size, frame.size):
+                    yield (
+                        frame.name,
+                        "all" if length == (frame.full_size or frame.size) else "minibatch",
+                    )

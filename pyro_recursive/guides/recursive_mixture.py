@@ -1,0 +1,257 @@
+"""Mixtures that grow one component at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_recursive.guides.amortized import AmortizedGuide
+from pyro_recursive.guides.families import Family
+from pyro_recursive.guides.latents import Latents
+from pyro_recursive.guides.mixture import MixtureGuide
+from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.schedules import Schedule, Stage
+from pyro_recursive.recursion import stick_breaking
+from pyro_recursive.strata import current_strata
+
+__all__ = ["RecursiveMixtureGuide"]
+
+
+class RecursiveMixtureGuide(MixtureGuide):
+    """A mixture guide whose components are added one by one: ``Q_m = (1 - e_m) Q_m-1 + e_m q_m``.
+
+    Each new component is trained to improve the bound where the mixture so far does not reach, and
+    kept only if it does. The guide holds all components from the start, and says which of them
+    make up the mixture (`members`) and which is being trained (`stage`);
+    `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
+    `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
+    members; at test time all encoders run side by side.
+
+    Arguments:
+        model: a Pyro model with continuous latents.
+        components: `AmortizedGuide` or `FlowGuide` components, one encoder each; or their number,
+            for Gaussians with parameters of their own.
+        schedule: how many steps each stage takes, and when a component is kept; a `Schedule`.
+        epsilon: the weight at which a proposal is judged until it is part of the mixture.
+        conditional: components from the second on get the parameters of the earlier ones, detached,
+            as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
+            dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
+        weights, learn_weights, family, plate, inputs, create_plates, name: as in `MixtureGuide`;
+            the logits are those of ``e_2 .. e_M``, and start at 1/2 .. 1/M.
+
+    Raises:
+        ValueError: fewer than two components, or constants out of their range.
+        TypeError: a component has no distribution over packed latents, so that its parameters
+            cannot be held while another one is trained.
+
+    Source: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020; arXiv
+    2011.08544); the exact-gradient and skewed objectives are this package's own.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer import SVI
+    >>> from pyro_recursive import RecursiveMixture_ELBO
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    ...     pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
+    >>> guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=20, propose=10, refine=10))
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(4))
+    >>> losses = [svi.step() for _ in range(guide.num_steps)]
+    >>> guide.stage.kind
+    'joint'
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        components: int | Sequence[PackedGuide],
+        *,
+        schedule: Schedule | None = None,
+        epsilon: float = 0.1,
+        conditional: bool = False,
+        weights: nn.Module | str | None = None,
+        learn_weights: bool = True,
+        family: str | Family = "diagonal",
+        plate: str | None = None,
+        inputs: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            components,
+            weights=weights,
+            learn_weights=learn_weights,
+            family=family,
+            plate=plate,
+            inputs=inputs,
+            create_plates=create_plates,
+            name=name,
+        )
+        _check(self.components, epsilon, conditional)
+        self.schedule = schedule or Schedule()
+        self.epsilon, self.conditional = epsilon, conditional
+        self.stages = self.schedule.stages(len(self.components))
+        # A buffer, so that checkpoints have it: the number of the stage, the steps taken in it,
+        # the failures of its component, and which components are members.
+        self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
+        self.progress[3] = 1
+        self._read = -1
+
+    def initial_logits(self) -> Tensor:
+        """Return the logits of shares 1/2 .. 1/M, which make equal weights."""
+        shares = [1 / m for m in range(2, len(self.components) + 1)]
+        return torch.tensor([math.log(share / (1 - share)) for share in shares])
+
+    @property
+    def num_steps(self) -> int:
+        """How many training steps the schedule has, if no component is tried twice."""
+        return self.schedule.total(len(self.components))
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of training; after the last one, all components together."""
+        place = self._state()[0]
+        return self.stages[place] if place < len(self.stages) else Stage("joint", None, 0)
+
+    @property
+    def steps_taken(self) -> int:
+        """The training steps taken in this stage."""
+        return self._state()[1]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The components that make up the mixture; one that is being proposed is not among them."""
+        return tuple(m for m, inside in enumerate(self._state()[3:]) if inside)
+
+    def count_step(self) -> bool:
+        """Count a training step; return whether it was the last one of a stage."""
+        state = self._state()
+        state[1] += 1
+        self._write(state)
+        return 0 < self.stage.steps <= state[1]
+
+    def end_stage(self) -> None:
+        """Go on to the next stage; a proposed component becomes a member, on trial."""
+        stage = self.stage
+        state = self._state()
+        if stage.kind == "propose":
+            assert stage.component is not None
+            state[3 + stage.component] = 1
+        self._enter(state, state[0] + 1)
+
+    def drop(self, retry: bool) -> None:
+        """Drop the component on trial, so that the mixture is what it was before.
+
+        With ``retry`` it starts anew, while the schedule's patience lasts; else growth ends.
+        """
+        stage, state = self.stage, self._state()
+        assert stage.component is not None
+        state[3 + stage.component] = 0
+        failures = state[2] + 1
+        if retry and failures <= self.schedule.patience:
+            self._renew(stage.component)
+            first = next(i for i, s in enumerate(self.stages) if s.component == stage.component)
+            self._enter(state, first, failures)
+            return
+        grown = [i for i, s in enumerate(self.stages) if s.kind in ("first", "propose", "refine")]
+        self._enter(state, grown[-1] + 1)
+
+    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+        """Return the logarithms of the members' weights in a group, ``[*batch, J]``.
+
+        A component that is only proposed has the weight epsilon beside them.
+        """
+        proposed = [m for m in members if m not in self.members]
+        inside = [m for m in members if m in self.members]
+        logits = self.weights.logits(latents, call)[..., [m - 1 for m in inside[1:]]]
+        strata = current_strata()
+        if strata is not None and strata.frozen and len(inside) > 1:
+            columns = enumerate(logits.split(1, -1), start=1)
+            held = [c.detach() if place in strata.frozen else c for place, c in columns]
+            logits = torch.cat(held, -1)
+        log_weights = stick_breaking(logits)
+        if not proposed:
+            return log_weights
+        share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
+        return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
+
+    def parameters_of(
+        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+    ) -> Tensor:
+        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        if not self.conditional:
+            return super().parameters_of(latents, call, members, frozen)
+        known: dict[int, Tensor] = {}
+        for place, m in enumerate(members):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+                known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m))
+        return torch.stack(torch.broadcast_tensors(*known.values()))
+
+    def set_log_weights(self, log_weights: Tensor) -> None:
+        """Set the members' weights, ``[J]``, where all rows share them."""
+        share = log_weights - log_weights.logcumsumexp(-1)
+        logits = share[1:] - torch.log(-torch.expm1(share[1:]))
+        self.weights.set_vector([m - 1 for m in self.members[1:]], logits)
+
+    def free_component(self, m: int) -> AmortizedGuide | None:
+        """Return component ``m`` if it is a Gaussian with parameters of its own."""
+        component = self.component(m)
+        if isinstance(component, AmortizedGuide) and component.encoder is None:
+            return component
+        return None
+
+    def _renew(self, m: int) -> None:
+        """Give the encoder of a component new initial weights."""
+        for module in self.components[m].modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def _enter(self, state: list[int], place: int, failures: int = 0) -> None:
+        """Enter a stage, or the next one whose component is a member or may become one."""
+        while place < len(self.stages):
+            stage = self.stages[place]
+            if stage.kind != "cycle" or state[3 + (stage.component or 0)]:
+                break
+            place += 1
+        state[:3] = [place, 0, failures]
+        if place < len(self.stages) and self.stages[place].kind == "refine":
+            state[3 + (self.stages[place].component or 0)] = 1  # also without a proposal stage
+        self._write(state)
+
+    def _state(self) -> list[int]:
+        """Return the progress; read from the buffer only where someone else has changed it."""
+        version = self.progress._version  # a device need not be waited for in each step
+        if self._read != version:
+            self._seen, self._read = self.progress.tolist(), version
+        return list(self._seen)
+
+    def _write(self, state: list[int]) -> None:
+        self.progress.copy_(torch.tensor(state))
+        self._seen, self._read = list(state), self.progress._version
+
+
+def _check(components: Sequence[nn.Module], epsilon: float, conditional: bool) -> None:
+    if len(components) < 2:
+        raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon must lie in (0, 1), got {epsilon}")
+    for component in components:
+        if not isinstance(component, PackedGuide):
+            raise TypeError(
+                "The components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
+                f"{type(component).__name__}: another guide's parameters cannot be held while one "
+                "component is trained. Other guides can be components of a MixtureGuide."
+            )
+    if conditional and not all(isinstance(c, AmortizedGuide) and c.by_row for c in components):
+        raise ValueError("conditional=True needs AmortizedGuide components with encoders")
+
+
+def _so_far(known: dict[int, Tensor], m: int) -> tuple[Tensor, ...]:
+    """Return what a conditional component is told: the parameters of all before it, or nothing."""
+    if m == 0:
+        return ()
+    nothing = torch.zeros_like(known[0])
+    return (torch.cat([known.get(j, nothing).detach() for j in range(m)], -1),)

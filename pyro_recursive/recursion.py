@@ -1,0 +1,255 @@
+"""The mathematics of growing a mixture: objectives for a new component, gains, weights; pure torch.
+
+A mixture ``Q`` takes in a component ``q``: ``Q' = (1 - e) Q + e q``. Each objective for ``q`` is
+``E_q[log p(x, z) - log R(z)]`` with a reference density ``R`` of its own. References are computed
+from the table of all components' log-densities at the same draws, ``[*batch, J]``, and the
+logarithms of their weights; ``m`` is the column of ``q``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "OBJECTIVES",
+    "Alone",
+    "Clamped",
+    "Exact",
+    "Gain",
+    "Objective",
+    "Relbo",
+    "Skew",
+    "corrective_weights",
+    "gain",
+    "line_search",
+    "log_mixture",
+    "log_others",
+    "stick_breaking",
+]
+
+
+def log_mixture(table: Tensor, log_weights: Tensor) -> Tensor:
+    """Return ``log Q`` over all components: ``[*batch, J]`` to ``[*batch]``."""
+    return torch.logsumexp(table + log_weights, -1)
+
+
+def log_others(table: Tensor, log_weights: Tensor, m: int) -> Tensor:
+    """Return the log-density of the mixture without component ``m``, its weights summing to 1."""
+    rest = [j for j in range(table.shape[-1]) if j != m]
+    weights = log_weights[..., rest]
+    return torch.logsumexp(table[..., rest] + weights, -1) - torch.logsumexp(weights, -1)
+
+
+def stick_breaking(logits: Tensor) -> Tensor:
+    """Return log-weights of ``Q_m = (1 - e_m) Q_{m-1} + e_m q_m``, ``[*batch, J - 1]`` to J.
+
+    ``e_m`` is the sigmoid of its logit; the first component takes what the others leave.
+    """
+    log_share = torch.nn.functional.logsigmoid(logits)
+    log_rest = torch.nn.functional.logsigmoid(-logits)
+    after = log_rest.flip(-1).cumsum(-1).flip(-1) - log_rest  # what the components after m leave
+    return torch.cat([log_rest.sum(-1, keepdim=True), log_share + after], -1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a new component climbs; ``held`` says that parameters inside R count as constants."""
+
+    held: ClassVar[bool] = False
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return ``log R``, ``[*batch]``; ``own`` are the draws (first dim) that come from q."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Alone(Objective):
+    """``R = q``: the component's own ELBO."""
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return ``log q``."""
+        return table[..., m]
+
+
+@dataclass(frozen=True)
+class Exact(Objective):
+    """``R = Q'`` with its parameters held: the exact gradient of the mixture's ELBO, over e.
+
+    The expectation of the parameters' gradient inside ``log Q'`` over the whole mixture is zero, so
+    that draws from q alone suffice.
+    """
+
+    held: ClassVar[bool] = True
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return ``log Q'``."""
+        return log_mixture(table, log_weights)
+
+
+@dataclass(frozen=True)
+class Skew(Objective):
+    """``R = (1 - epsilon) Q + epsilon q``: ``ELBO(q) + KL(q || R)``, the divergence being bounded.
+
+    It is at most ``log(1 / epsilon)``, a smooth clamp. The gradient is that of the formula, not of
+    the mixture's ELBO.
+    """
+
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check that epsilon is inside (0, 1)."""
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon must lie in (0, 1), got {self.epsilon}")
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return the logarithm of the skewed reference."""
+        others = log_others(table, log_weights, m)
+        share = table.new_tensor(self.epsilon).log()
+        return torch.logaddexp(others + torch.log1p(-share.exp()), table[..., m] + share)
+
+
+@dataclass(frozen=True)
+class Clamped(Objective):
+    """``ELBO(q) + strength * min(KL(q || Q), clamp)``, clamped for each row.
+
+    The objective of `Recursive Inference for Variational Autoencoders` as far as its abstract and
+    public reviews tell; no published value of ``clamp`` (in nats) is known to us, and a good one
+    depends on the posterior: too small, and the component stays beside Q, too large, and it flees.
+    """
+
+    clamp: float
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that both constants are positive."""
+        if not (self.clamp > 0 and self.strength > 0):
+            raise ValueError(f"clamp and strength must be positive, got {self}")
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return log q, less the log-ratio to the others where its mean is below the clamp."""
+        ratio = table[..., m] - log_others(table, log_weights, m)
+        draws = ratio[list(own)].mean(0) if own else ratio
+        free = (draws < self.clamp).detach()
+        bonus = torch.where(free, ratio, ratio.new_tensor(self.clamp))
+        return table[..., m] - self.strength * bonus
+
+
+@dataclass(frozen=True)
+class Relbo(Objective):
+    """``E_q[log p] - E_q[log Q] + regularization * H(q)``, the residual ELBO of boosting.
+
+    `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185). It pays in full
+    for leaving Q, and has no optimum where Q has thinner tails than p.
+    """
+
+    regularization: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the regularisation is positive."""
+        if not self.regularization > 0:
+            raise ValueError(f"regularization must be positive, got {self.regularization}")
+
+    def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
+        """Return ``log Q + regularization * log q``."""
+        return log_others(table, log_weights, m) + self.regularization * table[..., m]
+
+
+OBJECTIVES = {"exact": Exact(), "skew": Skew(), "relbo": Relbo(), "elbo": Alone()}
+
+
+class Gain(NamedTuple):
+    """What a component adds to the mixture's bound, in nats summed over the data.
+
+    ``standard_error`` is over paired draws; ``ceiling`` is ``log(1 + exp(ELBO(q) - L(Q)))``, the
+    most that any weight could gain.
+    """
+
+    mean: float
+    standard_error: float
+    ceiling: float
+
+    def is_clear(self, confidence: float) -> bool:
+        """Whether the gain is more than ``confidence`` standard errors above zero."""
+        return self.mean > confidence * self.standard_error
+
+
+def gain(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int, scale: float = 1.0) -> Gain:
+    """Return what component ``m`` adds, from S draws of each of the J components.
+
+    ``log_p`` is ``[S, J, *rows]``, ``table`` ``[S, J, *rows, J]``, ``log_weights`` ``[*rows, J]``.
+    The mixture without ``m`` is judged on the same draws.
+    """
+    rest = [j for j in range(table.shape[-1]) if j != m]
+    after = _stratified(log_p - log_mixture(table, log_weights), log_weights)
+    weights = log_weights[..., rest].log_softmax(-1)
+    before = _stratified((log_p - log_others(table, log_weights, m))[:, rest], weights)
+    differences = scale * (after - before).reshape(len(log_p), -1).sum(1)
+    alone = (log_p - table[..., m])[:, m].mean(0)
+    ceiling = torch.nn.functional.softplus(alone - before.mean(0)).sum() * scale
+    error = differences.std() / len(differences) ** 0.5
+    return Gain(differences.mean().item(), error.item(), ceiling.item())
+
+
+def _stratified(terms: Tensor, log_weights: Tensor) -> Tensor:
+    """Weigh draws of each component: ``[S, J, *rows]`` and ``[*rows, J]`` to ``[S, *rows]``."""
+    return (terms * log_weights.exp().movedim(-1, 0)).sum(1)
+
+
+class Weighing(NamedTuple):
+    """Optimal weights for fixed components, and how far they may be from it.
+
+    ``log_weights`` are ``[*rows, J]``; ``gap`` is ``max_m E_m[log p - log Q] - L(Q)`` in nats per
+    row, an upper bound on what other weights could gain.
+    """
+
+    log_weights: Tensor
+    gap: Tensor
+
+
+def corrective_weights(
+    log_p: Tensor,
+    table: Tensor,
+    log_weights: Tensor,
+    *,
+    tolerance: float = 1e-4,
+    max_steps: int = 2000,
+) -> Weighing:
+    """Maximise the mixture's ELBO over the weights of fixed components, by mirror ascent.
+
+    The ELBO is concave in the weights. Shapes as in `gain`; ``log_weights`` is where to start.
+    Stops where the duality gap of every row is below ``tolerance`` nats.
+    """
+    weights = log_weights.detach().clone()
+    gap = weights.new_full(weights.shape[:-1], float("inf"))
+    for step in range(max_steps):
+        slopes = (log_p - log_mixture(table, weights)).mean(0).movedim(0, -1)
+        bound = (weights.exp() * slopes).sum(-1)
+        gap = slopes.max(-1).values - bound
+        if step % 10 == 0 and bool((gap < tolerance).all()):
+            break
+        weights = (weights + slopes - bound.unsqueeze(-1)).log_softmax(-1)
+    return Weighing(weights, gap)
+
+
+def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Tensor:
+    """Return weights with the best share of component ``m``, the others keeping their proportions.
+
+    The mixture's ELBO is concave in the share, and its slope is found by bisection. Shapes as in
+    `gain`, for one row: ``log_p`` ``[S, J]``, ``table`` ``[S, J, J]``, ``log_weights`` ``[J]``.
+    """
+    others = log_weights.clone()
+    others[m] = -torch.inf
+    others = others.log_softmax(-1)
+    low, high = log_p.new_zeros(()), log_p.new_ones(())
+    weights = others
+    for _ in range(40):
+        share = (low + high) / 2
+        weights = others + torch.log1p(-share)
+        weights[m] = share.log()
+        terms = (log_p - log_mixture(table, weights)).mean(0)
+        slope = terms[m] - (others.exp() * terms).sum()
+        low, high = torch.where(slope > 0, share, low), torch.where(slope > 0, high, share)
+    return weights

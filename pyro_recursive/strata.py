@@ -1,0 +1,61 @@
+"""Which component of a mixture guide each particle comes from: asked by guides, set by losses.
+
+A mixture guide draws its components at random. A stratified loss takes each of them equally often
+and weighs what it gets, so that weights and components have gradients without the noise of the
+draw. The guide asks with `current_strata`; the loss answers with the handler `Strata`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+from torch import Tensor
+
+__all__ = ["Reference", "Strata", "current_strata"]
+
+# (log q_j(u) of every component, log weights; [*batch, J] both) -> log-density, [*batch]
+Reference = Callable[[Tensor, Tensor], Tensor]
+
+
+class Strata(Messenger):
+    """Gives each particle a component of every mixture guide that runs under it.
+
+    Components are counted among ``members``, those that make up the mixture in this run.
+
+    Arguments:
+        components: the component of each particle, the same for all rows.
+        reference: what the guide reports in place of the mixture's log-density, if anything.
+        frozen: the components whose parameters are constants of this run.
+        points: packed unconstrained vectors ``[*batch, D]`` to sample in place of draws.
+        members: the numbers of the guide's components that make up the mixture, None for its own.
+    """
+
+    def __init__(
+        self,
+        components: tuple[int, ...],
+        reference: Reference | None = None,
+        frozen: frozenset[int] = frozenset(),
+        points: Tensor | None = None,
+        members: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.components, self.reference = components, reference
+        self.frozen, self.points, self.members = frozen, points, members
+        self.particle: int | None = None  # which one this run is for, where runs are looped
+
+    def points_of(self, shape: torch.Size) -> Tensor:
+        """Return the points of this run, ``[*batch, D]`` for a batch shape."""
+        assert self.points is not None
+        points = self.points if self.particle is None else self.points[self.particle]
+        return points.reshape(*shape, points.shape[-1])
+
+    def _pyro_strata(self, msg: Any) -> None:
+        msg["value"], msg["done"] = self, True
+
+
+@effectful(type="strata")
+def current_strata() -> Strata | None:
+    """Return the strata of this run, None where components are drawn at random."""
+    return None
