@@ -83,14 +83,23 @@ class EncodedMixture(Mixture):
 def encoded(encoder: Callable[..., Any], inputs: Tensor, family: Family) -> tuple[Tensor, Any]:
     """Return log-weights ``[K, M]`` and components with K * M entries, event ``[D]``."""
     found, rows = encoder(inputs), len(inputs)
-    logits, parameters = found if isinstance(found, tuple) and len(found) == 2 else (None, found)
-    if logits is None and not isinstance(found, Tensor):
+    pair = found if isinstance(found, tuple) else (None, found)
+    if not isinstance(pair[-1], Tensor) and pair[0] is None:
         return _of_distribution(found, inputs)
-    if logits is None:
-        logits, parameters = found.new_zeros(rows, 1), found.unsqueeze(-2)
-    if parameters.dim() != 3 or len(parameters) != rows or logits.shape != parameters.shape[:2]:
+    if isinstance(found, Tensor) and found.dim() == 2:
+        pair = found.new_zeros(rows, 1), found[:, None]
+    if not _fit(pair, rows):
         raise _wrong_output(found, rows)
+    logits, parameters = pair
     return logits.log_softmax(-1), family(parameters, _size(family, parameters.shape[-1]))
+
+
+def _fit(pair: tuple, rows: int) -> bool:
+    """Return whether a pair is of logits ``[K, M]`` and parameters ``[K, M, n]``."""
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        return False
+    logits, parameters = pair
+    return parameters.dim() == 3 and logits.shape == parameters.shape[:2] and len(logits) == rows
 
 
 def _of_distribution(found: Any, inputs: Tensor) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Where a new component with free parameters starts: where the mixture so far is missing."""
+"""Where a new component with free parameters starts: where it would gain most."""
 
 from typing import Any
 
@@ -7,76 +7,106 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.layout import Layout, layout_of
+from pyro_recursive.layout import layout_of
 from pyro_recursive.log_weights import densities
 from pyro_recursive.program import Program
-from pyro_recursive.recursion import log_mixture
+from pyro_recursive.recursion import best_gain, log_mixture
 from pyro_recursive.sites import PARTICLE_PLATE
 from pyro_recursive.strata import Strata
-from pyro_recursive.traces import Draw, Particles, draw
+from pyro_recursive.traces import Particles, draw
 
 __all__ = ["propose"]
 
-CANDIDATES = 200  # half from the mixture, widened, half from the prior
+PLACES = 48  # half from the mixture, widened, half from the prior
 WIDENING = 3.0
-NARROWING = 0.5  # of the mixture's scale, for the new component
+SCALES = (0.25, 0.5, 1.0)  # of the mixture's
+DRAWS = 16  # from each candidate
 
 
 @torch.no_grad()
 def propose(program: Program, mixture: Any, m: int, *, vectorize: bool = True) -> None:
-    """Put component ``m`` on the candidate where ``log p - log Q`` is largest.
+    """Put component ``m`` where the best weight would gain most, among isotropic candidates.
 
-    Only for Gaussians with parameters of their own: an encoder starts where its weights say. Among
-    candidates far below the best in ``log p`` the ratio would grow without bound in the tails of Q;
-    they do not count.
+    Only for Gaussians with parameters of their own: an encoder starts where its weights say.
     """
     component = mixture.free_component(m)
     if component is None or len(mixture.groups) != 1:
         return
     (latents,) = mixture.groups
-    half = CANDIDATES // 2
-    particles, runs = draw(program, 1, half, vectorize=vectorize)
-    own = torch.cat([_packed(run.guide, latents) for run in runs])
-    prior = torch.cat([_packed(t, latents) for t in _prior(program, particles)])
-    centre = own.mean(0, keepdim=True)
-    candidates = torch.cat([centre + WIDENING * (own - centre), prior])
-    strata = Strata(
-        (0,) * CANDIDATES, log_mixture, points=candidates, members=tuple(mixture.members)
-    )
-    particles, runs = draw(program, 1, CANDIDATES, vectorize=vectorize, strata=strata)
-    layout = layout_of(particles, runs)
-    best = _best(runs, layout, latents.size)
-    rows = [frame.size for frame in latents.rows]
-    points = candidates.reshape(CANDIDATES, *rows, latents.size)
-    index = best.reshape(1, *rows, 1).expand(1, *rows, latents.size)
-    scale = own.std(0).reshape(*rows, latents.size)
-    component.restart(latents, points.gather(0, index)[0], NARROWING * scale)
+    search = _Search(program, mixture, latents, vectorize)
+    own = search.points(search.from_guide())
+    prior = search.points(search.from_prior())[: PLACES // 2]
+    centre, spread = own.mean(0, keepdim=True), own.std(0)
+    wide = centre + WIDENING * (own - centre)
+    places = torch.cat([wide[: PLACES - len(prior)], prior])
+    locs = places.repeat(len(SCALES), *[1] * (places.dim() - 1))
+    factors = torch.tensor(SCALES).to(locs).repeat_interleave(len(places))
+    scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * spread
+    best = search.best(own, locs, scales)
+    chosen = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
+    component.restart(latents, locs.gather(0, chosen)[0], scales.gather(0, chosen)[0])
 
 
-def _best(runs: list[Draw], layout: Layout, size: int) -> Tensor:
-    """Return the number of the best candidate for each row, ``[*plates]``."""
-    found = densities(runs, layout)
-    log_p = found.log_weights.new_zeros(()) if found.model is None else found.model[0]
-    log_p = log_p.expand(found.log_weights[0].shape)
-    far = log_p < log_p.amax(0) - (5.0 + size / 2)
-    return found.log_weights[0].masked_fill(far, -torch.inf).argmax(0)
+class _Search:
+    """Evaluates candidates under the model, all in one pass; rows have candidates of their own."""
+
+    def __init__(self, program: Program, mixture: Any, latents: Any, vectorize: bool) -> None:
+        self.program, self.mixture, self.latents = program, mixture, latents
+        self.vectorize = vectorize
+
+    def from_guide(self) -> list[poutine.Trace]:
+        """Run the mixture so far."""
+        count = DRAWS * len(self.mixture.members) + PLACES
+        self.particles, runs = draw(self.program, 1, count, vectorize=self.vectorize)
+        return [run.guide for run in runs]
+
+    def from_prior(self) -> list[poutine.Trace]:
+        """Run the model on its prior, in one pass or one by one."""
+        program, particles = self.program, self.particles
+        model = poutine.trace(poutine.block(program.model, hide_types=["param"]))
+        if particles.dim is None:
+            runs = range(particles.total)
+            return [model.get_trace(*program.args, **program.kwargs) for _ in runs]
+        with pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim):
+            return [model.get_trace(*program.args, **program.kwargs)]
+
+    def points(self, traces: list[poutine.Trace]) -> Tensor:
+        """Return the packed latents of traces, ``[particles, *rows, D]``."""
+        rows = [frame.size for frame in self.latents.rows]
+        packed = []
+        for trace in traces:
+            values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
+            packed.append(self.latents.pack(values).reshape(-1, *rows, self.latents.size))
+        return torch.cat(packed)
+
+    def best(self, own: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
+        """Return the number of the best of C candidates for each row, ``[*rows]``."""
+        noise = torch.randn(len(locs), DRAWS, *locs.shape[1:]).to(locs)
+        draws = locs.unsqueeze(1) + scales.unsqueeze(1) * noise
+        log_p, log_q = self.evaluate(torch.cat([own, draws.flatten(0, 1)]))
+        count = len(own)
+        shape = (len(locs), DRAWS)
+        return best_gain(
+            log_p=(log_p[:count], log_p[count:].unflatten(0, shape)),
+            log_mixture=(log_q[:count], log_q[count:].unflatten(0, shape)),
+            log_candidate=(_normal(own, locs, scales), _normal(draws, locs, scales)),
+        )
+
+    def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x, z) and the mixture's log-density at points, ``[count, *rows]``."""
+        members = tuple(self.mixture.members)
+        strata = Strata((0,) * len(points), log_mixture, points=points, members=members)
+        particles: Particles
+        particles, runs = draw(
+            self.program, 1, len(points), vectorize=self.vectorize, strata=strata
+        )
+        found = densities(runs, layout_of(particles, runs))
+        log_weights = found.log_weights[0]
+        log_p = torch.zeros_like(log_weights) if found.model is None else found.model[0]
+        return log_p.expand_as(log_weights), log_p - log_weights
 
 
-def _prior(program: Program, particles: Particles) -> list[poutine.Trace]:
-    """Run the model on its prior, in one pass or one by one."""
-    if particles.dim is None:
-        return [_traced(program) for _ in range(particles.total)]
-    with pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim):
-        return [_traced(program)]
-
-
-def _traced(program: Program) -> poutine.Trace:
-    return poutine.trace(program.model).get_trace(*program.args, **program.kwargs)
-
-
-def _packed(trace: poutine.Trace, latents: Any) -> Tensor:
-    """Return the packed latents of a trace, ``[particles, *batch, D]``."""
-    values = {slot.name: trace.nodes[slot.name]["value"] for slot in latents.slots}
-    u = latents.pack(values)
-    rows = [frame.size for frame in latents.rows]
-    return u.reshape(-1, *rows, latents.size)
+def _normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
+    """Return candidates' log-densities: at own draws, ``[C, S, *rows]``, or at shared points."""
+    locs, scales = locs.unsqueeze(1), scales.unsqueeze(1)
+    return torch.distributions.Normal(locs, scales).log_prob(points).sum(-1)

@@ -22,6 +22,7 @@ __all__ = [
     "Objective",
     "Relbo",
     "Skew",
+    "best_gain",
     "corrective_weights",
     "gain",
     "line_search",
@@ -253,3 +254,26 @@ def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Te
         slope = terms[m] - (others.exp() * terms).sum()
         low, high = torch.where(slope > 0, share, low), torch.where(slope > 0, high, share)
     return weights
+
+
+def best_gain(
+    log_p: tuple[Tensor, Tensor],
+    log_mixture: tuple[Tensor, Tensor],
+    log_candidate: tuple[Tensor, Tensor],
+    shares: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
+) -> Tensor:
+    """Return which of C candidates gains the mixture most, at the best of some shares.
+
+    Each argument is a pair: at T draws of the mixture, and at S draws of each candidate. The first
+    two are ``[T, *rows]`` and ``[C, S, *rows]``, the candidates' densities ``[C, T, *rows]`` and
+    ``[C, S, *rows]``. Returns ``[*rows]``.
+    """
+    bounds = []
+    for share in shares:
+        e = torch.tensor(share).to(log_p[0])
+        parts = [
+            p - torch.logaddexp(torch.log1p(-e) + q, e.log() + c)
+            for p, q, c in zip(log_p, log_mixture, log_candidate, strict=True)
+        ]
+        bounds.append((1 - e) * parts[0].mean(1) + e * parts[1].mean(1))
+    return torch.stack(bounds).amax(0).argmax(0)

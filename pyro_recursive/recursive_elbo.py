@@ -127,7 +127,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     def gain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Gain:
         """Return what the newest member adds to the mixture's ELBO, in nats summed over the data.
 
-        From paired draws, `Schedule.draws` of each component, on ``holdout`` if there is any.
+        From paired draws of each component, as many as the schedule says, on ``holdout`` if there is any.
         """
         mixture = _recursive(guide)
         args = args if self.holdout is None else tuple(self.holdout)
@@ -200,7 +200,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     @torch.no_grad()
     def _draw_all(self, program: Program, mixture: Any) -> Drawn:
         """Draw from every member, and evaluate all members' densities at all draws."""
-        focus = Focus.on_all(mixture.members, mixture.schedule.draws)
+        focus = Focus.on_all(mixture.members, mixture.num_draws)
         shape = (len(focus.components), 1)
         evaluation = self._evaluate(program, strata=focus.strata, shape=shape)
         return drawn(evaluation.runs, evaluation.local, focus)

@@ -103,7 +103,8 @@ class FlowGuide(PackedGuide):
                 "contexts: networks have no table of parameters by row. Leave out plate= for one "
                 "joint flow, or use AmortizedGuide for a Gaussian with parameters for each row."
             )
-        self.flow, self.encoder = flow, encoder
+        self.flow = flow
+        self.encoder: Any = encoder
         self.transforms, self.hidden, self.init_scale = transforms, tuple(hidden), init_scale
 
     @property
@@ -127,7 +128,7 @@ class FlowGuide(PackedGuide):
         return flow(None, torch.Size([1] * latents.nesting))
 
     def _context(self, latents: Latents, call: Call) -> Tensor:
-        context = self.encoder(call.rows(latents))
+        context: Tensor = self.encoder(call.rows(latents))
         rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
         if context.shape[:-1] != torch.Size(rows):
             raise ValueError(

@@ -110,6 +110,12 @@ class RecursiveMixtureGuide(MixtureGuide):
         return self.schedule.total(len(self.components))
 
     @property
+    def num_draws(self) -> int:
+        """How many draws of each component and row the acceptance test takes."""
+        rows = math.prod(frame.size for latents in self.groups for frame in latents.rows)
+        return max(32, self.schedule.draws // rows)
+
+    @property
     def stage(self) -> Stage:
         """The stage of training; after the last one, all components together."""
         place = self._state()[0]

@@ -32,7 +32,8 @@ class Schedule:
         confidence: a component is kept if its gain is more than so many standard errors.
         patience: how often a dropped component is tried anew before growth ends.
         min_gain: growth ends where a proposal could gain no more than this, in nats over the data.
-        draws: the draws of each component in the acceptance test.
+        draws: the draws of each component in the acceptance test, over all rows together; at least
+            32 for each row.
 
     Raises ValueError for negative numbers.
 
@@ -49,17 +50,16 @@ class Schedule:
     confidence: float = 2.0
     patience: int = 1
     min_gain: float = 0.0
-    draws: int = 100
+    draws: int = 2000
 
     def __post_init__(self) -> None:
         """Check that there is nothing negative, and something to do."""
         for name, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        if not (self.first and self.refine and self.draws > 1):
+        if not (self.first and self.refine):
             raise ValueError(
-                "first and refine must be positive and draws at least 2, got "
-                f"first={self.first}, refine={self.refine}, draws={self.draws}"
+                f"first and refine must be positive, got {self.first} and {self.refine}"
             )
 
     def stages(self, num_components: int) -> tuple[Stage, ...]:

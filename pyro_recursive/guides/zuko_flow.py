@@ -78,13 +78,9 @@ class AffineFlow(nn.Module):
         super().__init__()
         initial = torch.cat([loc, torch.full_like(loc, scale).log()])
         self.flow = flow.to(loc)
-        self.head: nn.Linear | nn.Parameter
+        self.bias, self.linear = nn.Parameter(initial), None
         if context:
-            self.head = nn.Linear(context, len(initial)).to(loc)
-            with torch.no_grad():
-                self.head.bias.copy_(initial)
-        else:
-            self.head = nn.Parameter(initial)
+            self.linear = nn.Linear(context, len(initial), bias=False).to(loc)
 
     def forward(self, context: Tensor | None, batch_shape: torch.Size) -> ZukoDistribution:
         """Return the flow given a context ``[*batch, n]``, or none: batch ``[*batch]``.
@@ -94,7 +90,7 @@ class AffineFlow(nn.Module):
         from zuko.distributions import NormalizingFlow
         from zuko.transforms import ComposedTransform
 
-        parameters = self.head if context is None else self.head(context)
+        parameters = self.bias if self.linear is None else self.bias + self.linear(context)
         loc, log_scale = parameters.chunk(2, -1)
         # The networks run when a density is asked for, under the grad mode of that time.
         flow = (self.flow if torch.is_grad_enabled() else _frozen(self.flow))(context)
