@@ -1,6 +1,7 @@
 """The variational autoencoder of the benchmarks, written as a plain Pyro model and guide."""
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -22,17 +23,24 @@ class VAE(nn.Module):
         self.name = name  # tells its parameters in Pyro's store from those of other models
         pixels = mean_image.numel()
         self.latent = latent
-        self.encoder = _tanh_network(pixels, hidden, 2 * latent)
-        self.decoder = _tanh_network(latent, hidden, pixels)
+        self.prior: nn.Module | None = None  # builds p(z), where it is not the standard normal
+        self.encoder = tanh_network(pixels, hidden, 2 * latent)
+        self.decoder = tanh_network(latent, hidden, pixels)
         self.decoder[-1].bias = nn.Parameter(torch.logit(mean_image.clamp(0.001, 0.999)))
 
     def model(self, x: Tensor) -> None:
         """p(z) p(x | z) for a batch of binary images, ``[batch, pixels]``."""
         pyro.module(f"{self.name}decoder", self.decoder)
         with pyro.plate("images", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
+            z = pyro.sample("z", self._latents(x))
             pixels = dist.Bernoulli(logits=self.decoder(z), validate_args=False)
             pyro.sample("x", pixels.to_event(1), obs=x)
+
+    def _latents(self, x: Tensor) -> Any:
+        if self.prior is None:
+            return dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1)
+        pyro.module(f"{self.name}prior", self.prior)
+        return self.prior()
 
     def guide(self, x: Tensor) -> None:
         """q(z | x), a diagonal normal."""
@@ -42,7 +50,8 @@ class VAE(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-def _tanh_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def tanh_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return a network with two hidden layers, with initial weights after Glorot."""
     layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
     for layer in layers:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))

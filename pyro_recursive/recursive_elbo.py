@@ -127,7 +127,8 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     def gain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Gain:
         """Return what the newest member adds to the mixture's ELBO, in nats summed over the data.
 
-        From paired draws of each component, as many as the schedule says, on ``holdout`` if there is any.
+        From paired draws of each component, as many as the schedule says, on ``holdout`` if there
+        is any.
         """
         mixture = _recursive(guide)
         args = args if self.holdout is None else tuple(self.holdout)

@@ -186,8 +186,8 @@ def _check_rows(run: Draw, layout: Layout) -> None:
             continue
         if not (site["is_observed"] and site["infer"].get("is_auxiliary")):
             raise NotImplementedError(
-                f"Guide site '{site['name']}' is not reparameterised, and stratified losses have no "
-                "gradient for it. Use an ordinary loss with estimator='vimco'."
+                f"Guide site '{site['name']}' is not reparameterised, and stratified losses have "
+                "no gradient for it. Use an ordinary loss with estimator='vimco'."
             )
         rows = plates_of(site).keys()
         if rows != shared:

@@ -1,10 +1,12 @@
 """Flow guides: densities by quadrature and change of variables, gradients by exact identities."""
 
 import copy
+import importlib
 import io
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,11 +19,18 @@ from torch import Tensor, nn
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.flow import FlowGuide
-from pyro_recursive.guides.flow_kinds import FLOWS, build_flow
+from pyro_recursive.guides.flow_kinds import FLOWS, build_flow, check_flow
 from pyro_recursive.guides.zuko_flow import AffineFlow, ZukoDistribution
 
 KINDS = list(FLOWS)
 CONTEXT = 3
+
+
+@pytest.fixture
+def zuko() -> Any:
+    """Import zuko as the package does: by itself it turns all distributions' validation off."""
+    check_flow("coupling")
+    return importlib.import_module("zuko")
 
 
 def shake(module: nn.Module, scale: float = 0.15) -> None:
@@ -132,7 +141,10 @@ def test_built_without_gradients_it_stays_frozen() -> None:
     own.sum().backward()
     assert torch.equal(value.grad, by_value)
     assert all(parameter.grad is None for parameter in module.parameters())
-    assert not frozen.rsample().requires_grad
+    drawn = frozen.rsample()
+    assert not drawn.requires_grad
+    frozen.log_prob(drawn.requires_grad_()).sum().backward()  # its own draw, made a variable
+    assert drawn.grad.abs().min() > 0
     shake(module)  # the tensors are shared: training moves the frozen one as well
     assert torch.allclose(frozen.flow.transform(value), frozen.flow.transform(value.clone()))
 
@@ -180,9 +192,7 @@ def test_the_distribution_can_be_copied_and_pickled(kind: str) -> None:
         assert torch.allclose(again.log_prob(value), flow.log_prob(value))
 
 
-def test_any_other_flow_of_zuko() -> None:
-    import zuko
-
+def test_any_other_flow_of_zuko(zuko: Any) -> None:
     flow = flow_over(zuko.flows.SOSPF, 2)
     drawn = flow.rsample()
     assert (flow.log_prob(drawn) - flow.log_prob(drawn.clone())).abs() < 1e-4
@@ -205,7 +215,7 @@ def mixed_data(rows: int = 6) -> Tensor:
     return torch.linspace(0.2, 3.0, rows)[:, None] * torch.tensor([1.0, -0.5])
 
 
-def mixed_guide(kind: str = "coupling", **options: object) -> FlowGuide:
+def mixed_guide(kind: str = "coupling", **options: Any) -> FlowGuide:
     encoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 5))
     return FlowGuide(mixed_model, kind, encoder=encoder, transforms=2, hidden=(8,), **options)
 
@@ -481,9 +491,7 @@ def test_where_the_gaussian_is_exact_the_flow_is_as_good(kind: str) -> None:
 # --- what is refused
 
 
-def test_refusals() -> None:
-    import zuko
-
+def test_refusals(zuko: Any) -> None:
     x = mixed_data()
     with pytest.raises(ValueError, match=r"flow must be one of \['coupling', 'spline'"):
         FlowGuide(mixed_model, "planar")

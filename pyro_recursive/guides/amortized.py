@@ -106,10 +106,13 @@ class AmortizedGuide(PackedGuide):
 
         ``extra`` are further inputs of the encoder.
         """
-        expected = self.num_parameters(latents)
         if not latents.local or self.encoder is None:
             return latents.expand_rows(rows_of(getattr(self, _free(latents)), latents, call))
-        found = self.encoder(call.rows(latents), *extra)
+        return self.placed(latents, call, self.encoder(call.rows(latents), *extra))
+
+    def placed(self, latents: Latents, call: Call, found: Tensor) -> Tensor:
+        """Check an encoder's output, and put its rows where Pyro has the plates."""
+        expected = self.num_parameters(latents)
         rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
         if found.shape != (*rows, expected):
             raise ValueError(

@@ -6,7 +6,7 @@ sample sites are the model's, are run again on the values in question.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
@@ -42,9 +42,9 @@ def _posterior_of(guide: AutoContinuous, latents: Latents, call: Call) -> Any:
     expected = [slot.name for slot in latents.slots]
     if names != expected:
         raise ValueError(
-            f"{type(guide).__name__} has one joint density over {names}, and this mixture needs one "
-            f"over {expected}: leave out plate=, so that all latents have one joint mixture, or use "
-            "AmortizedGuide components."
+            f"{type(guide).__name__} has one joint density over {names}, and this mixture needs "
+            f"one over {expected}: leave out plate=, so that all latents have one joint mixture, "
+            "or use AmortizedGuide components."
         )
     posterior = guide.get_posterior(*call.args, **call.kwargs)
     return posterior.expand([1] * latents.nesting) if latents.nesting else posterior
@@ -57,7 +57,7 @@ SUFFIX = "_unconstrained"
 class RunGuide(TorchDistribution):
     """A guide that samples the model's own sites, as a distribution over their packed vector."""
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
     has_rsample = True
 
@@ -98,9 +98,9 @@ class RunGuide(TorchDistribution):
         given.update(self.call.given)
         given.update(values)
         # Only parameters are seen outside: the samples belong to the mixture.
-        with poutine.block(hide_types=["sample"]), poutine.trace() as traced:
-            with _Widen(self.outer), _Given(given):
-                self.guide(*self.call.args, **self.call.kwargs)
+        hidden = poutine.block(hide_types=["sample"])
+        with hidden, poutine.trace() as traced, _Widen(self.outer), _Given(given):
+            self.guide(*self.call.args, **self.call.kwargs)
         wanted = {slot.name for slot in self.latents.slots}
         for site in sites(traced.trace):
             if not site["is_observed"]:

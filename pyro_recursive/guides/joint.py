@@ -7,7 +7,7 @@ have by then. So a guide can be replayed on foreign values, and is scored rightl
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -23,7 +23,7 @@ __all__ = ["JointSite", "drawn_from", "emit", "inside", "outer_shape"]
 class JointSite(TorchDistribution):
     """One site's part of a joint draw; ``density`` is the joint log-density, at the last site."""
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
     has_rsample = True
 
     def __init__(

@@ -148,8 +148,8 @@ def _checked(site: Site) -> Site:
     fn, name = site["fn"], site["name"]
     if getattr(fn.support, "is_discrete", False):
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete ({type(fn).__name__}), and this guide is continuous. "
-            "Marginalise it in the model (infer={'enumerate': 'parallel'} and "
+            f"Latent site '{name}' is discrete ({type(fn).__name__}), and this guide is "
+            "continuous. Marginalise it in the model (infer={'enumerate': 'parallel'} and "
             "pyro.infer.TraceEnum_ELBO), or hide it with poutine.block and guide it by hand in a "
             "pyro.infer.autoguide.AutoGuideList."
         )

@@ -20,6 +20,7 @@ from pyro_recursive.guides.joint import emit, inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.parallel import can_run_together, run_together
 from pyro_recursive.guides.weights import Weights
 from pyro_recursive.sites import PARTICLE_PLATE
 from pyro_recursive.strata import Strata, current_strata
@@ -47,6 +48,8 @@ class MixtureGuide(PackedGuide):
             linear one (the default where a component has an encoder), or ``"shared"`` for the same
             weights in all rows. Where no component has an encoder each row has its own.
         learn_weights: False keeps the weights equal.
+        trunk: a module that is applied once to the rows of the inputs; encoders and weights get
+            what it returns. While single components are held, it is held, too.
         family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
             component has an encoder or is written by hand; else all latents are one group.
@@ -79,6 +82,7 @@ class MixtureGuide(PackedGuide):
         *,
         weights: nn.Module | str | None = None,
         learn_weights: bool = True,
+        trunk: nn.Module | None = None,
         family: str | Family = "diagonal",
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
@@ -93,6 +97,7 @@ class MixtureGuide(PackedGuide):
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
         modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
         self.components = PyroModule[nn.ModuleList](modules)
+        self.trunk: Any = trunk
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
@@ -111,7 +116,7 @@ class MixtureGuide(PackedGuide):
             for c in self.components
         )
 
-    def component(self, m: int) -> Callable:
+    def component(self, m: int) -> Any:
         """Return component ``m``."""
         return self._functions.get(m, self.components[m])
 
@@ -128,6 +133,18 @@ class MixtureGuide(PackedGuide):
         """Create the weights of a group."""
         self.weights.build(latents, raw)
 
+    def _trunk(self) -> Callable[[Any], Any] | None:
+        if self.trunk is None:
+            return None
+        strata = current_strata()
+        held = strata is not None and bool(strata.frozen)
+
+        def encode(rows: Any) -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
+                return self.trunk(rows)
+
+        return encode
+
     @property
     def members(self) -> tuple[int, ...]:
         """The numbers of the components that make up the mixture."""
@@ -142,8 +159,8 @@ class MixtureGuide(PackedGuide):
         strata = current_strata()
         if strata is not None and len(self.groups) > 1:
             raise NotImplementedError(
-                "This guide has one mixture over the global latents and one over those of each row, "
-                "and a stratified loss takes one. Leave the global latents to another guide "
+                "This guide has one mixture over the global latents and one over those of each "
+                "row, and a stratified loss takes one. Leave the global latents to another guide "
                 "(pyro.infer.autoguide.AutoGuideList), or use Trace_ELBO, or a loss of this "
                 "package with estimator='vimco'."
             )
@@ -164,10 +181,18 @@ class MixtureGuide(PackedGuide):
         self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
     ) -> Tensor:
         """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        guides = [self.component(m) for m in members]
+        held = [place in frozen for place in range(len(members))]
+        if latents.local and all(guide.encoder is not None for guide in guides):
+            encoders, rows = [guide.encoder for guide in guides], call.rows(latents)
+            if can_run_together(encoders, rows):
+                outputs = run_together(encoders, held, rows)
+                placed = [guides[0].placed(latents, call, output) for output in outputs]
+                return torch.stack(placed)
         found = []
-        for place, m in enumerate(members):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
-                found.append(self.component(m).parameters_of(latents, call))
+        for guide, is_held in zip(guides, held, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_held):
+                found.append(guide.parameters_of(latents, call))
         return torch.stack(torch.broadcast_tensors(*found))
 
     def sample(self, latents: Latents, call: Call) -> Values:

@@ -3,7 +3,7 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -20,7 +20,7 @@ class Mixture(TorchDistribution):
     Its log-density is always that of the whole mixture, never of the component drawn.
     """
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
     support = constraints.real_vector
     has_rsample = False  # the draw of a component has no derivative
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,8 @@ class Call:
     plates: Mapping[str, Any]
     inputs: Callable[..., Any]
     given: Values
+    trunk: Callable[[Any], Any] | None = None  # what all encoders share
+    encoded: list[Any] = field(default_factory=list)
 
     @cached_property
     def raw(self) -> Any:
@@ -36,6 +38,12 @@ class Call:
 
     def rows(self, latents: Latents) -> Any:
         """Return the encoders' inputs, ``[*rows, ...]``, for the rows of the minibatch."""
+        if not self.encoded:  # the trunk runs once
+            rows = self._minibatch(latents)
+            self.encoded.append(rows if self.trunk is None else self.trunk(rows))
+        return self.encoded[0]
+
+    def _minibatch(self, latents: Latents) -> Any:
         rows = self.raw
         for place, frame in enumerate(latents.rows):
             plate = self.plates[frame.name]
@@ -102,7 +110,13 @@ class PackedGuide(PyroModule):
         parts.append([s for s in latent if s["name"] in local])
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         self._follows = dict(_following(groups, raw))
-        self.adopt(groups, prior, raw)
+        trunk = self._trunk()
+        with poutine.block(), torch.no_grad():
+            self.adopt(groups, prior, raw if trunk is None else trunk(raw[:2]))
+
+    def _trunk(self) -> Callable[[Any], Any] | None:
+        """Return what is applied to the inputs before all encoders, if anything."""
+        return None
 
     def adopt(
         self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
@@ -135,7 +149,7 @@ class PackedGuide(PyroModule):
         if self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        call = Call(args, kwargs, plates, self.inputs, {})
+        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk())
         for latents in self.groups:
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
@@ -174,7 +188,7 @@ class PackedGuide(PyroModule):
         return within
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model may be anything; once the guide is prepared, it is not needed.
+        """Leave out the model, which may be anything, once the guide does not need it."""
         state = self.__dict__.copy()
         state["_model"] = (None,) if self.groups else self._model
         return state

@@ -38,8 +38,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         conditional: components from the second on get the parameters of the earlier ones, detached,
             as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
             dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
-        weights, learn_weights, family, plate, inputs, create_plates, name: as in `MixtureGuide`;
-            the logits are those of ``e_2 .. e_M``, and start at 1/2 .. 1/M.
+        weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
+            `MixtureGuide`; the logits are those of ``e_2 .. e_M``, and start at 1/2 .. 1/M.
 
     Raises:
         ValueError: fewer than two components, or constants out of their range.
@@ -72,6 +72,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         conditional: bool = False,
         weights: nn.Module | str | None = None,
         learn_weights: bool = True,
+        trunk: nn.Module | None = None,
         family: str | Family = "diagonal",
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
@@ -83,6 +84,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             components,
             weights=weights,
             learn_weights=learn_weights,
+            trunk=trunk,
             family=family,
             plate=plate,
             inputs=inputs,

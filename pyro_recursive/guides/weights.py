@@ -1,4 +1,4 @@
-"""Where the weights of a mixture come from: a network, a table with a row for each datum, a vector."""
+"""Where a mixture's weights come from: a network, a table with a row for each datum, a vector."""
 
 from typing import Any
 
@@ -88,8 +88,8 @@ class Weights(PyroModule):
         vector = getattr(self, "local", None) if vector is None else vector
         if vector is None or vector.dim() > 1:
             raise ValueError(
-                "Weights can be set only where all rows share one vector; with weights of their own "
-                "use weights='gradient' in the loss, or weights='shared' in the guide."
+                "Weights can be set only where all rows share one vector; with weights of their "
+                "own use weights='gradient' in the loss, or weights='shared' in the guide."
             )
         with torch.no_grad():
             vector[places] = logits.clamp(-LARGEST, LARGEST).to(vector)

@@ -57,7 +57,9 @@ class ZukoDistribution(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         for drawn, log_prob, with_graph in self._last:
-            if value is drawn and (with_graph or not torch.is_grad_enabled()):
+            # A draw that was made a variable later, or without gradients, is scored anew with them.
+            same_graph = with_graph and value.requires_grad == log_prob.requires_grad
+            if value is drawn and (same_graph or not torch.is_grad_enabled()):
                 return log_prob
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.flow.log_prob(value.expand(shape + self.event_shape))

@@ -1,0 +1,192 @@
+"""What the benchmark of guides compares: each method is a model, a guide and a loss.
+
+All have the same decoder with the same initial weights, and take at most `DRAWS` samples per image
+and step. Gradients stick to the landing, except those of the inverse autoregressive flow, which
+scores other draws than its own only at the cost of one pass per latent; "VAE pathwise" is its
+counterpart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from benchmarks.vae import VAE, tanh_network
+from pyro_recursive import (
+    MIWAE_ELBO,
+    AmortizedGuide,
+    MixtureGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+    Stratified_ELBO,
+)
+from pyro_recursive.guides.flow import FlowGuide
+from pyro_recursive.priors import VampPrior
+from pyro_recursive.recursion import Clamped
+
+BASELINE = "VAE"
+DRAWS = 4
+CLAMP = 5.0  # nats: the constant of the paper's objective, for which no value is published
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all methods share: data, sizes of the networks, and the length of training in steps."""
+
+    images: Tensor
+    holdout: Tensor
+    hidden: int
+    latent: int
+    steps: int
+    pseudo_inputs: int
+    name: str = ""
+
+    def encoder(self, hidden: int | None = None) -> nn.Sequential:
+        """Return a new encoder, ``[rows, pixels]`` to ``[rows, 2 latent]``."""
+        return tanh_network(self.images.shape[-1], hidden or self.hidden, 2 * self.latent)
+
+    def width_of(self, encoders: int) -> int:
+        """Return the hidden width that gives one encoder the parameters of several."""
+        goal = encoders * count(self.encoder())
+        inputs, outputs = self.images.shape[-1], 2 * self.latent
+        linear = inputs + outputs + 2  # parameters: h**2 + linear * h + outputs
+        return round(((linear**2 / 4 + goal - outputs) ** 0.5) - linear / 2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What `fit` takes."""
+
+    vae: VAE
+    guide: Any
+    loss: ELBO
+
+    def modules(self) -> list[nn.Module]:
+        """Return everything that is trained."""
+        prior = [] if self.vae.prior is None else [self.vae.prior]
+        return [self.guide, self.vae.decoder, *prior]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained, each parameter once."""
+        return list({id(p): p for m in self.modules() for p in m.parameters()}.values())
+
+
+class EqualDraws(RecursiveMixture_ELBO):
+    """The loss of recursive mixtures, with as many draws in all as the other methods take."""
+
+    def differentiable_loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Divide the draws among the components that this step has."""
+        guide.prepare(*args, **kwargs)
+        components = {*guide.members, guide.stage.component} - {None}
+        self.num_estimates = max(1, DRAWS // len(components))
+        return super().differentiable_loss(model, guide, *args, **kwargs)
+
+
+def count(*modules: nn.Module) -> int:
+    """Return the number of parameters, those that are shared counted once."""
+    return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+
+
+def _plain(setup: Setup, vae: VAE, estimator: str = "stl", hidden: int | None = None) -> Method:
+    encoder = vae.encoder if hidden is None else setup.encoder(hidden)
+    guide = AmortizedGuide(vae.model, encoder, name=f"{setup.name}guide")
+    return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
+
+
+def _wide(setup: Setup, vae: VAE) -> Method:
+    return _plain(setup, vae, hidden=setup.width_of(4))
+
+
+def components(setup: Setup, vae: VAE, number: int, shared: bool = False) -> list[AmortizedGuide]:
+    """Return Gaussians with an encoder each, or with a head each on one trunk."""
+    if shared:
+        trunk, first = vae.encoder[:-1], vae.encoder[-1]
+        heads = [first, *(setup.encoder()[-1] for _ in range(number - 1))]
+        encoders = [nn.Sequential(trunk, head) for head in heads]
+    else:
+        encoders = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
+    return [AmortizedGuide(vae.model, encoder) for encoder in encoders]
+
+
+def _mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Method:
+    parts = components(setup, vae, number, shared)
+    guide = MixtureGuide(vae.model, parts, weights="linear", name=f"{setup.name}guide")
+    return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
+
+
+def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
+    """Divide training: 40% for the first component, 20% for all together at the end."""
+    first, last = round(0.4 * steps), round(0.2 * steps) * joint
+    each = (steps - first - last) // (number - 1)
+    propose = max(1, round(0.3 * each))
+    return Schedule(first=max(1, first), propose=propose, refine=max(1, each - propose), joint=last)
+
+
+def _recursive(setup: Setup, vae: VAE, number: int, joint: bool = True, **options: Any) -> Method:
+    guide = RecursiveMixtureGuide(
+        vae.model,
+        components(setup, vae, number),
+        schedule=schedule(setup.steps, number, joint),
+        weights="linear",
+        name=f"{setup.name}guide",
+    )
+    return Method(vae, guide, EqualDraws(1, holdout=(setup.holdout,), **options))
+
+
+def _paper(setup: Setup, vae: VAE) -> Method:
+    clamped = Clamped(CLAMP)
+    return _recursive(setup, vae, 4, objective=clamped, proposal=clamped)
+
+
+def _boosting(setup: Setup, vae: VAE) -> Method:
+    return _recursive(setup, vae, 4, joint=False, objective="relbo", proposal="relbo")
+
+
+def _flow(setup: Setup, vae: VAE, kind: str, estimator: str) -> Method:
+    guide = FlowGuide(vae.model, kind, encoder=vae.encoder, name=f"{setup.name}guide")
+    return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
+
+
+def _vamp(setup: Setup, vae: VAE, encoder: nn.Module) -> None:
+    order = torch.randperm(len(setup.images))[: setup.pseudo_inputs]
+    vae.prior = VampPrior(encoder, setup.images[order], bounds=(0.0, 1.0))
+
+
+def _plain_vamp(setup: Setup, vae: VAE) -> Method:
+    _vamp(setup, vae, vae.encoder)
+    return _plain(setup, vae, estimator="pathwise")
+
+
+def _recursive_vamp(setup: Setup, vae: VAE) -> Method:
+    _vamp(setup, vae, setup.encoder())  # its own: the loss has one objective for each parameter
+    return _recursive(setup, vae, 2)
+
+
+METHODS: dict[str, Callable[[Setup, VAE], Method]] = {
+    BASELINE: _plain,
+    "VAE pathwise": partial(_plain, estimator="pathwise"),
+    "VAE wide": _wide,
+    "mixture 2": partial(_mixture, number=2),
+    "mixture 4": partial(_mixture, number=4),
+    "mixture 4 shared": partial(_mixture, number=4, shared=True),
+    "recursive 2": partial(_recursive, number=2),
+    "recursive 2 alternating": partial(_recursive, number=2, update="alternating"),
+    "recursive 4": partial(_recursive, number=4),
+    "recursive 4 clamped": _paper,
+    "boosting 4": _boosting,
+    "IAF": partial(_flow, kind="iaf", estimator="pathwise"),
+    "coupling flow": partial(_flow, kind="coupling", estimator="stl"),
+    "VAE VampPrior": _plain_vamp,
+    "recursive 2 VampPrior": _recursive_vamp,
+}
+
+
+def build(name: str, setup: Setup) -> Method:
+    """Return a method with new networks."""
+    vae = VAE(setup.images.mean(0), setup.hidden, setup.latent, name=setup.name)
+    return METHODS[name](setup, vae)
