@@ -1,21 +1,41 @@
-"""Command line: ``python -m benchmarks [bounds | snr | speed] [options]``."""
+"""Command line: ``python -m benchmarks [bounds | guides | snr | speed] [options]``.
+
+Without a name the two main jobs run, `bounds` and `guides`, with the options that both have but for
+``--methods`` and ``--output``.
+"""
 
 import sys
 
-from benchmarks import bounds, snr, speed
+from benchmarks import bounds, guides, snr, speed
 
-COMMANDS = {"bounds": bounds.main, "snr": snr.main, "speed": speed.main}
+COMMANDS = {"bounds": bounds.main, "guides": guides.main, "snr": snr.main, "speed": speed.main}
+OF_ONE = ("--methods", "--output", "--seed", "--seeds", "--train-points", "--merge")
 
 
 def main(arguments: list[str]) -> None:
-    """Run one benchmark; the main job, `bounds`, where none is named."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else "bounds"
-    if name not in COMMANDS:
+    """Run one benchmark; the main jobs, `bounds` and `guides`, where none is named."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is not None and name not in COMMANDS:
         sys.exit(f"unknown benchmark '{name}': choose one of {', '.join(COMMANDS)}")
     try:
-        COMMANDS[name](arguments[1:] if arguments and arguments[0] == name else arguments)
+        if name is None:
+            main_jobs(arguments)
+        else:
+            COMMANDS[name](arguments[1:])
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The main job goes on from here with --resume.")
+        sys.exit("\nInterrupted. The main jobs go on from here with --resume.")
+
+
+def main_jobs(arguments: list[str]) -> None:
+    """Run bounds, then guides."""
+    if {"-h", "--help"} & {*arguments}:
+        sys.exit(f"{__doc__}\nOptions: python -m benchmarks NAME --help.")
+    wrong = [option for option in OF_ONE if option in arguments]
+    if wrong:
+        sys.exit(f"{wrong[0]} needs the name of a benchmark: choose one of {', '.join(COMMANDS)}")
+    guides.parse(arguments)  # what is wrong with the options should be known before an hour is over
+    bounds.main(arguments)
+    guides.main(arguments)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class MISELBO(MultiSampleELBO):
     Source: `Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations`
     (Kviman et al., arXiv 2202.10951).
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro_recursive import MixtureGuide
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))

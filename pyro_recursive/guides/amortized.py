@@ -69,13 +69,15 @@ class AmortizedGuide(PackedGuide):
     ) -> None:
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.family = family_of(family)
-        self.encoder = encoder
+        self.encoder: Any = encoder
+        # Asking a PyroModule for a module registers its parameters: not for this question.
+        self._has_encoder = encoder is not None
         self.init_scale = init_scale
 
     @property
     def by_row(self) -> bool:
         """With an encoder, each row of the data has a Gaussian of its own."""
-        return self.encoder is not None
+        return self._has_encoder
 
     def num_parameters(self, latents: Latents) -> int:
         """Return how many numbers describe the Gaussian of a group (one row of it)."""
@@ -83,7 +85,7 @@ class AmortizedGuide(PackedGuide):
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create the free parameters of a group that no encoder serves, around a point."""
-        if latents.local and self.encoder is not None:
+        if latents.local and self.by_row:
             return
         sizes = [frame.full_size or frame.size for frame in latents.rows]
         loc = place.reshape(*(frame.size for frame in latents.rows), latents.size)
@@ -106,7 +108,7 @@ class AmortizedGuide(PackedGuide):
 
         ``extra`` are further inputs of the encoder.
         """
-        if not latents.local or self.encoder is None:
+        if not (latents.local and self.by_row):
             return latents.expand_rows(rows_of(getattr(self, _free(latents)), latents, call))
         return self.placed(latents, call, self.encoder(call.rows(latents), *extra))
 

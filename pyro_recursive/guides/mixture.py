@@ -20,7 +20,7 @@ from pyro_recursive.guides.joint import emit, inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packed import Call, PackedGuide
-from pyro_recursive.guides.parallel import can_run_together, run_together
+from pyro_recursive.guides.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.weights import Weights
 from pyro_recursive.sites import PARTICLE_PLATE
 from pyro_recursive.strata import Strata, current_strata
@@ -98,6 +98,7 @@ class MixtureGuide(PackedGuide):
         modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
         self.components = PyroModule[nn.ModuleList](modules)
         self.trunk: Any = trunk
+        self._has_trunk = trunk is not None
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
@@ -134,7 +135,7 @@ class MixtureGuide(PackedGuide):
         self.weights.build(latents, raw)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
-        if self.trunk is None:
+        if not self._has_trunk:
             return None
         strata = current_strata()
         held = strata is not None and bool(strata.frozen)
@@ -152,7 +153,10 @@ class MixtureGuide(PackedGuide):
 
     def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
         """Return the logarithms of the members' weights in a group, ``[*batch, J]``."""
-        return self.weights.logits(latents, call)[..., list(members)].log_softmax(-1)
+        logits = self.weights.logits(latents, call)
+        if len(members) < len(self.components):
+            logits = logits[..., list(members)]
+        return logits.log_softmax(-1)
 
     def posterior(self, latents: Latents, call: Call) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
@@ -183,12 +187,11 @@ class MixtureGuide(PackedGuide):
         """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
         guides = [self.component(m) for m in members]
         held = [place in frozen for place in range(len(members))]
-        if latents.local and all(guide.encoder is not None for guide in guides):
-            encoders, rows = [guide.encoder for guide in guides], call.rows(latents)
-            if can_run_together(encoders, rows):
+        if latents.local and all(guide.by_row for guide in guides):
+            rows = call.rows(latents)
+            if pays(rows) and same_architecture(encoders := [g.encoder for g in guides]):
                 outputs = run_together(encoders, held, rows)
-                placed = [guides[0].placed(latents, call, output) for output in outputs]
-                return torch.stack(placed)
+                return torch.stack([guides[0].placed(latents, call, found) for found in outputs])
         found = []
         for guide, is_held in zip(guides, held, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_held):

@@ -173,7 +173,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         """
         proposed = [m for m in members if m not in self.members]
         inside = [m for m in members if m in self.members]
-        logits = self.weights.logits(latents, call)[..., [m - 1 for m in inside[1:]]]
+        logits = self.weights.logits(latents, call)
+        if len(inside) < len(self.components):
+            logits = logits[..., [m - 1 for m in inside[1:]]]
         strata = current_strata()
         if strata is not None and strata.frozen and len(inside) > 1:
             columns = enumerate(logits.split(1, -1), start=1)
@@ -206,7 +208,7 @@ class RecursiveMixtureGuide(MixtureGuide):
     def free_component(self, m: int) -> AmortizedGuide | None:
         """Return component ``m`` if it is a Gaussian with parameters of its own."""
         component = self.component(m)
-        if isinstance(component, AmortizedGuide) and component.encoder is None:
+        if isinstance(component, AmortizedGuide) and not component.by_row:
             return component
         return None
 

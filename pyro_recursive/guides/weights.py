@@ -29,7 +29,7 @@ class Weights(PyroModule):
         if not (isinstance(kind, nn.Module) or kind in KINDS):
             raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}")
         self.kind = "module" if isinstance(kind, nn.Module) else kind
-        self.network = kind if isinstance(kind, nn.Module) else None
+        self.network: Any = kind if isinstance(kind, nn.Module) else None
         self.learn = learn
         self.register_buffer("initial", initial)
 
@@ -64,7 +64,7 @@ class Weights(PyroModule):
 
     def logits(self, latents: Latents, call: Call) -> Tensor:
         """Return the logits, ``[*batch, n]``, between -8 and 8."""
-        if latents.local and self.network is not None:
+        if latents.local and self.kind in ("module", "linear"):
             found = self.network(call.rows(latents))
             rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
             if found.shape != (*rows, len(self.initial)):
