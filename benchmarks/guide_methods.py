@@ -120,11 +120,15 @@ def _mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Metho
 
 
 def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
-    """Divide training: 40% for the first component, 20% for all together at the end."""
+    """Divide training: 40% for the first component, 20% for all together at the end.
+
+    A component that is not kept ends the growth, and what is left is for those that there are.
+    """
     first, last = round(0.4 * steps), round(0.2 * steps) * joint
     each = (steps - first - last) // (number - 1)
     propose = max(1, round(0.3 * each))
-    return Schedule(first=max(1, first), propose=propose, refine=max(1, each - propose), joint=last)
+    refine = max(1, each - propose)
+    return Schedule(first=max(1, first), propose=propose, refine=refine, joint=last, patience=0)
 
 
 def _recursive(setup: Setup, vae: VAE, number: int, joint: bool = True, **options: Any) -> Method:

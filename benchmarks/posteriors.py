@@ -44,7 +44,7 @@ from pyro_recursive import (
 from pyro_recursive.guides.flow import FlowGuide
 
 DRAWS = 8  # of the guide in each training step
-LEARNING_RATE = 0.03
+LEARNING_RATE = 0.05
 CLUSTERS = 3
 POINTS_PER_CLUSTER = 8
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
@@ -226,13 +226,9 @@ def _recursive(joint: float, **options: str) -> Method:
         return RecursiveMixtureGuide(problem.model, problem.components, schedule=schedule)
 
     def loss(problem: Problem) -> ELBO:
-        return RecursiveMixture_ELBO(_share(problem), update="guide", **options)
+        return RecursiveMixture_ELBO(DRAWS, update="guide", **options)
 
     return Method(guide, loss)
-
-
-def _share(problem: Problem) -> int:
-    return max(1, DRAWS // problem.components)
 
 
 METHODS: dict[str, Method] = {
@@ -240,7 +236,7 @@ METHODS: dict[str, Method] = {
     "full rank": Method(lambda p, steps: AmortizedGuide(p.model, family="full"), _plain),
     "mixture": Method(
         lambda p, steps: MixtureGuide(p.model, p.components),
-        lambda p: Stratified_ELBO(_share(p), estimator="stl"),
+        lambda p: Stratified_ELBO(DRAWS, estimator="stl"),
     ),
     "recursive": _recursive(joint=0.2),
     "boosting": _recursive(0.0, objective="relbo", proposal="relbo", weights="line_search"),
@@ -323,7 +319,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
 
 
 def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int) -> None:
-    """Climb with Adam; within each stage the rate falls to a twentieth, and Adam starts afresh."""
+    """Climb with Adam; in each stage Adam starts afresh, and in its second half the rate falls to a twentieth."""
     guide.prepare()
     stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=LEARNING_RATE)
     for step in range(steps):
@@ -334,7 +330,7 @@ def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int) -> None
         if now is not None:
             done = guide.steps_taken / (now.steps or steps)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.05 ** min(done, 1.0)
+            group["lr"] = LEARNING_RATE * 0.05 ** max(0.0, 2 * done - 1)
         optimizer.zero_grad()
         loss.loss_and_grads(model, guide)
         optimizer.step()

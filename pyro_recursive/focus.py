@@ -93,6 +93,11 @@ class Terms(NamedTuple):
     gains: Tensor
     value: Tensor
 
+    def climbers(self, focus: Focus) -> list[Tensor]:
+        """Return the weights of the draws for those that this step moves, the model's first."""
+        moved = ((self.model, focus.moves_model), (self.guide, focus.moves_guide))
+        return [weights for weights, moves in moved if moves]
+
 
 def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
     """Return the parts of a step's gradient."""

@@ -20,7 +20,7 @@ from pyro_recursive.recursion import (
     gain,
     line_search,
 )
-from pyro_recursive.stratified import Stratified_ELBO, mixture_of
+from pyro_recursive.stratified import Stratified_ELBO, applied, mixture_of
 from pyro_recursive.surrogates import surrogate
 
 __all__ = ["RecursiveMixture_ELBO"]
@@ -143,11 +143,12 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             strata=focus.strata,
             shape=(len(focus.components), 1),
             replay=estimator.replay if focus.moves_guide else "none",
-            cut_model=True,
+            cut_model=focus.moves_guide and focus.moves_model,
         )
         terms = terms_of(evaluation.runs, evaluation.local, focus)
-        climbs = Split(Weighted(elbo, terms.model), Weighted(elbo, terms.guide))
-        total = surrogate(evaluation.runs, terms.local, climbs, estimator)
+        climbs = [Weighted(elbo, weights) for weights in terms.climbers(focus)]
+        climb = Split(*climbs) if len(climbs) > 1 else climbs[0]
+        total = surrogate(evaluation.runs, terms.local, climb, applied(estimator, evaluation))
         if focus.moves_weights:
             total = total + (terms.weights * terms.gains).mean(0).sum()
         if not focus.moves_model:

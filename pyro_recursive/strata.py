@@ -30,6 +30,8 @@ class Strata(Messenger):
         frozen: the components whose parameters are constants of this run.
         points: packed unconstrained vectors ``[*batch, D]`` to sample in place of draws.
         members: the numbers of the guide's components that make up the mixture, None for its own.
+        hold: whether parameters inside the densities, not those of the draws, are constants; only
+            for guides that can (``holds_densities``).
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class Strata(Messenger):
         frozen: frozenset[int] = frozenset(),
         points: Tensor | None = None,
         members: tuple[int, ...] | None = None,
+        hold: bool = False,
     ) -> None:
         super().__init__()
         self.components, self.reference = components, reference
         self.frozen, self.points, self.members = frozen, points, members
+        self.hold = hold
         self.particle: int | None = None  # which one this run is for, where runs are looped
 
     def points_of(self, shape: torch.Size) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_recursive import bounds
 from pyro_recursive.bounds import Weighted
 from pyro_recursive.elbo import Evaluation, MultiSampleELBO
+from pyro_recursive.estimators import ESTIMATORS, Estimator
 from pyro_recursive.layout import Layout
 from pyro_recursive.log_weights import Densities, guide_group
 from pyro_recursive.program import Program
@@ -33,6 +34,7 @@ __all__ = [
     "MISELBO",
     "SIWAE_ELBO",
     "Stratified_ELBO",
+    "applied",
     "log_mixture_weights",
     "mixture_of",
     "whole_density",
@@ -86,6 +88,9 @@ class MISELBO(MultiSampleELBO):
         count = len(mixture_of(program.guide).members)
         options.setdefault("strata", Strata(self._components(count)))
         options.setdefault("shape", self._shape(count))
+        if options.get("replay") == "paths" and mixture_of(program.guide).holds_densities:
+            # The guide leaves out what a second run of it would take away.
+            options["replay"], options["strata"].hold = "none", True
         evaluation = super()._evaluate(program, fresh=fresh, **options)
         _check_rows(evaluation.runs[0], evaluation.local.layout)
         return evaluation
@@ -107,7 +112,7 @@ class MISELBO(MultiSampleELBO):
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         local, weights = _weighed(evaluation.local, self.num_estimates)
         bound = Weighted(self.bound, weights.detach())
-        total = surrogate(evaluation.runs, local, bound, self.estimator)
+        total = surrogate(evaluation.runs, local, bound, applied(self.estimator, evaluation))
         gain = self.bound.estimate(local.log_weights)
         return local.layout.scale * (total + (weights * gain).mean(0).sum())
 
@@ -162,6 +167,11 @@ class SIWAE_ELBO(MISELBO):
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         local = _proposed(evaluation.local, self._count(evaluation))
         return local.layout.scale * surrogate(evaluation.runs, local, self.bound, self.estimator)
+
+
+def applied(estimator: Estimator, evaluation: Evaluation) -> Estimator:
+    """Return the estimator for runs whose guide has held its densities, if it has."""
+    return estimator if evaluation.runs[0].paths else ESTIMATORS["pathwise"]
 
 
 def mixture_of(guide: Callable) -> Any:

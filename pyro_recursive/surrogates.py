@@ -128,7 +128,9 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     A denominator far below the numerator's rounding error may be replaced by a number that is
     still far below it: the ratio then stays finite, and their product is the numerator.
     """
-    floor = (1e-20 * numerator.abs()).clamp_min(torch.finfo(numerator.dtype).tiny)
+    # Not smaller than need be: a backward pass through denormal numbers is slow.
+    eps = torch.finfo(numerator.dtype).eps
+    floor = (eps**2 * numerator.abs()).clamp_min(torch.finfo(numerator.dtype).tiny)
     denominator = torch.where(denominator.abs() < floor, floor, denominator)
     return denominator, torch.where(numerator == 0, numerator, numerator / denominator)
 

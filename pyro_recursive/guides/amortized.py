@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from pyro_recursive.guides.families import Family, family_of
@@ -98,7 +99,7 @@ class AmortizedGuide(PackedGuide):
         initial = self.family.initial(loc, scale)
         free = getattr(self, _free(latents), None)
         if free is None:
-            setattr(self, _free(latents), nn.Parameter(initial.clone()))
+            setattr(self, _free(latents), PyroParam(initial.clone()))
         else:
             with torch.no_grad():
                 free.copy_(initial)

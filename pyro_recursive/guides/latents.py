@@ -164,10 +164,16 @@ def _slot(site: Site, shared: set[str]) -> Slot:
     for name, frame in plates_of(site).items():
         if name in shared:
             continue
-        if not frame.vectorized or subsample_scale(frame) == 1:
+        if subsample_scale(frame) == 1:
             if frame.vectorized:
                 inner.append((frame.dim, frame.size))
             continue
+        if not frame.vectorized:
+            raise ValueError(
+                f"Plate '{name}' of latent site '{site['name']}' is a loop over a minibatch "
+                f"({frame.size} of {frame.full_size}), so that each call has other sites. Write it "
+                "as `with pyro.plate(...)`, or use the full data."
+            )
         raise ValueError(
             f"Plate '{name}' of latent site '{site['name']}' is subsampled ({frame.size} of "
             f"{frame.full_size}), and this guide packs its entries into one vector. Give the plate "

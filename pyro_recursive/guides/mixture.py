@@ -147,6 +147,11 @@ class MixtureGuide(PackedGuide):
         return encode
 
     @property
+    def holds_densities(self) -> bool:
+        """Whether parameters inside the density can be constants while those of draws are not."""
+        return _alike([self.component(m) for m in range(len(self.components))])
+
+    @property
     def members(self) -> tuple[int, ...]:
         """The numbers of the components that make up the mixture."""
         return tuple(range(len(self.components)))
@@ -212,13 +217,14 @@ class MixtureGuide(PackedGuide):
             u = strata.points_of(shape)
         else:
             u = mixture.draw(index, strata.components if strata else None)
+        scored = mixture.held() if strata is not None and strata.hold else mixture
         chosen = mixture.log_weights.expand(*shape, -1).gather(-1, index[..., None])[..., 0]
 
         def density(u: Tensor) -> Tensor:
             # The component's site adds log w of the one chosen: together they are log Q.
             if strata is None or strata.reference is None:
-                return mixture.log_prob(u) - chosen
-            return strata.reference(mixture.table(u), mixture.log_weights) - chosen
+                return scored.log_prob(u) - chosen
+            return strata.reference(scored.table(u), mixture.log_weights) - chosen
 
         return emit(latents, call.plates, u, density)
 

@@ -45,6 +45,13 @@ class Mixture(TorchDistribution):
         ``[*batch]`` to ``[*batch, D]``; ``present`` are the components that occur, None for all.
         """
 
+    def held(self) -> "Mixture":
+        """Return the same mixture with constant parameters: the derivative by the vector is left.
+
+        Raises NotImplementedError where parameters cannot be told from vectors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot hold its parameters")
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return ``log Q``, ``[*batch, D]`` to ``[*batch]``."""
         return torch.logsumexp(self.table(value) + self.log_weights, -1)
@@ -90,6 +97,11 @@ class StackedMixture(Mixture):
     def __init__(self, log_weights: Tensor, parameters: Tensor, family: Family, size: int) -> None:
         self.parameters, self.family = parameters, family
         super().__init__(log_weights, parameters.shape[1:-1], size)
+
+    def held(self) -> "StackedMixture":
+        """Return the same mixture with constant parameters."""
+        weights, parameters = self.log_weights.detach(), self.parameters.detach()
+        return StackedMixture(weights, parameters, self.family, self.event_shape[0])
 
     def table(self, u: Tensor) -> Tensor:
         """Return every component's log-density at once, ``[*batch, M]``."""

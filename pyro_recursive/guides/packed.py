@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
@@ -77,6 +80,7 @@ class PackedGuide(PyroModule):
         self.inputs = inputs or _first_argument
         self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
         self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
+        self._chosen: frozenset[str] = frozenset()  # plates whose minibatch the model is given
 
     @abstractmethod
     def posterior(self, latents: Latents, call: Call) -> Any:
@@ -99,17 +103,25 @@ class PackedGuide(PyroModule):
         if model is None:
             raise RuntimeError("This guide was saved before its first call: build it again.")
 
+        minibatch = _Minibatches()
+
         def prior() -> poutine.Trace:
             with poutine.block(), torch.no_grad():
-                return poutine.trace(model).get_trace(*args, **kwargs)
+                return poutine.trace(minibatch(model)).get_trace(*args, **kwargs)
 
         trace, raw = prior(), self.inputs(*args, **kwargs)
         latent = [s for s in sites(trace) if not s["is_observed"] and not _enumerated(s)]
+        if not latent:
+            raise ValueError(
+                f"{type(self).__name__} found no latent sites in the model: all are observed, "
+                "enumerated or blocked. The guide of such a model is an empty function."
+            )
         local = self._local(trace, latent)
         parts = [[s for s in latent if s["name"] not in local]]
         parts.append([s for s in latent if s["name"] in local])
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         self._follows = dict(_following(groups, raw))
+        self._chosen = frozenset(minibatch.names)
         trunk = self._trunk()
         with poutine.block(), torch.no_grad():
             self.adopt(groups, prior, raw if trunk is None else trunk(raw[:2]))
@@ -124,6 +136,12 @@ class PackedGuide(PyroModule):
         """Take over groups of latents, with a function that draws from the prior."""
         if self.groups:
             return
+        if getattr(self, "encoder", None) is not None and not any(g.local for g in groups):
+            raise ValueError(
+                f"{type(self).__name__} has an encoder, and there are no rows to encode: no "
+                "vectorised plate encloses all observed sites and some latent. Name the plate of "
+                "the rows with plate=, or leave out the encoder."
+            )
         drawn = prior()
         values = {name: site["value"] for name, site in drawn.nodes.items() if "value" in site}
         for latents in groups:
@@ -132,6 +150,7 @@ class PackedGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
+        self._claim()
         self.prepare(*args, **kwargs)
         call = self._call(args, kwargs)
         for latents in self.groups:
@@ -159,6 +178,12 @@ class PackedGuide(PyroModule):
     def _plate(self, frame: Any, latents: Latents, call: Call) -> Any:
         """Make a plate as the model's, or of the length of the inputs where it was theirs."""
         full, size = frame.full_size or frame.size, frame.size
+        if frame.name in self._chosen and self._follows.get(frame.name) != "minibatch":
+            raise ValueError(
+                f"The model is given the minibatch of plate '{frame.name}' (subsample=), and the "
+                "guide would draw another one. Give the guide create_plates=, a function from the "
+                "model's arguments to the same plate."
+            )
         if frame.name in self._follows:
             length = call.raw.shape[latents.rows.index(frame)]
             if self._follows[frame.name] == "minibatch":
@@ -166,6 +191,24 @@ class PackedGuide(PyroModule):
             else:
                 full, size = length, length if full == size else min(size, length)
         return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+
+    def _claim(self) -> None:
+        """Raise where another guide of this name has its parameters in Pyro's store."""
+        other = _OWNERS.get(self._pyro_name)
+        if other is self:
+            return
+        if other is not None:
+            theirs = {id(parameter) for parameter in other.parameters()}
+            theirs -= {id(parameter) for parameter in self.parameters()}
+            for name, parameter in pyro.get_param_store().named_parameters():
+                if id(parameter) in theirs and name.startswith(f"{self._pyro_name}."):
+                    raise ValueError(
+                        f"Another guide named '{self._pyro_name}' has its parameters in Pyro's "
+                        f"store ('{name}'), and this one would train those in place of its own. "
+                        "Tell them apart with name=, call pyro.clear_param_store() where the other "
+                        "one is done with, or run a copy under pyro.get_param_store().scope()."
+                    )
+        _OWNERS[self._pyro_name] = self
 
     @property
     def by_row(self) -> bool:
@@ -179,11 +222,13 @@ class PackedGuide(PyroModule):
             plate = _data_plate(trace, latent)
         if plate is None:
             return set()
-        within = {site["name"] for site in latent if plate in plates_of(site)}
+        plates = {site["name"]: _vectorized(site) for site in latent}
+        within = {name for name, frames in plates.items() if plate in frames}
         if not within:
-            known = sorted({name for site in latent for name in plates_of(site)})
+            known = sorted(set().union(*plates.values()))
             raise ValueError(
-                f"No latent site is inside plate '{plate}'; the latents' plates are {known}."
+                f"No latent site is inside a vectorised plate '{plate}'; those of the latents are "
+                f"{known}."
             )
         return within
 
@@ -192,6 +237,22 @@ class PackedGuide(PyroModule):
         state = self.__dict__.copy()
         state["_model"] = (None,) if self.groups else self._model
         return state
+
+
+# The guide that last ran under a name: Pyro's store is by name, and would mix up two of them.
+_OWNERS: WeakValueDictionary[str, PackedGuide] = WeakValueDictionary()
+
+
+class _Minibatches(Messenger):
+    """Notes the plates that are given their minibatch: the innermost handler of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.names.add(msg["name"])
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Any:
@@ -207,13 +268,17 @@ def _data_plate(trace: poutine.Trace, latent: list[Site]) -> str | None:
     frames = {
         name: frame
         for site in latent
-        for name, frame in plates_of(site).items()
-        if name in shared and frame.vectorized
+        for name, frame in _vectorized(site).items()
+        if name in shared
     }
     if not frames:
         return None
     # Of several the one that holds the most latents: its sites have the others as rows or inside.
     return max(frames, key=lambda name: sum(name in plates_of(site) for site in latent))
+
+
+def _vectorized(site: Site) -> dict[str, Any]:
+    return {name: frame for name, frame in plates_of(site).items() if frame.vectorized}
 
 
 def _enumerated(site: Site) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_recursive.guides.latents import Latents
@@ -44,7 +44,7 @@ class Weights(PyroModule):
         sizes = [frame.full_size or frame.size for frame in latents.rows] if own_rows else []
         logits = self.initial.expand(*sizes, -1).clone()
         if self.learn:
-            setattr(self, _name(latents), nn.Parameter(logits))
+            setattr(self, _name(latents), PyroParam(logits))
         else:
             self.register_buffer(_name(latents), logits)
 
