@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks.guide_methods import BASELINE, Method, Setup, build, components
+from benchmarks.guide_methods import BASELINE, Method, Setup, build, mixture
 from benchmarks.timing import interleaved, medians, ratios
 from benchmarks.vae import VAE
 from pyro_recursive import MixtureGuide
@@ -66,7 +66,7 @@ def _grown(name: str, setup: SetupOf, batch: Tensor) -> Method:
 
 def _mixture(number: int, shared: bool, setup: Setup) -> MixtureGuide:
     vae = VAE(setup.images.mean(0), setup.hidden, setup.latent, name=setup.name)
-    return MixtureGuide(vae.model, components(setup, vae, number, shared), name=setup.name)
+    return mixture(setup, vae, number, shared)
 
 
 def _step(

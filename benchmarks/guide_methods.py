@@ -102,20 +102,17 @@ def _wide(setup: Setup, vae: VAE) -> Method:
     return _plain(setup, vae, hidden=setup.width_of(4))
 
 
-def components(setup: Setup, vae: VAE, number: int, shared: bool = False) -> list[AmortizedGuide]:
-    """Return Gaussians with an encoder each, or with a head each on one trunk."""
-    if shared:
-        trunk, first = vae.encoder[:-1], vae.encoder[-1]
-        heads = [first, *(setup.encoder()[-1] for _ in range(number - 1))]
-        encoders = [nn.Sequential(trunk, head) for head in heads]
-    else:
-        encoders = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
-    return [AmortizedGuide(vae.model, encoder) for encoder in encoders]
+def mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> MixtureGuide:
+    """Return a mixture of Gaussians with an encoder each, or with a head each on one trunk."""
+    networks = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
+    trunk = vae.encoder[:-1] if shared else None
+    parts = [AmortizedGuide(vae.model, net[-1] if shared else net) for net in networks]
+    name = f"{setup.name}guide"
+    return MixtureGuide(vae.model, parts, weights="linear", trunk=trunk, name=name)
 
 
 def _mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Method:
-    parts = components(setup, vae, number, shared)
-    guide = MixtureGuide(vae.model, parts, weights="linear", name=f"{setup.name}guide")
+    guide = mixture(setup, vae, number, shared)
     return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
 
 
@@ -132,9 +129,10 @@ def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
 
 
 def _recursive(setup: Setup, vae: VAE, number: int, joint: bool = True, **options: Any) -> Method:
+    encoders = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
     guide = RecursiveMixtureGuide(
         vae.model,
-        components(setup, vae, number),
+        [AmortizedGuide(vae.model, encoder) for encoder in encoders],
         schedule=schedule(setup.steps, number, joint),
         weights="linear",
         name=f"{setup.name}guide",

@@ -71,13 +71,14 @@ def paired(name: str, results: dict[str, Any]) -> Tensor:
 
 
 def training_ratio(name: str, results: dict[str, Any]) -> float:
-    """Return the time of training, stages of all kinds together, over the VAE's."""
+    """Return the processor time of training, stages of all kinds together, over the VAE's."""
     base, runs = results["runs"].get(BASELINE, {}), results["runs"][name]
-    both = [seed for seed in runs if seed in base]
-    mine, theirs = (
-        sum(sum(which[seed]["history"]["seconds"]) for seed in both) for which in (runs, base)
-    )
-    return mine / theirs if both else math.nan
+    key = "processor_seconds"
+    both = [s for s in runs if s in base and key in runs[s] and key in base[s]]
+    if not both:
+        return math.nan
+    mine, theirs = (sum(which[seed][key] for seed in both) for which in (runs, base))
+    return mine / theirs
 
 
 def _ratio(value: float) -> str:

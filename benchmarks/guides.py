@@ -8,6 +8,7 @@ Beside that: parameters, the cost of training and the latency of inference, time
 
 import argparse
 import json
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,7 @@ def main(arguments: list[str]) -> None:
     data = _data(settings, load(settings.dataset, download=options.download))
     results = _stored(folder, settings, options.resume)
     _merge(results, options.merge)
+    _time({"runs": {}}, settings, data, repeats=1)  # what the first step of a process sets up
     pairs = [(name, seed) for seed in options.seeds for name in options.methods]
     for name, seed in tqdm(pairs, desc="runs"):
         runs = results["runs"].setdefault(name, {})
@@ -183,6 +185,8 @@ def _run(
     method = build(name, _setup(settings, data))
     method.guide.prepare(data.validation[:2])  # a checkpoint finds all parameters in place
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"{name.replace(' ', '-')}-{seed}.pt"
+    begun, start = resume and checkpoint.exists(), time.process_time()
     history = fit(
         method.vae.model,
         method.guide,
@@ -194,11 +198,13 @@ def _run(
         transform=dynamic_binarize,
         validation=data.validation,
         validation_loss=IWAE_ELBO(16),
-        checkpoint=folder / f"{name.replace(' ', '-')}-{seed}.pt",
+        checkpoint=checkpoint,
         resume=resume,
         seed=seed,
     )
     result = _describe(method) | {"history": asdict(history)}
+    if not begun:  # else the time before the interrupt is not known
+        result["processor_seconds"] = time.process_time() - start
     result["test"] = _evaluate(method, data.test_binary, settings)
     result["train"] = _evaluate(method, data.train_binary, settings)
     return result

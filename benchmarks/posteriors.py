@@ -44,7 +44,6 @@ from pyro_recursive import (
 from pyro_recursive.guides.flow import FlowGuide
 
 DRAWS = 8  # of the guide in each training step
-LEARNING_RATE = 0.05
 CLUSTERS = 3
 POINTS_PER_CLUSTER = 8
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
@@ -206,6 +205,7 @@ class Method:
 
     guide: Callable[[Problem, int], Any]
     loss: Callable[[Problem], ELBO]
+    rate: float = 0.05  # of Adam
 
 
 def _plain(problem: Problem) -> ELBO:
@@ -240,8 +240,8 @@ METHODS: dict[str, Method] = {
     ),
     "recursive": _recursive(joint=0.2),
     "boosting": _recursive(0.0, objective="relbo", proposal="relbo", weights="line_search"),
-    "coupling flow": Method(lambda p, steps: FlowGuide(p.model, "coupling"), _plain),
-    "spline flow": Method(lambda p, steps: FlowGuide(p.model, "spline"), _plain),
+    "coupling flow": Method(lambda p, steps: FlowGuide(p.model, "coupling"), _plain, 0.005),
+    "spline flow": Method(lambda p, steps: FlowGuide(p.model, "spline"), _plain, 0.005),
 }
 REFERENCE = "NUTS"
 
@@ -298,7 +298,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
     pyro.set_rng_seed(seed)
     guide = method.guide(problem, settings.steps)
     start = time.perf_counter()
-    train(problem.model, guide, method.loss(problem), settings.steps)
+    train(problem.model, guide, method.loss(problem), settings.steps, method.rate)
     seconds = time.perf_counter() - start
     pyro.set_rng_seed(seed + 1000)
     elbo, error = _elbo(problem.model, guide, settings.elbo_draws)
@@ -318,19 +318,17 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
     return numbers, draws
 
 
-def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int) -> None:
-    """Climb with Adam; in each stage Adam starts afresh, and in its second half the rate falls to a twentieth."""
+def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: float) -> None:
+    """Climb with Adam, afresh in each stage; in its second half the rate falls to a twentieth."""
     guide.prepare()
-    stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=LEARNING_RATE)
+    stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=rate)
     for step in range(steps):
         now = getattr(guide, "stage", None)
         if now != stage or (now is not None and guide.steps_taken == 0):
-            stage, optimizer = now, torch.optim.Adam(guide.parameters(), lr=LEARNING_RATE)
-        done = step / steps
-        if now is not None:
-            done = guide.steps_taken / (now.steps or steps)
+            stage, optimizer = now, torch.optim.Adam(guide.parameters(), lr=rate)
+        done = step / steps if now is None else guide.steps_taken / max(now.steps, 1)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.05 ** max(0.0, 2 * done - 1)
+            group["lr"] = rate * 0.05 ** min(1.0, max(0.0, 2 * done - 1))
         optimizer.zero_grad()
         loss.loss_and_grads(model, guide)
         optimizer.step()

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.log_weights import Densities, guide_group
+from pyro_recursive.log_weights import Densities, guide_group, weighted
 from pyro_recursive.recursion import OBJECTIVES, Objective, log_mixture, log_others
 from pyro_recursive.sites import Site, sites
 from pyro_recursive.strata import Strata
 from pyro_recursive.stratified import log_mixture_weights, whole_density
 from pyro_recursive.traces import Draw
 
-__all__ = ["Drawn", "Focus", "Terms", "drawn", "terms_of"]
+__all__ = ["Drawn", "Focus", "Terms", "component_site", "drawn", "terms_of"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ class Focus:
         """The table and log-weights of each run, as they were asked for."""
         return {}
 
-    def reference(self, table: Tensor, log_weights: Tensor) -> Tensor:
+    def reference(self, table: Tensor, log_weights: Tensor, particle: int | None) -> Tensor:
         """Return the objective's reference density; see `pyro_recursive.strata.Reference`."""
-        particle = self.strata.particle
         self.tables[particle] = (table, log_weights)
         own = [draw for draw, column in enumerate(self.components) if column == self.place]
         log_weights = log_weights.detach()
@@ -124,9 +123,17 @@ def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
 
 
 class Drawn(NamedTuple):
-    """Draws from every member: see `pyro_recursive.recursion.gain` for the shapes."""
+    """Draws from every member, and densities there.
+
+    ``log_p``, the mixture's ``log_q``, that of the ``others`` without the last member, and the
+    last member's ``own``, are ``[S, J, *rows]``, with the scales that a user put on them; ``table``
+    ``[S, J, *rows, J]`` is without, ``log_weights`` ``[*rows, J]``.
+    """
 
     log_p: Tensor
+    log_q: Tensor
+    others: Tensor
+    own: Tensor
     table: Tensor
     log_weights: Tensor
     scale: float
@@ -135,11 +142,23 @@ class Drawn(NamedTuple):
 def drawn(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Drawn:
     """Return the log-densities of all members at the draws of each."""
     count, layout = len(focus.members), densities.layout
-    columns = [_gather(runs, densities, focus, _column(j)) for j in range(count)]
-    table = torch.stack(columns, -1)[:, 0].unflatten(0, (-1, count))
-    log_p = _model(densities, columns[0]).expand_as(columns[0])[:, 0].unflatten(0, (-1, count))
-    log_weights = log_mixture_weights(densities)[:count, 0].movedim(0, -1)
-    return Drawn(log_p, table, log_weights.expand(*layout.shape, count), layout.scale)
+    last = count - 1
+
+    def gathered(log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return _gather(runs, densities, focus, log_density)[:, 0].unflatten(0, (-1, count))
+
+    log_q = gathered(log_mixture)
+    log_p = _model(densities, densities.log_weights).expand_as(densities.log_weights)
+    weights = log_mixture_weights(densities)[:count, 0].movedim(0, -1)
+    return Drawn(
+        log_p=log_p[:, 0].unflatten(0, (-1, count)),
+        log_q=log_q,
+        others=gathered(lambda table, weights: log_others(table, weights, last)),
+        own=gathered(_column(last)),
+        table=torch.stack([gathered(_column(j)) for j in range(count)], -1),
+        log_weights=weights.expand(*layout.shape, count),
+        scale=layout.scale,
+    )
 
 
 def _model(densities: Densities, like: Tensor) -> Tensor:
@@ -168,11 +187,14 @@ def _gather(
     rows = []
     for number, run in enumerate(runs):
         table, log_weights = focus.tables[number if looped else None]
-        rows.append([(_component_site(run), log_density(table, log_weights))])
+        site = component_site(run)
+        found = weighted(log_density(table, log_weights), site, densities.layout)
+        rows.append([(site, found)])
     gathered = densities.layout.gather(rows)
     assert gathered is not None
     return gathered
 
 
-def _component_site(run: Draw) -> Site:
+def component_site(run: Draw) -> Site:
+    """Return the site that draws the component."""
     return next(site for site in sites(run.guide) if guide_group(site) == "score")

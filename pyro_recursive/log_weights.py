@@ -26,7 +26,7 @@ from pyro_recursive.sites import (
 )
 from pyro_recursive.traces import Draw
 
-__all__ = ["Densities", "densities", "guide_group"]
+__all__ = ["Densities", "densities", "guide_group", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,14 @@ def guide_group(site: Site) -> str:
 
 def log_density(site: Site, layout: Layout) -> Tensor:
     """Return a site's log-density with mask and user's scale, without the shared plates' scale."""
-    log_prob = scale_and_mask(log_prob_of(site, site["fn"]), _own_scale(site, layout), site["mask"])
+    log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
     check_batch_shape(site, log_prob.shape)
     return log_prob
+
+
+def weighted(log_prob: Tensor, site: Site, layout: Layout) -> Tensor:
+    """Return a log-density with the mask and the user's scale of a site."""
+    return scale_and_mask(log_prob, _own_scale(site, layout), site["mask"])
 
 
 def _own_scale(site: Site, layout: Layout) -> Any:

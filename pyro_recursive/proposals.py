@@ -11,7 +11,7 @@ from pyro_recursive.layout import layout_of
 from pyro_recursive.log_weights import densities
 from pyro_recursive.program import Program
 from pyro_recursive.recursion import best_gain, log_mixture
-from pyro_recursive.sites import PARTICLE_PLATE
+from pyro_recursive.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
 from pyro_recursive.strata import Strata
 from pyro_recursive.traces import Particles, draw
 
@@ -20,19 +20,22 @@ __all__ = ["propose"]
 PLACES = 48  # half from the mixture, widened, half from the prior
 WIDENING = 3.0
 SCALES = (0.25, 0.5, 1.0)  # of the mixture's
-DRAWS = 16  # from each candidate
+DRAWS = 64  # from each candidate: with fewer, the best estimate is a lucky one
 
 
 @torch.no_grad()
-def propose(program: Program, mixture: Any, m: int, *, vectorize: bool = True) -> None:
-    """Put component ``m`` where the best weight would gain most, among isotropic candidates.
+def propose(program: Program, mixture: Any, *, vectorize: bool = True) -> None:
+    """Put the component of this stage where it would gain most, among isotropic candidates.
 
-    Only for Gaussians with parameters of their own: an encoder starts where its weights say.
+    Only for Gaussians with parameters of their own: an encoder starts where its weights say. Rows
+    that are a minibatch have no candidates: the other rows' components would stay where they are.
     """
-    component = mixture.free_component(m)
+    component = mixture.free_component(mixture.stage.component)
     if component is None or len(mixture.groups) != 1:
         return
     (latents,) = mixture.groups
+    if any(subsample_scale(frame) != 1 for frame in latents.rows):
+        return
     search = _Search(program, mixture, latents, vectorize)
     own = search.points(search.from_guide())
     prior = search.points(search.from_prior())[: PLACES // 2]
@@ -58,6 +61,7 @@ class _Search:
         """Run the mixture so far."""
         count = DRAWS * len(self.mixture.members) + PLACES
         self.particles, runs = draw(self.program, 1, count, vectorize=self.vectorize)
+        self.minibatch = subsample_sites(runs[0].guide, runs[0].model)
         return [run.guide for run in runs]
 
     def from_prior(self) -> list[poutine.Trace]:
@@ -94,16 +98,24 @@ class _Search:
 
     def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x, z) and the mixture's log-density at points, ``[count, *rows]``."""
-        members = tuple(self.mixture.members)
-        strata = Strata((0,) * len(points), log_mixture, points=points, members=members)
+        strata = Strata((0,) * len(points), _all, points=points, members=self.mixture.members)
         particles: Particles
         particles, runs = draw(
-            self.program, 1, len(points), vectorize=self.vectorize, strata=strata
+            self.program,
+            1,
+            len(points),
+            vectorize=self.vectorize,
+            strata=strata,
+            subsample=self.minibatch,
         )
         found = densities(runs, layout_of(particles, runs))
         log_weights = found.log_weights[0]
         log_p = torch.zeros_like(log_weights) if found.model is None else found.model[0]
         return log_p.expand_as(log_weights), log_p - log_weights
+
+
+def _all(table: Tensor, log_weights: Tensor, particle: int | None) -> Tensor:
+    return log_mixture(table, log_weights)
 
 
 def _normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:

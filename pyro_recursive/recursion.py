@@ -177,18 +177,25 @@ class Gain(NamedTuple):
         return self.mean > confidence * self.standard_error
 
 
-def gain(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int, scale: float = 1.0) -> Gain:
-    """Return what component ``m`` adds, from S draws of each of the J components.
+def gain(
+    log_p: Tensor,
+    log_q: Tensor,
+    others: Tensor,
+    own: Tensor,
+    log_weights: Tensor,
+    scale: float = 1.0,
+) -> Gain:
+    """Return what the last of J components adds, from S draws of each.
 
-    ``log_p`` is ``[S, J, *rows]``, ``table`` ``[S, J, *rows, J]``, ``log_weights`` ``[*rows, J]``.
-    The mixture without ``m`` is judged on the same draws.
+    ``log_p``, the log-densities of the mixture, of the ``others`` and of the last component
+    (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. The mixture
+    without the last one is judged on the same draws.
     """
-    rest = [j for j in range(table.shape[-1]) if j != m]
-    after = _stratified(log_p - log_mixture(table, log_weights), log_weights)
-    weights = log_weights[..., rest].log_softmax(-1)
-    before = _stratified((log_p - log_others(table, log_weights, m))[:, rest], weights)
+    after = _stratified(log_p - log_q, log_weights)
+    rest = log_weights[..., :-1].log_softmax(-1)
+    before = _stratified((log_p - others)[:, :-1], rest)
     differences = scale * (after - before).reshape(len(log_p), -1).sum(1)
-    alone = (log_p - table[..., m])[:, m].mean(0)
+    alone = (log_p - own)[:, -1].mean(0)
     ceiling = torch.nn.functional.softplus(alone - before.mean(0)).sum() * scale
     error = differences.std() / len(differences) ** 0.5
     return Gain(differences.mean().item(), error.item(), ceiling.item())
@@ -220,8 +227,10 @@ def corrective_weights(
 ) -> Weighing:
     """Maximise the mixture's ELBO over the weights of fixed components, by mirror ascent.
 
-    The ELBO is concave in the weights. Shapes as in `gain`; ``log_weights`` is where to start.
-    Stops where the duality gap of every row is below ``tolerance`` nats.
+    ``log_p`` is ``[S, J, *rows]`` for S draws of each component, ``table`` ``[S, J, *rows, J]`` the
+    log-densities of all components there, and ``log_weights``, ``[*rows, J]``, where to start. The
+    ELBO is concave in the weights. Stops where the duality gap of every row is below ``tolerance``
+    nats, or after ``max_steps``; the gap says which.
     """
     weights = log_weights.detach().clone()
     gap = weights.new_full(weights.shape[:-1], float("inf"))
@@ -239,7 +248,8 @@ def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Te
     """Return weights with the best share of component ``m``, the others keeping their proportions.
 
     The mixture's ELBO is concave in the share, and its slope is found by bisection. Shapes as in
-    `gain`, for one row: ``log_p`` ``[S, J]``, ``table`` ``[S, J, J]``, ``log_weights`` ``[J]``.
+    `corrective_weights`, for one row: ``log_p`` ``[S, J]``, ``table`` ``[S, J, J]``, ``log_weights``
+    ``[J]``.
     """
     others = log_weights.clone()
     others[m] = -torch.inf

@@ -14,6 +14,7 @@ from pyro_recursive.program import Program
 from pyro_recursive.proposals import propose
 from pyro_recursive.recursion import (
     OBJECTIVES,
+    Clamped,
     Gain,
     Objective,
     corrective_weights,
@@ -81,6 +82,13 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     ) -> None:
         super().__init__(num_particles, **{"estimator": "stl", **options})
         self.objective, self.proposal = _objective(objective), _objective(proposal)
+        if not self.vectorize_particles and num_particles > 1:
+            for chosen in (self.objective, self.proposal):
+                if isinstance(chosen, Clamped):
+                    raise ValueError(
+                        "A clamped objective needs all draws of a row at once, and cannot have "
+                        "vectorize_particles=False with num_particles > 1."
+                    )
         if update not in UPDATES:
             raise ValueError(f"update must be one of {UPDATES}, got {update!r}")
         if weights not in WEIGHTS:
@@ -99,15 +107,20 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             return super().differentiable_loss(model, guide, *args, **kwargs)
         program, mixture = Program(model, guide, args, kwargs), _recursive(guide)
         mixture.prepare(*args, **kwargs)
-        stage = mixture.stage
-        if stage.component is None:
+        if self.weights != "gradient":
+            mixture.weights.check_vector()
+        if mixture.stage.kind == "refine" and mixture.steps_left == 1:
+            # The test is a step of its own: what it changes must not be moved once more.
+            loss = torch.tensor(self.loss(model, guide, *args, **kwargs))
+            self._end_trial(program, mixture)
+            return loss
+        if mixture.stage.component is None:
             loss = super().differentiable_loss(model, guide, *args, **kwargs)
         else:
-            if stage.kind == "propose" and mixture.steps_taken == 0:
-                propose(program, mixture, stage.component, vectorize=self.vectorize_particles)
+            if mixture.starts_component:
+                propose(program, mixture, vectorize=self.vectorize_particles)
             loss = self._train_component(program, mixture)
-        if mixture.count_step():
-            self._end_stage(program, mixture)
+        mixture.count_step()
         return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -118,7 +131,8 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         for parameter, grad in zip(parameters, before, strict=True):
             if parameter.grad is not None and grad is not None:
                 parameter.grad = parameter.grad + grad
@@ -132,8 +146,10 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         """
         mixture = _recursive(guide)
         args = args if self.holdout is None else tuple(self.holdout)
-        drawn = self._draw_all(Program(model, guide, args, kwargs), mixture)
-        return gain(*drawn[:3], len(mixture.members) - 1, drawn.scale)
+        found = self._draw_all(Program(model, guide, args, kwargs), mixture)
+        return gain(
+            found.log_p, found.log_q, found.others, found.own, found.log_weights, found.scale
+        )
 
     def _train_component(self, program: Program, mixture: Any) -> Tensor:
         focus = self._focus(mixture)
@@ -174,20 +190,20 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             epsilon=mixture.epsilon,
         )
 
-    def _end_stage(self, program: Program, mixture: Any) -> None:
-        """Keep or drop the component on trial, and let the guide go on."""
-        if mixture.stage.kind == "refine":
-            if self.weights != "gradient":
-                self._set_weights(program, mixture)
-            found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
-            if not found.is_clear(mixture.schedule.confidence):
-                mixture.drop(retry=found.ceiling > mixture.schedule.min_gain)
-                return
-        mixture.end_stage()
+    def _end_trial(self, program: Program, mixture: Any) -> None:
+        """Keep or drop the component on trial."""
+        if self.weights != "gradient":
+            self._set_weights(program, mixture)
+        found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
+        if found.is_clear(mixture.schedule.confidence):
+            mixture.end_stage()
+        else:
+            mixture.drop(retry=found.ceiling > mixture.schedule.min_gain)
 
     def _set_weights(self, program: Program, mixture: Any) -> None:
         """Set weights to their optimum for the draws of a large sample."""
-        log_p, table, log_weights, _ = self._draw_all(program, mixture)
+        found = self._draw_all(program, mixture)
+        log_p, table, log_weights = found.log_p, found.table, found.log_weights
         count = log_weights.shape[-1]
         # One vector of weights for all rows: a row's draws are more draws of the components.
         log_p = log_p.movedim(1, -1).reshape(-1, count)

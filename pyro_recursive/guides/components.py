@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import Independent, MaskedDistribution, TorchDistribution, constraints
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -123,7 +123,7 @@ class RunGuide(TorchDistribution):
                 "AmortizedGuide, FlowGuide, AutoNormal, an AutoContinuous guide, or a guide "
                 "that samples the model's own sites."
             )
-        if site["mask"] is not None:
+        if site["mask"] is not None or _is_masked(site["fn"]):
             raise NotImplementedError(
                 f"A component of the mixture, {self._name()}, masks site '{name}'; a "
                 "mixture of partly masked densities is not defined. Leave out the mask."
@@ -131,6 +131,13 @@ class RunGuide(TorchDistribution):
 
     def _name(self) -> str:
         return getattr(self.guide, "__name__", type(self.guide).__name__)
+
+
+def _is_masked(fn: Any) -> bool:
+    """Whether a mask stands under the event dims of a distribution."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, MaskedDistribution)
 
 
 class _Given(Messenger):

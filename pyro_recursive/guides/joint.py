@@ -59,6 +59,7 @@ class JointSite(TorchDistribution):
         if self.density is None:
             return value.new_zeros(self.batch_shape)
         joint = self.density(value)
+        joint = joint.reshape(joint.shape[max(joint.dim() - len(self.batch_shape), 0) :])
         entries = 1
         for _, size in self.slot.inner:
             entries *= size

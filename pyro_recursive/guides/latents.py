@@ -39,6 +39,11 @@ class Slot:
     inner: tuple[tuple[int, int], ...]
 
     @property
+    def nesting(self) -> int:
+        """How many dims the site's own plates take."""
+        return max((-frame.dim for frame in self.frames), default=0)
+
+    @property
     def numel(self) -> int:
         """How many numbers of the vector a row of this site takes."""
         return math.prod(size for _, size in self.inner) * self.event_shape.numel()
@@ -116,7 +121,12 @@ class Latents:
         sizes = [size for _, size in slot.inner]
         spread = part.reshape([*batch, *sizes, *slot.event_shape])
         sources = [place - width - events for place in range(width)]
-        return spread.movedim(sources, [dim - events for dim in inner])
+        spread = spread.movedim(sources, [dim - events for dim in inner])
+        lacking = part.dim() - 1 - self.nesting  # plates around the guide
+        own = slot.nesting + events
+        if lacking == 0 and spread.dim() > own:  # ones, for plates of other sites
+            spread = spread.reshape(spread.shape[-own:] if own else ())
+        return spread
 
     def _gather(self, slot: Slot, spread: Tensor, events: int | None = None) -> Tensor:
         """Undo `_spread`: bring the inner plates next to the event, leaving ones in place."""

@@ -103,7 +103,12 @@ class MixtureGuide(PackedGuide):
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
-        self.weights = Weights(kind, self.initial_logits(), learn_weights)
+        self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether components are trained one by one, and their weights with them."""
+        return False
 
     def initial_logits(self) -> Tensor:
         """Return the logits that the weights start from, those of equal weights."""
@@ -220,11 +225,13 @@ class MixtureGuide(PackedGuide):
         scored = mixture.held() if strata is not None and strata.hold else mixture
         chosen = mixture.log_weights.expand(*shape, -1).gather(-1, index[..., None])[..., 0]
 
+        particle = None if strata is None else strata.particle  # of this run, not of a later one
+
         def density(u: Tensor) -> Tensor:
             # The component's site adds log w of the one chosen: together they are log Q.
             if strata is None or strata.reference is None:
                 return scored.log_prob(u) - chosen
-            return strata.reference(scored.table(u), mixture.log_weights) - chosen
+            return strata.reference(scored.table(u), mixture.log_weights, particle) - chosen
 
         return emit(latents, call.plates, u, density)
 

@@ -34,7 +34,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         components: `AmortizedGuide` or `FlowGuide` components, one encoder each; or their number,
             for Gaussians with parameters of their own.
         schedule: how many steps each stage takes, and when a component is kept; a `Schedule`.
-        epsilon: the weight at which a proposal is judged until it is part of the mixture.
+        epsilon: the share ``e_m`` that a component starts from.
         conditional: components from the second on get the parameters of the earlier ones, detached,
             as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
             dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
@@ -79,6 +79,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon must lie in (0, 1), got {epsilon}")
+        self.__dict__["epsilon"] = epsilon  # the weights start from it
         super().__init__(
             model,
             components,
@@ -91,7 +94,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             create_plates=create_plates,
             name=name,
         )
-        _check(self.components, epsilon, conditional)
+        _check(self.components, conditional)
         self.schedule = schedule or Schedule()
         self.epsilon, self.conditional = epsilon, conditional
         self.stages = self.schedule.stages(len(self.components))
@@ -99,12 +102,17 @@ class RecursiveMixtureGuide(MixtureGuide):
         # the failures of its component, and which components are members.
         self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
         self.progress[3] = 1
-        self._read = -1
+        self._read: tuple[int, int] | None = None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Components are trained one by one, and their weights with them."""
+        return True
 
     def initial_logits(self) -> Tensor:
-        """Return the logits of shares 1/2 .. 1/M, which make equal weights."""
-        shares = [1 / m for m in range(2, len(self.components) + 1)]
-        return torch.tensor([math.log(share / (1 - share)) for share in shares])
+        """Return the logits of the share epsilon for each component but the first."""
+        logit = math.log(self.epsilon / (1 - self.epsilon))
+        return torch.full((len(self.components) - 1,), logit)
 
     @property
     def num_steps(self) -> int:
@@ -133,21 +141,30 @@ class RecursiveMixtureGuide(MixtureGuide):
         """The components that make up the mixture; one that is being proposed is not among them."""
         return tuple(m for m, inside in enumerate(self._state()[3:]) if inside)
 
-    def count_step(self) -> bool:
-        """Count a training step; return whether it was the last one of a stage."""
+    @property
+    def steps_left(self) -> int:
+        """The training steps left in this stage."""
+        return self.stage.steps - self.steps_taken
+
+    @property
+    def starts_component(self) -> bool:
+        """Whether this is the first step for a component other than the first."""
+        return self.stage.kind == "propose" and self.steps_taken == 0
+
+    def count_step(self) -> None:
+        """Count a training step, and go on to the next stage after the last one of this."""
         state = self._state()
         state[1] += 1
         self._write(state)
-        return 0 < self.stage.steps <= state[1]
+        if 0 < self.stage.steps <= state[1]:
+            self.end_stage()
 
     def end_stage(self) -> None:
         """Go on to the next stage; a proposed component becomes a member, on trial."""
         stage = self.stage
         state = self._state()
-        if stage.kind == "propose":
-            assert stage.component is not None
-            state[3 + stage.component] = 1
-        self._enter(state, state[0] + 1)
+        # The failures are those of the component: a retry proposes it once more.
+        self._enter(state, state[0] + 1, state[2] if stage.kind == "propose" else 0)
 
     def drop(self, retry: bool) -> None:
         """Drop the component on trial, so that the mixture is what it was before.
@@ -158,6 +175,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         assert stage.component is not None
         state[3 + stage.component] = 0
         failures = state[2] + 1
+        self.weights.reset(stage.component - 1)
         if retry and failures <= self.schedule.patience:
             self._renew(stage.component)
             first = next(i for i, s in enumerate(self.stages) if s.component == stage.component)
@@ -228,26 +246,25 @@ class RecursiveMixtureGuide(MixtureGuide):
             place += 1
         state[:3] = [place, 0, failures]
         if place < len(self.stages) and self.stages[place].kind == "refine":
-            state[3 + (self.stages[place].component or 0)] = 1  # also without a proposal stage
+            state[3 + (self.stages[place].component or 0)] = 1  # on trial
         self._write(state)
 
     def _state(self) -> list[int]:
         """Return the progress; read from the buffer only where someone else has changed it."""
-        version = self.progress._version  # a device need not be waited for in each step
+        # Not in each step: a device would have to be waited for.
+        version = (id(self.progress), self.progress._version)
         if self._read != version:
             self._seen, self._read = self.progress.tolist(), version
         return list(self._seen)
 
     def _write(self, state: list[int]) -> None:
         self.progress.copy_(torch.tensor(state))
-        self._seen, self._read = list(state), self.progress._version
+        self._seen, self._read = list(state), (id(self.progress), self.progress._version)
 
 
-def _check(components: Sequence[nn.Module], epsilon: float, conditional: bool) -> None:
+def _check(components: Sequence[nn.Module], conditional: bool) -> None:
     if len(components) < 2:
         raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}")
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon must lie in (0, 1), got {epsilon}")
     for component in components:
         if not isinstance(component, PackedGuide):
             raise TypeError(

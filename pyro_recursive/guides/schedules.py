@@ -24,7 +24,7 @@ class Schedule:
 
     The ``first`` component is trained alone. Each further one is found with the proposal objective
     (``propose`` steps, the mixture left as it is), then refined as part of the mixture together
-    with its weight (``refine``), then kept or dropped by the acceptance test. After that come
+    with its weight (``refine``, the last step of which is the acceptance test). After that come
     ``cycles`` rounds of refitting each component in turn (``cycle`` steps each), and ``joint``
     steps of all together; training that goes on stays joint.
 
@@ -57,10 +57,9 @@ class Schedule:
         for name, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        if not (self.first and self.refine):
-            raise ValueError(
-                f"first and refine must be positive, got {self.first} and {self.refine}"
-            )
+        for name in ("first", "propose", "refine"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive, got 0")
 
     def stages(self, num_components: int) -> tuple[Stage, ...]:
         """Return all stages in order, as if every component were kept."""

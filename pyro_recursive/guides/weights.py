@@ -13,7 +13,7 @@ from pyro_recursive.guides.tables import rows_of
 __all__ = ["Weights"]
 
 KINDS = ("linear", "shared", "table")
-LARGEST = 8.0  # a logit beyond it would leave a component without gradient
+LARGEST = 8.0  # logits stay inside: beyond, a component would hardly have a gradient any more
 
 
 class Weights(PyroModule):
@@ -22,45 +22,39 @@ class Weights(PyroModule):
     ``kind`` is a module from the rows of the inputs to ``[*rows, n]``, or ``"linear"`` for a linear
     one, ``"table"`` for a row of its own for each entry of the plate, ``"shared"`` for one vector.
     A group outside the data's plate has one vector in any case. All start at ``initial``.
+
+    With ``separate`` each logit has parameters of its own (but for a module), so that an optimiser
+    leaves one alone while it moves another.
     """
 
-    def __init__(self, kind: nn.Module | str, initial: Tensor, learn: bool) -> None:
+    def __init__(
+        self, kind: nn.Module | str, initial: Tensor, learn: bool, separate: bool = False
+    ) -> None:
         super().__init__()
         if not (isinstance(kind, nn.Module) or kind in KINDS):
             raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}")
         self.kind = "module" if isinstance(kind, nn.Module) else kind
         self.network: Any = kind if isinstance(kind, nn.Module) else None
         self.learn = learn
-        self.register_buffer("initial", initial)
+        self.register_buffer("initial", _unsquashed(initial))
+        self.parts = 1 if not separate else len(initial)
 
     def build(self, latents: Latents, raw: Any) -> None:
         """Create the weights of a group."""
         if latents.local and self.kind == "module":
             return
         if latents.local and self.kind == "linear":
-            self.network = self._linear(latents, raw)
+            features = _features(latents, raw)
+            self.network = _Linear(features, len(latents.rows), self._initial_parts())
             return
         own_rows = latents.local and self.kind == "table"
         sizes = [frame.full_size or frame.size for frame in latents.rows] if own_rows else []
-        logits = self.initial.expand(*sizes, -1).clone()
-        if self.learn:
-            setattr(self, _name(latents), PyroParam(logits))
-        else:
-            self.register_buffer(_name(latents), logits)
-
-    def _linear(self, latents: Latents, raw: Any) -> nn.Module:
-        if not isinstance(raw, Tensor) or raw.dim() <= len(latents.rows):
-            raise ValueError(
-                "weights='linear' needs inputs that are one tensor with the rows first and "
-                "features behind; inputs= makes one of the model's arguments. Or use "
-                "weights='shared', or a module."
-            )
-        features = raw[(0,) * len(latents.rows)].numel()
-        linear = nn.Linear(features, len(self.initial)).to(self.initial)
-        with torch.no_grad():
-            linear.weight.zero_()
-            linear.bias.copy_(self.initial)
-        return nn.Sequential(nn.Flatten(len(latents.rows)), linear)
+        for name, initial in zip(self._names(latents), self._initial_parts(), strict=True):
+            logits = initial.expand(*sizes, -1).clone()
+            if self.learn:
+                setattr(self, name, PyroParam(logits))
+            else:
+                self.register_buffer(name, logits)
 
     def logits(self, latents: Latents, call: Call) -> Tensor:
         """Return the logits, ``[*batch, n]``, between -8 and 8."""
@@ -73,33 +67,88 @@ class Weights(PyroModule):
                     f"needs {(*rows, len(self.initial))}: logits for each row."
                 )
         else:
-            found = getattr(self, _name(latents))
+            parts = [getattr(self, name) for name in self._names(latents)]
+            found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             if found.dim() > 1:
                 found = rows_of(found, latents, call)
         found = found if self.learn else found.detach()
-        return _place(latents, found.clamp(-LARGEST, LARGEST))
+        return _place(latents, LARGEST * torch.tanh(found / LARGEST))
 
+    @torch.no_grad()
+    def reset(self, place: int) -> None:
+        """Let one logit start anew, where it has parameters of its own."""
+        if self.parts == 1:
+            return
+        if self.kind == "linear":
+            self.network.reset(place, self.initial[place])
+        for name in (f"{kind}_{place}" for kind in ("local", "overall")):
+            if hasattr(self, name):
+                getattr(self, name).copy_(self.initial[place].expand_as(getattr(self, name)))
+
+    @torch.no_grad()
     def set_vector(self, places: list[int], logits: Tensor) -> None:
-        """Set some of the logits that all rows share.
+        """Set some of the logits that all rows share, each with a parameter of its own."""
+        self.check_vector()
+        kind = "overall" if hasattr(self, "overall_0") else "local"
+        limit = LARGEST * (1 - 1e-3)
+        for place, logit in zip(places, logits.clamp(-limit, limit), strict=True):
+            getattr(self, f"{kind}_{place}").copy_(_unsquashed(logit))
 
-        Raises ValueError where rows have weights of their own.
-        """
-        vector = getattr(self, "overall", None)
-        vector = getattr(self, "local", None) if vector is None else vector
-        if vector is None or vector.dim() > 1:
+    def check_vector(self) -> None:
+        """Raise ValueError where rows have weights of their own."""
+        vectors = [getattr(self, f"{kind}_0", None) for kind in ("local", "overall")]
+        if not any(vector is not None and vector.dim() == 1 for vector in vectors):
             raise ValueError(
                 "Weights can be set only where all rows share one vector; with weights of their "
                 "own use weights='gradient' in the loss, or weights='shared' in the guide."
             )
-        with torch.no_grad():
-            vector[places] = logits.clamp(-LARGEST, LARGEST).to(vector)
+
+    def _initial_parts(self) -> list[Tensor]:
+        return list(self.initial.chunk(self.parts))
+
+    def _names(self, latents: Latents) -> list[str]:
+        kind = "local" if latents.local else "overall"
+        return [kind] if self.parts == 1 else [f"{kind}_{part}" for part in range(self.parts)]
+
+
+class _Linear(nn.Module):
+    """A linear map of the flattened features of a row for each part of the logits."""
+
+    def __init__(self, features: int, row_dims: int, initial: list[Tensor]) -> None:
+        super().__init__()
+        self.row_dims = row_dims
+        self.parts = nn.ModuleList(nn.Linear(features, len(part)).to(part) for part in initial)
+        for place, part in enumerate(initial):
+            self.reset(place, part)
+
+    @torch.no_grad()
+    def reset(self, place: int, initial: Tensor) -> None:
+        """Give all rows the same initial logits."""
+        self.parts[place].weight.zero_()
+        self.parts[place].bias.copy_(initial)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the logits, ``[*rows, n]``."""
+        flat = rows.flatten(self.row_dims)
+        return torch.cat([part(flat) for part in self.parts], -1)
+
+
+def _features(latents: Latents, raw: Any) -> int:
+    if not isinstance(raw, Tensor) or raw.dim() <= len(latents.rows):
+        raise ValueError(
+            "weights='linear' needs inputs that are one tensor with the rows first and features "
+            "behind; inputs= makes one of the model's arguments. Or use weights='shared', or a "
+            "module."
+        )
+    return raw[(0,) * len(latents.rows)].numel()
+
+
+def _unsquashed(logits: Tensor) -> Tensor:
+    """Return what the bounded logits are made of."""
+    return LARGEST * torch.atanh(logits / LARGEST)
 
 
 def _place(latents: Latents, found: Tensor) -> Tensor:
     if found.dim() == 1:
         return found.expand(*[1] * latents.nesting, -1)
     return latents.expand_rows(found)
-
-
-def _name(latents: Latents) -> str:
-    return "local" if latents.local else "overall"
