@@ -124,8 +124,10 @@ class _Linear(nn.Module):
     @torch.no_grad()
     def reset(self, place: int, initial: Tensor) -> None:
         """Give all rows the same initial logits."""
-        self.parts[place].weight.zero_()
-        self.parts[place].bias.copy_(initial)
+        part = self.parts[place]
+        assert isinstance(part, nn.Linear)
+        part.weight.zero_()
+        part.bias.copy_(initial)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the logits, ``[*rows, n]``."""
