@@ -62,8 +62,8 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         TypeError: the guide is no `RecursiveMixtureGuide`.
         ValueError: an unknown option; a parameter is shared by model and guide.
 
-    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020; arXiv
-    2011.08544); `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
+    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
+    `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
 
     >>> RecursiveMixture_ELBO(4, objective="exact", proposal="skew").num_estimates
     4

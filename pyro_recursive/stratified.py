@@ -125,8 +125,8 @@ class Stratified_ELBO(MISELBO):
     parameters inside ``log Q`` fixed, which is exact here, as their expected gradient there is
     zero, and has no noise where the mixture is exact. Arguments and errors are `MISELBO`'s.
 
-    Source: `Automatic Differentiation Variational Inference with Mixture Models` (Morningstar et
-    al., arXiv 2003.01687).
+    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
+    arXiv 2003.01687).
 
     >>> Stratified_ELBO(4).num_estimates
     4
@@ -142,8 +142,8 @@ class SIWAE_ELBO(MISELBO):
     Tighter than `MISELBO` with the same samples. Arguments and errors are `MISELBO`'s; only
     ``estimator="pathwise"``.
 
-    Source: `Automatic Differentiation Variational Inference with Mixture Models` (Morningstar et
-    al., arXiv 2003.01687).
+    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
+    arXiv 2003.01687).
 
     >>> SIWAE_ELBO(8).num_particles
     8

@@ -58,8 +58,8 @@ class MixtureGuide(PackedGuide):
         NotImplementedError: a latent site is discrete; a component has no density at given values.
         ValueError: a component does not sample all latent sites, or packs them otherwise.
 
-    Sources: `Automatic Differentiation Variational Inference with Mixture Models` (Morningstar et
-    al., arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
+    Sources: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
+    arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
     Approximations` (Kviman et al., arXiv 2202.10951).
 
     >>> import pyro.distributions as dist

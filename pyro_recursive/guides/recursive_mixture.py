@@ -46,8 +46,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         TypeError: a component has no distribution over packed latents, so that its parameters
             cannot be held while another one is trained.
 
-    Source: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020; arXiv
-    2011.08544); the exact-gradient and skewed objectives are this package's own.
+    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
+    `Variational Boosting: Iteratively Refining Posterior Approximations` (Miller et al., ICML 2017)
+    for components that climb the mixture's own ELBO.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI
