@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks [bounds | guides | snr | speed] [options]``.
+"""Command line: ``python -m benchmarks [bounds | guides | posteriors | snr | speed] [options]``.
 
 Without a name the two main jobs run, `bounds` and `guides`, with the options that both have but for
 ``--methods`` and ``--output``.
@@ -6,9 +6,15 @@ Without a name the two main jobs run, `bounds` and `guides`, with the options th
 
 import sys
 
-from benchmarks import bounds, guides, snr, speed
+from benchmarks import bounds, guides, posteriors, snr, speed
 
-COMMANDS = {"bounds": bounds.main, "guides": guides.main, "snr": snr.main, "speed": speed.main}
+COMMANDS = {
+    "bounds": bounds.main,
+    "guides": guides.main,
+    "posteriors": posteriors.main,
+    "snr": snr.main,
+    "speed": speed.main,
+}
 OF_ONE = ("--methods", "--output", "--seed", "--seeds", "--train-points", "--merge")
 
 

@@ -1,6 +1,6 @@
 """What guides cost: a step of training, and inference, each beside the plain VAE's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,7 @@ def _infer(guide: Callable, x: Tensor) -> object:
 
 
 def _costs(
-    steps: dict[str, Callable[[], object]], repeats: int, calls: int, baseline: str
+    steps: Mapping[str, Callable[[], object]], repeats: int, calls: int, baseline: str
 ) -> Costs:
     timings = interleaved(steps, repeats, calls)
     return {"ms": medians(timings), "ratio": ratios(timings, baseline)}

@@ -7,33 +7,33 @@ KL(q || p) of each guide:
 - ``square``: ``z ~ N(0, 5), x ~ N(z^2, 1)``: two equal modes in 1 dimension;
 - ``schools``: eight schools, not centred: one mode and a funnel, in 10 dimensions.
 
-Every guide takes the same number of training steps, 8 draws in each (a mixture's are shared out to
-its components), with Adam whose rate decays within each stage of training. NUTS runs chains from
-dispersed starts. ``modes`` counts the modes with at least a tenth of their share of the draws.
+Every guide takes the same number of training steps, with 8 draws of it, or of each component of a
+mixture; a mixture that grows shares its steps out to its components. ``boosting`` has the residual
+ELBO, a line search for each weight, and no training of all components at the end. NUTS runs chains
+from starts as dispersed as the prior. ``modes`` counts the modes with at least a tenth of their
+share of the draws, ``parts`` the components.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, MCMC, NUTS, Trace_ELBO
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 from torch.distributions import biject_to
 from tqdm import tqdm
 
-from benchmarks.report import hardware, table, write_json
+from benchmarks.posterior_models import PROBLEMS, Draws, Problem, sample_sites
+from benchmarks.posterior_report import REFERENCE, plot, report
+from benchmarks.report import hardware, write_json
 from pyro_recursive import (
     AmortizedGuide,
+    FlowGuide,
     MixtureGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
@@ -41,15 +41,8 @@ from pyro_recursive import (
     Stratified_ELBO,
     log_marginal,
 )
-from pyro_recursive.guides.flow import FlowGuide
 
 DRAWS = 8  # of the guide in each training step
-CLUSTERS = 3
-POINTS_PER_CLUSTER = 8
-EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
-ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
-CHUNK = 100_000  # points of a grid evaluated at once
-Draws = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,140 +56,6 @@ class Settings:
     warmup: int
     kept: int
     seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model with what is known about its posterior.
-
-    ``mode_of`` tells in which of ``modes`` each draw lies; ``view`` gives what is drawn, one or two
-    coordinates, and ``reference`` the log-density of those over a grid (up to a constant).
-    """
-
-    title: str
-    model: Callable[[], None]
-    components: int
-    modes: int
-    log_evidence: float
-    mode_of: Callable[[Draws], Tensor]
-    view: Callable[[Draws], Tensor]
-    axes: tuple[tuple[str, float, float], ...]
-    reference: Tensor
-
-
-def labels() -> Problem:
-    """The means of three clusters, which no prior tells apart."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([-3.0, 0.0, 3.0]).repeat(POINTS_PER_CLUSTER)
-    x = centres + torch.randn(len(centres), generator=generator)
-
-    def model() -> None:
-        means = pyro.sample("means", dist.Normal(torch.zeros(CLUSTERS), 5.0).to_event(1))
-        with pyro.plate("data", len(x)):
-            clusters = dist.Categorical(logits=torch.zeros(CLUSTERS))
-            pyro.sample("x", dist.MixtureSameFamily(clusters, dist.Normal(means, 1.0)), obs=x)
-
-    orders = {order: i for i, order in enumerate(permutations(range(CLUSTERS)))}
-
-    def mode_of(draws: Draws) -> Tensor:
-        return torch.tensor([orders[tuple(o)] for o in draws["means"].argsort(-1).tolist()])
-
-    axis = torch.linspace(-9, 9, 110)
-    grid = torch.cartesian_prod(*[axis] * CLUSTERS)
-    log_p = log_joint(model, {"means": grid}).reshape([len(axis)] * CLUSTERS)
-    step = (axis[1] - axis[0]).item()
-    return Problem(
-        title="label switching: means of 3 clusters",
-        model=model,
-        components=math.factorial(CLUSTERS),
-        modes=math.factorial(CLUSTERS),
-        log_evidence=log_p.logsumexp((0, 1, 2)).item() + CLUSTERS * math.log(step),
-        mode_of=mode_of,
-        view=lambda draws: draws["means"][:, :2],
-        axes=(("mean 1", -9.0, 9.0), ("mean 2", -9.0, 9.0)),
-        reference=log_p.logsumexp(2),
-    )
-
-
-def square() -> Problem:
-    """A square has two roots."""
-    x = torch.tensor([4.5, 3.2, 4.3])
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 5.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(z**2, 1.0), obs=x)
-
-    axis = torch.linspace(-4, 4, 2001)
-    log_p = log_joint(model, {"z": axis})
-    return Problem(
-        title="x ~ N(z², 1)",
-        model=model,
-        components=2,
-        modes=2,
-        log_evidence=log_p.logsumexp(0).item() + math.log((axis[1] - axis[0]).item()),
-        mode_of=lambda draws: (draws["z"] > 0).long(),
-        view=lambda draws: draws["z"][:, None],
-        axes=(("z", -4.0, 4.0),),
-        reference=log_p,
-    )
-
-
-def schools() -> Problem:
-    """The eight schools of Rubin (1981), with effects in units of tau."""
-    effects, errors = torch.tensor(EFFECTS), torch.tensor(ERRORS)
-
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("schools", len(effects)):
-            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(mu + tau * theta, errors), obs=effects)
-
-    log_tau, mu = torch.linspace(-9, 8, 1701), torch.linspace(-25, 30, 551)
-    tau = log_tau.exp()[:, None, None]
-    given = dist.Normal(mu[:, None], (errors.square() + tau.square()).sqrt())  # without theta
-    log_p = given.log_prob(effects).sum(-1) + dist.Normal(0.0, 5.0).log_prob(mu)
-    log_p = log_p + (dist.HalfCauchy(5.0).log_prob(log_tau.exp()) + log_tau)[:, None]
-    cell = (mu[1] - mu[0]).item() * (log_tau[1] - log_tau[0]).item()
-    return Problem(
-        title="eight schools, not centred",
-        model=model,
-        components=4,
-        modes=1,
-        log_evidence=log_p.logsumexp((0, 1)).item() + math.log(cell),
-        mode_of=lambda draws: torch.zeros(len(draws["mu"]), dtype=torch.long),
-        view=lambda draws: torch.stack([draws["tau"].log(), draws["mu"]], -1),
-        axes=(("log tau", -9.0, 8.0), ("mu", -25.0, 30.0)),
-        reference=log_p,
-    )
-
-
-PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "labels": labels,
-    "square": square,
-    "schools": schools,
-}
-
-
-@torch.no_grad()
-def log_joint(model: Callable[[], None], points: Draws) -> Tensor:
-    """Return log p(x, z) at points ``[count, *event]`` of each site, ``[count]``."""
-    parts = []
-    (name, values), *_ = points.items()
-    for chunk in values.split(CHUNK):
-        at = poutine.condition(model, {name: chunk[:, None]})
-        with pyro.plate("points", len(chunk), dim=-2):
-            trace = poutine.trace(at).get_trace()
-        trace.compute_log_prob()
-        terms = [site["log_prob"] for site in _sites(trace)]
-        parts.append(sum(term.expand(len(chunk), -1).sum(-1) for term in terms))
-    return torch.cat(parts)
-
-
-def _sites(trace: poutine.Trace) -> list[dict[str, Any]]:
-    samples = (site for site in trace.nodes.values() if site["type"] == "sample")
-    return [site for site in samples if not site_is_subsample(site)]
 
 
 @dataclass(frozen=True)
@@ -216,12 +75,12 @@ def _recursive(joint: float, **options: str) -> Method:
     """Return a mixture grown one by one, with a share of the steps for all components together."""
 
     def guide(problem: Problem, steps: int) -> RecursiveMixtureGuide:
-        each = max(2, int((1 - joint) * steps) // problem.components)
+        each = max(4, int((1 - joint) * steps) // problem.components)
         schedule = Schedule(
             first=each,
             propose=each // 3,
             refine=each - each // 3,
-            joint=steps - problem.components * each if joint else 0,
+            joint=max(1, steps - problem.components * each) if joint else 0,
         )
         return RecursiveMixtureGuide(problem.model, problem.components, schedule=schedule)
 
@@ -243,7 +102,6 @@ METHODS: dict[str, Method] = {
     "coupling flow": Method(lambda p, steps: FlowGuide(p.model, "coupling"), _plain, 0.005),
     "spline flow": Method(lambda p, steps: FlowGuide(p.model, "spline"), _plain, 0.005),
 }
-REFERENCE = "NUTS"
 
 
 def main(arguments: list[str]) -> None:
@@ -265,7 +123,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks posteriors", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of each guide")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each guide")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pictures: the first")
     parser.add_argument("--output", help="folder; default: runs/posteriors")
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
@@ -278,7 +136,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     if options.smoke:
         return Settings(12, 100, 200, chains=2, warmup=5, kept=5, seeds=(options.seeds[0],))
     seeds = tuple(options.seeds)
-    return Settings(options.steps, 5000, 20_000, chains=4, warmup=200, kept=500, seeds=seeds)
+    return Settings(options.steps, 5000, 20_000, chains=4, warmup=200, kept=300, seeds=seeds)
 
 
 def _run(problem: Problem, methods: list[str], settings: Settings) -> tuple[dict, dict]:
@@ -375,10 +233,10 @@ def _chain(problem: Problem, settings: Settings) -> Draws:
     trace = poutine.trace(problem.model).get_trace()
     starts = {
         site["name"]: biject_to(site["fn"].support).inv(site["value"])
-        for site in _sites(trace)
+        for site in sample_sites(trace)
         if not site["is_observed"]
     }
-    kernel = NUTS(problem.model, target_accept_prob=0.9, max_tree_depth=7)
+    kernel = NUTS(problem.model, target_accept_prob=0.9, max_tree_depth=6)
     sampler = MCMC(
         kernel,
         num_samples=settings.kept,
@@ -388,109 +246,3 @@ def _chain(problem: Problem, settings: Settings) -> Draws:
     )
     sampler.run()
     return sampler.get_samples()
-
-
-def report(found: dict[str, Any], problem: Problem) -> str:
-    """Return the table of a model; over several seeds, means ± standard deviations."""
-    header = ["guide", "ELBO", "KL(q||p)", "log p(x)", "± error", "ESS", "modes", "parts", "s"]
-    rows = [_row(name, runs, problem) for name, runs in found["guides"].items()]
-    nuts = found["nuts"]
-    modes = f"{_covered(nuts['modes'], problem)} of {problem.modes}"
-    rows.append([REFERENCE, "", "", "", "", "", modes, "", f"{nuts['seconds']:.0f}"])
-    each = [str(_covered(shares, problem)) for shares in nuts["modes_by_chain"]]
-    r_hat = ", ".join(f"{value:.2f}" for value in nuts["r_hat"])
-    title = f"{found['title']}: log p(x) = {found['log_evidence']:.3f} by quadrature"
-    ending = f"NUTS: modes in each chain {', '.join(each)}; split R-hat of what is drawn {r_hat}"
-    return f"{title}\n{table(header, rows)}\n{ending}"
-
-
-def _row(name: str, runs: list[dict[str, Any]], problem: Problem) -> list[str]:
-    modes = sorted({_covered(run["modes"], problem) for run in runs})
-    parts = sorted({run["components"] for run in runs})
-    return [
-        name,
-        _over_seeds(runs, "elbo"),
-        _over_seeds(runs, "kl"),
-        _over_seeds(runs, "log_marginal"),
-        f"{max(run['standard_error'] for run in runs):.3f}",
-        f"{min(run['ess'] for run in runs):.0f}",
-        f"{'-'.join(map(str, modes))} of {problem.modes}",
-        "-".join(map(str, parts)),
-        f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
-    ]
-
-
-def _over_seeds(runs: list[dict[str, Any]], key: str) -> str:
-    values = torch.tensor([run[key] for run in runs])
-    spread = f" ± {values.std().item():.3f}" if len(runs) > 1 else ""
-    return f"{values.mean().item():.3f}{spread}"
-
-
-def _covered(shares: list[float], problem: Problem) -> int:
-    return sum(share >= 0.1 / problem.modes for share in shares)
-
-
-def plot(problem: Problem, found: dict[str, Any], draws: dict[str, Draws], path: Path) -> None:
-    """Draw the posterior, and over it the draws of NUTS and of each guide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [REFERENCE, *(name for name in draws if name != REFERENCE)]
-    columns = 4
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(13, 3.1 * rows), sharex=True, sharey=True, layout="constrained"
-    )
-    for number, (panel, name) in enumerate(zip(axes.flat, names, strict=False)):
-        _panel(panel, problem, problem.view(draws[name]), f"C{number}")
-        modes = "" if problem.modes == 1 else f", modes {_modes(name, found, problem)}"
-        kl = "" if name == REFERENCE else f": KL {found['guides'][name][0]['kl']:.2f}"
-        panel.set_title(f"{name}{kl}{modes}", fontsize=10)
-    for panel in axes.flat[len(names) :]:
-        panel.set_visible(False)
-    figure.suptitle(f"{problem.title}: the posterior by quadrature (grey) and draws")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def _modes(name: str, found: dict[str, Any], problem: Problem) -> str:
-    run = found["nuts"] if name == REFERENCE else found["guides"][name][0]
-    return f"{_covered(run['modes'], problem)}/{problem.modes}"
-
-
-def _panel(panel: Any, problem: Problem, draws: Tensor, color: str) -> None:
-    density = (problem.reference - problem.reference.max()).exp()
-    points = [
-        torch.linspace(low, high, size)
-        for (_, low, high), size in zip(problem.axes, density.shape, strict=True)
-    ]
-    if draws.shape[-1] == 1:
-        _, low, high = problem.axes[0]
-        mass = density / (density.sum() * (points[0][1] - points[0][0]))
-        panel.fill_between(points[0], mass, color="0.75")
-        panel.hist(
-            draws[:, 0].numpy(), 120, (low, high), density=True, histtype="step", color=color
-        )
-        panel.set_xlabel(problem.axes[0][0])
-        return
-    levels = _levels(density)
-    panel.contourf(*points, density.T, levels=[*levels, 2.0], colors=["0.9", "0.8", "0.65"])
-    shown = draws[:: max(1, len(draws) // 1000)]
-    panel.plot(*shown.T, ".", markersize=1.5, color=color, alpha=0.7)
-    box = [_extent(density, points, axis, levels[0]) for axis in (0, 1)]
-    panel.set(xlim=box[0], ylim=box[1], xlabel=problem.axes[0][0], ylabel=problem.axes[1][0])
-
-
-def _levels(density: Tensor, masses: tuple[float, ...] = (0.99, 0.9, 0.5)) -> list[float]:
-    """Return the heights of the regions of highest density that hold so much of the mass."""
-    heights = density.flatten().sort(descending=True).values
-    held = heights.cumsum(0) / heights.sum()
-    return [heights[int((held < mass).sum())].item() for mass in masses]
-
-
-def _extent(density: Tensor, points: list[Tensor], axis: int, level: float) -> tuple[float, ...]:
-    inside = points[axis][(density > level).any(1 - axis)]
-    margin = 0.25 * (inside[-1] - inside[0]).item()
-    return inside[0].item() - margin, inside[-1].item() + margin

@@ -4,20 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bounds
+from benchmarks import bounds, guides
+from benchmarks.guide_methods import Setup, build, count, schedule
+from benchmarks.guide_report import report
 from benchmarks.report import table
 from pyro_recursive.datasets import dynamic_binarize
 
 METHODS = ["Trace_ELBO", "IWAE dreg"]
 
 
-def run(folder: Path, *more: str) -> dict[str, Any]:
+def run(folder: Path, *more: str, of: str = "bounds", methods: list[str] = METHODS) -> Any:
     torch.set_default_dtype(torch.float32)
-    command.main(["--smoke", "--methods", *METHODS, "--output", str(folder), *more])
+    command.main([of, "--smoke", "--methods", *methods, "--output", str(folder), *more])
     return json.loads((folder / "results.json").read_text())
 
 
@@ -56,3 +59,57 @@ def test_unknown_benchmark() -> None:
 
 def test_table() -> None:
     assert table(["a", "b"], [["x", "1"]]).splitlines() == ["| a | b |", "| - | - |", "| x | 1 |"]
+
+
+GUIDES = ["VAE", "recursive 2", "mixture 4 shared"]
+
+
+@pytest.mark.slow
+def test_guides_resume_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", of="guides", methods=GUIDES)
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(guides.METHODS, "recursive 2", fails)
+        with pytest.raises(SystemExit, match="--resume"):
+            run(tmp_path / "parts", of="guides", methods=GUIDES)
+    kept = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert list(kept["runs"]) == GUIDES[:1]
+
+    run(tmp_path / "other", of="guides", methods=GUIDES[2:])
+    other = str(tmp_path / "other" / "results.json")
+    merged = run(tmp_path / "parts", "--resume", "--merge", other, of="guides", methods=GUIDES[:2])
+    assert (tmp_path / "parts" / "results.png").stat().st_size > 10_000
+    assert set(merged["runs"]) == set(GUIDES)
+    for name, runs in whole["runs"].items():
+        for split in ("test", "train"):
+            assert merged["runs"][name]["0"][split] == runs["0"][split]
+    assert set(merged["steps"]["ms"]) == set(GUIDES)
+    assert "recursive 2" in report(merged)
+    with pytest.raises(SystemExit, match="give the same options to resume"):
+        run(tmp_path / "parts", "--resume", "--batch-size", "50", of="guides", methods=GUIDES)
+
+
+def test_guides_are_of_equal_budgets() -> None:
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+    images = torch.rand(30, 64)
+    setup = Setup(images, images, hidden=100, latent=10, steps=1000, pseudo_inputs=5)
+    separate = 4 * count(setup.encoder())
+    assert abs(count(setup.encoder(setup.width_of(4))) - separate) < 0.01 * separate
+    first, *rest = [build(name, setup).vae for name in ("VAE", "VAE wide", "recursive 4", "IAF")]
+    assert all(count(vae.decoder) == count(first.decoder) for vae in rest)
+    for number in (2, 4):
+        assert abs(schedule(1000, number).total(number) - 1000) < number
+
+
+def test_without_a_name_both_main_jobs_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(bounds, "main", lambda arguments: seen.append(("bounds", arguments)))
+    monkeypatch.setattr(guides, "main", lambda arguments: seen.append(("guides", arguments)))
+    command.main(["--smoke"])
+    assert seen == [("bounds", ["--smoke"]), ("guides", ["--smoke"])]
+    with pytest.raises(SystemExit, match="--methods needs the name of a benchmark"):
+        command.main(["--methods", "VAE"])

@@ -150,8 +150,10 @@ class PackedGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        self._claim()
+        is_new = self._claim()
         self.prepare(*args, **kwargs)
+        if is_new:
+            self._take_over()
         call = self._call(args, kwargs)
         for latents in self.groups:
             call.given.update(self.sample(latents, call))
@@ -192,11 +194,14 @@ class PackedGuide(PyroModule):
                 full, size = length, length if full == size else min(size, length)
         return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
 
-    def _claim(self) -> None:
-        """Raise where another guide of this name has its parameters in Pyro's store."""
+    def _claim(self) -> bool:
+        """Raise where another guide of this name has its parameters in Pyro's store.
+
+        Return whether this guide had not run under its name before.
+        """
         other = _OWNERS.get(self._pyro_name)
         if other is self:
-            return
+            return False
         if other is not None:
             theirs = {id(parameter) for parameter in other.parameters()}
             theirs -= {id(parameter) for parameter in self.parameters()}
@@ -209,6 +214,25 @@ class PackedGuide(PyroModule):
                         "one is done with, or run a copy under pyro.get_param_store().scope()."
                     )
         _OWNERS[self._pyro_name] = self
+        return True
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Take values that Pyro's store was loaded with; Pyro does so for its `PyroParam` alone."""
+        store = pyro.get_param_store()
+        stored = {name.replace("$$$", "."): name for name in store}
+        for name, parameter in self.named_parameters(self._pyro_name):
+            held = store[stored[name]] if name in stored else parameter
+            if held is parameter:
+                continue
+            if held.shape != parameter.shape:
+                raise ValueError(
+                    f"Pyro's store has '{stored[name]}' of shape {tuple(held.shape)}, and this "
+                    f"guide's is {tuple(parameter.shape)}: another guide left it. Call "
+                    "pyro.clear_param_store(), or tell them apart with name=."
+                )
+            parameter.copy_(held)
+            store[stored[name]] = parameter
 
     @property
     def by_row(self) -> bool:
@@ -234,6 +258,8 @@ class PackedGuide(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model, which may be anything, once the guide does not need it."""
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
         state = self.__dict__.copy()
         state["_model"] = (None,) if self.groups else self._model
         return state

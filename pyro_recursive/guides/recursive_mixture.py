@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.families import Family
-from pyro_recursive.guides.latents import Latents
+from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixture import MixtureGuide
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.schedules import Schedule, Stage
@@ -184,6 +184,15 @@ class RecursiveMixtureGuide(MixtureGuide):
             return
         grown = [i for i, s in enumerate(self.stages) if s.kind in ("first", "propose", "refine")]
         self._enter(state, grown[-1] + 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Values:
+        """Sample the model's latent sites; return their values."""
+        found = super().forward(*args, **kwargs)
+        # Every parameter is seen in every call: a resumed run must find those of all stages.
+        for m in set(range(len(self.components))) - set(self.members):
+            for name, _ in self.components[m].named_parameters():
+                getattr(self.components[m], name.split(".")[0].removesuffix("_unconstrained"))
+        return found
 
     def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
         """Return the logarithms of the members' weights in a group, ``[*batch, J]``.
