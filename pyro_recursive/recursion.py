@@ -248,8 +248,8 @@ def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Te
     """Return weights with the best share of component ``m``, the others keeping their proportions.
 
     The mixture's ELBO is concave in the share, and its slope is found by bisection. Shapes as in
-    `corrective_weights`, for one row: ``log_p`` ``[S, J]``, ``table`` ``[S, J, J]``, ``log_weights``
-    ``[J]``.
+    `corrective_weights`, for one row: ``log_p`` is ``[S, J]``, ``table`` ``[S, J, J]`` and
+    ``log_weights`` ``[J]``.
     """
     others = log_weights.clone()
     others[m] = -torch.inf

@@ -37,7 +37,7 @@ class Weights(PyroModule):
         self.network: Any = kind if isinstance(kind, nn.Module) else None
         self.learn = learn
         self.register_buffer("initial", _unsquashed(initial))
-        self.parts = 1 if not separate else len(initial)
+        self.separate = separate
 
     def build(self, latents: Latents, raw: Any) -> None:
         """Create the weights of a group."""
@@ -77,7 +77,7 @@ class Weights(PyroModule):
     @torch.no_grad()
     def reset(self, place: int) -> None:
         """Let one logit start anew, where it has parameters of its own."""
-        if self.parts == 1:
+        if not self.separate or self.kind == "module":
             return
         if self.kind == "linear":
             self.network.reset(place, self.initial[place])
@@ -104,11 +104,13 @@ class Weights(PyroModule):
             )
 
     def _initial_parts(self) -> list[Tensor]:
-        return list(self.initial.chunk(self.parts))
+        return list(self.initial.split(1 if self.separate else len(self.initial)))
 
     def _names(self, latents: Latents) -> list[str]:
         kind = "local" if latents.local else "overall"
-        return [kind] if self.parts == 1 else [f"{kind}_{part}" for part in range(self.parts)]
+        if not self.separate:
+            return [kind]
+        return [f"{kind}_{place}" for place in range(len(self.initial))]
 
 
 class _Linear(nn.Module):
