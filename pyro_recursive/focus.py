@@ -69,9 +69,12 @@ class Focus:
         """The table and log-weights of each run, as they were asked for."""
         return {}
 
-    def reference(self, table: Tensor, log_weights: Tensor, particle: int | None) -> Tensor:
+    def reference(
+        self, table: Tensor, log_weights: Tensor, volume: Tensor, particle: int | None
+    ) -> Tensor:
         """Return the objective's reference density; see `pyro_recursive.strata.Reference`."""
-        self.tables[particle] = (table, log_weights)
+        # Kept as densities of the sites' values, which is what log p is.
+        self.tables[particle] = (table - volume.unsqueeze(-1), log_weights)
         own = [draw for draw, column in enumerate(self.components) if column == self.place]
         log_weights = log_weights.detach()
         return self.objective(table, log_weights, self.place, own if particle is None else [])

@@ -17,7 +17,8 @@ from pyro_recursive.traces import Particles, draw
 
 __all__ = ["propose"]
 
-PLACES = 48  # half from the mixture, widened, half from the prior
+SCREENED = 1000  # half from the mixture, widened, half from the prior
+PLACES = 48  # half of them the best of these in log p - log Q, half any of them
 WIDENING = 3.0
 SCALES = (0.25, 0.5, 1.0)  # of the mixture's
 DRAWS = 64  # from each candidate: with fewer, the best estimate is a lucky one
@@ -38,14 +39,11 @@ def propose(program: Program, mixture: Any, *, vectorize: bool = True) -> None:
         return
     search = _Search(program, mixture, latents, vectorize)
     own = search.points(search.from_guide())
-    prior = search.points(search.from_prior())[: PLACES // 2]
-    centre, spread = own.mean(0, keepdim=True), own.std(0)
-    wide = centre + WIDENING * (own - centre)
-    places = torch.cat([wide[: PLACES - len(prior)], prior])
+    places = search.screened(own, search.points(search.from_prior()))
     locs = places.repeat(len(SCALES), *[1] * (places.dim() - 1))
     factors = torch.tensor(SCALES).to(locs).repeat_interleave(len(places))
-    scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * spread
-    best = search.best(own, locs, scales)
+    scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * own.std(0)
+    best = search.best(own[:DRAWS], locs, scales)
     chosen = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
     component.restart(latents, locs.gather(0, chosen)[0], scales.gather(0, chosen)[0])
 
@@ -59,8 +57,7 @@ class _Search:
 
     def from_guide(self) -> list[poutine.Trace]:
         """Run the mixture so far."""
-        count = DRAWS * len(self.mixture.members) + PLACES
-        self.particles, runs = draw(self.program, 1, count, vectorize=self.vectorize)
+        self.particles, runs = draw(self.program, 1, SCREENED // 2, vectorize=self.vectorize)
         self.minibatch = subsample_sites(runs[0].guide, runs[0].model)
         return [run.guide for run in runs]
 
@@ -83,6 +80,18 @@ class _Search:
             packed.append(self.latents.pack(values).reshape(-1, *rows, self.latents.size))
         return torch.cat(packed)
 
+    def screened(self, own: Tensor, prior: Tensor) -> Tensor:
+        """Return places for candidates: where the mixture is missing, and anywhere."""
+        centre = own.mean(0, keepdim=True)
+        points = torch.cat([centre + WIDENING * (own - centre), prior])
+        log_p, log_q = self.evaluate(points)
+        # Far below the best in log p the ratio says no more than that Q has thin tails.
+        far = log_p < log_p.amax(0) - (5.0 + self.latents.size / 2)
+        ranked = (log_p - log_q).masked_fill(far, -torch.inf).topk(PLACES // 2, 0).indices
+        best = points.gather(0, ranked.unsqueeze(-1).expand(-1, *points.shape[1:]))
+        anywhere = torch.randperm(len(points), device=points.device)[: PLACES - len(best)]
+        return torch.cat([best, points[anywhere]])
+
     def best(self, own: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
         """Return the number of the best of C candidates for each row, ``[*rows]``."""
         noise = torch.randn(len(locs), DRAWS, *locs.shape[1:]).to(locs)
@@ -97,8 +106,17 @@ class _Search:
         )
 
     def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(x, z) and the mixture's log-density at points, ``[count, *rows]``."""
-        strata = Strata((0,) * len(points), _all, points=points, members=self.mixture.members)
+        """Return the model's and the mixture's log-density of points, ``[count, *rows]``.
+
+        Of the unconstrained points: the model's has the Jacobians of constrained supports.
+        """
+        seen: list[Tensor] = []
+
+        def nothing(table: Tensor, log_weights: Tensor, volume: Tensor, _: int | None) -> Tensor:
+            seen.append(log_mixture(table, log_weights))
+            return torch.zeros_like(volume)
+
+        strata = Strata((0,) * len(points), nothing, points=points, members=self.mixture.members)
         particles: Particles
         particles, runs = draw(
             self.program,
@@ -108,14 +126,8 @@ class _Search:
             strata=strata,
             subsample=self.minibatch,
         )
-        found = densities(runs, layout_of(particles, runs))
-        log_weights = found.log_weights[0]
-        log_p = torch.zeros_like(log_weights) if found.model is None else found.model[0]
-        return log_p.expand_as(log_weights), log_p - log_weights
-
-
-def _all(table: Tensor, log_weights: Tensor, particle: int | None) -> Tensor:
-    return log_mixture(table, log_weights)
+        log_p = densities(runs, layout_of(particles, runs)).log_weights[0]
+        return log_p, torch.stack(seen).reshape(log_p.shape)
 
 
 def _normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "Objective",
     "Relbo",
     "Skew",
+    "Trial",
     "best_gain",
     "corrective_weights",
     "gain",
@@ -172,9 +173,17 @@ class Gain(NamedTuple):
     standard_error: float
     ceiling: float
 
-    def is_clear(self, confidence: float) -> bool:
-        """Whether the gain is more than ``confidence`` standard errors above zero."""
-        return self.mean > confidence * self.standard_error
+    def is_clear(self, confidence: float, least: float = 0.0) -> bool:
+        """Whether the gain is more than ``confidence`` standard errors, and more than ``least``."""
+        return self.mean > max(confidence * self.standard_error, least)
+
+
+class Trial(NamedTuple):
+    """The acceptance test of a component: what it gained, and whether it was kept."""
+
+    component: int
+    gain: Gain
+    is_kept: bool
 
 
 def gain(

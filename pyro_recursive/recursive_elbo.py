@@ -17,6 +17,7 @@ from pyro_recursive.recursion import (
     Clamped,
     Gain,
     Objective,
+    Trial,
     corrective_weights,
     gain,
     line_search,
@@ -195,10 +196,13 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         if self.weights != "gradient":
             self._set_weights(program, mixture)
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
-        if found.is_clear(mixture.schedule.confidence):
+        schedule = mixture.schedule
+        is_kept = found.is_clear(schedule.confidence, schedule.min_gain)
+        mixture.trials.append(Trial(mixture.stage.component, found, is_kept))
+        if is_kept:
             mixture.end_stage()
         else:
-            mixture.drop(retry=found.ceiling > mixture.schedule.min_gain)
+            mixture.drop(retry=found.ceiling > schedule.min_gain)
 
     def _set_weights(self, program: Program, mixture: Any) -> None:
         """Set weights to their optimum for the draws of a large sample."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 __all__ = ["Reference", "Strata", "current_strata"]
 
-# (log q_j(u) of every component, log weights; [*batch, J] both; the number of the run where runs
-# are looped, None for one pass) -> log-density, [*batch]
-Reference = Callable[[Tensor, Tensor, int | None], Tensor]
+# (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
+# of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
+Reference = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 class Strata(Messenger):

@@ -168,6 +168,19 @@ class MixtureGuide(PackedGuide):
             logits = logits[..., list(members)]
         return logits.log_softmax(-1)
 
+    def component_weights(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the weights of `members` for a call, ``[*rows, J]`` (``[J]`` for global latents).
+
+        Those of the rows, where there is a mixture for each row and another one for the rest.
+        """
+        self.prepare(*args, **kwargs)
+        latents, call = self.groups[-1], self._call(args, kwargs)
+        with poutine.block():
+            weights = self.log_weights(latents, call, self.members).exp()
+        dims = {frame.dim for frame in latents.rows}
+        rows = [weights.shape[dim - 1] for dim in sorted(dims) if -dim < weights.dim()]
+        return weights.reshape(*rows, -1)
+
     def posterior(self, latents: Latents, call: Call) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
         strata = current_strata()
@@ -231,7 +244,8 @@ class MixtureGuide(PackedGuide):
             # The component's site adds log w of the one chosen: together they are log Q.
             if strata is None or strata.reference is None:
                 return scored.log_prob(u) - chosen
-            return strata.reference(scored.table(u), mixture.log_weights, particle) - chosen
+            table, volume = scored.table(u), latents.log_volume(u)
+            return strata.reference(table, mixture.log_weights, volume, particle) - chosen
 
         return emit(latents, call.plates, u, density)
 

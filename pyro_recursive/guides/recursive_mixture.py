@@ -13,7 +13,7 @@ from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixture import MixtureGuide
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.schedules import Schedule, Stage
-from pyro_recursive.recursion import stick_breaking
+from pyro_recursive.recursion import Trial, stick_breaking
 from pyro_recursive.strata import current_strata
 
 __all__ = ["RecursiveMixtureGuide"]
@@ -24,7 +24,8 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     Each new component is trained to improve the bound where the mixture so far does not reach, and
     kept only if it does. The guide holds all components from the start, and says which of them
-    make up the mixture (`members`) and which is being trained (`stage`);
+    make up the mixture (`members`, weighed by `component_weights`), which is being trained
+    (`stage`), and what the acceptance tests found (`trials`);
     `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
     `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
     members; at test time all encoders run side by side.
@@ -103,6 +104,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         # the failures of its component, and which components are members.
         self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
         self.progress[3] = 1
+        self.trials: list[Trial] = []  # the acceptance tests since this object was made
         self._read: tuple[int, int] | None = None
 
     @property
