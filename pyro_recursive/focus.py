@@ -108,7 +108,7 @@ def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
     shape = (len(focus.components), *local.layout.shape)
     weights = (count * log_mixture_weights(densities)[:, 0].exp()).expand(shape)
     own = torch.tensor([float(column == focus.place) for column in focus.components])
-    own = own.to(weights).reshape(-1, *[1] * (weights.dim() - 1)).expand(shape)
+    own = own.to(weights, non_blocking=True).reshape(-1, *[1] * (weights.dim() - 1)).expand(shape)
     zero = torch.zeros_like(own)
     model = zero
     if focus.moves_model:
@@ -121,7 +121,12 @@ def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
         value = (model * gains).mean(0).sum()
     else:
         value = (local.log_weights[:, 0] * own).sum() / focus.num_draws
-    guide = count * own if focus.moves_guide else zero
+    guide = zero
+    if focus.moves_guide:
+        guide = count * own
+        if focus.objective.held:  # rows count as much as the component weighs in them
+            share = own * weights.detach()
+            guide = guide * share / (share.sum() / own.sum())
     return Terms(local, model, guide, weights, gains, value)
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.sites import Site, nesting_of, plates_of, sites, subsample_scale
+from pyro_recursive.sites import (
+    Site,
+    independent_plates_of,
+    nesting_of,
+    plates_of,
+    sites,
+    subsample_scale,
+)
 from pyro_recursive.structure import Structure
 from pyro_recursive.traces import Draw, Particles
 
@@ -120,7 +127,11 @@ def layout_of(
     """Find the shared plates of runs and check the rules for all others."""
     traces = [trace for run in runs for trace in (run.model, run.guide)]
     nesting = nesting_of(*traces) if particles.dim is None else -particles.dim - 1
-    stacks = [plates_of(site) for site in sites(*traces) if only is None or site["name"] in only]
+    stacks = [
+        independent_plates_of(site)
+        for site in sites(*traces)
+        if only is None or site["name"] in only
+    ]
     if not stacks:
         return Layout(particles, nesting, ())
     shared = set.intersection(*map(set, stacks))
@@ -167,11 +178,17 @@ def warn_if_joint(runs: Sequence[Draw], layout: Layout) -> None:
         for name, frame in plates_of(site).items():
             local = next((s["name"] for s in latent if name in plates_of(s)), None)
             if site["is_observed"] and local and frame.size > 1:
-                outside = next((s["name"] for s in latent if name not in plates_of(s)), "?")
+                outside = next((s["name"] for s in latent if name not in plates_of(s)), None)
+                if outside is None:
+                    cause = ", and the guide has one joint density over its entries"
+                    remedy = "A guide with plate= or an encoder gives each entry its own."
+                else:
+                    cause = f" but not '{outside}'"
+                    remedy = "global_latents='elbo' gives each entry its own."
                 warnings.warn(
-                    f"Plate '{name}' encloses latent site '{local}' but not '{outside}', so that "
-                    f"all its {frame.size} entries share one joint weight: a valid bound, but the "
-                    "more entries the looser. global_latents='elbo' gives each entry its own.",
+                    f"Plate '{name}' encloses latent site '{local}'{cause}, so that all its "
+                    f"{frame.size} entries share one joint weight: a valid bound, but the more "
+                    f"entries the looser. {remedy}",
                     stacklevel=4,
                 )
                 return

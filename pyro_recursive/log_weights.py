@@ -5,7 +5,7 @@ the bound: inside a logarithm of a mean it would be a power of the weights. A us
 masks stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from pyro_recursive.sites import (
     sites,
     subsample_scale,
 )
+from pyro_recursive.strata import Choice
 from pyro_recursive.traces import Draw
 
 __all__ = ["Densities", "densities", "guide_group", "weighted"]
@@ -81,11 +82,10 @@ def densities(
         for trace, group_of in ((run.model, lambda site: "model"), (run.guide, guide_group)):
             for site in sites(trace):
                 if only is None or site["name"] in only:
-                    group, log_prob = group_of(site), log_density(site, layout)
-                    groups[group][number].append((site, log_prob))
-                    if group in ("density", "score") and _is_weighted(site, layout):
-                        rest = (site, _whole_density(site) - log_prob)
-                        groups[f"{group}_rest"][number].append(rest)
+                    for group, log_prob, rest in _parts(site, group_of(site), layout):
+                        groups[group][number].append((site, log_prob))
+                        if rest is not None:
+                            groups[f"{group}_rest"][number].append((site, rest))
     tensors = {name: layout.gather(group) for name, group in groups.items()}
     return Densities(layout, **tensors, names=only)
 
@@ -95,6 +95,20 @@ def guide_group(site: Site) -> str:
     if is_delta(site) or (site["is_observed"] and site["fn"].has_rsample):
         return "jacobian"
     return "density" if site["fn"].has_rsample else "score"
+
+
+def _parts(site: Site, group: str, layout: Layout) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield the groups that a site adds to: a log-density, and what weights took away from it."""
+    is_weighted = group in ("density", "score") and _is_weighted(site, layout)
+    if isinstance(site["fn"], Choice):
+        # The mixture's density, without the choice, is what the components are drawn from.
+        whole = site["fn"].log_choice(site["value"])
+        own = weighted(whole, site, layout)
+        for name, sign in (("score", 1), ("density", -1)):
+            yield name, sign * own, sign * (whole - own) if is_weighted else None
+        return
+    log_prob = log_density(site, layout)
+    yield group, log_prob, _whole_density(site) - log_prob if is_weighted else None
 
 
 def log_density(site: Site, layout: Layout) -> Tensor:

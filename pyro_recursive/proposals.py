@@ -22,20 +22,23 @@ PLACES = 48  # half of them the best of these in log p - log Q, half any of them
 WIDENING = 3.0
 SCALES = (0.25, 0.5, 1.0)  # of the mixture's
 DRAWS = 64  # from each candidate: with fewer, the best estimate is a lucky one
+CHUNK = 2000  # points evaluated in one pass
 
 
 @torch.no_grad()
 def propose(program: Program, mixture: Any, *, vectorize: bool = True) -> None:
     """Put the component of this stage where it would gain most, among isotropic candidates.
 
-    Only for Gaussians with parameters of their own: an encoder starts where its weights say. Rows
-    that are a minibatch have no candidates: the other rows' components would stay where they are.
+    Only for Gaussians with parameters of their own: an encoder starts where its weights say. Where
+    rows are a minibatch, all of them start at random around the first component, as the others'
+    candidates cannot be judged. A user's scales are left out of the search.
     """
     component = mixture.free_component(mixture.stage.component)
     if component is None or len(mixture.groups) != 1:
         return
     (latents,) = mixture.groups
     if any(subsample_scale(frame) != 1 for frame in latents.rows):
+        component.scatter(latents, mixture.component(0), WIDENING)
         return
     search = _Search(program, mixture, latents, vectorize)
     own = search.points(search.from_guide())
@@ -110,10 +113,15 @@ class _Search:
 
         Of the unconstrained points: the model's has the Jacobians of constrained supports.
         """
-        seen: list[Tensor] = []
+        parts = [self._evaluate(chunk) for chunk in points.split(CHUNK)]
+        log_p, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
+        return log_p.nan_to_num(nan=-torch.inf), log_q  # where the model overflows, nothing is
 
-        def nothing(table: Tensor, log_weights: Tensor, volume: Tensor, _: int | None) -> Tensor:
-            seen.append(log_mixture(table, log_weights))
+    def _evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        seen: dict[int | None, Tensor] = {}  # by run
+
+        def nothing(table: Tensor, log_weights: Tensor, volume: Tensor, run: int | None) -> Tensor:
+            seen[run] = log_mixture(table, log_weights)
             return torch.zeros_like(volume)
 
         strata = Strata((0,) * len(points), nothing, points=points, members=self.mixture.members)
@@ -127,7 +135,7 @@ class _Search:
             subsample=self.minibatch,
         )
         log_p = densities(runs, layout_of(particles, runs)).log_weights[0]
-        return log_p, torch.stack(seen).reshape(log_p.shape)
+        return log_p, torch.stack([seen[run] for run in seen]).reshape(log_p.shape)
 
 
 def _normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from the table of all components' log-densities at the same draws, ``[*batch, J]
 logarithms of their weights; ``m`` is the column of ``q``.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -40,9 +41,8 @@ def log_mixture(table: Tensor, log_weights: Tensor) -> Tensor:
 
 def log_others(table: Tensor, log_weights: Tensor, m: int) -> Tensor:
     """Return the log-density of the mixture without component ``m``, its weights summing to 1."""
-    rest = [j for j in range(table.shape[-1]) if j != m]
-    weights = log_weights[..., rest]
-    return torch.logsumexp(table[..., rest] + weights, -1) - torch.logsumexp(weights, -1)
+    table, weights = (torch.cat([t[..., :m], t[..., m + 1 :]], -1) for t in (table, log_weights))
+    return torch.logsumexp(table + weights, -1) - torch.logsumexp(weights, -1)
 
 
 def stick_breaking(logits: Tensor) -> Tensor:
@@ -108,9 +108,8 @@ class Skew(Objective):
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         """Return the logarithm of the skewed reference."""
-        others = log_others(table, log_weights, m)
-        share = table.new_tensor(self.epsilon).log()
-        return torch.logaddexp(others + torch.log1p(-share.exp()), table[..., m] + share)
+        others = log_others(table, log_weights, m) + math.log1p(-self.epsilon)
+        return torch.logaddexp(others, table[..., m] + math.log(self.epsilon))
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Clamped(Objective):
         ratio = table[..., m] - log_others(table, log_weights, m)
         draws = ratio[list(own)].mean(0) if own else ratio
         free = (draws < self.clamp).detach()
-        bonus = torch.where(free, ratio, ratio.new_tensor(self.clamp))
+        bonus = torch.where(free, ratio, self.clamp)
         return table[..., m] - self.strength * bonus
 
 
@@ -193,13 +192,19 @@ def gain(
     own: Tensor,
     log_weights: Tensor,
     scale: float = 1.0,
+    rows_are_a_sample: bool = False,
 ) -> Gain:
     """Return what the last of J components adds, from S draws of each.
 
     ``log_p``, the log-densities of the mixture, of the ``others`` and of the last component
     (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. The mixture
-    without the last one is judged on the same draws.
+    without the last one is judged on the same draws. Where the rows stand for more data, their
+    spread counts in the standard error.
+
+    Raises ValueError for a single component.
     """
+    if log_weights.shape[-1] < 2:
+        raise ValueError("There is one component only, and it cannot be added to nothing.")
     after = _stratified(log_p - log_q, log_weights)
     rest = log_weights[..., :-1].log_softmax(-1)
     before = _stratified((log_p - others)[:, :-1], rest)
@@ -207,6 +212,9 @@ def gain(
     alone = (log_p - own)[:, -1].mean(0)
     ceiling = torch.nn.functional.softplus(alone - before.mean(0)).sum() * scale
     error = differences.std() / len(differences) ** 0.5
+    if rows_are_a_sample:
+        by_row = scale * (after - before).mean(0).flatten()
+        error = (error**2 + len(by_row) * by_row.var()).sqrt()
     return Gain(differences.mean().item(), error.item(), ceiling.item())
 
 
@@ -295,4 +303,4 @@ def best_gain(
             for p, q, c in zip(log_p, log_mixture, log_candidate, strict=True)
         ]
         bounds.append((1 - e) * parts[0].mean(1) + e * parts[1].mean(1))
-    return torch.stack(bounds).amax(0).argmax(0)
+    return torch.stack(bounds).nan_to_num(nan=-torch.inf).amax(0).argmax(0)

@@ -47,21 +47,24 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             have no default.
         proposal: how it is found in the first place; the same choices.
         update: ``"simultaneous"`` gives guide and model their gradients from the same draws;
-            ``"alternating"`` trains the component in one step, from its own draws alone, and the
-            model in the next; ``"guide"`` trains the component only, for a model without
-            parameters: the cheapest. The joint stages train everything in each step.
+            ``"alternating"`` trains the component in one step and the model in the next;
+            ``"guide"`` trains the component only, for a model without parameters: the cheapest.
+            A step that trains neither the model nor a weight draws from the component alone. The
+            joint stages train everything in each step.
         weights: ``"gradient"`` learns a weight along with its component; ``"line_search"`` also
-            sets it to its optimum at the end of a refinement, ``"corrective"`` all weights; both
+            sets it to its optimum when a component is kept, ``"corrective"`` all weights; both
             only where all rows share one vector of weights.
-        holdout: arguments for the acceptance test of new components; the step's own if not given.
+        holdout: the model's arguments (no keywords) for the acceptance test of new components; the
+            step's own if not given, which is a test on data that were just trained on.
         max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
 
     Parameters that a step does not train are left with ``grad=None``, so that no optimiser moves
-    them by momentum.
+    them by momentum; a gradient that another loss had left there is lost.
 
     Raises:
         TypeError: the guide is no `RecursiveMixtureGuide`.
-        ValueError: an unknown option; a parameter is shared by model and guide.
+        ValueError: an unknown option; a parameter is shared by model and guide, which climb
+            different objectives in a simultaneous step.
 
     Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
     `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
@@ -90,6 +93,8 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
                         "A clamped objective needs all draws of a row at once, and cannot have "
                         "vectorize_particles=False with num_particles > 1."
                     )
+        if isinstance(holdout, Tensor):
+            raise TypeError("holdout is a sequence of arguments: holdout=(tensor,) for a tensor")
         if update not in UPDATES:
             raise ValueError(f"update must be one of {UPDATES}, got {update!r}")
         if weights not in WEIGHTS:
@@ -112,9 +117,11 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             mixture.weights.check_vector()
         if mixture.stage.kind == "refine" and mixture.steps_left == 1:
             # The test is a step of its own: what it changes must not be moved once more.
-            loss = torch.tensor(self.loss(model, guide, *args, **kwargs))
+            value = self.loss(model, guide, *args, **kwargs)
             self._end_trial(program, mixture)
-            return loss
+            device = mixture.progress.device
+            # A graph, but no parameter in it: who calls backward moves nothing.
+            return torch.tensor(value, device=device, requires_grad=True).clone()
         if mixture.stage.component is None:
             loss = super().differentiable_loss(model, guide, *args, **kwargs)
         else:
@@ -146,10 +153,17 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         is any.
         """
         mixture = _recursive(guide)
-        args = args if self.holdout is None else tuple(self.holdout)
+        if self.holdout is not None:
+            args, kwargs = tuple(self.holdout), {}
         found = self._draw_all(Program(model, guide, args, kwargs), mixture)
         return gain(
-            found.log_p, found.log_q, found.others, found.own, found.log_weights, found.scale
+            found.log_p,
+            found.log_q,
+            found.others,
+            found.own,
+            found.log_weights,
+            found.scale,
+            rows_are_a_sample=self.holdout is not None or found.scale != 1,
         )
 
     def _train_component(self, program: Program, mixture: Any) -> Tensor:
@@ -193,13 +207,13 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
 
     def _end_trial(self, program: Program, mixture: Any) -> None:
         """Keep or drop the component on trial."""
-        if self.weights != "gradient":
-            self._set_weights(program, mixture)
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
         schedule = mixture.schedule
         is_kept = found.is_clear(schedule.confidence, schedule.min_gain)
         mixture.trials.append(Trial(mixture.stage.component, found, is_kept))
         if is_kept:
+            if self.weights != "gradient":
+                self._set_weights(program, mixture)
             mixture.end_stage()
         else:
             mixture.drop(retry=found.ceiling > schedule.min_gain)

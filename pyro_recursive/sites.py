@@ -13,11 +13,13 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 __all__ = [
+    "PACKED",
     "PARTICLE_PLATE",
     "Site",
     "batch_shapes",
     "check_batch_shape",
     "check_match",
+    "independent_plates_of",
     "is_delta",
     "log_prob_of",
     "nesting_of",
@@ -30,6 +32,7 @@ __all__ = [
 Site = dict[str, Any]
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
+PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
 
 
 def sites(*traces: poutine.Trace) -> Iterator[Site]:
@@ -65,6 +68,12 @@ def log_prob_of(site: Site, fn: Any) -> Tensor:
 def plates_of(site: Site) -> dict[str, Any]:
     """Return the frames of a site's plates by name, the particle plate aside."""
     return {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE}
+
+
+def independent_plates_of(site: Site) -> dict[str, Any]:
+    """Return the frames of a site's plates whose entries have densities of their own."""
+    packed = site["infer"].get(PACKED, ())
+    return {name: frame for name, frame in plates_of(site).items() if name not in packed}
 
 
 def subsample_scale(frame: Any) -> float:
@@ -133,7 +142,20 @@ def check_match(model: poutine.Trace, guide: poutine.Trace, max_plate_nesting: i
                 "with pyro.infer.autoguide.AutoGuideList."
             )
     if is_validation_enabled():
+        model, guide = (_with_batch_dims(trace, max_plate_nesting) for trace in (model, guide))
         check_model_guide_match(model, guide, max_plate_nesting)
+
+
+def _with_batch_dims(trace: poutine.Trace, max_plate_nesting: int) -> poutine.Trace:
+    """Give all batch dims to events of two dims or more, which Pyro's check would cut into."""
+    padded = trace
+    for site in sites(trace):
+        batch, event_dim = site["fn"].batch_shape, site["fn"].event_dim
+        if max_plate_nesting - event_dim < len(batch) < max_plate_nesting and event_dim > 1:
+            padded = trace.copy() if padded is trace else padded
+            shape = (1,) * (max_plate_nesting - len(batch)) + tuple(batch)
+            padded.nodes[site["name"]] = {**site, "fn": site["fn"].expand(shape)}
+    return padded
 
 
 def _masked(site: Site) -> bool:

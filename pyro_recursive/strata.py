@@ -8,16 +8,40 @@ draw. The guide asks with `current_strata`; the loss answers with the handler `S
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-__all__ = ["Reference", "Strata", "current_strata"]
+__all__ = ["Choice", "Reference", "Strata", "current_strata"]
 
 # (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
 # of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
 Reference = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+
+
+class Choice(dist.Categorical):
+    """Which component of a mixture a row is drawn from.
+
+    The mixture's whole density stands at the latent sites, at whatever component: the choice adds
+    nothing to it, so that `pyro.infer.Trace_ELBO`, which leaves auxiliary sites out of its rewards,
+    is unbiased. It has a score function all the same.
+    """
+
+    def log_choice(self, value: Tensor) -> Tensor:
+        """Return the logarithm of the weight of the component chosen."""
+        return super().log_prob(value)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.log_choice(value))
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Return the weight's logarithm as score function, and nothing else."""
+        score = self.log_choice(x)
+        return ScoreParts(torch.zeros_like(score), score, 0)
 
 
 class Strata(Messenger):

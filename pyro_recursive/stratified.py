@@ -75,6 +75,8 @@ class MISELBO(MultiSampleELBO):
 
     def __init__(self, num_particles: int = 1, **options: Any) -> None:
         super().__init__(bounds.iwae, num_particles=num_particles, **options)
+        if self.global_latents != "joint":
+            raise ValueError("stratified losses take one mixture, and no global_latents='elbo'")
         # Inside a logarithm, what a sample is worth depends on its component: the parameters in
         # log Q have a gradient then that is not zero on average.
         allowed = self.estimators if num_particles == 1 else ("pathwise",)

@@ -104,6 +104,13 @@ class AmortizedGuide(PackedGuide):
             with torch.no_grad():
                 free.copy_(initial)
 
+    def scatter(self, latents: Latents, other: "AmortizedGuide", spread: float) -> None:
+        """Put the free Gaussians at random around another guide's, some of its scales away."""
+        theirs = getattr(other, _free(latents)).detach()
+        loc, log_scale = theirs[..., : latents.size], theirs[..., latents.size : 2 * latents.size]
+        scale = log_scale.exp()
+        self.restart(latents, loc + spread * scale * torch.randn_like(loc), scale)
+
     def parameters_of(self, latents: Latents, call: Call, *extra: Any) -> Tensor:
         """Return the parameters of a group's Gaussians, ``[*batch, num_parameters]``.
 
@@ -116,7 +123,7 @@ class AmortizedGuide(PackedGuide):
     def placed(self, latents: Latents, call: Call, found: Tensor) -> Tensor:
         """Check an encoder's output, and put its rows where Pyro has the plates."""
         expected = self.num_parameters(latents)
-        rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
+        rows = call.sizes(latents)
         if found.shape != (*rows, expected):
             raise ValueError(
                 f"The encoder returned shape {tuple(found.shape)}, and the latents "

@@ -65,8 +65,7 @@ class RunGuide(TorchDistribution):
         self, guide: Callable, latents: Latents, call: Call, outer: tuple[int, ...]
     ) -> None:
         self.guide, self.latents, self.call, self.outer = guide, latents, call, outer
-        sizes = [call.plates[frame.name].subsample_size for frame in latents.rows]
-        rows = latents.expand_rows(torch.empty(*sizes, 0)).shape[:-1]
+        rows = latents.expand_rows(torch.empty(*call.sizes(latents), 0)).shape[:-1]
         super().__init__(rows, torch.Size([latents.size]), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "RunGuide":

@@ -129,7 +129,7 @@ class FlowGuide(PackedGuide):
 
     def _context(self, latents: Latents, call: Call) -> Tensor:
         context: Tensor = self.encoder(call.rows(latents))
-        rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
+        rows = call.sizes(latents)
         if context.shape[:-1] != torch.Size(rows):
             raise ValueError(
                 f"The encoder returned shape {tuple(context.shape)}, and the latents "

@@ -16,6 +16,7 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
 from pyro_recursive.guides.latents import Latents, Slot, Values
+from pyro_recursive.sites import PACKED
 
 __all__ = ["JointSite", "drawn_from", "emit", "inside", "outer_shape"]
 
@@ -90,8 +91,9 @@ def emit(
 
     for slot in (*others, last):
         site = JointSite(slot, drawn[slot.name], density if slot is last else None)
+        packed = frozenset(f.name for f in slot.frames) - {f.name for f in latents.rows}
         with inside(slot.frames, plates):
-            values[slot.name] = pyro.sample(slot.name, site)
+            values[slot.name] = pyro.sample(slot.name, site, infer={PACKED: packed})
     return values
 
 

@@ -160,8 +160,8 @@ def _checked(site: Site) -> Site:
         raise NotImplementedError(
             f"Latent site '{name}' is discrete ({type(fn).__name__}), and this guide is "
             "continuous. Marginalise it in the model (infer={'enumerate': 'parallel'} and "
-            "pyro.infer.TraceEnum_ELBO), or hide it with poutine.block and guide it by hand in a "
-            "pyro.infer.autoguide.AutoGuideList."
+            "pyro.infer.TraceEnum_ELBO), or hide it with poutine.block and add a guide of your own "
+            "for it in a pyro.infer.autoguide.AutoGuideList, with the same create_plates."
         )
     if is_delta(site):
         raise ValueError(f"Latent site '{name}' is a Delta: make it a pyro.deterministic site.")

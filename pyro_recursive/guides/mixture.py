@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
@@ -23,7 +22,7 @@ from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.weights import Weights
 from pyro_recursive.sites import PARTICLE_PLATE
-from pyro_recursive.strata import Strata, current_strata
+from pyro_recursive.strata import Choice, Strata, current_strata
 
 __all__ = ["MixtureGuide"]
 
@@ -44,10 +43,11 @@ class MixtureGuide(PackedGuide):
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for that many Gaussians with parameters of
             their own. Components should differ from the start: copies never separate.
-        weights: a module from the rows of the inputs to ``[*rows, M]`` logits; ``"linear"`` for a
+        weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, which are bounded
+            by ``8 tanh(l / 8)``; ``"linear"`` for a
             linear one (the default where a component has an encoder), or ``"shared"`` for the same
             weights in all rows. Where no component has an encoder each row has its own.
-        learn_weights: False keeps the weights equal.
+        learn_weights: False keeps the weights where they start.
         trunk: a module that is applied once to the rows of the inputs; encoders and weights get
             what it returns. While single components are held, it is held, too.
         family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
@@ -62,8 +62,7 @@ class MixtureGuide(PackedGuide):
     arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
     Approximations` (Kviman et al., arXiv 2202.10951).
 
-    >>> import pyro.distributions as dist
-    >>> from pyro.infer import SVI, Predictive
+    >>>     >>> from pyro.infer import SVI, Predictive
     >>> from pyro_recursive import Stratified_ELBO
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
@@ -96,7 +95,13 @@ class MixtureGuide(PackedGuide):
         # Guides that are plain functions have no parameters of their own to register.
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
         modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
-        self.components = PyroModule[nn.ModuleList](modules)
+        try:
+            self.components = PyroModule[nn.ModuleList](modules)
+        except AssertionError as error:  # Pyro's own check
+            raise ValueError(
+                "A component has run on its own before, and Pyro cannot rename its parameters: "
+                "make a new guide of its kind, and copy the state with load_state_dict."
+            ) from error
         self.trunk: Any = trunk
         self._has_trunk = trunk is not None
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
@@ -126,6 +131,16 @@ class MixtureGuide(PackedGuide):
         """Return component ``m``."""
         return self._functions.get(m, self.components[m])
 
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the model, and create all parameters, those of the components too."""
+        is_new = not self.groups
+        super().prepare(*args, **kwargs)
+        if is_new:
+            for m in range(len(self.components)):
+                if not isinstance(self.component(m), PackedGuide):
+                    with poutine.block(), torch.no_grad():
+                        self.component(m)(*args, **kwargs)
+
     def adopt(
         self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
     ) -> None:
@@ -137,7 +152,7 @@ class MixtureGuide(PackedGuide):
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create the weights of a group."""
-        self.weights.build(latents, raw)
+        self.weights.build(latents, place, raw)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         if not self._has_trunk:
@@ -171,15 +186,15 @@ class MixtureGuide(PackedGuide):
     def component_weights(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the weights of `members` for a call, ``[*rows, J]`` (``[J]`` for global latents).
 
-        Those of the rows, where there is a mixture for each row and another one for the rest.
+        Those of the rows of the minibatch, where there is a mixture for each row.
         """
         self.prepare(*args, **kwargs)
         latents, call = self.groups[-1], self._call(args, kwargs)
         with poutine.block():
             weights = self.log_weights(latents, call, self.members).exp()
-        dims = {frame.dim for frame in latents.rows}
-        rows = [weights.shape[dim - 1] for dim in sorted(dims) if -dim < weights.dim()]
-        return weights.reshape(*rows, -1)
+        sizes = call.sizes(latents)
+        batch = latents.expand_rows(weights.new_empty(*sizes, 1)).shape[:-1]
+        return weights.expand(*batch, -1).reshape(*sizes, -1)
 
     def posterior(self, latents: Latents, call: Call) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
@@ -187,9 +202,8 @@ class MixtureGuide(PackedGuide):
         if strata is not None and len(self.groups) > 1:
             raise NotImplementedError(
                 "This guide has one mixture over the global latents and one over those of each "
-                "row, and a stratified loss takes one. Leave the global latents to another guide "
-                "(pyro.infer.autoguide.AutoGuideList), or use Trace_ELBO, or a loss of this "
-                "package with estimator='vimco'."
+                "row, and a stratified loss takes one. Use Trace_ELBO, or a loss of this package "
+                "with estimator='vimco'; or leave out plate=, for one mixture over all latents."
             )
         members = strata.members if strata and strata.members else self.members
         frozen = strata.frozen if strata else frozenset()
@@ -225,8 +239,8 @@ class MixtureGuide(PackedGuide):
         """Sample a component for each row, then the sites of a group."""
         mixture, strata = self.posterior(latents, call), current_strata()
         if mixture.num_components == 1 and strata is None:
-            only = torch.zeros(mixture.batch_shape, dtype=torch.long)
-            index = only.to(mixture.log_weights.device)
+            device = mixture.log_weights.device
+            index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
         else:
             index = self._draw_component(latents, mixture, strata, call)
         shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
@@ -236,16 +250,13 @@ class MixtureGuide(PackedGuide):
         else:
             u = mixture.draw(index, strata.components if strata else None)
         scored = mixture.held() if strata is not None and strata.hold else mixture
-        chosen = mixture.log_weights.expand(*shape, -1).gather(-1, index[..., None])[..., 0]
-
         particle = None if strata is None else strata.particle  # of this run, not of a later one
 
         def density(u: Tensor) -> Tensor:
-            # The component's site adds log w of the one chosen: together they are log Q.
             if strata is None or strata.reference is None:
-                return scored.log_prob(u) - chosen
+                return scored.log_prob(u)
             table, volume = scored.table(u), latents.log_volume(u)
-            return strata.reference(table, mixture.log_weights, volume, particle) - chosen
+            return strata.reference(table, mixture.log_weights, volume, particle)
 
         return emit(latents, call.plates, u, density)
 
@@ -257,7 +268,7 @@ class MixtureGuide(PackedGuide):
         with inside(latents.rows, call.plates):
             return pyro.sample(
                 f"{self.name}{group}_component",
-                dist.Categorical(logits=mixture.log_weights),
+                Choice(logits=mixture.log_weights),
                 obs=None if strata is None else _assigned(strata, mixture),
                 infer={"is_auxiliary": True},
             )
@@ -292,4 +303,5 @@ def _assigned(strata: Strata, mixture: Mixture) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _on_device(components: tuple[int, ...], device: torch.device) -> Tensor:
     """Return component numbers as a tensor, copied to the device once."""
-    return torch.tensor(components, device=device)
+    with torch.inference_mode(False):  # also for calls outside of it
+        return torch.tensor(components, device=device)

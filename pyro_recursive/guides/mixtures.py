@@ -1,6 +1,5 @@
 """Mixtures of distributions over a packed vector: one draw by index, all densities at any point."""
 
-import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -79,15 +78,9 @@ class ListMixture(Mixture):
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Draw from each component that may occur, and choose."""
-        order = range(self.num_components) if present is None else sorted(set(present))
-        if len(order) == 1:
-            return self.components[order[0]].expand(index.shape).rsample()
-        draws = [self.components[m].expand(index.shape).rsample() for m in order]
-        place = {m: torch.as_tensor(p, device=index.device) for p, m in enumerate(order)}
-        if present is not None:
-            index = functools.reduce(
-                lambda found, m: torch.where(index == m, place[m], found), order, index
-            )
+        if present is not None and len(set(present)) == 1:
+            return self.components[present[0]].expand(index.shape).rsample()
+        draws = [component.expand(index.shape).rsample() for component in self.components]
         return _chosen(torch.stack(draws), index)
 
 

@@ -51,8 +51,12 @@ class Call:
         for place, frame in enumerate(latents.rows):
             plate = self.plates[frame.name]
             if plate.subsample_size < plate.size and rows.shape[place] == plate.size:
-                rows = rows.index_select(place, plate.indices)
+                rows = rows.index_select(place, plate.indices.to(rows.device))
         return rows
+
+    def sizes(self, latents: Latents) -> tuple[int, ...]:
+        """Return how many rows the minibatch has, for each plate of the rows."""
+        return tuple(self.plates[frame.name].subsample_size for frame in latents.rows)
 
 
 class PackedGuide(PyroModule):
@@ -80,6 +84,9 @@ class PackedGuide(PyroModule):
         self.inputs = inputs or _first_argument
         self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
         self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
+        self._lengths: dict[
+            str, dict[int, tuple[int, int]]
+        ] = {}  # the plates' sizes by that length
         self._chosen: frozenset[str] = frozenset()  # plates whose minibatch the model is given
 
     @abstractmethod
@@ -122,9 +129,11 @@ class PackedGuide(PyroModule):
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         self._follows = dict(_following(groups, raw))
         self._chosen = frozenset(minibatch.names)
-        trunk = self._trunk()
+        trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
+            self.eval()  # no statistics of a batch norm, say, from this look
             self.adopt(groups, prior, raw if trunk is None else trunk(raw[:2]))
+            self.train(is_training)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         """Return what is applied to the inputs before all encoders, if anything."""
@@ -190,9 +199,29 @@ class PackedGuide(PyroModule):
             length = call.raw.shape[latents.rows.index(frame)]
             if self._follows[frame.name] == "minibatch":
                 size = length
+            elif full == size:
+                full, size = self._sizes_of(frame, length, call)
             else:
-                full, size = length, length if full == size else min(size, length)
+                full, size = length, min(size, length)
         return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+
+    def _sizes_of(self, frame: Any, length: int, call: Call) -> tuple[int, int]:
+        """Return a plate's full size and size where inputs of another length may be all or part.
+
+        Inputs that were all of the data when the guide was prepared may be a minibatch now: the
+        model knows, and is asked once for each length.
+        """
+        known = self._lengths.setdefault(frame.name, {frame.size: (frame.size, frame.size)})
+        if length not in known:
+            known[length] = (length, length)
+            if self._model[0] is not None:
+                with poutine.block(), torch.no_grad():
+                    trace = poutine.trace(self._model[0]).get_trace(*call.args, **call.kwargs)
+                for site in sites(trace):
+                    plate = plates_of(site).get(frame.name)
+                    if plate is not None and plate.size == length:
+                        known[length] = (plate.full_size or length, length)
+        return known[length]
 
     def _claim(self) -> bool:
         """Raise where another guide of this name has its parameters in Pyro's store.

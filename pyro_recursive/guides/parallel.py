@@ -18,15 +18,19 @@ def pays(inputs: object) -> bool:
 
 
 def same_architecture(modules: Sequence[nn.Module]) -> bool:
-    """Whether modules differ in nothing but their parameters, and have no buffers that move."""
-    first = modules[0]
-    shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
-    return all(
-        str(module) == str(first)
-        and {name: parameter.shape for name, parameter in module.named_parameters()} == shapes
-        and next(module.buffers(), None) is None
-        for module in modules
+    """Whether modules differ in nothing but their parameters.
+
+    Only torch's own layers without buffers: their descriptions say all that they are.
+    """
+    return len({_description(module) for module in modules}) == 1 and all(
+        type(part).__module__.startswith("torch.nn.modules") and not list(part.buffers())
+        for part in modules[0].modules()
     )
+
+
+def _description(module: nn.Module) -> tuple[str, bool, tuple[tuple[str, torch.Size], ...]]:
+    shapes = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    return str(module), module.training, shapes
 
 
 def run_together(modules: Sequence[nn.Module], held: Sequence[bool], inputs: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class RecursiveMixtureGuide(MixtureGuide):
     Each new component is trained to improve the bound where the mixture so far does not reach, and
     kept only if it does. The guide holds all components from the start, and says which of them
     make up the mixture (`members`, weighed by `component_weights`), which is being trained
-    (`stage`), and what the acceptance tests found (`trials`);
+    (`stage`), and what the acceptance tests of this run found (`trials`);
     `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
     `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
     members; at test time all encoders run side by side.
@@ -40,7 +40,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
             dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
         weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
-            `MixtureGuide`; the logits are those of ``e_2 .. e_M``, and start at 1/2 .. 1/M.
+            `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
 
     Raises:
         ValueError: fewer than two components, or constants out of their range.
@@ -81,8 +81,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        if not 0 < epsilon < 1:
-            raise ValueError(f"epsilon must lie in (0, 1), got {epsilon}")
+        if not 0.001 <= epsilon <= 0.999:
+            raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}")
         self.__dict__["epsilon"] = epsilon  # the weights start from it
         super().__init__(
             model,
@@ -203,14 +203,13 @@ class RecursiveMixtureGuide(MixtureGuide):
         """
         proposed = [m for m in members if m not in self.members]
         inside = [m for m in members if m in self.members]
-        logits = self.weights.logits(latents, call)
+        strata = current_strata()
+        frozen = strata.frozen if strata is not None else frozenset()
+        moving = {m - 1 for place, m in enumerate(inside) if place not in frozen}
+        held = set(range(len(self.components) - 1)) - moving
+        logits = self.weights.logits(latents, call, held)
         if len(inside) < len(self.components):
             logits = logits[..., [m - 1 for m in inside[1:]]]
-        strata = current_strata()
-        if strata is not None and strata.frozen and len(inside) > 1:
-            columns = enumerate(logits.split(1, -1), start=1)
-            held = [c.detach() if place in strata.frozen else c for place, c in columns]
-            logits = torch.cat(held, -1)
         log_weights = stick_breaking(logits)
         if not proposed:
             return log_weights
@@ -224,9 +223,10 @@ class RecursiveMixtureGuide(MixtureGuide):
         if not self.conditional:
             return super().parameters_of(latents, call, members, frozen)
         known: dict[int, Tensor] = {}
+        rows = call.sizes(latents)
         for place, m in enumerate(members):
             with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
-                known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m))
+                known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m, rows))
         return torch.stack(torch.broadcast_tensors(*known.values()))
 
     def set_log_weights(self, log_weights: Tensor) -> None:
@@ -270,7 +270,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         return list(self._seen)
 
     def _write(self, state: list[int]) -> None:
-        self.progress.copy_(torch.tensor(state))
+        self.progress.copy_(torch.tensor(state), non_blocking=True)
         self._seen, self._read = list(state), (id(self.progress), self.progress._version)
 
 
@@ -288,9 +288,10 @@ def _check(components: Sequence[nn.Module], conditional: bool) -> None:
         raise ValueError("conditional=True needs AmortizedGuide components with encoders")
 
 
-def _so_far(known: dict[int, Tensor], m: int) -> tuple[Tensor, ...]:
+def _so_far(known: dict[int, Tensor], m: int, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Return what a conditional component is told: the parameters of all before it, or nothing."""
     if m == 0:
         return ()
     nothing = torch.zeros_like(known[0])
-    return (torch.cat([known.get(j, nothing).detach() for j in range(m)], -1),)
+    told = torch.cat([known.get(j, nothing).detach() for j in range(m)], -1)
+    return (told.reshape(*rows, -1),)

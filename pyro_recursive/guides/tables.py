@@ -21,5 +21,5 @@ def rows_of(table: Tensor, latents: Latents, call: Call) -> Tensor:
                 f"{table.shape[place]}. A guide with an encoder takes data of another size."
             )
         if plate.subsample_size < plate.size:
-            table = table.index_select(place, plate.indices)
+            table = table.index_select(place, plate.indices.to(table.device))
     return table

@@ -1,5 +1,6 @@
 """Where a mixture's weights come from: a network, a table with a row for each datum, a vector."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -36,16 +37,23 @@ class Weights(PyroModule):
         self.kind = "module" if isinstance(kind, nn.Module) else kind
         self.network: Any = kind if isinstance(kind, nn.Module) else None
         self.learn = learn
+        self.initial: Tensor
+        if bool((initial.abs() >= LARGEST).any()):
+            raise ValueError(f"Logits must start between -{LARGEST} and {LARGEST}, got {initial}")
         self.register_buffer("initial", _unsquashed(initial))
         self.separate = separate
 
-    def build(self, latents: Latents, raw: Any) -> None:
-        """Create the weights of a group."""
+    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+        """Create the weights of a group, of the kind and on the device of a draw ``place``."""
+        self.initial = self.initial.to(place)
         if latents.local and self.kind == "module":
             return
         if latents.local and self.kind == "linear":
             features = _features(latents, raw)
-            self.network = _Linear(features, len(latents.rows), self._initial_parts())
+            parts = self._initial_parts()
+            if raw.is_floating_point():
+                parts = [part.to(raw) for part in parts]
+            self.network = _Linear(features, len(latents.rows), parts)
             return
         own_rows = latents.local and self.kind == "table"
         sizes = [frame.full_size or frame.size for frame in latents.rows] if own_rows else []
@@ -56,21 +64,25 @@ class Weights(PyroModule):
             else:
                 self.register_buffer(name, logits)
 
-    def logits(self, latents: Latents, call: Call) -> Tensor:
-        """Return the logits, ``[*batch, n]``, between -8 and 8."""
+    def logits(self, latents: Latents, call: Call, held: Container[int] = ()) -> Tensor:
+        """Return the logits, ``[*batch, n]``, between -8 and 8; those ``held`` are constants.
+
+        Where each has parameters of its own, they are not even part of the graph.
+        """
         if latents.local and self.kind in ("module", "linear"):
-            found = self.network(call.rows(latents))
-            rows = [call.plates[frame.name].subsample_size for frame in latents.rows]
+            found = self.network(call.rows(latents), *((held,) if self.kind == "linear" else ()))
+            rows = call.sizes(latents)
             if found.shape != (*rows, len(self.initial)):
                 raise ValueError(
                     f"The weights' module returned shape {tuple(found.shape)}, and the mixture "
                     f"needs {(*rows, len(self.initial))}: logits for each row."
                 )
         else:
-            parts = [getattr(self, name) for name in self._names(latents)]
-            found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            found = _joined([getattr(self, name) for name in self._names(latents)], held)
             if found.dim() > 1:
                 found = rows_of(found, latents, call)
+        if held and self.kind == "module":
+            found = _joined(list(found.split(1, -1)), held)
         found = found if self.learn else found.detach()
         return _place(latents, LARGEST * torch.tanh(found / LARGEST))
 
@@ -131,10 +143,16 @@ class _Linear(nn.Module):
         part.weight.zero_()
         part.bias.copy_(initial)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, held: Container[int] = ()) -> Tensor:
         """Return the logits, ``[*rows, n]``."""
         flat = rows.flatten(self.row_dims)
-        return torch.cat([part(flat) for part in self.parts], -1)
+        return _joined([part(flat) for part in self.parts], held)
+
+
+def _joined(parts: list[Tensor], held: Container[int]) -> Tensor:
+    """Join logits, without the graph of those that are held."""
+    parts = [part.detach() if place in held else part for place, part in enumerate(parts)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _features(latents: Latents, raw: Any) -> int:
