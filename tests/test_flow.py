@@ -505,7 +505,7 @@ def test_refusals(zuko: Any) -> None:
     with pytest.raises(TypeError, match="returned Identity; it must return a zuko"):
         FlowGuide(mixed_model, lambda size, context: nn.Identity())(x)
     with pytest.raises(ValueError, match=r"\(3,\).*need one context for each row: \(6, 'context'"):
-        FlowGuide(mixed_model, encoder=nn.Flatten(0), inputs=lambda x: x[:3, 0])(x)
+        FlowGuide(mixed_model, encoder=nn.Flatten(0), inputs=lambda x: x[:3, 0], name="b")(x)
 
 
 def test_without_zuko(monkeypatch: pytest.MonkeyPatch) -> None:

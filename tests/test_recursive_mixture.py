@@ -363,8 +363,8 @@ def test_weights_stay_where_they_have_a_gradient() -> None:
     assert guide.component_weights().min() > 1e-8
 
 
-def test_a_proposal_leaves_minibatches_alone() -> None:
-    """The rows that are not in the minibatch would stay where they are."""
+def test_a_proposal_scatters_all_rows_where_there_is_a_minibatch() -> None:
+    """Those that are not in the minibatch would stay where they are."""
     x = torch.randn(6)
 
     def model(x: Tensor, size: int) -> None:
@@ -379,8 +379,10 @@ def test_a_proposal_leaves_minibatches_alone() -> None:
         guide.end_stage()
         before = guide.component(1).free_local.detach().clone()
         propose(Program(model, guide, (x, size)), guide)
-        moved = (guide.component(1).free_local != before).any(-1)
-        assert moved.tolist() == [size == 6] * 6
+        after = guide.component(1).free_local
+        assert (after != before).any(-1).all()
+        if size == 3:  # around the first component, with its scales
+            assert (after[:, 1] - guide.component(0).free_local[:, 1]).abs().max() < 1e-12
 
 
 def test_a_dropped_component_is_tried_again_and_skipped_by_cycles() -> None:
@@ -477,7 +479,7 @@ def test_the_step_of_the_acceptance_test_moves_nothing() -> None:
     for parameter in guide.parameters():
         parameter.grad = None
     value = loss.differentiable_loss(bimodal, guide)
-    assert not value.requires_grad
+    value.backward()  # as a loop of one's own would
     assert guide.stage.kind != "refine"
     assert all(parameter.grad is None for parameter in guide.parameters())
 
@@ -566,7 +568,6 @@ def test_what_is_held_stays_bitwise_the_same(
     grown(encoders, update, weights)
 
 
-@pytest.mark.xfail(strict=True, reason="gradients of held logits are zeros, not None")
 @pytest.mark.usefixtures("accepting")
 @pytest.mark.parametrize(("encoders", "weights"), [(False, None), (True, None), (True, "shared")])
 def test_held_weights_stay_bitwise_the_same(encoders: bool, weights: str | None) -> None:
@@ -802,7 +803,7 @@ def test_options_are_checked() -> None:
         Schedule(draws=-1)
     with pytest.raises(ValueError, match="at least 2 components, got 1"):
         RecursiveMixtureGuide(bimodal, 1)
-    with pytest.raises(ValueError, match=r"epsilon must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"epsilon must lie in \[0.001, 0.999\]"):
         RecursiveMixtureGuide(bimodal, 2, epsilon=1.0)
     with pytest.raises(TypeError, match="AmortizedGuide or FlowGuide, got AutoNormal"):
         RecursiveMixtureGuide(bimodal, [AutoNormal(bimodal), AutoNormal(bimodal)])
