@@ -428,7 +428,7 @@ def stratified_refusal(row: Row, guide: PackedGuide) -> Refused | None:
     if loss_refusal(row):
         return loss_refusal(row)
     if len(guide.groups) > 1:
-        return NotImplementedError, "one mixture over the global latents.*AutoGuideList"
+        return NotImplementedError, "one mixture over the global latents.*leave out plate="
     return None
 
 
