@@ -28,9 +28,12 @@ def report(results: dict[str, Any]) -> str:
     latency = [
         [n, *(f"{t['ms'][n]:.2f} ({t['ratio'][n]:.2f})" for t in mixtures.values())] for n in names
     ]
-    return f"seeds {', '.join(seeds)}\n\n{table(HEADER, rows)}\n\n" + table(
-        ["inference: ms (ratio)", *mixtures], latency
-    )
+    failed = [
+        f"{name}, seeds {', '.join(runs)}: diverged. {next(iter(runs.values())).split('. ')[0]}."
+        for name, runs in results.get("diverged", {}).items()
+    ]
+    parts = [f"seeds {', '.join(seeds)}", table(HEADER, rows), *failed]
+    return "\n\n".join([*parts, table(["inference: ms (ratio)", *mixtures], latency)])
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:

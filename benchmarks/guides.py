@@ -25,6 +25,7 @@ from benchmarks.guide_report import plot, report
 from benchmarks.report import hardware, write_json
 from pyro_recursive import IWAE_ELBO, fit, log_marginal
 from pyro_recursive.datasets import Dataset, dynamic_binarize, fixed_binarize, load
+from pyro_recursive.training.non_finite import NonFiniteError
 
 HOLDOUT = {"digits": 137}  # rows for learning curves and acceptance tests; 400 for larger sets
 EPOCHS = {"digits": 60}
@@ -68,10 +69,15 @@ def main(arguments: list[str]) -> None:
     pairs = [(name, seed) for seed in options.seeds for name in options.methods]
     for name, seed in tqdm(pairs, desc="runs"):
         runs = results["runs"].setdefault(name, {})
-        if str(seed) not in runs:
-            runs[str(seed)] = _run(name, seed, settings, data, folder, options.resume)
+        failures = results.setdefault("diverged", {}).setdefault(name, {})
+        if str(seed) not in runs | failures:
+            try:
+                runs[str(seed)] = _run(name, seed, settings, data, folder, options.resume)
+            except NonFiniteError as error:  # a result, too
+                failures[str(seed)] = str(error)
             write_json(folder / "results.json", results)
-    results["runs"] = {name: results["runs"][name] for name in METHODS if name in results["runs"]}
+    for key in ("runs", "diverged"):
+        results[key] = {name: results[key][name] for name in METHODS if results[key].get(name)}
     _time(results, settings, data, options.timing_repeats)
     write_json(folder / "results.json", results)
     print(f"\n{report(results)}\n")
