@@ -7,10 +7,8 @@ samples), the effective sample size, and the cost of a step, timed side by side.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,23 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.experiment import (
+    EPOCHS,
+    OPTIMIZER,
+    Data,
+    binarized,
+    held_out,
+    parser_of,
+    sizes,
+    stored,
+)
 from benchmarks.report import hardware, table, write_json
 from benchmarks.timing import interleaved, medians, ratios
 from benchmarks.vae import VAE
 from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, fit, log_marginal
-from pyro_recursive.datasets import Dataset, dynamic_binarize, fixed_binarize, load
+from pyro_recursive.datasets import dynamic_binarize, load
 
 BASELINE = "Trace_ELBO"
-VALIDATION = {"digits": 137}  # rows held out for the learning curve; 400 for larger sets
-EPOCHS = {"digits": 60}
-OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 # Every method draws 64 samples per datum and step.
 METHODS: dict[str, Callable[[], ELBO]] = {
@@ -60,22 +65,13 @@ class Settings:
     eval_samples: int
 
 
-@dataclass(frozen=True)
-class Data:
-    """Grey training images, and binary ones to evaluate on, ``[rows, pixels]`` all."""
-
-    train: Tensor
-    validation: Tensor
-    train_binary: Tensor
-    test_binary: Tensor
-
-
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
     options = _parse(arguments)
     settings, folder = _settings(options), Path(options.output)
-    data = _data(settings, load(settings.dataset, download=options.download))
-    results = _stored(folder, settings, options.resume)
+    images, points = load(settings.dataset, download=options.download), settings.eval_points
+    data = binarized(images, held_out(settings.dataset), points, points)
+    results = stored(folder, asdict(settings), options.resume, "methods")
     for name in tqdm(options.methods, desc="methods"):
         if name not in results["methods"]:
             results["methods"][name] = _run(name, settings, data, folder, options.resume)
@@ -89,20 +85,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks bounds", description=__doc__)
-    choices = ["digits", "mnist", "fashion_mnist", "omniglot"]
-    parser.add_argument("--dataset", default="digits", choices=choices)
-    parser.add_argument("--download", action="store_true", help="fetch a data set that is missing")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--epochs", type=int, help="default: 60 on digits, 8 elsewhere")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser = parser_of("bounds", __doc__, METHODS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-points", type=int, default=300, help="images of each split")
-    parser.add_argument("--eval-samples", type=int, default=5000)
-    parser.add_argument("--timing-repeats", type=int, default=9)
-    parser.add_argument("--output", help="folder; default: runs/bounds-DATASET")
-    parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     options = parser.parse_args(arguments)
     kind = "smoke" if options.smoke else "bounds"
     options.output = options.output or f"runs/{kind}-{options.dataset}"
@@ -113,48 +97,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    small = options.dataset == "digits"
     return Settings(
         dataset=options.dataset,
         epochs=options.epochs or EPOCHS.get(options.dataset, 8),
         batch_size=options.batch_size,
-        hidden=100 if small else 200,
-        latent=10 if small else 50,
+        **sizes(options.dataset),
         seed=options.seed,
         eval_points=options.eval_points,
         eval_samples=options.eval_samples,
     )
-
-
-def _data(settings: Settings, images: Dataset) -> Data:
-    """Hold out validation rows, and binarise once all that is evaluated on."""
-    held_out = VALIDATION.get(settings.dataset, 400)
-    split = images.split_validation(held_out)
-    count = settings.eval_points
-    return Data(
-        train=split.train,
-        validation=fixed_binarize(split.test, seed=1),
-        train_binary=fixed_binarize(split.train[:count], seed=2),
-        test_binary=fixed_binarize(images.test[:count], seed=3),
-    )
-
-
-def _stored(folder: Path, settings: Settings, resume: bool) -> dict[str, Any]:
-    """Return the finished methods of an interrupted run, if they are of these settings."""
-    path = folder / "results.json"
-    if resume and path.exists():
-        stored = json.loads(path.read_text())
-        if stored["settings"] != asdict(settings):
-            raise SystemExit(
-                f"{path} holds a run with {stored['settings']}, not {asdict(settings)}: "
-                "give the same options to resume it, or another --output"
-            )
-        return stored
-    for checkpoint in folder.glob("*.pt"):  # of a run that is not to be resumed
-        checkpoint.unlink()
-    fresh: dict[str, Any] = {"settings": asdict(settings), "methods": {}}
-    write_json(path, fresh)  # from here on there is something to resume
-    return fresh
 
 
 def _new_vae(settings: Settings, data: Data) -> VAE:
@@ -323,6 +274,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def _rows(results: dict[str, Any]) -> float:
     """Return the mean size of a validation batch, which the recorded loss sums over."""
-    held_out = VALIDATION.get(results["settings"]["dataset"], 400)
+    rows = held_out(results["settings"]["dataset"])
     batch = results["settings"]["batch_size"]
-    return held_out / -(-held_out // batch)
+    return rows / -(-rows // batch)

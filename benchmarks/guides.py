@@ -19,17 +19,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.experiment import (
+    EPOCHS,
+    OPTIMIZER,
+    Data,
+    binarized,
+    check_settings,
+    held_out,
+    parser_of,
+    sizes,
+    stored,
+)
 from benchmarks.guide_costs import time_inference, time_steps
 from benchmarks.guide_methods import METHODS, Method, Setup, build, count
 from benchmarks.guide_report import plot, report
 from benchmarks.report import hardware, write_json
 from pyro_recursive import IWAE_ELBO, fit, log_marginal
-from pyro_recursive.datasets import Dataset, dynamic_binarize, fixed_binarize, load
+from pyro_recursive.datasets import dynamic_binarize, fixed_binarize, load
 from pyro_recursive.training.non_finite import NonFiniteError
-
-HOLDOUT = {"digits": 137}  # rows for learning curves and acceptance tests; 400 for larger sets
-EPOCHS = {"digits": 60}
-OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 
 @dataclass(frozen=True)
@@ -48,22 +55,14 @@ class Settings:
     elbo_samples: int
 
 
-@dataclass(frozen=True)
-class Data:
-    """Grey training images, and binary ones to evaluate on, ``[rows, pixels]`` all."""
-
-    train: Tensor
-    validation: Tensor
-    train_binary: Tensor
-    test_binary: Tensor
-
-
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
     options = parse(arguments)
     settings, folder = _settings(options), Path(options.output)
-    data = _data(settings, load(settings.dataset, download=options.download))
-    results = _stored(folder, settings, options.resume)
+    images = load(settings.dataset, download=options.download)
+    rows = held_out(settings.dataset)
+    data = binarized(images, rows, settings.eval_points, settings.train_points)
+    results = stored(folder, asdict(settings), options.resume, "runs")
     _merge(results, options.merge)
     _time({"runs": {}}, settings, data, repeats=1)  # what the first step of a process sets up
     pairs = [(name, seed) for seed in options.seeds for name in options.methods]
@@ -87,22 +86,10 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options; a smoke run has its own."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks guides", description=__doc__)
-    choices = ["digits", "mnist", "fashion_mnist", "omniglot"]
-    parser.add_argument("--dataset", default="digits", choices=choices)
-    parser.add_argument("--download", action="store_true", help="fetch a data set that is missing")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser = parser_of("guides", __doc__, METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, help="default: 60 on digits, 8 elsewhere")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--eval-points", type=int, default=300, help="test images")
     parser.add_argument("--train-points", type=int, default=100, help="training images")
-    parser.add_argument("--eval-samples", type=int, default=5000)
-    parser.add_argument("--timing-repeats", type=int, default=9)
-    parser.add_argument("--output", help="folder; default: runs/guides-DATASET")
     parser.add_argument("--merge", nargs="+", default=[], help="take in other results.json, too")
-    parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     options = parser.parse_args(arguments)
     kind = "guides-smoke" if options.smoke else "guides"
     options.output = options.output or f"runs/{kind}-{options.dataset}"
@@ -118,8 +105,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         dataset=options.dataset,
         epochs=options.epochs or EPOCHS.get(options.dataset, 8),
         batch_size=options.batch_size,
-        hidden=100 if small else 200,
-        latent=10 if small else 50,
+        **sizes(options.dataset),
         pseudo_inputs=100 if small else 200,
         eval_points=options.eval_points,
         train_points=options.train_points,
@@ -128,46 +114,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _data(settings: Settings, images: Dataset) -> Data:
-    """Hold out validation rows, and binarise once all that is evaluated on."""
-    split = images.split_validation(HOLDOUT.get(settings.dataset, 400))
-    return Data(
-        train=split.train,
-        validation=fixed_binarize(split.test, seed=1),
-        train_binary=fixed_binarize(split.train[: settings.train_points], seed=2),
-        test_binary=fixed_binarize(images.test[: settings.eval_points], seed=3),
-    )
-
-
-def _stored(folder: Path, settings: Settings, resume: bool) -> dict[str, Any]:
-    """Return the finished runs of an interrupted benchmark, if they are of these settings."""
-    path = folder / "results.json"
-    if resume and path.exists():
-        stored: dict[str, Any] = json.loads(path.read_text())
-        _check_settings(path, stored["settings"], asdict(settings))
-        return stored
-    for checkpoint in folder.glob("*.pt"):  # of runs that are not to be resumed
-        checkpoint.unlink()
-    fresh: dict[str, Any] = {"settings": asdict(settings), "runs": {}}
-    write_json(path, fresh)  # from here on there is something to resume
-    return fresh
-
-
 def _merge(results: dict[str, Any], paths: list[str]) -> None:
     """Take in the runs of other files with the same settings."""
     for path in paths:
         other = json.loads(Path(path).read_text())
-        _check_settings(Path(path), other["settings"], results["settings"])
+        check_settings(Path(path), other["settings"], results["settings"])
         for name, runs in other["runs"].items():
             results["runs"][name] = runs | results["runs"].get(name, {})
-
-
-def _check_settings(path: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    if stored != given:
-        raise SystemExit(
-            f"{path} holds runs with {stored}, not {given}: "
-            "give the same options to resume it, or another --output"
-        )
 
 
 def _setup(settings: Settings, data: Data, name: str = "") -> Setup:
