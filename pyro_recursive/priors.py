@@ -36,11 +36,12 @@ class VampPrior(nn.Module):
 
     As a rule it is the guide's own encoder, whose parameters then belong to model and guide. The
     ELBO and the IWAE, MIWAE and CIWAE bounds have one objective for both, and add the gradients.
-    PIWAE and the wake-phase estimators have two, and raise ValueError: give the prior an encoder of
-    its own, say ``copy.deepcopy(encoder)``. In Pyro's store the shared parameters have a name from
-    each program; ``load_state_dict`` keeps them one, the store's ``save`` and ``load`` only where
-    both programs register them by the same `pyro.module` line. Copy or pickle model and guide
-    together. The parameters of a callable that is no module must be registered by the guide.
+    PIWAE, wake-phase estimators and `RecursiveMixture_ELBO` have two, and raise ValueError: give
+    the prior an encoder of its own, say ``copy.deepcopy(encoder)``. In Pyro's store the shared
+    parameters have a name from each program; ``load_state_dict`` keeps them one, the store's
+    ``save`` and ``load`` only where both programs register them by the same `pyro.module` line.
+    Copy or pickle model and guide together. The parameters of a callable that is no module must be
+    registered by the guide.
 
     Arguments:
         encoder: see above.

@@ -1238,3 +1238,30 @@ def test_cuda(kind: str) -> None:
     for _ in range(3):
         assert math.isfinite(svi.step(x))
     assert guide(x)["z"].device.type == "cuda"
+
+
+def test_bounds_of_their_own_in_each_row_are_refused() -> None:
+    def model(x: Tensor, high: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros(()), high))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.randn(4, 1)
+    with pytest.raises(NotImplementedError, match="'z' has bounds of its own in each row"):
+        AmortizedGuide(model, nn.Linear(1, 2))(x, torch.arange(1.0, 5.0))
+    assert AmortizedGuide(model, nn.Linear(1, 2), name="b")(x, torch.ones(4))["z"].shape == (4,)
+
+
+def test_a_minibatch_after_all_rows_keeps_the_scale_of_the_model() -> None:
+    """The guide was prepared with all rows; the model says that fewer are a part of them."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 6, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = AmortizedGuide(model, nn.Linear(1, 2))
+    guide.prepare(torch.randn(6, 1))
+    trace = poutine.trace(guide).get_trace(torch.randn(3, 1))
+    assert trace.nodes["z"]["scale"] == 2.0
+    assert guide(torch.randn(6, 1))["z"].shape == (6,)

@@ -190,6 +190,8 @@ def _slot(site: Site, shared: set[str]) -> Slot:
             "an encoder with plate=, or use the full data."
         )
     support = _plain(fn.support)
+    if shared:
+        _check_bounds(site, support)
     transform = biject_to(support)
     unconstrained = transform.inv(value)
     events = fn.event_dim + unconstrained.dim() - value.dim()
@@ -202,6 +204,20 @@ def _slot(site: Site, shared: set[str]) -> Slot:
         event_shape=unconstrained.shape[unconstrained.dim() - events :],
         inner=tuple(sorted(inner)),
     )
+
+
+def _check_bounds(site: Site, support: Any) -> None:
+    """Raise where rows have bounds of their own: another minibatch would have others."""
+    bare = _bare(support)
+    for bound in (getattr(bare, name, None) for name in ("lower_bound", "upper_bound")):
+        if isinstance(bound, Tensor):
+            batch = bound.dim() - site["fn"].event_dim
+            if batch > 0 and bool((bound != bound[(0,) * batch]).any()):
+                raise NotImplementedError(
+                    f"Latent site '{site['name']}' has bounds of its own in each row, and this "
+                    "guide keeps the supports of its first call. Sample a standard variable in "
+                    "the model, and scale it there."
+                )
 
 
 def _plain(support: Any) -> Any:

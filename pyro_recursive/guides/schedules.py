@@ -30,7 +30,8 @@ class Schedule:
 
     Arguments:
         confidence: a component is kept if its gain is more than so many standard errors.
-        patience: how often a dropped component is tried anew before growth ends.
+        patience: how often a dropped component is tried anew before growth ends. A new try has new
+            initial weights in torch's own layers; what an optimiser remembers of them stays.
         min_gain: a component is kept only if it gains more than this, in nats over the data, and
             growth ends where a proposal could not.
         draws: the draws of each component in the acceptance test, over all rows together; at least
