@@ -62,7 +62,8 @@ class MixtureGuide(PackedGuide):
     arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
     Approximations` (Kviman et al., arXiv 2202.10951).
 
-    >>>     >>> from pyro.infer import SVI, Predictive
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pyro.infer import SVI, Predictive
     >>> from pyro_recursive import Stratified_ELBO
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
