@@ -13,7 +13,7 @@ from pyro_recursive.program import Program
 from pyro_recursive.recursion import best_gain, log_mixture
 from pyro_recursive.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
 from pyro_recursive.strata import Strata
-from pyro_recursive.traces import Particles, draw
+from pyro_recursive.traces import draw
 
 __all__ = ["propose"]
 
@@ -125,7 +125,6 @@ class _Search:
             return torch.zeros_like(volume)
 
         strata = Strata((0,) * len(points), nothing, points=points, members=self.mixture.members)
-        particles: Particles
         particles, runs = draw(
             self.program,
             1,
@@ -135,7 +134,7 @@ class _Search:
             subsample=self.minibatch,
         )
         log_p = densities(runs, layout_of(particles, runs)).log_weights[0]
-        return log_p, torch.stack([seen[run] for run in seen]).reshape(log_p.shape)
+        return log_p, torch.stack(list(seen.values())).reshape(log_p.shape)
 
 
 def _normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:

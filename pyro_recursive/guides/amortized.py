@@ -71,14 +71,7 @@ class AmortizedGuide(PackedGuide):
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.family = family_of(family)
         self.encoder: Any = encoder
-        # Asking a PyroModule for a module registers its parameters: not for this question.
-        self._has_encoder = encoder is not None
         self.init_scale = init_scale
-
-    @property
-    def by_row(self) -> bool:
-        """With an encoder, each row of the data has a Gaussian of its own."""
-        return self._has_encoder
 
     def num_parameters(self, latents: Latents) -> int:
         """Return how many numbers describe the Gaussian of a group (one row of it)."""

@@ -107,11 +107,6 @@ class FlowGuide(PackedGuide):
         self.encoder: Any = encoder
         self.transforms, self.hidden, self.init_scale = transforms, tuple(hidden), init_scale
 
-    @property
-    def by_row(self) -> bool:
-        """With an encoder, each row of the data has a flow given its context."""
-        return self.encoder is not None
-
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create the flow of a group around a point, the mean of its rows."""
         context = self._context_size(raw) if latents.local else 0

@@ -104,7 +104,6 @@ class MixtureGuide(PackedGuide):
                 "make a new guide of its kind, and copy the state with load_state_dict."
             ) from error
         self.trunk: Any = trunk
-        self._has_trunk = trunk is not None
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
@@ -156,7 +155,7 @@ class MixtureGuide(PackedGuide):
         self.weights.build(latents, place, raw)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
-        if not self._has_trunk:
+        if not self._has("trunk"):
             return None
         strata = current_strata()
         held = strata is not None and bool(strata.frozen)

@@ -145,7 +145,7 @@ class PackedGuide(PyroModule):
         """Take over groups of latents, with a function that draws from the prior."""
         if self.groups:
             return
-        if getattr(self, "encoder", None) is not None and not any(g.local for g in groups):
+        if self._has("encoder") and not any(latents.local for latents in groups):
             raise ValueError(
                 f"{type(self).__name__} has an encoder, and there are no rows to encode: no "
                 "vectorised plate encloses all observed sites and some latent. Name the plate of "
@@ -265,8 +265,15 @@ class PackedGuide(PyroModule):
 
     @property
     def by_row(self) -> bool:
-        """Whether the latents in the data's plate have a distribution for each row by default."""
-        return False
+        """Whether the latents in the data's plate have a distribution for each row by default.
+
+        With an encoder they do.
+        """
+        return self._has("encoder")
+
+    def _has(self, module: str) -> bool:
+        """Whether there is a module; asking a PyroModule for it would register its parameters."""
+        return any(name == module for name, _ in self.named_children())
 
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
         """Return the names of the latents that have a distribution for each row of the data."""

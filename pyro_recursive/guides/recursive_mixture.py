@@ -83,7 +83,7 @@ class RecursiveMixtureGuide(MixtureGuide):
     ) -> None:
         if not 0.001 <= epsilon <= 0.999:
             raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}")
-        self.__dict__["epsilon"] = epsilon  # the weights start from it
+        self.__dict__["epsilon"] = epsilon  # the weights start from it, before there is a module
         super().__init__(
             model,
             components,
@@ -98,7 +98,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         )
         _check(self.components, conditional)
         self.schedule = schedule or Schedule()
-        self.epsilon, self.conditional = epsilon, conditional
+        self.conditional = conditional
         self.stages = self.schedule.stages(len(self.components))
         # A buffer, so that checkpoints have it: the number of the stage, the steps taken in it,
         # the failures of its component, and which components are members.
