@@ -1,18 +1,15 @@
-"""What every test shares: float64, a fixed seed and an empty parameter store."""
+"""What every test shares beyond doctests: float64."""
 
 from collections.abc import Iterator
 
-import pyro
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def reproducible() -> Iterator[None]:
-    """Run each test in float64, from one seed, with an empty parameter store."""
+def double_precision(reproducible: None) -> Iterator[None]:
+    """Run each test in float64."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(20)
-    pyro.clear_param_store()
     yield
     torch.set_default_dtype(default)

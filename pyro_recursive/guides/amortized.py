@@ -47,7 +47,7 @@ class AmortizedGuide(PackedGuide):
     ...     with pyro.plate("data", len(x)):
     ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     ...         pyro.sample("x", dist.Poisson(rate), obs=x)
-    >>> x = torch.tensor([[0.0], [2.0], [7.0]])
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> guide = AmortizedGuide(lambda x: model(x[:, 0]), nn.Linear(1, 2))
     >>> svi = SVI(lambda x: model(x[:, 0]), guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     >>> svi.step(x) > 0
