@@ -7,6 +7,7 @@ from pyro_recursive.guides.flow import FlowGuide
 from pyro_recursive.guides.mixture import MixtureGuide
 from pyro_recursive.guides.recursive_mixture import RecursiveMixtureGuide
 from pyro_recursive.guides.schedules import Schedule
+from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide
 from pyro_recursive.priors import ExemplarPrior, VampPrior
 from pyro_recursive.recursive_elbo import RecursiveMixture_ELBO
 from pyro_recursive.stratified import MISELBO, SIWAE_ELBO, Stratified_ELBO
@@ -27,6 +28,7 @@ __all__ = [
     "RecursiveMixtureGuide",
     "RecursiveMixture_ELBO",
     "Schedule",
+    "SemiAmortizedGuide",
     "Stratified_ELBO",
     "VampPrior",
     "fit",

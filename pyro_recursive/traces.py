@@ -214,6 +214,7 @@ class _SameNoise(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.states: dict[str, list[Tensor]] = {}
+        self.kept: dict[Any, Any] = {}
         self.again = False
 
     def __enter__(self) -> "_SameNoise":
@@ -223,6 +224,9 @@ class _SameNoise(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self._meet(msg["name"])
+
+    def _pyro_kept(self, msg: Any) -> None:
+        msg["value"], msg["done"] = self.kept, True
 
     def _meet(self, name: str) -> None:
         if not self.again:

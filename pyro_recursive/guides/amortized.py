@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_recursive.guides.families import Family, family_of
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.rows import GaussianRows, RowFamily
 from pyro_recursive.guides.tables import rows_of
 
 __all__ = ["AmortizedGuide"]
@@ -126,6 +127,23 @@ class AmortizedGuide(PackedGuide):
                 "inputs= selects them from the model's arguments."
             )
         return latents.expand_rows(found)
+
+    @torch.no_grad()
+    def keep_rows(self, latents: Latents, call: Call, numbers: Tensor) -> None:
+        """Put numbers ``[*batch, P]`` into the table, if there is one, for the minibatch's rows."""
+        if self.by_row:
+            return
+        table, rows = getattr(self, _free(latents)), numbers.reshape(*call.sizes(latents), -1)
+        places = [call.plates[frame.name].indices.to(table.device) for frame in latents.rows]
+        table[torch.meshgrid(*places, indexing="ij")] = rows
+
+    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+        """Return the parameters of a group's Gaussians."""
+        return self.parameters_of(latents, call)
+
+    def row_family(self, latents: Latents) -> RowFamily:
+        """Return the Gaussians that a row may have."""
+        return GaussianRows(self.family, latents.size)
 
     def posterior(self, latents: Latents, call: Call) -> Any:
         """Return the Gaussian of a group, batch ``[*batch]`` and event ``[D]``."""

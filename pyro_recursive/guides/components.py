@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.guides.given import Given
 from pyro_recursive.guides.joint import outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.packed import Call, PackedGuide
@@ -98,7 +99,7 @@ class RunGuide(TorchDistribution):
         given.update(values)
         # Only parameters are seen outside: the samples belong to the mixture.
         hidden = poutine.block(hide_types=["sample"])
-        with hidden, poutine.trace() as traced, _Widen(self.outer), _Given(given):
+        with hidden, poutine.trace() as traced, _Widen(self.outer), Given(given):
             self.guide(*self.call.args, **self.call.kwargs)
         wanted = {slot.name for slot in self.latents.slots}
         for site in sites(traced.trace):
@@ -137,18 +138,6 @@ def _is_masked(fn: Any) -> bool:
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return isinstance(fn, MaskedDistribution)
-
-
-class _Given(Messenger):
-    """Gives sites, subsample sites too, values by name."""
-
-    def __init__(self, values: Values) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class _Widen(Messenger):

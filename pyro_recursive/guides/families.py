@@ -21,6 +21,16 @@ class Family(ABC):
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the member: ``[*batch, num_parameters]`` to batch ``[*batch]``, event ``[D]``."""
 
+    def noise_size(self, size: int) -> int:
+        """Return how many standard normals make a draw."""
+        return size
+
+    def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return draws made of noise: ``[*batch, P]`` and ``[..., *batch, n]`` to ``[..., D]``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how noise becomes a draw: define its draw()."
+        )
+
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
         """Return the parameters of ``N(loc, scale ** 2 I)``, ``[*batch, D]`` to its numbers."""
         size = loc.shape[-1]
@@ -40,6 +50,11 @@ class Diagonal(Family):
         """Return the normals with their dims as event."""
         loc, log_scale = parameters.split(size, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return ``loc + scale * noise``."""
+        loc, log_scale = parameters.split(size, -1)
+        return loc + log_scale.exp() * noise
 
 
 @dataclass(frozen=True)
@@ -61,9 +76,22 @@ class LowRank(Family):
 
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the low-rank normal."""
-        loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
-        factor = factor.unflatten(-1, (size, self.rank))
+        loc, log_scale, factor = self._split(parameters, size)
         return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+
+    def noise_size(self, size: int) -> int:
+        """Return D + rank."""
+        return size + self.rank
+
+    def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return ``loc + scale * noise + F noise``."""
+        loc, log_scale, factor = self._split(parameters, size)
+        along = (factor @ noise[..., size:, None]).squeeze(-1)
+        return loc + log_scale.exp() * noise[..., :size] + along
+
+    def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
+        return loc, log_scale, factor.unflatten(-1, (size, self.rank))
 
 
 @dataclass(frozen=True)
@@ -76,12 +104,22 @@ class Full(Family):
 
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the normal with that Cholesky factor."""
+        loc, factor = self._split(parameters, size)
+        return dist.MultivariateNormal(loc, scale_tril=factor)
+
+    def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
+        """Return ``loc + L noise``."""
+        loc, factor = self._split(parameters, size)
+        return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return locations and Cholesky factors."""
         lower = size * (size - 1) // 2
         loc, log_diagonal, below = parameters.split([size, size, lower], -1)
         rows, columns = torch.tril_indices(size, size, -1, device=parameters.device)
         factor = torch.diag_embed(log_diagonal.exp())
         factor[..., rows, columns] = below
-        return dist.MultivariateNormal(loc, scale_tril=factor)
+        return loc, factor
 
 
 FAMILIES = {"diagonal": Diagonal(), "full": Full()}

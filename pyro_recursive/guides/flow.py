@@ -1,6 +1,7 @@
 """Normalising-flow guides: by an encoder for each row of the data, or one joint flow."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pyro_recursive.guides.flow_kinds import build_flow, check_flow
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.guides.zuko_flow import AffineFlow, ZukoDistribution
 
 __all__ = ["FlowGuide"]
@@ -122,6 +124,18 @@ class FlowGuide(PackedGuide):
             return flow(context, context.shape[:-1])
         return flow(None, torch.Size([1] * latents.nesting))
 
+    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+        """Return the contexts, and the locations and log-scales that the head makes of them."""
+        flow = getattr(self, _flow(latents))
+        if not latents.local:
+            return flow.head(None).expand(*[1] * latents.nesting, -1)
+        context = latents.expand_rows(self._context(latents, call))
+        return torch.cat([context, flow.head(context)], -1)
+
+    def row_family(self, latents: Latents) -> RowFamily:
+        """Return the flows that a row may have: any context, location and scale of this flow."""
+        return FlowRows(getattr(self, _flow(latents)), latents.size)
+
     def _context(self, latents: Latents, call: Call) -> Tensor:
         context: Tensor = self.encoder(call.rows(latents))
         rows = call.sizes(latents)
@@ -138,6 +152,46 @@ class FlowGuide(PackedGuide):
         """Return the width of the encoder's output, from its first rows."""
         with poutine.block(), torch.no_grad():
             return self.encoder(raw[:2] if isinstance(raw, Tensor) else raw).shape[-1]
+
+
+@dataclass(frozen=True)
+class FlowRows(RowFamily):
+    """One flow with any context, followed by any affine map: the networks are the same for all."""
+
+    flow: AffineFlow
+    size: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The context, if any, locations, logarithms of scales."""
+        linear = self.flow.linear
+        context = () if linear is None else (linear.in_features,)
+        return (*context, self.size, self.size)
+
+    @property
+    def noise_size(self) -> int:
+        """D."""
+        return self.size
+
+    def draw(self, numbers: Tensor, noise: Tensor) -> Tensor:
+        """Push the noise through the flow."""
+        return self.distribution(numbers).push(noise)
+
+    def log_prob(self, numbers: Tensor, u: Tensor) -> Tensor:
+        """Return the flow's log-density; of values that are not draws by the inverse."""
+        return self.distribution(numbers).log_prob(u)
+
+    def scored_draw(self, numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return draws and the log-density that came with them."""
+        flow = self.distribution(numbers)
+        u = flow.push(noise)
+        return u, flow.log_prob(u)
+
+    def distribution(self, numbers: Tensor) -> ZukoDistribution:
+        """Return the flow, batch ``[*batch]`` and event ``[D]``."""
+        context, head = numbers.split([sum(self.blocks[:-2]), 2 * self.size], -1)
+        given = None if self.flow.linear is None else context
+        return self.flow.at(given, head, numbers.shape[:-1])
 
 
 def _flow(latents: Latents) -> str:

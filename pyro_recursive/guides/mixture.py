@@ -20,6 +20,7 @@ from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.parallel import pays, run_together, same_architecture
+from pyro_recursive.guides.rows import MixtureRows, RowFamily
 from pyro_recursive.guides.weights import Weights
 from pyro_recursive.sites import PARTICLE_PLATE
 from pyro_recursive.strata import Choice, Strata, current_strata
@@ -235,9 +236,25 @@ class MixtureGuide(PackedGuide):
                 found.append(guide.parameters_of(latents, call))
         return torch.stack(torch.broadcast_tensors(*found))
 
-    def sample(self, latents: Latents, call: Call) -> Values:
+    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+        """Return the numbers of all members, and the logits of their weights, ``[*batch, P]``."""
+        guides = [self.component(m) for m in self.members]
+        if _alike(guides):
+            numbers = list(self.parameters_of(latents, call, self.members, frozenset()))
+        else:
+            numbers = [_packed(guide).numbers_of(latents, call) for guide in guides]
+        numbers.append(self.log_weights(latents, call, self.members))
+        batch = torch.broadcast_shapes(*(own.shape[:-1] for own in numbers))
+        return torch.cat([own.expand(*batch, -1) for own in numbers], -1)
+
+    def row_family(self, latents: Latents) -> RowFamily:
+        """Return the mixtures that a row may have."""
+        guides = [_packed(self.component(m)) for m in self.members]
+        return MixtureRows(tuple(guide.row_family(latents) for guide in guides))
+
+    def sample_from(self, mixture: Mixture, latents: Latents, call: Call) -> Values:
         """Sample a component for each row, then the sites of a group."""
-        mixture, strata = self.posterior(latents, call), current_strata()
+        strata = current_strata()
         if mixture.num_components == 1 and strata is None:
             device = mixture.log_weights.device
             index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
@@ -277,6 +294,13 @@ class MixtureGuide(PackedGuide):
 def _check(components: Sequence[Callable]) -> None:
     if not components:
         raise ValueError("A mixture needs at least one component, got none.")
+    for component in components:
+        if isinstance(component, PackedGuide) and not component.can_be_component:
+            raise ValueError(
+                f"{type(component).__name__} cannot be a component of a mixture: its encoder "
+                "learns from more than its distribution. Refine the mixture as a whole: "
+                "SemiAmortizedGuide(model, MixtureGuide(model, [...]))."
+            )
     if any(isinstance(component, MixtureGuide) for component in components):
         raise ValueError(
             "A mixture guide cannot be a component of a mixture: list all components in one."
@@ -287,6 +311,15 @@ def _alike(guides: Sequence[Any]) -> bool:
     """Whether all are Gaussians of one family, so that they can be evaluated at once."""
     gaussian = all(isinstance(guide, AmortizedGuide) for guide in guides)
     return gaussian and len({guide.family for guide in guides}) == 1
+
+
+def _packed(guide: Any) -> PackedGuide:
+    if not isinstance(guide, PackedGuide):
+        raise TypeError(
+            f"A component of the mixture is {type(guide).__name__}, whose distribution for one row "
+            "is not known as a function of numbers. Use AmortizedGuide or FlowGuide components."
+        )
+    return guide
 
 
 def _assigned(strata: Strata, mixture: Mixture) -> Tensor:

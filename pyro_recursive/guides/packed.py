@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import pyro
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
 from pyro_recursive.guides.latents import Latents, Values, latents_of
-from pyro_recursive.sites import Site, plates_of, sites
+from pyro_recursive.guides.rows import RowFamily
+from pyro_recursive.sites import Site, nesting_of, plates_of, sites
 
 __all__ = ["Call", "PackedGuide"]
 
@@ -83,15 +84,34 @@ class PackedGuide(PyroModule):
         self.plate, self.create_plates = plate, create_plates
         self.inputs = inputs or _first_argument
         self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
+        self.nesting = 0  # how many dims the model's plates take
         self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
         self._lengths: dict[
             str, dict[int, tuple[int, int]]
         ] = {}  # the plates' sizes by that length
         self._chosen: frozenset[str] = frozenset()  # plates whose minibatch the model is given
 
+    can_be_component: ClassVar[bool] = True  # of a mixture: its distribution is all that it is
+
     @abstractmethod
     def posterior(self, latents: Latents, call: Call) -> Any:
         """Return the distribution of a group: batch ``[*batch]``, event ``[D]``, unconstrained."""
+
+    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+        """Return the numbers that make up the distribution of each row, ``[*batch, P]``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which numbers make up the distribution of a row: "
+            "define its numbers_of() and row_family()."
+        )
+
+    def row_family(self, latents: Latents) -> RowFamily:
+        """Return the distributions that a row may have, as functions of those numbers."""
+        raise NotImplementedError(f"{type(self).__name__} does not define row_family().")
+
+    def keep_rows(self, latents: Latents, call: Call, numbers: Tensor) -> None:
+        """Put numbers ``[*batch, P]`` into the table for the minibatch's rows, if there is one."""
+        if not self.by_row:
+            raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create what depends on the model's latents.
@@ -127,6 +147,7 @@ class PackedGuide(PyroModule):
         parts = [[s for s in latent if s["name"] not in local]]
         parts.append([s for s in latent if s["name"] in local])
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
+        self.nesting = nesting_of(trace)
         self._follows = dict(_following(groups, raw))
         self._chosen = frozenset(minibatch.names)
         trunk, is_training = self._trunk(), self.training
@@ -170,7 +191,10 @@ class PackedGuide(PyroModule):
 
     def sample(self, latents: Latents, call: Call) -> Values:
         """Sample the sites of a group."""
-        posterior = self.posterior(latents, call)
+        return self.sample_from(self.posterior(latents, call), latents, call)
+
+    def sample_from(self, posterior: Any, latents: Latents, call: Call) -> Values:
+        """Sample the sites of a group from its distribution."""
         u = drawn_from(posterior, outer_shape())
         return emit(latents, call.plates, u, posterior.log_prob)
 

@@ -46,7 +46,10 @@ class ZukoDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Return reparameterised draws, ``[*sample, *batch, D]``, and keep their log-density."""
-        noise = self.flow.base.rsample(torch.Size(sample_shape))
+        return self.push(self.flow.base.rsample(torch.Size(sample_shape)))
+
+    def push(self, noise: Tensor) -> Tensor:
+        """Return the draws that noise becomes, ``[..., *batch, D]``, and keep their log-density."""
         drawn, log_det = self.flow.transform.inv.call_and_ladj(noise)
         log_prob = self.flow.base.log_prob(noise) - log_det
         self._last[:] = [(drawn, log_prob, torch.is_grad_enabled())]
@@ -84,21 +87,28 @@ class AffineFlow(nn.Module):
         if context:
             self.linear = nn.Linear(context, len(initial), bias=False).to(loc)
 
+    def head(self, context: Tensor | None) -> Tensor:
+        """Return locations and log-scales, ``[*batch, 2 D]``; without a context ``[2 D]``."""
+        return self.bias if self.linear is None else self.bias + self.linear(context)
+
     def forward(self, context: Tensor | None, batch_shape: torch.Size) -> ZukoDistribution:
         """Return the flow given a context ``[*batch, n]``, or none: batch ``[*batch]``.
 
         Built without gradients it stays without those of its parameters; a value's are kept.
         """
+        return self.at(context, self.head(context), batch_shape)
+
+    def at(self, context: Tensor | None, head: Tensor, shape: torch.Size) -> ZukoDistribution:
+        """Return the flow given a context and what the affine head makes of one."""
         from zuko.distributions import NormalizingFlow
         from zuko.transforms import ComposedTransform
 
-        parameters = self.bias if self.linear is None else self.bias + self.linear(context)
-        loc, log_scale = parameters.chunk(2, -1)
+        loc, log_scale = head.chunk(2, -1)
         # The networks run when a density is asked for, under the grad mode of that time.
         flow = (self.flow if torch.is_grad_enabled() else _frozen(self.flow))(context)
         affine = AffineTransform(loc, log_scale.exp(), event_dim=1)
         transform = ComposedTransform(affine.inv, flow.transform)
-        return ZukoDistribution(NormalizingFlow(transform, flow.base.expand(batch_shape)))
+        return ZukoDistribution(NormalizingFlow(transform, flow.base.expand(shape)))
 
 
 def _frozen(module: nn.Module) -> nn.Module:

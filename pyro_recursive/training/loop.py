@@ -25,7 +25,7 @@ from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
 from pyro_recursive.training.minibatches import Data, Minibatches, rows_of
-from pyro_recursive.training.schedules import KLWarmup
+from pyro_recursive.warmup import KLWarmup
 
 __all__ = ["History", "fit"]
 
