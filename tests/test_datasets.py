@@ -17,16 +17,17 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pyro_recursive import datasets
 from pyro_recursive.datasets import (
     Dataset,
     DatasetError,
     dynamic_binarize,
     fixed_binarize,
+    folders,
     load,
 )
+from pyro_recursive.datasets import idx as idx_files
 
-TRAIN, LABELS, TEST, TEST_LABELS = datasets._FILES["mnist"]
+TRAIN, LABELS, TEST, TEST_LABELS = folders.FILES["mnist"]
 REAL = os.environ.get("PYRO_RECURSIVE_DATA")  # read before the fixture below clears it
 Array = npt.NDArray[Any]
 
@@ -61,14 +62,14 @@ def small_arrays() -> tuple[Array, Array, Array, Array]:
 
 
 def write_small(folder: Path) -> None:
-    for file, array in zip(datasets._FILES["mnist"], small_arrays(), strict=True):
+    for file, array in zip(folders.FILES["mnist"], small_arrays(), strict=True):
         write(folder / file, idx(array, 0x08))
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with eight images in place of MNIST, whose checksums are then not asked for."""
-    monkeypatch.setattr(datasets, "_CONTENT_MD5", {})
+    monkeypatch.setattr(idx_files, "_CONTENT_MD5", {})
     write_small(tmp_path / "mnist")
     return tmp_path
 
@@ -103,7 +104,7 @@ def test_omniglot_labels_are_big_endian_int32(tmp_path: Path) -> None:
     labels, test_labels = np.array([0, 1622, 300, 2, 7], ">i4"), np.array([1, 258, 3], ">i4")
     arrays = (train, labels, test, test_labels)
     codes = (0x08, 0x0C, 0x08, 0x0C)
-    for file, array, code in zip(datasets._FILES["omniglot"], arrays, codes, strict=True):
+    for file, array, code in zip(folders.FILES["omniglot"], arrays, codes, strict=True):
         write(tmp_path / "omniglot" / file, idx(array, code))
     data = load("omniglot", root=tmp_path)
     assert data.train_labels.tolist() == [0, 1622, 300, 2, 7]
@@ -176,7 +177,7 @@ def test_damage_is_named(small: Path, kind: str) -> None:
         load("mnist", root=small)
 
 
-@pytest.mark.parametrize("file", datasets._FILES["mnist"])
+@pytest.mark.parametrize("file", folders.FILES["mnist"])
 def test_each_missing_file_is_named(small: Path, file: str) -> None:
     path = small / "mnist" / file
     path.unlink()
@@ -200,7 +201,7 @@ def test_other_images_are_not_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
         with pytest.raises(DatasetError, match=message):
             load("mnist", root=tmp_path)
-        monkeypatch.delitem(datasets._CONTENT_MD5, f"mnist/{file}")
+        monkeypatch.delitem(idx_files._CONTENT_MD5, f"mnist/{file}")
     assert len(load("mnist", root=tmp_path).train) == 5
 
 
@@ -234,7 +235,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, write_file: Any) -> list[tuple[str, s
 
 
 def write_one(path: Path) -> None:
-    arrays = dict(zip(datasets._FILES["mnist"], small_arrays(), strict=True))
+    arrays = dict(zip(folders.FILES["mnist"], small_arrays(), strict=True))
     write(path, idx(arrays[path.name], 0x08))
 
 
@@ -254,13 +255,13 @@ HASHES = {
 
 @pytest.mark.parametrize("name", HASHES)
 def test_a_download_is_checksummed_and_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "_CONTENT_MD5", {})
+    monkeypatch.setattr(idx_files, "_CONTENT_MD5", {})
     asked = serve(monkeypatch, write_one)
     assert len(load(name, download=True).train) == 5
     url, hashes = HASHES[name]
     assert asked == [
         (url + file, f"md5:{md5}")
-        for file, md5 in zip(datasets._MNIST_FILES, hashes.split(), strict=True)
+        for file, md5 in zip(folders.FILES["mnist"], hashes.split(), strict=True)
     ]
     asked.clear()
     assert len(load(name).test) == 3
@@ -351,7 +352,7 @@ def test_omniglot_is_split_the_same_each_time_and_converted_once(
     serve(monkeypatch, write_drawings)
     first = load("omniglot", download=True)
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "_convert_omniglot", lambda folder: pytest.fail("converted again"))
+        patch.setattr(folders, "_convert_omniglot", lambda folder: pytest.fail("converted again"))
         assert torch.equal(load("omniglot").train, first.train)
         assert torch.equal(load("omniglot", download=True).train, first.train)
     serve(monkeypatch, lambda path: write_drawings(path, step=-1))
@@ -368,7 +369,7 @@ def test_a_grey_edge_is_averaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     image.fromarray(paper).convert("1").save(buffer, "png")
     with zipfile.ZipFile(tmp_path / "images_background.zip", "w") as file:
         file.writestr("images_background/A/character01/0001_01.png", buffer.getvalue())
-    ((character, cells),) = datasets._drawings(tmp_path / "images_background.zip")
+    ((character, cells),) = folders._drawings(tmp_path / "images_background.zip")
     assert character == "images_background/A/character01"
     assert np.abs(cells[0, :4].astype(int) - 127.5).max() <= 1 and cells[1:].max() == 0
 

@@ -1,0 +1,172 @@
+"""Real images behind one function, checksummed, and the two ways to make them binary.
+
+:func:`load` returns grey intensities, which are Bernoulli means. Training draws binary images anew
+at every step with :func:`dynamic_binarize`; a test set is drawn once with :func:`fixed_binarize`.
+The extra ``pip install 'pyro_recursive[data]'`` brings the digits and the downloads; IDX files in
+a folder need neither.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_recursive.datasets.folders import FILES, SHAPE, find_folder, import_extra, split
+from pyro_recursive.datasets.idx import Array, DatasetError, read_idx
+
+__all__ = ["Dataset", "dynamic_binarize", "fixed_binarize", "load"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Grey images as rows of intensities in [0, 1], with their labels.
+
+    ``train`` and ``test`` are float32 ``N x D``, ``train_labels`` and ``test_labels`` int64 ``N``;
+    ``shape`` is the height and width of an image, with product ``D``.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+    shape: tuple[int, int]
+
+    def split_validation(self, size: int) -> "Dataset":
+        """Return the training rows as a data set of their own, the last ``size`` as its ``test``.
+
+        Choices made on the result never see the real test rows; a size of 400 leaves 59,600 rows
+        of MNIST to train on. Raises ValueError unless ``0 < size < len(train)``.
+
+        >>> load("digits").split_validation(100)
+        Dataset('digits-validation', train=[1337, 64], test=[100, 64], shape=(8, 8))
+        """
+        if not 0 < size < len(self.train):
+            raise ValueError(
+                f"split_validation got size={size}; {self.name} has {len(self.train)} training "
+                f"rows, so give a size from 1 to {len(self.train) - 1}"
+            )
+        return replace(
+            self,
+            name=f"{self.name}-validation",
+            train=self.train[:-size],
+            test=self.train[-size:],
+            train_labels=self.train_labels[:-size],
+            test_labels=self.train_labels[-size:],
+        )
+
+    def __repr__(self) -> str:
+        """Show the shapes instead of the numbers."""
+        train, test = list(self.train.shape), list(self.test.shape)
+        return f"Dataset({self.name!r}, train={train}, test={test}, shape={self.shape})"
+
+
+def load(
+    name: str = "digits", *, root: str | os.PathLike[str] | None = None, download: bool = False
+) -> Dataset:
+    """Load a data set: ``digits``, ``mnist``, ``fashion_mnist`` or ``omniglot``.
+
+    The digits are scikit-learn's (8x8, a fixed 1,437 + 360 split) and need no file. The others are
+    IDX files in ``root/name``, by default in the folder that the environment variable
+    ``PYRO_RECURSIVE_DATA`` names, else in pooch's cache, which ``download=True`` fills and
+    uses where the folder does not hold all four files. A ``SHA256SUMS`` in the folder is obeyed.
+
+    Omniglot is downloaded as drawings, box-averaged from 105x105 to 28x28 and split at random with
+    a fixed seed into 24,345 + 8,115. This is not the 28x28 file of Burda et al. (arXiv:1509.00519):
+    compare methods on it side by side, not with published nats.
+
+    Raises ValueError for an unknown name, :class:`DatasetError` for a missing, damaged or wrong
+    file, and ImportError where the ``data`` extra is needed.
+
+    >>> load("digits")
+    Dataset('digits', train=[1437, 64], test=[360, 64], shape=(8, 8))
+    """
+    if name == "digits":
+        return _load_digits()
+    if name not in FILES:
+        raise ValueError(f"load got {name!r}; give one of {', '.join(['digits', *FILES])}")
+    folder = find_folder(name, root, download)
+    images, labels, test_images, test_labels = (folder / file for file in FILES[name])
+    train, test = _read_split(images, labels), _read_split(test_images, test_labels)
+    return Dataset(name, train[0], test[0], train[1], test[1], SHAPE)
+
+
+def dynamic_binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw binary images anew from Bernoulli(``x``), of the same shape and dtype.
+
+    Without a ``generator`` this consumes torch's global one, so that a run that restores the
+    global state resumes bit for bit. Raises ValueError for intensities outside [0, 1] or NaN where
+    ``x`` is on the CPU; elsewhere reading the answer back would stall every training step, so the
+    check is left to ``torch.bernoulli``, which on CUDA stops with a device-side assertion.
+
+    >>> dynamic_binarize(torch.tensor([0.0, 1.0]))
+    tensor([0., 1.])
+    """
+    _require_float(x)
+    if x.device.type == "cpu":
+        _require_intensities(x)
+    return torch.bernoulli(x, generator=generator)
+
+
+def fixed_binarize(x: Tensor, seed: int = 0) -> Tensor:
+    """Draw binary images from Bernoulli(``x``), the same for the same ``seed`` on any device.
+
+    Keeps shape and dtype and leaves the global generator alone. Raises ValueError for intensities
+    outside [0, 1] or NaN.
+
+    >>> x = torch.full((2, 3), 0.5)
+    >>> bool((fixed_binarize(x, seed=1) == fixed_binarize(x, seed=1)).all())
+    True
+    """
+    _require_float(x)
+    _require_intensities(x)
+    # Uniforms from the CPU, because each kind of device has a random stream of its own.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    uniform = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (uniform.to(x.device) < x).to(x.dtype)
+
+
+def _require_float(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(
+            f"intensities must be floating point, got {x.dtype}; divide the grey values by white"
+        )
+
+
+def _require_intensities(x: Tensor) -> None:
+    # Written so that NaN fails, and so that no rows at all pass.
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(
+            f"intensities must lie in [0, 1], got values from {x.min().item():g} to "
+            f"{x.max().item():g}; scale them first"
+        )
+
+
+def _load_digits() -> Dataset:
+    datasets = import_extra("sklearn.datasets", "the digits come with scikit-learn")
+    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = _as_tensors(images, labels, white=16)
+    train, test = split(len(images), test_size=360)
+    return Dataset("digits", images[train], images[test], labels[train], labels[test], (8, 8))
+
+
+def _read_split(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
+    images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
+    if images.shape[1:] != SHAPE:
+        raise DatasetError(
+            f"{images_path}: images of {images.shape[1:]} pixels, not {SHAPE}; fetch the original"
+        )
+    if len(images) != len(labels):
+        raise DatasetError(
+            f"{images_path}: {len(images)} images, but {len(labels)} labels in "
+            f"{labels_path.name}; take both files from one source"
+        )
+    return _as_tensors(images, labels, white=255)
+
+
+def _as_tensors(images: Array, labels: Array, white: int) -> tuple[Tensor, Tensor]:
+    intensities = torch.from_numpy(images.astype(np.float32)).div_(white).flatten(1)
+    return intensities, torch.from_numpy(labels.astype(np.int64))
