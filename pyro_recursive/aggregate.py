@@ -1,24 +1,25 @@
-r"""The aggregate posterior of a guide, ``q(z) = mean_i q(z | x_i)`` over the rows of a batch.
+"""The aggregate posterior of a guide, ``q(z) = mean_i q(z | x_i)`` over the rows of a batch.
 
-With z_j drawn from the posterior of row j, the table ``log q(z_j | x_i)`` gives how much the latents
-tell about the data, and how far their distribution over all data is from the prior:
+With z_j drawn from the posterior of row j, the table ``log q(z_j | x_i)`` tells how much the
+latents know about the data, and how far their distribution over all data is from the prior:
 
     mean KL(q(z | x) || p(z))  =  I_q(x; z)  +  KL(q(z) || p(z))
 
 For the local latents of any guide: those inside the plate of the data. Latents outside of it keep
-one value in each draw. All quantities are in nats and of the posterior itself: user's scales, KL
-warm-up and subsample scales are no part of it. Modules are used in the mode they are in: call
-``.eval()`` first, if they have dropout or batch norm.
+one value in each draw. All is in nats, and of the posterior itself: a user's scales, KL warm-up and
+subsample scales are no part of it. Modules are used in the mode they are in: call ``.eval()``
+first, if they have dropout or batch norm.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_recursive.exchange import Draws, Exchange
+from pyro_recursive.active_units import ActiveUnits, active_units
+from pyro_recursive.exchange import Draws, Exchange, alone, check_at_least
 from pyro_recursive.program import Program
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
     "posterior_table",
     "rate_of",
 ]
-
-DRAWN_ROWS = 5000  # draws times rows in one run of guide and model
 
 
 class Rate(NamedTuple):
@@ -65,8 +64,7 @@ def posterior_table(
     >>> posterior_table(guide, torch.tensor([0.0, 50.0])).argmax(1)
     tensor([0, 1])
     """
-    _check(chunk_size=(chunk_size, 1))
-    exchange = Exchange(Program(_nothing, guide, args, kwargs), plate, chunk_size)
+    exchange = Exchange(alone(guide, args, kwargs), plate, chunk_size)
     return torch.cat(list(exchange.strips(exchange.draw(1))))
 
 
@@ -105,12 +103,12 @@ def mutual_information(
     >>> def guide(x):
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("z", dist.Normal(x, 1.0))
-    >>> mutual_information(guide, torch.tensor([0.0, 50.0, 100.0])).exp().item()
+    >>> round(mutual_information(guide, torch.tensor([0.0, 50.0, 100.0])).exp().item(), 6)
     3.0
     """
-    _check(num_draws=(num_draws, 1), chunk_size=(chunk_size, 1))
-    exchange = Exchange(Program(_nothing, guide, args, kwargs), plate, chunk_size)
-    found = [_information(exchange, draws).mutual for draws in _split(exchange, num_draws)]
+    check_at_least(1, num_draws=num_draws)
+    exchange = Exchange(alone(guide, args, kwargs), plate, chunk_size)
+    found = [_information(exchange, draws).mutual for draws in exchange.split(num_draws)]
     return torch.cat(found).mean()
 
 
@@ -150,11 +148,11 @@ def rate_of(
     >>> rate_of(model, collapsed, torch.ones(3)).kl.item()
     0.0
     """
-    _check(num_draws=(num_draws, 1), chunk_size=(chunk_size, 1))
+    check_at_least(1, num_draws=num_draws)
     exchange = Exchange(Program(model, guide, args, kwargs), plate, chunk_size)
     parts = [
         (information.own, information.mutual, exchange.log_prior(draws).flatten())
-        for draws in _split(exchange, num_draws)
+        for draws in exchange.split(num_draws)
         for information in [_information(exchange, draws)]
     ]
     own, mutual, prior = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -169,9 +167,11 @@ class _Information(NamedTuple):
 
 
 def _information(exchange: Exchange, draws: Draws) -> _Information:
-    own, mixture, rows = [], [], exchange.num_rows
+    own: list[Tensor] = []
+    mixture: list[Tensor] = []
+    rows = exchange.num_rows
     for strip in exchange.strips(draws):
-        start = sum(map(len, own))
+        start = sum(len(part) for part in own)
         number = torch.arange(start, start + len(strip), device=strip.device) % rows
         own.append(strip.gather(1, number.unsqueeze(1)).squeeze(1))
         mixture.append(strip.logsumexp(1) - math.log(rows))

@@ -4,7 +4,7 @@ A guide draws once for all rows of a batch. Then it runs again, under a plate of
 latents of one row given to all rows: each particle holds the draw of another row.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +19,24 @@ from torch import Tensor
 from pyro_recursive.layout import Layout
 from pyro_recursive.program import Program, without
 from pyro_recursive.random_state import set_torch_state, torch_state
+from pyro_recursive.row_plate import check_density, latent, no_density, rows_plate
 from pyro_recursive.sites import (
-    check_match,
     PARTICLE_PLATE,
     Site,
-    independent_plates_of,
+    check_match,
     is_delta,
     log_prob_of,
     plates_of,
     sites,
     subsample_sites,
 )
-from pyro_recursive.strata import Choice
 from pyro_recursive.structure import structure_of
 from pyro_recursive.traces import Particles
 
-__all__ = ["Draws", "Exchange"]
+__all__ = ["Draws", "Exchange", "alone", "check_at_least"]
 
-CHUNK_ROWS = 50_000  # particles times rows in one pass: the guide's networks run once in each
+DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
+CHUNK_ROWS = 50_000  # the same where draws are exchanged: networks see the rows once in each pass
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Exchange:
     :param plate: the rows' plate; None finds the one around all latents that are in any
     :param chunk_size: how many rows' draws one pass gives to all rows; None is about 50,000 / B
     :raises ValueError: there is no such plate, or no density of a row at another row's draw; names
-        the site
+        the site. ``chunk_size`` is below 1
     """
 
     def __init__(
         self, program: Program, plate: str | None = None, chunk_size: int | None = None
     ) -> None:
         """Look at one run of the guide, which decides the minibatch of all others."""
+        check_at_least(1, chunk_size=chunk_size)
         structure = structure_of(program, fresh=True)
         if structure.mixing is not None:
             raise ValueError(
@@ -78,12 +79,11 @@ class Exchange:
                 "the left, where the samples are. Count dims from the right (z.sum(-1), z[..., 0])."
             )
         self.program, self.nesting = program, structure.max_plate_nesting
-        with self._particles(1):
-            trace = program.run_guide()
+        trace = self._run(2, None)
         self.minibatch = subsample_sites(trace)
-        self.frame = _rows_plate(latent(trace), plate)
+        self.frame = rows_plate(latent(trace), plate)
         local = [site for site in latent(trace) if self.frame.name in plates_of(site)]
-        _check_density(local)
+        check_density(local)
         self.local = frozenset(site["name"] for site in local)
         self.chunk_size = chunk_size or max(1, CHUNK_ROWS // self.num_rows)
 
@@ -95,14 +95,23 @@ class Exchange:
     def draw(self, count: int) -> Draws:
         """Draw ``count`` times for each row, in one pass."""
         state, memory = torch_state(), _Memory()
-        with self._particles(count), memory:
-            trace = self.program.run_guide(self.minibatch)
+        with memory:
+            trace = self._run(count, self.minibatch)
         return Draws(count, trace, state, memory.content)
 
+    def split(self, num_draws: int) -> Iterator[Draws]:
+        """Yield so many draws for each row, about 5,000 rows at a time."""
+        size = max(1, DRAWN_ROWS // self.num_rows)
+        for start in range(0, num_draws, size):
+            yield self.draw(min(size, num_draws - start))
+
     def values(self, draws: Draws) -> dict[str, Tensor]:
-        """Return the rows' latents, without auxiliary ones: ``[S, B, *inner plates, *event]``."""
+        """Return the rows' latents, without auxiliary ones: ``[S, B, units]`` for each site.
+
+        The units are the plates inside a row and the event dims, flattened.
+        """
         return {
-            site["name"]: self._by_row(site, draws.count)
+            site["name"]: self._by_row(site, draws.count).reshape(draws.count, self.num_rows, -1)
             for site in latent(draws.trace)
             if site["name"] in self.local and not site["infer"].get("is_auxiliary")
         }
@@ -116,8 +125,8 @@ class Exchange:
         for numbers in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
             given = self._given(draws, numbers)
             set_torch_state(draws.state)
-            with self._particles(len(numbers)), _Memory(draws.memory):
-                again = self.program.run_guide(without(given, is_delta))
+            with _Memory(draws.memory):
+                again = self._run(len(numbers), without(given, is_delta))
             set_torch_state(after)
             self._check_computed(again, given)
             counted = [site for site in sites(again) if _is_density(site)]
@@ -145,6 +154,17 @@ class Exchange:
 
     def _particles(self, count: int) -> pyro.plate:
         return pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1)
+
+    def _run(self, count: int, values: poutine.Trace | None) -> poutine.Trace:
+        try:
+            with self._particles(count):
+                return self.program.run_guide(values)
+        except Exception as error:
+            error.add_note(
+                f"{count} samples run in one pass, under one more plate on the left: the guide "
+                "must broadcast."
+            )
+            raise
 
     def _by_row(self, site: Site, count: int) -> Tensor:
         """Return a local site's value with its rows in front, ``[S, B, *inner plates, *event]``."""
@@ -174,7 +194,7 @@ class Exchange:
             if site["name"] in self.local and is_delta(site):
                 expected = given.nodes[site["name"]]["value"]
                 if not torch.allclose(site["value"], expected, 1e-4, 1e-6, equal_nan=True):
-                    raise _no_density(site)
+                    raise no_density(site)
 
     def _summed(self, found: list[Site], numbers: Collection) -> Tensor:
         """Sum log-densities over all but particles and rows, ``[particles, B]``."""
@@ -197,33 +217,20 @@ class _Memory(Messenger):
         msg["value"], msg["done"] = self.content, True
 
 
-def latent(trace: poutine.Trace) -> list[Site]:
-    """Return the latent sites of a trace, auxiliary ones included."""
-    return [site for site in sites(trace) if not site["is_observed"]]
+def alone(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
+    """Return the program of a guide that is looked at without its model."""
+    return Program(_nothing, guide, args, kwargs)
 
 
-def _check_density(local: list[Site]) -> None:
-    """Raise where the rows' latents have no density of their own."""
-    sampled = [s for s in local if not is_delta(s) and not isinstance(s["fn"], Choice)]
-    if not sampled:
-        raise _no_density(next(site for site in local if is_delta(site)))
-    auxiliary = [site for site in sampled if site["infer"].get("is_auxiliary")]
-    # What is computed from an auxiliary draw has its density; what is sampled after it has not.
-    if auxiliary and not any(is_delta(site) for site in local):
-        raise ValueError(
-            f"Guide site '{auxiliary[0]['name']}' is auxiliary: the density of the latents is an "
-            "integral over it, which is unknown. A mixture has its density as a MixtureGuide, or "
-            "as a distribution such as MixtureSameFamily."
-        )
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for the model."""
 
 
-def _no_density(site: Site) -> ValueError:
-    return ValueError(
-        f"Guide site '{site['name']}' is computed (a Delta), and not from draws of its row alone: "
-        "a row's density at the value of another is unknown. Sample it from a distribution. "
-        "AutoNormal and AmortizedGuide do; guides of points, and joint ones such as "
-        "AutoDiagonalNormal, have no density for each row."
-    )
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """Raise where a number is given and no integer of at least ``least``."""
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number < least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {number!r}.")
 
 
 def _is_density(site: Site) -> bool:
@@ -233,12 +240,15 @@ def _is_density(site: Site) -> bool:
 
 def _log_prob(site: Site, frame: Any) -> Tensor:
     """Return a site's log-density with its mask; scales are no part of a density."""
-    for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
-        if isinstance(mask, Tensor) and mask.dim() >= -frame.dim:
-            if bool((mask != mask.narrow(frame.dim, 0, 1)).any()):
-                raise ValueError(
-                    f"Site '{site['name']}' has a mask that differs between the rows of plate "
-                    f"'{frame.name}', whose latents are then not the same variables. Pass rows of "
-                    "one mask at a time."
-                )
+    masks = (site["mask"], getattr(site["fn"], "_mask", None))
+    if any(isinstance(mask, Tensor) and _varies(mask, frame.dim) for mask in masks):
+        raise ValueError(
+            f"Site '{site['name']}' has a mask that differs between the rows of plate "
+            f"'{frame.name}', whose latents are then not the same variables. Pass rows of one mask "
+            "at a time."
+        )
     return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
+
+
+def _varies(mask: Tensor, dim: int) -> bool:
+    return mask.dim() >= -dim and bool((mask != mask.narrow(dim, 0, 1)).any())
