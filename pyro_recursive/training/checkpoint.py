@@ -108,8 +108,8 @@ def check_generators(path: Path, state: Mapping[str, Any], live: Collection[Gene
     if len(state["generators"]) != len(live):
         raise CheckpointError(
             f"Checkpoint '{path}' does not fit the data: it holds {len(state['generators'])} "
-            f"generators of their order, the program has {len(live)}. Use the data, batch_size and "
-            "shuffle of the run that wrote it, or another file."
+            f"generators of their order, the program has {len(live)}. Use the data, batch_size, "
+            "shuffle and aggressive of the run that wrote it, or another file."
         )
 
 

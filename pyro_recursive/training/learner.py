@@ -23,6 +23,7 @@ from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.minibatches import Batch, Minibatches
 from pyro_recursive.training.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
+from pyro_recursive.training.parts import Part, Parts
 
 __all__ = ["Learner", "MakeOptimizer", "MakeScheduler"]
 
@@ -53,43 +54,57 @@ class Learner:
         self.clip_norm, self.check_every = clip_norm, check_every
         self.modules = _modules([model, guide, loss, *modules])
         self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of first sight
+        self.parts = Parts(guide)
         self.num_initial = 0  # how many of them the optimiser was made with
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite as long as all is well
         self.steps = 0
+        self.guide_steps = 0  # those of the guide alone, not among the others
 
-    def step(self, batch: Batch, epoch: int) -> Tensor:
+    def step(self, batch: Batch, epoch: int, part: Part | None = None) -> Tensor:
         """Take one step; return the loss before it: a float64 scalar in nats, on its device.
 
+        :param part: whose parameters take it alone; None for all together
         :raises NonFiniteError: before the optimiser has changed anything
+        :raises ValueError: there are no parameters, or none of the part
         """
         before = torch_state()
         try:
-            loss = self._differentiate(batch)
+            loss = self._differentiate(batch, part)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
             site = self._first_site(batch, before)
             if site is None:
                 raise
-            raise self._error(batch, epoch, site) from error
+            raise self._error(batch, epoch, site, part) from error
+        if part is not None:
+            self._hold_others(part, batch)
         optimizer = self.optimizer or self._start_optimizer()
         norm = clip_grad_norm_(self.parameters.values(), self.clip_norm).double()
         self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
         every = 1 if norm.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY
-        if self.steps % (self.check_every or every) == 0:
-            self.check(batch, epoch, before)
+        if (self.steps + self.guide_steps) % (self.check_every or every) == 0:
+            self.check(batch, epoch, before, part)
         optimizer.step()
         self._zero_gradients()  # what comes after, an SVI perhaps, would add to them
-        self.steps += 1
+        self.steps += part != "guide"
+        self.guide_steps += part == "guide"
         return loss
 
-    def check(self, batch: Batch, epoch: int, before: list[Tensor] | None = None) -> None:
+    def check(
+        self,
+        batch: Batch,
+        epoch: int,
+        before: list[Tensor] | None = None,
+        part: Part | None = None,
+    ) -> None:
         """Raise if any loss or gradient so far was not finite; waits for the device.
 
         :raises NonFiniteError: naming step, epoch and the place where the NaN or infinity arises
         """
         if not math.isfinite(self.health.item()):
-            raise self._error(batch, epoch, self._first_site(batch, before or torch_state()))
+            site = self._first_site(batch, before or torch_state())
+            raise self._error(batch, epoch, site, part)
 
     def end_epoch(self, value: float) -> None:
         """Step the learning-rate schedule; ``value`` is for one that waits for a plateau."""
@@ -123,6 +138,8 @@ class Learner:
             "weights": self.weights(),
             "num_initial": self.num_initial,
             "steps": self.steps,
+            "guide_steps": self.guide_steps,
+            "parts": self.parts.state(),
             "optimizer": checkpoint.state_of(self.optimizer),
             "scheduler": checkpoint.state_of(self.scheduler),
         }
@@ -141,7 +158,8 @@ class Learner:
         for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             checkpoint.set_state_of(owner, path, kind, state[kind])
         self.set_weights(saved)
-        self.steps = state["steps"]
+        self.steps, self.guide_steps = state["steps"], state.get("guide_steps", 0)
+        self.parts.set_state(state.get("parts"))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -156,8 +174,11 @@ class Learner:
             for part, training in modes.items():
                 part.training = training
 
-    def _differentiate(self, batch: Batch) -> Tensor:
-        """Return the loss as a float64 scalar; leave its gradient in the parameters."""
+    def _differentiate(self, batch: Batch, part: Part | None = None) -> Tensor:
+        """Return the loss as a float64 scalar; leave its gradient in the parameters.
+
+        Those known to be in the other part may be left without.
+        """
         self._zero_gradients()
         differentiable = getattr(self.loss, "differentiable_loss", None)
         run = self.loss.loss_and_grads if differentiable is None else differentiable
@@ -167,8 +188,24 @@ class Learner:
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
         if differentiable is not None and loss.requires_grad:
             self._zero_gradients()  # of parameters that are new to this run, too
-            loss.backward()
+            loss.backward(inputs=self._learning(part))
         return loss.detach().double()
+
+    def _learning(self, part: Part | None) -> list[Tensor] | None:
+        """Return what needs a gradient; None for everything."""
+        if part is None:
+            return None
+        others = self.parts.others(self.parameters, part)
+        return [p for name, p in self.parameters.items() if name not in others]
+
+    def _hold_others(self, part: Part, batch: Batch) -> None:
+        """Take the gradients from the other part: torch's optimisers pass over what has none."""
+        if self.parts.num_sorted < len(self.parameters):
+            buffers = {name: buffer.clone() for name, buffer in self._buffers().items()}
+            self.parts.sort(self.parameters, batch)
+            _copy(self._buffers(), buffers)
+        for parameter in self.parts.others(self.parameters, part).values():
+            parameter.grad = None
 
     def _collect(self, trace: poutine.Trace) -> None:
         """Take in the parameters that were not seen before, under their first name."""
@@ -243,15 +280,19 @@ class Learner:
                     return watch.first
         return watch.first
 
-    def _error(self, batch: Batch, epoch: int, site: str | None) -> NonFiniteError:
+    def _error(
+        self, batch: Batch, epoch: int, site: str | None, part: Part | None
+    ) -> NonFiniteError:
         """Say where the NaN arises; gradients are those that the search has left."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         data = {str(number): column for number, column in enumerate(batch)}
         places = [*non_finite("data tensor", data), *non_finite("parameter", self.parameters)]
         places += [site] if site else non_finite("the gradient of parameter", gradients)
         self._zero_gradients()
+        alone = f"step {self.guide_steps + 1} of the guide alone, before "
+        place = f"{alone if part == 'guide' else ''}step {self.steps + 1}, epoch {epoch}"
         return NonFiniteError(
-            f"The loss or its gradient is not finite in step {self.steps + 1}, epoch {epoch}. "
+            f"The loss or its gradient is not finite in {place}. "
             f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
             "Clean or mask the data if the cause is there; else lower the learning rate, set "
             "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "

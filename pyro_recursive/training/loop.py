@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,59 +18,23 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch.nn import Module
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pyro_recursive.training import checkpoint as checkpoints
-from pyro_recursive.training.checkpoint import forked_rng
+from pyro_recursive.training.aggressive import Aggressive, Phase
+from pyro_recursive.training.arguments import (
+    check_at_least_one,
+    check_combination,
+    check_loss,
+    check_optimizer,
+)
+from pyro_recursive.training.held_out import HeldOut
+from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
 from pyro_recursive.training.minibatches import Data, Minibatches, rows_of
 from pyro_recursive.warmup import KLWarmup
 
 __all__ = ["History", "fit"]
-
-VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
-
-
-@dataclass
-class History:
-    """What `fit` recorded: lists with one entry per epoch, ``json.dumps(asdict(history))`` works.
-
-    ``loss`` is the mean over the epoch's batches of what the loss returned before each step, in
-    nats: of the full data where the model's plate knows their size (``pyro.plate("data", size,
-    subsample=batch)``), of the batch where it does not. During KL warm-up it is the weighted loss.
-    ``validation`` is the same mean over the validation batches, never weighted, None in an epoch
-    without validation. ``rows`` and ``validation_rows`` are the mean rows of a batch: where the
-    plate is the batch, ``loss / rows`` is per datum. ``learning_rate`` is the first parameter
-    group's in that epoch; ``seconds`` the epoch's duration; ``steps`` the steps since the start.
-
-    >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
-    >>> history.best_epoch
-    1
-    """
-
-    epoch: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    validation: list[float | None] = field(default_factory=list)
-    rows: list[float] = field(default_factory=list)
-    validation_rows: float | None = None
-    learning_rate: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    stopped_early: bool = False
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The first epoch with the lowest validation loss; None without validation."""
-        values = [math.inf if v is None or math.isnan(v) else v for v in self.validation]
-        best = min(values, default=math.inf)
-        return self.epoch[values.index(best)] if best < math.inf else None
-
-    def out_of_patience(self, patience: float | None) -> bool:
-        """Whether ``patience`` epochs, up to a validation just done, brought no better one."""
-        if patience is None or not self.validation or self.validation[-1] is None:
-            return False
-        return len(self.epoch) - (self.best_epoch or 0) >= patience
 
 
 def fit(
@@ -87,6 +51,7 @@ def fit(
     shuffle: bool = True,
     transform: Callable | None = None,
     kl_warmup: int = 0,
+    aggressive: Aggressive | None = None,
     validation: Data | None = None,
     validation_loss: ELBO | None = None,
     validate_every: int = 1,
@@ -120,6 +85,8 @@ def fit(
         binarisation with the global random state
     :param kl_warmup: in epoch e = 1, 2, ... all latents' log-densities are weighted by
         ``min(1, e / kl_warmup)``, see `KLWarmup`; 0 is no warm-up
+    :param aggressive: against posterior collapse, the guide takes many steps alone before each step
+        of the model, as long as that helps: see `Aggressive`. Needs ``validation``
     :param validation: held-out data in any form of ``data``; neither shuffled nor transformed, and
         evaluated with modules in eval mode, no gradients and the same random draws each time
     :param validation_loss: the loss for validation; the training loss if None
@@ -160,18 +127,21 @@ def fit(
     >>> history.steps
     [5, 10, 15]
     """
-    _check_loss(loss, validation_loss)
-    _check_optimizer(optimizer)
-    _check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
-    _check_combination(kl_warmup, patience, validation, resume, checkpoint)
+    check_loss(loss, validation_loss)
+    check_optimizer(optimizer)
+    check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
+    check_combination(kl_warmup, patience, validation, resume, checkpoint, aggressive)
     if seed is not None:
         pyro.set_rng_seed(seed)
     batches = Minibatches(data, batch_size, shuffle, transform)
-    held_out = _held_out(validation, batch_size)
+    held_out = None if validation is None else HeldOut(validation, batch_size)
     learner = Learner(
         model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules=modules
     )
-    run = _Run(learner, batches, Path(checkpoint) if checkpoint is not None else None)
+    phase = None
+    if aggressive is not None and aggressive.max_steps and held_out is not None:
+        phase = Phase(aggressive, learner, batches, held_out)
+    run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint is not None else None)
     if resume:
         run.resume()
     with run.progress_bar(epochs, disable=not progress) as bar:
@@ -189,8 +159,11 @@ def fit(
 class _Run:
     """A run in progress; all of it but the data is in its checkpoint."""
 
-    def __init__(self, learner: Learner, batches: Minibatches, path: Path | None) -> None:
-        self.learner, self.batches, self.path = learner, batches, path
+    def __init__(
+        self, learner: Learner, batches: Minibatches, phase: Phase | None, path: Path | None
+    ) -> None:
+        self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
+        self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
 
@@ -206,14 +179,21 @@ class _Run:
         return tqdm(total=total, initial=self.learner.steps, unit="step", disable=disable)
 
     def epoch(
-        self, weight: float, held_out: Minibatches | None, validation_loss: ELBO, bar: tqdm
+        self, weight: float, held_out: HeldOut | None, validation_loss: ELBO, bar: tqdm
     ) -> None:
         """Train for one epoch, validate, and record both."""
         start, history = time.perf_counter(), self.history
-        loss, rows = self._train(weight, bar)
-        validation = None
+        phase = self.phase
+        if phase is not None and not phase.options.goes_on(history.mutual_information):
+            phase = None
+        loss, rows = self._train(weight, phase, bar)
+        shown = {"loss": loss}
+        validation = information = None
         if held_out is not None:
-            validation, history.validation_rows = self._validate(held_out, validation_loss)
+            validation, history.validation_rows = held_out.loss(self.learner, validation_loss)
+            shown["validation"] = validation
+        if phase is not None:
+            shown["mutual_information"] = information = phase.measure()
         history.epoch.append(self.num_epochs + 1)
         history.loss.append(loss)
         history.validation.append(validation)
@@ -221,7 +201,9 @@ class _Run:
         history.learning_rate.append(self.learner.learning_rate)
         history.seconds.append(time.perf_counter() - start)
         history.steps.append(self.learner.steps)
-        shown = {"loss": loss} if validation is None else {"loss": loss, "validation": validation}
+        history.aggressive.append(phase is not None)
+        history.guide_steps.append(self.learner.guide_steps)
+        history.mutual_information.append(information)
         bar.set_postfix(shown)
 
     def end_epoch(self, keep_best: bool) -> None:
@@ -240,90 +222,31 @@ class _Run:
         """
         if self.path is None or not self.path.exists():
             return
-        state, generators = checkpoints.load(self.path), self.batches.generators
-        checkpoints.check_generators(self.path, state["random"], generators)
+        state = checkpoints.load(self.path)
+        checkpoints.check_generators(self.path, state["random"], self.generators)
         self.learner.set_state(self.path, state["learner"], self.batches)
-        self.history, self.best = History(**state["history"]), state["best"]
-        checkpoints.set_random_state(state["random"], generators)
+        self.history, self.best = History.restored(state["history"]), state["best"]
+        checkpoints.set_random_state(state["random"], self.generators)
 
     def _state(self) -> dict[str, Any]:
         return {
             "learner": self.learner.state(),
             "history": asdict(self.history),
             "best": self.best,
-            "random": checkpoints.random_state(self.batches.generators),
+            "random": checkpoints.random_state(self.generators),
         }
 
-    def _train(self, weight: float, bar: tqdm) -> tuple[float, float]:
+    def _train(self, weight: float, phase: Phase | None, bar: tqdm) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of one pass over the batches."""
+        step = self.learner.step if phase is None else phase.stepper()
         total, count, rows = torch.zeros(()), 0, 0  # on the device: to read it is to wait
         warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
         with warmup:
             for batch in self.batches:
-                loss = self.learner.step(batch, self.num_epochs + 1)
+                loss = step(batch, self.num_epochs + 1)
                 total, count, rows = total.to(loss) + loss, count + 1, rows + rows_of(batch)
                 bar.update()
             if not count:
                 raise ValueError("The DataLoader gave no batches. Check its data set.")
             self.learner.check(batch, self.num_epochs + 1)
         return total.item() / count, rows / count
-
-    def _validate(self, held_out: Minibatches, loss: ELBO) -> tuple[float, float]:
-        """Return mean loss in nats and mean rows of the validation batches; leave no trace."""
-        learner = self.learner
-        with learner.evaluating(), forked_rng(VALIDATION_SEED, held_out.generators):
-            pairs = [
-                (loss.loss(learner.model, learner.guide, *batch), rows_of(batch))
-                for batch in held_out
-            ]
-        value, rows = torch.as_tensor(pairs, dtype=torch.float64).mean(0).tolist()
-        return value, rows
-
-
-def _held_out(validation: Data | None, batch_size: int | None) -> Minibatches | None:
-    if validation is None:
-        return None
-    size = None if isinstance(validation, DataLoader) else batch_size
-    return Minibatches(validation, size, shuffle=False, name="validation")
-
-
-def _check_loss(*losses: ELBO | None) -> None:
-    for loss in losses:
-        if loss is not None and not isinstance(loss, ELBO):
-            raise TypeError(
-                f"loss must be a pyro.infer.ELBO, got {loss!r}. Pass an instance such as "
-                "Trace_ELBO()."
-            )
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    of_pyro = str(getattr(optimizer, "__module__", None)).startswith("pyro.optim")
-    if of_pyro or isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise TypeError(
-            f"optimizer must make a torch optimiser from a list of parameters, got a "
-            f"{type(optimizer).__name__}. Pass e.g. functools.partial(torch.optim.Adam, lr=1e-3); "
-            "pyro.optim optimisers belong in a loop of SVI.step."
-        )
-
-
-def _check_at_least_one(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
-
-
-def _check_combination(
-    kl_warmup: int,
-    patience: float | None,
-    validation: Data | None,
-    resume: bool,
-    checkpoint: str | os.PathLike | None,
-) -> None:
-    if kl_warmup < 0:
-        raise ValueError(f"kl_warmup must be 0 (none) or a number of epochs, got {kl_warmup}.")
-    if patience is not None and not patience >= 1:
-        raise ValueError(f"patience must be at least 1 epoch, or None, got {patience}.")
-    if patience is not None and validation is None:
-        raise ValueError(f"patience={patience} needs a validation loss. Pass validation data.")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")

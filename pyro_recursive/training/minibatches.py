@@ -23,6 +23,7 @@ class Minibatches:
     :param shuffle: whether to draw another order of the rows each time
     :param transform: maps the tensors of a batch to a tensor or a tuple of tensors
     :param name: what messages call the data
+    :param even: whether to leave out a last batch of fewer rows than the others
     :raises TypeError: data are of another kind
     :raises ValueError: no data, tensors of different lengths, a batch size below 1
 
@@ -38,10 +39,12 @@ class Minibatches:
         shuffle: bool = True,
         transform: Callable | None = None,
         name: str = "data",
+        even: bool = False,
     ) -> None:
         """Check the data; draw the seed of their order from the global random state."""
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         self.batch_size, self.transform, self.name = batch_size, transform, name
+        self.even = even
         _check_batch_size(batch_size, self.data)
         if self.count == 0:
             raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")
@@ -64,12 +67,27 @@ class Minibatches:
     def count(self) -> int | None:
         """The number of batches; None where a DataLoader does not know it."""
         if not isinstance(self.data, DataLoader):
-            rows = self.data[0].shape[0]
-            return -(-rows // (self.batch_size or rows))
+            return len(self._parts(self.data))
         try:
             return len(self.data)
         except TypeError:
             return None
+
+    def again(self) -> "Minibatches":
+        """Return random batches of the same data and of one size, to be drawn beside these.
+
+        A DataLoader stays as it is, and is iterated twice at the same time.
+
+        :raises ValueError: a DataLoader whose workers persist, and serve one iteration at a time
+        """
+        if not isinstance(self.data, DataLoader):
+            return Minibatches(self.data, self.batch_size, True, self.transform, self.name, True)
+        if self.data.num_workers and self.data.persistent_workers:
+            raise ValueError(
+                f"The workers of DataLoader {self.name} persist, and it can be iterated only once "
+                "at a time. Set persistent_workers=False, or give the data as tensors."
+            )
+        return self
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, transformed."""
@@ -77,19 +95,24 @@ class Minibatches:
         for batch in data if isinstance(data, DataLoader) else self._rows(data):
             yield _as_tuple(batch if self.transform is None else self.transform(*_as_tuple(batch)))
 
+    def _parts(self, columns: Batch) -> list[slice]:
+        """Return which places of the order each batch of the columns has."""
+        rows = len(columns[0])
+        size = self.batch_size or rows
+        end = rows - rows % size if self.even and rows > size else rows
+        return [slice(start, start + size) for start in range(0, end, size)]
+
     def _rows(self, columns: Batch) -> Iterator[Batch]:
         """Yield slices of the columns, in order or in a new random order."""
         if self.batch_size is None:
             yield columns
             return
-        rows = len(columns[0])
-        parts = [slice(start, start + self.batch_size) for start in range(0, rows, self.batch_size)]
         if self.order is None:
-            yield from (tuple(column[part] for column in columns) for part in parts)
+            yield from (tuple(column[part] for column in columns) for part in self._parts(columns))
             return
-        order = torch.randperm(rows, generator=self.order, device="cpu")
+        order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
         orders = [order.to(column.device) for column in columns]  # one transfer per epoch
-        for part in parts:
+        for part in self._parts(columns):
             yield tuple(column[own[part]] for column, own in zip(columns, orders, strict=True))
 
 
