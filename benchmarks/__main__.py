@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks [bounds | guides | posteriors | snr | speed] [options]``.
+"""Command line: ``python -m benchmarks [NAME] [options]``, with a name of `COMMANDS`.
 
 Without a name the two main jobs run, `bounds` and `guides`, with the options that both have but for
 ``--methods`` and ``--output``.
@@ -6,12 +6,13 @@ Without a name the two main jobs run, `bounds` and `guides`, with the options th
 
 import sys
 
-from benchmarks import bounds, guides, posteriors, snr, speed
+from benchmarks import bounds, guides, posteriors, refinement, snr, speed
 
 COMMANDS = {
     "bounds": bounds.main,
     "guides": guides.main,
     "posteriors": posteriors.main,
+    "refinement": refinement.main,
     "snr": snr.main,
     "speed": speed.main,
 }

@@ -1,8 +1,8 @@
-"""What the two main jobs share: options, data, and results that a resume goes on from."""
+"""What the jobs that train share: options, data, evaluation, and results to go on from."""
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import write_json
+from pyro_recursive import log_marginal
 from pyro_recursive.datasets import Dataset, fixed_binarize
 
 EPOCHS = {"digits": 60}  # 8 elsewhere
@@ -52,11 +53,11 @@ def binarized(images: Dataset, rows: int, test_points: int, train_points: int) -
 
 
 def parser_of(
-    name: str, description: str | None, methods: Iterable[str]
+    name: str, description: str | None, methods: Iterable[str], more_data: Iterable[str] = ()
 ) -> argparse.ArgumentParser:
-    """Return a parser of the options that both jobs have."""
+    """Return a parser of the options that all jobs have."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
-    choices = ["digits", "mnist", "fashion_mnist", "omniglot"]
+    choices = ["digits", "mnist", "fashion_mnist", "omniglot", *more_data]
     parser.add_argument("--dataset", default="digits", choices=choices)
     parser.add_argument("--download", action="store_true", help="fetch a data set that is missing")
     names = list(methods)
@@ -70,6 +71,18 @@ def parser_of(
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     return parser
+
+
+def elbo_of(model: Callable, guide: Callable, batch: Tensor, draws: int) -> Tensor:
+    """Return the mean over draws of log p(x, z) - log q(z | x), for each row, in nats."""
+    copies = min(draws, 20)
+    runs = -(-draws // copies)
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    for _ in range(runs):
+        repeated = batch.repeat(copies, *[1] * (batch.dim() - 1))
+        one = log_marginal(model, guide, repeated, num_particles=1)
+        total += one.reshape(copies, -1).mean(0)
+    return total / runs
 
 
 def stored(folder: Path, settings: dict[str, Any], resume: bool, key: str) -> dict[str, Any]:

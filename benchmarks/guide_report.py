@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.guide_methods import BASELINE
-from benchmarks.report import table
+from benchmarks.report import color, name_rows, spread, table
 
 PIXELS = {"digits": 64}  # 784 elsewhere
 
@@ -45,12 +45,12 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
     inference = [t["ratio"][name] for k, t in results["inference"].items() if "methods" in k]
     return [
         name,
-        _spread(test),
-        _spread(paired(name, results), sign=True),
+        spread(test),
+        spread(paired(name, results), sign=True),
         f"{-test.mean().item() / (pixels * math.log(2)):.4f}",
-        _spread(elbo),
-        _spread(elbo - test, sign=True),
-        _spread(train),
+        spread(elbo),
+        spread(elbo - test, sign=True),
+        spread(train),
         f"{sum(run['test']['ess'] for run in runs.values()) / len(runs):.0f}",
         f"{first['guide_parameters']:,}, {first['model_parameters']:,}",
         ", ".join(members),
@@ -88,13 +88,6 @@ def _ratio(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
-def _spread(values: Tensor, sign: bool = False) -> str:
-    if not len(values):
-        return ""
-    mean = f"{values.mean().item():{'+' if sign else ''}.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std().item():.2f}"
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw log p(x) and ELBO of every seed, the gap between them, learning curves, and cost."""
     import matplotlib
@@ -117,8 +110,8 @@ def _draw_bounds(axes: Any, results: dict[str, Any]) -> None:
     for place, runs in enumerate(results["runs"].values()):
         for key, marker in (("log_p", "o"), ("elbo", "|")):
             values = means(runs, "test", key)
-            axes.plot(values, [place] * len(values), marker, color=_color(place), alpha=0.7)
-    _name_rows(axes, results)
+            axes.plot(values, [place] * len(values), marker, color=color(place), alpha=0.7)
+    name_rows(axes, results["runs"])
     samples = results["settings"]["eval_samples"]
     axes.set(xlabel="nats per test image", title=f"IWAE-{samples} (dots) and ELBO (bars), by seed")
 
@@ -127,8 +120,8 @@ def _draw_gaps(axes: Any, results: dict[str, Any]) -> None:
     for place, runs in enumerate(results["runs"].values()):
         gap = means(runs, "test", "log_p") - means(runs, "test", "elbo")
         error = gap.std().item() if len(gap) > 1 else 0.0
-        axes.barh(place, gap.mean().item(), xerr=error, color=_color(place))
-    _name_rows(axes, results)
+        axes.barh(place, gap.mean().item(), xerr=error, color=color(place))
+    name_rows(axes, results["runs"])
     axes.set(xlabel="nats per test image", title="log p(x) - ELBO: what the guide misses")
 
 
@@ -140,7 +133,7 @@ def _draw_curves(axes: Any, results: dict[str, Any]) -> None:
             [[-v / h["validation_rows"] for v in h["validation"]] for h in histories]
         )
         mean, style = curves.mean(0), "-" if place < 10 else "--"
-        axes.plot(histories[0]["epoch"], mean, style, color=_color(place), label=name)
+        axes.plot(histories[0]["epoch"], mean, style, color=color(place), label=name)
         last.append(mean[len(mean) // 5 :].min().item())
     axes.set_ylim(bottom=min(last))
     axes.set(xlabel="epoch", ylabel="validation IWAE-16 (nats per image)", title="learning")
@@ -155,16 +148,7 @@ def _draw_costs(axes: Any, results: dict[str, Any]) -> None:
     for shift, (label, ratios) in enumerate(kinds):
         places = [place + 0.27 * (shift - 1) for place in range(len(names))]
         axes.barh(places, [ratios[name] for name in names], height=0.25, label=label)
-    _name_rows(axes, results)
+    name_rows(axes, results["runs"])
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="time / VAE", title="cost, equal samples")
     axes.legend(fontsize=8)
-
-
-def _color(place: int) -> str:
-    return f"C{place % 10}"
-
-
-def _name_rows(axes: Any, results: dict[str, Any]) -> None:
-    axes.set_yticks(range(len(results["runs"])), list(results["runs"]))
-    axes.invert_yaxis()

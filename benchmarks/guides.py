@@ -25,6 +25,7 @@ from benchmarks.experiment import (
     Data,
     binarized,
     check_settings,
+    elbo_of,
     held_out,
     parser_of,
     sizes,
@@ -190,22 +191,12 @@ def _evaluate(method: Method, images: Tensor, settings: Settings) -> dict[str, A
         )
         evidence.append(found.log_marginal)
         ess.append(found.ess)
-        elbo.append(_elbo(method, batch, draws))
+        elbo.append(elbo_of(model, guide, batch, draws))
     return {
         "log_p": torch.cat(evidence).tolist(),
         "elbo": torch.cat(elbo).tolist(),
         "ess": torch.cat(ess).mean().item(),
     }
-
-
-def _elbo(method: Method, batch: Tensor, draws: int) -> Tensor:
-    """Return the mean over draws of log p(x, z) - log q(z | x), for each image."""
-    copies = min(draws, 20)
-    total = torch.zeros(len(batch), dtype=torch.float64)
-    for _ in range(-(-draws // copies)):
-        one = log_marginal(method.vae.model, method.guide, batch.repeat(copies, 1), num_particles=1)
-        total += one.reshape(copies, -1).mean(0)
-    return total / -(-draws // copies)
 
 
 def _time(results: dict[str, Any], settings: Settings, data: Data, repeats: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,3 +56,23 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
+
+
+def spread(values: torch.Tensor, sign: bool = False, digits: int = 2) -> str:
+    """Return mean ± standard deviation over seeds, ``[seeds]``; the mean alone of one seed."""
+    if not len(values):
+        return ""
+    mean = f"{values.mean().item():{'+' if sign else ''}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std().item():.{digits}f}"
+
+
+def color(place: int) -> str:
+    """Return the colour of a method in all plots of a benchmark."""
+    return f"C{place % 10}"
+
+
+def name_rows(axes: Any, names: Iterable[str]) -> None:
+    """Put names beside horizontal bars, the first on top."""
+    names = list(names)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
