@@ -50,12 +50,14 @@ from pyro_recursive import (
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
     Schedule,
+    SemiAmortizedGuide,
     Stratified_ELBO,
     log_marginal,
 )
 from pyro_recursive.guides.families import LowRank
 from pyro_recursive.guides.flow import FlowGuide
 from pyro_recursive.guides.packed import PackedGuide
+from pyro_recursive.guides.updates import LearnedUpdate
 from pyro_recursive.sites import sites, subsample_sites
 from tests import models
 from tests.models import Programs, Row
@@ -255,6 +257,15 @@ def recursive_encoders(s: Setting, **options: Any) -> RecursiveMixtureGuide:
     )
 
 
+def encoders(s: Setting) -> MixtureGuide:
+    return MixtureGuide(s.model, [s.amortized(), s.amortized()], weights="shared", **s.options)
+
+
+def refined(s: Setting, guide: PackedGuide, **options: Any) -> SemiAmortizedGuide:
+    """Refine with the same draws in each call, so that there is one density to compare with."""
+    return SemiAmortizedGuide(s.model, guide, steps=2, seed=1, **options)
+
+
 class Told(Encoder):
     """An encoder that is also told the parameters of the components before it."""
 
@@ -302,14 +313,7 @@ KINDS = [
         mixture=True,
         learned=False,
     ),
-    Kind(
-        "mixture_encoders",
-        lambda s: MixtureGuide(
-            s.model, [s.amortized(), s.amortized()], weights="shared", **s.options
-        ),
-        "encoder",
-        mixture=True,
-    ),
+    Kind("mixture_encoders", encoders, "encoder", mixture=True),
     Kind(
         "mixture_unlike",
         lambda s: MixtureGuide(
@@ -360,6 +364,23 @@ KINDS = [
     ),
     Kind("recursive_encoders", recursive_encoders, "encoder", mixture=True),
     Kind("recursive_conditional", recursive_conditional, "encoder", mixture=True),
+    Kind("refined", lambda s: refined(s, s.amortized()), "encoder"),
+    Kind(
+        "refined_second_order",
+        lambda s: refined(s, s.amortized(), mode="second_order", checkpoint=True),
+        "encoder",
+    ),
+    Kind(
+        "refined_by_network",
+        lambda s: refined(s, s.amortized("full"), update=LearnedUpdate(hidden=(4,))),
+        "encoder",
+    ),
+    Kind(
+        "refined_table",
+        lambda s: refined(s, AmortizedGuide(s.model, plate=s.plate, **s.options), mode="svi"),
+        "table",
+    ),
+    Kind("refined_mixture", lambda s: refined(s, encoders(s)), "encoder", mixture=True),
 ]
 KIND = {kind.name: kind for kind in KINDS}
 
@@ -424,7 +445,14 @@ def loss_refusal(row: Row) -> Refused | None:
     return None
 
 
+def members_of(guide: PackedGuide) -> tuple[int, ...]:
+    """Return the numbers of the components that make up the mixture; none where there is none."""
+    return getattr(getattr(guide, "guide", guide), "members", ())
+
+
 def stratified_refusal(row: Row, guide: PackedGuide) -> Refused | None:
+    if isinstance(guide, SemiAmortizedGuide):
+        return TypeError, "needs a mixture guide of this package.*got SemiAmortizedGuide"
     if loss_refusal(row):
         return loss_refusal(row)
     if len(guide.groups) > 1:
@@ -442,7 +470,7 @@ def applies(row: Row, kind: Kind) -> bool:
 
 COMBINATIONS = [(row, kind) for row in MODELS for kind in KINDS if applies(row, kind)]
 # In the quick loop every model meets some kinds, and some models every kind.
-QUICK_KINDS = {"encoder", "mixture_encoders", "recursive"}
+QUICK_KINDS = {"encoder", "mixture_encoders", "recursive", "refined"}
 QUICK_MODELS = {"supports", "nested"}
 ALIKE = {  # as others are, but for what their own guides make of them: the quick loop will do
     *("annealed_subsample", "annealed_mixed", "masked_discrete", "masked_mixed", "mixed_global"),
@@ -450,6 +478,8 @@ ALIKE = {  # as others are, but for what their own guides make of them: the quic
     *("exact_grid", "exact_grid_reversed", "exact_loop_of_plate", "sequential_twice", "size_one"),
 }
 EVERY_LOSS = {"explicit_subsample", "hierarchy"}
+# Where the guide's steps depend on the model's parameters, differentiably.
+SHARED = {("explicit_subsample", "refined_second_order")}
 
 
 def over(chosen: list[tuple[Row, Kind]]) -> Any:
@@ -480,7 +510,7 @@ def made(row: Row, kind: Kind) -> tuple[Setting, PackedGuide]:
 
 def bring_together(guide: nn.Module) -> None:
     """Let the components of a mixture overlap, so that they have a say about each other's draws."""
-    first, *others = getattr(guide, "components", [None])
+    first, *others = getattr(getattr(guide, "guide", guide), "components", [None])
     for other in others:
         if type(other) is type(first):
             other.load_state_dict(first.state_dict())
@@ -510,6 +540,7 @@ def latents_in(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def check_trace(s: Setting, guide: PackedGuide, kind: Kind) -> None:
+    guide.eval()  # a table of refined rows moves in training
     trace = poutine.trace(guide).get_trace(*s.args)
     minibatch = subsample_sites(trace)
     prior = poutine.trace(poutine.replay(s.model, trace=minibatch)).get_trace(*s.args)
@@ -517,7 +548,7 @@ def check_trace(s: Setting, guide: PackedGuide, kind: Kind) -> None:
     auxiliary = {name for name, site in found.items() if site["infer"].get("is_auxiliary")}
     assert found.keys() - auxiliary == expected.keys()
     assert all(name.endswith("_component") for name in auxiliary)
-    members = len(guide.members) if kind.mixture else 1
+    members = len(members_of(guide)) if kind.mixture else 1
     assert len(auxiliary) == (len(guide.groups) if members > 1 else 0)
     for name, site in expected.items():
         assert found[name]["value"].shape == site["value"].shape
@@ -525,6 +556,7 @@ def check_trace(s: Setting, guide: PackedGuide, kind: Kind) -> None:
     for source in (found, expected):  # the guide's own values, and foreign ones
         values = {name: source[name]["value"].detach().clone() for name in expected}
         check_density(s, guide, trace, prior, values)
+    guide.train()
 
 
 def check_density(
@@ -563,7 +595,7 @@ SCORED = ("vimco", "dreg+vimco")
 
 
 def estimators_of(kind: Kind, guide: PackedGuide) -> tuple[str, ...]:
-    draws = kind.mixture and len(guide.members) > 1 and kind.learned
+    draws = kind.mixture and len(members_of(guide)) > 1 and kind.learned
     return SCORED if draws else SMOOTH
 
 
@@ -599,6 +631,9 @@ def check_gradients(loss: Any, s: Setting, guide: PackedGuide) -> None:
     for name, gradient in found.items():
         if any(map(name.startswith, outside)) or (single and name.startswith("weights")):
             continue
+        if name == "guide.free_local_unconstrained":
+            assert gradient is None  # a table that keeps what its rows become
+            continue
         if "scale_tril" in name and gradient is not None and gradient.numel() == 1:
             continue  # the unit diagonal alone
         assert gradient is not None and gradient.isfinite().all(), (type(loss), name)
@@ -613,7 +648,11 @@ def check_losses(s: Setting, guide: PackedGuide, kind: Kind, *, every: bool) -> 
     else:
         losses = list(multi_sample_losses(kind, guide))
         for loss in losses if every else losses[1:2]:
-            check_gradients(loss, s, guide)
+            if isinstance(loss, PIWAE_ELBO) and (s.row.name, kind.name) in SHARED:
+                with pytest.raises(ValueError, match="Parameter 'mu' belongs to model and guide"):
+                    loss.loss_and_grads(s.model, guide, *s.args)
+            else:
+                check_gradients(loss, s, guide)
     if every:
         for loss in pyro_losses():
             check_gradients(loss, s, guide)
@@ -730,7 +769,7 @@ def test_mean_field_loss_wants_no_mixture(kind: str) -> None:
             TraceMeanField_ELBO().loss_and_grads(s.model, guide, *s.args)
 
 
-@kinds("gaussian", "table", "encoder_full", "flow_encoder")
+@kinds("gaussian", "table", "encoder_full", "flow_encoder", "refined")
 def test_mean_field_loss_is_the_elbo(kind: str) -> None:
     s, guide = of("data_plate", kind)
     values = []
@@ -743,7 +782,7 @@ def test_mean_field_loss_is_the_elbo(kind: str) -> None:
 # The evidence: no guide changes what its weights estimate.
 
 
-EVIDENCE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_unlike")
+EVIDENCE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_unlike", "refined")
 
 
 @kinds(*EVIDENCE)
@@ -812,7 +851,10 @@ def _centre(bias: Tensor, free: Tensor) -> None:
 # Predictions, and data of another size.
 
 
-@kinds("full", "table", "encoder", "flow_encoder", "mixture", "mixture_encoders", "recursive")
+PREDICTIVE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_encoders")
+
+
+@kinds(*PREDICTIVE, "recursive", "refined", "refined_table", "refined_mixture")
 @pytest.mark.parametrize("row", ["hierarchy", "supports"])
 def test_predictive(row: str, kind: str) -> None:
     """One by one and in one pass: the latents' shapes, and draws that differ."""
@@ -827,7 +869,10 @@ def test_predictive(row: str, kind: str) -> None:
             assert drawn[name].std(0).min() > 0 or name == "factor"
 
 
-@kinds("encoder", "encoder_full", "flow_encoder", "mixture_encoders", "recursive_conditional")
+OTHER_DATA = ("encoder", "encoder_full", "flow_encoder", "mixture_encoders")
+
+
+@kinds(*OTHER_DATA, "recursive_conditional", "refined", "refined_by_network")
 @pytest.mark.parametrize("row", ["data_plate", "modules", "methods", "explicit_subsample"])
 def test_other_data(row: str, kind: str) -> None:
     """A guide with encoders takes data of another size, and gives a datum what it gave before."""
@@ -841,14 +886,14 @@ def test_other_data(row: str, kind: str) -> None:
     assert Predictive(s.model, guide=guide, num_samples=4)(*other)["z"].shape == (4, *shape)
 
 
-@kinds("table", "mixture_table", "recursive_table")
+@kinds("table", "mixture_table", "recursive_table", "refined_table")
 def test_tables_are_of_one_size(kind: str) -> None:
     _, guide = of("data_plate", kind)
     with pytest.raises(ValueError, match=r"'data' has 7 entries.*parameters for 4.*encoder"):
         guide(torch.zeros(7))
 
 
-@kinds("gaussian", "encoder", "mixture_encoders", "flow_encoder")
+@kinds("gaussian", "encoder", "mixture_encoders", "flow_encoder", "refined")
 def test_plates_that_come_later(kind: str) -> None:
     """A model whose plates depend on its arguments is known by its first call."""
     s, guide = of("deeper", kind)
@@ -1043,7 +1088,7 @@ def test_hidden_sites_have_a_guide_of_their_own() -> None:
     assert math.isfinite(loss.loss_and_grads(models.mixed, guide, models.data()))
 
 
-@kinds("encoder", "mixture_encoders", "recursive_encoders", "flow_encoder")
+@kinds("encoder", "mixture_encoders", "recursive_encoders", "flow_encoder", "refined")
 @pytest.mark.slow
 def test_training_lowers_the_loss(kind: str) -> None:
     row = Row("far", locals_at(4.0))
@@ -1219,7 +1264,7 @@ def test_refused_with_a_remedy(name: str) -> None:
 
 
 @pytest.mark.cuda
-@kinds("mixture_encoders", "mixture_unlike", "recursive_encoders")
+@kinds("mixture_encoders", "mixture_unlike", "recursive_encoders", "refined")
 def test_cuda(kind: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -1234,6 +1279,9 @@ def test_cuda(kind: str) -> None:
             models.observe(z, x)
 
     loss = RecursiveMixture_ELBO(4) if KIND[kind].recursive else Stratified_ELBO(4)
+    if isinstance(guide, SemiAmortizedGuide):
+        guide.attach(model)
+        loss = Trace_ELBO()
     svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
     for _ in range(3):
         assert math.isfinite(svi.step(x))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bounds, guides
+from benchmarks import bounds, guides, refinement, refinement_report
 from benchmarks.guide_methods import Setup, build, count, schedule
 from benchmarks.guide_report import report
 from benchmarks.report import table
@@ -90,6 +90,37 @@ def test_guides_resume_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "recursive 2" in report(merged)
     with pytest.raises(SystemExit, match="give the same options to resume"):
         run(tmp_path / "parts", "--resume", "--batch-size", "50", of="guides", methods=GUIDES)
+
+
+REFINEMENT = ["VAE", "first order", "aggressive"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["digits", "sequences-known"])
+def test_refinement_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
+    monkeypatch.setattr(refinement, "ROWS", 200)
+    options = ["--dataset", dataset]
+    whole = run(tmp_path / "whole", *options, of="refinement", methods=REFINEMENT)
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement, "log_marginal", fails)
+        with pytest.raises(SystemExit, match="--resume"):
+            run(tmp_path / "parts", *options, of="refinement", methods=REFINEMENT)
+    kept = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert kept["runs"]["VAE"]["0"]["processor_seconds"] > 0  # trained, not evaluated
+    resumed = run(tmp_path / "parts", *options, "--resume", of="refinement", methods=REFINEMENT)
+    assert (tmp_path / "parts" / "results.png").stat().st_size > 10_000
+    # An aggressive schedule holds back the steps of the model: there are none where it is known.
+    expected = REFINEMENT[: 3 if dataset == "digits" else 2]
+    assert list(resumed["runs"]) == expected
+    for name in expected:
+        mine, theirs = resumed["runs"][name]["0"], whole["runs"][name]["0"]
+        for key in ("log_p", "elbo", "gaps", "kl", "active_units"):
+            assert mine[key] == theirs[key]
+        assert name in refinement_report.report(resumed)
 
 
 def test_guides_are_of_equal_budgets() -> None:

@@ -130,10 +130,14 @@ class AmortizedGuide(PackedGuide):
 
     @torch.no_grad()
     def keep_rows(self, latents: Latents, call: Call, numbers: Tensor) -> None:
-        """Put numbers ``[*batch, P]`` into the table, if there is one, for the minibatch's rows."""
+        """Put numbers ``[*batch, P]`` into the table, if there is one, for the minibatch's rows.
+
+        Of several particles, each with global latents of its own, the mean.
+        """
         if self.by_row:
             return
-        table, rows = getattr(self, _free(latents)), numbers.reshape(*call.sizes(latents), -1)
+        table, sizes = getattr(self, _free(latents)), call.sizes(latents)
+        rows = numbers.reshape(-1, *sizes, numbers.shape[-1]).mean(0)
         places = [call.plates[frame.name].indices.to(table.device) for frame in latents.rows]
         table[torch.meshgrid(*places, indexing="ij")] = rows
 

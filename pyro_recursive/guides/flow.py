@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pyro_recursive.guides.flow_kinds import build_flow, check_flow
 from pyro_recursive.guides.latents import Latents
+from pyro_recursive.guides.local_flow import LocalFlowRows
 from pyro_recursive.guides.packed import Call, PackedGuide
-from pyro_recursive.guides.rows import RowFamily
+from pyro_recursive.guides.rows import START, RowFamily
 from pyro_recursive.guides.zuko_flow import AffineFlow, ZukoDistribution
 
 __all__ = ["FlowGuide"]
@@ -192,6 +193,18 @@ class FlowRows(RowFamily):
         context, head = numbers.split([sum(self.blocks[:-2]), 2 * self.size], -1)
         given = None if self.flow.linear is None else context
         return self.flow.at(given, head, numbers.shape[:-1])
+
+    def start(self, loc: Tensor) -> Tensor:
+        """Return a context of zeros, a place and the scale of a start."""
+        context = loc.new_zeros(*loc.shape[:-1], sum(self.blocks[:-2]))
+        return torch.cat([context, loc, torch.full_like(loc, START).log()], -1)
+
+    def freed(self, numbers: Tensor) -> tuple[RowFamily, Tensor]:
+        """Return flows with networks of their own, which are this flow's to begin with."""
+        free = LocalFlowRows(self.flow, self.size)
+        return free, torch.cat(
+            [numbers, numbers.new_zeros(*numbers.shape[:-1], free.blocks[-1])], -1
+        )
 
 
 def _flow(latents: Latents) -> str:

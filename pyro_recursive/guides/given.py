@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.random_state import set_torch_state, torch_state
 
-__all__ = ["Given", "Unnoticed"]
+__all__ = ["Given", "ModelReference", "Unnoticed"]
 
 
 class Given(Messenger):
@@ -25,6 +25,21 @@ class Given(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class ModelReference:
+    """A model that is neither copied nor pickled with the guide."""
+
+    def __init__(self, model: Callable | None) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: Any) -> "ModelReference":
+        """Refer to the same model."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refer to none."""
+        return ModelReference, (None,)
 
 
 class Unnoticed:

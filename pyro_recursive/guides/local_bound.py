@@ -21,7 +21,7 @@ from pyro_recursive.guides.packed import Call
 from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.layout import Layout
 from pyro_recursive.log_weights import weighted
-from pyro_recursive.sites import log_prob_of, nesting_of, plates_of, sites, subsample_scale
+from pyro_recursive.sites import Site, log_prob_of, nesting_of, plates_of, sites, subsample_scale
 from pyro_recursive.traces import Particles
 from pyro_recursive.warmup import KLWarmup
 
@@ -77,21 +77,18 @@ class LocalBound:
         With ``create_graph`` it is itself a function of the numbers and of the model's parameters.
         """
         with torch.enable_grad():
-            if not create_graph:
+            if not (create_graph and numbers.requires_grad):
                 numbers = numbers.detach().requires_grad_()
+            path = numbers.view_as(numbers)
             if self.estimator == "pathwise":
-                total = self.value(numbers, noise).sum()
-                return torch.autograd.grad(total, numbers, create_graph=create_graph)[0]
-            u = self.family.draw(numbers, noise)
-            inputs, weights = [u], torch.ones_like(u[..., 0])
-            if self.family.parts > 1:
-                # Not the weights inside log q: their score has mean zero, as the others' has.
-                weights = self.family.log_weights(numbers).exp().view(-1, *u.shape[2:-1])
-                inputs.append(weights)
-            gains = self.log_joint(u) - self.latent_weight * self.family.log_prob(numbers, u)
-            total = (weights * gains).sum() / len(u)
-            parts = torch.autograd.grad(total, inputs, create_graph=create_graph)
-            return torch.autograd.grad(inputs, numbers, parts, create_graph=create_graph)[0]
+                total = self.value(path, noise).sum()
+            else:
+                # Another view of the numbers: the derivative along the path takes it as constant.
+                density = numbers.view_as(numbers) if create_graph else numbers.detach()
+                u, weights = self.family.draw(path, noise), self.family.log_weights(path).exp()
+                gains = self.log_joint(u) - self.latent_weight * self.family.log_prob(density, u)
+                total = (weights * gains).sum() / len(u)
+            return torch.autograd.grad(total, path, create_graph=create_graph)[0]
 
     def log_joint(self, u: Tensor) -> Tensor:
         """Return ``log p`` with Jacobians, ``[S, J, *batch, D]`` to ``[S, J, *batch]``.
@@ -102,7 +99,7 @@ class LocalBound:
         width = max(self.nesting, len(batch))
         count = u.shape[0] * u.shape[1]
         wide = u.reshape(count, *[1] * (width - len(batch)), *u.shape[2:])
-        point = wide if count > 1 else wide[0]
+        point = wide if count > 1 else u[0, 0]
         trace = self.runs(lambda: self._run(self.latents.unpack(point), count, width))
         found = nesting_of(trace)  # plates may depend on the arguments
         if found > width + (count > 1):
@@ -129,12 +126,14 @@ class LocalBound:
         """Sum the log-densities of sites over all but draws and rows, ``[S J, *batch]``."""
         rows = _frames(trace, {frame.name for frame in self.latents.rows})
         layout = Layout(Particles(1, count), width, rows)
-        kept = {dim for dim in range(-len(batch), 0) if batch[dim] != 1} | {-width - 1}
-        kept |= {frame.dim for frame in rows}
+        around = {dim for dim in range(-len(batch), 0) if batch[dim] != 1} | {-width - 1}
+        around -= {frame.dim for frame in rows}
+        kept = around | {frame.dim for frame in rows}
         shape = (count, *[1] * (width - len(batch)), *batch)
         total: Tensor | float = 0.0
         for site in sites(trace):
             log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
+            _check_batch(site, log_prob.shape, around)
             summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
             each = log_prob.sum(summed, keepdim=True) if summed else log_prob
             for frame in rows:
@@ -164,6 +163,20 @@ def _warmup(weight: float) -> Iterator[None]:
         if weight != 1:
             stack.enter_context(KLWarmup(weight))
         yield
+
+
+def _check_batch(site: Site, shape: torch.Size, around: set[int]) -> None:
+    """Raise where a batch dim belongs to no plate of the site, nor to those around the model."""
+    dims = around | {frame.dim for frame in site["cond_indep_stack"]}
+    for dim in range(-len(shape), 0):
+        if shape[dim] != 1 and dim not in dims:
+            raise ValueError(
+                f"Site '{site['name']}' has batch shape {tuple(shape)} where the rows are refined, "
+                f"and dim {dim} belongs to no plate. Put the site inside a pyro.plate, or use "
+                ".to_event(...) on its distribution. Several draws, those of a mixture's "
+                "components too, are one more plate on the left: keep the dims of plates where "
+                "you sum over them (z.sum(-1, keepdim=True)), or use draws=1."
+            )
 
 
 def _check_latents(trace: poutine.Trace, given: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from pyro_recursive.guides.families import Family
 from pyro_recursive.guides.mixtures import ListMixture, StackedMixture
 
-__all__ = ["GaussianRows", "MixtureRows", "RowFamily"]
+__all__ = ["START", "GaussianRows", "MixtureRows", "RowFamily"]
+
+START = 0.3  # the scale that a search starts from: a wide normal over two modes may stay there
 
 
 class RowFamily(ABC):
@@ -61,6 +63,17 @@ class RowFamily(ABC):
     def distribution(self, numbers: Tensor) -> Any:
         """Return the distribution, batch ``[*batch]`` and event ``[D]``."""
 
+    def start(self, loc: Tensor) -> Tensor:
+        """Return numbers to begin a search with, ``[*batch, D]`` to ``[*batch, P]``.
+
+        Those of a normal of scale `START` around a place, of several for mixtures.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define start().")
+
+    def freed(self, numbers: Tensor) -> tuple["RowFamily", Tensor]:
+        """Return a family whose rows have networks of their own, if any, and its numbers."""
+        return self, numbers
+
 
 @dataclass(frozen=True)
 class GaussianRows(RowFamily):
@@ -91,6 +104,10 @@ class GaussianRows(RowFamily):
     def distribution(self, numbers: Tensor) -> Any:
         """Return the Gaussian."""
         return self.family(numbers, self.size)
+
+    def start(self, loc: Tensor) -> Tensor:
+        """Return the numbers of a normal around a place."""
+        return self.family.initial(loc, START)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,25 @@ class MixtureRows(RowFamily):
             return StackedMixture(log_weights, torch.stack(list(own)), first.family, first.size)
         pairs = zip(self.members, own, strict=True)
         return ListMixture(log_weights, [member.distribution(each) for member, each in pairs])
+
+    def start(self, loc: Tensor) -> Tensor:
+        """Return equal weights, and parts in pairs on opposite sides of a place: alike they stay.
+
+        Pairs have random corners of a cube of their own size, 1 on average.
+        """
+        pairs = (len(self.members) + 1) // 2
+        sizes = torch.arange(1, pairs + 1).to(loc) * (2 / (pairs + 1))
+        corners = torch.randint(2, (pairs, *loc.shape), device=loc.device).to(loc) * 2 - 1
+        steps = sizes.view(-1, *[1] * loc.dim()) * corners
+        places = torch.stack([loc + steps, loc - steps], 1).flatten(0, 1)
+        found = [each.start(place) for each, place in zip(self.members, places, strict=False)]
+        return torch.cat([*found, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
+
+    def freed(self, numbers: Tensor) -> tuple[RowFamily, Tensor]:
+        """Free all parts."""
+        pairs = zip(self.members, self._split(numbers), strict=True)
+        members, own = zip(*(member.freed(each) for member, each in pairs), strict=True)
+        return MixtureRows(members), torch.cat([*own, self._logits(numbers)], -1)
 
     def _logits(self, numbers: Tensor) -> Tensor:
         return numbers[..., -len(self.members) :]

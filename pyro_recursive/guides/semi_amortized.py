@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyro_recursive.guides.given import Unnoticed
+from pyro_recursive.guides.given import ModelReference, Unnoticed
+from pyro_recursive.guides.gradient_site import GradientSite
 from pyro_recursive.guides.joint import inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.local_bound import ESTIMATORS, LocalBound
@@ -87,7 +87,7 @@ class SemiAmortizedGuide(PackedGuide):
         seed: None draws anew in each call; a number gives all rows the same fixed draws, so that
             lambda_T is a function of the row's data.
         checkpoint: in second order, recompute each step in the backward pass, so that memory does
-            not grow with T.
+            not grow with T; the model then runs three times as often.
         name: as in `AmortizedGuide`; all else is taken from ``guide``.
 
     Raises:
@@ -161,7 +161,7 @@ class SemiAmortizedGuide(PackedGuide):
         self.mode, self.direct = mode, _direct(mode, direct, self.update)
         self.draws, self.estimator, self.seed, self.checkpoint = draws, estimator, seed, checkpoint
         self._check()
-        self._model_of_rows = _Reference(model)
+        self._model_of_rows = ModelReference(model)
 
     @property
     def by_row(self) -> bool:
@@ -170,7 +170,7 @@ class SemiAmortizedGuide(PackedGuide):
 
     def attach(self, model: Callable) -> None:
         """Tell the guide its model; needed after unpickling, which leaves models out."""
-        self._model_of_rows = _Reference(model)
+        self._model_of_rows = ModelReference(model)
 
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Refine the rows of a call, without a graph, and tell what it brings."""
@@ -182,11 +182,12 @@ class SemiAmortizedGuide(PackedGuide):
             latents = self.groups[-1]
             path = self._refined(latents, call, self.num_steps if steps is None else steps)
             target = self._target(latents, call)
-            noise = target.noise(path.numbers, max(100, self.draws))
-            found = (path.start, path.numbers, *(target.value(n, noise) for n in path[:2]))
+            runs = target.noise(path.numbers, -(-100 // self.draws) * self.draws).split(self.draws)
+            elbos = [torch.stack([target.value(n, each) for each in runs]) for n in path[:2]]
+            found = (path.start, path.numbers, *(elbo.mean(0) for elbo in elbos))
         rows = call.sizes(latents)
         start, numbers, elbo_start, elbo = (
-            each.reshape(*rows, *each.shape[latents.nesting :]) for each in found
+            each.reshape(*rows, *each.shape[latents.nesting :]).clone() for each in found
         )
         return Refinement(start, numbers, elbo_start, elbo, path.clipped.reshape(rows))
 
@@ -213,7 +214,8 @@ class SemiAmortizedGuide(PackedGuide):
         """Create what the update needs, for the rows."""
         if latents.local:
             dims = len(latents.rows)
-            features = self.update.features_of(raw, dims)
+            few = raw[:2] if isinstance(raw, Tensor) else raw
+            features = self.update.features_of(few, dims)
             blocks = self.guide.row_family(latents).blocks
             self.update.build(sum(blocks), blocks, features)
 
@@ -243,7 +245,7 @@ class SemiAmortizedGuide(PackedGuide):
         path = self._refined(latents, call, self.num_steps)
         if path.also is not None:
             with inside(latents.rows, call.plates):
-                term = _Gradient(path.also)
+                term = GradientSite(path.also)
                 infer = {"is_auxiliary": True}
                 pyro.sample(f"{self.name}_direct", term, obs=term.rsample(), infer=infer)
         posterior = self.row_family(latents).distribution(path.numbers)
@@ -280,6 +282,11 @@ class SemiAmortizedGuide(PackedGuide):
         start = self.guide.numbers_of(latents, call)
         if not steps:
             return _Refined(start, start, None, start.new_zeros(start.shape[:-1]))
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} takes gradients in each call, and torch.inference_mode() "
+                "allows none: use torch.no_grad(), or steps=0."
+            )
         twice = self.mode == "second_order" and torch.is_grad_enabled()
         target = self._target(latents, call, twice)
         if call.given:  # each particle has global latents of its own, and so rows of its own
@@ -297,18 +304,21 @@ class SemiAmortizedGuide(PackedGuide):
         )
         if self.mode == "svi" and self.training and torch.is_grad_enabled():
             self.guide.keep_rows(latents, call, path.numbers)
-        also = self._also(target, start, path, noise[: self.draws])
+        also = self._also(target, start, path)
         return _Refined(start, path.numbers, also, path.clipped)
 
     def _features(self, latents: Latents, call: Call) -> Tensor | None:
         features = self.update.features_of(call.rows(latents), len(latents.rows))
         return None if features is None else latents.expand_rows(features)
 
-    def _also(self, target: LocalBound, start: Tensor, path: Path, noise: Tensor) -> Tensor | None:
+    def _also(self, target: LocalBound, start: Tensor, path: Path) -> Tensor | None:
         """Return what the encoder climbs beside the bound, for each row, up to a constant."""
         if self.mode.startswith("distill"):
             numbers = path.numbers.detach()
             pair = (start, numbers) if self.mode == "distill" else (numbers, start)
+            # Not the noise of the steps, which the numbers depend on.
+            seed = None if self.seed is None else self.seed + 1
+            noise = target.noise(start, self.draws, seed)
             return -divergence(target.family, *pair, noise)
         if not self.direct:
             return None
@@ -347,43 +357,6 @@ class _Refined(NamedTuple):
     numbers: Tensor
     also: Tensor | None
     clipped: Tensor
-
-
-class _Gradient(TorchDistribution):
-    """A site with density 1 and the gradient of minus a term: a loss that adds -log q climbs it."""
-
-    arg_constraints: ClassVar[dict] = {}
-    support = constraints.real
-    has_rsample = True
-
-    def __init__(self, term: Tensor) -> None:
-        self.term = term
-        super().__init__(term.shape, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Gradient":
-        """Expand the term."""
-        return _Gradient(self.term.expand(batch_shape))
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Return zeros: the value means nothing."""
-        return self.term.new_zeros(torch.Size(sample_shape) + self.batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros, with a gradient."""
-        return self.term.detach() - self.term
-
-
-class _Reference:
-    """A model that is neither copied nor pickled with the guide."""
-
-    def __init__(self, model: Callable | None) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: Any) -> "_Reference":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Reference, (None,)
 
 
 def _direct(mode: str, direct: float | None, update: Update) -> float:

@@ -205,8 +205,9 @@ class LearnedUpdate(Update):
             numbers = numbers.detach()
         told = [numbers]
         for part in gradient.split(list(blocks), -1):
-            tiny = torch.finfo(part.dtype).tiny
-            size = part.square().mean(-1, keepdim=True).clamp_min(tiny).sqrt()
+            # A row that is at its optimum, one without data, say, has a gradient of zero.
+            least = torch.finfo(part.dtype).eps
+            size = part.square().mean(-1, keepdim=True).clamp_min(least).sqrt()
             told += [part / size, size.log()]
         batch = numbers.shape[:-1]
         assert features is not None
