@@ -2,6 +2,7 @@
 
 from pyro_recursive.elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO
 from pyro_recursive.evaluation.evidence import log_marginal
+from pyro_recursive.evaluation.gaps import gaps
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.flow import FlowGuide
 from pyro_recursive.guides.mixture import MixtureGuide
@@ -32,6 +33,7 @@ __all__ = [
     "Stratified_ELBO",
     "VampPrior",
     "fit",
+    "gaps",
     "log_marginal",
 ]
 

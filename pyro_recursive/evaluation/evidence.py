@@ -14,7 +14,7 @@ from pyro_recursive.sites import check_match, subsample_sites
 from pyro_recursive.structure import structure_of
 from pyro_recursive.traces import draw
 
-__all__ = ["Evidence", "log_marginal"]
+__all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk"]
 
 # Rows (particles times data) of one chunk: large enough for the hardware, small enough for caches.
 CHUNK_ROWS = 5000
@@ -32,6 +32,27 @@ class Evidence(NamedTuple):
     log_marginal: Tensor
     standard_error: Tensor
     ess: Tensor
+
+
+class WeightSums:
+    """What is kept of log-weights that come in chunks: logarithms of sums, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = self.second = torch.tensor(-math.inf, dtype=torch.float64)
+
+    def add(self, log_weights: Tensor) -> None:
+        """Take a chunk, ``[k, *plates]`` in float64."""
+        self.count += len(log_weights)
+        self.first = torch.logaddexp(self.first.to(log_weights), log_weights.logsumexp(0))
+        twice = (2 * log_weights).logsumexp(0)
+        self.second = torch.logaddexp(self.second.to(log_weights), twice)
+
+    def evidence(self) -> Evidence:
+        """Return the estimates from all chunks."""
+        ess = torch.exp(2 * self.first - self.second).nan_to_num(nan=0.0)  # none has any weight
+        error = (1 / ess - 1 / self.count).clamp_min(0).sqrt()
+        return Evidence(self.first - math.log(self.count), error, ess)
 
 
 @overload
@@ -109,18 +130,12 @@ def log_marginal(
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
     program = Program(model, guide, args, kwargs)
     options = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
-    first = second = torch.tensor(-math.inf, dtype=torch.float64)
+    weights = WeightSums()
     with torch.no_grad():
-        size = chunk_size or _chunk_size(program)
+        size = chunk_size or particles_per_chunk(program)
         for log_weights in _chunks(program, num_particles, size, options):
-            first = torch.logaddexp(first.to(log_weights), log_weights.logsumexp(0))
-            second = torch.logaddexp(second.to(log_weights), (2 * log_weights).logsumexp(0))
-    evidence = first - math.log(num_particles)
-    if not diagnostics:
-        return evidence
-    ess = torch.exp(2 * first - second).nan_to_num(nan=0.0)  # no sample of any weight
-    error = (1 / ess - 1 / num_particles).clamp_min(0).sqrt()
-    return Evidence(evidence, error, ess)
+            weights.add(log_weights)
+    return weights.evidence() if diagnostics else weights.evidence().log_marginal
 
 
 def _chunks(program: Program, total: int, size: int, options: dict) -> Iterator[Tensor]:
@@ -137,7 +152,7 @@ def _chunks(program: Program, total: int, size: int, options: dict) -> Iterator[
         yield densities(runs, layout).log_weights[0].double()
 
 
-def _chunk_size(program: Program) -> int:
+def particles_per_chunk(program: Program) -> int:
     """Return how many particles make about `CHUNK_ROWS` rows."""
     structure = structure_of(program)
     rows = [

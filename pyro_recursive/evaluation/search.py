@@ -1,0 +1,121 @@
+"""The best member of a family for each row: a search for all rows at once, each at its own pace."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_recursive.guides.local_bound import LocalBound
+
+__all__ = ["Noise", "Search"]
+
+DECAYS = (0.9, 0.99)  # of Adam's moments
+EPSILON = 1e-8
+
+
+class Noise:
+    """Standard normals from a generator of its own: runs of the model set back the common one."""
+
+    def __init__(self, device: torch.device) -> None:
+        seed = int(torch.randint(2**62, ()))
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, target: LocalBound, numbers: Tensor, draws: int) -> Tensor:
+        """Return noise for draws of all rows and parts, ``[S, J, *batch, n]``."""
+        family, batch = target.family, numbers.shape[:-1]
+        return torch.randn(
+            (draws, family.parts, *batch, family.noise_size),
+            generator=self.generator,
+            dtype=numbers.dtype,
+            device=numbers.device,
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """Stochastic gradient ascent on the ELBO of each row, with averages over windows of steps.
+
+    Adam climbs with fresh draws in each step. After each window, the average of a row's numbers in
+    it is compared to its best so far, on 20 S draws that stay the same. Where it is no better by
+    the tolerance, the row goes back to its best, and its step size is halved; where that has
+    happened ``patience`` times in a row, the row rests. The search ends when all rows do.
+
+    Arguments:
+        draws: S, the draws of z in each step (from each part, for mixtures).
+        steps: the most steps there are.
+        window: the steps of a window.
+        patience: how many windows without improvement a row may have.
+        lr: the first step size, in units of the numbers: unconstrained latents, logarithms.
+        tolerance: what counts as an improvement, in nats.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    >>> Search(draws=0)
+    Traceback (most recent call last):
+    ValueError: draws must be at least 1, got 0
+    """
+
+    draws: int = 10
+    steps: int = 5000
+    window: int = 50
+    patience: int = 5
+    lr: float = 0.05
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("draws", "steps", "window", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("lr", "tolerance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+
+    def __call__(self, target: LocalBound, numbers: Tensor, noise: Noise) -> Tensor:
+        """Return the best numbers found from a start, ``[*batch, P]`` both."""
+        judge = noise(target, numbers, 20 * self.draws).split(5 * self.draws)
+        best, value = numbers, _value(target, numbers, judge)
+        adam, lr = _Adam(numbers), torch.full_like(value, self.lr)
+        failures = torch.zeros_like(value)
+        for _ in range(0, self.steps, self.window):
+            average = torch.zeros_like(numbers)
+            for _ in range(self.window):
+                gradient = target.gradient(numbers, noise(target, numbers, self.draws))
+                numbers = numbers + lr.unsqueeze(-1) * adam.direction(gradient)
+                average = average + numbers / self.window
+            found = _value(target, average, judge)
+            better = found > value + self.tolerance  # not where it is not a number
+            best = torch.where((found > value).unsqueeze(-1), average, best)
+            value = torch.where(found > value, found, value)
+            numbers = torch.where(better.unsqueeze(-1), numbers, best)
+            failures = torch.where(better, 0.0, failures + 1)
+            lr = torch.where(better, lr, lr / 2)
+            lr = torch.where(failures < self.patience, lr, 0.0)
+            if not bool(lr.any()):  # one look at the device in a window
+                break
+        return best
+
+
+def _value(target: LocalBound, numbers: Tensor, noises: Sequence[Tensor]) -> Tensor:
+    """Return the ELBO of each row on draws in equal parts, ``[*batch]``."""
+    return torch.stack([target.value(numbers, noise) for noise in noises]).mean(0)
+
+
+class _Adam:
+    """The moments of a gradient ``[*batch, P]``; rows do not see each other."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
+        self.count = 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Take a gradient; return a step of about length 1 for each number."""
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
+        self.count += 1
+        self.first = self.first.lerp(gradient, 1 - DECAYS[0])
+        self.second = self.second.lerp(gradient.square(), 1 - DECAYS[1])
+        first = self.first / (1 - DECAYS[0] ** self.count)
+        second = self.second / (1 - DECAYS[1] ** self.count)
+        return first / (second.sqrt() + EPSILON)
