@@ -1,10 +1,11 @@
-"""What a guide keeps from its first run for its second, where a loss runs it twice in one step."""
+"""What a guide is told about its runs: that there will be another one, that nobody trains it."""
 
 from typing import Any
 
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 
-__all__ = ["kept"]
+__all__ = ["Look", "is_look", "kept"]
 
 
 @effectful(type="kept")
@@ -15,3 +16,16 @@ def kept() -> dict[Any, Any] | None:
     does not depend on these.
     """
     return None
+
+
+@effectful(type="look")
+def is_look() -> bool:
+    """Return whether this run only shows what the guide is made of: nothing should come of it."""
+    return False
+
+
+class Look(Messenger):
+    """Tells guides that somebody is only looking."""
+
+    def _pyro_look(self, msg: Any) -> None:
+        msg["value"], msg["done"] = True, True

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 from pyro_recursive.program import Program
+from pyro_recursive.reruns import Look
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
     Site,
@@ -62,7 +63,7 @@ def _identity(function: Any) -> tuple[Any, Any]:
 def _discover(program: Program) -> Structure:
     """Run guide and model once, outside any particle plate, leaving the random state alone."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), poutine.block():
+    with torch.random.fork_rng(devices=devices), poutine.block(), Look():
         guide = program.run_guide()
         model = program.run_model(guide)
         # Later a dim of size M * K could pass for the particle plate.

@@ -30,6 +30,7 @@ from pyro_recursive import (
 from pyro_recursive.evaluation.gaps import Gaps
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.guides.families import LowRank
+from pyro_recursive.guides.local_bound import LocalBound
 from pyro_recursive.guides.updates import GradientUpdate
 from tests.quadrature import log_normal
 
@@ -557,3 +558,32 @@ def test_a_site_outside_the_rows_that_does_not_know_them() -> None:
     found = gaps(model, guide, X, search=NONE, num_particles=2000)
     exact = dist.Normal(0.0, 1.25**0.5).log_prob(X[:, 0]) - 2
     close(found.elbo, exact - (LOC - 0.5) ** 2 / (2 * VARIANCE), found.elbo_error)
+
+
+def chain(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + z.roll(1, -1), 1.0), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("rows", [2, 26, 4000])
+def test_rows_of_a_chain_are_refused(rows: int) -> None:
+    x = torch.randn(rows, 1, dtype=torch.float32)
+    guide = AmortizedGuide(chain, nn.Linear(1, 2, dtype=torch.float32))
+    with pytest.raises(ValueError, match="latents of other rows"):
+        gaps(chain, guide, x, num_particles=10, search=Search(draws=2, steps=2))
+
+
+def test_steps_are_the_most_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def counted(target: LocalBound, *args: Any, **options: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return gradient(target, *args, **options)
+
+    gradient = LocalBound.gradient
+    monkeypatch.setattr(LocalBound, "gradient", counted)
+    x, guide = torch.randn(3, 1), AmortizedGuide(conjugate, nn.Linear(1, 2))
+    gaps(conjugate, guide, x, num_particles=10, search=Search(steps=10, window=7))
+    assert count == 2 * 10  # from two starts

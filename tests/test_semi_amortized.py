@@ -41,6 +41,7 @@ from pyro_recursive import (
     SemiAmortizedGuide,
     Stratified_ELBO,
     bounds,
+    log_marginal,
 )
 from pyro_recursive.guides import semi_amortized
 from pyro_recursive.guides.families import FAMILIES, LowRank
@@ -1828,3 +1829,51 @@ def test_recurrent_networks_on_cuda(mode: str, training: bool) -> None:
             torch.set_default_device(None)
     assert torch.backends.cudnn.enabled
     assert_all_close(found[0], found[1], atol=1e-8, rtol=1e-8)
+
+
+def test_a_look_does_not_move_the_table() -> None:
+    x = torch.randn(ROWS, 3)
+    model = model_of(network())
+    guide = SemiAmortizedGuide(model, AmortizedGuide(model, plate="data"), mode="svi")
+    guide.prepare(x)
+    before = guide.guide.free_local.detach().clone()
+    log_marginal(model, guide, x, num_particles=10)
+    IWAE_ELBO(2).loss(model, guide, x)
+    assert_all_close([guide.guide.free_local], [before], atol=0, rtol=0)
+    IWAE_ELBO(2).loss_and_grads(model, guide, x)
+    assert (guide.guide.free_local != before).any()
+
+
+class Attention(nn.Module):
+    """A decoder that fused attention would run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.wide, self.last = nn.Linear(SIZE, 8), nn.Linear(8, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        words = self.wide(z).unflatten(-1, (2, 4)).reshape(-1, 2, 4)
+        seen = self.attention(words, words, words, need_weights=False)[0]
+        return self.last(seen.reshape(*z.shape[:-1], 8))
+
+
+def test_second_order_through_attention() -> None:
+    x, net = torch.randn(ROWS, 3), Attention()
+    guide = semi(model_of(net), mode="second_order", steps=2, seed=1)
+    Trace_ELBO().loss_and_grads(model_of(net), guide, x)
+    assert all(bool(p.grad.isfinite().all()) for p in guide.parameters())
+
+
+def test_fixed_start_follows_the_rows() -> None:
+    with_zeros = FixedStart(4).to(torch.float32)
+    assert with_zeros(torch.ones(2, 3)).dtype == torch.float64
+    assert with_zeros(torch.ones(2, 3, dtype=torch.long)).dtype == torch.float32
+
+
+def test_refine_leaves_the_encoders_statistics() -> None:
+    x = torch.randn(ROWS, 3)
+    norm = nn.BatchNorm1d(3)
+    guide = semi(model_of(network()), nn.Sequential(norm, nn.Linear(3, 2 * SIZE)))
+    guide.refine(x)
+    assert norm.num_batches_tracked == 0

@@ -25,8 +25,8 @@ class SequenceDecoder(nn.Module):
         latent: the length of ``z``.
         dtype, device: of the parameters, as in PyTorch's modules.
 
-    Source: the decoder of the synthetic data in `Semi-Amortized Variational Autoencoders` (Kim et
-    al., arXiv 1802.02550), as we remember it; unverified. The tanh is our choice.
+    In the manner of the synthetic data of `Semi-Amortized Variational Autoencoders` (Kim et al.,
+    arXiv 1802.02550); sizes and the hidden layer are our choice.
 
     >>> decoder = SequenceDecoder(vocabulary=7, hidden=4)
     >>> x = torch.tensor([[3, 1, 4], [1, 5, 6]])

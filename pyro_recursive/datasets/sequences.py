@@ -61,7 +61,7 @@ def lstm_sequences(
     moved to ``dtype`` and ``device`` then. Torch's global generator is left alone.
 
     The sizes (5000 training rows of 5 symbols out of 1000, an LSTM of size 100, two latents) are
-    those of the paper as we remember them; unverified. The number of test rows and the scale of the
+    those of the paper as far as we know. The number of test rows and the scale of the
     parameters are our choice: all are normal, with mean 0 and standard deviation
     ``g / sqrt(hidden)``, where ``g`` is 2 in the LSTM, 3 from its state to the hidden layer and
     ``gain`` to the logits; weights from the latents have ``latent_gain``, embeddings 1, and biases

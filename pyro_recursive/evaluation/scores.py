@@ -85,14 +85,14 @@ class Scores:
         return _Drawn(u, log_p.double(), log_q.double(), family.log_weights(numbers).double())
 
     def _log_weights(self, drawn: Sequence[_Drawn]) -> Tensor:
-        """Return log-weights for draws from q and q* in equal parts, ``[S J, *batch]``."""
+        """Return log-weights for draws from q and q* in equal parts, ``[S, *batch]``."""
         terms = []
         for own, numbers in zip(drawn[:2], self.candidates[:2].flip(0), strict=True):
             other = self.target.family.log_prob(numbers, own.u).double()
             mixed = torch.logaddexp(own.log_q, other) - math.log(2)
-            terms.append(own.log_p - mixed + own.log_shares + math.log(len(own.log_shares)))
-        # The two are of the same noise: one term of the mean.
-        return (torch.logaddexp(*terms) - math.log(2)).flatten(0, 1)
+            terms.append((own.log_p - mixed + own.log_shares).logsumexp(1))
+        # The two are of the same noise, and a draw has one of each part: one term of the mean.
+        return torch.logaddexp(*terms) - math.log(2)
 
     def best(self) -> Tensor:
         """Return the best candidate of each row: the first, if others are so by chance at most."""

@@ -18,7 +18,7 @@ class Noise:
     """Standard normals from a generator of its own: runs of the model set back the common one."""
 
     def __init__(self, device: torch.device) -> None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, target: LocalBound, numbers: Tensor, draws: int) -> Tensor:
@@ -79,12 +79,13 @@ class Search:
         best, value = numbers, _value(target, numbers, judge)
         adam, lr = _Adam(numbers), torch.full_like(value, self.lr)
         failures = torch.zeros_like(value)
-        for _ in range(0, self.steps, self.window):
+        for done in range(0, self.steps, self.window):
+            window = min(self.window, self.steps - done)
             average = torch.zeros_like(numbers)
-            for _ in range(self.window):
+            for _ in range(window):
                 gradient = target.gradient(numbers, noise(target, numbers, self.draws))
                 numbers = numbers + lr.unsqueeze(-1) * adam.direction(gradient)
-                average = average + numbers / self.window
+                average = average + numbers / window
             found = _value(target, average, judge)
             better = found > value + self.tolerance  # not where it is not a number
             best = torch.where((found > value).unsqueeze(-1), average, best)

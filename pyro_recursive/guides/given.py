@@ -1,13 +1,14 @@
 """Runs of a model inside a guide: on given values, and without a trace of them anywhere else."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.random_state import set_torch_state, torch_state
@@ -48,8 +49,8 @@ class Unnoticed:
     No handler around sees its sites; what modules keep in training (the statistics of a batch norm)
     stays as it was; and each run has the same random state, so that dropout leaves out the same.
 
-    With ``twice`` the run can be differentiated twice. cuDNN's recurrent networks cannot, nor can
-    they be differentiated at all in eval mode: torch's own are used there.
+    With ``twice`` the run is to be differentiated twice. cuDNN's recurrent networks and fused
+    attention cannot be, and the former not even once in eval mode: torch's plain ones take over.
     """
 
     def __init__(self, twice: bool = False) -> None:
@@ -62,7 +63,8 @@ class Unnoticed:
             self._state = torch_state()
         else:
             set_torch_state(self._state)
-        with poutine.block(), _unchanged_modules(self.twice):
+        attention = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
+        with poutine.block(), _unchanged_modules(self.twice), attention:
             return run()
 
 

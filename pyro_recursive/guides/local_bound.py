@@ -61,8 +61,10 @@ class LocalBound:
         batch, n = numbers.shape[:-1], self.family.noise_size
         if seed is None:
             return torch.randn(*shape, *batch, n, dtype=numbers.dtype, device=numbers.device)
-        generator = torch.Generator().manual_seed(seed)
-        same = torch.randn(*shape, *[1] * len(batch), n, generator=generator, dtype=numbers.dtype)
+        # By the CPU's generator, whatever the default device.
+        options: dict[str, Any] = {"dtype": numbers.dtype, "device": "cpu"}
+        generator = torch.Generator("cpu").manual_seed(seed)
+        same = torch.randn(*shape, *[1] * len(batch), n, generator=generator, **options)
         return same.to(numbers.device).expand(*shape, *batch, n)
 
     def value(self, numbers: Tensor, noise: Tensor) -> Tensor:

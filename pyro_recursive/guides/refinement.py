@@ -17,14 +17,10 @@ __all__ = ["Path", "divergence", "refine"]
 
 @dataclass(frozen=True)
 class Path:
-    """The way of the rows: ``visited`` has numbers and gradient of each step, ``[*batch, P]`` both.
-
-    ``clipped`` is the share of steps in which a row's gradient was clipped, ``[*batch]``.
-    """
+    """The way of the rows: ``visited`` has each step's numbers and gradient, ``[*batch, P]``."""
 
     visited: list[tuple[Tensor, Tensor]]
     numbers: Tensor
-    clipped: Tensor
 
 
 def refine(
@@ -45,13 +41,11 @@ def refine(
     if twice and recompute:
         step = partial(checkpoint, step, use_reentrant=False)
     state, visited = None, []
-    clipped = numbers.new_zeros(numbers.shape[:-1])
     for each in noise:
         following, state, gradient = step(numbers, state, each)
         visited.append((numbers, gradient))
-        clipped = clipped + update.clips(gradient, target.family.blocks) / len(noise)
         numbers = following
-    return Path(visited, numbers, clipped)
+    return Path(visited, numbers)
 
 
 def _step(

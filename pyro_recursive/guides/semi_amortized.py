@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -18,7 +19,7 @@ from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.refinement import Path, divergence, refine
 from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.guides.updates import GradientUpdate, Update
-from pyro_recursive.reruns import kept
+from pyro_recursive.reruns import is_look, kept
 from pyro_recursive.warmup import latent_weight
 
 __all__ = ["MODES", "Refinement", "SemiAmortizedGuide"]
@@ -68,18 +69,22 @@ class SemiAmortizedGuide(PackedGuide):
       and no encoder), which in training takes the refined rows for the next time.
 
     Beside the first two, ``direct`` times the ELBO at lambda_0 trains the encoder, whose gradient
-    the first step has anyway. It enters by an auxiliary site ``<name>_direct`` whose density is 1,
-    and whose gradient is that of the term, so that any loss takes it up, and reports the bound.
+    the first step has anyway: 0.1 by default, 1 (and after each step) for `LearnedUpdate`; 0 leaves
+    the bound's own gradient. It enters by an auxiliary site ``<name>_direct`` whose density is 1,
+    and whose gradient is that of the term, so that losses take it up, and report the bound: those
+    that subtract ``log q`` as a whole, not Pyro's `ReweightedWakeSleep`, which would descend it.
 
     Arguments:
         model: the model, whose bound the rows climb.
         guide: what finds lambda_0: `AmortizedGuide`, `FlowGuide` (its contexts, locations and
-            scales are refined), or a `MixtureGuide` of those (all components and weights).
+            scales are refined), or a `MixtureGuide` of those (all components and weights). A
+            refined mixture is no mixture to the stratified losses: train the mixture with them,
+            and refine it afterwards, or use ``estimator="dreg+vimco"``.
         steps: T in training.
         test_steps: T in eval mode, if not the same.
         mode: see above.
-        update: a step, `GradientUpdate` by default, or `LearnedUpdate` for iterative amortised
-            inference; or an `Update` of your own.
+        update: a step, of `pyro_recursive.guides.updates`: `GradientUpdate` by default,
+            `LearnedUpdate` for iterative amortised inference; or an `Update` of your own.
         direct: the weight of the ELBO at lambda_0; the update's own default if not given.
         draws: S, the number of draws of z in each step.
         estimator: of the gradient of a step, ``"stl"`` (exact where q is the posterior) or
@@ -91,12 +96,14 @@ class SemiAmortizedGuide(PackedGuide):
         name: as in `AmortizedGuide`; all else is taken from ``guide``.
 
     Raises:
-        NotImplementedError: the model has latents that the guide does not know.
-        TypeError: ``guide`` has no numbers for each row.
+        NotImplementedError: the model has latents that the guide does not know; a guide of your own
+            does not say what numbers its rows have.
+        TypeError: ``guide`` is no guide of this package.
         ValueError: an argument is out of range; no latent is in the data's plate.
 
     Cost of a training step, in those of an ordinary one: at most T + 1 in first order, for T > 0
-    with as many draws inside as outside, and about three times that in second order.
+    with as many draws inside as outside, and up to three times that in second order. Particles of
+    one pass share lambda_T; those that are looped are refined each by itself.
 
     Sources: `Semi-Amortized Variational Autoencoders` (Kim et al., arXiv 1802.02550); `Iterative
     Amortized Inference` (Marino et al., arXiv 1807.09356).
@@ -175,21 +182,32 @@ class SemiAmortizedGuide(PackedGuide):
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Refine the rows of a call, without a graph, and tell what it brings."""
         self.prepare(*args, **kwargs)
+        with torch.no_grad():
+            return Unnoticed()(partial(self._refinement, args, kwargs, steps))
+
+    def _refinement(self, args: tuple, kwargs: dict[str, Any], steps: int | None) -> Refinement:
         call = self._call(args, kwargs)
-        with poutine.block(), torch.no_grad():
-            for latents in self.groups[:-1]:
-                call.given.update(self.guide.sample(latents, call))
-            latents = self.groups[-1]
-            path = self._refined(latents, call, self.num_steps if steps is None else steps)
-            target = self._target(latents, call)
-            runs = target.noise(path.numbers, -(-100 // self.draws) * self.draws).split(self.draws)
-            elbos = [torch.stack([target.value(n, each) for each in runs]) for n in path[:2]]
-            found = (path.start, path.numbers, *(elbo.mean(0) for elbo in elbos))
+        for latents in self.groups[:-1]:
+            call.given.update(self.guide.sample(latents, call))
+        latents = self.groups[-1]
+        path = self._refined(latents, call, self.num_steps if steps is None else steps)
+        target = self._target(latents, call)
+        runs = target.noise(path.numbers, -(-100 // self.draws) * self.draws).split(self.draws)
+        elbos = [torch.stack([target.value(n, each) for each in runs]) for n in path[:2]]
+        found = (path.start, path.numbers, *(elbo.mean(0) for elbo in elbos))
         rows = call.sizes(latents)
         start, numbers, elbo_start, elbo = (
             each.reshape(*rows, *each.shape[latents.nesting :]).clone() for each in found
         )
-        return Refinement(start, numbers, elbo_start, elbo, path.clipped.reshape(rows))
+        return Refinement(start, numbers, elbo_start, elbo, self._clipped(path).reshape(rows))
+
+    def _clipped(self, path: "_Refined") -> Tensor:
+        """Return the share of steps in which a row's gradient was clipped, ``[*batch]``."""
+        blocks = self.row_family(self.groups[-1]).blocks
+        clips = [self.update.clips(gradient, blocks) for gradient in path.gradients]
+        if not clips:
+            return path.start.new_zeros(path.start.shape[:-1])
+        return torch.stack(clips).to(path.start).mean(0)
 
     @property
     def num_steps(self) -> int:
@@ -213,6 +231,7 @@ class SemiAmortizedGuide(PackedGuide):
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create what the update needs, for the rows."""
         if latents.local:
+            self.update.to(place)
             dims = len(latents.rows)
             few = raw[:2] if isinstance(raw, Tensor) else raw
             features = self.update.features_of(few, dims)
@@ -281,7 +300,7 @@ class SemiAmortizedGuide(PackedGuide):
     def _refine(self, latents: Latents, call: Call, steps: int) -> "_Refined":
         start = self.guide.numbers_of(latents, call)
         if not steps:
-            return _Refined(start, start, None, start.new_zeros(start.shape[:-1]))
+            return _Refined(start, start, None, [])
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{type(self).__name__} takes gradients in each call, and torch.inference_mode() "
@@ -302,10 +321,10 @@ class SemiAmortizedGuide(PackedGuide):
             twice,
             self.checkpoint,
         )
-        if self.mode == "svi" and self.training and torch.is_grad_enabled():
+        if self.mode == "svi" and self.training and torch.is_grad_enabled() and not is_look():
             self.guide.keep_rows(latents, call, path.numbers)
         also = self._also(target, start, path)
-        return _Refined(start, path.numbers, also, path.clipped)
+        return _Refined(start, path.numbers, also, [gradient for _, gradient in path.visited])
 
     def _features(self, latents: Latents, call: Call) -> Tensor | None:
         features = self.update.features_of(call.rows(latents), len(latents.rows))
@@ -313,6 +332,8 @@ class SemiAmortizedGuide(PackedGuide):
 
     def _also(self, target: LocalBound, start: Tensor, path: Path) -> Tensor | None:
         """Return what the encoder climbs beside the bound, for each row, up to a constant."""
+        if (self.direct or self.mode.startswith("distill")) and not torch.is_grad_enabled():
+            return torch.zeros_like(start[..., 0])
         if self.mode.startswith("distill"):
             numbers = path.numbers.detach()
             pair = (start, numbers) if self.mode == "distill" else (numbers, start)
@@ -350,13 +371,16 @@ class SemiAmortizedGuide(PackedGuide):
 
 
 class _Refined(NamedTuple):
-    """Where rows start and where they end, ``[*batch, P]``, what the encoder climbs beside the
-    bound, and the share of clipped steps, ``[*batch]`` both."""
+    """Where rows start and where they end, ``[*batch, P]``, and what led there.
+
+    ``also`` is what the encoder climbs beside the bound, ``[*batch]``; ``gradients`` are those of
+    the steps.
+    """
 
     start: Tensor
     numbers: Tensor
     also: Tensor | None
-    clipped: Tensor
+    gradients: list[Tensor]
 
 
 def _direct(mode: str, direct: float | None, update: Update) -> float:

@@ -234,4 +234,6 @@ class FixedStart(nn.Module):
 
     def forward(self, rows: Any) -> Tensor:
         """Return the numbers, ``[*rows, size]``."""
-        return self.start.expand(*rows.shape[: self.row_dims], -1)
+        is_real = isinstance(rows, Tensor) and rows.is_floating_point()
+        start = self.start.to(rows.device, rows.dtype if is_real else self.start.dtype)
+        return start.expand(*rows.shape[: self.row_dims], -1)

@@ -32,8 +32,8 @@ class Aggressive:
 
     After each epoch the mutual information ``I_q`` of rows and latents is measured on validation
     data (`pyro_recursive.aggregate.mutual_information`, in nats). When it has not grown for
-    ``patience`` epochs, with 1 the first epoch in which it falls, the phase is over for good, and
-    all parameters take their steps together.
+    ``patience`` epochs, with 1 the first in which it does not, the phase is over for good, and all
+    parameters take their steps together.
 
     A parameter that guide and model share is the guide's. What does not take part in a step is left
     alone by the optimiser: no momentum, no weight decay. ``clip_norm`` is of the gradients of what

@@ -58,7 +58,8 @@ class HeldOut:
             return self._first(count)
         if count >= len(columns[0]):
             return tuple(columns)
-        order = torch.randperm(len(columns[0]), generator=Generator().manual_seed(SEED))
+        generator = Generator("cpu").manual_seed(SEED)
+        order = torch.randperm(len(columns[0]), generator=generator, device="cpu")
         return tuple(column[order[:count].to(column.device)] for column in columns)
 
     def _first(self, count: int) -> Batch:

@@ -67,7 +67,7 @@ def fit(
 
     Parameters are found as `pyro.infer.SVI` finds them, whenever they first appear, and share one
     torch optimiser. On an accelerator the loop itself never waits for the device within an epoch,
-    but for its checks (`Trace_ELBO` does, at each sample site).
+    but for its checks and what ``aggressive`` compares (`Trace_ELBO` does, at each sample site).
 
     :param model: called as ``model(*batch)``, like the guide
     :param guide: any Pyro guide that the loss accepts
