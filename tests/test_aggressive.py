@@ -465,6 +465,7 @@ RESUMED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_interrupt_and_resume_equals_no_interrupt(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
