@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
 from pyro_recursive.guides.latents import Latents, Values, latents_of
 from pyro_recursive.guides.rows import RowFamily
+from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import Site, nesting_of, plates_of, sites
 
 __all__ = ["Call", "PackedGuide"]
@@ -239,8 +240,10 @@ class PackedGuide(PyroModule):
         if length not in known:
             known[length] = (length, length)
             if self._model[0] is not None:
+                state = torch_state()  # who asks first should make no difference
                 with poutine.block(), torch.no_grad():
                     trace = poutine.trace(self._model[0]).get_trace(*call.args, **call.kwargs)
+                set_torch_state(state)
                 for site in sites(trace):
                     plate = plates_of(site).get(frame.name)
                     if plate is not None and plate.size == length:
