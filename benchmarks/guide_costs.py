@@ -27,9 +27,10 @@ def time_steps(
     """Time a training step of every method, interleaved; of recursive mixtures a joint one."""
     pyro.clear_param_store()
     steps = {
-        name: _step(_grown(name, setup, batch), batch, optimizer) for name in _with_baseline(names)
+        name: step_of(_grown(name, setup, batch), batch, optimizer)
+        for name in _with_baseline(names)
     }
-    return _costs(steps, repeats, calls=3, baseline=BASELINE)
+    return costs_of(steps, repeats, calls=3, baseline=BASELINE)
 
 
 def time_inference(
@@ -58,10 +59,15 @@ def _with_baseline(names: Iterable[str]) -> list[str]:
 def _grown(name: str, setup: SetupOf, batch: Tensor) -> Method:
     """Return a method with networks of its own; a recursive mixture with all its components."""
     method = build(name, setup(name))
-    method.guide.prepare(batch)
-    while getattr(method.guide, "stage", None) is not None and method.guide.stage.kind != "joint":
-        method.guide.end_stage()
+    grow(method.guide, batch)
     return method
+
+
+def grow(guide: Any, batch: Tensor) -> None:
+    """Prepare a guide; give a recursive mixture all its components."""
+    guide.prepare(batch)
+    while getattr(guide, "stage", None) is not None and guide.stage.kind != "joint":
+        guide.end_stage()
 
 
 def _mixture(number: int, shared: bool, setup: Setup) -> MixtureGuide:
@@ -69,8 +75,8 @@ def _mixture(number: int, shared: bool, setup: Setup) -> MixtureGuide:
     return mixture(setup, vae, number, shared)
 
 
-def _step(
-    method: Method, batch: Tensor, optimizer: Callable[..., torch.optim.Optimizer]
+def step_of(
+    method: Any, batch: Tensor, optimizer: Callable[..., torch.optim.Optimizer]
 ) -> Callable[[], object]:
     """Return one step of a method."""
     stepper, loss, model = optimizer(method.parameters()), method.loss, method.vae.model
@@ -84,17 +90,19 @@ def _step(
 
 
 def _latencies(guides: dict[str, Any], x: Tensor, repeats: int, baseline: str) -> Costs:
-    calls = {name: partial(_infer, guide, x) for name, guide in guides.items()}
-    return _costs(calls, repeats, calls=10, baseline=baseline)
+    calls = {name: partial(infer, guide, x) for name, guide in guides.items()}
+    return costs_of(calls, repeats, calls=10, baseline=baseline)
 
 
 @torch.no_grad()
-def _infer(guide: Callable, x: Tensor) -> object:
+def infer(guide: Callable, x: Tensor) -> object:
+    """Return what a guide samples."""
     return guide(x)
 
 
-def _costs(
+def costs_of(
     steps: Mapping[str, Callable[[], object]], repeats: int, calls: int, baseline: str
 ) -> Costs:
+    """Return medians of milliseconds and of ratios to the baseline, timed side by side."""
     timings = interleaved(steps, repeats, calls)
     return {"ms": medians(timings), "ratio": ratios(timings, baseline)}

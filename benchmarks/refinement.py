@@ -29,11 +29,11 @@ from benchmarks.experiment import (
     sizes,
     stored,
 )
+from benchmarks.guide_costs import costs_of, grow, infer, step_of
 from benchmarks.refinement_methods import BASELINE, METHODS, Method, Setup, build
 from benchmarks.refinement_report import plot, report
 from benchmarks.report import hardware, write_json
 from benchmarks.sequence_vae import SequenceVAE
-from benchmarks.timing import interleaved, medians, ratios
 from benchmarks.vae import VAE
 from pyro_recursive import IWAE_ELBO, fit, gaps, log_marginal
 from pyro_recursive.aggregate import active_units, rate_of
@@ -263,41 +263,16 @@ def _time(results: dict[str, Any], settings: Settings, task: Task, repeats: int)
     names = list(dict.fromkeys([BASELINE, *results["runs"]]))
     methods = {name: build(name, _setup(settings, task, name)) for name in names}
     for method in methods.values():
-        method.guide.prepare(batch)
-        while getattr(method.guide, "stage", None) and method.guide.stage.kind != "joint":
-            method.guide.end_stage()
-    steps = {name: _step(method, batch) for name, method in methods.items()}
-    results["steps"] = _costs(steps, repeats, calls=2)
+        grow(method.guide, batch)
+    steps = {name: step_of(method, batch, OPTIMIZER) for name, method in methods.items()}
+    results["steps"] = costs_of(steps, repeats, calls=2, baseline=BASELINE)
     results["inference"] = {
-        f"{rows} rows": _costs(
-            {name: partial(_infer, method.guide, batch[:rows]) for name, method in methods.items()},
+        f"{rows} rows": costs_of(
+            {name: partial(infer, method.guide, batch[:rows]) for name, method in methods.items()},
             repeats,
             calls=5,
+            baseline=BASELINE,
         )
         for rows in (len(batch), 1)
     }
     results["hardware"] = hardware()
-
-
-def _step(method: Method, batch: Tensor) -> Callable[[], object]:
-    """Return one step of training, of model and guide together."""
-    optimizer = OPTIMIZER(method.parameters())
-
-    def step() -> None:
-        optimizer.zero_grad()
-        method.loss.loss_and_grads(method.vae.model, method.guide, batch)
-        optimizer.step()
-
-    return step
-
-
-@torch.no_grad()
-def _infer(guide: Callable, batch: Tensor) -> object:
-    return guide(batch)
-
-
-def _costs(
-    calls_of: dict[str, Callable[[], object]], repeats: int, calls: int
-) -> dict[str, dict[str, float]]:
-    timings = interleaved(calls_of, repeats, calls)
-    return {"ms": medians(timings), "ratio": ratios(timings, BASELINE)}
