@@ -13,12 +13,12 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.layout import Layout
 from pyro_recursive.program import Program, without
 from pyro_recursive.random_state import set_torch_state, torch_state
+from pyro_recursive.reruns import Kept
 from pyro_recursive.row_plate import check_density, latent, no_density, rows_plate
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
@@ -94,7 +94,7 @@ class Exchange:
 
     def draw(self, count: int) -> Draws:
         """Draw ``count`` times for each row, in one pass."""
-        state, memory = torch_state(), _Memory()
+        state, memory = torch_state(), Kept()
         with memory:
             trace = self._run(count, self.minibatch)
         return Draws(count, trace, state, memory.content)
@@ -125,7 +125,7 @@ class Exchange:
         for numbers in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
             given = self._given(draws, numbers)
             set_torch_state(draws.state)
-            with _Memory(draws.memory):
+            with Kept(draws.memory):
                 again = self._run(len(numbers), without(given, is_delta))
             set_torch_state(after)
             self._check_computed(again, given)
@@ -204,17 +204,6 @@ class Exchange:
         summed = layout.gather([[(site, _log_prob(site, frame)) for site in found]])
         assert summed is not None
         return summed[0].double()
-
-
-class _Memory(Messenger):
-    """Answers `pyro_recursive.reruns.kept`: a guide keeps what further runs need not compute."""
-
-    def __init__(self, content: dict[Any, Any] | None = None) -> None:
-        super().__init__()
-        self.content = {} if content is None else content
-
-    def _pyro_kept(self, msg: Any) -> None:
-        msg["value"], msg["done"] = self.content, True
 
 
 def alone(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:

@@ -5,7 +5,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 
-__all__ = ["Look", "is_look", "kept"]
+__all__ = ["Kept", "Look", "is_look", "kept"]
 
 
 @effectful(type="kept")
@@ -16,6 +16,17 @@ def kept() -> dict[Any, Any] | None:
     does not depend on these.
     """
     return None
+
+
+class Kept(Messenger):
+    """Gives guides the place that `kept` returns, with what is in it already."""
+
+    def __init__(self, content: dict[Any, Any] | None = None) -> None:
+        super().__init__()
+        self.content = {} if content is None else content
+
+    def _pyro_kept(self, msg: Any) -> None:
+        msg["value"], msg["done"] = self.content, True
 
 
 @effectful(type="look")

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_recursive.paths import Path, cut
 from pyro_recursive.program import Program, without
 from pyro_recursive.random_state import set_torch_state, torch_state
+from pyro_recursive.reruns import Kept
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
     Site,
@@ -204,7 +205,7 @@ def _particle_plate(particles: Particles) -> ExitStack:
     return stack
 
 
-class _SameNoise(Messenger):
+class _SameNoise(Kept):
     """Gives two runs of a guide the same noise outside its sites: dropout, say.
 
     The first run notes the random state at its start and after each site, the second goes back to
@@ -214,7 +215,6 @@ class _SameNoise(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.states: dict[str, list[Tensor]] = {}
-        self.kept: dict[Any, Any] = {}
         self.again = False
 
     def __enter__(self) -> "_SameNoise":
@@ -224,9 +224,6 @@ class _SameNoise(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self._meet(msg["name"])
-
-    def _pyro_kept(self, msg: Any) -> None:
-        msg["value"], msg["done"] = self.kept, True
 
     def _meet(self, name: str) -> None:
         if not self.again:
