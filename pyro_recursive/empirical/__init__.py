@@ -1,0 +1,38 @@
+"""Empirical priors: models whose latents come from codes of the data themselves.
+
+What `pyro_recursive.MAPAGuide` is made of, to use with it or without:
+
+- where the codes come from: `EncodedCodes`, `FreeCodes`, `GridCodes`, `PseudoInputCodes`; a model
+  on all of them: `Empiricalized`;
+- how near two data are: `kernels`; which codes may explain a datum: `neighbours`, `Table`;
+- back to a continuous prior: `recover_prior`, `with_prior`.
+"""
+
+from pyro_recursive.empirical import kernels
+from pyro_recursive.empirical.codes import (
+    Codes,
+    EncodedCodes,
+    FreeCodes,
+    GridCodes,
+    PseudoInputCodes,
+)
+from pyro_recursive.empirical.model import Empiricalized
+from pyro_recursive.empirical.recovered import RecoveredPrior
+from pyro_recursive.empirical.recovery import recover_prior
+from pyro_recursive.empirical.replaced_prior import with_prior
+from pyro_recursive.empirical.table import Table, neighbours
+
+__all__ = [
+    "Codes",
+    "Empiricalized",
+    "EncodedCodes",
+    "FreeCodes",
+    "GridCodes",
+    "PseudoInputCodes",
+    "RecoveredPrior",
+    "Table",
+    "kernels",
+    "neighbours",
+    "recover_prior",
+    "with_prior",
+]

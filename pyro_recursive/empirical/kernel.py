@@ -1,0 +1,185 @@
+"""What a kernel is: how near each of some data is to each of others, in nats.
+
+A kernel is any callable ``log_kernel(query [Q, *x], reference [R, *x]) -> [Q, R]``. Those of this
+package are small frozen dataclasses with two more abilities: they check their data, and where they
+are inner products they say so, which makes searches for neighbours matrix products.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Features",
+    "InnerProductKernel",
+    "Kernel",
+    "LogKernel",
+    "check_data",
+    "check_pair",
+    "check_positive",
+    "flat",
+    "parts_of_pairs",
+]
+
+_CHUNK_NUMBERS = 2**22  # pairs times dimensions at once
+
+LogKernel = Callable[[Tensor, Tensor], Tensor]
+
+
+class Features(NamedTuple):
+    """Rows ``[R, F]`` and biases ``[R]`` of one side of an inner product, float64."""
+
+    rows: Tensor
+    bias: Tensor
+
+
+class Kernel(ABC):
+    """``log k(x_n, x_i)``, the logarithm of how well the datum x_i speaks for x_n, in nats.
+
+    A subclass defines ``__call__``. Make it a frozen dataclass of numbers: its ``repr`` then says
+    all about it, and names it in caches.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Laplace(Kernel):
+    ...     scale: float
+    ...     def __call__(self, query, reference):
+    ...         return -torch.cdist(query, reference, p=1) / self.scale
+    >>> Laplace(2.0)(torch.zeros(1, 3), torch.ones(2, 3))
+    tensor([[-1.5000, -1.5000]])
+    """
+
+    @abstractmethod
+    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return log k for queries ``[Q, *x]`` and references ``[R, *x]``: ``[Q, R]`` nats."""
+
+    def check(self, data: Tensor) -> None:
+        """Raise ValueError for data that the kernel is not made for."""
+        check_data(self, data)
+
+    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return what orders each row as log k does, ``[Q, R]``; of data that were checked."""
+        return self(query, reference)
+
+    def rescaled(self, scores: Tensor, size: int) -> Tensor:
+        """Return log k for rows of scores ``[Q, k]``, by a map that keeps each row's order.
+
+        ``size`` is the number of dimensions of a datum. Kernels that look at a whole row, say to
+        find its bandwidth, do that here, where the rows are those of the nearest alone.
+        """
+        return scores
+
+    @property
+    def cache_key(self) -> str | None:
+        """A name for files; None where the kernel cannot be told from others by its ``repr``."""
+        return repr(self)
+
+    def __repr__(self) -> str:
+        """Show the numbers that are given."""
+        if not is_dataclass(self):
+            return super().__repr__()
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        given = ", ".join(f"{name}={value!r}" for name, value in named if value is not None)
+        return f"{type(self).__name__}({given})"
+
+
+class InnerProductKernel(Kernel):
+    """A kernel whose scores are inner products, up to terms of one side.
+
+    ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``. Features are float64, whatever the
+    data are: such sums are often small differences of large numbers.
+
+    ``origin`` ``[D]`` is a point amid the flattened data. A kernel of differences measures from it,
+    so that data far from zero lose no digits; the others leave it alone.
+    """
+
+    @abstractmethod
+    def query_features(self, data: Tensor, origin: Tensor) -> Features:
+        """Return ``q`` and ``a`` for data ``[Q, *x]``."""
+
+    @abstractmethod
+    def reference_features(self, data: Tensor, origin: Tensor) -> Features:
+        """Return ``r`` and ``b`` for data ``[R, *x]``."""
+
+    def width(self, data: Tensor) -> int:
+        """Return the number of features F of a datum."""
+        return math.prod(data.shape[1:])
+
+    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return the inner products with the terms of both sides, ``[Q, R]``, float64."""
+        origin = flat(reference).mean(0)
+        left = self.query_features(query, origin)
+        right = self.reference_features(reference, origin)
+        return torch.addmm(right.bias, left.rows, right.rows.T) + left.bias[:, None]
+
+    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return log k, ``[Q, R]`` nats, float64."""
+        check_pair(self, query, reference)
+        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
+
+
+def flat(data: Tensor) -> Tensor:
+    """Return data ``[R, *x]`` as rows of float64 numbers ``[R, D]``."""
+    return data.reshape(len(data), math.prod(data.shape[1:])).to(torch.float64)
+
+
+def check_data(
+    kernel: object,
+    data: Tensor,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    """Raise ValueError for data out of a range, for fractions, and for what is not finite.
+
+    ``above`` leaves out ``least`` itself.
+    """
+    if data.dim() < 1 or not data.numel():
+        raise ValueError(f"{kernel!r} needs rows of data [R, *x], got shape {list(data.shape)}")
+    if data.is_complex():
+        raise ValueError(f"{kernel!r} needs real numbers, got {data.dtype}")
+    numbers = data if data.dtype != torch.bool else data.to(torch.uint8)
+    low, high = (float(value) for value in torch.aminmax(numbers))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{kernel!r} needs finite data, and some are nan or infinite")
+    if low < least or high > most or (above and low == least):
+        interval = f"{'(' if above else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
+        raise ValueError(
+            f"{kernel!r} is for data in {interval}, and these go from {low:g} to {high:g}: scale "
+            "them, or give another kernel"
+        )
+    if whole and data.is_floating_point() and (data != data.floor()).any():
+        raise ValueError(f"{kernel!r} is for whole numbers, and some of the data are fractions")
+
+
+def check_pair(kernel: Kernel, query: Tensor, reference: Tensor) -> None:
+    """Raise ValueError unless both are data of the kernel, and of one shape and device."""
+    kernel.check(query)
+    kernel.check(reference)
+    if query.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"{kernel!r} got queries of shape {list(query.shape[1:])} and references of shape "
+            f"{list(reference.shape[1:])}; both must be of one shape"
+        )
+
+
+def check_positive(kernel: object, **values: float | None) -> None:
+    """Raise ValueError for a number that is given and not positive and finite."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(
+                f"{type(kernel).__name__}: {name} must be positive and finite, got {value}"
+            )
+
+
+def parts_of_pairs(left: Tensor, right: Tensor) -> list[slice]:
+    """Return slices of the dimensions so that all pairs of rows fit into memory."""
+    size = max(1, _CHUNK_NUMBERS // max(1, len(left) * len(right)))
+    return [slice(start, start + size) for start in range(0, left.shape[1], size)]
