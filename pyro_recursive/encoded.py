@@ -1,7 +1,6 @@
 """What an encoder makes of its inputs: the components of a mixture, shared by all rows."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.distributions import Independent, MixtureSameFamily, Normal
 
 from pyro_recursive.guides.families import Family
 from pyro_recursive.guides.mixtures import Mixture
+from pyro_recursive.pairs import normal_pairs
 
 __all__ = ["EncodedMixture", "encoded"]
 
@@ -57,7 +57,7 @@ class EncodedMixture(Mixture):
             )
         normals = _diagonal_normals(self.components)
         if normals is not None:
-            return _normal_table(u, *normals)
+            return normal_pairs(u, *normals)
         dims = len(self.components.batch_shape)
         return self.components.log_prob(u[(..., *[None] * dims, slice(None))]).flatten(-dims)
 
@@ -154,17 +154,3 @@ def _diagonal_normals(components: Any) -> tuple[Tensor, Tensor] | None:
     if normal.loc.device.type == "mps":  # without float64 the products below would be wrong
         return None
     return normal.loc.flatten(0, -2), normal.scale.flatten(0, -2)
-
-
-def _normal_table(u: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """Return log-densities of diagonal normals, ``[*batch, D]`` and ``[J, D]`` to ``[*batch, J]``.
-
-    The squares are multiplied out, which loses digits where scales are small beside locations: in
-    float32 up to 0.2 nats at 1 to 100 and D = 50. In float64 it loses 3e-10, and takes less time.
-    """
-    z, loc, scale = u.double(), loc.double(), scale.double()
-    precision = scale**-2
-    scaled = loc * precision
-    square = z**2 @ precision.mT - 2 * (z @ scaled.mT) + (loc * scaled).sum(-1)
-    constant = scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
-    return (-0.5 * square - constant).to(u.dtype)

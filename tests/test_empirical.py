@@ -22,6 +22,7 @@ from pyro_recursive.empirical.codes import (
 )
 from pyro_recursive.empirical.model import Empiricalized, OnCodes, Placed
 from pyro_recursive.empirical.slots import Slots
+from pyro_recursive.pairs import Pairs, in_pairs
 
 M = 6  # codes
 WAYS = [(share, replace) for share in ("pair", "shared", "pooled") for replace in (True, False)]
@@ -427,3 +428,81 @@ def test_refusals(model, size: int, site, error, message: str) -> None:
     with pytest.raises(error, match=message):
         loss = TraceEnum_ELBO(max_plate_nesting=2)
         loss.loss(Empiricalized(model, codes, site), nothing, torch.randn(3, 2))
+
+
+# Likelihoods by products of matrices.
+
+FAMILIES = {
+    "logits": lambda y: dist.Bernoulli(logits=y),
+    "probs": lambda y: dist.Bernoulli(y.sigmoid()),
+    "normal": lambda y: dist.Normal(y, 0.7),
+    "scales": lambda y: dist.Normal(y, y.exp()),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [(5, 1), (2, 5, 1), (5, 1, 1)])
+@pytest.mark.parametrize("event", [(20,), (4, 5)])
+def test_pairs_equal_broadcasting(family: str, batch: tuple, event: tuple) -> None:
+    dim = -2 if batch == (5, 1, 1) else -1
+    y = torch.randn(*batch, *event, requires_grad=True)
+    plain = FAMILIES[family](y).to_event(len(event))
+    full = list(batch)
+    full[dim] = 3
+    plain = plain.expand(full)
+    pairs = in_pairs(plain, dim)
+    assert isinstance(pairs, Pairs)
+    x = torch.rand(3, *[1] * (-dim - 1), *event).round()
+    found, expected = pairs.log_prob(x), plain.log_prob(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape)
+    (mine,) = torch.autograd.grad((weights * found).sum(), y, retain_graph=True)
+    (theirs,) = torch.autograd.grad((weights * expected).sum(), y)
+    torch.testing.assert_close(mine, theirs)
+    assert pairs._decoded() is not None  # and not by broadcasting
+
+
+def test_pairs_fall_back() -> None:
+    """Rows with distributions of their own, and values with more dims, are broadcast."""
+    x = torch.rand(3, 20).round()
+    own = dist.Bernoulli(logits=torch.randn(5, 3, 20)).to_event(1)
+    assert (in_pairs(own, -1).log_prob(x) == own.log_prob(x)).all()
+    shared = dist.Bernoulli(logits=torch.randn(5, 1, 20)).to_event(1).expand([5, 3])
+    many = torch.rand(5, 3, 20).round()
+    assert (in_pairs(shared, -1).log_prob(many) == shared.log_prob(many)).all()
+    for left in (dist.Poisson(torch.ones(5, 1, 20)).to_event(1), dist.Normal(torch.ones(5, 3), 1)):
+        assert in_pairs(left, -1) is left
+    with pytest.raises(ValueError, match="outside of the support"):
+        in_pairs(shared, -1).log_prob(x + 0.5)
+
+
+class Sharper(dist.Bernoulli):
+    """A distribution with another density than that of its base class."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return 2 * super().log_prob(value)
+
+
+def test_pairs_leave_subclasses_alone() -> None:
+    fn = Sharper(logits=torch.randn(5, 1, 20)).to_event(1)
+    assert in_pairs(fn, -1) is fn
+
+
+@pytest.mark.parametrize("share", ["pair", "shared", "pooled"])
+def test_pairs_in_a_model(share: str) -> None:
+    x, codes, decoder = torch.rand(6, 20).round(), torch.randn(6, 2), nn.Linear(2, 20)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 12, subsample=torch.arange(6)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def handled(x: Tensor) -> None:
+        log_weights = torch.zeros(6, 6)
+        chosen = codes.expand(6, -1, -1) if share == "pair" else codes
+        with OnCodes("z", lambda plate: Placed(chosen, log_weights)):
+            model(x)
+
+    table = dist.Bernoulli(logits=decoder(codes)).to_event(1).log_prob(x[:, None])
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(handled, nothing, x)
+    assert loss == pytest.approx(-2 * table.logsumexp(-1).sum().item())

@@ -23,10 +23,12 @@ __all__ = [
     "check_pair",
     "check_positive",
     "flat",
+    "origin_of",
     "parts_of_pairs",
 ]
 
 _CHUNK_NUMBERS = 2**22  # pairs times dimensions at once
+_SAMPLE = 1000
 
 LogKernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,7 +114,7 @@ class InnerProductKernel(Kernel):
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return the inner products with the terms of both sides, ``[Q, R]``, float64."""
-        origin = flat(reference).mean(0)
+        origin = origin_of(reference)
         left = self.query_features(query, origin)
         right = self.reference_features(reference, origin)
         return torch.addmm(right.bias, left.rows, right.rows.T) + left.bias[:, None]
@@ -126,6 +128,16 @@ class InnerProductKernel(Kernel):
 def flat(data: Tensor) -> Tensor:
     """Return data ``[R, *x]`` as rows of float64 numbers ``[R, D]``."""
     return data.reshape(len(data), math.prod(data.shape[1:])).to(torch.float64)
+
+
+def origin_of(data: Tensor) -> Tensor:
+    """Return a point amid flattened data, ``[D]``: the median of some, which outliers do not move.
+
+    >>> origin_of(torch.tensor([[1.0], [2.0], [1e9]]))
+    tensor([2.], dtype=torch.float64)
+    """
+    step = -(-len(data) // _SAMPLE)
+    return flat(data[::step]).median(0).values
 
 
 def check_data(

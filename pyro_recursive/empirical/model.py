@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 
 from pyro_recursive.empirical.codes import Codes
 from pyro_recursive.empirical.slots import Slots
+from pyro_recursive.pairs import in_pairs
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import Site, plates_of, sites
 
@@ -80,13 +81,16 @@ class OnCodes(Messenger):
         self.site, self.place = site, place
         self.certain_where_masked = certain_where_masked
         self._rows: dict[str, Tensor] = {}
+        self._shared_dim: int | None = None  # the plate's, once the rows share codes
 
     def __enter__(self) -> "OnCodes":
         """Forget the minibatch of an earlier run."""
-        self._rows = {}
+        self._rows, self._shared_dim = {}, None
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and self._shared_dim is not None:
+            msg["fn"] = in_pairs(msg["fn"], self._shared_dim)
         if msg["name"] != self.site or msg["is_observed"]:
             return
         frame = check_site(msg)
@@ -112,6 +116,7 @@ class OnCodes(Messenger):
         )
         msg["fn"] = _Known(value, event_dim=event_dim).expand(batch)
         msg["value"], msg["is_observed"] = value, True
+        self._shared_dim = frame.dim if placed.codes.dim() == 2 else None
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):

@@ -129,7 +129,7 @@ def nearest(
     """Return, for each query, the k references with the largest log k, and these, best first.
 
     Of equal ones the query's own index is first (with ``own``), then the lower index. Log k are
-    rounded to about ten digits of their largest terms, so that ties do not hang on the machine.
+    rounded to about eleven digits of their largest terms, so that ties do not hang on the machine.
 
     Arguments:
         query: ``[Q, *x]``, moved to the reference's device block by block.

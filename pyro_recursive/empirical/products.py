@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_recursive.empirical.kernel import Features, InnerProductKernel, flat
+from pyro_recursive.empirical.kernel import Features, InnerProductKernel, origin_of
 from pyro_recursive.empirical.selection import LARGEST_GROUP, candidates, ordered
 
 __all__ = ["FloatScreen", "ProductSearch", "Products", "Screen", "best_of_all", "rounded"]
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 2**23  # of gathered rows: what a cache holds
 _DENSE = 32  # where one column in so many is wanted, a product of all is as quick
 _WIDEST = 8  # candidates for each neighbour: ties can be many, and their memory bounded
 _SMALL, _LARGE = 1e-37, 1e30  # beyond these float32 loses more than its roundoff
-_DIGITS = 32  # binary digits that survive the rounding of scores
+_DIGITS = 38  # binary digits that survive the rounding of scores
 # Unit roundoff of float32 products, by torch.get_float32_matmul_precision()
 _ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
 
@@ -31,7 +31,7 @@ class Products:
         self.kernel, self.budget = kernel, budget
         size, width = len(reference), kernel.width(reference)
         parts = reference.split(max(1, budget // (64 * width)))
-        self.origin = torch.stack([flat(part).sum(0) for part in parts]).sum(0) / size
+        self.origin = origin_of(reference)
         self.rows = self.origin.new_empty(size, width)
         self.bias = self.origin.new_empty(size)
         for rows, bias, part in zip(
@@ -174,7 +174,7 @@ class FloatScreen:
 
 
 def rounded(scores: Tensor, reach: Tensor) -> Tensor:
-    """Return scores ``[B, C]`` with about ten decimal digits of their largest terms, ``reach``.
+    """Return scores ``[B, C]`` with about eleven decimal digits of their largest terms, ``reach``.
 
     What is equal but for rounding errors is then equal, whatever the order of summation was: ties
     are ties on every machine, and go to the lower index.

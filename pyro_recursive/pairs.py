@@ -1,0 +1,128 @@
+"""The densities of all pairs of vectors and distributions, by products of matrices.
+
+Where B data meet J distributions over vectors of length D, broadcasting makes ``J * B * D`` numbers
+out of them; for the distributions here products of matrices do with less.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.distributions as td
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions.utils import probs_to_logits
+
+__all__ = ["Pairs", "bernoulli_pairs", "in_pairs", "normal_pairs"]
+
+_FEW = 16  # numbers of an event, below which broadcasting is no slower
+
+
+def normal_pairs(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Return log-densities of diagonal normals in nats, ``[*b, D]`` and ``[J, D]`` to ``[*b, J]``.
+
+    The squares are multiplied out, which loses digits where scales are small beside locations: in
+    float32 up to 0.2 nats at 1 to 100 and D = 50. In float64 it loses 3e-10, and takes less time.
+    """
+    z, loc, scale = x.double(), loc.double(), scale.double()
+    precision = scale**-2
+    scaled = loc * precision
+    square = z**2 @ precision.mT - 2 * (z @ scaled.mT) + (loc * scaled).sum(-1)
+    constant = scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+    return (-0.5 * square - constant).to(x.dtype)
+
+
+def bernoulli_pairs(x: Tensor, logits: Tensor) -> Tensor:
+    """Return log-probabilities of binary vectors, ``[*b, D]`` and ``[J, D]`` to ``[*b, J]``."""
+    return x @ logits.mT - torch.nn.functional.softplus(logits).sum(-1)
+
+
+def _of_bernoulli(base: Any, x: Tensor, parameter: Tensor) -> Tensor:
+    is_probs = "probs" in vars(base)
+    return bernoulli_pairs(x, probs_to_logits(parameter, True) if is_probs else parameter)
+
+
+def _of_normal(base: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    return normal_pairs(x, *parameters)
+
+
+# By exact type, as a subclass may have another density: names of the parameters, and the density.
+_KINDS: dict[type, tuple[Callable[[Any], tuple[str, ...]], Callable[..., Tensor]]] = {
+    kind: entry
+    for kinds, entry in (
+        (
+            (td.Bernoulli, dist.Bernoulli),
+            (lambda base: ("probs" if "probs" in vars(base) else "logits",), _of_bernoulli),
+        ),
+        ((td.Normal, dist.Normal), (lambda base: ("loc", "scale"), _of_normal)),
+    )
+    for kind in kinds
+}
+
+
+def in_pairs(fn: Any, dim: int) -> Any:
+    """Return a distribution with the same density, by products of matrices if it can be.
+
+    ``dim`` is that of the data's plate, over which what is decoded may be the same.
+    """
+    if not isinstance(fn, td.Independent) or type(fn.base_dist) not in _KINDS:
+        return fn
+    enough = fn.event_shape.numel() >= _FEW
+    all_there = len(fn.event_shape) == fn.reinterpreted_batch_ndims
+    return Pairs(fn, dim) if enough and all_there else fn
+
+
+class Pairs(TorchDistribution):
+    """An `Independent` whose parameters may be the same for all entries of a plate."""
+
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, fn: Any, dim: int) -> None:
+        self.fn, self.dim = fn, dim
+        super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """The distribution's own."""
+        return self.fn.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Pairs":
+        """Return the same for a larger batch."""
+        return Pairs(self.fn.expand(batch_shape), self.dim)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw from the distribution itself."""
+        return self.fn.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density, ``[*batch]`` nats."""
+        parameters = self._decoded() if self._has_rows(value) else None
+        if parameters is None:
+            return self.fn.log_prob(value)
+        base = self.fn.base_dist
+        if base._validate_args and not bool(self.fn.support.check(value).all()):
+            raise ValueError(
+                f"a value is outside of the support {self.fn.support} of {type(base).__name__}"
+            )
+        rows = value.reshape(self.batch_shape[self.dim], -1).to(parameters[0])
+        others = parameters[0].shape[:-1]
+        flat = [parameter.reshape(-1, rows.shape[-1]) for parameter in parameters]
+        table = _KINDS[type(base)][1](base, rows, *flat)  # [B, others]
+        return table.mT.reshape(*others, len(rows)).movedim(-1, self.dim)
+
+    def _has_rows(self, value: Tensor) -> bool:
+        """Whether the value has one row for each entry of the plate, and no other batch dims."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        if len(batch) < -self.dim or len(self.batch_shape) < -self.dim:
+            return False
+        return 1 < batch.numel() == batch[self.dim] == self.batch_shape[self.dim]
+
+    def _decoded(self) -> list[Tensor] | None:
+        """Return the parameters ``[*others, D]``, None where they differ between the entries."""
+        base, events = self.fn.base_dist, len(self.event_shape)
+        found = [getattr(base, name) for name in _KINDS[type(base)][0](base)]
+        if any(parameter.stride(self.dim - events) != 0 for parameter in found):
+            return None
+        return [parameter.select(self.dim - events, 0).flatten(-events) for parameter in found]
