@@ -125,4 +125,17 @@ class Pairs(TorchDistribution):
         found = [getattr(base, name) for name in _KINDS[type(base)][0](base)]
         if any(parameter.stride(self.dim - events) != 0 for parameter in found):
             return None
-        return [parameter.select(self.dim - events, 0).flatten(-events) for parameter in found]
+        return [_without(parameter, self.dim - events).flatten(-events) for parameter in found]
+
+
+def _without(parameter: Tensor, dim: int) -> Tensor:
+    """Return a parameter without a dim along which it was expanded.
+
+    The derivative of a selection would be of the expanded size; that of what was expanded is not.
+    There is no public way back from a view to its base.
+    """
+    one, base = parameter.select(dim, 0), parameter._base
+    whole = base is not None and base.numel() == one.numel() and base.is_contiguous()
+    if whole and one.is_contiguous() and base.data_ptr() == one.data_ptr():
+        return base.reshape(one.shape)
+    return one
