@@ -6,6 +6,8 @@ from typing import Any
 
 from pyro.infer import TraceEnum_ELBO
 
+from pyro_recursive.empirical.log_sums import merge_factors
+from pyro_recursive.empirical.model import index_site
 from pyro_recursive.program import Program
 from pyro_recursive.structure import structure_of
 
@@ -65,7 +67,9 @@ class MAPA_ELBO(TraceEnum_ELBO):
             found = structure_of(Program(model, guide.others, args, kwargs)).max_plate_nesting
             self.max_plate_nesting = found + (self.vectorize_particles and self.num_particles > 1)
         try:
-            yield from super()._get_traces(empiricalized(model), guide.others, args, kwargs)
+            for traces in super()._get_traces(empiricalized(model), guide.others, args, kwargs):
+                merge_factors(traces[0], index_site(guide.site))
+                yield traces
         finally:
             if guessed:
                 self.max_plate_nesting = math.inf

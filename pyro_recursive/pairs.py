@@ -135,7 +135,6 @@ def _without(parameter: Tensor, dim: int) -> Tensor:
     There is no public way back from a view to its base.
     """
     one, base = parameter.select(dim, 0), parameter._base
-    whole = base is not None and base.numel() == one.numel() and base.is_contiguous()
-    if whole and one.is_contiguous() and base.data_ptr() == one.data_ptr():
-        return base.reshape(one.shape)
-    return one
+    if base is None or base.numel() != one.numel() or base.data_ptr() != one.data_ptr():
+        return one
+    return base.reshape(one.shape) if base.is_contiguous() and one.is_contiguous() else one

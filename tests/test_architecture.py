@@ -10,7 +10,7 @@ import pyro_recursive
 PACKAGE = Path(pyro_recursive.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = {"evaluation", "training"}  # nothing but the package face imports these
-LOSSES = {"elbo", "stratified", "recursive_elbo", "focus", "proposals"}
+LOSSES = {"elbo", "stratified", "recursive_elbo", "focus", "proposals", "mapa_elbo"}
 
 
 def module_of(path: Path) -> str:
@@ -105,6 +105,7 @@ def test_public_names_are_documented_with_an_example(name: str) -> None:
 def test_public_names() -> None:
     expected = (
         "MultiSampleELBO IWAE_ELBO MIWAE_ELBO PIWAE_ELBO CIWAE_ELBO log_marginal fit "
-        "AmortizedGuide MixtureGuide RecursiveMixtureGuide FlowGuide RecursiveMixture_ELBO"
+        "AmortizedGuide MixtureGuide RecursiveMixtureGuide FlowGuide RecursiveMixture_ELBO "
+        "SemiAmortizedGuide MAPAGuide MAPA_ELBO"
     )
     assert set(expected.split()) <= set(pyro_recursive.__all__)

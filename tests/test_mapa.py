@@ -82,6 +82,34 @@ def test_without_a_table_the_sum_is_exact() -> None:
 
 
 @pytest.mark.parametrize("share", ["pair", "shared"])
+@pytest.mark.parametrize("far", [5.0, 14.0, 20.0, 1e4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_codes_that_a_row_does_not_use_make_no_difference(
+    share: str, far: float, parts: int
+) -> None:
+    """Even where they would fit so much better that products of the factors underflow."""
+    x = torch.tensor([[0.0], [far]], dtype=torch.float32)
+    codes = FreeCodes(x.flip(0)).float()  # each row's own code is far away
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=x.dtype), 1.0).to_event(1))
+            for part in range(parts):
+                pyro.sample(f"x{part}", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    table = Table(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.9, 0.1]] * 2).log(), 2)
+    guide = MAPAGuide(model, codes, table=table, top=1, samples=0, share=share)
+    own = -parts * (0.5 * far**2 + 0.5 * math.log(2 * math.pi)) - math.log(2)
+    loss = MAPA_ELBO().differentiable_loss(model, guide, x)
+    assert loss.item() == pytest.approx(-2 * own, rel=1e-6)
+    loss.backward()
+    assert (codes.codes.grad - parts * torch.tensor([[far], [-far]])).abs().max() < 1e-6 * far
+    with torch.no_grad():
+        posterior = guide.explain(x).log_q.exp()
+    assert (posterior - torch.tensor([0.0, 1.0])).abs().max() < (1e-5 if far > 10 else 1e-4)
+
+
+@pytest.mark.parametrize("share", ["pair", "shared"])
 def test_nearest_code_alone_is_the_autoencoder(share: str) -> None:
     toy = Toy()
     own = toy.table(toy.x, toy.encoder(toy.x)).diagonal().sum() - N * math.log(N)

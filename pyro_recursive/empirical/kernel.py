@@ -137,7 +137,8 @@ def origin_of(data: Tensor) -> Tensor:
     tensor([2.], dtype=torch.float64)
     """
     step = -(-len(data) // _SAMPLE)
-    return flat(data[::step]).median(0).values
+    # A copy, as PyTorch 2.13 returns uninitialised memory as the median of an expanded tensor.
+    return flat(data[::step]).clone(memory_format=torch.contiguous_format).median(0).values
 
 
 def check_data(

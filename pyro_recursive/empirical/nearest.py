@@ -87,12 +87,12 @@ class Finder:
         if start is not None:
             own = torch.arange(start, start + len(query), device=query.device)
         index, scores = self._search(query, own, k)
-        lost = scores[:, 0] == -math.inf
+        lost = ~(scores[:, 0] > -math.inf)  # nan too
         if lost.any():
-            row = int(lost.nonzero()[0]) + (start or 0)
+            row = int(lost.nonzero()[0])
             raise ValueError(
-                f"log k is -inf between row {row} and all references: give a kernel with wider "
-                "tails, so that each row has a neighbour"
+                f"log k is {float(scores[row, 0])} between row {row + (start or 0)} and all "
+                "references: give a kernel with wider tails, so that each row has a neighbour"
             )
         if isinstance(self.kernel, Kernel):
             scores = self.kernel.rescaled(scores, math.prod(query.shape[1:]))

@@ -53,7 +53,7 @@ def ordered(scores: Tensor, columns: Tensor, own: Tensor | None, k: int) -> tupl
 
     Best first. Of equal scores that of the ``own`` column ``[B]`` is first, then the lower column.
     """
-    rank = columns if own is None else columns
+    rank = columns if own is None else columns.masked_fill(columns == own[:, None], -1)
     by_column = rank.argsort(1)
     scores, columns = scores.gather(1, by_column), columns.gather(1, by_column)
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]

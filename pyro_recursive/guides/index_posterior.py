@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.empirical.model import OnCodes, Placed, with_noise
+from pyro_recursive.empirical.log_sums import IndexELBO
+from pyro_recursive.empirical.model import OnCodes, Placed, index_site, with_noise
 from pyro_recursive.guides.given import Given, Unnoticed
 from pyro_recursive.guides.joint import outer_shape
 from pyro_recursive.guides.latents import Latents
@@ -107,7 +107,7 @@ class IndexPosterior:
             with torch.enable_grad(), poutine.broadcast(), _Around(outer), Given(minibatch):
                 handled = OnCodes(self.site, lambda plate: placed, certain_where_masked=False)
                 known = poutine.condition(handled(self.model), data=call.given)
-                loss = TraceEnum_ELBO(max_plate_nesting=nesting)
+                loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)
                 return loss.differentiable_loss(known, _nothing, *call.args, **call.kwargs)
 
         return Unnoticed()(run)
