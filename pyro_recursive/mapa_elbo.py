@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from pyro.infer import TraceEnum_ELBO
 
 from pyro_recursive.empirical.log_sums import merge_factors
@@ -51,6 +52,11 @@ class MAPA_ELBO(TraceEnum_ELBO):
     """
 
     max_plate_nesting: float
+
+    def loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return minus the bound, without a graph: no step of training."""
+        with torch.no_grad():
+            return super().loss(model, guide, *args, **kwargs)
 
     def _get_traces(
         self, model: Callable, guide: Any, args: Any, kwargs: Any

@@ -205,6 +205,27 @@ def test_the_true_posterior_has_no_variance(replace: bool, samples: int) -> None
         assert toy.bound(guide) == pytest.approx(toy.exact().sum().item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_warm_up_is_an_autoencoder(share: str) -> None:
+    """For as many training steps as asked, and over a save; evaluations do not count."""
+    toy = Toy()
+    options = {"share": share, "top": N, "samples": 0}
+    guide, loss = toy.guide(warm_up=3, **options), MAPA_ELBO()
+    own = toy.table(toy.x, toy.encoder(toy.x)).diagonal().sum() - N * math.log(N)
+    exact = toy.exact().sum().item()
+
+    def step(guide: MAPAGuide) -> float:
+        return -loss.differentiable_loss(toy.model, guide, toy.x).item()
+
+    assert -loss.loss(toy.model, guide, toy.x) == pytest.approx(exact)
+    assert [step(guide) for _ in range(2)] == pytest.approx([own.item()] * 2)
+    again = MAPAGuide(toy.model, nn.Linear(2, D), toy.x, name="again", **options)
+    again.prepare(toy.x)
+    again.load_state_dict(guide.state_dict())
+    for each in (guide, again):
+        assert [step(each), step(each)] == pytest.approx([own.item(), exact])
+
+
 def test_few_neighbours_are_a_lower_bound() -> None:
     toy = Toy()
     exact = toy.exact().sum().item()
@@ -721,6 +742,7 @@ def test_models_that_cannot_broadcast_are_told_how(share: str, samples: int) -> 
         ({"top": -1}, "top must be an integer >= 0"),
         ({"top": 0, "samples": 0}, "one of them positive"),
         ({"samples": 0.5, "share": "pair"}, "only a pool without replacement"),
+        ({"warm_up": -1}, "warm_up must be an integer >= 0"),
         ({"neighbours": 0}, "neighbours must be an integer >= 1"),
         ({"site": "w"}, "no latent site 'w'; there are .'z'"),
         ({"data": torch.randn(5, 2)}, "over 5 components, and there are 9 codes"),

@@ -89,6 +89,8 @@ class MAPAGuide(PackedGuide):
             own, decoding each code once; ``"pair"`` decodes for each row by itself, for decoders
             that need more of the row than the code. ``replace`` draws independently, as the paper.
             In a pool without replacement ``samples`` may be a fraction.
+        warm_up: for so many training steps at first, top=1 and samples=0: an autoencoder. It finds
+            codes that differ, where sums over codes can rest for long on a constant decoder.
         site: the latent site; the one continuous site inside a plate if not given.
         rest: a guide for the other latents; a mean-field `AmortizedGuide` if there are some.
         rows: a function from the model's arguments to the rows' numbers in the data ``[B]``, for
@@ -134,6 +136,7 @@ class MAPAGuide(PackedGuide):
     """
 
     can_be_component: ClassVar[bool] = False
+    steps_to_warm_up: Tensor
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class MAPAGuide(PackedGuide):
         samples: float = 4,
         share: str = "pooled",
         replace: bool = False,
+        warm_up: int = 0,
         site: str | None = None,
         rest: Callable | None = None,
         rows: Callable[..., Tensor] | None = None,
@@ -159,6 +163,8 @@ class MAPAGuide(PackedGuide):
     ) -> None:
         if not isinstance(neighbours, int) or neighbours < 1:
             raise ValueError(f"neighbours must be an integer >= 1, got {neighbours!r}")
+        if not isinstance(warm_up, int) or warm_up < 0:
+            raise ValueError(f"warm_up must be an integer >= 0, got {warm_up!r}")
         plan = Plan(top, samples, share, replace)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.codes: Any = _codes_of(codes, data)
@@ -171,6 +177,8 @@ class MAPAGuide(PackedGuide):
             self.table = table
         self._model_of_rows = ModelReference(model)
         self._set_rest(rest)
+        self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
+        self._is_warm = False
         self.passes: Passes | None = None
 
     @property
@@ -352,9 +360,18 @@ class MAPAGuide(PackedGuide):
         if rows is None:
             self.passes = Passes(len(self.codes), plate.size)
             return all_of(self.codes)
-        found = self.plan(rows.index, rows.log_q, len(self.codes))
+        found = self._next_plan()(rows.index, rows.log_q, len(self.codes))
         self.passes = Passes(found.codes.numel(), plate.size)
         return self._placed(found.codes, found.log_weights)
+
+    def _next_plan(self) -> Plan:
+        """Return the plan of a step; that of an autoencoder while there are steps to warm up."""
+        if not self._is_warm:  # so that a GPU is asked no more
+            self._is_warm = int(self.steps_to_warm_up) == 0
+        if self._is_warm or not torch.is_grad_enabled():
+            return self.plan
+        self.steps_to_warm_up -= 1
+        return Plan(1, 0, "pair" if self.plan.share == "pair" else "shared")
 
     def _neighbours(self, call: Call) -> tuple[Tensor, Placed]:
         """Return all codes that the table keeps for the rows, with the prior's weights."""
