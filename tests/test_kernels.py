@@ -319,7 +319,7 @@ def test_perplexity_of_rows_that_cannot_reach_it() -> None:
     torch.testing.assert_close(perplexities(lost), torch.tensor([2.0]))
     isolated = of_perplexity(torch.tensor([[0.0, -1e9, -1.1e9, -1e300]]), 2.0)
     torch.testing.assert_close(perplexities(isolated), torch.tensor([2.0]), rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="perplexity of 9 needs more .* there are 9"):
+    with pytest.raises(ValueError, match=r"perplexity of 9 needs more .* there are 9"):
         of_perplexity(torch.zeros(1, 9), 9.0)
 
 

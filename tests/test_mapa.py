@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, autoguide, config_enumerate
 from torch import Tensor, nn
 
-from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide, log_marginal
+from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide, fit, log_marginal
 from pyro_recursive.empirical.codes import EncodedCodes, FreeCodes, GridCodes
 from pyro_recursive.empirical.kernels import Gaussian
 from pyro_recursive.empirical.table import Table
@@ -305,6 +306,39 @@ def test_duplicates_in_the_data(share: str) -> None:
     guide = toy.guide(share=share, top=N, samples=0)
     assert toy.bound(guide) == pytest.approx(toy.exact().sum().item(), abs=1e-9)
     assert math.isfinite(toy.bound(toy.guide(share=share, top=1, samples=2)))
+
+
+def test_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Minibatches made outside of the model, rows told apart by numbers, and a warm-up."""
+    results = []
+    for stops in ((4,), (1, 2, 4)):
+        for place, epochs in enumerate(stops):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            toy = Toy()
+
+            def model(x: Tensor, rows: Tensor, toy: Toy = toy) -> None:
+                toy.model(x)
+
+            numbers = torch.arange(N)
+            codes = EncodedCodes(toy.encoder, toy.x)
+            options = {"rows": lambda x, rows: rows, "warm_up": 5, "inputs": lambda x, rows: x}
+            guide = MAPAGuide(model, codes, toy.x, top=1, samples=2, **options)
+            fit(
+                model,
+                guide,
+                (toy.x, numbers),
+                loss=MAPA_ELBO(),
+                epochs=epochs,
+                batch_size=3,
+                seed=1,
+                checkpoint=tmp_path / f"{len(stops)}.pt",
+                resume=place > 0,
+                progress=False,
+            )
+        results.append([value.detach().clone() for value in toy.decoder.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert (one == other).all()
 
 
 @pytest.mark.slow

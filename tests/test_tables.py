@@ -30,7 +30,7 @@ from pyro_recursive.empirical.selection import candidates
 from pyro_recursive.empirical.table import Table, TableError, neighbours
 
 K = 5
-SCREENED = 700  # references, so many that float32 products screen them for K neighbours
+SCREENED = 400  # references, so many that float32 products screen them for K neighbours
 
 
 def brute_force(query: Tensor, reference: Tensor, kernel: Any, k: int, own: bool) -> Neighbours:
@@ -96,21 +96,23 @@ def test_against_brute_force(name: str, size: int) -> None:
 def test_blocks_of_any_size(name: str) -> None:
     kernel, make = MEMBERS[name]
     x = make(SCREENED)
-    whole = nearest(x, x, kernel, K, own=True)
-    for budget in (1, 20_000, 300_000):
-        parts = nearest(x, x, kernel, K, own=True, budget=budget)
+    whole = nearest(x[:40], x, kernel, K)
+    for budget in (1_000, 20_000, 300_000):
+        parts = nearest(x[:40], x, kernel, K, budget=budget)
         assert torch.equal(parts.index, whole.index)
         torch.testing.assert_close(parts.log_k, whole.log_k)
 
 
 def test_float32_cannot_tell_these_apart() -> None:
-    """Distances that differ by one part in 1e9, in an order that float32 would scramble."""
-    angles = torch.rand(SCREENED) * 6.28
-    radii = 1 + 1e-9 * torch.randperm(SCREENED)
-    ring = torch.stack([angles.cos(), angles.sin()], 1) * radii[:, None]
-    check(torch.zeros(1, 2), ring, Gaussian(0.01))
-    query = torch.cat([torch.zeros(3, 2), torch.randn(20, 2)])
-    check(query, torch.cat([ring, torch.randn(300, 2)]), Gaussian(0.1))
+    """Pairs of references at distances that differ by one part in 1e8; the fifth is of a pair."""
+    centers = 4.0 * torch.cartesian_prod(torch.arange(4.0), torch.arange(5.0))
+    radii = (1 + 0.01 * torch.arange(10.0)).repeat(20, 2)
+    radii[:, 10:] += 1e-8 * torch.tensor([-1.0, 1.0])[torch.randint(2, (20, 10))]
+    angles = 6.28 * torch.rand(20, 20)
+    offsets = torch.stack([angles.cos(), angles.sin()], -1) * radii[..., None]
+    references = (centers[:, None] + offsets).flatten(0, 1)
+    check(centers, references, Gaussian(0.01))
+    check(centers, references, Gaussian(perplexity=3.0))
 
 
 def test_data_far_from_zero() -> None:
@@ -121,7 +123,8 @@ def test_data_far_from_zero() -> None:
 def test_outliers_and_tiny_units() -> None:
     x = torch.randn(SCREENED, 3)
     x[17] = 1e8
-    check(x[:50], x, Gaussian(0.1))
+    check(x[:17], x, Gaussian(0.1))
+    assert nearest(x, x, Gaussian(0.1), K, own=True).index[17, 0] == 17
     tiny = torch.randn(SCREENED, 3) * 1e-30
     found = nearest(tiny, tiny, Gaussian(perplexity=3.0), K, own=True)
     expected = nearest(tiny * 1e30, tiny * 1e30, Gaussian(perplexity=3.0), K, own=True)
@@ -143,7 +146,7 @@ def test_coarse_products_are_no_harm(precision: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [Gaussian(0.7), Bernoulli(softening=0.07), Categorical(2, 0.3)])
-@pytest.mark.parametrize("size", [SCREENED, 3 * SCREENED])
+@pytest.mark.parametrize("size", [SCREENED, 1000])
 def test_ties_of_bits_go_to_the_own_row_then_in_order(kernel: Kernel, size: int) -> None:
     """Distances are whole numbers: nearly all are ties, far more than are asked for."""
     x = torch.randint(2, (size, 12))
@@ -164,12 +167,14 @@ def test_equal_data(kernel: Any) -> None:
     rows = torch.arange(SCREENED)
     expected = torch.stack([rows, (rows == 0).long(), 1 + (rows < 2).long()], 1)
     assert torch.equal(found.index, expected)
+    assert torch.equal(found.log_k, found.log_k[0, 0].expand(SCREENED, 3))
+    torch.testing.assert_close(found.log_k[0, 0], torch.as_tensor(kernel(x[:1], x[:1])).squeeze())
 
 
 def test_some_rows_have_many_ties() -> None:
     """A heap of duplicates beside data that differ: the rows are searched in different ways."""
     x = torch.randn(SCREENED, 3)
-    x[100:300] = x[100]
+    x[100:200] = x[100]
     check(x, x, Gaussian(0.7), own=True)
     x[100:] = x[100]
     check(x, x, Gaussian(0.7), own=True)
@@ -251,7 +256,8 @@ def test_faiss(kernel: Kernel, make: Callable[[int], Tensor]) -> None:
     x = make(3000)
     exact = nearest(x, x, kernel, K, own=True)
     found = nearest(x, x, kernel, K, own=True, backend="faiss")
-    torch.testing.assert_close(found.log_k[:, 0], exact.log_k[:, 0])  # ties are any of them
+    same = (found.log_k[:, 0] - exact.log_k[:, 0]).abs() < 1e-6  # of ties it may be any
+    assert same.double().mean() > 0.99
     assert (found.log_k >= exact.log_k - 1e-6).double().mean() > 0.9
     assert (found.index.sort(1).values.diff(dim=1) > 0).all()
     # Log k are those of the kernel, whatever float32 made of them.
@@ -277,7 +283,7 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest_module, "has_faiss", lambda: False)
     with pytest.warns(UserWarning, match=r"pyro_recursive\[neighbours\]"):
         assert Finder(Gaussian(1.0), x).backend == "exact"
-    with pytest.raises(ValueError, match="is none .* give backend='exact'"):
+    with pytest.raises(ValueError, match=r"is none .* give backend='exact'"):
         Finder(laplace, x, "faiss")
     with pytest.raises(ValueError, match="one of auto, exact, faiss; got 'fast'"):
         Finder(laplace, x, "fast")
@@ -448,8 +454,8 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Finder, "__call__", counted)
 
-    def build(data: Tensor = x, kernel: Any = Gaussian(0.5), k: int = K, **options: Any) -> Table:
-        return neighbours(data, kernel, k, cache=tmp_path, **options)
+    def build(data: Tensor = x, kernel: Any = None, k: int = K, **options: Any) -> Table:
+        return neighbours(data, kernel or Gaussian(0.5), k, cache=tmp_path, **options)
 
     first, second = build(), build()
     assert len(made) == 1 and torch.equal(first.index, second.index)
@@ -547,22 +553,34 @@ def test_rows_out_of_range(table: Table | None) -> None:
 # What it is for.
 
 
-def test_bandwidth_that_fits_the_posterior_of_codes() -> None:
-    """A linear decoder with normal noise: KL(p(i | x_n) || q(i | n)) by bandwidth.
+RATIOS = [0.5, 0.7, 1.0, 1.2, 2**0.5, 1.7, 2.0, 3.0, 5.0, 8.0, 12.0]
 
-    The kernel's reasoning says sqrt(2) sigma; on this grid the best is its neighbour at most.
-    """
-    sigma, ratios = 0.3, [0.5, 0.7, 1.0, 1.2, 2**0.5, 1.7, 2.0, 3.0, 5.0]
-    weight = torch.randn(2, 6)
-    means = torch.randn(400, 2) @ weight
-    x = means + sigma * torch.randn(400, 6)
+
+def divergences(latents: int, dimensions: int, sigma: float = 0.3) -> list[float]:
+    """KL(p(i | x_n) || q(i | n)) in nats by bandwidth, for a linear decoder with normal noise."""
+    weight = torch.linalg.qr(torch.randn(dimensions, latents)).Q.T
+    means = torch.randn(400, latents) @ weight
+    x = means + sigma * torch.randn(400, dimensions)
     log_posterior = (-0.5 * torch.cdist(x, means) ** 2 / sigma**2).log_softmax(1)
-    divergences = []
-    for ratio in ratios:
+    found = []
+    for ratio in RATIOS:
         table = neighbours(x, Gaussian(bandwidth=ratio * sigma), 400)
         log_q = torch.empty(400, 400).scatter_(1, table.index, table.log_q)
-        kl = (log_posterior.exp() * (log_posterior - log_q)).sum(1)
-        divergences.append(float(kl.mean()))
-    best = min(range(len(ratios)), key=divergences.__getitem__)
-    assert ratios[best] in (1.2, 2**0.5, 1.7)
-    assert divergences[0] > 3 * divergences[best] and divergences[-1] > 1.5 * divergences[best]
+        found.append(float((log_posterior.exp() * (log_posterior - log_q)).sum(1).mean()))
+    return found
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_the_default_bandwidth_fits_the_posterior_of_codes(latents: int) -> None:
+    found = divergences(latents, latents)
+    assert RATIOS[found.index(min(found))] == 2**0.5
+    assert found[0] > 5 * min(found) and found[-1] > 2 * min(found)
+
+
+@pytest.mark.slow
+def test_noise_off_the_surface_wants_a_wider_bandwidth() -> None:
+    best = []
+    for dimensions in (2, 10, 50, 200):
+        found = divergences(2, dimensions)
+        best.append(RATIOS[found.index(min(found))])
+    assert best == [2**0.5, 2.0, 5.0, 8.0]

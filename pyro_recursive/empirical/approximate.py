@@ -14,7 +14,6 @@ __all__ = ["FaissScreen", "has_faiss"]
 
 _LISTS = 4  # times the square root of the number of references
 _ROWS_PER_LIST = 39  # what faiss asks for, to train its k-means
-_SHARE = 16  # one list in so many is searched
 _ROWS_AT_ONCE = 4096
 _SPARE = 8  # more candidates than asked for, as float32 may swap some
 
@@ -32,15 +31,16 @@ class FaissScreen:
     of q minus ``|q' - r'| ** 2 / 2``. For Gaussian kernels the added dimension is zero: these
     distances are those of the data. Other features are first scaled to be as long on both sides.
 
-    Neighbours can be missed: where a row's cells hold too few, all cells are searched.
+    About the square root of the cells is searched for each query, so that neighbours can be missed:
+    1% of the 64 nearest among MNIST's 60,000 images. Where these cells hold too few, all are.
     """
 
     def __init__(self, products: Products, sample: Tensor) -> None:
-        """Build the index; ``sample`` are some data, as queries will be."""
+        """Build the index; ``sample`` are the first references, taken as queries for the scale."""
         faiss = _faiss()
         self.number = len(products)
-        lengths = (products.queries(sample).rows.norm(dim=1), products.rows.norm(dim=1))
-        means = [float(length.mean()) for length in lengths]
+        both = (products.queries(sample).rows, products.rows[: len(sample)])
+        means = [float(rows.norm(dim=1).mean()) for rows in both]
         self.scale = math.sqrt(means[0] / means[1]) if min(means) > 0 else 1.0
         rows = self._augmented(products)
         lists = min(int(_LISTS * math.sqrt(self.number)), self.number // _ROWS_PER_LIST)
@@ -48,7 +48,7 @@ class FaissScreen:
         self.index: Any = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, self.lists)
         self.index.train(rows)
         self.index.add(rows)
-        self.cells = max(1, self.lists // _SHARE)
+        self.cells = math.isqrt(self.lists) + 1
 
     def _augmented(self, products: Products) -> Any:
         """Return the references with one more dimension, float32."""

@@ -25,7 +25,7 @@ BACKENDS = ("auto", "exact", "faiss")
 BUDGET = 2**27  # bytes of one block
 EXACT_ROWS = 60_000  # more references than these are searched by faiss, if it may and can
 _MOST_FEATURES = 2**13  # longer ones, of many categories, are compared one by one
-_SAMPLE = 1000  # references, as which queries are expected to look
+_SAMPLE = 1000  # references that show how long features are on both sides
 _PROGRESS_DELAY = 2.0  # seconds: a shorter run needs no bar
 
 

@@ -1,0 +1,175 @@
+"""Time and memory of the nearest neighbours of all data, beside scikit-learn's and faiss'.
+
+Each method runs in a process of its own, on all cores, from the same float32 file: wall-clock of
+the search alone, and the highest resident memory of the process above what the data take.
+scikit-learn's is `NearestNeighbors(algorithm="brute", n_jobs=-1)`. Agreement is the share of our
+exact neighbours that a method finds.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import hardware, table, write_json
+from pyro_recursive.datasets import load
+from pyro_recursive.empirical.kernels import Bernoulli, Gaussian
+from pyro_recursive.empirical.nearest import nearest
+
+OURS = "pyro_recursive exact"
+SCALE = 0.3  # of the Gaussian kernel: it does not change the order of neighbours
+
+
+def main(arguments: list[str]) -> None:
+    """Run each method in a fresh process, print the table, write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks neighbours", description=__doc__)
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--neighbours", type=int, default=64)
+    parser.add_argument("--output", default="runs/neighbours")
+    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
+    parser.add_argument("--method", help=argparse.SUPPRESS)  # in the child processes
+    options = parser.parse_args(arguments)
+    if options.method is not None:
+        run_one(options.method, Path(options.output), options.neighbours)
+        return
+    if options.smoke:
+        options.dataset, options.rows, options.neighbours = "digits", 500, 8
+        options.output += "-smoke"
+    results = measure(options)
+    print(f"\n{report(results)}\n")
+    path = Path(options.output) / "results.json"
+    write_json(path, results)
+    print(f"Wrote {path}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what each method took, and how far it agrees with ours."""
+    x = load(options.dataset).train[: options.rows].contiguous()
+    results: dict[str, Any] = {
+        "settings": {key: value for key, value in vars(options).items() if key != "method"},
+        "hardware": hardware(),
+        "data": {"shape": list(x.shape), "megabytes": x.nbytes / 2**20},
+        "methods": {},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(x, folder / "data.pt")
+        for method in methods():
+            print(f"{method} ...", flush=True)
+            results["methods"][method] = in_a_process(method, folder, options.neighbours)
+        ours = torch.load(folder / f"{OURS}.pt")
+        for method, found in results["methods"].items():
+            if "Bernoulli" not in method:
+                found["agreement"] = agreement(ours, torch.load(folder / f"{method}.pt"))
+    return results
+
+
+def methods() -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """Return what is installed, by name: data and k to indices ``[N, k]``."""
+    members: dict[str, Callable[[Tensor, int], Tensor]] = {
+        OURS: partial(ours, backend="exact"),
+        "pyro_recursive exact, Bernoulli": bits,
+        "scikit-learn brute force": by_sklearn,
+    }
+    if find_spec("faiss") is not None:
+        members["faiss IndexFlatL2"] = by_faiss
+        members["pyro_recursive faiss"] = partial(ours, backend="faiss")
+    return members
+
+
+def ours(x: Tensor, k: int, backend: str) -> Tensor:
+    return nearest(x, x, Gaussian(SCALE), k, own=True, backend=backend, progress=False).index
+
+
+def bits(x: Tensor, k: int) -> Tensor:
+    """Return neighbours of binary data, whose distances have many ties."""
+    x = (x > 0.5).to(torch.float32)
+    return nearest(x, x, Bernoulli(), k, own=True, backend="exact", progress=False).index
+
+
+def by_sklearn(x: Tensor, k: int) -> Tensor:
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(x.numpy())
+    return torch.from_numpy(search.kneighbors(x.numpy(), return_distance=False))
+
+
+def by_faiss(x: Tensor, k: int) -> Tensor:
+    import faiss
+
+    index = faiss.IndexFlatL2(x.shape[1])
+    index.add(x.numpy())
+    return torch.from_numpy(index.search(x.numpy(), k)[1])
+
+
+def in_a_process(method: str, folder: Path, k: int) -> dict[str, float]:
+    """Run one method in a fresh process, whose highest memory is then its own."""
+    command = [sys.executable, "-m", "benchmarks", "neighbours", "--method", method]
+    command += ["--output", str(folder), "--neighbours", str(k)]
+    subprocess.run(command, check=True)
+    found: dict[str, float] = json.loads((folder / f"{method}.json").read_text())
+    return found
+
+
+def run_one(method: str, folder: Path, k: int) -> None:
+    """Time one method, and write the indices and the measurements beside the data."""
+    x = torch.load(folder / "data.pt")
+    search = methods()[method]
+    search(x[:1000], min(k, 10))  # libraries load, and threads start
+    before = peak_megabytes()
+    start, processor = time.perf_counter(), time.process_time()
+    index = search(x, k)
+    measured = {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - processor,
+        "peak_megabytes": peak_megabytes(),
+        "above_data_megabytes": peak_megabytes() - before,
+    }
+    torch.save(index, folder / f"{method}.pt")
+    write_json(folder / f"{method}.json", measured)
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def agreement(expected: Tensor, found: Tensor) -> float:
+    """Return the share of expected neighbours that were found, in any order."""
+    total = 0
+    for rows, others in zip(expected.split(1000), found.split(1000), strict=True):
+        both = torch.cat([rows, others], 1).sort(1).values
+        total += int((both[:, 1:] == both[:, :-1]).sum())
+    return total / expected.numel()
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return seconds, memory and agreement as a table."""
+    first = results["methods"][OURS]["seconds"]
+    rows = [
+        [
+            name,
+            f"{found['seconds']:.1f}",
+            f"{found['seconds'] / first:.2f}",
+            f"{found['processor_seconds']:.1f}",
+            f"{found['peak_megabytes']:.0f}",
+            f"{found['above_data_megabytes']:.0f}",
+            f"{found['agreement']:.4f}" if "agreement" in found else "-",
+        ]
+        for name, found in results["methods"].items()
+    ]
+    header = ["neighbours", "s", "ratio", "cpu s", "peak MB", "MB above data", "agreement"]
+    data = results["data"]
+    sizes = f"{data['shape'][0]} x {data['shape'][1]}, {data['megabytes']:.0f} MB of data"
+    return f"{sizes}, k = {results['settings']['neighbours']}\n\n{table(header, rows)}"

@@ -1,0 +1,247 @@
+"""The benchmark of MAPA: a small run from end to end, and what its tables and verdicts say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import mapa
+from benchmarks.mapa_methods import METHODS, build, true_table
+from benchmarks.mapa_report import difference, report, standard_error, values, verdicts
+from benchmarks.mapa_scores import density_estimate, mixture_evidence, score
+from benchmarks.mapa_training import Diverged, Training, train
+from pyro_recursive.datasets import curve, curve_evidence
+
+SMALL = ["VAE", "IWAE 5", "MAPA 5", "MAPA-GT 5", "KDE"]
+
+
+@pytest.fixture(autouse=True)
+def single_precision(double_precision: None) -> None:
+    """Run in what the benchmark runs in."""
+    torch.set_default_dtype(torch.float32)
+
+
+def run(folder: Path, *more: str, methods: list[str] = SMALL) -> Any:
+    options = ["--smoke", "--datasets", "circle", "--draws", "1", "--workers", "1"]
+    arguments = ["mapa", *options, "--methods", *methods, "--output", str(folder), *more]
+    command.main(arguments)
+    return json.loads((folder / "results.json").read_text())
+
+
+def scores(found: Any) -> Any:
+    """Return the numbers that do not depend on the clock."""
+    return {
+        draw: {
+            name: {k: v for k, v in run.items() if "seconds" not in k} for name, run in runs.items()
+        }
+        for draw, runs in found["draws"]["circle"].items()
+    }
+
+
+def test_smoke_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path / "whole")
+    assert set(whole["draws"]["circle"]["0"]) == set(SMALL)
+    for name in ("costs", "trends", "posteriors", "samples"):
+        assert (tmp_path / "whole" / f"{name}.png").stat().st_size > 10_000
+    assert "circle, 1 draws" in capsys.readouterr().out
+    run(tmp_path / "parts", methods=SMALL[:3])
+    assert scores(run(tmp_path / "parts", "--resume")) == scores(whole)
+    with pytest.raises(SystemExit, match="give the same options to resume"):
+        run(tmp_path / "parts", "--resume", "--restarts", "1")
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(tmp_path: Path) -> None:
+    methods = ["VAE", "MAPA 1"]
+    one = run(tmp_path / "one", "--draws", "2", methods=methods)
+    two = run(tmp_path / "two", "--draws", "2", "--workers", "2", methods=methods)
+    assert scores(one) == scores(two)
+
+
+def test_interrupted_draws_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = mapa.run
+
+    def interrupted(block: mapa.Block) -> Any:
+        if block.draw == 1:
+            raise KeyboardInterrupt
+        return inner(block)
+
+    monkeypatch.setattr(mapa, "run", interrupted)
+    with pytest.raises(SystemExit, match="--resume"):
+        run(tmp_path, "--draws", "2", methods=["VAE", "KDE"])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert list(kept["draws"]["circle"]) == ["0"]
+
+
+def test_what_diverges_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def diverges(*_: Any) -> None:
+        raise Diverged("the loss is nan after epoch 1")
+
+    monkeypatch.setattr(mapa, "train", diverges)
+    found = run(tmp_path, methods=["VAE", "KDE"])
+    assert "kl" not in found["draws"]["circle"]["0"]["VAE"]
+    assert "VAE, draw 0: restart 1: the loss is nan" in report(found)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+    learner = build(METHODS["VAE"], curve("circle", 20, test_rows=1), 4, seed=0)
+    with torch.no_grad():
+        learner.decoder[-1].bias.fill_(math.nan)
+    refused = pytest.raises(Diverged, match="nan after epoch 1")
+    with refused, pyro.validation_enabled(False):
+        train(learner, Training(1, 10, 1e-3, 4), seed=0)
+
+
+# Scores.
+
+
+def test_the_true_decoder_has_no_divergence() -> None:
+    data = curve("figure-8", 50, validation_rows=10, test_rows=200)
+    truth = data.evidence(data.test)
+    learner = build(METHODS["VAE"], data, 4, seed=0)
+    learner.generator = lambda: data.decoder  # type: ignore[method-assign]
+    assert score(learner, truth, 50, 1)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_mixtures_are_sums_of_normals() -> None:
+    points, x = torch.randn(7, 2), torch.randn(5, 2)
+    normal = torch.distributions.Normal(points.double(), 0.3)
+    table = normal.log_prob(x.double()[:, None]).sum(-1)
+    torch.testing.assert_close(mixture_evidence(points, x, 0.3), table.logsumexp(1) - math.log(7))
+
+
+def test_recovered_models_are_near_their_mixture() -> None:
+    data = curve("figure-8", 500, validation_rows=10, test_rows=200)
+    learner = build(METHODS["MAPA 5"], data, 20, seed=0)
+    found = score(learner, data.evidence(data.test), 100, 1)
+    assert found["kl"] == pytest.approx(found["kl_of_codes"], rel=0.02)
+    assert found["kl"] > 1  # it has learned nothing
+
+
+def test_exact_sums_have_no_gap_and_autoencoders_have() -> None:
+    data = curve("circle", 40, validation_rows=10, test_rows=20)
+    truth = data.evidence(data.test)
+    gap = {
+        name: score(build(METHODS[name], data, 8, seed=0), truth, 20, 2)["gap"]
+        for name in ("exact sum", "AE")
+    }
+    assert gap["exact sum"] == pytest.approx(0, abs=1e-4)
+    learner = build(METHODS["AE"], data, 8, seed=0)
+    own = -0.5 * ((data.train - learner.points()) / data.scale).square().sum(-1).double()  # type: ignore[attr-defined]
+    volume = math.log(2 * math.pi * data.scale**2)
+    all_codes = mixture_evidence(learner.points(), data.train, data.scale)  # type: ignore[attr-defined]
+    expected = all_codes.mean() - own.mean() + volume + math.log(40)
+    assert gap["AE"] == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_true_table_is_bayes() -> None:
+    data = curve("circle", 30)
+    means = data.decoder(data.train_latents).double()
+    normal = torch.distributions.Normal(means, data.scale)
+    expected = normal.log_prob(data.train.double()[:, None]).sum(-1).softmax(1)
+    rows = true_table(data).rows(torch.arange(30))
+    found = torch.zeros(30, 30, dtype=torch.float64)
+    found.scatter_(1, rows.index, rows.log_q.double().exp())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_density_estimates_are_as_wide_as_validation_wants() -> None:
+    data = curve("clusters", 200, validation_rows=200, test_rows=200)
+    found = density_estimate(data, data.evidence(data.test))
+    for width in (0.3, 2.0):
+        worse = mixture_evidence(data.train, data.validation, width * data.scale).mean()
+        assert found["validation"] > worse
+    assert 0 < found["kl"] < 0.5
+
+
+def test_few_nodes_are_enough_to_choose_a_restart() -> None:
+    data = curve("figure-8", 10, validation_rows=100, test_rows=1)
+    many, few = (
+        curve_evidence(data.decoder, data.validation, data.scale, nodes=nodes).mean()
+        for nodes in (4001, 1001)
+    )
+    assert abs(many - few) < 1e-3
+
+
+# The report.
+
+
+def results(kl: dict[str, list[float]], passes: float = 3.0) -> dict[str, Any]:
+    """Return results of one data set, with a test KL for each method and draw."""
+    numbers = {
+        "kl_of_codes": None,
+        "passes": passes,
+        "seconds": 1.0,
+        "processor_seconds": 1.0,
+        "gap": 0.1,
+        "failures": [],
+    }
+    count = len(next(iter(kl.values())))
+    draws = {
+        str(draw): {name: {**numbers, "kl": found[draw]} for name, found in kl.items()}
+        for draw in range(count)
+    }
+    return {"draws": {"circle": draws}}
+
+
+def test_differences_are_within_a_draw() -> None:
+    found = results({"VAE": [1.0, 2.0, 4.0], "MAPA 5": [0.5, 1.0, 3.5]})["draws"]["circle"]
+    del found["2"]["VAE"]
+    differences = difference(found, "MAPA 5", "VAE")
+    assert differences.tolist() == [-0.5, -1.0]
+    assert standard_error(differences) == pytest.approx(0.25)
+    assert values(found, "MAPA 5", "kl").tolist() == [0.5, 1.0, 3.5]
+    assert math.isinf(standard_error(differences[:1]))
+
+
+def test_tables_show_paired_differences() -> None:
+    text = report(results({"VAE": [1.0, 2.0], "MAPA 5": [0.5, 1.0]}))
+    assert "1.500 ± 0.707" in text
+    assert "-0.750 ± 0.250" in text
+
+
+def everything(mapa_kl: float, gt: float = 0.1, uniform: float = 0.1) -> dict[str, list[float]]:
+    """Return KLs of all that the claims are about, in three draws a little apart."""
+    level = {"VAE": 1.0, "MAPA-GT 5": gt, "uniform 5": uniform, "exact sum": 0.1}
+    level |= {f"IWAE {s}": 0.5 for s in (5, 10, 20)} | {
+        f"MAPA {s}": mapa_kl for s in (1, 5, 10, 20)
+    }
+    shift = {name: 0.001 * place for place, name in enumerate(level)}
+    return {n: [v + d * (1 + shift[n]) for d in (0.0, 0.1, 0.2)] for n, v in level.items()}
+
+
+@pytest.mark.parametrize(("kl", "means", "counts"), [(0.1, "1 of 1", "7"), (2.0, "0 of 1", "0")])
+def test_first_claim(kl: float, means: str, counts: str) -> None:
+    text = verdicts(results(everything(kl))).splitlines()[1]
+    assert f"in all means on {means} sets" in text
+    assert f"in all beyond errors on {means} sets" in text
+    assert f"circle: below in {counts}, above in {7 - int(counts)}" in text
+
+
+def test_other_claims() -> None:
+    _, _, second, third, fourth = verdicts(
+        results(everything(0.1, gt=0.1, uniform=0.3))
+    ).splitlines()
+    assert "uniform worse on 1 of 1 sets (circle)" in third
+    assert "MAPA 5 less MAPA-GT 5: circle" in second
+    assert "MAPA 1, 5, 20 take 3.00, 3.00 and 3.00 per point" in fourth
+    _, _, second, third, _ = verdicts(results(everything(0.1, gt=0.5, uniform=0.05))).splitlines()
+    assert "no difference beyond errors on 0 of 1 sets" in second
+    assert "uniform worse on 0 of 1 sets" in third
+
+
+def test_claims_without_their_methods_are_not_measured() -> None:
+    text = verdicts(results({"VAE": [1.0, 2.0]}))
+    assert text.count("not measured") == 4
+
+
+def test_one_draw_decides_nothing() -> None:
+    kl = {name: found[:1] for name, found in everything(0.1).items()}
+    text = verdicts(results(kl))
+    assert text.count("not measured in 2 draws") == 3

@@ -1,0 +1,163 @@
+"""MAPA on images: a small run from end to end, and scores beside sums and beside each other."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import mapa_images
+from benchmarks.mapa_images import Images, build, code_evidence, grid_evidence, sampled
+from benchmarks.mapa_images_report import report
+from benchmarks.mapa_training import Diverged, Training, train
+
+PIXELS = 16
+
+
+@pytest.fixture(autouse=True)
+def single_precision(double_precision: None) -> None:
+    """Run in what the benchmark runs in."""
+    torch.set_default_dtype(torch.float32)
+
+
+def run(folder: Path, *more: str, methods: list[str]) -> Any:
+    command.main(["mapa-images", "--smoke", "--methods", *methods, "--output", str(folder), *more])
+    return json.loads((folder / "results.json").read_text())
+
+
+def lasting(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what does not depend on the clock."""
+    return {key: v for key, v in run.items() if "seconds" not in key and key != "ms_per_step"}
+
+
+def small(rows: int = 60) -> Images:
+    """Return images with some structure: noisy copies of three."""
+    means = torch.rand(3, PIXELS)[torch.arange(rows) % 3] * 0.9
+    return Images(torch.bernoulli(means), torch.bernoulli(means[:8]), torch.arange(rows) % 3)
+
+
+def learned(name: str, latents: int = 2, epochs: int = 20) -> Any:
+    learner = build(name, small(), latents, hidden=8, seed=0)
+    train(learner, Training(epochs, 20, 1e-2, 8), seed=0)
+    return learner
+
+
+def test_smoke_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(tmp_path, methods=["VAE", "pooled 1"])
+    assert (tmp_path / "codes.png").stat().st_size > 10_000
+    assert "digits, 10 latents, 1 seeds" in capsys.readouterr().out
+    both = run(tmp_path, "--resume", methods=["VAE", "pooled 1", "AE"])
+    for latents in ("2", "10"):
+        assert list(both["runs"][latents]) == ["VAE", "pooled 1", "AE"]
+        assert both["runs"][latents]["pooled 1"] == first["runs"][latents]["pooled 1"]
+        assert len(both["runs"][latents]["AE"]["0"]["codes"]) == 20
+    with pytest.raises(SystemExit, match="give the same options to resume"):
+        run(tmp_path, "--resume", "--rate", "0.1", methods=["VAE"])
+
+
+@pytest.mark.slow
+def test_parts_are_as_the_whole(tmp_path: Path) -> None:
+    methods = ["VAE", "IWAE 5", "AE", "MAPA 5", "pooled 5"]
+    whole = run(tmp_path / "whole", methods=methods)
+    run(tmp_path / "parts", methods=methods[:2])
+    parts = run(tmp_path / "parts", "--resume", methods=methods)
+    for latents in ("2", "10"):
+        for name in methods:
+            found = (lasting(found["runs"][latents][name]["0"]) for found in (whole, parts))
+            assert next(found) == next(found)
+
+
+def test_one_epoch_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["mapa-images", "--epochs", "1", "--output", str(tmp_path)])
+    assert "--epochs must be at least 2" in capsys.readouterr().err
+
+
+def test_what_diverges_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(*_: Any) -> None:
+        raise Diverged("the loss is nan after epoch 1")
+
+    monkeypatch.setattr(mapa_images, "train", diverges)
+    found = run(tmp_path, methods=["VAE", "AE"])
+    assert "VAE, seed 0: the loss is nan after epoch 1" in report(found)
+
+
+def test_methods_share_decoder_and_table() -> None:
+    images = small()
+    first = build("MAPA 5", images, 2, hidden=8, seed=3)
+    first.start(20)
+    assert images.table is not None
+    second, vae = (build(name, images, 2, hidden=8, seed=3) for name in ("pooled 5", "VAE"))
+    second.start(20)
+    assert second.guide.table is images.table is first.guide.table
+    for other in (second, vae):
+        for a, b in zip(first.decoder.parameters(), other.decoder.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+# Scores.
+
+
+def test_codes_are_a_mixture() -> None:
+    learner = learned("AE")
+    with torch.no_grad():
+        logits = learner.decoder(learner.vae.encoder(learner.data.train)).double()
+    one = dist.Bernoulli(logits=logits).to_event(1).log_prob(learner.data.test.double()[:, None])
+    expected = one.logsumexp(1) - math.log(60)
+    torch.testing.assert_close(code_evidence(learner, learner.data.test), expected)
+
+
+@pytest.mark.parametrize("name", ["VAE", "AE"])
+def test_priors_integrate_to_one(name: str) -> None:
+    """A decoder that ignores its latent has the same likelihood under any prior."""
+    learner = learned(name, epochs=2)
+    with torch.no_grad():
+        learner.decoder[0].weight.zero_()
+        logits = learner.decoder(torch.zeros(2))
+    expected = dist.Bernoulli(logits=logits).to_event(1).log_prob(learner.data.test).double()
+    fine, coarse = grid_evidence(learner, learner.data.test, 200)
+    torch.testing.assert_close(fine, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(coarse, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["VAE", "AE"])
+def test_sampling_and_quadrature_agree(name: str) -> None:
+    learner = learned(name)
+    fine, coarse = grid_evidence(learner, learner.data.test, 200)
+    evidence = sampled(learner, learner.data.test, 1000)
+    assert fine.std() > 0.3  # images differ
+    errors = (evidence.log_marginal - fine) / evidence.standard_error
+    assert errors.abs().max() < 4.5
+    assert evidence.ess.min() > 30
+    assert (fine - coarse).abs().max() < 1e-3
+
+
+# The report.
+
+
+def runs_of(scores: list[Tensor], key: str) -> dict[str, dict[str, Any]]:
+    return {str(seed): {key: values.tolist()} for seed, values in enumerate(scores)}
+
+
+def test_differences_are_of_the_same_images_and_seeds() -> None:
+    vae = [torch.tensor([-90.0, -110.0]), torch.tensor([-92.0, -112.0])]
+    shift = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])]
+    own = [a + b for a, b in zip(vae, shift, strict=True)]
+    runs = {"VAE": runs_of(vae, "continuous"), "AE": runs_of(own, "codes")}
+    del runs["VAE"]["1"]["continuous"]
+    runs["VAE"]["1"]["sampled"] = vae[1].tolist()
+    results = {"settings": {"dataset": "digits"}, "runs": {"2": runs}}
+    assert "+2.00 ± 1.00" in report(results)  # the second seed was not integrated
+    runs["VAE"]["1"]["continuous"] = vae[1].tolist()
+    assert "+2.50 ± 1.00 (0.71)" in report(results)
+
+
+def test_coarse_grids_are_told() -> None:
+    runs = {"VAE": {"0": {"continuous": [-1.0, -2.0], "grid_error": 0.3}}}
+    results = {"settings": {"dataset": "digits"}, "runs": {"2": runs}}
+    assert "VAE, seed 0: half the grid is off by up to 0.30 nats" in report(results)
