@@ -6,11 +6,24 @@ Without a name the two main jobs run, `bounds` and `guides`, with the options th
 
 import sys
 
-from benchmarks import bounds, guides, posteriors, refinement, snr, speed
+from benchmarks import (
+    bounds,
+    guides,
+    mapa,
+    mapa_images,
+    neighbours,
+    posteriors,
+    refinement,
+    snr,
+    speed,
+)
 
 COMMANDS = {
     "bounds": bounds.main,
     "guides": guides.main,
+    "mapa": mapa.main,
+    "mapa-images": mapa_images.main,
+    "neighbours": neighbours.main,
     "posteriors": posteriors.main,
     "refinement": refinement.main,
     "snr": snr.main,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.distances import of_perplexity
-from pyro_recursive.empirical.kernel import InnerProductKernel, Kernel
-from pyro_recursive.empirical.kernels import (
+from pyro_recursive.empirical.tables.distances import of_perplexity
+from pyro_recursive.empirical.tables.kernel import InnerProductKernel, Kernel
+from pyro_recursive.empirical.tables.kernels import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide, fit, log_marginal
 from pyro_recursive.empirical.codes import EncodedCodes, FreeCodes, GridCodes
-from pyro_recursive.empirical.kernels import Gaussian
-from pyro_recursive.empirical.table import Table
+from pyro_recursive.empirical.tables.kernels import Gaussian
+from pyro_recursive.empirical.tables.table import Table
 from pyro_recursive.sites import PARTICLE_PLATE, sites
 from tests import models
 from tests.models import Row

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pyro_recursive import log_marginal
 from pyro_recursive.datasets import curve_evidence
-from pyro_recursive.empirical.recovered import RecoveredPrior
-from pyro_recursive.empirical.recovery import KINDS, recover_prior
-from pyro_recursive.empirical.replaced_prior import with_prior
-from pyro_recursive.empirical.windows import bandwidth, leave_one_out
+from pyro_recursive.empirical.recovery.recover import KINDS, recover_prior
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior
+from pyro_recursive.empirical.recovery.replaced_prior import with_prior
+from pyro_recursive.empirical.recovery.windows import bandwidth, leave_one_out
 
 SHORT: dict[str, dict[str, Any]] = {  # what makes each kind fast, or possible
     "copula": {},

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.empirical import nearest as nearest_module
-from pyro_recursive.empirical.kernel import Kernel
-from pyro_recursive.empirical.kernels import (
+from pyro_recursive.empirical.tables.kernel import Kernel
+from pyro_recursive.empirical.tables.kernels import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
@@ -25,9 +25,9 @@ from pyro_recursive.empirical.kernels import (
     Poisson,
     StudentT,
 )
-from pyro_recursive.empirical.nearest import Finder, Neighbours, nearest
-from pyro_recursive.empirical.selection import candidates
-from pyro_recursive.empirical.table import Table, TableError, neighbours
+from pyro_recursive.empirical.tables.nearest import Finder, Neighbours, nearest
+from pyro_recursive.empirical.tables.selection import candidates
+from pyro_recursive.empirical.tables.table import Table, TableError, neighbours
 
 K = 5
 SCREENED = 400  # references, so many that float32 products screen them for K neighbours

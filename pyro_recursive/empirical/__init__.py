@@ -8,7 +8,6 @@ What `pyro_recursive.MAPAGuide` is made of, to use with it or without:
 - back to a continuous prior: `recover_prior`, `with_prior`.
 """
 
-from pyro_recursive.empirical import kernels
 from pyro_recursive.empirical.codes import (
     Codes,
     EncodedCodes,
@@ -17,10 +16,11 @@ from pyro_recursive.empirical.codes import (
     PseudoInputCodes,
 )
 from pyro_recursive.empirical.model import Empiricalized
-from pyro_recursive.empirical.recovered import RecoveredPrior
-from pyro_recursive.empirical.recovery import recover_prior
-from pyro_recursive.empirical.replaced_prior import with_prior
-from pyro_recursive.empirical.table import Table, neighbours
+from pyro_recursive.empirical.recovery.recover import recover_prior
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior
+from pyro_recursive.empirical.recovery.replaced_prior import with_prior
+from pyro_recursive.empirical.tables import kernels
+from pyro_recursive.empirical.tables.table import Table, neighbours
 
 __all__ = [
     "Codes",

@@ -151,6 +151,7 @@ class Empiricalized:
     Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
 
     >>> from pyro.infer import SVI, TraceEnum_ELBO
+    >>> from torch import nn
     >>> from pyro_recursive.empirical import GridCodes
     >>> decoder = nn.Linear(1, 2)
     >>> def model(x):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyro_recursive.empirical.candidates import Plan
 from pyro_recursive.empirical.codes import Codes, EncodedCodes
-from pyro_recursive.empirical.kernels import kernel_for
 from pyro_recursive.empirical.model import (
     OnCodes,
     Placed,
@@ -24,9 +23,10 @@ from pyro_recursive.empirical.model import (
     local_site,
     with_noise,
 )
-from pyro_recursive.empirical.recovery import recover_prior
-from pyro_recursive.empirical.replaced_prior import with_prior
-from pyro_recursive.empirical.table import Rows, Table, neighbours
+from pyro_recursive.empirical.recovery.recover import recover_prior
+from pyro_recursive.empirical.recovery.replaced_prior import with_prior
+from pyro_recursive.empirical.tables.kernels import kernel_for
+from pyro_recursive.empirical.tables.table import Rows, Table, neighbours
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.given import Given, ModelReference
 from pyro_recursive.guides.index_posterior import CodeMixture, IndexPosterior

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.empirical.model import Plate
-from pyro_recursive.empirical.table import Rows, Table
+from pyro_recursive.empirical.tables.table import Rows, Table
 
 __all__ = ["NeighbourRows"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.kernel import (
+from pyro_recursive.empirical.tables.kernel import (
     Kernel,
     check_data,
     check_pair,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.kernel import (
+from pyro_recursive.empirical.tables.kernel import (
     Features,
     InnerProductKernel,
     check_data,

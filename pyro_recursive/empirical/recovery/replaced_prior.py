@@ -36,7 +36,7 @@ def with_prior(
     Arguments:
         model: any; run anew in each call.
         site: the name of a latent site, continuous, not a Delta.
-        prior: from `pyro_recursive.empirical.recovery.recover_prior`; or any distribution over
+        prior: from `pyro_recursive.empirical.recover_prior`; or any distribution over
             vectors, batch ``[]`` and event ``[D]`` with D numbers for an event of the site in
             unconstrained space; or a callable that returns one, such as a
             `pyro_recursive.priors.VampPrior`.
@@ -47,7 +47,7 @@ def with_prior(
             prior's size; the prior is no distribution over vectors.
 
     >>> from pyro.infer import Predictive
-    >>> from pyro_recursive.empirical.recovery import recover_prior
+    >>> from pyro_recursive.empirical.recovery.recover import recover_prior
     >>> def model(size):
     ...     with pyro.plate("data", size):
     ...         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.empirical.approximate import FaissScreen, has_faiss
-from pyro_recursive.empirical.kernel import InnerProductKernel, Kernel, LogKernel, check_data
-from pyro_recursive.empirical.products import (
+from pyro_recursive.empirical.tables.approximate import FaissScreen, has_faiss
+from pyro_recursive.empirical.tables.kernel import InnerProductKernel, Kernel, LogKernel, check_data
+from pyro_recursive.empirical.tables.products import (
     FloatScreen,
     Products,
     ProductSearch,
@@ -154,7 +154,7 @@ def nearest(
     Cost: the exact search of kernels that are inner products is one float32 matrix product, half a
     minute for MNIST's 60,000 images on two CPU cores; others take what Q R values of theirs take.
 
-    >>> from pyro_recursive.empirical.kernels import Gaussian
+    >>> from pyro_recursive.empirical.tables.kernels import Gaussian
     >>> x = torch.tensor([[0.0], [1.0], [5.0], [5.5]])
     >>> nearest(x, x, Gaussian(1.0), k=2, own=True).index
     tensor([[0, 1],

@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_recursive.empirical.recovered import RecoveredPrior, check_count, check_spread
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_count, check_spread
 
 __all__ = ["QuantileMap", "QuantilePrior"]
 

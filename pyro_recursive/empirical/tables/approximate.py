@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.kernel import Features
-from pyro_recursive.empirical.products import Products
+from pyro_recursive.empirical.tables.kernel import Features
+from pyro_recursive.empirical.tables.products import Products
 
 __all__ = ["FaissScreen", "has_faiss"]
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_recursive.empirical.distances import Distance, Gaussian, StudentT
-from pyro_recursive.empirical.kernel import Features, InnerProductKernel, Kernel, LogKernel
-from pyro_recursive.empirical.predictive import Bernoulli, Categorical, ContinuousBernoulli
-from pyro_recursive.empirical.waiting import Exponential, Gamma, Poisson
+from pyro_recursive.empirical.tables.distances import Distance, Gaussian, StudentT
+from pyro_recursive.empirical.tables.kernel import Features, InnerProductKernel, Kernel, LogKernel
+from pyro_recursive.empirical.tables.predictive import Bernoulli, Categorical, ContinuousBernoulli
+from pyro_recursive.empirical.tables.waiting import Exponential, Gamma, Poisson
 
 __all__ = [
     "Bernoulli",

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.kernel import Kernel, LogKernel
-from pyro_recursive.empirical.nearest import BUDGET, Finder, backend_for
-from pyro_recursive.empirical.products import best_of_all
-from pyro_recursive.empirical.selection import ordered
-from pyro_recursive.empirical.table_checks import (
+from pyro_recursive.empirical.tables.kernel import Kernel, LogKernel
+from pyro_recursive.empirical.tables.nearest import BUDGET, Finder, backend_for
+from pyro_recursive.empirical.tables.products import best_of_all
+from pyro_recursive.empirical.tables.selection import ordered
+from pyro_recursive.empirical.tables.table_checks import (
     check_index,
     check_numbers,
     check_rows,
@@ -23,7 +23,7 @@ from pyro_recursive.empirical.table_checks import (
     normalised,
     own_components,
 )
-from pyro_recursive.empirical.table_files import TableError, digest, read, write
+from pyro_recursive.empirical.tables.table_files import TableError, digest, read, write
 
 __all__ = ["Rows", "Table", "TableError", "neighbours"]
 
@@ -49,7 +49,7 @@ class Table:
         log_q: ``[N, k]`` in nats: descending, and normalised over a row. Rows may end in -inf.
         num_components: M.
         kernel, reference: what `for_data` needs, the reference ``[M, *x]``.
-        backend: how `for_data` searches; see `pyro_recursive.empirical.nearest.nearest`.
+        backend: how `for_data` searches; see `pyro_recursive.empirical.tables.nearest.nearest`.
 
     Raises ValueError for numbers that are not such a table.
 
@@ -314,7 +314,7 @@ def neighbours(
             ``(query [Q, *x], reference [R, *x]) -> [Q, R]`` of log weights in nats.
         k: how many components a row keeps; all, where there are fewer.
         reference: ``[M, *x]``.
-        backend, budget, progress: see `pyro_recursive.empirical.nearest.nearest`.
+        backend, budget, progress: see `pyro_recursive.empirical.tables.nearest.nearest`.
         cache: a folder. The file in it is named by a SHA-256 of the data, the kernel and the other
             arguments; one that is damaged gives a warning, and is made anew.
         cache_key: names a kernel whose ``repr`` does not: a function. Change it with the function.
@@ -322,7 +322,7 @@ def neighbours(
     Raises ValueError for data that do not suit the kernel, for a cache without a name of the
     kernel, and as `nearest` does.
 
-    >>> from pyro_recursive.empirical.kernels import Gaussian
+    >>> from pyro_recursive.empirical.tables.kernels import Gaussian
     >>> table = neighbours(torch.tensor([[0.0], [1.0], [5.0]]), Gaussian(1.0), k=2)
     >>> table
     Table(rows=3, width=2, components=3, kernel=Gaussian(scale=1.0))

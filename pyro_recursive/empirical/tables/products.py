@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_recursive.empirical.kernel import Features, InnerProductKernel, origin_of
-from pyro_recursive.empirical.selection import LARGEST_GROUP, candidates, ordered
+from pyro_recursive.empirical.tables.kernel import Features, InnerProductKernel, origin_of
+from pyro_recursive.empirical.tables.selection import LARGEST_GROUP, candidates, ordered
 
 __all__ = ["FloatScreen", "ProductSearch", "Products", "Screen", "best_of_all", "rounded"]
 

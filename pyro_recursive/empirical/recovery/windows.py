@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import transforms
 from torch import Tensor, nn
 
-from pyro_recursive.empirical.recovered import RecoveredPrior, check_spread
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_spread
 from pyro_recursive.encoded import EncodedMixture
 
 __all__ = ["KernelPrior", "WindowPrior", "bandwidth", "leave_one_out"]

@@ -14,7 +14,7 @@ class RecoveredPrior(nn.Module, ABC):
     """A continuous prior made of codes: calling it builds a distribution over vectors ``[D]``.
 
     The distribution has batch ``[]`` and densities in nats; plates expand it. Priors are made by
-    `pyro_recursive.empirical.recovery.recover_prior`. They are frozen, unless made ``trainable``;
+    `pyro_recursive.empirical.recover_prior`. They are frozen, unless made ``trainable``;
     ``.to(device)`` moves them, and they can be copied and pickled.
 
     ``kind`` is the name of the kind, ``size`` D, ``num_codes`` how many codes were given, and

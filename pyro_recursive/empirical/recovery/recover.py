@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.flow_prior import FlowPrior
-from pyro_recursive.empirical.quantile_map import QuantilePrior
-from pyro_recursive.empirical.recovered import RecoveredPrior, weighted_codes
-from pyro_recursive.empirical.windows import KernelPrior, WindowPrior
+from pyro_recursive.empirical.recovery.flow_prior import FlowPrior
+from pyro_recursive.empirical.recovery.quantile_map import QuantilePrior
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, weighted_codes
+from pyro_recursive.empirical.recovery.windows import KernelPrior, WindowPrior
 
 __all__ = ["KINDS", "recover_prior"]
 
@@ -37,7 +37,7 @@ def recover_prior(
 
     A model whose prior is the empirical one of N codes is that of the training data alone. A prior
     that is near to the codes' distribution, put in its place by
-    `pyro_recursive.empirical.replaced_prior.with_prior`, gives a model that generates, and
+    `pyro_recursive.empirical.with_prior`, gives a model that generates, and
     evaluates, new data. Kinds:
 
     - ``"copula"`` (D = 1): the quantile function of the codes, after the normal distribution

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.recovered import RecoveredPrior, check_count, check_spread
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_count, check_spread
 from pyro_recursive.guides.flow_kinds import build_flow, check_flow
 from pyro_recursive.guides.zuko_flow import AffineFlow
 
