@@ -15,9 +15,9 @@ sizes of networks and data, restarts, learning rates and epochs are not those of
   posterior of the current model, made anew every 10 epochs; "MAPA true 5" from that of the true
   decoder at the true latents; "uniform 5" from all codes alike.
 - "pooled S" shares draws without replacement among the rows of a minibatch: one code a row summed
-  and S drawn, or, for a fraction S, none summed. Where a minibatch has as many draws as there are
-  codes left, all are summed that any row has weight for: with 500 points "pooled 5", "10" and "20"
-  are the exact sum, but for that.
+  and S drawn, or, for a fraction S, none summed. With 500 points, S of 4 or more is the exact sum.
+- All of MAPA starts as an autoencoder, for a tenth of the epochs: from a constant decoder, a sum
+  over codes is slow to move. Tables keep 128 neighbours, but for the exact sum.
 - Decoder passes count different codes for each point of a minibatch; an IWAE's are its samples.
   "gap" is from the training bound up to the log-likelihood of the same parameters, on the training
   points; for MAPA that under its codes. Seconds are of the fastest restart,

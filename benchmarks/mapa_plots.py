@@ -15,13 +15,19 @@ from pyro_recursive import MAPAGuide
 from pyro_recursive.datasets import Curve
 from pyro_recursive.empirical.tables.table import Rows
 
-CURVES_OF_COST = {"MAPA": "MAPA ", "pooled": "pooled ", "IWAE": "IWAE "}
+CURVES_OF_COST = ("MAPA", "pooled", "IWAE")  # and a number of samples
 SHOWN = "MAPA 5"  # whose posteriors are drawn
 SAMPLED = ("VAE", "IWAE 20", "MAPA 5", "pooled .5", "exact sum")
 QUANTILES = (0.25, 0.55, 0.85)  # of the true latent, for the three points of the data plane
 POINTS = 300
 PASSES = (0.1, 30.0)  # the axis: from less than the fewest to more than an IWAE's most
 Draw = Callable[..., Curve]
+
+
+def _is_of(method: str, title: str) -> bool:
+    """Whether a method's name is a title and a number."""
+    first, _, rest = method.partition(" ")
+    return first == title and rest.replace(".", "").isdigit()
 
 
 def state_path(folder: Path, dataset: str, method: str) -> Path:
@@ -65,12 +71,12 @@ def _costs(draws: dict[str, Any]) -> Any:
     figure, axes = _figure(1, len(draws))
     for panel, (name, found) in zip(axes[0], draws.items(), strict=True):
         known = [m for m in METHODS if len(values(found, m, "kl"))]
-        for place, (title, start) in enumerate(CURVES_OF_COST.items()):
-            line = sorted(_cost(found, m) for m in known if m.startswith(start))
+        for place, title in enumerate(CURVES_OF_COST):
+            line = sorted(_cost(found, m) for m in known if _is_of(m, title))
             line = [_cost(found, "VAE"), *line] if title == "IWAE" and "VAE" in known else line
             x, y = zip(*line, strict=True) if line else ((), ())
             panel.plot(x, y, "o-", color=color(place), label=title, markersize=4)
-        others = [m for m in known if not m.startswith(tuple(CURVES_OF_COST.values()))]
+        others = [m for m in known if not any(_is_of(m, title) for title in CURVES_OF_COST)]
         if KDE in known:
             panel.axhline(_cost(found, KDE)[1], color="0.5", linestyle="--", label=KDE)
         for place, method in enumerate(m for m in others if m not in ("VAE", KDE)):

@@ -25,6 +25,8 @@ ERRORS = 2.0  # standard errors that count as a difference
 LEAST = 2  # draws: one has no standard error, and would agree with everything
 Runs = dict[str, dict[str, Any]]  # of the methods of one draw
 
+TRUE_POSTERIOR = "MAPA true 5"  # the paper's MAPA-GT, as we read it
+
 
 def report(results: dict[str, Any]) -> str:
     """Return a table for each data set, and the verdicts. All in nats per point but the costs.
@@ -133,7 +135,12 @@ def _wins(draws: dict[str, dict[str, Runs]]) -> str:
 
 def _like_gt(draws: dict[str, dict[str, Runs]]) -> str:
     return _two(
-        "MAPA is close to MAPA-GT:", draws, "MAPA 5", "MAPA-GT 5", 0, "no difference beyond errors"
+        "MAPA is close to MAPA-GT:",
+        draws,
+        "MAPA 5",
+        TRUE_POSTERIOR,
+        0,
+        "no difference beyond errors",
     )
 
 

@@ -76,6 +76,8 @@ class MAPA_ELBO(TraceEnum_ELBO):
             for traces in super()._get_traces(empiricalized(model), guide.others, args, kwargs):
                 merge_factors(traces[0], index_site(guide.site))
                 yield traces
+            if torch.is_grad_enabled():
+                guide.end_step()
         finally:
             if guessed:
                 self.max_plate_nesting = math.inf

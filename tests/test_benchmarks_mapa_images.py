@@ -16,6 +16,8 @@ from benchmarks.mapa_images import Images, build, code_evidence, grid_evidence, 
 from benchmarks.mapa_images_report import report
 from benchmarks.mapa_training import Diverged, Training, train
 
+pytestmark = pytest.mark.slow  # they train
+
 PIXELS = 16
 
 

@@ -99,7 +99,7 @@ def test_codes_that_a_row_does_not_use_make_no_difference(
                 pyro.sample(f"x{part}", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     table = Table(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.9, 0.1]] * 2).log(), 2)
-    guide = MAPAGuide(model, codes, table=table, top=1, samples=0, share=share)
+    guide = MAPAGuide(model, codes, x, table=table, top=1, samples=0, share=share)
     own = -parts * (0.5 * far**2 + 0.5 * math.log(2 * math.pi)) - math.log(2)
     loss = MAPA_ELBO().differentiable_loss(model, guide, x)
     assert loss.item() == pytest.approx(-2 * own, rel=1e-6)
@@ -350,6 +350,71 @@ def test_training_climbs() -> None:
     for _ in range(150):
         svi.step(toy.x)
     assert toy.exact().mean() > before + 1.0
+
+
+def test_looped_particles_are_one_step() -> None:
+    x = torch.randn(4)
+    guide = MAPAGuide(with_global, FreeCodes(torch.randn(4, 1)), x, warm_up=5)
+    loss = MAPA_ELBO(num_particles=3, vectorize_particles=False)
+    loss.loss_and_grads(with_global, guide, x)
+    assert guide.steps_to_warm_up == 4
+    loss.loss(with_global, guide, x)
+    assert guide.steps_to_warm_up == 4
+
+
+@pytest.mark.parametrize("top", [0, 1])
+def test_fractions_draw_at_least_one(top: int) -> None:
+    toy = Toy()
+    guide = toy.guide(top=top, samples=0.2)
+    guide.prepare(toy.x)
+    loss = MAPA_ELBO()
+    loss.loss(toy.model, guide, toy.x[:1])
+    assert guide.passes.codes == top + 1
+
+
+def test_tables_without_data_need_to_know_rows() -> None:
+    """A table that was saved does not say which data it is of; the codes' inputs do."""
+    toy = Toy()
+    table = toy_table(toy)
+    with pytest.raises(ValueError, match="give the data of the table"):
+        MAPAGuide(toy.model, FreeCodes(torch.randn(N, D)), table=table)
+    codes = EncodedCodes(toy.encoder, toy.x)
+    guide = MAPAGuide(toy.model, codes, table=table, top=1, samples=0, share="pair")
+    own = toy.table(toy.x, toy.encoder(toy.x)).diagonal() - math.log(N)
+    assert toy.bound(guide) == pytest.approx(own.sum().item())
+    with pytest.raises(ValueError, match="kernel"):  # new data, and nothing to compare them by
+        MAPA_ELBO().loss(toy.model, guide, toy.x + 1)
+
+
+def test_none_asks_for_the_prior_even_with_rows() -> None:
+    toy = Toy()
+
+    def model(x: Tensor | None, rows: Tensor) -> None:
+        toy.model(x, len(rows))
+
+    guide = MAPAGuide(model, toy.encoder, toy.x, rows=lambda x, rows: rows, neighbours=2)
+    with pytest.raises(ValueError, match="needs data"):
+        guide(None, torch.arange(N))
+    guide.prepare(toy.x, torch.arange(N))
+    with pyro.plate("draws", 200, dim=-2):
+        z = guide(None, torch.zeros(5, dtype=torch.long))["z"]
+    used = (z.reshape(-1, 1, D) == toy.encoder(toy.x)).all(-1).double().mean(0)
+    assert ((used - 1 / N).abs() < 4.5 * math.sqrt((N - 1) / N**2 / 1000)).all()
+
+
+def test_learned_scales_have_perplexities() -> None:
+    """What a scale starts from says nothing about the noise."""
+    x = torch.randn(40, 2)
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(3.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    guide = MAPAGuide(model, nn.Linear(2, 2), x, neighbours=16)
+    guide.prepare(x[:6])
+    assert guide.table.kernel == Gaussian(perplexity=8.0)
 
 
 # Likelihoods: the kernel follows from the model.
@@ -776,6 +841,9 @@ def test_models_that_cannot_broadcast_are_told_how(share: str, samples: int) -> 
         ({"top": -1}, "top must be an integer >= 0"),
         ({"top": 0, "samples": 0}, "one of them positive"),
         ({"samples": 0.5, "share": "pair"}, "only a pool without replacement"),
+        ({"warm_up": 3, "data": None}, "warm_up= takes each row's nearest code"),
+        ({"kernel": Gaussian(1.0), "data": None}, "kernel= makes the table from data"),
+        ({"inputs": lambda x: 2 * x}, "observes other numbers than the inputs"),
         ({"warm_up": -1}, "warm_up must be an integer >= 0"),
         ({"neighbours": 0}, "neighbours must be an integer >= 1"),
         ({"site": "w"}, "no latent site 'w'; there are .'z'"),

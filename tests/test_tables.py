@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical import nearest as nearest_module
+from pyro_recursive.empirical.tables import nearest as nearest_module
 from pyro_recursive.empirical.tables.kernel import Kernel
 from pyro_recursive.empirical.tables.kernels import (
     Bernoulli,

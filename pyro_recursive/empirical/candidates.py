@@ -53,8 +53,8 @@ class Plan:
 
     Draws are systematic, with inclusion probabilities in proportion to q~ (or to the mixture) and
     no code twice; all that is left is summed where there is no more than that. With ``replace``
-    they are independent, as in the paper. A fraction of a draw a row is possible in a pool without
-    replacement.
+    they are independent, as in the paper. A fraction of a draw a row, rounded up for all of them
+    together, is possible in a pool without replacement.
 
     Raises ValueError for numbers out of range.
     """
@@ -154,7 +154,7 @@ def _pool_without(
 ) -> tuple[Tensor, Tensor]:
     """Draw as many different codes from the mixture as the rows would draw together."""
     codes = total.nonzero()[:, 0]
-    number = round(samples * int((~rest.isneginf().all(-1)).sum()))
+    number = math.ceil(samples * int((~rest.isneginf().all(-1)).sum()) - 1e-9)
     chances = inclusion(total[codes][None], number)
     order = _by_owner(index, rest, codes, len(total))
     chosen = systematic(chances, order, torch.rand_like(chances[:, :1]))[0]

@@ -40,6 +40,8 @@ from pyro_recursive.strata import Choice
 
 __all__ = ["MAPAGuide", "Passes"]
 
+_ENCODED_AT_ONCE = 4096
+
 
 class Passes(NamedTuple):
     """What the last training step cost: how many codes were decoded for how many rows."""
@@ -51,8 +53,9 @@ class Passes(NamedTuple):
 class MAPAGuide(PackedGuide):
     """A posterior over the codes of an empirical prior, guessed once from distances between data.
 
-    The prior of one local latent site is replaced by M codes, ``p(z) = sum_i w_i delta(z - c_i)``,
-    by default those of an encoder of the training data, ``c_i = g(x_i)`` and ``w_i = 1/N``. What
+    The prior of one local latent site is replaced by M codes, ``p(z) = sum_i w_i delta(z - c_i)``
+    (what the model's own prior depends on, parameters or covariates, has no effect then), by
+    default those of an encoder of the training data, ``c_i = g(x_i)`` and ``w_i = 1/N``. What
     the guide approximates is which code explains a row: a table ``q(i | n)``, proportional to a
     kernel of x_n and x_i, that is computed from the data before training, has no parameters, and
     says which few codes are decoded. Train with `pyro_recursive.MAPA_ELBO`, which climbs
@@ -79,8 +82,9 @@ class MAPAGuide(PackedGuide):
         kernel: how near two data are; `pyro_recursive.empirical.kernels`, or any function of rows
             ``[Q, *x]`` and ``[R, *x]`` to ``[Q, R]`` nats. Found from the observed site's
             distribution if not given.
-        table: a `pyro_recursive.empirical.Table` in place of data and kernel. Without either the
-            sum is over all codes, exact.
+        table: a `pyro_recursive.empirical.Table` in place of a kernel; its rows are told by
+            comparing inputs with ``data``, or by ``rows``. Without table and data the sum is over
+            all codes, exact.
         neighbours: k, how many codes a row of the table keeps.
         top, samples: how many of a row's nearest codes are summed, and how many of the others are
             drawn. Keep samples >= 1: the top alone is a loose bound.
@@ -92,11 +96,12 @@ class MAPAGuide(PackedGuide):
         warm_up: for so many training steps at first, top=1 and samples=0: an autoencoder. It finds
             codes that differ, where sums over codes can rest for long on a constant decoder.
         site: the latent site; the one continuous site inside a plate if not given.
-        rest: a guide for the other latents; a mean-field `AmortizedGuide` if there are some.
+        rest: a guide for the other latents; a mean-field `AmortizedGuide` if there are some. For
+            new data, other latents inside the plate need one with an encoder.
         rows: a function from the model's arguments to the rows' numbers in the data ``[B]``, for
             minibatches that the model does not draw itself, or that are changed (binarised, say).
             Rows that are not known in either way are looked up anew in each call.
-        cache: a folder to keep the table in.
+        cache, cache_key: a folder to keep the table in; see `pyro_recursive.empirical.neighbours`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`; ``inputs`` gives the data.
 
     Attributes:
@@ -156,6 +161,7 @@ class MAPAGuide(PackedGuide):
         rest: Callable | None = None,
         rows: Callable[..., Tensor] | None = None,
         cache: str | Path | None = None,
+        cache_key: str | None = None,
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
@@ -165,11 +171,13 @@ class MAPAGuide(PackedGuide):
             raise ValueError(f"neighbours must be an integer >= 1, got {neighbours!r}")
         if not isinstance(warm_up, int) or warm_up < 0:
             raise ValueError(f"warm_up must be an integer >= 0, got {warm_up!r}")
+        if kernel is not None and (table is not None or data is None):
+            raise ValueError("kernel= makes the table from data: give data, and no table=")
         plan = Plan(top, samples, share, replace)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.codes: Any = _codes_of(codes, data)
         self.site, self.kernel = site, kernel
-        self.num_neighbours, self.cache = neighbours, cache
+        self.num_neighbours, self.cache, self.cache_key = neighbours, cache, cache_key
         self.plan = plan
         self._data, self._numbers = (data,), rows  # in a tuple: no part of the guide's state
         self._neighbour_rows: NeighbourRows | None = None
@@ -178,7 +186,6 @@ class MAPAGuide(PackedGuide):
         self._model_of_rows = ModelReference(model)
         self._set_rest(rest)
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
-        self._is_warm = False
         self.passes: Passes | None = None
 
     @property
@@ -192,14 +199,20 @@ class MAPAGuide(PackedGuide):
         return None if self._neighbour_rows is None else self._neighbour_rows.table
 
     @table.setter
-    def table(self, table: Table) -> None:
+    def table(self, table: Table | None) -> None:
+        if table is None:
+            self._neighbour_rows = None
+            return
         if table.num_components != len(self.codes):
             raise ValueError(
                 f"The table is over {table.num_components} components, and there are "
                 f"{len(self.codes)} codes. Codes that are not one for each datum take a table of "
                 "their own, or none, for the exact sum over all."
             )
-        self._neighbour_rows = NeighbourRows(table, self._data[0], self._numbers)
+        data = self._data[0]
+        if data is None and isinstance(self.codes, EncodedCodes):
+            data = self.codes.inputs
+        self._neighbour_rows = NeighbourRows(table, data, self._numbers)
 
     def attach(self, model: Callable) -> None:
         """Tell the guide its model; needed after unpickling, which leaves models out."""
@@ -212,13 +225,17 @@ class MAPAGuide(PackedGuide):
         model = self._model_of_rows.model
         if model is None:
             raise RuntimeError("This guide was saved before its first call: build it again.")
-        trace = _outline(model, args, kwargs)
+        if self._asks_for_the_prior(args, kwargs):
+            raise ValueError("The first call of a MAPAGuide, or prepare(), needs data.")
+        trace = _outline(model, args, kwargs, grad=True)  # to see what is learned
         self.site = self.site or local_site(trace)
         check_latent(trace, self.site)
         self._model = (poutine.block(model, hide_fn=self._is_other),)
         super().prepare(*args, **kwargs)
         self.nesting = nesting_of(trace)
-        self._build_table(trace)
+        self._build_table(trace, self.inputs(*args, **kwargs))
+        if self.table is None and int(self.steps_to_warm_up):
+            raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
         if others and self._rest() is None:
             self._set_rest(AmortizedGuide(poutine.block(model, hide=[self.site])))
@@ -241,7 +258,10 @@ class MAPAGuide(PackedGuide):
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)
         index = torch.zeros(shape, dtype=torch.long, device=self.codes.logits.device)
+        is_training = self.codes.training
+        self.codes.eval()  # no statistics of a batch norm, say, from this look
         placed = self._placed(index, torch.zeros_like(index), noisy=False)
+        self.codes.train(is_training)
         self._index_posterior.check_broadcasting(call, placed)
 
     @pyro_method
@@ -279,7 +299,8 @@ class MAPAGuide(PackedGuide):
         """Return which codes explain each row: component numbers and their posterior.
 
         ``index`` ``[B, k]`` and normalised ``log_q`` ``[B, k]`` in nats, for the rows of a call:
-        the neighbours of the table, weighed by the likelihood of what they decode to.
+        the neighbours of the table, weighed by the likelihood of what they decode to; given one
+        draw of the other latents, where there are some.
         """
         self.prepare(*args, **kwargs)
         with poutine.block(), torch.no_grad():
@@ -297,10 +318,12 @@ class MAPAGuide(PackedGuide):
         of `pyro_recursive.empirical.recover_prior`, the errors too; the prior is its ``prior``.
         """
         with torch.no_grad():
-            codes, log_weights, scale = self.codes(), self.codes.log_weights, self.codes.scale
+            index = torch.arange(len(self.codes), device=self.codes.logits.device)
+            codes = torch.cat([self.codes(part) for part in index.split(_ENCODED_AT_ONCE)])
+            log_weights, scale = self.codes.log_weights, self.codes.scale
         if kind == "auto" and scale is not None:
             kind, options = "kernels", {"scale": scale.item(), **options}
-        prior = recover_prior(codes.detach(), kind, log_weights=log_weights.detach(), **options)
+        prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
         return with_prior(self._own_model(), str(self.site), prior)
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
@@ -366,12 +389,13 @@ class MAPAGuide(PackedGuide):
 
     def _next_plan(self) -> Plan:
         """Return the plan of a step; that of an autoencoder while there are steps to warm up."""
-        if not self._is_warm:  # so that a GPU is asked no more
-            self._is_warm = int(self.steps_to_warm_up) == 0
-        if self._is_warm or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or int(self.steps_to_warm_up) == 0:
             return self.plan
-        self.steps_to_warm_up -= 1
         return Plan(1, 0, "pair" if self.plan.share == "pair" else "shared")
+
+    def end_step(self) -> None:
+        """Count a step of training: `MAPA_ELBO` calls this."""
+        self.steps_to_warm_up.sub_(1).clamp_(min=0)
 
     def _neighbours(self, call: Call) -> tuple[Tensor, Placed]:
         """Return all codes that the table keeps for the rows, with the prior's weights."""
@@ -401,17 +425,22 @@ class MAPAGuide(PackedGuide):
     def _rows_of(self, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """Return the table's rows for the rows of a plate; None where all codes are candidates."""
         raw = self.inputs(*args, **kwargs)
-        if self._neighbour_rows is None or (raw is None and self._numbers is None):
+        if self._neighbour_rows is None or self._asks_for_the_prior(args, kwargs):
             return None
         found, device = self._neighbour_rows(raw, plate, args, kwargs), self.codes.logits.device
         return Rows(found.index.to(device), found.log_q.to(device))
 
-    def _build_table(self, trace: poutine.Trace) -> None:
+    def _asks_for_the_prior(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call has None in place of data."""
+        return bool(args or kwargs) and self.inputs(*args, **kwargs) is None
+
+    def _build_table(self, trace: poutine.Trace, raw: Any) -> None:
         data = self._data[0]
-        if self.table is None and data is not None:
-            kernel = self.kernel or _kernel_of(trace)
-            width = min(self.num_neighbours, len(data))
-            self.table = neighbours(data, kernel, width, cache=self.cache)
+        if self.table is not None or data is None:
+            return
+        width = min(self.num_neighbours, len(data))
+        kernel = self.kernel or _kernel_of(trace, str(self.site), raw, len(data), width)
+        self.table = neighbours(data, kernel, width, cache=self.cache, cache_key=self.cache_key)
 
     def _is_other(self, site: Any) -> bool:
         """Whether a message is of a latent that has no codes."""
@@ -429,10 +458,12 @@ class MAPAGuide(PackedGuide):
         return self.rest if self._has("rest") else self._function
 
 
-def _outline(model: Callable, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+def _outline(
+    model: Callable, args: tuple, kwargs: dict[str, Any], grad: bool = False
+) -> poutine.Trace:
     """Run the model once, leaving no trace elsewhere and the random state alone."""
     state = torch_state()
-    with poutine.block(), torch.no_grad():
+    with poutine.block(), torch.set_grad_enabled(grad):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     set_torch_state(state)
     return trace
@@ -449,15 +480,32 @@ def _codes_of(codes: Any, data: Tensor | None) -> Codes:
     return EncodedCodes(codes, data)
 
 
-def _kernel_of(trace: poutine.Trace) -> Callable:
-    """Return the kernel that fits the one observed site."""
-    observed = [site for site in sites(trace) if site["is_observed"]]
+def _kernel_of(trace: poutine.Trace, site: str, raw: Any, number: int, k: int) -> Callable:
+    """Return the kernel that fits the one observed site, if that observes the inputs."""
+    observed = [each for each in sites(trace) if each["is_observed"]]
     if len(observed) != 1:
         raise ValueError(
-            f"The model observes {[site['name'] for site in observed]}, and which of them tells "
+            f"The model observes {[each['name'] for each in observed]}, and which of them tells "
             "how near two data are is not clear: give kernel= or table=."
         )
-    return kernel_for(observed[0]["fn"], observed[0]["value"])
+    (seen,) = observed
+    (frame,) = plates_of(trace.nodes[site]).values()
+    value = seen["value"].detach()
+    rows = raw
+    if isinstance(raw, Tensor) and frame.name in trace.nodes and len(raw) != frame.size:
+        rows = raw[trace.nodes[frame.name]["value"].to(raw.device)]
+    flat = value.reshape(frame.size, -1) if value.numel() % frame.size == 0 else value
+    if raw is not None and not (isinstance(rows, Tensor) and _same(rows, flat)):
+        raise ValueError(
+            f"Site '{seen['name']}' observes other numbers than the inputs, so that its likelihood "
+            "does not tell how near two of these are: give kernel=, in the units of the data."
+        )
+    return kernel_for(seen["fn"], value, number, k)
+
+
+def _same(rows: Tensor, value: Tensor) -> bool:
+    rows = rows.reshape(len(rows), -1)
+    return rows.shape == value.shape and bool((rows.to(value) == value).all())
 
 
 def _plate_of(latents: Latents, call: Call) -> Plate:

@@ -17,7 +17,10 @@ class NeighbourRows:
     """Finds the rows of a table for the rows of a plate.
 
     By the numbers that ``numbers`` returns for a call's arguments; else by the plate's indices,
-    where the data are those of the table; else anew, by the table's kernel.
+    where the inputs are the ``data`` of the table (or the model takes none); else anew, by the
+    table's kernel.
+
+    Raises ValueError where there is nothing to tell rows by.
     """
 
     def __init__(
@@ -26,6 +29,11 @@ class NeighbourRows:
         self.table, self.numbers = table, numbers
         self.data = table.reference if data is None else data
         self._compared: tuple[Any, ...] = ()  # the inputs last compared with the data, and how
+        if self.data is None and numbers is None:
+            raise ValueError(
+                "Which rows of the table a call has is not known: give the data of the table, to "
+                "compare inputs with, or rows=, a function from the model's arguments to numbers."
+            )
 
     def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
         """Return the rows for inputs ``raw`` ``[B, *x]``, or those of all data."""
@@ -41,8 +49,13 @@ class NeighbourRows:
         data = self.data
         if plate.full_size != len(self.table):
             return False
-        if data is None or not isinstance(raw, Tensor) or raw is data:
-            return True  # nothing to compare
+        if raw is None or raw is data:  # without arguments, a model has its own data
+            return True
+        if data is None or not isinstance(raw, Tensor):
+            raise ValueError(
+                f"inputs= gives a {type(raw).__name__}, and rows are told by comparing tensors: "
+                "let it return one, or give rows=."
+            )
         if raw.shape == data.shape:
             return self._is_all_data(raw, data)
         if len(data) != len(self.table):

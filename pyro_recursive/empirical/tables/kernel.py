@@ -79,7 +79,11 @@ class Kernel(ABC):
     @property
     def cache_key(self) -> str | None:
         """A name for files; None where the kernel cannot be told from others by its ``repr``."""
-        return repr(self)
+        plain = (int, float, str, tuple, type(None))  # a tensor's repr is not all of it
+        values: list[object] = (
+            [getattr(self, each.name) for each in fields(self)] if is_dataclass(self) else []
+        )
+        return repr(self) if all(isinstance(value, plain) for value in values) else None
 
     def __repr__(self) -> str:
         """Show the numbers that are given."""

@@ -31,7 +31,9 @@ _PERPLEXITY = 30.0
 _WRAPPERS = (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
-def kernel_for(fn: td.Distribution, value: Tensor) -> Kernel:
+def kernel_for(
+    fn: td.Distribution, value: Tensor, number: int | None = None, k: int | None = None
+) -> Kernel:
     """Return the kernel for data with a given likelihood.
 
     A Normal with a known scale (the same for all rows, without gradient) has `Gaussian(scale)`;
@@ -43,7 +45,9 @@ def kernel_for(fn: td.Distribution, value: Tensor) -> Kernel:
     Arguments:
         fn: the distribution of an observed site; `Independent`, `MaskedDistribution` and
             `ExpandedDistribution` are looked through.
-        value: the data ``[N, *x]``.
+        value: the data ``[N, *x]``, or some of them.
+        number: N, where these are not all.
+        k: how many neighbours a table will keep, which bounds perplexities.
 
     Raises ValueError for other distributions, and names the remedy.
 
@@ -64,7 +68,7 @@ def kernel_for(fn: td.Distribution, value: Tensor) -> Kernel:
         if isinstance(base, kind):
             return kernel
     if isinstance(base, td.Normal):
-        return _gaussian(base.scale, value)
+        return _gaussian(base.scale, value, number or len(value), k)
     if isinstance(base, td.Categorical):
         return Categorical(base.probs.shape[-1])
     if isinstance(base, td.OneHotCategorical):
@@ -85,14 +89,18 @@ def _unwrapped(fn: td.Distribution) -> td.Distribution:
     return fn
 
 
-def _gaussian(scale: Tensor, value: Tensor) -> Gaussian:
+def _gaussian(scale: Tensor, value: Tensor, number: int, k: int | None) -> Gaussian:
     known = not scale.requires_grad
     scale = scale.detach().to(torch.float64)
     if known and (scale == scale.flatten()[0]).all():
         return Gaussian(float(scale.flatten()[0]))
     if known and scale.shape == value.shape and (scale == scale[:1]).all():
         return Gaussian(tuple(scale[0].flatten().tolist()))
-    return Gaussian(perplexity=min(_PERPLEXITY, max(1.5, len(value) / 3)))
+    most = number if k is None else min(k, number)
+    if most == 1:
+        return Gaussian(1.0)  # whatever the scale, the one neighbour has all of q
+    enough = min(_PERPLEXITY, number / 3, most / 2 if k is not None else _PERPLEXITY)
+    return Gaussian(perplexity=max(enough, min(1.5, (1 + most) / 2)))
 
 
 def _gamma(concentration: Tensor) -> Gamma:
