@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--neighbours", type=int, default=64)
+    others = [method for method in methods() if method != OURS]
+    parser.add_argument("--beside", nargs="*", default=others, choices=others)
     parser.add_argument("--output", default="runs/neighbours")
     parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     parser.add_argument("--method", help=argparse.SUPPRESS)  # in the child processes
@@ -66,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(x, folder / "data.pt")
-        for method in methods():
+        for method in (OURS, *options.beside):
             print(f"{method} ...", flush=True)
             results["methods"][method] = in_a_process(method, folder, options.neighbours)
         ours = torch.load(folder / f"{OURS}.pt")

@@ -402,6 +402,32 @@ def test_none_asks_for_the_prior_even_with_rows() -> None:
     assert ((used - 1 / N).abs() < 4.5 * math.sqrt((N - 1) / N**2 / 1000)).all()
 
 
+def test_latent_scales_need_a_kernel() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+    x = torch.randn(6, 2)
+    with pytest.raises(ValueError, match="scale that depends on other latents"):
+        MAPAGuide(model, nn.Linear(2, 2), x).prepare(x)
+
+
+def test_rows_may_be_unknown() -> None:
+    """`rows` says None for new data, which are looked up."""
+    toy = Toy()
+
+    def model(x: Tensor, rows: Tensor | None = None) -> None:
+        toy.model(x)
+
+    options = {"rows": lambda x, rows=None: rows, "inputs": lambda x, rows=None: x}
+    guide = MAPAGuide(model, toy.encoder, toy.x, **options)
+    known, new = guide.explain(toy.x[:3], torch.arange(3)), guide.explain(toy.x[:3] + 0.0)
+    assert (known.index == new.index).all()
+    torch.testing.assert_close(known.log_q, new.log_q)
+
+
 def test_learned_scales_have_perplexities() -> None:
     """What a scale starts from says nothing about the noise."""
     x = torch.randn(40, 2)

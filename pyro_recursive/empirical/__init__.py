@@ -4,10 +4,12 @@ What `pyro_recursive.MAPAGuide` is made of, to use with it or without:
 
 - where the codes come from: `EncodedCodes`, `FreeCodes`, `GridCodes`, `PseudoInputCodes`; a model
   on all of them: `Empiricalized`;
-- how near two data are: `kernels`; which codes may explain a datum: `neighbours`, `Table`;
+- how near two data are: `kernels`; which codes may explain a datum: `neighbours`, `Table`; which of
+  them are decoded: `Plan`;
 - back to a continuous prior: `recover_prior`, `with_prior`.
 """
 
+from pyro_recursive.empirical.candidates import Plan
 from pyro_recursive.empirical.codes import (
     Codes,
     EncodedCodes,
@@ -28,6 +30,7 @@ __all__ = [
     "EncodedCodes",
     "FreeCodes",
     "GridCodes",
+    "Plan",
     "PseudoInputCodes",
     "RecoveredPrior",
     "Table",

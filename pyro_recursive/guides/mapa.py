@@ -63,7 +63,8 @@ class MAPAGuide(PackedGuide):
         E log( sum_{i in top} w_i p(x_n | c_i)  +  sum_{drawn i} w_i p(x_n | c_i) / (chance of i) )
 
     in the model, the codes and the other latents: a lower bound of log p(x_n) under the empirical
-    prior, that is exact with all codes, and with top=1 and samples=0 the loss of an autoencoder.
+    prior, that is exact with all codes, and with top=1 and samples=0, not pooled, the loss of an
+    autoencoder.
 
     Outside of that loss this is an ordinary guide: each row of its data, known or new, gets the
     posterior over its nearest codes by the decoder's likelihood, so that `Predictive` works; with
@@ -92,7 +93,10 @@ class MAPAGuide(PackedGuide):
             makes the bound much tighter at no more decoder passes; ``"shared"`` keeps each row's
             own, decoding each code once; ``"pair"`` decodes for each row by itself, for decoders
             that need more of the row than the code. ``replace`` draws independently, as the paper.
-            In a pool without replacement ``samples`` may be a fraction.
+            In a pool without replacement ``samples`` may be a fraction. Pooled, the bound hardly
+            cares which code belongs to which row: codes can leave their data, and a row's nearest
+            in the data then hold less of its posterior. For what is asked of the guide afterwards,
+            let the table keep many ``neighbours``, or train with ``"shared"``.
         warm_up: for so many training steps at first, top=1 and samples=0: an autoencoder. It finds
             codes that differ, where sums over codes can rest for long on a constant decoder.
         site: the latent site; the one continuous site inside a plate if not given.
@@ -100,7 +104,9 @@ class MAPAGuide(PackedGuide):
             new data, other latents inside the plate need one with an encoder.
         rows: a function from the model's arguments to the rows' numbers in the data ``[B]``, for
             minibatches that the model does not draw itself, or that are changed (binarised, say).
-            Rows that are not known in either way are looked up anew in each call.
+            Rows that are not known in either way, or for which it returns None, are looked up
+            anew in each call. A guide takes its first call's minibatch size for the model's: where
+            the model draws minibatches, `prepare` it with all data.
         cache, cache_key: a folder to keep the table in; see `pyro_recursive.empirical.neighbours`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`; ``inputs`` gives the data.
 
@@ -233,7 +239,7 @@ class MAPAGuide(PackedGuide):
         self._model = (poutine.block(model, hide_fn=self._is_other),)
         super().prepare(*args, **kwargs)
         self.nesting = nesting_of(trace)
-        self._build_table(trace, self.inputs(*args, **kwargs))
+        self._build_table(trace, args, kwargs)
         if self.table is None and int(self.steps_to_warm_up):
             raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
@@ -434,12 +440,24 @@ class MAPAGuide(PackedGuide):
         """Whether a call has None in place of data."""
         return bool(args or kwargs) and self.inputs(*args, **kwargs) is None
 
-    def _build_table(self, trace: poutine.Trace, raw: Any) -> None:
+    def _build_table(self, trace: poutine.Trace, args: tuple, kwargs: dict[str, Any]) -> None:
         data = self._data[0]
         if self.table is not None or data is None:
             return
-        width = min(self.num_neighbours, len(data))
-        kernel = self.kernel or _kernel_of(trace, str(self.site), raw, len(data), width)
+        width, kernel = min(self.num_neighbours, len(data)), self.kernel
+        if kernel is None:
+            raw, site = self.inputs(*args, **kwargs), str(self.site)
+            kernel = _kernel_of(trace, site, raw, len(data), width)
+            state = torch_state()
+            torch.rand(8)  # for another draw of the prior
+            again = _outline(self._own_model(), args, kwargs, grad=True)
+            set_torch_state(state)
+            if _kernel_of(again, site, raw, len(data), width) != kernel:
+                raise ValueError(
+                    "The likelihood has a scale that depends on other latents, so that it does not "
+                    "tell how near two data are: give kernel=, such as "
+                    "pyro_recursive.empirical.kernels.Gaussian(perplexity=30)."
+                )
         self.table = neighbours(data, kernel, width, cache=self.cache, cache_key=self.cache_key)
 
     def _is_other(self, site: Any) -> bool:

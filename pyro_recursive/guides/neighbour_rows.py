@@ -16,9 +16,9 @@ __all__ = ["NeighbourRows"]
 class NeighbourRows:
     """Finds the rows of a table for the rows of a plate.
 
-    By the numbers that ``numbers`` returns for a call's arguments; else by the plate's indices,
-    where the inputs are the ``data`` of the table (or the model takes none); else anew, by the
-    table's kernel.
+    By the numbers that ``numbers`` returns for a call's arguments, if any; else by the plate's
+    indices, where the inputs are the ``data`` of the table (or the model takes none); else anew, by
+    the table's kernel.
 
     Raises ValueError where there is nothing to tell rows by.
     """
@@ -38,8 +38,10 @@ class NeighbourRows:
     def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
         """Return the rows for inputs ``raw`` ``[B, *x]``, or those of all data."""
         if self.numbers is not None:
-            numbers = torch.as_tensor(self.numbers(*args, **kwargs))
-            return self.table.rows(_of_minibatch(numbers, plate, "rows="))
+            numbers = self.numbers(*args, **kwargs)
+            if numbers is not None:
+                rows = _of_minibatch(torch.as_tensor(numbers), plate, "rows=")
+                return self.table.rows(rows)
         if self._is_data(raw, plate):
             return self.table.rows(_indices(plate))
         return self.table.for_data(_of_minibatch(raw, plate, "inputs="))

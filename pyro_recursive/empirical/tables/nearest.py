@@ -151,8 +151,8 @@ def nearest(
         ValueError: data do not suit the kernel; the kernel returns nan or +inf, or -inf between a
             query and all references; k or the shapes are wrong; faiss cannot serve the kernel.
 
-    Cost: the exact search of kernels that are inner products is one float32 matrix product, half a
-    minute for MNIST's 60,000 images on two CPU cores; others take what Q R values of theirs take.
+    Cost: the exact search of kernels that are inner products is one float32 matrix product, about
+    a minute for MNIST's 60,000 images on two CPU cores; others take what Q R values of theirs take.
 
     >>> from pyro_recursive.empirical.tables.kernels import Gaussian
     >>> x = torch.tensor([[0.0], [1.0], [5.0], [5.5]])
