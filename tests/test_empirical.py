@@ -336,6 +336,21 @@ def test_constrained_scalar_site() -> None:
     assert loss == pytest.approx(-expected.sum().item())
 
 
+def test_site_with_a_mixture_prior() -> None:
+    """Its support is that of the mixture's components."""
+
+    def model(x: Tensor) -> None:
+        parts = dist.Gamma(torch.tensor([2.0, 9.0]), 1.0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    codes, x = FreeCodes(torch.randn(4, 1)), torch.randn(3)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(Empiricalized(model, codes), nothing, x)
+    expected = dist.Normal(codes()[:, 0].exp(), 1.0).log_prob(x[:, None]).logsumexp(-1)
+    assert loss == pytest.approx(-(expected - math.log(4)).sum().item())
+
+
 @pytest.mark.parametrize("dim", [-1, -2, -3])
 @pytest.mark.parametrize("paired", [False, True])
 def test_plate_in_any_dim(dim: int, paired: bool) -> None:

@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 
 from pyro_recursive.empirical.codes import Codes
 from pyro_recursive.empirical.slots import Slots
+from pyro_recursive.guides.latents import plain_support
 from pyro_recursive.pairs import in_pairs
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import Site, plates_of, sites
@@ -285,7 +286,7 @@ def _chosen(codes: Tensor, slot: Tensor, dim: int) -> Tensor:
 
 def _value(fn: Any, u: Tensor, name: str) -> Tensor:
     """Return the site's value at unconstrained vectors ``[*batch, D]``."""
-    transform = biject_to(fn.support)
+    transform = biject_to(plain_support(fn.support))
     shape = transform.inverse_shape(fn.event_shape)
     if u.shape[-1] != shape.numel():
         raise ValueError(

@@ -18,7 +18,7 @@ from torch.distributions import Transform, biject_to, constraints
 
 from pyro_recursive.sites import Site, is_delta, plates_of, subsample_scale
 
-__all__ = ["Latents", "Values", "latents_of"]
+__all__ = ["Latents", "Values", "latents_of", "plain_support"]
 
 Values = dict[str, Tensor]
 
@@ -189,7 +189,7 @@ def _slot(site: Site, shared: set[str]) -> Slot:
             f"{frame.full_size}), and this guide packs its entries into one vector. Give the plate "
             "an encoder with plate=, or use the full data."
         )
-    support = _plain(fn.support)
+    support = plain_support(fn.support)
     if shared:
         _check_bounds(site, support)
     transform = biject_to(support)
@@ -220,10 +220,10 @@ def _check_bounds(site: Site, support: Any) -> None:
                 )
 
 
-def _plain(support: Any) -> Any:
+def plain_support(support: Any) -> Any:
     """Return a support that has a transform: a mixture's is that of its components."""
     if isinstance(support, constraints.independent):
-        base = _plain(support.base_constraint)
+        base = plain_support(support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
     if isinstance(support, constraints.MixtureSameFamilyConstraint):
         return support.base_constraint

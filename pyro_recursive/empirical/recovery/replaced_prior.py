@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_recursive.guides.latents import plain_support
 from pyro_recursive.sites import is_delta
 
 __all__ = ["ReplacedPrior", "with_prior"]
@@ -128,7 +129,7 @@ class _Supported(dist.TransformedDistribution):
 
 def _replaced(old: Any, new: Any, site: str) -> Any:
     """Return the new distribution in the place of the old one: same batch, event and support."""
-    support = _plain(old.support)
+    support = plain_support(old.support)
     transform = biject_to(support)
     whole = transform.inverse_shape(old.batch_shape + old.event_shape)  # bounds may have rows
     shape = whole[len(old.batch_shape) :]
@@ -140,16 +141,6 @@ def _replaced(old: Any, new: Any, site: str) -> Any:
     if not _is_real(support):
         steps.append(transform)
     return _Supported(new, steps, support) if steps else new
-
-
-def _plain(support: Any) -> Any:
-    """Return a support that has a transform: a mixture's is that of its components."""
-    if isinstance(support, constraints.independent):
-        base = _plain(support.base_constraint)
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        return support.base_constraint
-    return support
 
 
 def _is_real(support: Any) -> bool:
