@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pyro_recursive.datasets import CURVES, Curve, curve, curve_evidence
 
+pytestmark = pytest.mark.slow  # integrals on fine grids
+
 ALL = [*CURVES, "absolute-value-unbounded"]
 # From the grid of 200,001 even nodes, which no step of these curves is too short for.
 ROW_ERROR = dict.fromkeys(ALL, 2e-4) | {"spiral-dots": 5e-3, "absolute-value-unbounded": 5e-3}
@@ -148,6 +150,7 @@ def test_wrong_arguments_of_the_draws(options: dict, message: str) -> None:
 # The exact evidence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_evidence_is_that_of_a_finer_even_grid(name: str) -> None:
     data = small(name, test_rows=60)

@@ -301,6 +301,7 @@ def test_predictive_draws_from_the_codes(parallel: bool) -> None:
     assert ((shares - weights).abs() < 4.5 * (weights * (1 - weights) / 5000).sqrt()).all()
 
 
+@pytest.mark.slow
 def test_scaled_codes_have_a_bound_of_their_evidence() -> None:
     codes, x = FreeCodes(torch.randn(5, 2), scale=0.4), torch.randn(4, 2)
     loss, model = TraceEnum_ELBO(max_plate_nesting=1), Empiricalized(gaussian, codes)
@@ -455,6 +456,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch", [(5, 1), (2, 5, 1), (5, 1, 1)])
 @pytest.mark.parametrize("event", [(20,), (4, 5)])

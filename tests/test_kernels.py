@@ -25,6 +25,8 @@ from pyro_recursive.empirical.tables.kernels import (
     kernel_for,
 )
 
+pytestmark = pytest.mark.slow  # integrals of densities
+
 BITS = torch.tensor(list(itertools.product([0, 1], repeat=3))).double()
 
 

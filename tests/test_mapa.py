@@ -234,6 +234,7 @@ def test_few_neighbours_are_a_lower_bound() -> None:
     assert values[0] < values[1] < exact
 
 
+@pytest.mark.slow
 def test_passes_are_counted_as_expected() -> None:
     """The number of different codes that independent draws touch, against its expectation."""
     toy = Toy(rows=30)
@@ -308,6 +309,7 @@ def test_duplicates_in_the_data(share: str) -> None:
     assert math.isfinite(toy.bound(toy.guide(share=share, top=1, samples=2)))
 
 
+@pytest.mark.slow
 def test_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Minibatches made outside of the model, rows told apart by numbers, and a warm-up."""
     results = []
@@ -742,6 +744,7 @@ def toy_table(toy: Toy) -> Table:
     return Table.from_log_weights(Gaussian(toy.scale)(toy.x, toy.x))
 
 
+@pytest.mark.slow
 def test_codes_with_a_scale_are_a_guide_for_every_loss() -> None:
     toy = Toy()
     codes = EncodedCodes(toy.encoder, toy.x, scale=0.8)
@@ -765,6 +768,7 @@ def test_points_have_no_density() -> None:
             loss.loss(toy.model, guide, toy.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_recovered_model(scale: float | None) -> None:
     """An ordinary model: its evidence by an ordinary guide, beside quadrature."""

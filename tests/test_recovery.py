@@ -21,6 +21,8 @@ from pyro_recursive.empirical.recovery.recovered import RecoveredPrior
 from pyro_recursive.empirical.recovery.replaced_prior import with_prior
 from pyro_recursive.empirical.recovery.windows import bandwidth, leave_one_out
 
+pytestmark = pytest.mark.slow  # fits and integrals
+
 SHORT: dict[str, dict[str, Any]] = {  # what makes each kind fast, or possible
     "copula": {},
     "flow": {"steps": 10, "hidden": (8,), "transforms": 2},
@@ -54,6 +56,7 @@ def test_every_kind_is_tested() -> None:
     assert list(SHORT) == list(KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_density_integrates_to_one_and_draws_follow_it(kind: str) -> None:
     codes = codes_of(kind)
@@ -102,6 +105,7 @@ def test_affine_maps_of_codes_are_those_of_the_prior(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_codes_are_not_part_of_the_first_fit(kind: str) -> None:
     codes = codes_of(kind, 30)

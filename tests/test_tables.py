@@ -570,6 +570,7 @@ def divergences(latents: int, dimensions: int, sigma: float = 0.3) -> list[float
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latents", [1, 2])
 def test_the_default_bandwidth_fits_the_posterior_of_codes(latents: int) -> None:
     found = divergences(latents, latents)
