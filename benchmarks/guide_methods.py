@@ -178,6 +178,7 @@ METHODS: dict[str, Callable[[Setup, VAE], Method]] = {
     "mixture 4 shared": partial(_mixture, number=4, shared=True),
     "recursive 2": partial(_recursive, number=2),
     "recursive 2 alternating": partial(_recursive, number=2, update="alternating"),
+    "recursive 3": partial(_recursive, number=3),
     "recursive 4": partial(_recursive, number=4),
     "recursive 4 clamped": _paper,
     "boosting 4": _boosting,

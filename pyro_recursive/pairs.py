@@ -5,7 +5,6 @@ out of them; for the distributions here products of matrices do with less.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -39,27 +38,23 @@ def bernoulli_pairs(x: Tensor, logits: Tensor) -> Tensor:
     return x @ logits.mT - torch.nn.functional.softplus(logits).sum(-1)
 
 
-def _of_bernoulli(base: Any, x: Tensor, parameter: Tensor) -> Tensor:
-    is_probs = "probs" in vars(base)
-    return bernoulli_pairs(x, probs_to_logits(parameter, True) if is_probs else parameter)
+# By exact type, as a subclass may have another density.
+_KINDS = (td.Bernoulli, dist.Bernoulli, td.Normal, dist.Normal)
 
 
-def _of_normal(base: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-    return normal_pairs(x, *parameters)
+def _names(base: Any) -> tuple[str, ...]:
+    """Return the names of the parameters that a distribution was made of."""
+    if isinstance(base, td.Normal):
+        return "loc", "scale"
+    return ("probs",) if "probs" in vars(base) else ("logits",)
 
 
-# By exact type, as a subclass may have another density: names of the parameters, and the density.
-_KINDS: dict[type, tuple[Callable[[Any], tuple[str, ...]], Callable[..., Tensor]]] = {
-    kind: entry
-    for kinds, entry in (
-        (
-            (td.Bernoulli, dist.Bernoulli),
-            (lambda base: ("probs" if "probs" in vars(base) else "logits",), _of_bernoulli),
-        ),
-        ((td.Normal, dist.Normal), (lambda base: ("loc", "scale"), _of_normal)),
-    )
-    for kind in kinds
-}
+def _table(base: Any, x: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Return log-densities ``[B, J]`` of rows ``[B, D]`` under parameters ``[J, D]``."""
+    if isinstance(base, td.Normal):
+        return normal_pairs(x, *parameters)
+    (only,) = parameters
+    return bernoulli_pairs(x, probs_to_logits(only, True) if "probs" in vars(base) else only)
 
 
 def in_pairs(fn: Any, dim: int) -> Any:
@@ -110,7 +105,7 @@ class Pairs(TorchDistribution):
         rows = value.reshape(self.batch_shape[self.dim], -1).to(parameters[0])
         others = parameters[0].shape[:-1]
         flat = [parameter.reshape(-1, rows.shape[-1]) for parameter in parameters]
-        table = _KINDS[type(base)][1](base, rows, *flat)  # [B, others]
+        table = _table(base, rows, flat)
         return table.mT.reshape(*others, len(rows)).movedim(-1, self.dim)
 
     def _has_rows(self, value: Tensor) -> bool:
@@ -123,7 +118,7 @@ class Pairs(TorchDistribution):
     def _decoded(self) -> list[Tensor] | None:
         """Return the parameters ``[*others, D]``, None where they differ between the entries."""
         base, events = self.fn.base_dist, len(self.event_shape)
-        found = [getattr(base, name) for name in _KINDS[type(base)][0](base)]
+        found = [getattr(base, name) for name in _names(base)]
         if any(parameter.stride(self.dim - events) != 0 for parameter in found):
             return None
         return [_without(parameter, self.dim - events).flatten(-events) for parameter in found]

@@ -12,12 +12,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_recursive.bounded import bounded, freed
 from pyro_recursive.encoded import EncodedMixture, encoded
 from pyro_recursive.guides.families import Family, family_of
 
 __all__ = ["ExemplarPrior", "VampPrior"]
-
-_MARGIN = 0.01  # of the bounds' width: pseudo-inputs at the very bounds would not learn
 
 
 class VampPrior(nn.Module):
@@ -104,7 +103,7 @@ class VampPrior(nn.Module):
             )
         start = _rows(pseudo_inputs.detach(), num_components, "pseudo_inputs", "num_components")
         self.encoder, self.family, self.bounds = encoder, family_of(family), bounds
-        self.raw_inputs = nn.Parameter(start.clone() if bounds is None else _freed(start, *bounds))
+        self.raw_inputs = nn.Parameter(freed(start, bounds))
         logits = start.new_zeros(len(start))
         self.logits: Tensor
         if learn_weights:
@@ -115,10 +114,7 @@ class VampPrior(nn.Module):
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs ``[K, *input]``, in the range of the data."""
-        if self.bounds is None:
-            return self.raw_inputs
-        low, high = self.bounds
-        return low + (high - low) * self.raw_inputs.sigmoid()
+        return bounded(self.raw_inputs, self.bounds)
 
     def forward(self) -> EncodedMixture:
         """Return the prior for the present parameters."""
@@ -269,15 +265,3 @@ def _check_count(data: Tensor, number: int | None, what: str, how_many: str) -> 
         raise ValueError(f"{what} must be rows of inputs, [K, *input]; got {tuple(data.shape)}")
     if number is not None and not 1 <= number <= len(data):
         raise ValueError(f"{how_many} must be from 1 to the {len(data)} {what}, got {number}")
-
-
-def _freed(inputs: Tensor, low: float, high: float) -> Tensor:
-    """Return the numbers that a sigmoid maps to given inputs between the bounds."""
-    if not low < high:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}")
-    if inputs.min() < low or inputs.max() > high:
-        raise ValueError(
-            f"pseudo_inputs go from {inputs.min():g} to {inputs.max():g}, out of their bounds "
-            f"{(low, high)}"
-        )
-    return ((inputs - low) / (high - low)).clamp(_MARGIN, 1 - _MARGIN).logit()

@@ -24,6 +24,7 @@ __all__ = [
     "log_prob_of",
     "nesting_of",
     "plates_of",
+    "same_scale",
     "sites",
     "subsample_scale",
     "subsample_sites",
@@ -94,6 +95,14 @@ def nesting_of(*traces: poutine.Trace) -> int:
         ),
         default=0,
     )
+
+
+def same_scale(one: Site, other: Site) -> bool:
+    """Whether two sites have one scale, as Pyro asks of all that is enumerated together."""
+    scales = one["scale"], other["scale"]
+    if any(isinstance(scale, Tensor) for scale in scales):
+        return scales[0] is scales[1]
+    return float(scales[0]) == float(scales[1])
 
 
 def subsample_sites(*traces: poutine.Trace) -> poutine.Trace:

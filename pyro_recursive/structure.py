@@ -1,5 +1,6 @@
 """What one run tells about a program, so that plates need not be declared to the losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,6 +10,7 @@ import torch
 from pyro import poutine
 
 from pyro_recursive.program import Program
+from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.reruns import Look
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
@@ -20,7 +22,7 @@ from pyro_recursive.sites import (
     sites,
 )
 
-__all__ = ["Structure", "structure_in", "structure_of"]
+__all__ = ["Structure", "outline", "structure_in", "structure_of"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,17 @@ def _cut_to_leaves(trace: poutine.Trace) -> list[Site]:
                 site["value"].requires_grad_()
                 leaves.append(site)
     return leaves
+
+
+def outline(
+    model: Callable, args: tuple, kwargs: dict[str, Any], *, grad: bool = False
+) -> poutine.Trace:
+    """Run a model once, leaving no trace elsewhere, and the random state alone."""
+    state = torch_state()
+    with poutine.block(), torch.set_grad_enabled(grad):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    set_torch_state(state)
+    return trace
 
 
 def structure_in(model: poutine.Trace, guide: poutine.Trace) -> Structure:

@@ -404,6 +404,17 @@ def test_none_asks_for_the_prior_even_with_rows() -> None:
     assert ((used - 1 / N).abs() < 4.5 * math.sqrt((N - 1) / N**2 / 1000)).all()
 
 
+def test_models_with_data_of_their_own() -> None:
+    """Without arguments, rows are those of the data, and codes are weighed by them."""
+    toy = Toy()
+    guide = MAPAGuide(lambda: toy.model(toy.x), toy.encoder, toy.x, neighbours=4)
+    found = guide.explain()
+    table = toy.table(toy.x, toy.encoder(toy.x)).detach().gather(1, found.index)
+    torch.testing.assert_close(found.log_q, table.log_softmax(-1))
+    drawn = poutine.trace(guide).get_trace().nodes["MAPAGuide_code"]["fn"].logits
+    torch.testing.assert_close(drawn, found.log_q)
+
+
 def test_latent_scales_need_a_kernel() -> None:
     def model(x: Tensor) -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+
+from pyro_recursive.bounded import bounded, freed
 
 __all__ = ["Codes", "EncodedCodes", "FreeCodes", "GridCodes", "PseudoInputCodes"]
-
-_MARGIN = 0.01  # of the bounds' width: pseudo-inputs at the very bounds would not learn
 
 
 class Codes(nn.Module):
@@ -27,7 +26,7 @@ class Codes(nn.Module):
         learn_weights: learn them, from there.
         scale: s; None for points. A number is fixed; ``learn_scale`` learns it from there.
 
-    A kind of codes defines `place` and `num_components`.
+    A kind of codes defines `place`.
     """
 
     logits: Tensor
@@ -215,19 +214,12 @@ class PseudoInputCodes(Codes):
             raise TypeError(f"pseudo_inputs are learned: floats, not {pseudo_inputs.dtype}")
         super().__init__(len(pseudo_inputs), **options)
         self.encoder, self.bounds = encoder, bounds
-        start = pseudo_inputs.detach().clone()
-        if bounds is not None:
-            margin = _MARGIN * (bounds[1] - bounds[0])
-            inner = start.clamp(bounds[0] + margin, bounds[1] - margin)
-            start = biject_to(constraints.interval(*bounds)).inv(inner)
-        self.raw_inputs = nn.Parameter(start)
+        self.raw_inputs = nn.Parameter(freed(pseudo_inputs.detach(), bounds))
 
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs ``[M, *input]``, in the range of the data."""
-        if self.bounds is None:
-            return self.raw_inputs
-        return biject_to(constraints.interval(*self.bounds))(self.raw_inputs)
+        return bounded(self.raw_inputs, self.bounds)
 
     def place(self, index: Tensor) -> Tensor:
         """Encode some of the pseudo-inputs."""

@@ -16,7 +16,7 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.ops import packed
 from torch import Tensor
 
-from pyro_recursive.sites import Site, sites
+from pyro_recursive.sites import Site, same_scale, sites
 
 __all__ = ["IndexELBO", "merge_factors"]
 
@@ -49,7 +49,7 @@ def merge_factors(trace: poutine.Trace, index: str) -> None:
     for site in sites(trace):
         enumerated = site["infer"].get("_enumerate_dim") is not None and site is not own
         term = _log_prob(site)
-        if symbol in _dims(term) and not enumerated and _alike(site, own):
+        if symbol in _dims(term) and not enumerated and same_scale(site, own):
             inner = _plates(trace, site) - plates
             if _plates(trace, site) >= plates and not _enumerates_in(trace, inner):
                 terms[site["name"]] = _summed(term, inner)
@@ -83,14 +83,6 @@ def _log_prob(site: Site) -> Tensor:
     if site["infer"].get("_enumerate_dim") is not None:
         return tensors["unscaled_log_prob"]
     return packed.scale_and_mask(tensors["unscaled_log_prob"], mask=tensors["mask"])
-
-
-def _alike(site: Site, other: Site) -> bool:
-    """Whether two sites have one scale; where they have not, Pyro says what is wrong."""
-    one, two = site["scale"], other["scale"]
-    if isinstance(one, Tensor) or isinstance(two, Tensor):
-        return one is two
-    return float(one) == float(two)
 
 
 def _summed(term: Tensor, inner: frozenset[str]) -> Tensor:

@@ -6,7 +6,6 @@ takes the logarithm of a sum over codes for each row, beside whatever else is en
 of any subsample scale.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from pyro_recursive.empirical.codes import Codes
 from pyro_recursive.empirical.slots import Slots
 from pyro_recursive.guides.latents import plain_support
 from pyro_recursive.pairs import in_pairs
-from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.sites import Site, plates_of, sites
+from pyro_recursive.sites import Site, plates_of, same_scale, sites
+from pyro_recursive.structure import outline
 
 __all__ = [
     "Empiricalized",
@@ -176,7 +175,7 @@ class Empiricalized:
         """Run the model on codes."""
         pyro.module(self.name, self.codes)
         if self.site is None:
-            self.site = _found(self.model, args, kwargs)
+            self.site = local_site(outline(self.model, args, kwargs))
         with OnCodes(self.site, lambda plate: all_of(self.codes)):
             return self.model(*args, **kwargs)
 
@@ -240,33 +239,19 @@ def check_latent(trace: poutine.Trace, name: str) -> None:
     latent = {site["name"]: site for site in sites(trace) if not site["is_observed"]}
     if name not in latent:
         raise ValueError(f"The model has no latent site '{name}'; there are {sorted(latent)}.")
-    frame, scale = check_site(latent[name]), latent[name]["scale"]
+    frame, own = check_site(latent[name]), latent[name]
     for site in sites(trace):
         seen = site["is_observed"] and frame.name in plates_of(site)
-        if seen and not _equal(scale, site["scale"]):
+        if seen and not same_scale(own, site):
             raise ValueError(
-                f"Latent site '{name}' has scale {scale}, and '{site['name']}' {site['scale']}. "
-                f"The prior of '{name}' is replaced by codes, so that poutine.scale has nothing to "
-                "scale there: leave it out, or put it around the whole model."
+                f"Latent site '{name}' has scale {own['scale']}, and '{site['name']}' has "
+                f"{site['scale']}. The prior of '{name}' is replaced by codes, so that there is "
+                "nothing to scale: leave poutine.scale out, or put it around the whole model."
             )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    return math.isclose(one, other)
 
 
 def _discrete(site: Site) -> bool:
     return bool(getattr(site["fn"].support, "is_discrete", False))
-
-
-def _found(model: Callable, args: tuple, kwargs: dict[str, Any]) -> str:
-    state = torch_state()
-    with poutine.block(), torch.no_grad():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    set_torch_state(state)
-    return local_site(trace)
 
 
 def _at_plate(log_weights: Tensor, dim: int) -> Tensor:

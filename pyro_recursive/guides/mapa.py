@@ -37,6 +37,7 @@ from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import nesting_of, plates_of, sites, subsample_sites
 from pyro_recursive.strata import Choice
+from pyro_recursive.structure import outline
 
 __all__ = ["MAPAGuide", "Passes"]
 
@@ -179,12 +180,11 @@ class MAPAGuide(PackedGuide):
             raise ValueError(f"warm_up must be an integer >= 0, got {warm_up!r}")
         if kernel is not None and (table is not None or data is None):
             raise ValueError("kernel= makes the table from data: give data, and no table=")
-        plan = Plan(top, samples, share, replace)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.codes: Any = _codes_of(codes, data)
         self.site, self.kernel = site, kernel
         self.num_neighbours, self.cache, self.cache_key = neighbours, cache, cache_key
-        self.plan = plan
+        self.plan = Plan(top, samples, share, replace)
         self._data, self._numbers = (data,), rows  # in a tuple: no part of the guide's state
         self._neighbour_rows: NeighbourRows | None = None
         if table is not None:
@@ -231,15 +231,16 @@ class MAPAGuide(PackedGuide):
         model = self._model_of_rows.model
         if model is None:
             raise RuntimeError("This guide was saved before its first call: build it again.")
-        if self._asks_for_the_prior(args, kwargs):
+        raw = self.inputs(*args, **kwargs)
+        if _asks_for_the_prior(raw, args, kwargs):
             raise ValueError("The first call of a MAPAGuide, or prepare(), needs data.")
-        trace = _outline(model, args, kwargs, grad=True)  # to see what is learned
+        trace = outline(model, args, kwargs, grad=True)  # to see what is learned
         self.site = self.site or local_site(trace)
         check_latent(trace, self.site)
         self._model = (poutine.block(model, hide_fn=self._is_other),)
         super().prepare(*args, **kwargs)
         self.nesting = nesting_of(trace)
-        self._build_table(trace, args, kwargs)
+        self._build_table(trace, raw, args, kwargs)
         if self.table is None and int(self.steps_to_warm_up):
             raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
@@ -247,7 +248,7 @@ class MAPAGuide(PackedGuide):
             self._set_rest(AmortizedGuide(poutine.block(model, hide=[self.site])))
         state = torch_state()
         with poutine.block(), torch.no_grad():
-            self._check_broadcasting(self._with_rest(args, kwargs))
+            self._check_broadcasting(self._call(args, kwargs))
         set_torch_state(state)
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
@@ -273,10 +274,7 @@ class MAPAGuide(PackedGuide):
     @pyro_method
     def others(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the latents beside the codes: the guide that `MAPA_ELBO` runs."""
-        is_new = self._claim()
-        self.prepare(*args, **kwargs)
-        if is_new:
-            self._take_over()
+        self.get_ready(args, kwargs)
         _ = self.codes  # so that Pyro meets its parameters
         rest = self._rest()
         return None if rest is None else rest(*args, **kwargs)
@@ -310,7 +308,7 @@ class MAPAGuide(PackedGuide):
         """
         self.prepare(*args, **kwargs)
         with poutine.block(), torch.no_grad():
-            call = self._with_rest(args, kwargs)
+            call = self._call(args, kwargs)
             index, placed = self._neighbours(call)
             log_q = self._index_posterior(call, placed)
         plate = _plate_of(self.groups[0], call)
@@ -332,21 +330,10 @@ class MAPAGuide(PackedGuide):
         prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
         return with_prior(self._own_model(), str(self.site), prior)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Values:
-        """Sample all latent sites for the data of a call; return their values."""
-        is_new = self._claim()
-        self.prepare(*args, **kwargs)
-        if is_new:
-            self._take_over()
-        call = self._with_rest(args, kwargs)
-        for latents in self.groups:
-            call.given.update(self.sample(latents, call))
-        return call.given
-
     def posterior(self, latents: Latents, call: Call) -> CodeMixture:
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""
         _, placed = self._neighbours(call)
-        if call.raw is None:
+        if _asks_for_the_prior(call.raw, call.args, call.kwargs):
             prior = self._index_posterior.at_rows(placed.log_weights, call)
             return CodeMixture(prior, placed.codes, self.codes.scale)
         codes = placed.codes
@@ -368,19 +355,19 @@ class MAPAGuide(PackedGuide):
         """Make a plate as the model's; without data only the model knows how many rows."""
         if call.raw is not None:
             return super()._plate(frame, latents, call)
-        trace = _outline(self._own_model(), call.args, call.kwargs)
+        trace = outline(self._own_model(), call.args, call.kwargs)
         found = plates_of(trace.nodes[str(self.site)])[frame.name]
         return pyro.plate(frame.name, found.full_size, subsample_size=found.size, dim=frame.dim)
 
-    def _with_rest(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         """Sample the other latents, and return the call with plates of the same minibatch."""
         rest = self._rest()
         if rest is None:
-            return self._call(args, kwargs)
+            return super()._call(args, kwargs)
         trace = poutine.trace(rest).get_trace(*args, **kwargs)
         minibatch = {name: site["value"] for name, site in subsample_sites(trace).nodes.items()}
         with poutine.block(hide=list(minibatch)), Given(minibatch):
-            call = self._call(args, kwargs)
+            call = super()._call(args, kwargs)
         call.given.update({s["name"]: s["value"] for s in sites(trace) if not s["is_observed"]})
         return call
 
@@ -431,26 +418,24 @@ class MAPAGuide(PackedGuide):
     def _rows_of(self, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """Return the table's rows for the rows of a plate; None where all codes are candidates."""
         raw = self.inputs(*args, **kwargs)
-        if self._neighbour_rows is None or self._asks_for_the_prior(args, kwargs):
+        if self._neighbour_rows is None or _asks_for_the_prior(raw, args, kwargs):
             return None
         found, device = self._neighbour_rows(raw, plate, args, kwargs), self.codes.logits.device
         return Rows(found.index.to(device), found.log_q.to(device))
 
-    def _asks_for_the_prior(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call has None in place of data."""
-        return bool(args or kwargs) and self.inputs(*args, **kwargs) is None
-
-    def _build_table(self, trace: poutine.Trace, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _build_table(
+        self, trace: poutine.Trace, raw: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
         data = self._data[0]
         if self.table is not None or data is None:
             return
         width, kernel = min(self.num_neighbours, len(data)), self.kernel
         if kernel is None:
-            raw, site = self.inputs(*args, **kwargs), str(self.site)
+            site = str(self.site)
             kernel = _kernel_of(trace, site, raw, len(data), width)
             state = torch_state()
             torch.rand(8)  # for another draw of the prior
-            again = _outline(self._own_model(), args, kwargs, grad=True)
+            again = outline(self._own_model(), args, kwargs, grad=True)
             set_torch_state(state)
             if _kernel_of(again, site, raw, len(data), width) != kernel:
                 raise ValueError(
@@ -476,15 +461,9 @@ class MAPAGuide(PackedGuide):
         return self.rest if self._has("rest") else self._function
 
 
-def _outline(
-    model: Callable, args: tuple, kwargs: dict[str, Any], grad: bool = False
-) -> poutine.Trace:
-    """Run the model once, leaving no trace elsewhere and the random state alone."""
-    state = torch_state()
-    with poutine.block(), torch.set_grad_enabled(grad):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    set_torch_state(state)
-    return trace
+def _asks_for_the_prior(raw: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has None in place of data; without arguments, a model has its own."""
+    return raw is None and bool(args or kwargs)
 
 
 def _codes_of(codes: Any, data: Tensor | None) -> Codes:

@@ -18,8 +18,8 @@ from torch import Tensor
 from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
 from pyro_recursive.guides.latents import Latents, Values, latents_of
 from pyro_recursive.guides.rows import RowFamily
-from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import Site, nesting_of, plates_of, sites
+from pyro_recursive.structure import outline
 
 __all__ = ["Call", "PackedGuide"]
 
@@ -181,10 +181,7 @@ class PackedGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        is_new = self._claim()
-        self.prepare(*args, **kwargs)
-        if is_new:
-            self._take_over()
+        self.get_ready(args, kwargs)
         call = self._call(args, kwargs)
         for latents in self.groups:
             call.given.update(self.sample(latents, call))
@@ -240,15 +237,19 @@ class PackedGuide(PyroModule):
         if length not in known:
             known[length] = (length, length)
             if self._model[0] is not None:
-                state = torch_state()  # who asks first should make no difference
-                with poutine.block(), torch.no_grad():
-                    trace = poutine.trace(self._model[0]).get_trace(*call.args, **call.kwargs)
-                set_torch_state(state)
+                trace = outline(self._model[0], call.args, call.kwargs)
                 for site in sites(trace):
                     plate = plates_of(site).get(frame.name)
                     if plate is not None and plate.size == length:
                         known[length] = (plate.full_size or length, length)
         return known[length]
+
+    def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Do what comes before each run: the first has much to do."""
+        is_new = self._claim()
+        self.prepare(*args, **kwargs)
+        if is_new:
+            self._take_over()
 
     def _claim(self) -> bool:
         """Raise where another guide of this name has its parameters in Pyro's store.

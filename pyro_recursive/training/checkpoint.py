@@ -4,8 +4,6 @@ A file is written whole or not at all, holds only tensors and plain containers, 
 running any code that it might contain.
 """
 
-import os
-import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,8 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_recursive.tensor_files import read_whole, write_whole
 
 __all__ = ["CheckpointError", "forked_rng", "load", "random_state", "save", "set_random_state"]
 
@@ -44,16 +44,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     >>> load(path)["loc"]
     tensor([1., 1.])
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, {"format": FORMAT, **state}, path.with_name(path.name + ".tmp"))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -62,16 +53,7 @@ def load(path: Path) -> dict[str, Any]:
     :raises CheckpointError: the file is truncated, damaged, or no checkpoint of this package
     """
     remedy = "Restore it from a copy, or delete it to start afresh."
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not compare checksums when it reads
-        if damaged is not None:
-            raise CheckpointError(f"the checksum of its entry '{damaged}' is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file may cause
-        raise CheckpointError(f"Checkpoint '{path}' cannot be read: {error}. {remedy}") from error
+    state = read_whole(path, CheckpointError, f"Checkpoint '{path}' cannot be read: {{}}. {remedy}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(

@@ -1,12 +1,13 @@
-"""Files of tensors: written whole or not at all, and read without running what they hold."""
+"""Files of tables, and names for them that tell what they are made of."""
 
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from pyro_recursive.tensor_files import read_whole, write_whole
 
 __all__ = ["TableError", "digest", "read", "write"]
 
@@ -19,38 +20,17 @@ class TableError(RuntimeError):
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write named tensors to a file, which holds the old or the new ones whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fill one cache
-    try:
-        with part.open("wb") as file:
-            torch.save({"format": torch.tensor(FORMAT), **tensors}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, {"format": torch.tensor(FORMAT), **tensors}, part)
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """Read what `write` wrote, on the CPU; raise TableError for anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not compare checksums when it reads
-        if damaged is not None:
-            raise TableError(f"the checksum of its entry '{damaged}' is wrong")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file may cause
-        raise TableError(
-            f"'{path}' cannot be read as a table: {error}. Delete it, and compute it again."
-        ) from error
+    remedy = "Delete it, and compute it again."
+    tensors = read_whole(path, TableError, f"'{path}' cannot be read as a table: {{}}. {remedy}")
     found = tensors.pop("format", None) if isinstance(tensors, dict) else None
     if not isinstance(found, Tensor) or int(found) != FORMAT:
-        raise TableError(
-            f"'{path}' is no table of format {FORMAT} (found {found}). Delete it, and compute it "
-            "again."
-        )
+        raise TableError(f"'{path}' is no table of format {FORMAT} (found {found}). {remedy}")
     return tensors
 
 
