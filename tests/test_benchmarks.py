@@ -24,6 +24,7 @@ def run(folder: Path, *more: str, of: str = "bounds", methods: list[str] = METHO
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_interrupt_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole")
     batches = 0

@@ -115,6 +115,7 @@ def correlated(x: Tensor) -> None:
         pyro.factor("f", posterior.log_prob(z) - prior.log_prob(z))
 
 
+@pytest.mark.slow
 def test_diagonal_gaussian_on_a_correlated_posterior() -> None:
     """The best has the posterior's conditional variances: ``-log(1 - rho^2) / 2`` is missing."""
     x = torch.tensor([[0.0, 0.0], [1.0, -1.0]])

@@ -74,6 +74,7 @@ def _target(loss: CIWAE_ELBO) -> torch.Tensor:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_two_halves_stand_in_for_two_estimates() -> None:
     """With M = 1 the covariance comes from halves, taken to fall as 1/K: right for large K."""
     many = CIWAE_ELBO(32, beta=0.4, learn_beta=True, num_estimates=8)
@@ -95,6 +96,7 @@ def test_beta_is_stepped_towards_the_minimiser_and_the_bound_does_not_move_it() 
 
 
 @pytest.mark.parametrize("start", [0.02, 0.98])
+@pytest.mark.slow
 def test_svi_learns_beta_from_either_side(start: float) -> None:
     """No boundary is approached by construction: both starts meet at the minimiser."""
     loss = CIWAE_ELBO(3, beta=start, learn_beta=True, num_estimates=2)

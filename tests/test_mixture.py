@@ -245,6 +245,7 @@ def test_tighter_bounds_are_ordered() -> None:
     assert values[0] < values[2] < evidence
 
 
+@pytest.mark.slow
 def test_unbiased_for_a_mixture_density_of_torch() -> None:
     """Pyro's own mixture of diagonal normals, on a grid in two dimensions."""
     locs, scales = torch.randn(3, 2), torch.rand(3, 2) + 0.4

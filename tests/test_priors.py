@@ -311,6 +311,7 @@ def test_left_out_exemplars_are_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("leave_out", [None, 2])
+@pytest.mark.slow
 def test_subsets_have_the_priors_mean_and_a_lower_logarithm(leave_out: int | None) -> None:
     """Also the claim that larger subsets come closer."""
     prior, z = exemplar_prior(num_exemplars=2), torch.randn(D)

@@ -128,6 +128,7 @@ def test_one_minibatch_for_all_particles() -> None:
         assert -value == pytest.approx(10 * dist.Normal(0.0, 2**0.5).log_prob(chosen).sum().item())
 
 
+@pytest.mark.slow
 def test_gradient_of_sites_that_are_not_reparameterised() -> None:
     """At alpha = 0 Pyro's gradient of a Bernoulli guide is exactly zero, without a word."""
 

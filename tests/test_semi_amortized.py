@@ -1068,7 +1068,7 @@ def test_dropout_is_the_same_in_all_steps(draws: int, checkpoint: bool) -> None:
     guide.prepare(x)
     for _ in range(2):
         net.masks.clear()
-        Trace_ELBO(max_plate_nesting=1).loss_and_grads(guide._model_of_rows.model, guide, x)
+        Trace_ELBO(max_plate_nesting=1).loss_and_grads(guide._model.model, guide, x)
         same = [torch.equal(mask, net.masks[0]) for mask in net.masks]
         assert same.count(False) == 1  # the outer run
         assert same.index(False) == (3 if not checkpoint else 6)
@@ -1275,6 +1275,7 @@ def test_rows_of_other_forms_reach_the_evidence(form: str) -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.slow
 def test_a_positive_latent(weight: float, monkeypatch: Any) -> None:
     """The ELBO of log-normals for Gamma and Poisson has a closed form: so has its optimum."""
 
@@ -1578,7 +1579,7 @@ def test_copies_share_the_model_and_pickles_leave_it_out() -> None:
     guide = semi(model, seed=5)
     expected = reached(guide, x)
     twin = copy.deepcopy(guide)
-    assert twin._model_of_rows.model is model
+    assert twin._model.model is model
     assert torch.equal(reached(twin, x), expected)
     with torch.no_grad():
         twin.guide.encoder.bias.add_(1.0)
@@ -1797,7 +1798,7 @@ def test_where_cudnn_is_left_out(mode: str, training: bool) -> None:
     guide.prepare(x)
     net.train(training)
     net.cudnn.clear()
-    Trace_ELBO(max_plate_nesting=1).loss_and_grads(guide._model_of_rows.model, guide, x)
+    Trace_ELBO(max_plate_nesting=1).loss_and_grads(guide._model.model, guide, x)
     assert net.cudnn == [training and mode == "first_order"] * 2 + [True]
 
 

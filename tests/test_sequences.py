@@ -127,6 +127,7 @@ def test_evidence_is_as_accurate_as_stated_at_the_default_sizes() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=error)
 
 
+@pytest.mark.slow
 def test_importance_sampling_agrees() -> None:
     data = tiny(length=4, vocabulary=5)
 
@@ -366,6 +367,7 @@ def test_svi_takes_the_guide_that_comes_with_it() -> None:
     assert all(name.startswith(("a encoder", "a decoder")) for name in pyro.get_param_store())
 
 
+@pytest.mark.slow
 def test_inference_alone_is_trained_for_the_true_decoder() -> None:
     data = tiny(100, vocabulary=6)
     vae = SequenceVAE(vocabulary=6, hidden=6)

@@ -243,6 +243,7 @@ def interrupt_at(call: int) -> Callable:
 # --- What is learned
 
 
+@pytest.mark.slow
 def test_conjugate_model_reaches_the_posterior() -> None:
     x = normal_data()
     optimizer = partial(torch.optim.Adam, lr=0.05)
@@ -462,7 +463,13 @@ def test_warmup_weights_the_latents_of_model_and_guide() -> None:
 # --- Interrupted and resumed
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+QUICK = {"auto_normal", "vae", "late parameters", "loss with parameters"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS],
+)
 def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> None:
     program, path, other = PROGRAMS[name], tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = outcome(run(program, checkpoint=path), path)
@@ -477,6 +484,7 @@ def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("call", range(12))
+@pytest.mark.slow
 def test_every_kill_point(call: int, tmp_path: Path) -> None:
     path, other = tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = outcome(run(vae, checkpoint=path), path)
@@ -495,6 +503,7 @@ def test_resume_in_the_same_process(tmp_path: Path) -> None:
     assert same(asdict(fit(**arguments, **common, transform=noisy, resume=True)), expected)
 
 
+@pytest.mark.slow
 def test_a_finished_run_returns_at_once_and_goes_on_with_more_epochs(tmp_path: Path) -> None:
     path, other = tmp_path / "long.pt", tmp_path / "short.pt"
     whole = partial(early, patience=float("inf"))
@@ -534,6 +543,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_and_resume(tmp_path: Path) -> None:
     path, other = tmp_path / "whole.pt", tmp_path / "killed.pt"
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(other)])
