@@ -16,7 +16,7 @@ from pyro_recursive.aggregate import mutual_information
 from pyro_recursive.exchange import Exchange, alone
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner
-from pyro_recursive.training.minibatches import Batch, Minibatches, rows_of
+from pyro_recursive.training.minibatches import Batch, Minibatches
 
 __all__ = ["Aggressive", "Blocks", "Phase"]
 
@@ -162,7 +162,7 @@ class Phase:
         for _ in range(self.options.max_steps):
             batch = next(fresh)
             loss = self.learner.step(batch, epoch, part="guide")
-            if blocks.worsened_after(loss, rows_of(batch)):
+            if blocks.worsened_after(loss, self.learner.team.rows):
                 return
 
 

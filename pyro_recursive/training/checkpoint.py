@@ -95,6 +95,20 @@ def check_generators(path: Path, state: Mapping[str, Any], live: Collection[Gene
         )
 
 
+def check_processes(path: Path, state: Mapping[str, Any], count: int) -> None:
+    """Raise where a file was written by another number of processes.
+
+    :raises CheckpointError: naming the file and both numbers
+    """
+    written = 1 + len(state.get("other processes", ()))
+    if written != count:
+        raise CheckpointError(
+            f"Checkpoint '{path}' does not fit the processes: {written} wrote it, and there are "
+            f"{count}. Random states and shares of the batches are those of each process. Start "
+            f"{written}, or use another file."
+        )
+
+
 def _outline(tensor: Tensor | None) -> str:
     if tensor is None:
         return "missing"

@@ -8,6 +8,7 @@ from pyro.infer import ELBO
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
+from pyro_recursive.processes import Processes
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.minibatches import Batch, Data, Minibatches, rows_of
@@ -22,29 +23,32 @@ class HeldOut:
 
     :param data: in any form that `Minibatches` takes
     :param batch_size: rows per batch of tensors; a DataLoader has its own
-    :param batches: the data in minibatches
+    :param processes: share the rows of each batch, as in `Minibatches`, each with its own draws
     """
 
-    def __init__(self, data: Data, batch_size: int | None) -> None:
+    def __init__(
+        self, data: Data, batch_size: int | None, processes: Processes | None = None
+    ) -> None:
         """Check the data."""
         size = None if isinstance(data, DataLoader) else batch_size
-        self.batches = Minibatches(data, size, shuffle=False, name="validation")
+        self.processes = processes or Processes()
+        self.batches = Minibatches(
+            data, size, shuffle=False, name="validation", processes=self.processes
+        )
 
     @contextmanager
     def evaluating(self, learner: Learner) -> Iterator[None]:
         """Hold modules in eval mode, without gradients; the same random draws each time."""
-        with learner.evaluating(), forked_rng(SEED, self.batches.generators):
+        seed = SEED + self.processes.rank
+        with learner.evaluating(), forked_rng(seed, self.batches.generators):
             yield
 
     def loss(self, learner: Learner, loss: ELBO) -> tuple[float, float]:
         """Return mean loss in nats and mean rows of the batches."""
         with self.evaluating(learner):
-            pairs = [
-                (loss.loss(learner.model, learner.guide, *batch), rows_of(batch))
-                for batch in self.batches
-            ]
+            pairs = [learner.evaluate(loss, batch) for batch in self.batches]
         value, rows = torch.as_tensor(pairs, dtype=torch.float64).mean(0).tolist()
-        return value, rows
+        return sum(self.processes.gather(value, "the end of validation")), rows
 
     def rows(self, count: int) -> Batch:
         """Return one batch of so many rows, or of all, where there are fewer.

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_recursive.processes import Processes
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
+from pyro_recursive.training.distributed import Team
 from pyro_recursive.training.minibatches import Batch, Minibatches
 from pyro_recursive.training.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
 from pyro_recursive.training.parts import Part, Parts
+from pyro_recursive.training.shares import row_plates
 
 __all__ = ["Learner", "MakeOptimizer", "MakeScheduler"]
 
@@ -47,12 +50,14 @@ class Learner:
         clip_norm: float = math.inf,
         check_every: int | None = None,
         modules: Iterable[Module] = (),
+        processes: Processes | None = None,
     ) -> None:
         """Keep what `fit` was given; parameters and optimiser come with the first step."""
         self.model, self.guide, self.loss = model, guide, loss
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.clip_norm, self.check_every = clip_norm, check_every
         self.modules = _modules([model, guide, loss, *modules])
+        self.team = Team(processes or Processes())
         self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of first sight
         self.parts = Parts(guide)
         self.num_initial = 0  # how many of them the optimiser was made with
@@ -70,15 +75,20 @@ class Learner:
         :raises ValueError: there are no parameters, or none of the part
         """
         before = torch_state()
+        self.team.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
         try:
+            if not self.team.is_alone:
+                self._prepare(batch)
             loss = self._differentiate(batch, part)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
             site = self._first_site(batch, before)
             if site is None:
                 raise
-            raise self._error(batch, epoch, site, part) from error
+            raise self._error(self._places(batch, site), epoch, part) from error
         if part is not None:
             self._hold_others(part, batch)
+        if not self.team.is_alone:
+            loss = self.team.combine(loss, self.parameters, self._buffers())
         optimizer = self.optimizer or self._start_optimizer()
         norm = clip_grad_norm_(self.parameters.values(), self.clip_norm).double()
         self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
@@ -104,7 +114,28 @@ class Learner:
         """
         if not math.isfinite(self.health.item()):
             site = self._first_site(batch, before or torch_state())
-            raise self._error(batch, epoch, site, part)
+            # Sums over the processes are what is not finite, so that all of them come here.
+            heard = self.team.processes.gather(self._places(batch, site), "a NaN")
+            names = [""] if self.team.is_alone else [f"process {n}: " for n in range(len(heard))]
+            places = [
+                name + each for name, found in zip(names, heard, strict=True) for each in found
+            ]
+            raise self._error(places, epoch, part)
+
+    def evaluate(self, loss: ELBO, batch: Batch) -> tuple[float, int]:
+        """Return a process's part of the loss of a batch in nats, and the rows of all processes."""
+        self.team.begin(batch, "a batch of validation")
+        if self.team.is_idle:
+            return 0.0, self.team.rows
+        with self.team.share():
+            value = loss.loss(self.model, self.guide, *batch)
+        return value if self.team.is_alone else self.team.weight * value, self.team.rows
+
+    def end_pass(self) -> None:
+        """Take all buffers from the first process: a norm's change unseen, as statistics do."""
+        if not self.team.is_alone:
+            self.team.processes.agree("the end of an epoch")
+            self.team.processes.copy_first(list(self._buffers().values()))
 
     def end_epoch(self, value: float) -> None:
         """Step the learning-rate schedule; ``value`` is for one that waits for a plateau."""
@@ -174,15 +205,32 @@ class Learner:
             for part, training in modes.items():
                 part.training = training
 
+    def _prepare(self, batch: Batch) -> None:
+        """Note what the loss may change; first of all, agree with the other processes on it."""
+        if self.team.is_new:
+            buffers = self.weights()["buffers"]
+            with checkpoint.forked_rng():
+                if not self.parameters:
+                    self._differentiate(batch)
+                first = self.team.processes.is_first
+                plates = row_plates(self.model, self.guide, batch) if first else frozenset()
+            self._zero_gradients()
+            _copy(self._buffers(), buffers)
+            self.team.meet(self.parameters, self._buffers(), plates)
+        self.team.watch(self.parameters, self._buffers())
+
     def _differentiate(self, batch: Batch, part: Part | None = None) -> Tensor:
         """Return the loss as a float64 scalar; leave its gradient in the parameters.
 
         Those known to be in the other part may be left without.
         """
         self._zero_gradients()
+        if self.team.is_idle:
+            some = next(iter(self.parameters.values()), torch.empty(()))
+            return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)
         run = self.loss.loss_and_grads if differentiable is None else differentiable
-        with poutine.trace(param_only=True) as captured:
+        with self.team.share(), poutine.trace(param_only=True) as captured:
             value = run(self.model, self.guide, *batch)
         self._collect(captured.trace)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
@@ -280,14 +328,14 @@ class Learner:
                     return watch.first
         return watch.first
 
-    def _error(
-        self, batch: Batch, epoch: int, site: str | None, part: Part | None
-    ) -> NonFiniteError:
+    def _places(self, batch: Batch, site: str | None) -> list[str]:
         """Say where the NaN arises; gradients are those that the search has left."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         data = {str(number): column for number, column in enumerate(batch)}
         places = [*non_finite("data tensor", data), *non_finite("parameter", self.parameters)]
-        places += [site] if site else non_finite("the gradient of parameter", gradients)
+        return places + ([site] if site else non_finite("the gradient of parameter", gradients))
+
+    def _error(self, places: Sequence[str], epoch: int, part: Part | None) -> NonFiniteError:
         self._zero_gradients()
         alone = f"step {self.guide_steps + 1} of the guide alone, before "
         place = f"{alone if part == 'guide' else ''}step {self.steps + 1}, epoch {epoch}"

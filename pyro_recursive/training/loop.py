@@ -7,19 +7,19 @@ and an error that names the site where a NaN arises. Model, guide and loss are u
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch.nn import Module
 from tqdm import tqdm
 
+from pyro_recursive.processes import ProcessError, Processes
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.arguments import (
@@ -31,7 +31,8 @@ from pyro_recursive.training.arguments import (
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
-from pyro_recursive.training.minibatches import Data, Minibatches, rows_of
+from pyro_recursive.training.minibatches import Data, Minibatches
+from pyro_recursive.training.non_finite import NonFiniteError
 from pyro_recursive.warmup import KLWarmup
 
 __all__ = ["History", "fit"]
@@ -111,10 +112,23 @@ def fit(
     :raises TypeError: an optimiser of Pyro (take `SVI` for those), data that are not tensors
     :raises ValueError: arguments out of range, empty data, or nothing to train
 
-    Two processes must not share a checkpoint. DataLoader workers that persist, or random numbers
+    Where `torch.distributed` is initialised, as in ``torchrun --nproc-per-node=2 train.py``, all
+    processes train one model, each on its share of the rows of each batch: ``batch_size`` is that
+    of all together. All must call `fit` with the same arguments, and afterwards have the same
+    parameters, buffers and record. They start from process 0's, and it alone writes the file and
+    shows the bar; process r draws with ``seed + r``. Loss and gradient are those of the whole
+    batch, as far as its loss is a sum over rows: each process's estimate of it, weighted by rows,
+    where a plate of the rows, ``pyro.plate("data", len(x))``, counts for the whole batch's. What
+    mixes rows sees those of one process: the statistics of a batch norm (their running means are
+    process 0's), the codes that a `MAPA_ELBO` draws from. A site that grows with the rows outside
+    of plates raises. A DataLoader is each process's own: it needs a torch `DistributedSampler`,
+    told of each epoch, and ``batch_size / processes`` as its batch size. An error in one process
+    ends all. A run is resumed with as many processes. Use gloo for CPUs, nccl for GPUs.
+
+    Other runs must not share a checkpoint. DataLoader workers that persist, or random numbers
     drawn by a data set from generators of its own, are beyond what a checkpoint can hold.
 
-    >>> import pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
     >>> from pyro.infer.autoguide import AutoNormal
     >>> def model(x):
@@ -131,29 +145,41 @@ def fit(
     check_optimizer(optimizer)
     check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_combination(kl_warmup, patience, validation, resume, checkpoint, aggressive)
-    if seed is not None:
-        pyro.set_rng_seed(seed)
-    batches = Minibatches(data, batch_size, shuffle, transform)
-    held_out = None if validation is None else HeldOut(validation, batch_size)
-    learner = Learner(
-        model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules=modules
-    )
-    phase = None
-    if aggressive is not None and aggressive.max_steps and held_out is not None:
-        phase = Phase(aggressive, learner, batches, held_out)
-    run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint is not None else None)
-    if resume:
-        run.resume()
-    with run.progress_bar(epochs, disable=not progress) as bar:
-        while run.num_epochs < epochs and not run.history.out_of_patience(patience):
-            weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
-            validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
-            run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
-            run.end_epoch(keep_best=patience is not None)
-    run.history.stopped_early = run.num_epochs < epochs
-    if patience is not None and run.best is not None:
-        learner.set_weights(run.best)
-    return run.history
+    with _same_errors(), Processes.joined() as processes:
+        processes.seed(seed)
+        batches = Minibatches(data, batch_size, shuffle, transform, processes=processes)
+        held_out = None if validation is None else HeldOut(validation, batch_size, processes)
+        learner = Learner(
+            model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules, processes
+        )
+        phase = None
+        if aggressive is not None and aggressive.max_steps and held_out is not None:
+            phase = Phase(aggressive, learner, batches, held_out)
+        run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint is not None else None)
+        if resume:
+            run.resume()
+        with run.progress_bar(epochs, disable=not (progress and processes.is_first)) as bar:
+            while run.num_epochs < epochs and not run.history.out_of_patience(patience):
+                weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
+                validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
+                run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
+                run.end_epoch(keep_best=patience is not None)
+        run.history.stopped_early = run.num_epochs < epochs
+        if patience is not None and run.best is not None:
+            learner.set_weights(run.best)
+        return run.history
+
+
+@contextmanager
+def _same_errors() -> Iterator[None]:
+    """Raise what `fit` promises to raise also where it has come up in another process."""
+    promised = {kind.__name__: kind for kind in (NonFiniteError, checkpoints.CheckpointError)}
+    try:
+        yield
+    except ProcessError as error:
+        if error.kind not in promised:
+            raise
+        raise promised[error.kind](str(error)) from error
 
 
 class _Run:
@@ -163,6 +189,7 @@ class _Run:
         self, learner: Learner, batches: Minibatches, phase: Phase | None, path: Path | None
     ) -> None:
         self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
+        self.processes = learner.team.processes
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
@@ -193,13 +220,15 @@ class _Run:
             validation, history.validation_rows = held_out.loss(self.learner, validation_loss)
             shown["validation"] = validation
         if phase is not None:
-            shown["mutual_information"] = information = phase.measure()
+            information = self.processes.mean(phase.measure(), "mutual information")
+            shown["mutual_information"] = information
         history.epoch.append(self.num_epochs + 1)
         history.loss.append(loss)
         history.validation.append(validation)
         history.rows.append(rows)
         history.learning_rate.append(self.learner.learning_rate)
-        history.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        history.seconds.append(self.processes.from_first(seconds, f"epoch {self.num_epochs}"))
         history.steps.append(self.learner.steps)
         history.aggressive.append(phase is not None)
         history.guide_steps.append(self.learner.guide_steps)
@@ -213,27 +242,37 @@ class _Run:
         if keep_best and self.history.best_epoch == self.num_epochs:
             self.best = self.learner.weights()
         if self.path is not None:
-            checkpoints.save(self.path, self._state())
+            state = self._state()
+            if self.processes.is_first:
+                checkpoints.save(self.path, state)
+            self.processes.agree("a checkpoint")
 
     def resume(self) -> None:
         """Go back to the checkpoint, if there is one.
 
         :raises CheckpointError: it is damaged or another program's; nothing has changed
         """
-        if self.path is None or not self.path.exists():
+        path, first = self.path, self.processes.is_first
+        state = checkpoints.load(path) if first and path is not None and path.exists() else None
+        state = self.processes.from_first(state, "a checkpoint to resume from")
+        if path is None or state is None:
             return
-        state = checkpoints.load(self.path)
-        checkpoints.check_generators(self.path, state["random"], self.generators)
-        self.learner.set_state(self.path, state["learner"], self.batches)
+        checkpoints.check_processes(path, state, self.processes.count)
+        checkpoints.check_generators(path, state["random"], self.generators)
+        self.learner.set_state(path, state["learner"], self.batches)
         self.history, self.best = History.restored(state["history"]), state["best"]
-        checkpoints.set_random_state(state["random"], self.generators)
+        random = [state["random"], *state.get("other processes", ())][self.processes.rank]
+        checkpoints.set_random_state(random, self.generators)
 
     def _state(self) -> dict[str, Any]:
+        own = checkpoints.random_state(self.generators)
+        random, *others = self.processes.gather(own, "random states")
         return {
             "learner": self.learner.state(),
             "history": asdict(self.history),
             "best": self.best,
-            "random": checkpoints.random_state(self.generators),
+            "random": random,
+            **({"other processes": others} if others else {}),
         }
 
     def _train(self, weight: float, phase: Phase | None, bar: tqdm) -> tuple[float, float]:
@@ -241,12 +280,15 @@ class _Run:
         step = self.learner.step if phase is None else phase.stepper()
         total, count, rows = torch.zeros(()), 0, 0  # on the device: to read it is to wait
         warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
+        self.batches.set_epoch(self.num_epochs + 1)
         with warmup:
             for batch in self.batches:
                 loss = step(batch, self.num_epochs + 1)
-                total, count, rows = total.to(loss) + loss, count + 1, rows + rows_of(batch)
+                total, count = total.to(loss) + loss, count + 1
+                rows += self.learner.team.rows
                 bar.update()
             if not count:
                 raise ValueError("The DataLoader gave no batches. Check its data set.")
             self.learner.check(batch, self.num_epochs + 1)
+            self.learner.end_pass()
         return total.item() / count, rows / count

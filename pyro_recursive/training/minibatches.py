@@ -5,7 +5,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+
+from pyro_recursive.processes import Processes
 
 __all__ = ["Batch", "Data", "Minibatches"]
 
@@ -24,8 +26,12 @@ class Minibatches:
     :param transform: maps the tensors of a batch to a tensor or a tuple of tensors
     :param name: what messages call the data
     :param even: whether to leave out a last batch of fewer rows than the others
+    :param processes: share the rows of each batch of tensors, in the same order of the data; the
+        last batch may have no row for some, and is not transformed there. A DataLoader is each
+        process's own
     :raises TypeError: data are of another kind
-    :raises ValueError: no data, tensors of different lengths, a batch size below 1
+    :raises ValueError: no data, tensors of different lengths, a batch size below 1, a DataLoader
+        with the same data in each of several processes
 
     >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
     >>> [len(rows) for rows, _ in batches]
@@ -40,18 +46,24 @@ class Minibatches:
         transform: Callable | None = None,
         name: str = "data",
         even: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         """Check the data; draw the seed of their order from the global random state."""
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         self.batch_size, self.transform, self.name = batch_size, transform, name
-        self.even = even
+        self.even, self.processes = even, processes or Processes()
         _check_batch_size(batch_size, self.data)
+        if self.processes.count > 1:
+            _check_sampler(self.data, name)
         if self.count == 0:
             raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")
         self.order: Generator | None = None
         if shuffle and batch_size is not None:
             # One draw, so that pyro.set_rng_seed decides the order and the order nothing else.
-            self.order = Generator("cpu").manual_seed(int(torch.randint(2**62, (), device="cpu")))
+            drawn = int(torch.randint(2**62, (), device="cpu"))
+            self.order = Generator("cpu").manual_seed(
+                self.processes.from_first(drawn, f"the order of {name}")
+            )
 
     @property
     def generators(self) -> list[Generator]:
@@ -81,7 +93,9 @@ class Minibatches:
         :raises ValueError: a DataLoader whose workers persist, and serve one iteration at a time
         """
         if not isinstance(self.data, DataLoader):
-            return Minibatches(self.data, self.batch_size, True, self.transform, self.name, True)
+            return Minibatches(
+                self.data, self.batch_size, True, self.transform, self.name, True, self.processes
+            )
         if self.data.num_workers and self.data.persistent_workers:
             raise ValueError(
                 f"The workers of DataLoader {self.name} persist, and it can be iterated only once "
@@ -93,18 +107,32 @@ class Minibatches:
         """Yield the batches of one epoch, transformed."""
         data = self.data
         for batch in data if isinstance(data, DataLoader) else self._rows(data):
-            yield _as_tuple(batch if self.transform is None else self.transform(*_as_tuple(batch)))
+            if self.transform is None or (self.processes.count > 1 and not rows_of(batch)):
+                yield _as_tuple(batch)
+            else:
+                yield _as_tuple(self.transform(*_as_tuple(batch)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler of several processes which order it is to draw."""
+        if self.processes.count > 1 and isinstance(self.data, DataLoader):
+            for sampler in _samplers(self.data):
+                if isinstance(sampler, DistributedSampler):
+                    sampler.set_epoch(epoch)
 
     def _parts(self, columns: Batch) -> list[slice]:
-        """Return which places of the order each batch of the columns has."""
+        """Return which places of the order each batch of the columns has, in this process."""
         rows = len(columns[0])
         size = self.batch_size or rows
         end = rows - rows % size if self.even and rows > size else rows
-        return [slice(start, start + size) for start in range(0, end, size)]
+        return [self._share(start, min(start + size, end)) for start in range(0, end, size)]
+
+    def _share(self, start: int, stop: int) -> slice:
+        own = self.processes.share(stop - start)
+        return slice(start + own.start, start + own.stop)
 
     def _rows(self, columns: Batch) -> Iterator[Batch]:
         """Yield slices of the columns, in order or in a new random order."""
-        if self.batch_size is None:
+        if self.batch_size is None and self.processes.count == 1:
             yield columns
             return
         if self.order is None:
@@ -147,6 +175,23 @@ def _columns(data: Any, name: str) -> Batch:
             "rows; bind what is no data with functools.partial."
         )
     return columns
+
+
+def _samplers(loader: DataLoader) -> list[Any]:
+    """Return what decides the order of a DataLoader of a map-style data set."""
+    batches = loader.batch_sampler
+    return [loader.sampler] if batches is None else [batches, getattr(batches, "sampler", None)]
+
+
+def _check_sampler(data: Any, name: str) -> None:
+    """Raise where a DataLoader's sampler is known to give each process all data."""
+    whole = (RandomSampler, SequentialSampler)
+    if isinstance(data, DataLoader) and type(_samplers(data)[-1]) in whole:
+        raise ValueError(
+            f"DataLoader {name} gives the same rows to each of several processes. Give it sampler="
+            "torch.utils.data.DistributedSampler(dataset) and its share of the batch as "
+            "batch_size, or pass tensors."
+        )
 
 
 def _check_batch_size(batch_size: int | None, data: Any) -> None:
