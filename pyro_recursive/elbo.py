@@ -7,7 +7,7 @@ goes on from where it is.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -283,7 +283,7 @@ class CIWAE_ELBO(MultiSampleELBO):
     instead descends the mean squared error of the combined guide gradient as an estimate of IWAE's;
     `pyro_recursive.learned_beta` has the criterion. The parameter ``<name>.beta`` is reached
     through Pyro, so `SVI`, `fit` and ``loss(model, guide).parameters()`` all find it; its
-    current value is ``loss.beta``.
+    current value is ``loss.beta``, and `state_dict` is what to save of it.
 
     Raises ValueError for beta outside [0, 1], and for ``learn_beta`` where nothing can be learned:
     beta on a boundary, K = 1, or M = 1 with a K that does not split in two halves of at least 2.
@@ -318,6 +318,29 @@ class CIWAE_ELBO(MultiSampleELBO):
     def bound(self) -> Bound:
         """CIWAE at the current beta; no gradient of the bound reaches beta."""
         return self._bound if self._learned is None else bounds.ciwae(self.beta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the loss has learned: beta, unconstrained; nothing where it is fixed."""
+        return {} if self._learned is None else dict(self._learned.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the beta of another such loss, whatever Pyro's store has under its name.
+
+        Raises RuntimeError where one of the two learns beta and the other does not.
+
+        >>> trained = CIWAE_ELBO(8, beta=0.2, learn_beta=True, name="trained")
+        >>> loss = CIWAE_ELBO(8, beta=0.7, learn_beta=True, name="loaded")
+        >>> loss.load_state_dict(trained.state_dict())
+        >>> round(loss.beta.item(), 4)
+        0.2
+        """
+        if self._learned is not None:
+            self._learned.load_state_dict(state)
+        elif state:
+            raise RuntimeError(
+                f"The state has a learned {sorted(state)}, and this CIWAE_ELBO a fixed beta of "
+                f"{self._beta}: make it with learn_beta=True."
+            )
 
     def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> ELBOModule:
         """Return the loss as a module; a learned beta is among its parameters."""

@@ -15,6 +15,7 @@ covariance is taken to fall as 1/K.
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -26,6 +27,7 @@ from pyro_recursive import bounds
 from pyro_recursive.estimators import Estimator
 from pyro_recursive.log_weights import Densities, guide_group
 from pyro_recursive.sites import sites
+from pyro_recursive.stored import drop_others
 from pyro_recursive.traces import Draw
 
 __all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
@@ -38,12 +40,18 @@ class LearnedBeta(PyroModule):
         if not 0 < beta < 1:
             raise ValueError(f"a learned beta must start inside (0, 1), got {beta}")
         super().__init__(name)
+        self.name = name
+        self.register_load_state_dict_post_hook(_prefer_loaded)
         self.beta = PyroParam(torch.tensor(beta), constraint=constraints.unit_interval)
         _warn_if_stored(f"{name}.beta", beta)
 
     def forward(self) -> Tensor:
         """Return beta through `pyro.param`, where `SVI` and `fit` can see it."""
         return self.beta
+
+
+def _prefer_loaded(module: Any, keys: Any) -> None:
+    drop_others(module, module.name)
 
 
 def _warn_if_stored(name: str, beta: float) -> None:

@@ -641,7 +641,7 @@ def _by_hand(row: Row) -> MAPAGuide:
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
 def test_any_model(row: Row) -> None:
     guide, args = _by_hand(row), row.args()
-    model = guide._model_of_rows.model
+    model = guide._model.model
     loss = MAPA_ELBO()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -814,7 +814,7 @@ def test_saved_and_copied() -> None:
     pyro.clear_param_store()
     again = pickle.loads(pickle.dumps(guide))
     assert toy.bound(again) == pytest.approx(value)
-    with pytest.raises(RuntimeError, match=r"call attach\(model\)"):
+    with pytest.raises(RuntimeError, match=r"call guide\.attach\(model\)"):
         again.explain(toy.x)
     again.attach(toy.model)
     torch.testing.assert_close(again.explain(toy.x).log_q, guide.explain(toy.x).log_q)

@@ -28,7 +28,7 @@ from pyro_recursive.empirical.recovery.replaced_prior import with_prior
 from pyro_recursive.empirical.tables.kernels import kernel_for
 from pyro_recursive.empirical.tables.table import Rows, Table, neighbours
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.given import Given, ModelReference
+from pyro_recursive.guides.given import Given
 from pyro_recursive.guides.index_posterior import CodeMixture, IndexPosterior
 from pyro_recursive.guides.joint import emit, inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
@@ -189,7 +189,6 @@ class MAPAGuide(PackedGuide):
         self._neighbour_rows: NeighbourRows | None = None
         if table is not None:
             self.table = table
-        self._model_of_rows = ModelReference(model)
         self._set_rest(rest)
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
         self.passes: Passes | None = None
@@ -220,24 +219,17 @@ class MAPAGuide(PackedGuide):
             data = self.codes.inputs
         self._neighbour_rows = NeighbourRows(table, data, self._numbers)
 
-    def attach(self, model: Callable) -> None:
-        """Tell the guide its model; needed after unpickling, which leaves models out."""
-        self._model_of_rows = ModelReference(model)
-
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, build the table of neighbours, and create all parameters."""
         if self.groups:
             return
-        model = self._model_of_rows.model
-        if model is None:
-            raise RuntimeError("This guide was saved before its first call: build it again.")
+        model = self.own_model("to see its latents")
         raw = self.inputs(*args, **kwargs)
         if _asks_for_the_prior(raw, args, kwargs):
             raise ValueError("The first call of a MAPAGuide, or prepare(), needs data.")
         trace = outline(model, args, kwargs, grad=True)  # to see what is learned
         self.site = self.site or local_site(trace)
         check_latent(trace, self.site)
-        self._model = (poutine.block(model, hide_fn=self._is_other),)
         super().prepare(*args, **kwargs)
         self.nesting = nesting_of(trace)
         self._build_table(trace, raw, args, kwargs)
@@ -250,6 +242,10 @@ class MAPAGuide(PackedGuide):
         with poutine.block(), torch.no_grad():
             self._check_broadcasting(self._call(args, kwargs))
         set_torch_state(state)
+
+    def served_model(self) -> Callable:
+        """Return the model with the latent that has codes, the others hidden."""
+        return poutine.block(super().served_model(), hide_fn=self._is_other)
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Check that the codes fit the site."""
@@ -291,14 +287,6 @@ class MAPAGuide(PackedGuide):
 
         return on_codes
 
-    def _own_model(self) -> Callable:
-        model = self._model_of_rows.model
-        if model is None:
-            raise RuntimeError(
-                "This guide was unpickled, and needs its model to weigh codes: call attach(model)."
-            )
-        return model
-
     def explain(self, *args: Any, **kwargs: Any) -> Rows:
         """Return which codes explain each row: component numbers and their posterior.
 
@@ -328,7 +316,7 @@ class MAPAGuide(PackedGuide):
         if kind == "auto" and scale is not None:
             kind, options = "kernels", {"scale": scale.item(), **options}
         prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
-        return with_prior(self._own_model(), str(self.site), prior)
+        return with_prior(self.own_model("to replace its prior"), str(self.site), prior)
 
     def posterior(self, latents: Latents, call: Call) -> CodeMixture:
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""
@@ -355,7 +343,7 @@ class MAPAGuide(PackedGuide):
         """Make a plate as the model's; without data only the model knows how many rows."""
         if call.raw is not None:
             return super()._plate(frame, latents, call)
-        trace = outline(self._own_model(), call.args, call.kwargs)
+        trace = outline(self.own_model("to see its plate"), call.args, call.kwargs)
         found = plates_of(trace.nodes[str(self.site)])[frame.name]
         return pyro.plate(frame.name, found.full_size, subsample_size=found.size, dim=frame.dim)
 
@@ -413,7 +401,8 @@ class MAPAGuide(PackedGuide):
 
     @property
     def _index_posterior(self) -> IndexPosterior:
-        return IndexPosterior(self._own_model(), str(self.site), self.groups[0], self.nesting)
+        model = self.own_model("to weigh codes")
+        return IndexPosterior(model, str(self.site), self.groups[0], self.nesting)
 
     def _rows_of(self, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """Return the table's rows for the rows of a plate; None where all codes are candidates."""
@@ -435,7 +424,7 @@ class MAPAGuide(PackedGuide):
             kernel = _kernel_of(trace, site, raw, len(data), width)
             state = torch_state()
             torch.rand(8)  # for another draw of the prior
-            again = outline(self._own_model(), args, kwargs, grad=True)
+            again = outline(self.own_model("to see its scale"), args, kwargs, grad=True)
             set_torch_state(state)
             if _kernel_of(again, site, raw, len(data), width) != kernel:
                 raise ValueError(

@@ -43,7 +43,8 @@ class MixtureGuide(PackedGuide):
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for that many Gaussians with parameters of
-            their own. Components should differ from the start: copies never separate.
+            their own. Components should differ from the start: copies never separate. The
+            parameters of a plain function are in Pyro's store alone, and not in the `state_dict`.
         weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, which are bounded
             by ``8 tanh(l / 8)``; ``"linear"`` for a
             linear one (the default where a component has an encoder), or ``"shared"`` for the same

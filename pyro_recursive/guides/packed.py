@@ -15,10 +15,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.guides.given import ModelReference
 from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
 from pyro_recursive.guides.latents import Latents, Values, latents_of
 from pyro_recursive.guides.rows import RowFamily
+from pyro_recursive.guides.saving import check_copyable, check_prepared, note_loaded
 from pyro_recursive.sites import Site, nesting_of, plates_of, sites
+from pyro_recursive.stored import drop_others, shared_parameter, take_stored
 from pyro_recursive.structure import outline
 
 __all__ = ["Call", "PackedGuide"]
@@ -67,6 +70,9 @@ class PackedGuide(PyroModule):
     The latents inside the plate of the data are one group, with a distribution for each row; those
     outside are the other, with one joint distribution. Nothing is known before the first call or
     `prepare`, which looks at the model once.
+
+    ``load_state_dict`` wants a guide that is prepared, and wins over what Pyro's store holds under
+    the guide's name. Copies have the same model; pickles leave it out, and `attach` gives it back.
     """
 
     def __init__(
@@ -80,8 +86,7 @@ class PackedGuide(PyroModule):
     ) -> None:
         super().__init__(name or type(self).__name__)
         self.name = name or type(self).__name__
-        # In a tuple: a model that is a module is no part of the guide.
-        self._model: tuple[Callable | None] = (model,)
+        self._model = ModelReference(model)
         self.plate, self.create_plates = plate, create_plates
         self.inputs = inputs or _first_argument
         self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
@@ -91,6 +96,10 @@ class PackedGuide(PyroModule):
             str, dict[int, tuple[int, int]]
         ] = {}  # the plates' sizes by that length
         self._chosen: frozenset[str] = frozenset()  # plates whose minibatch the model is given
+        self.is_loaded = False  # since the last call
+        self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
+        self.register_load_state_dict_pre_hook(check_prepared)
+        self.register_load_state_dict_post_hook(note_loaded)
 
     can_be_component: ClassVar[bool] = True  # of a mixture: its distribution is all that it is
 
@@ -120,6 +129,23 @@ class PackedGuide(PyroModule):
         ``place`` is a draw from the prior, ``[*batch, D]``, and ``raw`` what encoders are fed with.
         """
 
+    def attach(self, model: Callable) -> None:
+        """Tell the guide its model; needed after unpickling, which leaves models out."""
+        self._model = ModelReference(model)
+
+    def own_model(self, purpose: str) -> Callable:
+        """Return the model; raise RuntimeError, saying what for, where it was left out."""
+        if self._model.model is None:
+            raise RuntimeError(
+                f"This {type(self).__name__} was pickled without its model, and needs it "
+                f"{purpose}: call guide.attach(model)."
+            )
+        return self._model.model
+
+    def served_model(self) -> Callable:
+        """Return the model with the latents that this guide packs, the others hidden."""
+        return self.own_model("to see its latents")
+
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters; the first call does so by itself.
 
@@ -127,10 +153,7 @@ class PackedGuide(PyroModule):
         """
         if self.groups:
             return
-        model = self._model[0]
-        if model is None:
-            raise RuntimeError("This guide was saved before its first call: build it again.")
-
+        model = self.served_model()
         minibatch = _Minibatches()
 
         def prior() -> poutine.Trace:
@@ -235,21 +258,31 @@ class PackedGuide(PyroModule):
         """
         known = self._lengths.setdefault(frame.name, {frame.size: (frame.size, frame.size)})
         if length not in known:
+            model = self.own_model(f"to tell whether {length} rows are all data or a minibatch")
             known[length] = (length, length)
-            if self._model[0] is not None:
-                trace = outline(self._model[0], call.args, call.kwargs)
-                for site in sites(trace):
-                    plate = plates_of(site).get(frame.name)
-                    if plate is not None and plate.size == length:
-                        known[length] = (plate.full_size or length, length)
+            for site in sites(outline(model, call.args, call.kwargs)):
+                plate = plates_of(site).get(frame.name)
+                if plate is not None and plate.size == length:
+                    known[length] = (plate.full_size or length, length)
         return known[length]
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Do what comes before each run: the first has much to do."""
         is_new = self._claim()
         self.prepare(*args, **kwargs)
-        if is_new:
-            self._take_over()
+        if self.is_loaded:
+            drop_others(self, self._pyro_name)
+            self.is_loaded, self._shared = False, None
+        elif is_new or self._is_left_behind():
+            take_stored(self, self._pyro_name)
+
+    def _is_left_behind(self) -> bool:
+        """Whether Pyro's store was loaded since the last call."""
+        if self._shared is None:
+            self._shared = shared_parameter(self, self._pyro_name)
+            return False
+        (name, parameter), store = self._shared, pyro.get_param_store()
+        return name in store and store[name] is not parameter
 
     def _claim(self) -> bool:
         """Raise where another guide of this name has its parameters in Pyro's store.
@@ -272,24 +305,6 @@ class PackedGuide(PyroModule):
                     )
         _OWNERS[self._pyro_name] = self
         return True
-
-    @torch.no_grad()
-    def _take_over(self) -> None:
-        """Take values that Pyro's store was loaded with; Pyro does so for its `PyroParam` alone."""
-        store = pyro.get_param_store()
-        stored = {name.replace("$$$", "."): name for name in store}
-        for name, parameter in self.named_parameters(self._pyro_name):
-            held = store[stored[name]] if name in stored else parameter
-            if held is parameter:
-                continue
-            if held.shape != parameter.shape:
-                raise ValueError(
-                    f"Pyro's store has '{stored[name]}' of shape {tuple(held.shape)}, and this "
-                    f"guide's is {tuple(parameter.shape)}: another guide left it. Call "
-                    "pyro.clear_param_store(), or tell them apart with name=."
-                )
-            parameter.copy_(held)
-            store[stored[name]] = parameter
 
     @property
     def by_row(self) -> bool:
@@ -321,12 +336,11 @@ class PackedGuide(PyroModule):
         return within
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the model, which may be anything, once the guide does not need it."""
+        """Return what is copied and pickled; models are neither (`ModelReference`)."""
+        check_copyable(self)
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
-        state = self.__dict__.copy()
-        state["_model"] = (None,) if self.groups else self._model
-        return state
+        return {**self.__dict__, "_shared": None}
 
 
 # The guide that last ran under a name: Pyro's store is by name, and would mix up two of them.

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.guides.given import ModelReference, Unnoticed
+from pyro_recursive.guides.given import Unnoticed
 from pyro_recursive.guides.gradient_site import GradientSite
 from pyro_recursive.guides.joint import inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
@@ -168,16 +168,11 @@ class SemiAmortizedGuide(PackedGuide):
         self.mode, self.direct = mode, _direct(mode, direct, self.update)
         self.draws, self.estimator, self.seed, self.checkpoint = draws, estimator, seed, checkpoint
         self._check()
-        self._model_of_rows = ModelReference(model)
 
     @property
     def by_row(self) -> bool:
         """As the guide that is refined."""
         return self.guide.by_row
-
-    def attach(self, model: Callable) -> None:
-        """Tell the guide its model; needed after unpickling, which leaves models out."""
-        self._model_of_rows = ModelReference(model)
 
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Refine the rows of a call, without a graph, and tell what it brings."""
@@ -271,14 +266,8 @@ class SemiAmortizedGuide(PackedGuide):
         return self.guide.sample_from(posterior, latents, call)
 
     def _target(self, latents: Latents, call: Call, twice: bool = False) -> LocalBound:
-        model = self._model_of_rows.model
-        if model is None:
-            raise RuntimeError(
-                "This guide was pickled without its model, whose ELBO its rows climb: call "
-                "guide.attach(model)."
-            )
         return LocalBound(
-            model,
+            self.own_model("for the ELBO that its rows climb"),
             latents,
             call,
             self.row_family(latents),
