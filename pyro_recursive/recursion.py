@@ -212,8 +212,8 @@ def gain(
     alone = (log_p - own)[:, -1].mean(0)
     ceiling = torch.nn.functional.softplus(alone - before.mean(0)).sum() * scale
     error = differences.std() / len(differences) ** 0.5
-    if rows_are_a_sample:
-        by_row = scale * (after - before).mean(0).flatten()
+    by_row = scale * (after - before).mean(0).flatten()
+    if rows_are_a_sample and len(by_row) > 1:  # one joint posterior is no sample of rows
         error = (error**2 + len(by_row) * by_row.var()).sqrt()
     return Gain(differences.mean().item(), error.item(), ceiling.item())
 

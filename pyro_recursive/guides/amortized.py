@@ -7,6 +7,7 @@ import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
+from pyro_recursive.guides.encoding import check_numbers, encoding
 from pyro_recursive.guides.families import Family, family_of
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call, PackedGuide
@@ -112,7 +113,10 @@ class AmortizedGuide(PackedGuide):
         """
         if not (latents.local and self.by_row):
             return latents.expand_rows(rows_of(getattr(self, _free(latents)), latents, call))
-        return self.placed(latents, call, self.encoder(call.rows(latents), *extra))
+        inputs = call.rows(latents)
+        with encoding("The encoder", latents, inputs):
+            found = self.encoder(inputs, *extra)
+        return self.placed(latents, call, found)
 
     def placed(self, latents: Latents, call: Call, found: Tensor) -> Tensor:
         """Check an encoder's output, and put its rows where Pyro has the plates."""
@@ -126,6 +130,7 @@ class AmortizedGuide(PackedGuide):
                 f"{latents.size} unconstrained numbers. The encoder's inputs have the rows first; "
                 "inputs= selects them from the model's arguments."
             )
+        check_numbers("The encoder", latents, found, call.rows(latents))
         return latents.expand_rows(found)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_recursive.guides.encoding import check_numbers, encoding
 from pyro_recursive.guides.flow_kinds import build_flow, check_flow
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.local_flow import LocalFlowRows
@@ -101,18 +102,16 @@ class FlowGuide(PackedGuide):
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         check_flow(flow)
         if plate is not None and encoder is None:
-            raise ValueError(
-                f"A flow for each row of plate '{plate}' needs an encoder= from the rows to "
-                "contexts: networks have no table of parameters by row. Leave out plate= for one "
-                "joint flow, or use AmortizedGuide for a Gaussian with parameters for each row."
-            )
+            raise _no_encoder(plate)
         self.flow = flow
         self.encoder: Any = encoder
         self.transforms, self.hidden, self.init_scale = transforms, tuple(hidden), init_scale
 
     def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
         """Create the flow of a group around a point, the mean of its rows."""
-        context = self._context_size(raw) if latents.local else 0
+        if latents.local and not self.by_row:  # in a mixture with rows
+            raise _no_encoder(latents.rows[-1].name)
+        context = self._context_size(latents, raw) if latents.local else 0
         flow = build_flow(self.flow, latents.size, context, self.transforms, self.hidden)
         loc = place.reshape(-1, latents.size).mean(0)
         setattr(self, _flow(latents), AffineFlow(flow, context, loc, self.init_scale))
@@ -138,7 +137,9 @@ class FlowGuide(PackedGuide):
         return FlowRows(getattr(self, _flow(latents)), latents.size)
 
     def _context(self, latents: Latents, call: Call) -> Tensor:
-        context: Tensor = self.encoder(call.rows(latents))
+        inputs = call.rows(latents)
+        with encoding("The encoder", latents, inputs):
+            context: Tensor = self.encoder(inputs)
         rows = call.sizes(latents)
         if context.shape[:-1] != torch.Size(rows):
             raise ValueError(
@@ -147,12 +148,14 @@ class FlowGuide(PackedGuide):
                 f"one context for each row: {(*rows, 'context')}. The encoder's inputs have the "
                 "rows first; inputs= selects them from the model's arguments."
             )
+        check_numbers("The encoder", latents, context, inputs)
         return context
 
-    def _context_size(self, raw: Any) -> int:
+    def _context_size(self, latents: Latents, raw: Any) -> int:
         """Return the width of the encoder's output, from its first rows."""
-        with poutine.block(), torch.no_grad():
-            return self.encoder(raw[:2] if isinstance(raw, Tensor) else raw).shape[-1]
+        few = raw[:2] if isinstance(raw, Tensor) else raw
+        with poutine.block(), torch.no_grad(), encoding("The encoder", latents, few):
+            return self.encoder(few).shape[-1]
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,14 @@ class FlowRows(RowFamily):
         return free, torch.cat(
             [numbers, numbers.new_zeros(*numbers.shape[:-1], free.blocks[-1])], -1
         )
+
+
+def _no_encoder(plate: str) -> ValueError:
+    return ValueError(
+        f"A flow for each row of plate '{plate}' needs an encoder= from the rows to "
+        "contexts: networks have no table of parameters by row. Leave out plate= for one "
+        "joint flow, or use AmortizedGuide for a Gaussian with parameters for each row."
+    )
 
 
 def _flow(latents: Latents) -> str:

@@ -135,7 +135,7 @@ class LocalBound:
         total: Tensor | float = 0.0
         for site in sites(trace):
             log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
-            _check_batch(site, log_prob.shape, around)
+            _check_batch(site, log_prob.shape, around, count)
             summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
             each = log_prob.sum(summed, keepdim=True) if summed else log_prob
             for frame in rows:
@@ -167,9 +167,11 @@ def _warmup(weight: float) -> Iterator[None]:
         yield
 
 
-def _check_batch(site: Site, shape: torch.Size, around: set[int]) -> None:
+def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) -> None:
     """Raise where a batch dim belongs to no plate of the site, nor to those around the model."""
     dims = around | {frame.dim for frame in site["cond_indep_stack"]}
+    if count == 1:
+        dims.discard(min(around))  # that of the draws
     for dim in range(-len(shape), 0):
         if shape[dim] != 1 and dim not in dims:
             raise ValueError(

@@ -12,6 +12,7 @@ from pyro.nn import pyro_method
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_recursive.counts import is_count
 from pyro_recursive.empirical.candidates import Plan
 from pyro_recursive.empirical.codes import Codes, EncodedCodes
 from pyro_recursive.empirical.model import (
@@ -35,7 +36,7 @@ from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.neighbour_rows import NeighbourRows
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.sites import nesting_of, plates_of, sites, subsample_sites
+from pyro_recursive.sites import check_finite, nesting_of, plates_of, sites, subsample_sites
 from pyro_recursive.strata import Choice
 from pyro_recursive.structure import outline
 
@@ -174,9 +175,9 @@ class MAPAGuide(PackedGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        if not isinstance(neighbours, int) or neighbours < 1:
+        if not is_count(neighbours) or neighbours < 1:
             raise ValueError(f"neighbours must be an integer >= 1, got {neighbours!r}")
-        if not isinstance(warm_up, int) or warm_up < 0:
+        if not is_count(warm_up) or warm_up < 0:
             raise ValueError(f"warm_up must be an integer >= 0, got {warm_up!r}")
         if kernel is not None and (table is not None or data is None):
             raise ValueError("kernel= makes the table from data: give data, and no table=")
@@ -219,10 +220,8 @@ class MAPAGuide(PackedGuide):
             data = self.codes.inputs
         self._neighbour_rows = NeighbourRows(table, data, self._numbers)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
+    def look(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, build the table of neighbours, and create all parameters."""
-        if self.groups:
-            return
         model = self.own_model("to see its latents")
         raw = self.inputs(*args, **kwargs)
         if _asks_for_the_prior(raw, args, kwargs):
@@ -230,7 +229,7 @@ class MAPAGuide(PackedGuide):
         trace = outline(model, args, kwargs, grad=True)  # to see what is learned
         self.site = self.site or local_site(trace)
         check_latent(trace, self.site)
-        super().prepare(*args, **kwargs)
+        super().look(*args, **kwargs)
         self.nesting = nesting_of(trace)
         self._build_table(trace, raw, args, kwargs)
         if self.table is None and int(self.steps_to_warm_up):
@@ -475,6 +474,7 @@ def _kernel_of(trace: poutine.Trace, site: str, raw: Any, number: int, k: int) -
             "how near two data are is not clear: give kernel= or table=."
         )
     (seen,) = observed
+    check_finite(seen)
     (frame,) = plates_of(trace.nodes[site]).values()
     value = seen["value"].detach()
     rows = raw

@@ -12,13 +12,14 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 
+from pyro_recursive.counts import is_count
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.components import component_of
 from pyro_recursive.guides.families import Family
 from pyro_recursive.guides.joint import emit, inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
-from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.guides.packed import Call, PackedGuide, first_argument
 from pyro_recursive.guides.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.rows import MixtureRows, RowFamily
 from pyro_recursive.guides.weights import Weights
@@ -91,9 +92,9 @@ class MixtureGuide(PackedGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        _check(components)
         if isinstance(components, int):
             components = [AmortizedGuide(model, family=family) for _ in range(components)]
-        _check(components)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         # Guides that are plain functions have no parameters of their own to register.
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
@@ -109,6 +110,7 @@ class MixtureGuide(PackedGuide):
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
+        _check_inputs(with_encoder, self.inputs)
         kind = weights or ("linear" if with_encoder else "table")
         self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
 
@@ -133,22 +135,26 @@ class MixtureGuide(PackedGuide):
         """Return component ``m``."""
         return self._functions.get(m, self.components[m])
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
+    def look(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters, those of the components too."""
-        is_new = not self.groups
-        super().prepare(*args, **kwargs)
-        if is_new:
-            for m in range(len(self.components)):
-                if not isinstance(self.component(m), PackedGuide):
-                    with poutine.block(), torch.no_grad():
-                        self.component(m)(*args, **kwargs)
+        super().look(*args, **kwargs)
+        for m in range(len(self.components)):
+            if not isinstance(self.component(m), PackedGuide):
+                with poutine.block(), torch.no_grad():
+                    self.component(m)(*args, **kwargs)
 
     def adopt(
         self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
     ) -> None:
         """Share the groups with the components, each around a point of its own."""
+        rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
         for component in self.components:
             if isinstance(component, PackedGuide):
+                if component.plate is not None and component.plate not in rows:
+                    raise ValueError(
+                        f"A component has plate='{component.plate}', and the mixture has none for "
+                        "its rows: give plate= to the mixture, so that each row has one."
+                    )
                 component.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
 
@@ -292,9 +298,19 @@ class MixtureGuide(PackedGuide):
             )
 
 
-def _check(components: Sequence[Callable]) -> None:
-    if not components:
+def _check(components: Any) -> None:
+    listed = range(components) if is_count(components) else components
+    if not hasattr(listed, "__len__") or (listed is components and not all(map(callable, listed))):
+        raise ValueError(
+            f"components must be a number of Gaussians or a sequence of guides, got {components!r}"
+        )
+    if not len(listed):
         raise ValueError("A mixture needs at least one component, got none.")
+    if not is_count(components):
+        _check_guides(components)
+
+
+def _check_guides(components: Sequence[Callable]) -> None:
     for component in components:
         if isinstance(component, PackedGuide) and not component.can_be_component:
             raise ValueError(
@@ -306,6 +322,16 @@ def _check(components: Sequence[Callable]) -> None:
         raise ValueError(
             "A mixture guide cannot be a component of a mixture: list all components in one."
         )
+
+
+def _check_inputs(components: Sequence[PackedGuide], inputs: Callable[..., Any]) -> None:
+    """Raise where a component wants other inputs than those that all of them get."""
+    for component in components:
+        if component.inputs not in (inputs, first_argument):
+            raise ValueError(
+                "A component has inputs= of its own, and a mixture feeds all encoders with the "
+                "same: give inputs= to the mixture, and let each encoder select from them."
+            )
 
 
 def _alike(guides: Sequence[Any]) -> bool:

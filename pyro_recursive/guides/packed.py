@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,11 +21,13 @@ from pyro_recursive.guides.joint import drawn_from, emit, outer_shape
 from pyro_recursive.guides.latents import Latents, Values, latents_of
 from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.guides.saving import check_copyable, check_prepared, note_loaded
+from pyro_recursive.guides.undone import undone_on_error
+from pyro_recursive.program import rows_needed
 from pyro_recursive.sites import Site, nesting_of, plates_of, sites
 from pyro_recursive.stored import drop_others, shared_parameter, take_stored
 from pyro_recursive.structure import outline
 
-__all__ = ["Call", "PackedGuide"]
+__all__ = ["Call", "PackedGuide", "first_argument"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Call:
     inputs: Callable[..., Any]
     given: Values
     trunk: Callable[[Any], Any] | None = None  # what all encoders share
+    unclear: frozenset[str] = frozenset()  # plates in any order, of inputs that may be in theirs
     encoded: list[Any] = field(default_factory=list)
 
     @cached_property
@@ -57,6 +61,8 @@ class Call:
             plate = self.plates[frame.name]
             if plate.subsample_size < plate.size and rows.shape[place] == plate.size:
                 rows = rows.index_select(place, plate.indices.to(rows.device))
+            elif plate.name in self.unclear and rows.shape[place] == plate.size:
+                _check_order(plate)
         return rows
 
     def sizes(self, latents: Latents) -> tuple[int, ...]:
@@ -88,7 +94,7 @@ class PackedGuide(PyroModule):
         self.name = name or type(self).__name__
         self._model = ModelReference(model)
         self.plate, self.create_plates = plate, create_plates
-        self.inputs = inputs or _first_argument
+        self.inputs = inputs or first_argument
         self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
@@ -151,8 +157,21 @@ class PackedGuide(PyroModule):
 
         Needed before `load_state_dict`. Draws from the model's prior under the random state.
         """
+        if not self.groups:
+            with self.undone_if_new(), rows_needed(args, kwargs):
+                self.look(*args, **kwargs)
+
+    @contextmanager
+    def undone_if_new(self) -> Iterator[None]:
+        """Stay new where the first call fails: it may have been the data's fault."""
         if self.groups:
+            yield
             return
+        with undone_on_error(self, self.name):
+            yield
+
+    def look(self, *args: Any, **kwargs: Any) -> None:
+        """Do what `prepare` does, the first time."""
         model = self.served_model()
         minibatch = _Minibatches()
 
@@ -204,10 +223,11 @@ class PackedGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        self.get_ready(args, kwargs)
-        call = self._call(args, kwargs)
-        for latents in self.groups:
-            call.given.update(self.sample(latents, call))
+        with self.undone_if_new():
+            self.get_ready(args, kwargs)
+            call = self._call(args, kwargs)
+            for latents in self.groups:
+                call.given.update(self.sample(latents, call))
         return call.given
 
     def sample(self, latents: Latents, call: Call) -> Values:
@@ -224,7 +244,8 @@ class PackedGuide(PyroModule):
         if self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk())
+        unclear = {name for name in plates if self._follows.get(name) != "minibatch"}
+        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk(), frozenset(unclear))
         for latents in self.groups:
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
@@ -359,7 +380,8 @@ class _Minibatches(Messenger):
             self.names.add(msg["name"])
 
 
-def _first_argument(*args: Any, **kwargs: Any) -> Any:
+def first_argument(*args: Any, **kwargs: Any) -> Any:
+    """Return what encoders are fed with where no ``inputs`` are given."""
     if args:
         return args[0]
     return next(iter(kwargs.values()), None)
@@ -387,6 +409,17 @@ def _vectorized(site: Site) -> dict[str, Any]:
 
 def _enumerated(site: Site) -> bool:
     return bool(site["infer"].get("enumerate"))
+
+
+def _check_order(plate: Any) -> None:
+    """Raise where inputs of all rows may be in the data's order, or in another one of the plate."""
+    index = plate.indices
+    if not index.is_floating_point() and bool((index[1:] < index[:-1]).any()):
+        raise ValueError(
+            f"Plate '{plate.name}' has all {plate.size} rows, in an order of its own, and the "
+            "encoder's inputs may be in that order or in the data's. Give all rows in order, or "
+            "call prepare() with a minibatch of fewer rows, if minibatches are what you pass."
+        )
 
 
 def _following(groups: tuple[Latents, ...], raw: Any) -> Iterator[tuple[str, str]]:

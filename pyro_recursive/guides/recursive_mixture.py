@@ -43,7 +43,8 @@ class RecursiveMixtureGuide(MixtureGuide):
             `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
 
     Raises:
-        ValueError: fewer than two components, or constants out of their range.
+        ValueError: fewer than two components, or constants out of their range; components share
+            parameters otherwise than by ``trunk``.
         TypeError: a component has no distribution over packed latents, so that its parameters
             cannot be held while another one is trained.
 
@@ -97,6 +98,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             name=name,
         )
         _check(self.components, conditional)
+        _check_apart([*self.components, *filter(None, (trunk, self.weights.network))])
         self.schedule = schedule or Schedule()
         self.conditional = conditional
         self.stages = self.schedule.stages(len(self.components))
@@ -286,6 +288,21 @@ def _check(components: Sequence[nn.Module], conditional: bool) -> None:
             )
     if conditional and not all(isinstance(c, AmortizedGuide) and c.by_row for c in components):
         raise ValueError("conditional=True needs AmortizedGuide components with encoders")
+
+
+def _check_apart(parts: Sequence[nn.Module]) -> None:
+    """Raise where parts share a parameter: training one would change what others have become."""
+    seen: set[nn.Parameter] = set()
+    for part in parts:
+        own = dict(part.named_parameters())
+        for name, parameter in own.items():
+            if parameter in seen:
+                raise ValueError(
+                    f"Two parts of a recursive mixture share parameter '{name}', and a component "
+                    "that is held would change while another one is trained. Give each encoder "
+                    "networks of its own, and put what all share into trunk=."
+                )
+        seen.update(own.values())
 
 
 def _so_far(known: dict[int, Tensor], m: int, rows: tuple[int, ...]) -> tuple[Tensor, ...]:

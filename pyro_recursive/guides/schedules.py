@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pyro_recursive.counts import check_integers
+
 __all__ = ["Schedule", "Stage"]
 
 
@@ -56,8 +58,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check that there is nothing negative, and something to do."""
+        numbers = ("confidence", "min_gain")
+        check_integers(**{k: v for k, v in vars(self).items() if k not in numbers})
         for name, value in vars(self).items():
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         for name in ("first", "propose", "refine"):
             if getattr(self, name) == 0:

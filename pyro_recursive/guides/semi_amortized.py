@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.counts import is_count
 from pyro_recursive.guides.given import Unnoticed
 from pyro_recursive.guides.gradient_site import GradientSite
 from pyro_recursive.guides.joint import inside, outer_shape
@@ -351,7 +352,7 @@ class SemiAmortizedGuide(PackedGuide):
             number = getattr(self, name)
             if name == "test_steps" and number is None:
                 continue
-            if not isinstance(number, int) or number < least:
+            if not is_count(number) or number < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {ESTIMATORS}, got {self.estimator!r}")

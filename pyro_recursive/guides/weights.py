@@ -7,6 +7,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
+from pyro_recursive.guides.encoding import check_numbers, encoding
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call
 from pyro_recursive.guides.tables import rows_of
@@ -70,13 +71,16 @@ class Weights(PyroModule):
         Where each has parameters of its own, they are not even part of the graph.
         """
         if latents.local and self.kind in ("module", "linear"):
-            found = self.network(call.rows(latents), *((held,) if self.kind == "linear" else ()))
+            inputs = call.rows(latents)
+            with encoding("The weights' network", latents, inputs):
+                found = self.network(inputs, *((held,) if self.kind == "linear" else ()))
             rows = call.sizes(latents)
             if found.shape != (*rows, len(self.initial)):
                 raise ValueError(
                     f"The weights' module returned shape {tuple(found.shape)}, and the mixture "
                     f"needs {(*rows, len(self.initial))}: logits for each row."
                 )
+            check_numbers("The weights' network", latents, found, inputs)
         else:
             found = _joined([getattr(self, name) for name in self._names(latents)], held)
             if found.dim() > 1:
@@ -145,7 +149,7 @@ class _Linear(nn.Module):
 
     def forward(self, rows: Tensor, held: Container[int] = ()) -> Tensor:
         """Return the logits, ``[*rows, n]``."""
-        flat = rows.flatten(self.row_dims)
+        flat = rows.flatten(self.row_dims) if rows.dim() > self.row_dims else rows
         return _joined([part(flat) for part in self.parts], held)
 
 
