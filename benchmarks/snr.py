@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.report import hardware, table, write_json
 from pyro_recursive import MIWAE_ELBO
+from pyro_recursive.evaluation.signal_to_noise import signal_to_noise
 
 DIM, POINTS = 20, 16
 ROWS_PER_PASS = 200_000  # copies times samples times data
@@ -70,7 +71,8 @@ def measure(perturbation: float, draws: int) -> dict[str, dict[str, list[float]]
             gradients = problem.gradients(loss, draws)
             for name, (wanted, parameter, _) in CURVES.items():
                 if wanted == estimator:
-                    curves[name][axis].append(signal_to_noise(gradients[parameter]))
+                    found = signal_to_noise(gradients[parameter])
+                    curves[name][axis].append(found.ratio.item())
     return curves
 
 
@@ -115,17 +117,6 @@ class Problem:
                 assert gradient is not None
                 kept.append(gradient[:, 0])
         return {name: torch.cat(kept)[:draws] for name, kept in rows.items()}
-
-
-def signal_to_noise(draws: Tensor) -> float:
-    """Return the root mean square over coordinates of mean / standard deviation.
-
-    The squared mean of n draws is too large by variance / n; without that correction no ratio
-    below ``1 / sqrt(n)`` could be seen.
-    """
-    variance = draws.var(0)
-    signal = draws.mean(0).square() - variance / len(draws)
-    return math.sqrt(max((signal / variance).mean().item(), 0.0))
 
 
 def measurable(ratios: list[float], draws: int) -> list[float]:

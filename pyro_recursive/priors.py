@@ -28,6 +28,7 @@ class VampPrior(nn.Module):
     gradients to the pseudo-inputs, weights and encoder; its samples have none.
 
     The encoder is a module, or any callable, from inputs ``[K, *input]`` to one of
+
     - parameters ``[K, n]`` of the ``family``, from which D follows;
     - for an encoder that is itself a mixture, a pair: logits ``[K, M]`` of its weights and
       parameters ``[K, M, n]``, for a prior of K * M components;

@@ -1,11 +1,14 @@
 """The folder is the architecture: who may import whom, what is public, what is documented."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import pyro_recursive
+from pyro_recursive import evaluation
 
 PACKAGE = Path(pyro_recursive.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -100,6 +103,21 @@ def test_no_rooms_for_leftovers() -> None:
 def test_public_names_are_documented_with_an_example(name: str) -> None:
     doc = getattr(pyro_recursive, name).__doc__
     assert doc and ">>>" in doc
+
+
+@pytest.mark.parametrize("name", [name for name in evaluation.__all__ if name[0].islower()])
+def test_diagnostics_are_documented_with_an_example(name: str) -> None:
+    doc = getattr(evaluation, name).__doc__
+    assert doc and (">>>" in doc or name.startswith("plot_"))
+
+
+def test_importing_the_package_does_not_import_arviz_or_an_extra() -> None:
+    slow = ("arviz", "matplotlib", "sklearn", "zuko", "faiss")
+    command = f"import sys, pyro_recursive; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_public_names() -> None:

@@ -1,1 +1,75 @@
-"""How good an approximation is; never imported by models, guides or losses."""
+"""How good an approximation is; never imported by models, guides or losses.
+
+ArviZ takes seconds to import: `pyro_recursive.evaluation.arviz` is imported by itself.
+"""
+
+from pyro_recursive.aggregate import (
+    ActiveUnits,
+    Rate,
+    active_units,
+    mutual_information,
+    posterior_table,
+    rate_of,
+)
+from pyro_recursive.evaluation.calibration import calibration, calibration_by_fits
+from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
+from pyro_recursive.evaluation.draws import Draws, posterior_draws
+from pyro_recursive.evaluation.evidence import Evidence, log_marginal
+from pyro_recursive.evaluation.gaps import Gaps, gaps
+from pyro_recursive.evaluation.gradient_noise import SNRSweep, gradient_snr, gradient_snr_sweep
+from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
+from pyro_recursive.evaluation.parallel import evaluate_in_parallel
+from pyro_recursive.evaluation.plots import (
+    plot_ecdf_difference,
+    plot_gaps,
+    plot_gradient_snr,
+    plot_history,
+    plot_pareto_k,
+    plot_ranks,
+)
+from pyro_recursive.evaluation.predictive import log_likelihoods, predictive_draws, prior_draws
+from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
+from pyro_recursive.evaluation.signal_to_noise import SignalToNoise, signal_to_noise
+from pyro_recursive.evaluation.uniformity import Calibration
+
+__all__ = [
+    "PSIS",
+    "ActiveUnits",
+    "Calibration",
+    "Diversity",
+    "Draws",
+    "Evidence",
+    "Gaps",
+    "ImportanceWeights",
+    "Rate",
+    "SNRSweep",
+    "SignalToNoise",
+    "active_units",
+    "calibration",
+    "calibration_by_fits",
+    "effective_sample_size",
+    "evaluate_in_parallel",
+    "gaps",
+    "gradient_snr",
+    "gradient_snr_sweep",
+    "importance_weights",
+    "jensen_shannon",
+    "log_likelihoods",
+    "log_marginal",
+    "mixture_diversity",
+    "mutual_information",
+    "pareto_k_threshold",
+    "plot_ecdf_difference",
+    "plot_gaps",
+    "plot_gradient_snr",
+    "plot_history",
+    "plot_pareto_k",
+    "plot_ranks",
+    "posterior_draws",
+    "posterior_table",
+    "predictive_draws",
+    "prior_draws",
+    "psis",
+    "rate_of",
+    "signal_to_noise",
+]

@@ -42,10 +42,11 @@ def with_prior(
             unconstrained space; or a callable that returns one, such as a
             `pyro_recursive.priors.VampPrior`.
 
-    Raises TypeError where the prior is none of these, and when the model runs:
-        NotImplementedError: the site is discrete.
-        ValueError: the site is absent, observed, a Delta, or masked; its event has not the
-            prior's size; the prior is no distribution over vectors.
+    Raises:
+        TypeError: the prior is none of these.
+        NotImplementedError: when the model runs, the site is discrete.
+        ValueError: when the model runs, the site is absent, observed, a Delta, or masked; its
+            event has not the prior's size; the prior is no distribution over vectors.
 
     >>> from pyro.infer import Predictive
     >>> from pyro_recursive.empirical.recovery.recover import recover_prior

@@ -1,0 +1,201 @@
+"""Jensen-Shannon divergences of mixtures: quadrature, limits, and guides of every kind."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide
+from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
+
+
+def of_normals(loc: Tensor, scale: Tensor, weights: Tensor, draws: int) -> Diversity:
+    """Estimate for normals ``[*batch, M]``."""
+    parts = dist.Normal(loc, scale)
+    z = parts.sample((draws,)).movedim(-1, 0)  # [M, S, *batch]
+    return jensen_shannon(parts.log_prob(z.unsqueeze(-1)), weights.log())
+
+
+def by_quadrature(loc: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+    """Return the divergence of a mixture of normals ``[M]``."""
+    z = torch.linspace(-30, 30, 6001)
+    log_q = dist.Normal(loc, scale).log_prob(z.unsqueeze(-1))
+    mixture = (log_q + weights.log()).logsumexp(-1, keepdim=True)
+    return (weights * torch.trapezoid(log_q.exp() * (log_q - mixture), z, dim=0)).sum()
+
+
+# --- Draws
+
+
+def test_quadrature() -> None:
+    loc = torch.tensor([[0.0, 1.0, -2.0], [0.0, 3.0, 3.5]])
+    scale = torch.tensor([[1.0, 0.5, 2.0], [0.5, 1.0, 1.0]])
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
+    found = of_normals(loc, scale, weights, 20_000)
+    half = torch.tensor([0.5, 0.5])
+    for row in range(2):
+        exact = by_quadrature(loc[row], scale[row], weights[row])
+        assert abs(found.divergence[row] - exact) < 4 * found.error[row] < 0.02
+        for i, j in [(0, 1), (0, 2), (1, 2)]:
+            pair = [i, j]
+            exact = by_quadrature(loc[row, pair], scale[row, pair], half)
+            assert abs(found.pairwise[row, i, j] - exact) < 0.02
+    assert torch.equal(found.pairwise, found.pairwise.mT)
+    torch.testing.assert_close(found.entropy, -(weights * weights.log()).sum(-1))
+
+
+def test_standard_error_is_honest() -> None:
+    loc, weights = torch.tensor([0.0, 1.5]), torch.tensor([0.3, 0.7])
+    found = [of_normals(loc, torch.ones(2), weights, 50) for _ in range(200)]
+    spread = torch.stack([f.divergence for f in found]).std()
+    assert 0.85 < torch.stack([f.error for f in found]).mean() / spread < 1.18
+
+
+def test_limits() -> None:
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    same = of_normals(torch.zeros(3), torch.ones(3), weights, 50)
+    assert same.divergence.abs() < 1e-12 and same.pairwise.abs().max() < 1e-12
+    apart = of_normals(torch.tensor([-100.0, 0.0, 100.0]), torch.ones(3), weights, 50)
+    torch.testing.assert_close(apart.divergence, apart.entropy)
+    pairs = math.log(2) * (1 - torch.eye(3))
+    torch.testing.assert_close(apart.pairwise, pairs)
+    # The estimate is never above its bound, however few the draws.
+    for _ in range(50):
+        few = of_normals(torch.randn(3), torch.rand(3) + 0.1, weights, 2)
+        assert few.divergence <= few.entropy and few.pairwise.max() <= math.log(2)
+
+
+def test_a_component_without_weight_is_left_out() -> None:
+    loc, scale = torch.tensor([0.0, 1.0, 50.0]), torch.ones(3)
+    found = of_normals(loc, scale, torch.tensor([0.5, 0.5, 0.0]), 5000)
+    exact = by_quadrature(loc[:2], scale[:2], torch.tensor([0.5, 0.5]))
+    assert abs(found.divergence - exact) < 4 * found.error
+    assert found.entropy == pytest.approx(math.log(2))
+    assert found.pairwise[0, 2] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "message"),
+    [
+        ((2, 5, 3), (3,), r"got \(2, 5, 3\) and \(3,\)"),
+        ((3, 5, 4, 3), (3,), r"must be \[M, S"),
+        ((3, 1, 3), (3,), "at least 2 draws, got 1"),
+    ],
+)
+def test_wrong_shapes(shape: tuple[int, ...], weights: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jensen_shannon(torch.zeros(shape), torch.zeros(weights))
+
+
+def test_degenerate_densities() -> None:
+    table = torch.zeros(2, 3, 2)
+    table[0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match="no finite log-density"):
+        jensen_shannon(table, torch.zeros(2))
+
+
+# --- Guides
+
+
+def rows(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(z + w.sum(-1), 1.0), obs=x[:, 0])
+
+
+def test_amortized_rows_meet_their_own_densities() -> None:
+    x = torch.randn(4, 1)
+    guide = MixtureGuide(rows, [AmortizedGuide(rows, nn.Linear(1, 6)) for _ in range(3)])
+    for number, component in enumerate(guide.components):
+        with torch.no_grad():
+            component.encoder.bias.add_(torch.tensor([number, 0, 0, 0.3, 0, 0]))
+    state = torch.get_rng_state()
+    found = mixture_diversity(guide, x, num_draws=3000)
+    assert found.divergence.shape == (4,) and found.pairwise.shape == (4, 3, 3)
+    # The other way round: draws by the guide itself, whose component a site tells.
+    torch.set_rng_state(state)
+    with pyro.poutine.block(), torch.no_grad(), pyro.plate("draws", 8000, dim=-2):
+        trace = pyro.poutine.trace(guide).get_trace(x)
+    latents, call = guide.groups[0], guide._call((x,), {})
+    with pyro.poutine.block(), torch.no_grad():
+        mixture = guide.posterior(latents, call)
+        u = latents.pack({name: trace.nodes[name]["value"] for name in ("z", "w")})
+        table = mixture.table(u)
+        chosen = trace.nodes["MixtureGuide_component"]["value"]
+        excess = table.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - mixture.log_prob(u)
+    difference = (found.divergence - excess.mean(0)).abs()
+    error = (found.error.square() + excess.var(0) / 8000).sqrt()
+    assert bool((difference < 4 * error).all()) and bool((error < 0.05).all())
+    weights = guide.component_weights(x)
+    torch.testing.assert_close(found.entropy, -(weights * weights.log()).sum(-1).detach())
+
+
+def quartic(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(z**2, 1.0), obs=x)
+
+
+def handwritten(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(5.0)), 1.0))
+
+
+def test_components_of_all_kinds() -> None:
+    parts = [AmortizedGuide(quartic), AutoMultivariateNormal(quartic), handwritten]
+    found = mixture_diversity(MixtureGuide(quartic, parts), torch.tensor(4.0), num_draws=50)
+    assert found.divergence.shape == () and 0 < found.divergence <= found.entropy
+    assert found.entropy.item() == pytest.approx(math.log(3))
+    assert 1 < found.effective_components <= 3
+
+
+def test_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = MixtureGuide(quartic, [handwritten, AmortizedGuide(quartic, init_scale=1.0)])
+    whole = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
+    monkeypatch.setattr("pyro_recursive.evaluation.diversity.CHUNK_ROWS", 900)
+    parts = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
+    error = (whole.error.square() + parts.error.square()).sqrt()
+    assert 0 < abs(whole.divergence - parts.divergence) < 4 * error
+
+
+def test_a_recursive_mixture_has_its_members_alone() -> None:
+    guide = RecursiveMixtureGuide(quartic, 3)
+    found = mixture_diversity(guide, torch.tensor(4.0), num_draws=10)
+    assert found.pairwise.shape == (1, 1) and found.divergence == 0 == found.entropy
+    guide.progress[3:] = torch.tensor([1, 1, 0])
+    assert mixture_diversity(guide, torch.tensor(4.0)).pairwise.shape == (2, 2)
+
+
+def with_global(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 6, subsample=None, subsample_size=len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def test_global_and_local_mixtures() -> None:
+    parts = [AmortizedGuide(with_global, nn.Linear(1, 2)) for _ in range(2)]
+    guide, x = MixtureGuide(with_global, parts), torch.randn(6, 1)
+    assert mixture_diversity(guide, x).divergence.shape == (6,)
+    assert mixture_diversity(guide, x, shared=True).divergence.shape == ()
+
+
+def test_parameters_and_buffers_stay() -> None:
+    guide, x = MixtureGuide(quartic, [AutoNormal(quartic), AmortizedGuide(quartic)]), torch.ones(())
+    mixture_diversity(guide, x, num_draws=5)
+    assert all(parameter.grad is None for parameter in guide.parameters())
+    with pyro.poutine.trace() as outside:
+        mixture_diversity(guide, x, num_draws=5)
+    assert not [name for name, s in outside.trace.nodes.items() if s["type"] == "sample"]
+
+
+@pytest.mark.parametrize("guide", [AmortizedGuide(quartic), handwritten])
+def test_other_guides(guide: Any) -> None:
+    with pytest.raises(TypeError, match="needs a MixtureGuide or a RecursiveMixtureGuide, got"):
+        mixture_diversity(guide, torch.ones(()))
+    with pytest.raises(ValueError, match="num_draws must be an integer >= 2"):
+        mixture_diversity(guide, torch.ones(()), num_draws=1)
