@@ -7,14 +7,15 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyro_recursive.layout import check_subsampling, layout_of
+from pyro_recursive.counts import check_at_least
+from pyro_recursive.layout import Layout, check_subsampling, layout_of
 from pyro_recursive.log_weights import densities
 from pyro_recursive.program import Program
 from pyro_recursive.sites import check_match, subsample_sites
 from pyro_recursive.structure import structure_of
-from pyro_recursive.traces import draw
+from pyro_recursive.traces import Draw, draw
 
-__all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk"]
+__all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk", "runs_in_chunks"]
 
 # Rows (particles times data) of one chunk: large enough for the hardware, small enough for caches.
 CHUNK_ROWS = 5000
@@ -125,21 +126,25 @@ def log_marginal(
     >>> bool(torch.allclose(log_marginal(model, posterior, x).to(exact), exact))
     True
     """
-    for name, number in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
+    check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
     options = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     weights = WeightSums()
     with torch.no_grad():
         size = chunk_size or particles_per_chunk(program)
-        for log_weights in _chunks(program, num_particles, size, options):
-            weights.add(log_weights)
+        for runs, layout in runs_in_chunks(program, num_particles, size, **options):
+            weights.add(densities(runs, layout).log_weights[0].double())
     return weights.evidence() if diagnostics else weights.evidence().log_marginal
 
 
-def _chunks(program: Program, total: int, size: int, options: dict) -> Iterator[Tensor]:
-    """Yield log-weights, ``[k, *plates]`` in float64, until there are `total`."""
+def runs_in_chunks(
+    program: Program, total: int, size: int, **options: Any
+) -> Iterator[tuple[list[Draw], Layout]]:
+    """Yield runs of the program and where their plates are, until there are `total` samples.
+
+    All are on one minibatch. Raises where model and guide do not match, and where a subsampled
+    plate does not enclose every site.
+    """
     minibatch = None
     for start in range(0, total, size):
         count = min(size, total - start)
@@ -149,7 +154,7 @@ def _chunks(program: Program, total: int, size: int, options: dict) -> Iterator[
             check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
             check_subsampling(runs, layout)
             minibatch = subsample_sites(runs[0].guide, runs[0].model)
-        yield densities(runs, layout).log_weights[0].double()
+        yield runs, layout
 
 
 def particles_per_chunk(program: Program) -> int:

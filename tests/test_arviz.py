@@ -1,0 +1,429 @@
+"""ArviZ objects of guides and chains; leave-one-out against its exact value."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+from pyro_recursive import AmortizedGuide, MAPAGuide
+from pyro_recursive.evaluation.arviz import loo, mcmc_to_arviz, to_arviz
+from pyro_recursive.evaluation.arviz_versions import az, has_group
+from pyro_recursive.evaluation.draws import posterior_draws
+from tests.models import ROWS, Row, exact_groups, joint_evidence, mask
+
+QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
+
+
+def mean_model(x: Tensor) -> None:
+    """z ~ N(0, 2), x_i ~ N(z, 1)."""
+    z = pyro.sample("z", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def posterior_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return location and scale of the posterior of `mean_model`."""
+    precision = len(x) + 1 / 4
+    return x.sum() / precision, torch.tensor(precision**-0.5)
+
+
+def shifted_guide(shift: float, width: float) -> Callable:
+    """A guide that is off by so many of the posterior's scales."""
+
+    def guide(x: Tensor) -> None:
+        loc, scale = posterior_of(x)
+        pyro.sample("z", dist.Normal(loc + shift * scale, width * scale))
+
+    return guide
+
+
+def exact_loo(x: Tensor) -> Tensor:
+    """Return log p(x_i | the others) of `mean_model`, each from the posterior without it."""
+    rows = []
+    for i in range(len(x)):
+        loc, scale = posterior_of(torch.cat([x[:i], x[i + 1 :]]))
+        rows.append(dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(x[i]))
+    return torch.stack(rows)
+
+
+def pointwise(result: Any) -> Tensor:
+    """Return elpd_i of ArviZ's result, by its names in both versions."""
+    found = result["loo_i"] if "loo_i" in dir(result) else result.elpd_i
+    return torch.from_numpy(np.array(found.values))
+
+
+def local_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(x: Tensor) -> None:
+    """Off by half a scale, and too wide."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2 + 0.35, 0.85))
+
+
+X = torch.tensor([1.2, -0.3, 0.8, 2.1, 0.4, -1.0, 1.7, 0.9], dtype=torch.float64)
+
+
+def repeated(estimate: Callable[[], Tensor], times: int = 16) -> tuple[Tensor, Tensor]:
+    found = torch.stack([estimate() for _ in range(times)])
+    return found.mean(0), found.std(0) / times**0.5
+
+
+# --- Leave-one-out
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def loo_of(model: Callable, guide: Callable, x: Tensor, var_name: str | None = None) -> Tensor:
+    options = {"num_draws": 1000, "posterior_predictive": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # k-hat, where chance has it
+        return pointwise(loo(to_arviz(model, guide, x, **options), var_name))
+
+
+@pytest.mark.parametrize(("shift", "width"), [(1.0, 1.0), slow(-0.7, 0.9), slow(0.0, 1.5)])
+def test_loo_knows_that_the_guide_is_off(shift: float, width: float) -> None:
+    """Within standard errors of the exact value, where ArviZ's own is many of them away."""
+    guide, exact = shifted_guide(shift, width), exact_loo(X)
+    mean, error = repeated(lambda: loo_of(mean_model, guide, X))
+    assert ((mean - exact).abs() < 4.5 * error + 0.002).all()  # the ratio's bias is of order 1 / S
+    assert error.max() < 0.02
+    data = to_arviz(mean_model, guide, X, num_draws=4000)
+    uncorrected = pointwise(az.loo(data, pointwise=True))
+    assert ((uncorrected - exact).abs() > 6 * error + 0.03).any()
+
+
+def test_loo_of_an_exact_guide_is_that_of_arviz() -> None:
+    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=2000)
+    ours, theirs = loo(data), az.loo(data, pointwise=True)
+    torch.testing.assert_close(pointwise(ours), pointwise(theirs), rtol=0, atol=1e-6)
+    assert type(ours) is type(theirs)
+    assert float(ours["p_loo"]) == pytest.approx(float(theirs["p_loo"]), abs=1e-6)
+    assert float(ours["se"]) == pytest.approx(float(theirs["se"]), abs=1e-6)
+    np.testing.assert_allclose(ours["pareto_k"], theirs["pareto_k"], atol=1e-6)
+    assert str(ours) == str(theirs)
+
+
+def test_loo_of_local_latents_is_the_evidence() -> None:
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X)
+    mean, error = repeated(lambda: loo_of(local_model, local_guide, X))
+    assert ((mean - exact).abs() < 4.5 * error + 0.003).all()
+    assert error.max() < 0.03
+
+
+@pytest.mark.slow
+def test_loo_of_groups_leaves_out_one_item() -> None:
+    """The weight of a group is that of all of its items."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("group", x.shape[0], dim=-2):
+            loc = x.sum(-1, keepdim=True) / (x.shape[1] + 1)
+            pyro.sample("z", dist.Normal(loc + 0.3, 0.6))
+
+    x = X.reshape(2, 4)
+    others = torch.stack([x[:, [j for j in range(4) if j != i]] for i in range(4)], 1)
+    exact = joint_evidence(x)[:, None] - joint_evidence(others)
+    mean, error = repeated(lambda: loo_of(exact_groups, guide, x))
+    assert ((mean - exact).abs() < 4.5 * error + 0.003).all()
+    assert error.max() < 0.03
+
+
+def test_loo_of_a_loop() -> None:
+    """The weights of other iterations are multiplied on, and change nothing in expectation."""
+
+    def model(x: Tensor) -> None:
+        for i in pyro.plate("data", 2):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x: Tensor) -> None:
+        for i in pyro.plate("data", 2):
+            pyro.sample(f"z{i}", dist.Normal(x[i] / 2 + 0.3, 0.8))
+
+    mean, error = repeated(lambda: loo_of(model, guide, X, "x1"))
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X[1])
+    assert abs(mean - exact) < 4.5 * error + 0.005
+    with pytest.raises(ValueError, match=r"\['x0', 'x1'\]: choose one with var_name="):
+        loo_of(model, guide, X)
+    with pytest.raises(ValueError, match=r"no log-likelihood of 'y'"):
+        loo_of(model, guide, X, "y")
+
+
+def test_masked_data_are_left_out() -> None:
+    seen = mask()
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = X[:4]
+    guide = shifted_guide(0.5, 1.1)
+    mean, error = repeated(lambda: loo_of(model, lambda x: guide(x[seen]), x))
+    assert mean.shape == (3,)
+    assert ((mean - exact_loo(x[seen])).abs() < 4.5 * error + 0.003).all()
+
+
+def test_a_hopeless_guide_warns() -> None:
+    data = to_arviz(mean_model, shifted_guide(8.0, 0.1), X)
+    with pytest.warns(UserWarning, match=r"above 0\.67 for 8 of 8 data.*guide is far from"):
+        assert loo(data)["warning"]
+
+
+def test_loo_of_what_has_none() -> None:
+    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, log_likelihood=False)
+    with pytest.raises(ValueError, match="needs the group log_likelihood"):
+        loo(data)
+
+    def hard_edge(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    with pytest.raises(ValueError, match=r"'x' is infinite, at 8 of 8 data"):
+        loo(to_arviz(hard_edge, shifted_guide(0.0, 1.0), X))
+    rows = X[:, None]
+
+    def rows_model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    points = MAPAGuide(rows_model, nn.Linear(1, 1), rows)
+    with pytest.raises(ValueError, match="a guide without a density"):
+        loo(to_arviz(rows_model, points, rows, num_draws=30))
+
+
+# --- Guides and chains compared
+
+
+def chain(model: Callable, x: Tensor, draws: int, chains: int = 1) -> MCMC:
+    options = {"warmup_steps": 100, "num_chains": chains, "disable_progbar": True}
+    mcmc = MCMC(NUTS(model), num_samples=draws, **options)
+    mcmc.run(x)
+    return mcmc
+
+
+@dataclass
+class Chains:
+    """What a run of MCMC tells, without a run."""
+
+    samples: dict[str, Tensor]
+    divergences: dict[str, list[int]] | None = None
+
+    def get_samples(self, group_by_chain: bool) -> dict[str, Tensor]:
+        assert group_by_chain
+        return self.samples
+
+    def diagnostics(self) -> dict[str, Any]:
+        return {} if self.divergences is None else {"divergences": self.divergences}
+
+
+def test_draws_of_chains() -> None:
+    z = torch.randn(2, 5)
+    mcmc = Chains({"z": z}, {"chain 0": [1, 3], "chain 1": [4]})
+    data = mcmc_to_arviz(mcmc, mean_model, X, chunk_size=3)
+    np.testing.assert_array_equal(data["posterior"]["z"], z)
+    expected = dist.Normal(z[..., None], 1.0).log_prob(X)
+    np.testing.assert_allclose(data["log_likelihood"]["x"], expected)
+    diverging = data["sample_stats"]["diverging"].values
+    assert [tuple(place) for place in np.argwhere(diverging)] == [(0, 1), (0, 3), (1, 4)]
+    assert not has_group(mcmc_to_arviz(Chains({"z": z}), mean_model, X), "sample_stats")
+    with pytest.raises(ValueError, match=r"no draws of latent site 'z', but of \['w'\]"):
+        mcmc_to_arviz(Chains({"w": z}), mean_model, X)
+
+
+@pytest.mark.slow
+def test_chains_have_the_shape_of_guides() -> None:
+    """Draws in their order, gaps of dims closed; then both compared."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Gamma(3.0, 3.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(w.sum(-1) + z, 1.0), obs=x[:, None])
+
+    x = X[:3]
+    mcmc = chain(model, x, 60)
+    data = mcmc_to_arviz(mcmc, model, x, prior_predictive=True, dims={"w": ["side"]})
+    samples = mcmc.get_samples()
+    posterior = data["posterior"]
+    assert dict(posterior["w"].sizes) == {"chain": 1, "draw": 60, "side": 2}
+    assert posterior["z"].dims == ("chain", "draw", "data")
+    np.testing.assert_array_equal(posterior["w"].values[0], samples["w"])
+    np.testing.assert_array_equal(posterior["z"].values[0], samples["z"][:, :, 0])
+    np.testing.assert_allclose(posterior["twice"], 2 * posterior["z"])
+    loc = samples["w"].sum(-1, keepdim=True) + samples["z"][..., 0]
+    expected = dist.Normal(loc, 1.0).log_prob(x)
+    np.testing.assert_allclose(data["log_likelihood"]["x"].values[0], expected)
+    assert data["sample_stats"]["diverging"].sum() == sum(
+        len(found) for found in mcmc.diagnostics()["divergences"].values()
+    )
+    guide = AutoNormal(model, init_scale=0.3)
+    mine = to_arviz(model, guide, x, num_draws=60, prior_predictive=True, dims={"w": ["side"]})
+    for group in ("posterior", "log_likelihood", "observed_data", "prior", "posterior_predictive"):
+        for name, array in mine[group].data_vars.items():
+            assert array.dims == data[group][name].dims
+            assert array.shape == data[group][name].shape
+
+
+@pytest.mark.slow
+def test_guides_are_compared_with_chains() -> None:
+    data = mcmc_to_arviz(chain(mean_model, X, 400), mean_model, X)
+    guides = {"off": shifted_guide(0.8, 1.2), "exact": shifted_guide(0.0, 1.0)}
+    found = {name: loo(to_arviz(mean_model, guide, X)) for name, guide in guides.items()}
+    table = compared({**found, "nuts": loo(data), "arviz": az.loo(data, pointwise=True)})
+    assert set(table.index) == {"off", "exact", "nuts", "arviz"}
+    assert float(table["elpd_loo"].max() - table["elpd_loo"].min()) < 0.15
+    assert float(abs(table["elpd_loo"] - float(exact_loo(X).sum())).max()) < 0.15
+    np.testing.assert_allclose(pointwise(loo(data)), pointwise(az.loo(data, pointwise=True)))
+
+
+def compared(found: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what ArviZ 0.23 asks of pandas
+        return az.compare(found)
+
+
+def test_two_models_are_compared() -> None:
+    def far(x: Tensor) -> None:
+        loc, scale = posterior_of(x)
+        pyro.sample("z", dist.Normal(loc, scale))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(3.0, 1.0), obs=x)
+
+    guide = shifted_guide(0.3, 1.1)
+    found = {m.__name__: loo(to_arviz(m, guide, X)) for m in (far, mean_model)}
+    assert list(compared(found).index) == ["mean_model", "far"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:num_chains=2 is more than")
+def test_several_chains() -> None:
+    """Their efficiency comes from ArviZ, as in its own LOO."""
+    mcmc = chain(mean_model, X, 150, chains=2)
+    data = mcmc_to_arviz(mcmc, mean_model, X)
+    assert dict(data["log_likelihood"]["x"].sizes) == {"chain": 2, "draw": 150, "data": 8}
+    np.testing.assert_array_equal(
+        data["posterior"]["z"], mcmc.get_samples(group_by_chain=True)["z"]
+    )
+    np.testing.assert_allclose(pointwise(loo(data)), pointwise(az.loo(data, pointwise=True)))
+
+
+# --- The object
+
+
+GROUPS = {"posterior_predictive", "log_likelihood", "observed_data", "sample_stats"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, id=r.name, marks=() if r.name in QUICK else pytest.mark.slow) for r in ROWS],
+)
+def test_any_model(row: Row) -> None:
+    model, guide = row.build()
+    guide(*row.args())
+    data = to_arviz(model, guide, *row.args(), num_draws=6, prior_predictive=True)
+    without_values = {"posterior_predictive", "observed_data"} if row.name == "factor" else set()
+    assert all(has_group(data, group) for group in GROUPS - without_values)
+    assert has_group(data, "posterior") == (row.name != "no_latents")
+    assert data["sample_stats"]["log_weight"].dims == ("chain", "draw", *row.shared)
+    for name, array in data["log_likelihood"].data_vars.items():
+        assert array.sizes["draw"] == 6
+        if row.name != "factor":
+            observed = data["observed_data"][name]
+            assert array.dims[2:] == observed.dims[: array.ndim - 2]
+            assert data["posterior_predictive"][name].dims[2:] == observed.dims
+            assert data["prior_predictive"][name].dims[2:] == observed.dims
+
+
+def test_values_dims_and_coordinates() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("person", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., :1], torch.ones(3)).to_event(1), obs=x)
+
+    x = torch.randn(4, 3)
+    guide = AmortizedGuide(model, nn.Linear(3, 4))
+    names = {"person": list("abcd"), "side": ["left", "right"]}
+    pyro.set_rng_seed(1)
+    data = to_arviz(model, guide, x, num_draws=9, coords=names, dims={"z": ["side"]})
+    pyro.set_rng_seed(1)
+    draws = posterior_draws(model, guide, x, num_draws=9)
+    posterior = data["posterior"]["z"]
+    assert posterior.dims == ("chain", "draw", "person", "side")
+    right = posterior.sel(person="b", side="right").values[0]
+    np.testing.assert_array_equal(right, draws["z"][:, 1, 1].detach())
+    assert list(data["sample_stats"]["log_weight"]["person"].values) == list("abcd")
+    np.testing.assert_array_equal(data["observed_data"]["x"].values, x)
+    assert data["observed_data"]["x"].dims == ("person", "x_dim_0")
+    stats = data["sample_stats"]
+    np.testing.assert_allclose(stats["log_p"] - stats["log_q"], stats["log_weight"])
+    with pytest.raises(ValueError, match=r"dims names 2 event dims of site 'z'.*has 1, \(2,\)"):
+        to_arviz(model, guide, x, num_draws=3, dims={"z": ["person", "side"]})
+    with pytest.raises(ValueError, match=r"one name: \['chain', 'draw', 'person', 'person'\]"):
+        to_arviz(model, guide, x, num_draws=3, dims={"z": ["person"]})
+    with pytest.raises(ValueError, match=r"3 values for dim 'person', and it has 4 entries"):
+        to_arviz(model, guide, x, num_draws=3, coords={"person": [1, 2, 3]})
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_coordinates_of_a_minibatch(labelled: bool) -> None:
+    def program(x: Tensor, observe: bool) -> None:
+        with pyro.plate("data", 50, subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([4]))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    names = {"data": [f"n{number}" for number in range(50)]} if labelled else None
+    model, guide = (lambda x: program(x, True)), (lambda x: program(x, False))
+    data = to_arviz(model, guide, torch.arange(50.0), num_draws=3, coords=names)
+    observed = data["observed_data"]["x"]
+    told = observed["data"].values
+    values = observed.values.astype(int)
+    assert list(told) == [f"n{number}" for number in values] if labelled else list(values)
+    assert list(data["posterior"]["z"]["data"].values) == list(told)
+
+
+def test_resampled_draws_have_no_weights_left() -> None:
+    guide = shifted_guide(0.8, 1.4)
+    data = to_arviz(mean_model, guide, X, num_draws=4000, num_proposals=40_000, resample="psis")
+    assert "log_weight" not in data["sample_stats"] and "log_p" in data["sample_stats"]
+    assert float(abs(loo(data)["elpd_loo"] - exact_loo(X).sum())) < 0.1
+
+
+def test_groups_can_be_left_out() -> None:
+    options = {"posterior_predictive": False, "log_likelihood": False, "num_draws": 3}
+    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, **options)
+    groups = ("posterior", "sample_stats", "observed_data")
+    assert all(has_group(data, group) for group in groups)
+    assert not any(
+        has_group(data, group)
+        for group in ("posterior_predictive", "log_likelihood", "prior", "prior_predictive")
+    )
+
+
+def test_objects_are_saved(tmp_path: Path) -> None:
+    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=5)
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    again = az.from_netcdf(str(tmp_path / "draws.nc"))
+    np.testing.assert_array_equal(again["posterior"]["z"], data["posterior"]["z"])
+    np.testing.assert_array_equal(
+        again["sample_stats"]["log_weight"], data["sample_stats"]["log_weight"]
+    )

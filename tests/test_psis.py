@@ -1,0 +1,231 @@
+"""Pareto-smoothed importance sampling beside ArviZ's, and the weights of models and guides."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_recursive import log_marginal
+from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
+from pyro_recursive.evaluation.psis import effective_sample_size, pareto_k_threshold, psis
+from tests.models import ROWS, Row
+
+INF = math.inf
+
+TAILS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda z: z,
+    "heavy": lambda z: z**2,
+    "no_mean": lambda z: 3 * z**2,
+    "bounded": lambda z: -(z**2),
+    "narrow": lambda z: 0.01 * z,
+    "wild": lambda z: 600 * z,
+    "ties": lambda z: (4 * z).round() / 2,
+    "few_with_weight": lambda z: torch.where(z > 1, z, -INF),
+    "half_with_weight": lambda z: torch.where(z > 0, z, -INF),
+    "shifted": lambda z: z - 1e5,
+}
+
+
+def arviz_psis(log_weights: Tensor, relative_ess: float) -> tuple[Tensor, Tensor]:
+    """Return ArviZ's smoothed weights and k-hat, with nan, which it has for failures, as inf."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        import arviz
+
+        smoothed, k = arviz.psislw(log_weights.movedim(0, -1).numpy().copy(), relative_ess)
+    k = torch.as_tensor(np.asarray(k))
+    return torch.as_tensor(smoothed).movedim(-1, 0), torch.where(k.isnan(), INF, k)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    ("count", "relative_ess"),
+    [(2, 1.0), (20, 1.0), (21, 0.3), (100, 0.3), (1000, 1.0), (1000, 3.0)],
+)
+def test_numbers_are_those_of_arviz(tail: str, count: int, relative_ess: float) -> None:
+    """Of ties, which get different quantiles in either order, the sorted weights."""
+    log_weights = TAILS[tail](torch.randn(count, 2, 3))
+    log_weights[0, log_weights.amax(0) == -INF] = 0.0
+    found = psis(log_weights, relative_ess=relative_ess)
+    smoothed, k = arviz_psis(log_weights, relative_ess)
+    torch.testing.assert_close(found.pareto_k, k, rtol=1e-9, atol=1e-8)
+    order = (lambda w: w.sort(0).values) if tail == "ties" else (lambda w: w)
+    torch.testing.assert_close(order(found.log_weights), order(smoothed), rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.log_weights.logsumexp(0), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("k", [-0.5, 0.0, 0.3, 0.6, 1.2])
+def test_k_is_the_shape_of_the_tail(k: float) -> None:
+    """Weights of a Pareto distribution; the weak prior pulls k-hat to 0.5."""
+    u = torch.rand(4000, 200)
+    weights = -u.log() if k == 0 else torch.expm1(-k * u.log()) / k
+    found = psis((1 + weights).log()).pareto_k
+    size = 3 * 4000**0.5
+    expected = (size * k + 5) / (size + 10)
+    spread = found.std() / 200**0.5
+    assert abs(found.mean() - expected) < 4 * spread + 0.02  # the estimate has a bias of 1 / size
+    assert spread < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [0.0, -123.4])
+def test_constant_weights_have_no_tail(dtype: torch.dtype, level: float) -> None:
+    """An exact guide is not reported as bad, whatever rounding does."""
+    rounding = 30 * torch.finfo(dtype).eps * torch.randn(1000, 2, dtype=dtype)
+    log_weights = torch.tensor(level, dtype=dtype) + rounding
+    log_weights[::2, 1] = -INF  # draws without weight leave the others equal
+    found = psis(log_weights)
+    assert found.pareto_k.tolist() == [0.0, 0.0]
+    assert found.log_weights.dtype == torch.float64
+    expected = log_weights.double() - log_weights.double().logsumexp(0)
+    torch.testing.assert_close(found.log_weights, expected)
+    assert found.pareto_k[0] < pareto_k_threshold(1000)
+
+
+def test_too_little_to_say_anything() -> None:
+    assert psis(torch.zeros(20)).pareto_k == INF
+    assert psis(torch.zeros(1, 3)).log_weights.tolist() == [[0.0] * 3]
+    three_different = torch.zeros(1000)
+    three_different[:3] = torch.tensor([1.0, 2.0, 3.0])
+    assert psis(three_different).pareto_k == INF
+    nothing = psis(torch.full((1000, 2), -INF))
+    assert (nothing.pareto_k == INF).all()
+    assert (nothing.log_weights == -INF).all()
+
+
+def test_a_column_does_not_feel_the_others() -> None:
+    columns = [TAILS[tail](torch.randn(500)) for tail in TAILS]
+    columns += [torch.zeros(500), torch.full((500,), -INF)]
+    together = psis(torch.stack(columns, -1))
+    for number, column in enumerate(columns):
+        alone = psis(column)
+        torch.testing.assert_close(together.pareto_k[number], alone.pareto_k)
+        torch.testing.assert_close(together.log_weights[:, number], alone.log_weights)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, INF])
+def test_what_is_no_weight_is_refused(wrong: float) -> None:
+    log_weights = torch.zeros(30, 2)
+    log_weights[7, 1] = wrong
+    with pytest.raises(ValueError, match=r"1 entries that are nan or \+inf, the first at \(7, 1\)"):
+        psis(log_weights)
+    with pytest.raises(ValueError, match="nan or"):
+        effective_sample_size(log_weights)
+    with pytest.raises(ValueError, match=r"\[S, \*batch\]"):
+        psis(torch.tensor(0.0))
+    with pytest.raises(ValueError, match="relative_ess must be a positive"):
+        psis(torch.zeros(30), relative_ess=0.0)
+
+
+def test_threshold() -> None:
+    for count in (10, 100, 1000, 10**6):
+        assert pareto_k_threshold(count) == pytest.approx(min(1 - 1 / math.log10(count), 0.7))
+    assert pareto_k_threshold(1) == 0.0
+    with pytest.raises(ValueError, match="at least 1"):
+        pareto_k_threshold(0)
+
+
+# --- The weights of a model and a guide
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, id=r.name, marks=() if r.joint else pytest.mark.slow) for r in ROWS],
+)
+def test_weights_of_any_model(row: Row) -> None:
+    """They have the shape of the shared plates, and make the same evidence."""
+    model, guide = row.build()
+    model_args = row.args()
+    guide(*model_args)
+    pyro.set_rng_seed(3)
+    found = importance_weights(model, guide, *model_args, num_samples=12, chunk_size=5)
+    assert found.plates == row.shared
+    assert found.log_weights.shape == (12, *row.plates)
+    assert found.pareto_k.shape == found.ess.shape == row.plates
+    pyro.set_rng_seed(3)
+    options = {"num_particles": 12, "chunk_size": 5, "diagnostics": True}
+    expected = log_marginal(model, guide, *model_args, **options)
+    torch.testing.assert_close(found.log_marginal, expected.log_marginal)
+    torch.testing.assert_close(found.ess, expected.ess)
+
+
+def model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_with(scale: Tensor) -> Callable:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, scale))
+
+    return guide
+
+
+def test_too_narrow_rows_are_told() -> None:
+    """For normals of variance v and q, the weights w = p / q have k = 1 - q / v in the limit."""
+    x = torch.linspace(-1.0, 2.0, 6)
+    scale = torch.tensor([0.5**0.5, 0.8, 0.1, 1.0, 0.15, 0.5**0.5])
+    found = importance_weights(model, guide_with(scale), x, num_samples=4000)
+    high = found.pareto_k > found.threshold
+    assert high.tolist() == [False, False, True, False, True, False]
+    assert found.pareto_k[0] == found.pareto_k[5] == 0.0
+    summary = found.summary()
+    assert summary["entries"] == 6 and summary["high_k"] == 2
+    told = str(found)
+    assert "6 entries of plate 'data'" in told
+    assert "above 0.70 (not to be trusted) for 2 of 6" in told
+    assert f"at ({int(found.pareto_k.argmax())},)" in told
+    assert "richer guide" in told
+
+
+def test_joint_weights_are_worse() -> None:
+    x = torch.linspace(-1.0, 2.0, 40)
+    found = importance_weights(model, guide_with(torch.tensor(0.6)), x, num_samples=2000)
+    joint = found.joint()
+    assert joint.log_weights.shape == (2000,) and joint.plates == ()
+    torch.testing.assert_close(joint.log_weights, found.log_weights.sum(1))
+    assert joint.pareto_k > found.pareto_k.max()
+    assert joint.ess < found.ess.min()
+    assert "one joint weight" in str(joint)
+
+
+def test_minibatches_are_joined() -> None:
+    x, guide = torch.linspace(-1.0, 2.0, 5), guide_with(torch.tensor(0.6))
+    parts = [importance_weights(model, guide, rows, num_samples=30) for rows in x.split(3)]
+    joined = ImportanceWeights.join(parts)
+    assert joined.log_weights.shape == (30, 5) and joined.plates == ("data",)
+    with pytest.raises(ValueError, match="same plates"):
+        ImportanceWeights.join([joined, importance_weights(model, guide, x, num_samples=31)])
+    with pytest.raises(ValueError, match="same plates"):
+        ImportanceWeights.join([joined.joint()])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_point_estimates_are_told(vectorize: bool) -> None:
+    """Their weights are constant, which says nothing for them."""
+    found = {}
+    for row in ROWS:
+        if row.name in ("auto_delta", "guide_list", "auto_normal", "auto_multivariate", "nested"):
+            programs, options = row.build(), {"vectorize_particles": vectorize}
+            weights = importance_weights(*programs, *row.args(), num_samples=5, **options)
+            found[row.name] = set(weights.points)
+    assert found.pop("auto_delta") == {"scale", "z"}
+    assert found.pop("guide_list") == {"z"}
+    assert set().union(*found.values()) == set() and len(found) == 3
+    told = str(ImportanceWeights(torch.zeros(30), (), ("scale",)))
+    assert "point estimates of ['scale']" in told
+
+
+@pytest.mark.parametrize("name", ["num_samples", "chunk_size"])
+@pytest.mark.parametrize("number", [0, 2.5, "3"])
+def test_counts(name: str, number: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
+        importance_weights(model, guide_with(torch.tensor(1.0)), torch.zeros(2), **{name: number})
