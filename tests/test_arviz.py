@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MAPAGuide
 from pyro_recursive.evaluation.arviz import loo, mcmc_to_arviz, to_arviz
-from pyro_recursive.evaluation.arviz_versions import az, has_group
+from pyro_recursive.evaluation.arviz.versions import az, has_group
 from pyro_recursive.evaluation.draws import posterior_draws
 from tests.models import ROWS, Row, exact_groups, joint_evidence, mask
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide
 from pyro_recursive.evaluation.calibration import calibration, calibration_by_fits
-from pyro_recursive.evaluation.ranks import (
+from pyro_recursive.evaluation.calibration.ranks import (
     RankSums,
     ecdf_band,
     ecdf_difference,
     rank_histogram,
 )
-from pyro_recursive.evaluation.simulation import simulate
-from pyro_recursive.evaluation.uniformity import Calibration, holm, uniformity
+from pyro_recursive.evaluation.calibration.simulation import simulate
+from pyro_recursive.evaluation.calibration.uniformity import Calibration, holm, uniformity
 
 # --- Ranks
 

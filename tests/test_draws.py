@@ -23,9 +23,13 @@ from pyro_recursive import (
 )
 from pyro_recursive.empirical import EncodedCodes
 from pyro_recursive.evaluation.draws import Draws, posterior_draws
+from pyro_recursive.evaluation.draws.predictive import (
+    log_likelihoods,
+    predictive_draws,
+    prior_draws,
+)
+from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.importance import importance_weights
-from pyro_recursive.evaluation.predictive import log_likelihoods, predictive_draws, prior_draws
-from pyro_recursive.evaluation.resampling import chosen
 from pyro_recursive.sites import is_delta, sites, subsample_scale
 from tests import models
 from tests.models import ROWS, Row

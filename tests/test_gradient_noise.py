@@ -23,8 +23,12 @@ from pyro_recursive import (
     RecursiveMixtureGuide,
 )
 from pyro_recursive.empirical import FreeCodes
-from pyro_recursive.evaluation.gradient_noise import gradient_snr, gradient_snr_sweep
-from pyro_recursive.evaluation.signal_to_noise import GradientMoments, log_slope, signal_to_noise
+from pyro_recursive.evaluation.gradients.noise import gradient_snr, gradient_snr_sweep
+from pyro_recursive.evaluation.gradients.signal_to_noise import (
+    GradientMoments,
+    log_slope,
+    signal_to_noise,
+)
 from pyro_recursive.guides.schedules import Schedule
 
 MU, A, SCALE, X = 0.5, 0.9, 0.8, 2.1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradient_noise import SNRSweep
+from pyro_recursive.evaluation.gradients.noise import SNRSweep
 from pyro_recursive.evaluation.plots import (
     plot_ecdf_difference,
     plot_gaps,

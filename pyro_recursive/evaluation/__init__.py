@@ -11,12 +11,24 @@ from pyro_recursive.aggregate import (
     posterior_table,
     rate_of,
 )
-from pyro_recursive.evaluation.calibration import calibration, calibration_by_fits
+from pyro_recursive.evaluation.calibration import Calibration, calibration, calibration_by_fits
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
-from pyro_recursive.evaluation.draws import Draws, posterior_draws
+from pyro_recursive.evaluation.draws import (
+    Draws,
+    log_likelihoods,
+    posterior_draws,
+    predictive_draws,
+    prior_draws,
+)
 from pyro_recursive.evaluation.evidence import Evidence, log_marginal
 from pyro_recursive.evaluation.gaps import Gaps, gaps
-from pyro_recursive.evaluation.gradient_noise import SNRSweep, gradient_snr, gradient_snr_sweep
+from pyro_recursive.evaluation.gradients import (
+    SignalToNoise,
+    SNRSweep,
+    gradient_snr,
+    gradient_snr_sweep,
+    signal_to_noise,
+)
 from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
 from pyro_recursive.evaluation.parallel import evaluate_in_parallel
 from pyro_recursive.evaluation.plots import (
@@ -27,10 +39,7 @@ from pyro_recursive.evaluation.plots import (
     plot_pareto_k,
     plot_ranks,
 )
-from pyro_recursive.evaluation.predictive import log_likelihoods, predictive_draws, prior_draws
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
-from pyro_recursive.evaluation.signal_to_noise import SignalToNoise, signal_to_noise
-from pyro_recursive.evaluation.uniformity import Calibration
 
 __all__ = [
     "PSIS",

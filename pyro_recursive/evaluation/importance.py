@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.collected import latent_values
+from pyro_recursive.evaluation.draws.collected import latent_values
+from pyro_recursive.evaluation.draws.model_runs import Run
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
-from pyro_recursive.evaluation.model_runs import Run
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.layout import Layout
 from pyro_recursive.log_weights import densities

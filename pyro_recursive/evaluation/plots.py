@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradient_noise import SNRSweep
-from pyro_recursive.evaluation.psis import pareto_k_threshold
-from pyro_recursive.evaluation.ranks import (
+from pyro_recursive.evaluation.calibration.ranks import (
     binomial_interval,
     ecdf_band,
     ecdf_difference,
     rank_histogram,
 )
+from pyro_recursive.evaluation.gaps import Gaps
+from pyro_recursive.evaluation.gradients.noise import SNRSweep
+from pyro_recursive.evaluation.psis import pareto_k_threshold
 
 __all__ = [
     "plot_ecdf_difference",

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_recursive.evaluation.arviz_versions import elpd_data, has_group, relative_ess
+from pyro_recursive.evaluation.arviz.versions import elpd_data, has_group, relative_ess
 from pyro_recursive.evaluation.psis import pareto_k_threshold, psis
 
 __all__ = ["loo"]

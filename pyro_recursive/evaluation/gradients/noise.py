@@ -9,13 +9,17 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_recursive.elbo import MultiSampleELBO
-from pyro_recursive.evaluation.seen_parameters import (
+from pyro_recursive.evaluation.gradients.seen_parameters import (
     Groups,
     KeptTensors,
     SeenParameters,
     by_program,
 )
-from pyro_recursive.evaluation.signal_to_noise import GradientMoments, SignalToNoise, log_slope
+from pyro_recursive.evaluation.gradients.signal_to_noise import (
+    GradientMoments,
+    SignalToNoise,
+    log_slope,
+)
 from pyro_recursive.exchange import check_at_least
 from pyro_recursive.guides.given import Unnoticed
 from pyro_recursive.program import Program
@@ -56,7 +60,7 @@ def gradient_snr(
         ``"model"``, by which program has the parameter; where there are any, ``"shared"`` are in
         both, and ``"loss"`` in none
     :param seed: draws other gradients; the random state is left alone all the same
-    :return: a `pyro_recursive.evaluation.signal_to_noise.SignalToNoise` for each group
+    :return: a `pyro_recursive.evaluation.gradients.signal_to_noise.SignalToNoise` for each group
 
     :raises TypeError: ``loss`` is no ELBO
     :raises ValueError: ``num_draws`` is below 10; no parameter has a gradient, or none the prefix

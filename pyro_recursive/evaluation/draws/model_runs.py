@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_recursive.evaluation.drawn import Drawn
+from pyro_recursive.evaluation.draws.drawn import Drawn
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.program import Program
 from pyro_recursive.sites import PARTICLE_PLATE, Site, is_delta, nesting_of, plates_of, sites

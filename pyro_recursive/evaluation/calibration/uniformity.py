@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.ranks import rank_histogram
+from pyro_recursive.evaluation.calibration.ranks import rank_histogram
 
 __all__ = ["FEWEST", "Calibration", "Uniformity", "holm", "uniformity"]
 

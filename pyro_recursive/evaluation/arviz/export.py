@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pyro_recursive.evaluation.arviz_versions import container
-from pyro_recursive.evaluation.draws import Draws, Resample, posterior_draws
-from pyro_recursive.evaluation.labels import Labels
-from pyro_recursive.evaluation.loo import loo
-from pyro_recursive.evaluation.markov import chain_draws, divergences
-from pyro_recursive.evaluation.predictive import (
+from pyro_recursive.evaluation.arviz.labels import Labels
+from pyro_recursive.evaluation.arviz.loo import loo
+from pyro_recursive.evaluation.arviz.versions import container
+from pyro_recursive.evaluation.draws.markov import chain_draws, divergences
+from pyro_recursive.evaluation.draws.posterior import Draws, Resample, posterior_draws
+from pyro_recursive.evaluation.draws.predictive import (
     log_likelihoods,
     observed_data,
     predictive_draws,

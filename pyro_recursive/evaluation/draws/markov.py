@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.collected import computed_values
-from pyro_recursive.evaluation.drawn import Drawn, drawn
-from pyro_recursive.evaluation.draws import Draws, collected
+from pyro_recursive.evaluation.draws.collected import computed_values
+from pyro_recursive.evaluation.draws.drawn import Drawn, drawn
+from pyro_recursive.evaluation.draws.posterior import Draws, collected
 from pyro_recursive.program import Program
 from pyro_recursive.sites import Site, nesting_of, sites
 from pyro_recursive.structure import outline

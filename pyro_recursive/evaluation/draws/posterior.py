@@ -9,15 +9,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.collected import (
+from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     latent_values,
 )
-from pyro_recursive.evaluation.drawn import Drawn, Kind, joined
+from pyro_recursive.evaluation.draws.drawn import Drawn, Kind, joined
+from pyro_recursive.evaluation.draws.model_runs import Run, runs_of_model
+from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
 from pyro_recursive.evaluation.importance import check_count
-from pyro_recursive.evaluation.model_runs import Run, runs_of_model
-from pyro_recursive.evaluation.resampling import chosen
 from pyro_recursive.layout import Layout
 from pyro_recursive.log_weights import densities
 from pyro_recursive.program import Program

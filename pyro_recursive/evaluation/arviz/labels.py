@@ -9,7 +9,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.drawn import Drawn
+from pyro_recursive.evaluation.draws.drawn import Drawn
 
 __all__ = ["Labels"]
 

@@ -14,9 +14,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.ranks import RankSums
-from pyro_recursive.evaluation.simulation import Replace, Simulated, simulate
-from pyro_recursive.evaluation.uniformity import FEWEST, Calibration
+from pyro_recursive.evaluation.calibration.ranks import RankSums
+from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
+from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
 from pyro_recursive.exchange import Exchange, check_at_least
 from pyro_recursive.program import Program
 from pyro_recursive.random_state import set_torch_state, torch_state

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from pyro_recursive.evaluation.collected import (
+from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     data_values,
     latent_values,
     log_likelihood_values,
 )
-from pyro_recursive.evaluation.drawn import Drawn
-from pyro_recursive.evaluation.draws import Draws, collected
+from pyro_recursive.evaluation.draws.drawn import Drawn
+from pyro_recursive.evaluation.draws.model_runs import Run, drawing_data, was_observed
+from pyro_recursive.evaluation.draws.posterior import Draws, collected
 from pyro_recursive.evaluation.importance import check_count
-from pyro_recursive.evaluation.model_runs import Run, drawing_data, was_observed
 from pyro_recursive.program import Program
 from pyro_recursive.sites import subsample_sites
 from pyro_recursive.structure import structure_of
