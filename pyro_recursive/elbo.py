@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_recursive import bounds
 from pyro_recursive.bounds import Bound
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.estimators import ESTIMATORS, Estimator
 from pyro_recursive.layout import check_subsampling, layout_of, local_sites, warn_if_joint
 from pyro_recursive.learned_beta import LearnedBeta, check_replicates, optimal_beta
@@ -62,7 +63,10 @@ class MultiSampleELBO(ELBO):
 
     Raises:
         ValueError: a subsampled plate does not enclose every site; a latent site is missing in the
-            guide; a parameter is shared by model and guide under PIWAE or a wake-phase estimator.
+            guide; plates of model and guide differ in size; a parameter is shared by model and
+            guide under PIWAE or a wake-phase estimator; under `pyro.enable_validation` (on by
+            default, and a wait for the device at each site), data are NaN or infinite. Without it
+            such data make the loss NaN, and an optimiser the parameters: `fit` checks in any case.
         NotImplementedError: the estimator has no gradient for a site; a site is to be enumerated.
 
     >>> import pyro, pyro.distributions as dist
@@ -88,6 +92,7 @@ class MultiSampleELBO(ELBO):
         vectorize_particles: bool = True,
         global_latents: str = "joint",
     ) -> None:
+        _check_samples(num_estimates=num_estimates, num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.max_plate_nesting = max_plate_nesting
         self.num_estimates = num_estimates
@@ -201,9 +206,6 @@ class MultiSampleELBO(ELBO):
                 "bound must be a pyro_recursive.bounds.Bound such as bounds.iwae, "
                 f"got {self._bound!r}"
             )
-        for name in ("num_estimates", "num_particles"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
         if self.num_particles < self._bound.min_particles:
             raise ValueError(
                 f"the bound needs num_particles >= {self._bound.min_particles}, "
@@ -371,6 +373,13 @@ def _estimator(estimator: str | Estimator) -> Estimator:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {sorted(ESTIMATORS)}, got {estimator!r}")
     return ESTIMATORS[estimator]
+
+
+def _check_samples(**counts: Any) -> None:
+    for name, count in counts.items():
+        if count is None:
+            raise ValueError(f"{name} must be an integer >= 1, got None.")
+    check_at_least(1, **counts)
 
 
 def _names(run: Draw) -> frozenset[str]:

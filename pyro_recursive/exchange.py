@@ -15,6 +15,7 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.layout import Layout
 from pyro_recursive.program import Program, without
 from pyro_recursive.random_state import set_torch_state, torch_state
@@ -213,13 +214,6 @@ def alone(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for the model."""
-
-
-def check_at_least(least: int, **numbers: int | None) -> None:
-    """Raise where a number is given and no integer of at least ``least``."""
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < least):
-            raise ValueError(f"{name} must be an integer >= {least}, got {number!r}.")
 
 
 def _is_density(site: Site) -> bool:

@@ -1,6 +1,7 @@
 """A model and a guide with the arguments of one call, and how to run them again on given values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_recursive.sites import Site, sites
+from pyro_recursive.sites import Site, check_latent, sites
 
-__all__ = ["Program", "without"]
+__all__ = ["Program", "rows_needed", "without"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Program:
     def run_guide(self, replayed: poutine.Trace | None = None) -> poutine.Trace:
         """Trace the guide, with the values of another trace where there is one."""
         handled = self.guide if replayed is None else _Substitute(replayed)(self.guide)
-        trace = poutine.trace(handled).get_trace(*self.args, **self.kwargs)
+        with rows_needed(self.args, self.kwargs):
+            trace = poutine.trace(handled).get_trace(*self.args, **self.kwargs)
         if isinstance(poutine.unwrap(self.guide), Messenger):
             # A guide messenger runs the model too, and what the model observes is not the guide's.
             trace = without(trace, lambda site: site["is_observed"])
@@ -36,7 +38,31 @@ class Program:
         """Trace the model on the guide's values."""
         model = _KeepMinibatch()(self.model) if _draws_minibatch(guide) else self.model
         replayed = poutine.replay(model, trace=guide)
-        return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
+        with rows_needed(self.args, self.kwargs):
+            try:
+                return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
+            except RuntimeError:
+                check_latent(guide)  # of a latent that the guide observes Pyro says less
+                raise
+
+
+@contextmanager
+def rows_needed(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Name the argument without rows where a plate of size 0 is what a run fails at."""
+    try:
+        yield
+    except ZeroDivisionError as error:  # Pyro's, without a name
+        named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
+        empty = [
+            f"{name} has shape {list(value.shape)}"
+            for name, value in named.items()
+            if isinstance(value, torch.Tensor) and not value.numel()
+        ]
+        if not empty:
+            raise
+        raise ValueError(
+            f"A plate cannot be empty, and {', '.join(empty)}. Leave out batches without rows."
+        ) from error
 
 
 def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:

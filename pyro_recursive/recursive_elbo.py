@@ -111,7 +111,13 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         """
         if not torch.is_grad_enabled():
             return super().differentiable_loss(model, guide, *args, **kwargs)
-        program, mixture = Program(model, guide, args, kwargs), _recursive(guide)
+        mixture = _recursive(guide)
+        with mixture.undone_if_new():
+            return self._step(Program(model, guide, args, kwargs), mixture)
+
+    def _step(self, program: Program, mixture: Any) -> Tensor:
+        """Return the loss of a step of the stage that the mixture is in."""
+        model, guide, args, kwargs = program.model, program.guide, program.args, program.kwargs
         mixture.prepare(*args, **kwargs)
         if self.weights != "gradient":
             mixture.weights.check_vector()

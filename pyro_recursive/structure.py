@@ -17,6 +17,7 @@ from pyro_recursive.sites import (
     Site,
     batch_shapes,
     check_batch_shape,
+    check_sizes,
     log_prob_of,
     nesting_of,
     sites,
@@ -51,10 +52,26 @@ def structure_of(program: Program, *, fresh: bool = False) -> Structure:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
         return _discover(program)
-    methods = (model_method, guide_method)
-    if fresh or methods not in known:
-        known[methods] = _discover(program)
-    return known[methods]
+    key = (model_method, guide_method, _broadcasting(program.args), _broadcasting(program.kwargs))
+    if fresh or key not in known:
+        known[key] = _discover(program)
+    return known[key]
+
+
+def _broadcasting(arguments: Any) -> Any:
+    """Return what decides how tensors broadcast: for each dim whether it is empty, 1, or longer.
+
+    Data of another form than those that a structure was found with may fit by chance alone.
+    """
+    if isinstance(arguments, torch.Tensor):
+        return tuple(min(size, 2) for size in arguments.shape)
+    if isinstance(arguments, tuple):
+        return tuple(map(_broadcasting, arguments))
+    if isinstance(arguments, list):  # of any length
+        return frozenset(map(_broadcasting, arguments))
+    if isinstance(arguments, dict):
+        return frozenset((name, _broadcasting(value)) for name, value in arguments.items())
+    return None
 
 
 def _identity(function: Any) -> tuple[Any, Any]:
@@ -68,6 +85,7 @@ def _discover(program: Program) -> Structure:
     with torch.random.fork_rng(devices=devices), poutine.block(), Look():
         guide = program.run_guide()
         model = program.run_model(guide)
+        check_sizes(model, guide)
         # Later a dim of size M * K could pass for the particle plate.
         for site in sites(model, guide):
             check_batch_shape(site, *batch_shapes(site))

@@ -18,10 +18,11 @@ from torch import Tensor
 from pyro_recursive.paths import Path, cut
 from pyro_recursive.program import Program, without
 from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.reruns import Kept
+from pyro_recursive.reruns import Kept, Look
 from pyro_recursive.sites import (
     PARTICLE_PLATE,
     Site,
+    check_match,
     is_delta,
     nesting_of,
     sites,
@@ -78,6 +79,7 @@ def draw(
         return particles, _draw(program, particles, **options)
     structure = structure_of(program)
     if structure.mixing is not None:
+        _check_one_run(program, structure.max_plate_nesting)
         raise ValueError(
             f"The density of one sample depends on the value of '{structure.mixing}' in another, "
             "when all run in one pass: model or guide sums over a dim or indexes it from the left, "
@@ -104,6 +106,13 @@ def draw(
         raise problem
     particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
     return particles, _draw(program, particles, **options)
+
+
+def _check_one_run(program: Program, max_plate_nesting: int) -> None:
+    """Raise where model and guide do not even fit outside of one pass."""
+    with poutine.block(), Look():
+        guide = program.run_guide()
+        check_match(program.run_model(guide), guide, max_plate_nesting)
 
 
 def _draw(

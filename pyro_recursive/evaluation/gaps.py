@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.evidence import particles_per_chunk
 from pyro_recursive.evaluation.scores import Scores
 from pyro_recursive.evaluation.search import Noise, Search
@@ -18,7 +19,7 @@ from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide
 from pyro_recursive.layout import check_subsampling, layout_of
-from pyro_recursive.program import Program
+from pyro_recursive.program import Program, rows_needed
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import check_match, plates_of, sites
 from pyro_recursive.traces import draw
@@ -177,14 +178,13 @@ def gaps(
     >>> bool((found.approximation.abs() < 0.1).all())
     True
     """
-    for name, number in (("num_particles", num_particles), ("chunk_size", chunk_size)):
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
+    check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("gaps takes gradients: call it under torch.no_grad() at most")
-    latents, call = _rows(guide, args, kwargs)
+    _check_guide(guide)
     runs = Unnoticed()
-    with torch.no_grad():
+    with guide.undone_if_new(), rows_needed(args, kwargs), torch.no_grad():
+        latents, call = _rows(guide, args, kwargs)
         program = Program(model, guide, args, kwargs)
         outside = runs(lambda: _outside(program, latents))
         size = chunk_size or runs(lambda: particles_per_chunk(program))
@@ -204,8 +204,8 @@ def gaps(
     return _gaps(scores, call.sizes(latents))
 
 
-def _rows(guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Latents, Call]:
-    """Return the group of latents that is measured, and the call with its minibatch."""
+def _check_guide(guide: Any) -> None:
+    """Raise where a guide is none whose family for one row is known."""
     if not isinstance(guide, PackedGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
         raise TypeError(
@@ -213,6 +213,10 @@ def _rows(guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Latents, Cal
             f"{name}. Use AmortizedGuide(model, encoder), AmortizedGuide(model, plate=...) for "
             "parameters of each row, or another guide of pyro_recursive."
         )
+
+
+def _rows(guide: PackedGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Latents, Call]:
+    """Return the group of latents that is measured, and the call with its minibatch."""
     guide.prepare(*args, **kwargs)
     if len(guide.groups) > 1:
         shared, local = ([slot.name for slot in latents.slots] for latents in guide.groups)

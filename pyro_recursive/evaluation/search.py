@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_recursive.counts import check_integers
 from pyro_recursive.guides.local_bound import LocalBound
 
 __all__ = ["Noise", "Search"]
@@ -66,7 +67,9 @@ class Search:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("draws", "steps", "window", "patience"):
+        counts = ("draws", "steps", "window", "patience")
+        check_integers(**{name: getattr(self, name) for name in counts})
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         for name in ("lr", "tolerance"):

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from pyro_recursive.aggregate import mutual_information
+from pyro_recursive.counts import check_integers
 from pyro_recursive.exchange import Exchange, alone
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner
@@ -68,9 +69,11 @@ class Aggressive:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        counts = ("max_steps", "check_every", "patience", "rows", "draws")
+        check_integers(**{name: getattr(self, name) for name in counts})
         if self.max_steps < 0:
             raise ValueError(f"max_steps must be at least 0, got {self.max_steps}.")
-        for name in ("check_every", "patience", "rows", "draws"):
+        for name in counts[1:]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 

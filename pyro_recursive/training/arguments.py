@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
+from pyro_recursive.counts import check_integers
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.minibatches import Data
 
@@ -35,6 +36,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_at_least_one(**counts: int | None) -> None:
     """Raise where a count is below 1."""
+    check_integers(**counts)
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
@@ -49,6 +51,7 @@ def check_combination(
     aggressive: Aggressive | None,
 ) -> None:
     """Raise where arguments need others, or are out of their range."""
+    check_integers(kl_warmup=kl_warmup)
     if kl_warmup < 0:
         raise ValueError(f"kl_warmup must be 0 (none) or a number of epochs, got {kl_warmup}.")
     if patience is not None and not patience >= 1:

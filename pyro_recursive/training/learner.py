@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Learner:
             loss = self._differentiate(batch, part)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
             site = self._first_site(batch, before)
-            if site is None:
+            if site is None and not _non_finite_data(batch):
                 raise
             raise self._error(self._places(batch, site), epoch, part) from error
         if part is not None:
@@ -317,22 +317,20 @@ class Learner:
 
     def _first_site(self, batch: Batch, state: list[Tensor]) -> str | None:
         """Run a step's loss again and return where its first NaN or infinity arises, if at all."""
-        watch = FirstNonFiniteSite()
+        watch, buffers = FirstNonFiniteSite(), self.weights()["buffers"]
         with checkpoint.forked_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             set_torch_state(state)
-            with pyro.validation_enabled(False), watch:
-                try:
-                    self._differentiate(batch)
-                except Exception:  # it has failed before; the sites up to there are known
-                    return watch.first
+            # It has failed before; the sites up to there are known.
+            with suppress(Exception), pyro.validation_enabled(False), watch:
+                self._differentiate(batch)
+        _copy(self._buffers(), buffers)
         return watch.first
 
     def _places(self, batch: Batch, site: str | None) -> list[str]:
         """Say where the NaN arises; gradients are those that the search has left."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        data = {str(number): column for number, column in enumerate(batch)}
-        places = [*non_finite("data tensor", data), *non_finite("parameter", self.parameters)]
+        places = [*_non_finite_data(batch), *non_finite("parameter", self.parameters)]
         return places + ([site] if site else non_finite("the gradient of parameter", gradients))
 
     def _error(self, places: Sequence[str], epoch: int, part: Part | None) -> NonFiniteError:
@@ -346,6 +344,10 @@ class Learner:
             "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "
             "this step; without, the cause may lie some steps back."
         )
+
+
+def _non_finite_data(batch: Batch) -> list[str]:
+    return non_finite("data tensor", {str(number): column for number, column in enumerate(batch)})
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:

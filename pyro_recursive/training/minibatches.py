@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from pyro_recursive.counts import check_integers
 from pyro_recursive.processes import Processes
 
 __all__ = ["Batch", "Data", "Minibatches"]
@@ -195,6 +196,7 @@ def _check_sampler(data: Any, name: str) -> None:
 
 
 def _check_batch_size(batch_size: int | None, data: Any) -> None:
+    check_integers(batch_size=batch_size)
     if batch_size is not None and batch_size < 1:
         raise ValueError(
             f"batch_size must be at least 1, or None for the full batch, got {batch_size}."
