@@ -120,8 +120,10 @@ def _merge(results: dict[str, Any], paths: list[str]) -> None:
     for path in paths:
         other = json.loads(Path(path).read_text())
         check_settings(Path(path), other["settings"], results["settings"])
-        for name, runs in other["runs"].items():
-            results["runs"][name] = runs | results["runs"].get(name, {})
+        for key in ("runs", "diverged"):
+            for name, runs in other.get(key, {}).items():
+                known = results.setdefault(key, {})
+                known[name] = runs | known.get(name, {})
 
 
 def _setup(settings: Settings, data: Data, name: str = "") -> Setup:

@@ -71,10 +71,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for method in (OURS, *options.beside):
             print(f"{method} ...", flush=True)
             results["methods"][method] = in_a_process(method, folder, options.neighbours)
-        ours = torch.load(folder / f"{OURS}.pt")
+        ours = torch.load(folder / f"{OURS}.pt", weights_only=True)
         for method, found in results["methods"].items():
             if "Bernoulli" not in method:
-                found["agreement"] = agreement(ours, torch.load(folder / f"{method}.pt"))
+                found["agreement"] = agreement(
+                    ours, torch.load(folder / f"{method}.pt", weights_only=True)
+                )
     return results
 
 
@@ -127,7 +129,7 @@ def in_a_process(method: str, folder: Path, k: int) -> dict[str, float]:
 
 def run_one(method: str, folder: Path, k: int) -> None:
     """Time one method, and write the indices and the measurements beside the data."""
-    x = torch.load(folder / "data.pt")
+    x = torch.load(folder / "data.pt", weights_only=True)
     search = methods()[method]
     search(x[:1000], min(k, 10))  # libraries load, and threads start
     before = peak_megabytes()

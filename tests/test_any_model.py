@@ -67,7 +67,6 @@ SMOOTH = [row for row in ROWS if row.sites != "discrete"]
 EXACT = [row for row in ROWS if row.evidence]
 
 all_losses = pytest.mark.parametrize("loss", LOSSES)
-all_estimators = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 def over(rows: list[Row], name: str = "row") -> Any:
@@ -303,7 +302,13 @@ def test_cuda(row: Row) -> None:
 # One pass over all particles, or a loop.
 
 
-@all_estimators
+def each_estimator(*quick: str) -> pytest.MarkDecorator:
+    """Some estimators in the quick loop, and all with the slow tests."""
+    others = [pytest.param(e, marks=pytest.mark.slow) for e in ESTIMATORS if e not in quick]
+    return pytest.mark.parametrize("estimator", [*quick, *others])
+
+
+@each_estimator("pathwise", "dreg+vimco", "rws")
 @over(ROWS)
 def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
     """With the same samples both give the same value and gradient, or the same refusal."""
@@ -360,7 +365,13 @@ def pinned_gradient(
         return gradients(loss.differentiable_loss(*programs, *args))
 
 
-@pytest.mark.parametrize("estimator", ["pathwise", "stl", "dreg", "score", "vimco", "dreg+vimco"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *("pathwise", "dreg+vimco"),
+        *(pytest.param(e, marks=pytest.mark.slow) for e in ("stl", "dreg", "score", "vimco")),
+    ],
+)
 @over(ROWS)
 def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
     """PIWAE's gradient is IWAE's for the model and MIWAE's for the guide; CIWAE's is linear."""
