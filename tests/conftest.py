@@ -1,9 +1,13 @@
-"""What every test shares beyond doctests: float64."""
+"""What every test shares beyond doctests: float64, and one thread in each of several processes."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

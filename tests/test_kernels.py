@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -438,7 +439,9 @@ def test_wrong_numbers(make: Callable, message: str) -> None:
         (Distance(lambda q, r: -torch.cdist(q, r), 1.0), torch.randn(3, 1), "negative numbers"),
         (Distance(lambda q, r: q, 1.0), torch.randn(3, 1), r"shape \[3, 1\] .* must be \[3, 3\]"),
     ],
-    ids=lambda value: repr(value) if isinstance(value, Kernel) else "",
+    ids=lambda value: (
+        re.sub(" at 0x[0-9a-f]+", "", repr(value)) if isinstance(value, Kernel) else ""
+    ),
 )
 def test_wrong_data(kernel: Kernel, data: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
