@@ -1,7 +1,7 @@
-"""Command line: ``python -m benchmarks [NAME] [options]``, with a name of `COMMANDS`.
+"""Command line: python -m benchmarks [NAME] [options].
 
-Without a name the two main jobs run, `bounds` and `guides`, with the options that both have but for
-``--methods`` and ``--output``.
+Without a name the two main jobs run, bounds and guides, with the options that both have but for
+--methods and --output; --smoke runs them in a minute, to see that all is installed.
 """
 
 import sys
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
 def main_jobs(arguments: list[str]) -> None:
     """Run bounds, then guides."""
     if {"-h", "--help"} & {*arguments}:
-        sys.exit(f"{__doc__}\nOptions: python -m benchmarks NAME --help.")
+        names = ", ".join(COMMANDS)
+        sys.exit(f"{__doc__}\nNames: {names}.\nOptions: python -m benchmarks NAME --help.")
     wrong = [option for option in OF_ONE if option in arguments]
     if wrong:
         sys.exit(f"{wrong[0]} needs the name of a benchmark: choose one of {', '.join(COMMANDS)}")

@@ -243,7 +243,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for number, name in enumerate(names):
         history = results["methods"][name]["history"]
         bound = [-value / _rows(results) for value in history["validation"]]
-        curves.plot(history["epoch"], bound, color=f"C{number}", label=name)
+        curves.plot(history["epoch"], bound, ".-", color=f"C{number}", label=name)
         test = results["methods"][name]["test"]
         for key, marker in (("log_p", "o"), ("iwae_64", "|")):
             values = torch.tensor(test[key])

@@ -133,7 +133,7 @@ def _draw_curves(axes: Any, results: dict[str, Any]) -> None:
             [[-v / h["validation_rows"] for v in h["validation"]] for h in histories]
         )
         mean, style = curves.mean(0), "-" if place < 10 else "--"
-        axes.plot(histories[0]["epoch"], mean, style, color=color(place), label=name)
+        axes.plot(histories[0]["epoch"], mean, f".{style}", color=color(place), label=name)
         last.append(mean[len(mean) // 5 :].min().item())
     axes.set_ylim(bottom=min(last))
     axes.set(xlabel="epoch", ylabel="validation IWAE-16 (nats per image)", title="learning")

@@ -39,7 +39,9 @@ def test_a_component_has_the_inputs_and_the_plate_of_the_mixture() -> None:
     one = AmortizedGuide(rows, nn.Linear(2, 2))
     other = AmortizedGuide(rows, nn.Linear(2, 2), inputs=lambda x: -x)
     with pytest.raises(ValueError, match="A component has inputs= of its own"):
-        MixtureGuide(rows, [one, other], weights="shared")
+        MixtureGuide(rows, [one, other], weights="shared")(torch.randn(3, 2))
+    alike = [AmortizedGuide(rows, nn.Linear(1, 2), inputs=lambda x: x[:, :1]) for _ in range(2)]
+    MixtureGuide(rows, alike, weights="shared")(torch.randn(3, 2))
     both = [AmortizedGuide(rows, plate="data") for _ in range(2)]
     with pytest.raises(ValueError, match="A component has plate='data', and the mixture has none"):
         MixtureGuide(rows, both)(torch.randn(3, 2))

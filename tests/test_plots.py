@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_recursive.evaluation.calibration import Calibration
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradients.noise import SNRSweep
+from pyro_recursive.evaluation.gradients import SNRSweep
+from pyro_recursive.evaluation.importance import ImportanceWeights
 from pyro_recursive.evaluation.plots import (
     plot_ecdf_difference,
     plot_gaps,
@@ -160,3 +162,25 @@ def test_history() -> None:
     np.testing.assert_allclose(by_row.lines[1].get_ydata(), [9.0, 8.8])
     bare = plot_history(History(epoch=[1], loss=[1.0], validation=[None]))
     assert labels(bare) == ["training"]
+
+
+def test_results_are_drawn_as_they_are() -> None:
+    """The objects that the diagnostics return know their numbers of draws."""
+    weights = ImportanceWeights(torch.randn(1000, 5))
+    assert labels(plot_pareto_k(weights))[0].startswith("0.67: ")
+    ranks = {"a": torch.randint(10, (50, 2)), "b": torch.randint(10, (50, 1))}
+    found = Calibration(ranks, num_draws=9)
+    one = plot_ranks(found, site="a", dim=1, bins=5)
+    assert [p.get_height() for p in one.patches] == [
+        p.get_height() for p in plot_ranks(ranks["a"][:, 1], 9, bins=5).patches
+    ]
+    assert len(plot_ecdf_difference(found, site="a").lines) == 2
+    for draw in (plot_ranks, plot_ecdf_difference):
+        with pytest.raises(ValueError, match=r"Choose one of \['a', 'b'\] with site="):
+            draw(found)
+        with pytest.raises(ValueError, match="no ranks of 'c'"):
+            draw(found, site="c")
+        with pytest.raises(ValueError, match="need num_draws="):
+            draw(ranks["b"][:, 0])
+    with pytest.raises(TypeError, match="got ImportanceWeights"):
+        plot_gaps(weights)  # type: ignore[arg-type]

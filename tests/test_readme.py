@@ -18,3 +18,11 @@ def test_python_blocks_run(name: str) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text())
+    local = [link for link in links if "://" not in link]
+    missing = [link for link in local if not ((ROOT / page).parent / link).exists()]
+    assert not missing

@@ -40,6 +40,16 @@ class Diversity(NamedTuple):
         """How many components without overlap and of equal weight would be as diverse: 1 to M."""
         return self.divergence.exp()
 
+    def __str__(self) -> str:
+        """Return the mean over the batch in words."""
+        parts = (self.divergence, self.entropy, self.effective_components)
+        divergence, entropy, effective = (part.mean().item() for part in parts)
+        where = "" if self.divergence.dim() == 0 else f", the mean of {self.divergence.numel()}"
+        return (
+            f"Jensen-Shannon divergence {divergence:.3f} nats of at most {entropy:.3f}{where}: "
+            f"as diverse as {effective:.2f} components apart, of {self.pairwise.shape[-1]}."
+        )
+
 
 def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
     """Estimate the Jensen-Shannon divergence of mixtures from draws of each component.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pyro_recursive.evaluation.calibration import Calibration
 from pyro_recursive.evaluation.calibration.ranks import (
     binomial_interval,
     ecdf_band,
@@ -18,7 +19,8 @@ from pyro_recursive.evaluation.calibration.ranks import (
     rank_histogram,
 )
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradients.noise import SNRSweep
+from pyro_recursive.evaluation.gradients import SNRSweep
+from pyro_recursive.evaluation.importance import ImportanceWeights
 from pyro_recursive.evaluation.psis import pareto_k_threshold
 
 __all__ = [
@@ -33,13 +35,15 @@ __all__ = [
 LARGEST_K = 0.7  # to be trusted, however many samples there are
 
 
-def plot_pareto_k(k_hat: Tensor, num_samples: int | None = None, ax: Any = None) -> Any:
+def plot_pareto_k(
+    pareto_k: Tensor | ImportanceWeights, num_samples: int | None = None, ax: Any = None
+) -> Any:
     """Draw the Pareto k-hat of each datum, with the limits above which it cannot be trusted.
 
     The limit is ``min(1 - 1 / log10(S), 0.7)`` for S samples; above 1 the weights have no mean.
     Data without a number (nan) are left out, infinite ones drawn at the top.
 
-    :param k_hat: any shape, in the order of its entries
+    :param pareto_k: any shape, in the order of its entries; or importance weights, which know S
     :param num_samples: S, the samples behind each; None takes 0.7
     :param ax: matplotlib axes; None makes a figure
     :raises ImportError: matplotlib is not installed
@@ -51,8 +55,10 @@ def plot_pareto_k(k_hat: Tensor, num_samples: int | None = None, ax: Any = None)
     >>> plot_pareto_k(torch.tensor([0.1, 0.9]), num_samples=1000).get_ylabel()
     'Pareto k-hat'
     """
+    if isinstance(pareto_k, ImportanceWeights):
+        num_samples, pareto_k = len(pareto_k.log_weights), pareto_k.pareto_k
     limit = LARGEST_K if num_samples is None else pareto_k_threshold(num_samples)
-    ax, k = _axes(ax), _array(k_hat.flatten())
+    ax, k = _axes(ax), _array(pareto_k.flatten())
     top = 1.1 * max([1.05, *k[np.isfinite(k)]])
     ax.plot(range(len(k)), k.clip(max=top), "+", color="C0")
     label = f"{limit:.2f}: {(k > limit).sum()} of {(~np.isnan(k)).sum()} above"
@@ -86,16 +92,25 @@ def plot_gradient_snr(sweep: SNRSweep, over: str = "K", at: int = 0, ax: Any = N
 
 
 def plot_ranks(
-    ranks: Tensor, num_draws: int, bins: int | None = None, level: float = 0.95, ax: Any = None
+    ranks: Tensor | Calibration,
+    num_draws: int | None = None,
+    bins: int | None = None,
+    level: float = 0.95,
+    site: str | None = None,
+    dim: int = 0,
+    ax: Any = None,
 ) -> Any:
     """Draw the histogram of one number's ranks, with the interval that holds each uniform bin.
 
-    :param ranks: ``[N]`` of `Calibration.ranks`, 0 to L
-    :param num_draws: L
+    :param ranks: the result of `calibration`; or ranks ``[N]``, 0 to L
+    :param num_draws: L, which the result of `calibration` knows
     :param bins: as in `rank_histogram`
     :param level: of the interval, for all bins together (Bonferroni)
+    :param site: which latent of the result, where there are several
+    :param dim: which of the site's numbers
     :param ax: as in `plot_pareto_k`
-    :raises ValueError: ranks that are no integers ``[N]``, or out of their range
+    :raises ValueError: ranks that are no integers ``[N]``, or out of their range; no ``num_draws``;
+        the site is not clear
 
     Source: 'Validating Bayesian Inference Algorithms with Simulation-Based Calibration' (Talts et
     al., arXiv 1804.06788).
@@ -104,7 +119,9 @@ def plot_ranks(
     >>> len(plot_ranks(torch.arange(100), num_draws=99, bins=10).patches)
     10
     """
-    ax, own = _axes(ax), _one(ranks)
+    own, num_draws = _ranks_of(ranks, num_draws, site)
+    own = own[:, dim].unsqueeze(1) if isinstance(ranks, Calibration) else _one(own)
+    ax = _axes(ax)
     counts, shares = rank_histogram(own, num_draws, bins)
     interval = binomial_interval(len(own), shares.cpu(), 1 - (1 - level) / len(shares))
     low, high = (_steps(_array(limit)) for limit in interval)
@@ -117,19 +134,25 @@ def plot_ranks(
 
 
 def plot_ecdf_difference(
-    ranks: Tensor, num_draws: int, level: float = 0.95, labels: Any = None, ax: Any = None
+    ranks: Tensor | Calibration,
+    num_draws: int | None = None,
+    level: float = 0.95,
+    labels: Any = None,
+    site: str | None = None,
+    ax: Any = None,
 ) -> Any:
     """Draw the distribution functions of ranks minus the uniform one, with a simultaneous band.
 
     Draws that are too narrow give a curve that is first above and then below 0, draws that are too
     wide the reverse; draws too high a curve above 0, too low one below.
 
-    :param ranks: ``[N]`` or ``[N, dims]`` of `Calibration.ranks`
-    :param num_draws: L
+    :param ranks: the result of `calibration`; or ranks, ``[N]`` or ``[N, dims]``, 0 to L
+    :param num_draws: L, which the result of `calibration` knows
     :param level: with which the band holds one whole curve, if ranks are uniform
     :param labels: a name for each of the dims
+    :param site: which latent of the result, where there are several
     :param ax: as in `plot_pareto_k`
-    :raises ValueError: ranks that are no integers, or out of their range
+    :raises ValueError: as `plot_ranks`
 
     Source: 'Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit
     Evaluation and Multiple Sample Comparison' (Säilynoja et al., arXiv 2103.10522).
@@ -138,8 +161,8 @@ def plot_ecdf_difference(
     >>> len(plot_ecdf_difference(torch.randint(10, (50, 3)), num_draws=9).lines)
     3
     """
-    ax = _axes(ax)
-    own = ranks.unsqueeze(1) if ranks.dim() == 1 else ranks
+    own, num_draws = _ranks_of(ranks, num_draws, site)
+    ax, own = _axes(ax), own.unsqueeze(1) if own.dim() == 1 else own
     at, difference = (_array(part) for part in ecdf_difference(own, num_draws))
     lower, upper = (_array(limit) for limit in ecdf_band(len(own), num_draws, level))
     band = {"step": "post", "color": "0.85", "zorder": 0}
@@ -161,8 +184,11 @@ def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
     :param gaps: what `pyro_recursive.evaluation.gaps.gaps` returns, or several by name
     :param ax: as in `plot_pareto_k`, as are errors
     """
-    ax = _axes(ax)
     found = gaps if isinstance(gaps, Mapping) else {"": gaps}
+    for each in found.values():
+        if not isinstance(each, Gaps):
+            raise TypeError(f"plot_gaps draws what gaps returns, got {type(each).__name__}")
+    ax = _axes(ax)
     tables = [each.summary() for each in found.values()]
     family, encoder, whole = (
         np.array([table[part]["mean"] for table in tables])
@@ -229,6 +255,21 @@ def _axes(ax: Any) -> Any:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
+
+
+def _ranks_of(
+    ranks: Tensor | Calibration, num_draws: int | None, site: str | None
+) -> tuple[Tensor, int]:
+    """Return the ranks of one site, and among how many draws."""
+    if isinstance(ranks, Calibration):
+        if site is None and len(ranks.ranks) > 1:
+            raise ValueError(f"Choose one of {sorted(ranks.ranks)} with site=.")
+        if site is not None and site not in ranks.ranks:
+            raise ValueError(f"There are no ranks of '{site}', but of {sorted(ranks.ranks)}.")
+        return ranks.ranks[site or next(iter(ranks.ranks))], ranks.num_draws
+    if num_draws is None:
+        raise ValueError("Ranks need num_draws=, the number of draws that each is among.")
+    return ranks, num_draws
 
 
 def _one(ranks: Tensor) -> Tensor:

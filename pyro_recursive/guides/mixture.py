@@ -110,7 +110,6 @@ class MixtureGuide(PackedGuide):
         with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
-        _check_inputs(with_encoder, self.inputs)
         kind = weights or ("linear" if with_encoder else "table")
         self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
 
@@ -137,11 +136,25 @@ class MixtureGuide(PackedGuide):
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters, those of the components too."""
+        self._check_inputs(args, kwargs)
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
             if not isinstance(self.component(m), PackedGuide):
                 with poutine.block(), torch.no_grad():
                     self.component(m)(*args, **kwargs)
+
+    def _check_inputs(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise where a component wants other inputs than those that all of them get."""
+        for component in self.components:
+            if not isinstance(component, PackedGuide) or not component.by_row:
+                continue
+            if component.inputs in (self.inputs, first_argument):
+                continue
+            if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
+                raise ValueError(
+                    "A component has inputs= of its own, and a mixture feeds all encoders with the "
+                    "same: give inputs= to the mixture, and let each encoder select from them."
+                )
 
     def adopt(
         self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
@@ -324,14 +337,13 @@ def _check_guides(components: Sequence[Callable]) -> None:
         )
 
 
-def _check_inputs(components: Sequence[PackedGuide], inputs: Callable[..., Any]) -> None:
-    """Raise where a component wants other inputs than those that all of them get."""
-    for component in components:
-        if component.inputs not in (inputs, first_argument):
-            raise ValueError(
-                "A component has inputs= of its own, and a mixture feeds all encoders with the "
-                "same: give inputs= to the mixture, and let each encoder select from them."
-            )
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same, or tensors with the same values, perhaps in tuples."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
 
 
 def _alike(guides: Sequence[Any]) -> bool:

@@ -40,7 +40,8 @@ class Call:
     inputs: Callable[..., Any]
     given: Values
     trunk: Callable[[Any], Any] | None = None  # what all encoders share
-    unclear: frozenset[str] = frozenset()  # plates in any order, of inputs that may be in theirs
+    made: frozenset[str] = frozenset()  # the plates that create_plates made, in any order
+    cut: frozenset[str] = frozenset()  # the plates whose minibatch the inputs are
     encoded: list[Any] = field(default_factory=list)
 
     @cached_property
@@ -61,9 +62,32 @@ class Call:
             plate = self.plates[frame.name]
             if plate.subsample_size < plate.size and rows.shape[place] == plate.size:
                 rows = rows.index_select(place, plate.indices.to(rows.device))
-            elif plate.name in self.unclear and rows.shape[place] == plate.size:
-                _check_order(plate)
+            elif self._is_unclear(plate, rows.shape[place]):
+                raise ValueError(
+                    f"Plate '{plate.name}' has all {plate.size} rows, in an order of its own, and "
+                    "the encoder's inputs may be in that order or in the data's. Give all rows in "
+                    "order, or call prepare() with a minibatch, if minibatches are what you pass."
+                )
         return rows
+
+    def _is_unclear(self, plate: Any, length: int) -> bool:
+        """Whether inputs of all rows may be in the data's order, or in another one of the plate."""
+        if length != plate.size or plate.name in self.cut or plate.indices is self.raw:
+            return False
+        return self.order_of(plate) is not None
+
+    def order_of(self, plate: Any) -> Tensor | None:
+        """Return the order of a plate that has all rows, None where it is that of the data.
+
+        Only a user's plate can have another one. It may be given the rows' values in the place of
+        their numbers (``subsample=x``): they are no permutation of the numbers.
+        """
+        index = plate.indices
+        if plate.name not in self.made or index.dim() != 1 or index.is_floating_point():
+            return None
+        numbers = torch.arange(len(index), device=index.device)
+        in_order, permuted = torch.equal(index, numbers), torch.equal(index.sort()[0], numbers)
+        return index if permuted and not in_order else None
 
     def sizes(self, latents: Latents) -> tuple[int, ...]:
         """Return how many rows the minibatch has, for each plate of the rows."""
@@ -244,8 +268,9 @@ class PackedGuide(PyroModule):
         if self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
-        unclear = {name for name in plates if self._follows.get(name) != "minibatch"}
-        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk(), frozenset(unclear))
+        cut = {name for name, what in self._follows.items() if what == "minibatch"}
+        made = frozenset(plates)
+        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk(), made, frozenset(cut))
         for latents in self.groups:
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
@@ -409,17 +434,6 @@ def _vectorized(site: Site) -> dict[str, Any]:
 
 def _enumerated(site: Site) -> bool:
     return bool(site["infer"].get("enumerate"))
-
-
-def _check_order(plate: Any) -> None:
-    """Raise where inputs of all rows may be in the data's order, or in another one of the plate."""
-    index = plate.indices
-    if not index.is_floating_point() and bool((index[1:] < index[:-1]).any()):
-        raise ValueError(
-            f"Plate '{plate.name}' has all {plate.size} rows, in an order of its own, and the "
-            "encoder's inputs may be in that order or in the data's. Give all rows in order, or "
-            "call prepare() with a minibatch of fewer rows, if minibatches are what you pass."
-        )
 
 
 def _following(groups: tuple[Latents, ...], raw: Any) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ def rows_of(table: Tensor, latents: Latents, call: Call) -> Tensor:
                 f"Plate '{plate.name}' has {plate.size} entries, and the guide has parameters for "
                 f"{table.shape[place]}. A guide with an encoder takes data of another size."
             )
-        # Also where all rows are there, as a model may be given them in another order; but where it
-        # is given their values in place of their numbers (subsample=x), only the data's is left.
-        if plate.subsample_size < plate.size or not plate.indices.is_floating_point():
-            table = table.index_select(place, plate.indices.to(table.device))
+        whole = plate.subsample_size == plate.size
+        index = call.order_of(plate) if whole else plate.indices
+        if index is not None:
+            table = table.index_select(place, index.to(table.device))
     return table

@@ -211,7 +211,7 @@ def _check_loss(loss: Any, guide: Callable) -> None:
         raise RuntimeError("gradient_snr takes gradients: call it outside torch.inference_mode().")
     if isinstance(loss, RecursiveMixture_ELBO):
         mixture = mixture_of(guide)
-        is_test = mixture.stage.kind == "refine" and mixture.steps_left == 1
+        is_test = mixture.stage.kind == "refine" and mixture.stage_steps_left == 1
         if mixture.starts_component or is_test:
             what = "tests" if is_test else "begins"
             raise ValueError(

@@ -31,6 +31,16 @@ class SignalToNoise(NamedTuple):
     detected: Tensor
     by_coordinate: Tensor
 
+    def __str__(self) -> str:
+        """Return the ratio in words."""
+        found = f"{self.ratio.item():.3g} ± {self.error.item():.2g}"
+        doubt = "" if self.detected else ", which cannot be told from 0"
+        return f"signal-to-noise {found} over {len(self.by_coordinate)} coordinates{doubt}"
+
+    def __repr__(self) -> str:
+        """Return the same: a dict of groups is readable then."""
+        return str(self)
+
 
 def signal_to_noise(gradients: Tensor) -> SignalToNoise:
     """Return the signal-to-noise ratio of a gradient from n independent draws, ``[n, *shape]``.
