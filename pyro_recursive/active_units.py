@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.exchange import Exchange, alone, check_at_least
+from pyro_recursive.counts import check_at_least
+from pyro_recursive.exchange import Exchange, alone
 
 __all__ = ["ActiveUnits", "active_units"]
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.active_units import ActiveUnits, active_units
-from pyro_recursive.exchange import Draws, Exchange, alone, check_at_least
+from pyro_recursive.counts import check_at_least
+from pyro_recursive.exchange import Draws, Exchange, alone
 from pyro_recursive.program import Program
 
 __all__ = [

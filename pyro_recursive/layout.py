@@ -26,7 +26,15 @@ from pyro_recursive.sites import (
 from pyro_recursive.structure import Structure
 from pyro_recursive.traces import Draw, Particles
 
-__all__ = ["Layout", "check_subsampling", "layout_of", "local_sites", "warn_if_joint"]
+__all__ = [
+    "Layout",
+    "check_subsampling",
+    "half_subsampled",
+    "layout_of",
+    "local_sites",
+    "warn_if_joint",
+    "warn_if_nothing_local",
+]
 
 
 @dataclass(frozen=True)
@@ -142,22 +150,37 @@ def layout_of(
 
 def check_subsampling(runs: Sequence[Draw], layout: Layout) -> None:
     """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
+    found = half_subsampled(runs, layout)
+    if found is not None:
+        frame, outside = found
+        raise ValueError(
+            f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
+            f"not enclose site '{outside}'. The logarithm of a mean over '{outside}' has "
+            "no unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for "
+            "the global latents, this bound for the local ones), full data, or Trace_ELBO."
+        )
+
+
+def half_subsampled(runs: Sequence[Draw], layout: Layout) -> tuple[Any, str] | None:
+    """Return the frame of a subsampled plate that does not enclose every site, and such a site."""
     shared = {frame.name for frame in layout.plates}
     everything = list(sites(runs[0].model, runs[0].guide))
     for site in everything:
         for name, frame in plates_of(site).items():
             if name not in shared and subsample_scale(frame) != 1:
-                outside = next(s["name"] for s in everything if name not in plates_of(s))
-                raise ValueError(
-                    f"Plate '{name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-                    f"not enclose site '{outside}'. The logarithm of a mean over '{outside}' has "
-                    "no unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for "
-                    "the global latents, this bound for the local ones), full data, or Trace_ELBO."
-                )
+                return frame, next(s["name"] for s in everything if name not in plates_of(s))
+    return None
 
 
 def local_sites(structure: Structure) -> frozenset[str]:
     """Return the names of the sites inside a plate that encloses every observed site."""
+    data_plates = _data_plates(structure)
+    everything = [*structure.model.values(), *structure.guide.values()]
+    return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
+
+
+def _data_plates(structure: Structure) -> set[str]:
+    """Return the names of the plates that enclose every observed site."""
     observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
     data_plates = set.intersection(*observed) if observed else set()
     if not data_plates:
@@ -165,8 +188,23 @@ def local_sites(structure: Structure) -> frozenset[str]:
             "global_latents='elbo' needs a plate that encloses every observed site; "
             f"the observed sites stand in {observed or 'no plate'}"
         )
+    return data_plates
+
+
+def warn_if_nothing_local(structure: Structure, num_estimates: int, num_particles: int) -> None:
+    """Warn where global_latents='elbo' leaves no latent that the K samples could differ in."""
+    local = local_sites(structure)
     everything = [*structure.model.values(), *structure.guide.values()]
-    return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
+    if any(site["name"] in local and not site["is_observed"] for site in everything):
+        return
+    plates = ", ".join(f"'{name}'" for name in sorted(_data_plates(structure)))
+    warnings.warn(
+        f"No latent site is inside plate {plates}, so that under global_latents='elbo' the "
+        f"{num_particles} samples inside a logarithm are one: this is the ELBO with "
+        f"{num_estimates} sample{'s' * (num_estimates > 1)}. Trace_ELBO is the same for less; "
+        "global_latents='joint', with all data in each step, is tighter.",
+        stacklevel=4,
+    )
 
 
 def warn_if_joint(runs: Sequence[Draw], layout: Layout) -> None:

@@ -784,6 +784,12 @@ def exact_masked_guide(x: Tensor) -> None:
 
 INDEX = (0, 2)
 
+# Guides with a scale of their own: their log q is not the density that they draw from.
+SCALED = {
+    "annealed", "annealed_subsample", "tensor_scale", "tempered", "annealed_discrete",
+    "annealed_mixed", "unequal_scales",
+}  # fmt: skip
+
 ROWS = [
     Row("no_plate", lambda: (no_plate, no_plate_guide), lambda: (data()[0],), (), ()),
     Row("data_plate", locals_with(), other_args=lambda: (torch.linspace(-1.0, 1.0, 7),)),

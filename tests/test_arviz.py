@@ -21,7 +21,7 @@ from pyro_recursive import AmortizedGuide, MAPAGuide
 from pyro_recursive.evaluation.arviz import loo, mcmc_to_arviz, to_arviz
 from pyro_recursive.evaluation.arviz.versions import az, has_group
 from pyro_recursive.evaluation.draws import posterior_draws
-from tests.models import ROWS, Row, exact_groups, joint_evidence, mask
+from tests.models import ROWS, SCALED, Row, exact_groups, joint_evidence, mask
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
 
@@ -179,6 +179,34 @@ def test_masked_data_are_left_out() -> None:
     assert ((mean - exact_loo(x[seen])).abs() < 4.5 * error + 0.003).all()
 
 
+def test_effective_parameters_of_a_guide_that_is_off() -> None:
+    """p_loo is the sum of log p(x_i | x) - log p(x_i | x_-i), of the posterior, not the guide."""
+    loc, scale = posterior_of(X)
+    whole = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(X)
+    exact = (whole - exact_loo(X)).sum()
+    options = {"num_draws": 2000, "posterior_predictive": False}
+    made = partial(to_arviz, mean_model, shifted_guide(0.2, 1.5), X, **options)
+    mean, error = repeated(lambda: torch.tensor(float(loo(made())["p_loo"])), 10)
+    assert abs(mean - exact) < 4.5 * error + 0.005
+    assert error < 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        uncorrected = float(az.loo(made())["p_loo"])
+    assert abs(uncorrected - exact) > 0.3
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.tensor(10.0)])
+def test_scaled_models_have_no_loo(scale: Any) -> None:
+    programs = [poutine.scale(f, scale) for f in (local_model, local_guide)]
+    with pytest.raises(ValueError, match=r"scale of its own .* at z, x, and a tempered"):
+        loo(to_arviz(*programs, X, num_draws=30))
+    with pytest.raises(ValueError, match=r"no weights to correct them.*Guide site 'z' has a scale"):
+        loo(to_arviz(local_model, programs[1], X, num_draws=30))
+    mcmc = Chains({"z": torch.randn(2, 5)})
+    with pytest.raises(ValueError, match="scale of its own"):
+        loo(mcmc_to_arviz(mcmc, poutine.scale(mean_model, scale), X))
+
+
 def test_a_hopeless_guide_warns() -> None:
     data = to_arviz(mean_model, shifted_guide(8.0, 0.1), X)
     with pytest.warns(UserWarning, match=r"above 0\.67 for 8 of 8 data.*guide is far from"):
@@ -205,7 +233,7 @@ def test_loo_of_what_has_none() -> None:
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     points = MAPAGuide(rows_model, nn.Linear(1, 1), rows)
-    with pytest.raises(ValueError, match="a guide without a density"):
+    with pytest.raises(ValueError, match=r"LOO is not defined. .*no density"):
         loo(to_arviz(rows_model, points, rows, num_draws=30))
 
 
@@ -343,7 +371,9 @@ def test_any_model(row: Row) -> None:
     without_values = {"posterior_predictive", "observed_data"} if row.name == "factor" else set()
     assert all(has_group(data, group) for group in GROUPS - without_values)
     assert has_group(data, "posterior") == (row.name != "no_latents")
-    assert data["sample_stats"]["log_weight"].dims == ("chain", "draw", *row.shared)
+    weight = data["sample_stats"]["log_weight"]
+    assert weight.dims == ("chain", "draw", *(() if row.name in SCALED else row.shared))
+    assert bool(weight.isnull().all()) == bool(weight.isnull().any()) == (row.name in SCALED)
     for name, array in data["log_likelihood"].data_vars.items():
         assert array.sizes["draw"] == 6
         if row.name != "factor":
@@ -399,6 +429,74 @@ def test_coordinates_of_a_minibatch(labelled: bool) -> None:
     values = observed.values.astype(int)
     assert list(told) == [f"n{number}" for number in values] if labelled else list(values)
     assert list(data["posterior"]["z"]["data"].values) == list(told)
+
+
+def test_data_are_no_coordinates() -> None:
+    """`pyro.plate(..., subsample=x)`: the data may be indices, for all that one sees of them."""
+
+    def program(x: Any, index: Any, observe: bool) -> None:
+        with pyro.plate("data", 50, subsample=index(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
+
+    def coordinates(x: Any, index: Callable = lambda x: x, **options: Any) -> list:
+        model, guide = (partial(program, index=index, observe=each) for each in (True, False))
+        data = to_arviz(model, guide, x, num_draws=3, **options)
+        return list(data["posterior"]["data"].values)
+
+    counts = torch.tensor([3, 1, 2, 7])
+    for x in (torch.tensor([0.3, -0.4, 0.5, 1.2]), torch.randn(4, 2), counts, counts + 48):
+        assert coordinates(x) == [0, 1, 2, 3]
+    assert coordinates({"counts": [counts]}, lambda x: x["counts"][0]) == [0, 1, 2, 3]
+    assert coordinates(counts, lambda x: x - 1) == [2, 0, 1, 6]
+    assert coordinates(torch.ones(4).long(), lambda x: x + 0) == [0, 1, 2, 3]
+    for out_of_range in (counts + 48, -counts):
+        assert coordinates(counts, lambda x, index=out_of_range: index) == [0, 1, 2, 3]
+    names = [f"n{number}" for number in range(50)]
+    assert coordinates(counts, coords={"data": names[:4]}) == names[:4]
+    assert coordinates(counts, lambda x: x - 1, coords={"data": names}) == ["n2", "n0", "n1", "n6"]
+    with pytest.raises(ValueError, match="50 values for dim 'data', and it has 4"):
+        coordinates(counts, coords={"data": names})
+
+
+def test_one_minibatch_of_global_latents() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", 50, subsample_size=4) as index:
+            pyro.deterministic("number", 1.0 * index)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    x = torch.arange(50.0)
+    options = {"num_draws": 8, "chunk_size": 3, "prior_predictive": True}
+    data = to_arviz(model, lambda x: shifted_guide(0.0, 1.0)(x[:5]), x, **options)
+    told = data["observed_data"]["data"].values
+    np.testing.assert_array_equal(data["observed_data"]["x"], told)
+    np.testing.assert_array_equal(data["posterior"]["number"].values[0, 3], told)
+    z = torch.tensor(data["posterior"]["z"].values[..., None])
+    expected = dist.Normal(z, 1.0).log_prob(torch.tensor(told, dtype=torch.float64))
+    np.testing.assert_allclose(data["log_likelihood"]["x"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(data["prior_predictive"]["data"], told)
+    with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(4 of 50\).*full data"):
+        loo(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"coords": {"grp": [1, 2]}},
+            r"coords has values for \['grp'\]; the dims are \['chain', 'd",
+        ),
+        ({"dims": {"y": ["side"]}}, r"event dims \['side'\] of site 'y', which is not there; the"),
+        ({"dims": {"z": ["side"]}}, "of site 'z', which has no event dims"),
+    ],
+)
+def test_names_that_name_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=3, **options)
+    with pytest.raises(ValueError, match=message):
+        mcmc_to_arviz(Chains({"z": torch.randn(1, 5)}), mean_model, X, **options)
 
 
 def test_resampled_draws_have_no_weights_left() -> None:

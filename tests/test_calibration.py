@@ -11,7 +11,8 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide
@@ -443,6 +444,66 @@ def test_data_without_a_clear_place(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(model, args, {}, replace)
+
+
+def test_computed_and_reparameterised_sites() -> None:
+    """They stay what they are computed from, and are no latents of their own."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.reparam(config={"z": LocScaleReparam(0.0)}):
+                z = pyro.sample("z", dist.Normal(1.0, 2.0))
+            pair = pyro.deterministic("pair", torch.stack([z, 2 * z], -1), event_dim=1)
+            double = pyro.deterministic("double", pair[..., 1])
+            pyro.sample("x", dist.Normal(double, 1.0), obs=x)
+
+    def guide(x: Tensor, width: float = 1.0) -> None:
+        with pyro.plate("data", len(x)):  # z ~ N(1, 2), x ~ N(2 z, 1), z = 1 + 2 e
+            variance = 1 / (1 / 4 + 4)
+            loc = variance * (2 * x + 1 / 4)
+            scale = width * variance**0.5 / 2
+            pyro.sample("z_decentered", dist.Normal((loc - 1) / 2, scale))
+
+    x = torch.zeros(1000)
+    found = simulate(model, (x,), {})
+    assert [site["name"] for site in found.latent] == ["z_decentered"]
+    torch.testing.assert_close(value(found, "z"), 1 + 2 * value(found, "z_decentered"))
+    assert value(found, "double").shape == (1000,)
+    assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
+    narrow = calibration(model, partial(guide, width=0.6), x, num_draws=31)
+    assert "too narrow" in narrow.verdict()
+    by_fits = calibration_by_fits(model, lambda x: guide, x[:5], num_datasets=20, progress=False)
+    assert set(by_fits.ranks) == {"z_decentered"} and by_fits.is_calibrated(1e-3)
+
+
+def test_a_column_of_an_argument() -> None:
+    def model(rows: Tensor) -> None:
+        with pyro.plate("data", len(rows)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + rows[:, 0], 1.0), obs=rows[:, 2])
+
+    def exact(rows: Tensor) -> None:
+        with pyro.plate("data", len(rows)):
+            pyro.sample("z", dist.Normal((rows[:, 2] - rows[:, 0]) / 2, 0.5**0.5))
+
+    rows = torch.randn(400, 3)
+    found = calibration(
+        model,
+        exact,
+        rows,
+        num_draws=31,
+        replace=lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k),
+    )
+    assert found.is_calibrated(1e-3)
+
+
+def test_guides_of_whole_data_sets_are_sent_elsewhere() -> None:
+    def whole(x: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    for guide in (whole, AutoDiagonalNormal(conjugate)):
+        with pytest.raises(ValueError, match="calibration_by_fits simulates whole data sets"):
+            calibration(conjugate, guide, torch.zeros(30))
 
 
 def test_masked_latents() -> None:

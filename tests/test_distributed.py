@@ -75,6 +75,12 @@ def own_constant_scale(x: Tensor) -> None:
         known_size(x)
 
 
+def prior_factor(x: Tensor) -> None:
+    """A density outside the rows that is none of them: each process has it whole."""
+    rows_of_batch(x)
+    pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
+
+
 class Given(dist.Normal):
     """Draws with given noise, ``[rows, K]``, for losses of K samples."""
 
@@ -130,6 +136,7 @@ NOISELESS: dict[str, Callable[[], dict[str, Any]]] = {
     "full batch": lambda: {**point(rows_of_batch), "batch_size": None},
     "loop": lambda: point(loop_over_rows),
     "constant scale": lambda: point(own_constant_scale),
+    "factor of a prior": lambda: point(prior_factor),
     "weights of each row": vae_with_noise,
     "idle in the last batch": lambda: {**vae_with_noise(), "batch_size": 6},
     "in order": lambda: {**point(known_size), "shuffle": False, "batch_size": 3},
@@ -239,12 +246,29 @@ def late_parameters() -> dict[str, Any]:
     return {**point(known_size), "guide": guide}
 
 
+LATE = 3  # the step in which a parameter is new, where the guide's first run is none of them
+
+
+def late_and_different() -> dict[str, Any]:
+    """In the last step a point that is new, and not the same in each process; no noise."""
+    runs: list[int] = []
+
+    def guide(x: Tensor) -> None:
+        runs.extend([0] * torch.is_grad_enabled())
+        start = torch.tensor(0.3 + Processes.joined().rank)
+        pyro.sample("mean", dist.Delta(pyro.param(f"loc_{int(len(runs) > LATE)}", start)))
+
+    full = {"batch_size": None, "shuffle": False, "epochs": LATE, "optimizer": sgd}
+    return {**point(known_size), "guide": guide, **full}
+
+
 SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "batch norm, dropout": noisy_vae,
     "DataLoader": loader,
     "aggressive": aggressive,
     "recursive mixture": recursive,
     "late parameters": late_parameters,
+    "late and different": late_and_different,
 }
 
 
@@ -255,6 +279,11 @@ def nan_row() -> dict[str, Any]:
     x = data()
     x[3] = torch.nan  # of the first batch in order, 5 rows, the last but one
     return {**point(known_size), "data": x, "shuffle": False}
+
+
+def factor_of_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.factor("all", dist.Normal(mean, 1.0).log_prob(x).sum())
 
 
 def bug_in(rank: int) -> dict[str, Any]:
@@ -298,6 +327,8 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
                                  "LookupError.*a bug"]),
     "bug in the first": (partial(bug_in, 0), ["LookupError", "Process 0 failed: LookupError"]),
     "parameter": (one_sided_parameter, ["ValueError.*Process 1 has other.*'loc_1'"] * 2),
+    "density of rows": (lambda: point(factor_of_rows),
+                        ["ValueError.*site 'all', in no plate", "Process 0 failed: ValueError"]),
     "whole loader": (whole_loader, ["ValueError.*the same rows to each.*DistributedSampler"] * 2),
     "uneven": (uneven_loaders, ["ProcessError.*0 at step 2 .*, 1 at the end of an epoch"] * 2),
     "few rows": (lambda: {**point(known_size), "batch_size": 1},
@@ -451,6 +482,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Plate 'data' says that there are 5 rows")
 @pytest.mark.parametrize("name", NOISELESS)
 def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> None:
     alone, (first, second) = run(NOISELESS[name]), (each[f"noiseless {name}"] for each in found)
@@ -480,6 +512,19 @@ def test_what_the_programs_did(found: Any) -> None:
     assert set(found[0]["same late parameters"]["parameters"]) == {"loc_0", "loc_1"}
     progress = found[0]["same recursive mixture"]["buffers"][1]["progress"]
     assert progress[3:].tolist() == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
+    """Its loss and its gradient are those of 4 of 7 rows at 0.3; the other has 3 at 1.3."""
+    x, start = data()[:4], torch.tensor(0.3)
+    prior, likelihood = dist.Normal(0.0, 0.5), dist.Normal(start, 1.0)
+    loss = -prior.log_prob(start) - 7 / 4 * likelihood.log_prob(x).sum()
+    gradient = start / 0.25 + 7 / 4 * (start - x).sum()
+    for each in (each["same late and different"] for each in found):
+        assert each["history"]["loss"][-1] == pytest.approx(loss.item(), rel=1e-9)
+        moved = each["parameters"]["loc_1"] - start
+        torch.testing.assert_close(moved, -0.01 * gradient, rtol=1e-9, atol=0)
 
 
 @pytest.mark.slow
@@ -604,6 +649,45 @@ def four_rows(x: Tensor) -> None:
         pyro.sample(f"x{i}", dist.Normal(0.0, 1.0), obs=x[i])
 
 
+def statistics(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("average", dist.Normal(mean, len(x) ** -0.5), obs=x.mean())
+
+
+def prior_of_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.mean(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def loop_without_plate(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    for i, row in enumerate(x):
+        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=row)
+
+
+def two_for_each_row(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("twice", 2 * len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x.repeat(2))
+
+
+def factor_in_guide(x: Tensor) -> None:
+    pyro.sample("mean", dist.Delta(pyro.param("loc", torch.tensor(0.3))))
+    pyro.factor("guided", -x.sum(), has_rsample=True)
+
+
+def factor_of_latent_rows(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("all", z.sum())
+
+
+def draws(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
 REFUSED = {
     "event": (in_no_plate, AutoNormal(in_no_plate), r"value of site 'x' .* from \(4,\) to \(2,\)"),
     "scale": (mean_over_rows, AutoNormal(mean_over_rows), "a scale of its own .*0.25, and 0.5"),
@@ -611,7 +695,17 @@ REFUSED = {
     "guide": (latent_rows, rows_of_guide_stay, "plate 'data' of site 'z' keeps its 4 rows"),
     "fixed": (four_rows, AutoNormal(four_rows), "do not run with 2 rows after 4.*IndexError"),
     "dict": (known_size, AutoNormal(known_size), "this one begins with dict"),
-}
+    "factor": (factor_of_rows, AutoDelta(factor_of_rows), "model site 'all', in no plate .* with "
+               "4 rows.*with 2"),
+    "statistics": (statistics, AutoNormal(statistics), "model site 'average', in no plate"),
+    "prior": (prior_of_rows, AutoNormal(prior_of_rows), "model site 'mean', in no plate"),
+    "no plate": (loop_without_plate, AutoNormal(loop_without_plate),
+                 "model site 'x2', in no plate .*nats with 4 rows, and no such site with 2"),
+    "twice": (two_for_each_row, AutoNormal(two_for_each_row),
+              r"'x' changes from \(8,\) to \(4,\) .*no plate of the rows"),
+    "guide's factor": (known_size, factor_in_guide, "guide site 'guided', in no plate"),
+    "latent rows": (factor_of_latent_rows, draws, "model site 'all', in no plate"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -621,6 +715,42 @@ def test_batches_that_cannot_be_shared_are_refused(name: str) -> None:
         row_plates(model, guide, ({},) if name == "dict" else (data(4),))
 
 
+def test_few_rows_are_seen_too() -> None:
+    for model in (factor_of_rows, statistics, prior_of_rows, loop_without_plate):
+        for rows in (2, 3):
+            with pytest.raises(ValueError, match="in no plate of the rows, depends on them"):
+                row_plates(model, AutoDelta(model), (data(rows),))
+
+
+def other_minibatch(x: Tensor) -> None:
+    """Data of no row, of which minibatches are drawn, and a latent of the model alone."""
+    noise = torch.randn(len(x))  # so that what comes after is another draw
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    kinds = dist.Categorical(torch.ones(50))
+    scale = 1.0 + pyro.sample("kind", kinds, infer={"enumerate": "parallel"})
+    with pyro.plate("others", 50, subsample_size=6) as index:
+        bias = pyro.sample("bias", dist.Normal(mean, 1.0))
+        pyro.sample("other", dist.Normal(bias, scale), obs=index.double())
+    with pyro.plate("rest", 50, subsample_size=3) as index:
+        pyro.sample("more", dist.Normal(mean, scale), obs=index.double())
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean + noise, scale), obs=x)
+
+
+def amortized(x: Tensor) -> None:
+    """Its latents outside the rows are functions of them, with noise of their own."""
+    noise = torch.randn(len(x))
+    pyro.sample("mean", dist.Normal((x + noise).mean(), 1.0))
+    with pyro.plate("others", 50, subsample_size=6) as index:
+        pyro.sample("bias", dist.Normal(index.double(), 1.0))
+
+
+def test_what_is_of_no_row_may_be_outside_of_their_plates() -> None:
+    for rows in (2, 8):
+        assert row_plates(other_minibatch, amortized, (data(rows),)) == {"data"}
+        assert row_plates(prior_factor, AutoNormal(prior_factor), (data(rows),)) == {"data"}
+
+
 def test_evaluation_by_one_process() -> None:
     x = torch.arange(5.0)
     assert same(evaluate_in_parallel(lambda x: x + 1, x, batch_size=2), x + 1)
@@ -628,7 +758,8 @@ def test_evaluation_by_one_process() -> None:
         ((), {}, r"got lengths \[\]"),
         ((x[:0],), {}, r"got lengths \[0\]"),
         ((x, x[:2]), {}, r"got lengths \[5, 2\]"),
-        ((x,), {"batch_size": 0}, "batch_size must be at least 1"),
+        ((x,), {"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ((x,), {"batch_size": 1.5}, "batch_size must be an integer >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_in_parallel(torch.exp, *rows, **options)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.importance import importance_weights
 from pyro_recursive.sites import is_delta, sites, subsample_scale
 from tests import models
-from tests.models import ROWS, Row
+from tests.models import ROWS, SCALED, Row
 
 QUICK = {
     "no_plate", "far_dim", "explicit_subsample", "obs_mask", "events", "deterministic", "factor",
@@ -90,7 +90,8 @@ def check_draw(model: Callable, args: tuple, draws: Draws, number: int) -> None:
     trace = single_run(model, args, draws, number)
     with torch.no_grad():
         total = sum(site["log_prob"].sum() / scale_of(site, draws.plates) for site in sites(trace))
-    torch.testing.assert_close(torch.as_tensor(total), draws.log_p[number].sum())
+    if draws.log_p is not None:
+        torch.testing.assert_close(torch.as_tensor(total), draws.log_p[number].sum())
     for name, drawn in draws.of_kind("computed").items():
         expected = trace.nodes[name]["value"]
         torch.testing.assert_close(drawn.value[number], expected.reshape(drawn.value[0].shape))
@@ -123,9 +124,15 @@ def test_each_draw_is_a_run_of_the_model(row: Row, how: str) -> None:
     options: dict[str, Any] = {"num_draws": 7, "chunk_size": 5}
     if how in ("plain", "psis"):
         options |= {"resample": how, "num_proposals": 30}
+        if row.name in SCALED:
+            with pytest.raises(ValueError, match=r"has a scale of its own.*Take the scale off"):
+                posterior_draws(model, guide, *args, **options)
+            return
     draws = posterior_draws(model, guide, *args, vectorize_particles=how != "one by one", **options)
     assert len(draws) == 7 and draws.plates == row.shared
-    assert draws.log_p.shape == draws.log_q.shape == (7, *row.plates)
+    assert (draws.log_p is None) == (row.name in SCALED)
+    if draws.log_p is not None:
+        assert draws.log_p.shape == draws.log_q.shape == (7, *row.plates)
     for number in (0, 6):
         check_draw(model, args, draws, number)
     if how == "one pass":
@@ -138,8 +145,12 @@ def test_log_densities_make_the_weights(row: Row) -> None:
     model, guide, args = made(row)
     pyro.set_rng_seed(4)
     draws = posterior_draws(model, guide, *args, num_draws=9, chunk_size=4)
+    if row.name in SCALED:
+        with pytest.raises(ValueError, match=r"no log p.*has a scale of its own"):
+            draws.log_weights  # noqa: B018
+        return
     pyro.set_rng_seed(4)
-    weights = importance_weights(model, guide, *args, num_samples=9, chunk_size=4)
+    weights = importance_weights(model, guide, *args, num_particles=9, chunk_size=4)
     torch.testing.assert_close(draws.log_weights, weights.log_weights)
 
 
@@ -398,6 +409,73 @@ def test_a_guide_without_density() -> None:
         posterior_draws(rows_model, guide, x, num_draws=30, resample="plain")
 
 
+# --- Scales of the user's own
+
+
+def scaled_data(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=torch.tensor(3.0)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_resampled_draws_of_a_tempered_model() -> None:
+    """A likelihood to the power 3: z ~ N(3 x / 4, 1 / 4), whatever the guide."""
+    x = torch.tensor([1.5, -0.5, 0.0])
+    options = {"num_draws": 4000, "num_proposals": 60_000, "resample": "psis"}
+    z = posterior_draws(scaled_data, wide_guide, x, **options)["z"]
+    assert ((z.mean(0) - 0.75 * x).abs() < 4.5 * 0.5 / 4000**0.5).all()
+
+
+def test_scales_are_told_apart_from_those_of_subsamples() -> None:
+    x = torch.zeros(7)
+    draws = posterior_draws(scaled_data, wide_guide, x, num_draws=3)
+    assert log_likelihoods(scaled_data, draws, x).scaled == ("x",)
+    prior = poutine.scale(normal_model, 0.2)
+    assert log_likelihoods(prior, draws, x).scaled == ("z", "x")
+    for count in range(1, 8):  # 7 / 3, say, is no number of floats
+
+        def both(x: Tensor, count: int = count, observe: bool = True) -> None:
+            with pyro.plate("data", 7, subsample_size=count) as index:
+                z = pyro.sample("z", dist.Normal(torch.zeros(count), 1.0))
+                if observe:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+        draws = posterior_draws(both, partial(both, observe=False), x, num_draws=3)
+        assert draws.log_p is not None
+        assert log_likelihoods(both, draws, x).scaled == ()
+
+
+# --- Subsampled data of global latents
+
+
+def subsampled_mean(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", 50, subsample_size=4) as index:
+        pyro.deterministic("mean", z + 100 * index)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def test_draws_need_no_full_data() -> None:
+    x = torch.arange(50.0)
+    draws = posterior_draws(subsampled_mean, mean_guide, x, num_draws=6, chunk_size=4)
+    assert draws["z"].shape == (6,) and draws.log_p is None and draws.plates == ()
+    index = draws.whole_minibatch.nodes["data"]["value"]
+    torch.testing.assert_close(draws["mean"], draws["z"][:, None] + 100 * index)
+    for number in range(6):  # one minibatch in all chunks of another call, too
+        found = log_likelihoods(subsampled_mean, draws.of_this_call(), x, chunk_size=2)["x"]
+        expected = dist.Normal(draws["z"][number], 1.0).log_prob(x[index])
+        torch.testing.assert_close(found[number], expected)
+    other = log_likelihoods(subsampled_mean, draws, x, chunk_size=2)["x"]
+    roots = (-2 * (other + math.log(2 * math.pi) / 2)).sqrt()  # |x - z|
+    torch.testing.assert_close(roots + draws["z"][:, None], (roots + draws["z"][:, None]).round())
+    assert ((roots + draws["z"][:, None]).std(0) < 1e-6).all()
+    with pytest.raises(ValueError, match=r"no log p.*Plate 'data' is subsampled \(4 of 50\)"):
+        draws.log_weights  # noqa: B018
+    with pytest.raises(ValueError, match=r"not enclose site 'z', whose.*Pass the full data"):
+        posterior_draws(subsampled_mean, mean_guide, x, resample="psis")
+
+
 # --- Refusals
 
 
@@ -417,6 +495,7 @@ def test_draws_of_other_data_are_refused() -> None:
     ("options", "message"),
     [
         ({"num_draws": 0}, "num_draws must be an integer >= 1"),
+        ({"num_draws": True}, "num_draws must be an integer >= 1"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1"),
         ({"resample": "psis", "num_proposals": 0}, "num_proposals must be"),
         ({"resample": "sir"}, "'plain' or 'psis', got 'sir'"),

@@ -9,12 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive import log_marginal
 from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
 from pyro_recursive.evaluation.psis import effective_sample_size, pareto_k_threshold, psis
-from tests.models import ROWS, Row
+from tests.models import ROWS, SCALED, Row
 
 INF = math.inf
 
@@ -144,7 +145,11 @@ def test_weights_of_any_model(row: Row) -> None:
     model_args = row.args()
     guide(*model_args)
     pyro.set_rng_seed(3)
-    found = importance_weights(model, guide, *model_args, num_samples=12, chunk_size=5)
+    if row.name in SCALED:
+        with pytest.raises(ValueError, match=r"Guide site '\w+' has a scale of its own"):
+            importance_weights(model, guide, *model_args, num_particles=12)
+        return
+    found = importance_weights(model, guide, *model_args, num_particles=12, chunk_size=5)
     assert found.plates == row.shared
     assert found.log_weights.shape == (12, *row.plates)
     assert found.pareto_k.shape == found.ess.shape == row.plates
@@ -173,7 +178,7 @@ def test_too_narrow_rows_are_told() -> None:
     """For normals of variance v and q, the weights w = p / q have k = 1 - q / v in the limit."""
     x = torch.linspace(-1.0, 2.0, 6)
     scale = torch.tensor([0.5**0.5, 0.8, 0.1, 1.0, 0.15, 0.5**0.5])
-    found = importance_weights(model, guide_with(scale), x, num_samples=4000)
+    found = importance_weights(model, guide_with(scale), x, num_particles=4000)
     high = found.pareto_k > found.threshold
     assert high.tolist() == [False, False, True, False, True, False]
     assert found.pareto_k[0] == found.pareto_k[5] == 0.0
@@ -188,24 +193,69 @@ def test_too_narrow_rows_are_told() -> None:
 
 def test_joint_weights_are_worse() -> None:
     x = torch.linspace(-1.0, 2.0, 40)
-    found = importance_weights(model, guide_with(torch.tensor(0.6)), x, num_samples=2000)
+    found = importance_weights(model, guide_with(torch.tensor(0.6)), x, num_particles=2000)
     joint = found.joint()
     assert joint.log_weights.shape == (2000,) and joint.plates == ()
     torch.testing.assert_close(joint.log_weights, found.log_weights.sum(1))
     assert joint.pareto_k > found.pareto_k.max()
     assert joint.ess < found.ess.min()
     assert "one joint weight" in str(joint)
+    assert f"k-hat: {joint.pareto_k:.2f}, above 0.70 (not to be trusted)." in str(joint)
 
 
 def test_minibatches_are_joined() -> None:
     x, guide = torch.linspace(-1.0, 2.0, 5), guide_with(torch.tensor(0.6))
-    parts = [importance_weights(model, guide, rows, num_samples=30) for rows in x.split(3)]
+    parts = [importance_weights(model, guide, rows, num_particles=30) for rows in x.split(3)]
     joined = ImportanceWeights.join(parts)
     assert joined.log_weights.shape == (30, 5) and joined.plates == ("data",)
     with pytest.raises(ValueError, match="same plates"):
-        ImportanceWeights.join([joined, importance_weights(model, guide, x, num_samples=31)])
+        ImportanceWeights.join([joined, importance_weights(model, guide, x, num_particles=31)])
     with pytest.raises(ValueError, match="same plates"):
         ImportanceWeights.join([joined.joint()])
+
+
+def test_minibatches_of_a_plate_that_is_not_the_leftmost() -> None:
+    first, second = torch.randn(30, 3, 4), torch.randn(30, 3, 2)
+    parts = [ImportanceWeights(each, ("cols", "data")) for each in (first, second)]
+    joined = ImportanceWeights.join(parts, plate="data")
+    assert torch.equal(joined.log_weights, torch.cat([first, second], 2))
+    with pytest.raises(ValueError, match=r"plate= is needed, of \['cols', 'data'\]"):
+        ImportanceWeights.join(parts)
+    with pytest.raises(ValueError, match="there is no plate 'rows'"):
+        ImportanceWeights.join(parts, plate="rows")
+    with pytest.raises(ValueError, match=r"along plate 'cols' must have the same other dims"):
+        ImportanceWeights.join(parts, plate="cols")
+
+
+def test_a_joint_weight_is_its_own() -> None:
+    weights = torch.randn(50)
+    assert torch.equal(ImportanceWeights(weights).joint().log_weights, weights)
+
+
+def test_a_scale_of_the_guide_is_refused() -> None:
+    """Draws come from q, and log q would be 0.1 log q: k-hat was "good" for any guide."""
+    scaled = [poutine.scale(f, 0.1) for f in (model, guide_with(torch.tensor(0.05)))]
+    with pytest.raises(ValueError, match=r"'z' has a scale of its own.*Take the scale off"):
+        importance_weights(*scaled, torch.zeros(3))
+    ones = poutine.scale(guide_with(torch.tensor(0.5**0.5)), torch.ones(()))
+    assert importance_weights(model, ones, torch.zeros(3)).pareto_k.max() == 0
+
+
+def test_a_scale_of_the_model_is_part_of_its_density() -> None:
+    """The posterior with a tripled likelihood is N(3 x / 4, 1 / 4)."""
+
+    def tempered(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.scale(scale=3.0):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def exact(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(3 * x / 4, 0.5))
+
+    found = importance_weights(tempered, exact, torch.tensor([0.0, 2.0]), num_particles=50)
+    assert found.log_weights.std(0).max() < 1e-10
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
@@ -215,7 +265,7 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
     for row in ROWS:
         if row.name in ("auto_delta", "guide_list", "auto_normal", "auto_multivariate", "nested"):
             programs, options = row.build(), {"vectorize_particles": vectorize}
-            weights = importance_weights(*programs, *row.args(), num_samples=5, **options)
+            weights = importance_weights(*programs, *row.args(), num_particles=5, **options)
             found[row.name] = set(weights.points)
     assert found.pop("auto_delta") == {"scale", "z"}
     assert found.pop("guide_list") == {"z"}
@@ -224,8 +274,16 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
     assert "point estimates of ['scale']" in told
 
 
-@pytest.mark.parametrize("name", ["num_samples", "chunk_size"])
-@pytest.mark.parametrize("number", [0, 2.5, "3"])
+@pytest.mark.parametrize("name", ["num_particles", "chunk_size"])
+@pytest.mark.parametrize("number", [0, 2.5, "3", True])
 def test_counts(name: str, number: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
         importance_weights(model, guide_with(torch.tensor(1.0)), torch.zeros(2), **{name: number})
+
+
+def test_counts_of_numpy() -> None:
+    count, size = np.int64(7), np.int32(3)
+    found = importance_weights(
+        model, guide_with(torch.tensor(1.0)), torch.zeros(2), num_particles=count, chunk_size=size
+    )
+    assert found.log_weights.shape == (7, 2)

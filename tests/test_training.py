@@ -1,12 +1,15 @@
 """The training loop: hand-written loops, interrupted runs and broken programs are its oracles."""
 
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +30,9 @@ from torch.distributions import constraints
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from pyro_recursive import IWAE_ELBO
 from pyro_recursive.training import (
+    Aggressive,
     CheckpointError,
     History,
     KLWarmup,
@@ -350,14 +355,25 @@ def test_history_tells_what_happened() -> None:
     assert json.loads(json.dumps(asdict(history))) == asdict(history)
 
 
-def test_progress_shows_the_last_losses_or_nothing(capsys: pytest.CaptureFixture) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["terminal", "notebook", "file"])
+def test_progress_is_shown_to_those_who_watch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Notebook = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    stream = {"terminal": Terminal, "notebook": Notebook, "file": io.StringIO}[kind]()
+    monkeypatch.setattr(sys, "stderr", stream)
     run(auto_normal, progress=False)
-    assert capsys.readouterr().err == ""
-    run(auto_normal, progress=True, validation=normal_data())
-    shown = capsys.readouterr().err
-    assert "12/12" in shown
-    assert "loss=" in shown
-    assert "validation=" in shown
+    assert stream.getvalue() == ""
+    history = run(auto_normal, progress=True, validation=normal_data())
+    if kind == "file":
+        assert stream.getvalue() == ""
+        return
+    assert "12/12" in stream.getvalue()
+    last = f"loss={history.loss[-1]:.2f}, validation={history.validation[-1]:.2f}"
+    assert last in stream.getvalue()
 
 
 def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
@@ -416,6 +432,200 @@ def test_without_patience_nothing_is_put_back() -> None:
     history = run(auto_normal, validation=normal_data()[:4], validation_loss=Scripted())
     assert (history.best_epoch, history.stopped_early) == (1, False)
     assert same(store(), seen[-1])
+
+
+def test_a_history_is_read_at_a_glance() -> None:
+    assert repr(History()) == "History(no epochs)"
+    history = run(auto_normal, epochs=30, validation=normal_data()[:4], validate_every=7)
+    best = min(value for value in history.validation if value is not None)
+    shown = repr(history)
+    assert len(shown) < 200
+    for part in (
+        "30 epochs; ",
+        f" s; loss {history.loss[-1]:.2f} (batches of 4 rows); ",
+        f"validation {history.validation[27]:.2f} (batches of 4 rows); ",
+        f"best {best:.2f} in epoch {history.best_epoch})",
+    ):
+        assert part in shown
+    history.stopped_early = True
+    assert "30 epochs, stopped early" in str(history)
+
+
+# --- Batches that are taken for all data
+
+
+def grouped(plate: Callable[[Tensor], Any], own: float = 1.0, all_: float = 1.0) -> Callable:
+    """Return a model of a global mean whose rows, and two columns, are in plates."""
+
+    def model(x: Tensor) -> None:
+        with poutine.scale(scale=all_):
+            mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+            with poutine.scale(scale=own), pyro.plate("columns", 2, dim=-2), plate(x):
+                pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.stack([x, x]))
+
+    return model
+
+
+def of_batch(x: Tensor) -> Any:
+    return pyro.plate("data", len(x), dim=-1)
+
+
+def of_all(x: Tensor) -> Any:
+    return pyro.plate("data", ROWS, subsample=x, dim=-1)
+
+
+def local(x: Tensor) -> None:
+    """All latents in one plate of the rows, the data in another; 4 columns as in a batch of 4."""
+    with pyro.plate("rows", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("columns", 4, dim=-2), pyro.plate("data", len(x), dim=-1):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(4, len(x)))
+
+
+def loop(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
+
+
+class LocalGuide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("guide", self)
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+def of_loader(**options: Any) -> DataLoader:
+    return DataLoader(TensorDataset(normal_data()), 4, **options)
+
+
+MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
+    "plate of the batch": (grouped(of_batch), {}, True),
+    "in a loop": (loop, {}, True),
+    "loader": (grouped(of_batch), {"data": of_loader(), "batch_size": None}, True),
+    "batches by themselves": (
+        grouped(of_batch),
+        {"data": DataLoader(list(normal_data().split(2)), batch_size=None), "batch_size": None},
+        False,
+    ),
+    "warm-up": (grouped(of_batch), {"kl_warmup": 5}, True),
+    "all scaled": (grouped(of_batch, all_=0.1), {}, True),
+    "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
+    "plate of all": (grouped(of_all), {}, False),
+    "plate of all, as many columns": (grouped(of_all), {"batch_size": 2}, False),
+    "full batch": (grouped(of_batch), {"batch_size": None}, False),
+    "one batch": (grouped(of_batch), {"batch_size": 99}, False),
+    "local": (local, {"guide": LocalGuide()}, False),
+    "vectorised": (
+        grouped(of_batch), {"loss": Trace_ELBO(num_particles=4, vectorize_particles=True)}, True
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISLED)
+def test_a_batch_taken_for_all_data_is_told(name: str) -> None:
+    model, changes, misled = MISLED[name]
+    guide = AutoNormal(poutine.block(model, hide_fn=lambda site: False))
+    arguments = {**auto_normal(), "model": model, "guide": guide, **changes}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(lambda: arguments, epochs=2, transform=None)
+    if not misled:
+        assert not caught
+        return
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert re.search(
+        "Plate 'data' says that there are 4 rows.* fit has 12: latent 'mean'.* counts 3 times too "
+        r"much. Write pyro.plate\('data', 12, subsample=x\)",
+        str(warning.message),
+    )
+
+
+@pytest.mark.slow
+def test_the_remedy_gives_the_posterior_of_all_rows() -> None:
+    """In closed form for a mean of normal data: 12 rows, and 4 with the plate of the batch."""
+    x, widths = normal_data(), []
+    for plate in (of_all, of_batch):
+        pyro.clear_param_store()
+        guide = AutoNormal(grouped(plate), init_scale=0.3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adam = partial(torch.optim.Adam, lr=0.03)
+            options = {"optimizer": adam, "epochs": 60, "loss": Trace_ELBO(), "progress": False}
+            fit(grouped(plate), guide, x, batch_size=4, **options)
+        widths.append(guide.scales.mean.item())
+    assert widths[0] == pytest.approx((0.25 + 2 * ROWS) ** -0.5, rel=0.15)
+    assert widths[1] == pytest.approx((0.25 + 2 * 4) ** -0.5, rel=0.15)
+
+
+# --- Guides that grow, and parameters that Pyro's store does not have
+
+
+class Growing(PyroModule):
+    """The face of a guide that grows, and a plain parameter."""
+
+    def __init__(self, steps_left: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.1))
+        self.scale = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+        self.steps_left, self.members, self.components = steps_left, (0,), [1, 2]
+
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(self.loc, self.scale))
+
+
+def test_a_guide_that_has_not_grown_is_told() -> None:
+    message = "Growing has ended.*1 of 2 components are in it, and 1970 steps are left"
+    with pytest.warns(UserWarning, match=message) as caught:
+        run(auto_normal, epochs=1, guide=Growing(1970))
+    assert caught[0].filename == __file__
+    run(auto_normal, epochs=1, guide=Growing(0))
+
+
+@pytest.mark.parametrize("aggressive", [None, Aggressive(max_steps=3, check_every=1)])
+def test_module_local_parameters_are_trained_the_same(aggressive: Aggressive | None) -> None:
+    def trained() -> list[Tensor]:
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        program = local_vae()
+        fit(**program, epochs=3, batch_size=4, seed=1, progress=False, aggressive=aggressive)
+        return [*program["guide"].parameters(), *program["model"].parameters()]
+
+    expected = trained()
+    with pyro.settings.context(module_local_params=True):
+        assert same(trained(), expected)
+        assert not pyro.get_param_store().keys()
+
+
+def local_vae() -> dict[str, Any]:
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(1, 1)
+            self.width = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                mean = self.decoder(z[:, None])[:, 0]
+                pyro.sample("x", dist.Normal(mean, self.width), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc * x, 0.5))
+
+    data = {"data": normal_data(), "validation": normal_data()}
+    return {"model": Model(), "guide": Guide(), "loss": Trace_ELBO(), **data}
 
 
 # --- Schedules
@@ -623,6 +833,15 @@ def without_norm() -> dict[str, Any]:
     return arguments
 
 
+def bound_of(count: int, **options: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {**vae(), "loss": IWAE_ELBO(count, **options)}
+
+
+def lingering(max_steps: int) -> dict[str, Any]:
+    options = Aggressive(max_steps=max_steps, check_every=1)
+    return {**vae(), "validation": torch.ones(5, 2), "aggressive": options}
+
+
 MISFITS = {
     "parameters": (auto_normal, wide_normal, {}, r"'AutoNormal.locs.mean': float64\[\] in the f.*"
                    r"\[3\] in the program.*'AutoNormal.locs.extra': missing in the file"),
@@ -630,7 +849,27 @@ MISFITS = {
                 r"'0\.encoder\.1\.running_mean': missing in the file, float64\[4\] in the program"),
     "optimizer": (auto_normal, auto_normal, {"optimizer": sgd}, "optimizer: it was Adam, now SGD"),
     "scheduler": (auto_normal, auto_normal, {"scheduler": burda_schedule}, "it was None"),
-    "order": (auto_normal, auto_normal, {"shuffle": False}, "does not fit the data: it holds 1"),
+    "order": (partial(vae_loader, generator=True), partial(vae_loader, generator=False), {},
+              "does not fit the data: it holds 1"),
+    "shuffle": (auto_normal, auto_normal, {"shuffle": False}, "shuffle=True, and.*shuffle=False"),
+    "batch_size": (auto_normal, auto_normal, {"batch_size": 8}, "batch_size=4, and.*batch_size=8"),
+    "rows": (auto_normal, auto_normal, {"data": torch.ones(8)}, "rows of data=12, and.*data=8"),
+    "clip_norm": (auto_normal, auto_normal, {"clip_norm": 3.0}, "clip_norm=inf, and.*clip_norm=3"),
+    "kl_warmup": (auto_normal, auto_normal, {"kl_warmup": 3}, "kl_warmup=0, and.*kl_warmup=3"),
+    "seed": (auto_normal, auto_normal, {"seed": 2}, "seed=1, and.*seed=2"),
+    "loss": (vae, vae, {"loss": IWAE_ELBO(4)}, "loss='TraceMeanField_ELBO', loss.num_particles=1, "
+             ".*loss='IWAE_ELBO', loss.num_particles=4"),
+    "samples": (bound_of(4), bound_of(8), {}, "with loss.num_particles=4, and this call has loss."
+                "num_particles=8. Use"),
+    "estimator": (bound_of(4), bound_of(4, estimator="dreg"), {}, "loss.estimator='pathwise', and "
+                  "this call has loss.estimator='dreg'. Use"),
+    "alpha": (auto_normal, auto_normal, {"loss": RenyiELBO(alpha=0.5)}, "loss='RenyiELBO'"),
+    "two": (auto_normal, auto_normal, {"batch_size": 8, "clip_norm": 1.0}, "with clip_norm=inf, "
+            "batch_size=4, and this call has clip_norm=1.0, batch_size=8. Use the settings"),
+    "learning rate": (auto_normal, auto_normal, {"optimizer": partial(torch.optim.Adam, lr=0.5)},
+                      "an optimizer of lr=0.001, and this call has lr=0.5. Use"),
+    "aggressive": (partial(lingering, 3), partial(lingering, 4), {},
+                   "aggressive.max_steps=3, and this call has aggressive.max_steps=4"),
 }  # fmt: skip
 
 
@@ -644,7 +883,7 @@ def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) ->
 
     def everything() -> tuple[Any, ...]:
         module = getattr(arguments["model"], "__self__", nn.Module())
-        order = getattr(arguments["data"], "generator", torch.Generator())
+        order = getattr(arguments["data"], "generator", None) or torch.Generator().manual_seed(0)
         grads = [site.unconstrained().grad is None for site in pyro.get_param_store().values()]
         buffers = {name: tensor.clone() for name, tensor in module.named_buffers()}
         return store(), buffers, order.get_state(), grads
@@ -655,6 +894,34 @@ def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) ->
         fit(**arguments, epochs=9, checkpoint=path, resume=True, progress=False)
     assert same(everything(), before)
     assert all(before[-1])
+
+
+class Counting(Trace_ELBO):
+    """A loss that counts its calls: that is no setting."""
+
+    calls = 0
+
+    def differentiable_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().differentiable_loss(*args, **kwargs)
+
+
+def test_what_may_differ_and_files_of_before(tmp_path: Path) -> None:
+    path, program = (
+        tmp_path / "run.pt",
+        {**auto_normal(), "loss": Counting(num_particles=2, vectorize_particles=True)},
+    )
+    options = {"validation": normal_data(), "checkpoint": path}
+    run(lambda: program, **options, clip_norm=np.float64(5.0), batch_size=np.int64(4))
+    options["clip_norm"] = 5
+    changes = {"epochs": 6, "patience": 9.0, "validate_every": 2, "check_every": 3, "seed": None}
+    assert len(run(lambda: program, **options, **changes, resume=True).epoch) == 6
+    with pytest.raises(CheckpointError, match="seed=1, and this call has seed=2"):
+        run(lambda: program, **options, seed=2, resume=True)
+    state = checkpoints.load(path)
+    del state["settings"], state["learner"]["optimizer options"]
+    checkpoints.save(path, state)
+    assert len(run(lambda: program, **options, epochs=7, seed=2, resume=True).epoch) == 7
 
 
 def test_random_states_come_back() -> None:
@@ -830,9 +1097,9 @@ class Nothing(IterableDataset):
 
 
 WRONG = {
-    "epochs": ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
-    "validate_every": ({"validate_every": 0}, ValueError, "validate_every must be at least 1"),
-    "check_every": ({"check_every": 0}, ValueError, "check_every must be at least 1"),
+    "epochs": ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
+    "validate_every": ({"validate_every": 0}, ValueError, "validate_every must be an integer >= 1"),
+    "check_every": ({"check_every": 0}, ValueError, "check_every must be an integer >= 1"),
     "batch_size": ({"batch_size": 0}, ValueError, "batch_size must be at least 1.*got 0"),
     "kl_warmup": ({"kl_warmup": -1}, ValueError, "kl_warmup must be 0.*got -1"),
     "patience": ({"patience": 0, "validation": torch.ones(2)}, ValueError, "patience must be"),

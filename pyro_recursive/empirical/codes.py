@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_recursive.bounded import bounded, freed
+from pyro_recursive.modules import check_instance
 
 __all__ = ["Codes", "EncodedCodes", "FreeCodes", "GridCodes", "PseudoInputCodes"]
 
@@ -109,6 +110,7 @@ class EncodedCodes(Codes):
     """
 
     def __init__(self, encoder: Callable[..., Any], inputs: Tensor, **options: Any) -> None:
+        check_instance("encoder", encoder)
         _check_rows(inputs, "inputs")
         super().__init__(len(inputs), **options)
         self.encoder = encoder
@@ -209,6 +211,7 @@ class PseudoInputCodes(Codes):
         bounds: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
+        check_instance("encoder", encoder)
         _check_rows(pseudo_inputs, "pseudo_inputs")
         if not pseudo_inputs.is_floating_point():
             raise TypeError(f"pseudo_inputs are learned: floats, not {pseudo_inputs.dtype}")

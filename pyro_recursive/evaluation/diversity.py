@@ -10,8 +10,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
-from pyro_recursive.exchange import check_at_least
 from pyro_recursive.guides.joint import outer_shape
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call, PackedGuide

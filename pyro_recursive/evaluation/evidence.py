@@ -107,6 +107,7 @@ def log_marginal(
 
     Modules are used in the mode they are in: call ``.eval()`` first, if they have dropout or batch
     norm. A keyword of the model that has the name of one here cannot be passed: wrap the model.
+    Scales of the user's own (`poutine.scale`) stay in the weights: take them off for log p(x).
 
     Raises ValueError where a subsampled plate does not enclose every site, and as
     `pyro_recursive.MultiSampleELBO` does.
@@ -128,7 +129,10 @@ def log_marginal(
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
-    options = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
+    options: dict[str, Any] = {
+        "max_plate_nesting": max_plate_nesting,
+        "vectorize": vectorize_particles,
+    }
     weights = WeightSums()
     with torch.no_grad():
         size = chunk_size or particles_per_chunk(program)
@@ -138,12 +142,12 @@ def log_marginal(
 
 
 def runs_in_chunks(
-    program: Program, total: int, size: int, **options: Any
+    program: Program, total: int, size: int, *, any_minibatch: bool = False, **options: Any
 ) -> Iterator[tuple[list[Draw], Layout]]:
     """Yield runs of the program and where their plates are, until there are `total` samples.
 
-    All are on one minibatch. Raises where model and guide do not match, and where a subsampled
-    plate does not enclose every site.
+    All are on one minibatch. Raises where model and guide do not match, and, unless it may be
+    ``any_minibatch``, where a subsampled plate does not enclose every site.
     """
     minibatch = None
     for start in range(0, total, size):
@@ -152,7 +156,8 @@ def runs_in_chunks(
         layout = layout_of(particles, runs)
         if minibatch is None:
             check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
-            check_subsampling(runs, layout)
+            if not any_minibatch:
+                check_subsampling(runs, layout)
             minibatch = subsample_sites(runs[0].guide, runs[0].model)
         yield runs, layout
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.draws.collected import latent_values
 from pyro_recursive.evaluation.draws.model_runs import Run
+from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.layout import Layout
@@ -19,7 +21,7 @@ from pyro_recursive.program import Program
 from pyro_recursive.sites import is_delta, sites
 from pyro_recursive.traces import Draw
 
-__all__ = ["ImportanceWeights", "check_count", "importance_weights"]
+__all__ = ["ImportanceWeights", "importance_weights"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class ImportanceWeights:
     k-hat: at most 0.67 (good) for all 3; the largest is 0.00, at (0,).
     Effective sample size of 1000: median 1000, smallest 1000.
     log p(x): 0.000 nats in all, 0.000 per entry.
+    >>> print(ImportanceWeights(torch.zeros(1000, dtype=torch.float64)))
+    1000 draws from the guide, one joint weight (no plate encloses every site).
+    k-hat: 0.00, at most 0.67 (good).
+    Effective sample size: 1000 of 1000.
+    log p(x): 0.000 nats.
     """
 
     log_weights: Tensor
@@ -75,15 +82,21 @@ class ImportanceWeights:
         """Return the weights of all entries together, ``[S]``: the products of single weights.
 
         They say how good the guide is for quantities of the whole data set, and get worse with
-        its size; a mean over the data needs no more than the weights of each datum.
+        its size; a mean over the data needs no more than the weights of each datum. Where there
+        are no plates, the weights are joint already.
         """
-        return ImportanceWeights(self.log_weights.flatten(1).sum(1), (), self.points)
+        joint = self.log_weights.reshape(len(self.log_weights), -1).sum(1)
+        return ImportanceWeights(joint, (), self.points)
 
     @classmethod
-    def join(cls, parts: Sequence["ImportanceWeights"]) -> "ImportanceWeights":
-        """Put the weights of several minibatches together, along the first plate.
+    def join(
+        cls, parts: Sequence["ImportanceWeights"], plate: str | None = None
+    ) -> "ImportanceWeights":
+        """Put the weights of several minibatches together, along the plate of their rows.
 
-        :raises ValueError: there are no plates, or not the same ones; or numbers of draws differ
+        :param plate: its name; needed where there are several plates
+        :raises ValueError: there are no plates, or not the same ones; it is not clear along which;
+            others, or the numbers of draws, differ in size
         """
         kinds = {(len(part.log_weights), part.plates) for part in parts}
         if len(kinds) != 1 or not parts[0].plates:
@@ -91,7 +104,15 @@ class ImportanceWeights:
                 "Weights can be joined where they have the same plates, at least one, and the same "
                 f"number of draws; got (draws, plates) {sorted(kinds)}."
             )
-        log_weights = torch.cat([part.log_weights for part in parts], 1)
+        shapes = [part.log_weights.shape for part in parts]
+        dim = 1 + _place_of(plate, parts[0].plates)
+        if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) != 1:
+            raise ValueError(
+                f"Weights joined along plate '{parts[0].plates[dim - 1]}' must have the same other "
+                f"dims: got shapes {[tuple(shape) for shape in shapes]}, the draws first, then "
+                f"plates {list(parts[0].plates)}."
+            )
+        log_weights = torch.cat([part.log_weights for part in parts], dim)
         return cls(log_weights, parts[0].plates, parts[0].points)
 
     def summary(self) -> dict[str, float]:
@@ -113,22 +134,28 @@ class ImportanceWeights:
     def __str__(self) -> str:
         """Return the summary in words."""
         s = self.summary()
-        total, high = int(s["entries"]), int(s["high_k"])
-        place = tuple(int(i) for i in torch.unravel_index(self.pareto_k.argmax(), self.ess.shape))
         lines = [
             f"{s['draws']} draws from the guide, {self._scope()}.",
-            _verdict(total, high, s["threshold"]) + f"; the largest is {s['largest_k']:.2f}"
-            f"{f', at {place}' if place else ''}.",
+            *(_of_one(s) if s["entries"] == 1 else self._of_many(s)),
+        ]
+        if self.points:
+            lines.insert(1, _POINTS.format(list(self.points)))
+        return "\n".join(lines)
+
+    def _of_many(self, s: dict[str, float]) -> list[str]:
+        """Return what there is to say of several entries, a sentence a line."""
+        total, high = int(s["entries"]), int(s["high_k"])
+        place = tuple(int(i) for i in torch.unravel_index(self.pareto_k.argmax(), self.ess.shape))
+        advice = [f"Where it is higher, {_ADVICE.format('reliable there')}"] if high else []
+        return [
+            f"{_verdict(total, high, s['threshold'])}; the largest is {s['largest_k']:.2f}, at "
+            f"{place}.",
+            *advice,
             f"Effective sample size of {s['draws']}: median {s['median_ess']:.0f}, smallest "
             f"{s['smallest_ess']:.0f}.",
             f"log p(x): {s['log_marginal']:.3f} nats in all, "
             f"{s['log_marginal'] / total:.3f} per entry.",
         ]
-        if high:
-            lines.insert(2, _ADVICE)
-        if self.points:
-            lines.insert(1, _POINTS.format(list(self.points)))
-        return "\n".join(lines)
 
     def _scope(self) -> str:
         if not self.plates:
@@ -142,9 +169,31 @@ _POINTS = (
     "good they are."
 )
 _ADVICE = (
-    "Where it is higher, the guide has too little of a part of the posterior: log p(x), effective "
-    "sample size and resampled draws are not reliable there. Train longer, or use a richer guide."
+    "the guide has too little of a part of the posterior: log p(x), effective sample size and "
+    "resampled draws are not {}. Train longer, or use a richer guide."
 )
+
+
+def _of_one(s: dict[str, float]) -> list[str]:
+    """Return what there is to say of one weight, a sentence a line."""
+    high, limit = bool(s["high_k"]), f"{s['threshold']:.2f}"
+    verdict = f"above {limit} (not to be trusted)" if high else f"at most {limit} (good)"
+    return [
+        f"k-hat: {s['largest_k']:.2f}, {verdict}.",
+        *([f"So {_ADVICE.format('reliable')}"] if high else []),
+        f"Effective sample size: {s['smallest_ess']:.0f} of {s['draws']}.",
+        f"log p(x): {s['log_marginal']:.3f} nats.",
+    ]
+
+
+def _place_of(plate: str | None, plates: Sequence[str]) -> int:
+    """Return the place of the plate that weights are joined along."""
+    if plate is None and len(plates) == 1:
+        return 0
+    if plate not in plates:
+        cause = "plate= is needed" if plate is None else f"there is no plate '{plate}'"
+        raise ValueError(f"Along which plate to join is not clear: {cause}, of {list(plates)}.")
+    return plates.index(plate)
 
 
 def _verdict(total: int, high: int, threshold: float) -> str:
@@ -157,7 +206,7 @@ def importance_weights(
     model: Callable,
     guide: Callable,
     *args: Any,
-    num_samples: int = 1000,
+    num_particles: int = 1000,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
     vectorize_particles: bool = True,
@@ -167,15 +216,17 @@ def importance_weights(
 
     The weights are ``[S, *plates]`` for the plates that enclose every sample site, so that each
     datum has its own k-hat and effective sample size; one joint weight where no plate does. They
-    are those of this minibatch, without any subsample scale. Scales and masks of the user stay.
+    are those of this minibatch, without any subsample scale. Masks of the user stay, and scales in
+    the model: its density with them is what the guide is compared with.
 
     Draws come in chunks of ``chunk_size``, by default of about 5,000 rows; only the weights are
     kept. Modules are used in the mode they are in: call ``.eval()`` first, if they have dropout or
     batch norm. A keyword of the model that has the name of one here cannot be passed: wrap it.
 
-    :param num_samples: S, more than 20 for a k-hat
-    :raises ValueError: a number is out of range; a subsampled plate does not enclose every site;
-        and as `pyro_recursive.MultiSampleELBO` does
+    :param num_particles: S, more than 20 for a k-hat
+    :raises ValueError: a number is out of range; the guide has a scale of its own
+        (`poutine.scale`); a subsampled plate does not enclose every site; and as
+        `pyro_recursive.MultiSampleELBO` does
 
     Source: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., arXiv
     1802.02538).
@@ -195,16 +246,21 @@ def importance_weights(
     >>> weights.log_weights.shape, weights.plates
     (torch.Size([1000, 2]), ('data',))
     """
-    check_count("num_samples", num_samples)
-    check_count("chunk_size", chunk_size, optional=True)
+    check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
-    options = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
+    options: dict[str, Any] = {
+        "max_plate_nesting": max_plate_nesting,
+        "vectorize": vectorize_particles,
+    }
     parts: list[Tensor] = []
     points: tuple[str, ...] = ()
     with torch.no_grad():
         size = chunk_size or particles_per_chunk(program)
-        for runs, layout in runs_in_chunks(program, num_samples, size, **options):
-            points = points if parts else _points(runs, layout)
+        for runs, layout in runs_in_chunks(program, num_particles, size, **options):
+            if not parts:
+                if reason := scaled_guide(runs[0].guide):
+                    raise ValueError(reason)
+                points = _points(runs, layout)
             parts.append(densities(runs, layout).log_weights[0].double())
     plates = tuple(frame.name for frame in layout.plates)
     return ImportanceWeights(torch.cat(parts), plates, points)
@@ -222,10 +278,3 @@ def _points(runs: Sequence[Draw], layout: Layout) -> tuple[str, ...]:
         for name in computed
         if name in values and bool((values[name].value == values[name].value[:1]).all())
     )
-
-
-def check_count(name: str, number: int | None, *, optional: bool = False) -> None:
-    """Raise where a number of draws is no positive integer."""
-    if (number is None and optional) or (isinstance(number, int) and number >= 1):
-        return
-    raise ValueError(f"{name} must be an integer >= 1, got {number!r}")

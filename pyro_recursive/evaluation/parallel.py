@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.processes import Processes
 
 __all__ = ["evaluate_in_parallel"]
@@ -30,16 +31,15 @@ def evaluate_in_parallel(
     :param rows: tensors whose rows go together; each process needs to hold them all
     :param batch_size: how many rows one call of the function has at most; None is the whole share
     :return: the rows of all processes in their order, on the device of the first of ``rows``
-    :raises ValueError: no rows, tensors of different lengths, a batch size below 1, a result
-        without these rows
+    :raises ValueError: no rows, tensors of different lengths, a batch size that is no integer of at
+        least 1, a result without these rows
     :raises RuntimeError: the function has failed in another process
 
     >>> evaluate_in_parallel(lambda x: x.sum(-1), torch.eye(3), batch_size=2)
     tensor([1., 1., 1.])
     """
     count = _count(rows)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, or None, got {batch_size}.")
+    check_at_least(1, batch_size=batch_size)
     with Processes.joined() as processes:
         own = processes.share(count)
         starts = range(own.start, own.stop, batch_size or count)

@@ -10,7 +10,7 @@ from pyro_recursive.counts import check_integers
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.minibatches import Data
 
-__all__ = ["check_at_least_one", "check_combination", "check_loss", "check_optimizer"]
+__all__ = ["check_combination", "check_loss", "check_optimizer"]
 
 
 def check_loss(*losses: ELBO | None) -> None:
@@ -32,14 +32,6 @@ def check_optimizer(optimizer: Any) -> None:
             f"{type(optimizer).__name__}. Pass e.g. functools.partial(torch.optim.Adam, lr=1e-3); "
             "pyro.optim optimisers belong in a loop of SVI.step."
         )
-
-
-def check_at_least_one(**counts: int | None) -> None:
-    """Raise where a count is below 1."""
-    check_integers(**counts)
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
 def check_combination(

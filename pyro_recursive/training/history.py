@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["History"]
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """What `fit` recorded: lists with one entry per epoch, ``json.dumps(asdict(history))`` works.
 
@@ -28,6 +28,8 @@ class History:
     >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
     >>> history.best_epoch
     1
+    >>> history
+    History(2 epochs; 0.0 s; loss 2.00; validation 5.00; best 4.00 in epoch 1)
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -56,6 +58,24 @@ class History:
             return False
         return len(self.epoch) - (self.best_epoch or 0) >= patience
 
+    def __repr__(self) -> str:
+        """Say in a line how it went; the fields have the rest."""
+        if not self.epoch:
+            return "History(no epochs)"
+        parts = [
+            f"{len(self.epoch)} epochs{', stopped early' * self.stopped_early}",
+            f"{sum(self.seconds):.1f} s",
+            f"loss {self.loss[-1]:.2f}{_batches_of(self.rows[-1:])}",
+        ]
+        validated = [value for value in self.validation if value is not None]
+        if validated:
+            rows = [] if self.validation_rows is None else [self.validation_rows]
+            parts.append(f"validation {validated[-1]:.2f}{_batches_of(rows)}")
+        if self.best_epoch is not None:
+            best = self.validation[self.epoch.index(self.best_epoch)]
+            parts.append(f"best {best:.2f} in epoch {self.best_epoch}")
+        return f"History({'; '.join(parts)})"
+
     @classmethod
     def restored(cls, recorded: Mapping[str, Any]) -> "History":
         """Return a history from its ``asdict``, which may be older than aggressive training."""
@@ -66,3 +86,8 @@ class History:
             "mutual_information": [None] * epochs,
         }
         return cls(**{**none, **recorded})
+
+
+def _batches_of(rows: list[float]) -> str:
+    """Say how many rows a loss is of, where its plate is the batch."""
+    return f" (batches of {rows[0]:.4g} rows)" if rows else ""

@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,16 @@ from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.distributed import Team
 from pyro_recursive.training.minibatches import Batch, Minibatches
-from pyro_recursive.training.non_finite import FirstNonFiniteSite, NonFiniteError, non_finite
-from pyro_recursive.training.parts import Part, Parts
+from pyro_recursive.training.non_finite import (
+    FirstNonFiniteSite,
+    NonFiniteError,
+    message_of,
+    non_finite,
+    non_finite_data,
+)
+from pyro_recursive.training.parts import Part, Parts, unconstrained
+from pyro_recursive.training.row_counts import RowCounts
+from pyro_recursive.training.settings import check_optimizer_options, optimizer_options
 from pyro_recursive.training.shares import row_plates
 
 __all__ = ["Learner", "MakeOptimizer", "MakeScheduler"]
@@ -64,6 +72,7 @@ class Learner:
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite as long as all is well
+        self.counts: RowCounts | None = RowCounts()  # looks at steps until it is taken away
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
 
@@ -79,10 +88,11 @@ class Learner:
         try:
             if not self.team.is_alone:
                 self._prepare(batch)
-            loss = self._differentiate(batch, part)
+            with self.counts or nullcontext():
+                loss = self._differentiate(batch, part)
         except (ValueError, torch.linalg.LinAlgError) as error:  # what validation makes of a NaN
             site = self._first_site(batch, before)
-            if site is None and not _non_finite_data(batch):
+            if site is None and not non_finite_data(batch):
                 raise
             raise self._error(self._places(batch, site), epoch, part) from error
         if part is not None:
@@ -172,6 +182,7 @@ class Learner:
             "guide_steps": self.guide_steps,
             "parts": self.parts.state(),
             "optimizer": checkpoint.state_of(self.optimizer),
+            "optimizer options": optimizer_options(self.optimizer) if self.optimizer else {},
             "scheduler": checkpoint.state_of(self.scheduler),
         }
 
@@ -185,9 +196,10 @@ class Learner:
         checkpoint.check_tensors(path, "parameters", saved["parameters"], self.parameters)
         checkpoint.check_tensors(path, "buffers", saved["buffers"], self._buffers())
         self.parameters = {name: self.parameters[name] for name in saved["parameters"]}
-        self._start_optimizer(state["num_initial"])
+        optimizer = self._start_optimizer(state["num_initial"])
         for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             checkpoint.set_state_of(owner, path, kind, state[kind])
+        check_optimizer_options(path, state.get("optimizer options"), optimizer)
         self.set_weights(saved)
         self.steps, self.guide_steps = state["steps"], state.get("guide_steps", 0)
         self.parts.set_state(state.get("parts"))
@@ -259,7 +271,7 @@ class Learner:
         """Take in the parameters that were not seen before, under their first name."""
         seen = {id(parameter) for parameter in self.parameters.values()}
         for name, site in trace.nodes.items():
-            parameter = site["value"].unconstrained()
+            parameter = unconstrained(site["value"])
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 self.parameters[name] = parameter
@@ -330,24 +342,14 @@ class Learner:
     def _places(self, batch: Batch, site: str | None) -> list[str]:
         """Say where the NaN arises; gradients are those that the search has left."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        places = [*_non_finite_data(batch), *non_finite("parameter", self.parameters)]
+        places = [*non_finite_data(batch), *non_finite("parameter", self.parameters)]
         return places + ([site] if site else non_finite("the gradient of parameter", gradients))
 
     def _error(self, places: Sequence[str], epoch: int, part: Part | None) -> NonFiniteError:
         self._zero_gradients()
         alone = f"step {self.guide_steps + 1} of the guide alone, before "
         place = f"{alone if part == 'guide' else ''}step {self.steps + 1}, epoch {epoch}"
-        return NonFiniteError(
-            f"The loss or its gradient is not finite in {place}. "
-            f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
-            "Clean or mask the data if the cause is there; else lower the learning rate, set "
-            "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "
-            "this step; without, the cause may lie some steps back."
-        )
-
-
-def _non_finite_data(batch: Batch) -> list[str]:
-    return non_finite("data tensor", {str(number): column for number, column in enumerate(batch)})
+        return NonFiniteError(message_of(places, place))
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:

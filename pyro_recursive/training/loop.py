@@ -7,6 +7,7 @@ and an error that names the site where a NaN arises. Model, guide and loss are u
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -19,11 +20,11 @@ from pyro.infer import ELBO
 from torch.nn import Module
 from tqdm import tqdm
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.processes import ProcessError, Processes
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.arguments import (
-    check_at_least_one,
     check_combination,
     check_loss,
     check_optimizer,
@@ -33,6 +34,8 @@ from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
 from pyro_recursive.training.minibatches import Data, Minibatches
 from pyro_recursive.training.non_finite import NonFiniteError
+from pyro_recursive.training.progress import progress_bar, show_losses
+from pyro_recursive.training.settings import check_settings, settings_of
 from pyro_recursive.warmup import KLWarmup
 
 __all__ = ["History", "fit"]
@@ -96,21 +99,29 @@ def fit(
         parameters and buffers back; ``math.inf`` never stops but puts the best back; None only
         records
     :param checkpoint: a file, written at the end of each epoch and over what was there before
-    :param resume: go on from that file, if it exists, bit for bit as if there had been no stop; all
-        other arguments must be those of the run that wrote it, but for a larger ``epochs``
+    :param resume: go on from that file, if it exists, bit for bit as if there had been no stop.
+        ``epochs``, ``patience``, ``validate_every``, ``check_every`` and ``progress`` may be
+        others, all else must be what it was: the numbers, the options of loss and optimiser and
+        the rows of the data are compared, functions and the values of the data cannot be
     :param modules: modules with buffers (batch norm), or with a behaviour in eval mode, that cannot
         be seen from here, as those in `pyro.module` calls; known are model, guide and loss where
         they are modules or bound methods of one
     :param seed: sets all global random states at the start; None leaves them as they are
     :param check_every: steps from one check for NaN to the next; None is each step on a CPU and
         every 100 steps, and each epoch's end, on an accelerator, which each check makes wait
-    :param progress: whether to show a bar with the last epoch's losses, in nats
+    :param progress: whether to show a bar with the last epoch's losses, in nats, in a terminal or a
+        notebook; a log file never has one
     :return: the record of all epochs, those before a resume included
     :raises NonFiniteError: the loss or its gradient is NaN or infinite; names the sample site,
         parameter or data tensor where that arises. With ``check_every=1`` no parameter has changed
-    :raises CheckpointError: ``resume`` from a damaged file or one of another program
+    :raises CheckpointError: ``resume`` from a damaged file, or one of another program or with other
+        settings
     :raises TypeError: an optimiser of Pyro (take `SVI` for those), data that are not tensors
     :raises ValueError: arguments out of range, empty data, or nothing to train
+
+    Warns where a batch is taken for all data: a plate has as many rows as the first batch, the data
+    have more, and a latent is outside of that plate; and where training ends before the schedule of
+    a guide that grows.
 
     Where `torch.distributed` is initialised, as in ``torchrun --nproc-per-node=2 train.py``, all
     processes train one model, each on its share of the rows of each batch: ``batch_size`` is that
@@ -120,10 +131,11 @@ def fit(
     batch, as far as its loss is a sum over rows: each process's estimate of it, weighted by rows,
     where a plate of the rows, ``pyro.plate("data", len(x))``, counts for the whole batch's. What
     mixes rows sees those of one process: the statistics of a batch norm (their running means are
-    process 0's), the codes that a `MAPA_ELBO` draws from. A site that grows with the rows outside
-    of plates raises. A DataLoader is each process's own: it needs a torch `DistributedSampler`,
-    told of each epoch, and ``batch_size / processes`` as its batch size. An error in one process
-    ends all. A run is resumed with as many processes. Use gloo for CPUs, nccl for GPUs.
+    process 0's), the codes that a `MAPA_ELBO` draws from. A density that depends on the rows and
+    is in no plate of them raises, a `pyro.factor` too. A DataLoader is each process's own: it
+    needs a torch `DistributedSampler`, told of each epoch, and ``batch_size / processes`` as its
+    batch size. An error in one process ends all. A run is resumed with as many processes. Use gloo
+    for CPUs, nccl for GPUs.
 
     Other runs must not share a checkpoint. DataLoader workers that persist, or random numbers
     drawn by a data set from generators of its own, are beyond what a checkpoint can hold.
@@ -143,7 +155,7 @@ def fit(
     """
     check_loss(loss, validation_loss)
     check_optimizer(optimizer)
-    check_at_least_one(epochs=epochs, validate_every=validate_every, check_every=check_every)
+    check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_combination(kl_warmup, patience, validation, resume, checkpoint, aggressive)
     with _same_errors(), Processes.joined() as processes:
         processes.seed(seed)
@@ -156,9 +168,13 @@ def fit(
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
         run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint is not None else None)
+        begun = phase.options if phase is not None else None
+        numbers = {"clip_norm": clip_norm, "kl_warmup": kl_warmup, "seed": seed}
+        run.settings = settings_of(batches, loss, begun, **numbers)
         if resume:
             run.resume()
-        with run.progress_bar(epochs, disable=not (progress and processes.is_first)) as bar:
+        steps = None if batches.count is None else epochs * batches.count
+        with progress_bar(steps, learner.steps, progress and processes.is_first) as bar:
             while run.num_epochs < epochs and not run.history.out_of_patience(patience):
                 weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
                 validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
@@ -167,7 +183,21 @@ def fit(
         run.history.stopped_early = run.num_epochs < epochs
         if patience is not None and run.best is not None:
             learner.set_weights(run.best)
+        if processes.is_first:
+            _warn_if_unfinished(guide)
         return run.history
+
+
+def _warn_if_unfinished(guide: Any) -> None:
+    """Warn where a guide that grows by a schedule has not come to its end."""
+    left = getattr(guide, "steps_left", 0)
+    if isinstance(left, int) and left > 0:
+        warnings.warn(
+            f"The training of {type(guide).__name__} has ended before its schedule: "
+            f"{len(guide.members)} of {len(guide.components)} components are in it, and "
+            f"{left} steps are left. Give fit more epochs, or the guide a shorter schedule.",
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -193,17 +223,12 @@ class _Run:
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
+        self.settings: dict[str, Any] = {}
 
     @property
     def num_epochs(self) -> int:
         """The epochs done."""
         return len(self.history.epoch)
-
-    def progress_bar(self, epochs: int, disable: bool) -> tqdm:
-        """Return a bar over all steps, those before a resume included."""
-        count = self.batches.count
-        total = None if count is None else epochs * count
-        return tqdm(total=total, initial=self.learner.steps, unit="step", disable=disable)
 
     def epoch(
         self, weight: float, held_out: HeldOut | None, validation_loss: ELBO, bar: tqdm
@@ -214,14 +239,11 @@ class _Run:
         if phase is not None and not phase.options.goes_on(history.mutual_information):
             phase = None
         loss, rows = self._train(weight, phase, bar)
-        shown = {"loss": loss}
         validation = information = None
         if held_out is not None:
             validation, history.validation_rows = held_out.loss(self.learner, validation_loss)
-            shown["validation"] = validation
         if phase is not None:
             information = self.processes.mean(phase.measure(), "mutual information")
-            shown["mutual_information"] = information
         history.epoch.append(self.num_epochs + 1)
         history.loss.append(loss)
         history.validation.append(validation)
@@ -233,7 +255,7 @@ class _Run:
         history.aggressive.append(phase is not None)
         history.guide_steps.append(self.learner.guide_steps)
         history.mutual_information.append(information)
-        bar.set_postfix(shown)
+        show_losses(bar, loss=loss, validation=validation, mutual_information=information)
 
     def end_epoch(self, keep_best: bool) -> None:
         """Step the schedule, keep the best weights, write the checkpoint."""
@@ -258,16 +280,19 @@ class _Run:
         if path is None or state is None:
             return
         checkpoints.check_processes(path, state, self.processes.count)
+        check_settings(path, state.get("settings"), self.settings)
         checkpoints.check_generators(path, state["random"], self.generators)
         self.learner.set_state(path, state["learner"], self.batches)
         self.history, self.best = History.restored(state["history"]), state["best"]
         random = [state["random"], *state.get("other processes", ())][self.processes.rank]
         checkpoints.set_random_state(random, self.generators)
+        self.settings |= state.get("settings", {})
 
     def _state(self) -> dict[str, Any]:
         own = checkpoints.random_state(self.generators)
         random, *others = self.processes.gather(own, "random states")
         return {
+            "settings": self.settings,
             "learner": self.learner.state(),
             "history": asdict(self.history),
             "best": self.best,
@@ -284,6 +309,7 @@ class _Run:
         with warmup:
             for batch in self.batches:
                 loss = step(batch, self.num_epochs + 1)
+                self._warn_of_counts()
                 total, count = total.to(loss) + loss, count + 1
                 rows += self.learner.team.rows
                 bar.update()
@@ -292,3 +318,10 @@ class _Run:
             self.learner.check(batch, self.num_epochs + 1)
             self.learner.end_pass()
         return total.item() / count, rows / count
+
+    def _warn_of_counts(self) -> None:
+        """After the first step, tell what it has shown."""
+        counts, self.learner.counts = self.learner.counts, None
+        rows, total = self.learner.team.rows, self.batches.rows if counts else None
+        if counts is not None and total is not None and self.processes.is_first:
+            counts.warn(rows, total, stacklevel=5)

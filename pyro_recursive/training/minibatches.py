@@ -86,6 +86,23 @@ class Minibatches:
         except TypeError:
             return None
 
+    @property
+    def rows(self) -> int | None:
+        """The rows of an epoch, of all processes; None where a DataLoader does not know them."""
+        if not isinstance(self.data, DataLoader):
+            return len(self.data[0])
+        sampler = self.data.sampler
+        sized = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
+        try:  # a data set without a batch sampler holds batches, not rows
+            return None if self.data.batch_sampler is None else len(sized)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    @property
+    def size(self) -> int | None:
+        """The rows per batch, as given to `fit` or to a DataLoader."""
+        return self.data.batch_size if isinstance(self.data, DataLoader) else self.batch_size
+
     def again(self) -> "Minibatches":
         """Return random batches of the same data and of one size, to be drawn beside these.
 

@@ -1,6 +1,6 @@
 """Finds where a NaN or an infinity first arises: the sample site, parameter or data tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["FirstNonFiniteSite", "NonFiniteError", "non_finite"]
+__all__ = ["FirstNonFiniteSite", "NonFiniteError", "message_of", "non_finite", "non_finite_data"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -88,3 +88,19 @@ def non_finite(kind: str, tensors: Mapping[str, Any]) -> list[str]:
         for name, tensor in tensors.items()
         if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all()
     ]
+
+
+def non_finite_data(batch: Sequence[Any]) -> list[str]:
+    """Name the tensors of a batch that are not finite, by their place."""
+    return non_finite("data tensor", {str(number): column for number, column in enumerate(batch)})
+
+
+def message_of(places: Sequence[str], step: str) -> str:
+    """Say in which step something is not finite, where, and what to do about it."""
+    return (
+        f"The loss or its gradient is not finite in {step}. "
+        f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
+        "Clean or mask the data if the cause is there; else lower the learning rate, set "
+        "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "
+        "this step; without, the cause may lie some steps back."
+    )

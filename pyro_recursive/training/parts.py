@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.minibatches import Batch
 
-__all__ = ["Part", "Parts"]
+__all__ = ["Part", "Parts", "unconstrained"]
 
 Part = Literal["guide", "model"]
 
@@ -36,7 +36,7 @@ class Parts:
         """
         with forked_rng(), torch.no_grad(), poutine.trace(param_only=True) as captured:
             self.guide(*batch)
-        seen = {id(site["value"].unconstrained()) for site in captured.trace.nodes.values()}
+        seen = {id(unconstrained(site["value"])) for site in captured.trace.nodes.values()}
         self.of_guide |= {name for name, tensor in parameters.items() if id(tensor) in seen}
         self.num_sorted = len(parameters)
         if not self.of_guide or len(self.of_guide) == len(parameters):
@@ -61,3 +61,11 @@ class Parts:
         """Go back to what was found; None is nothing."""
         found = state or {"of_guide": (), "num_sorted": 0}
         self.of_guide, self.num_sorted = set(found["of_guide"]), found["num_sorted"]
+
+
+def unconstrained(value: Any) -> Tensor:
+    """Return the leaf tensor behind a parameter's value, as its site has it.
+
+    With Pyro's ``module_local_params`` a module's plain parameters are themselves.
+    """
+    return value.unconstrained() if hasattr(value, "unconstrained") else value

@@ -7,8 +7,9 @@ share; here it becomes a subsample of the whole batch. So each process's loss es
 batch's, also where there are global latents, and their mean, weighted by rows, is that loss.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,10 +20,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.program import Program
-from pyro_recursive.sites import Site, plates_of, sites, subsample_scale
+from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.training.minibatches import Batch, rows_of
+from pyro_recursive.training.share_checks import Comparison, Traces, full_size_of
 
-__all__ = ["Share", "row_plates"]
+__all__ = ["Share", "full_size_of", "row_plates"]
 
 
 class Share(Messenger):
@@ -52,7 +54,7 @@ class Share(Messenger):
             return
         frames = []
         for frame in msg["cond_indep_stack"]:
-            if frame.name in self.plates and _full(frame) == self.rows:
+            if frame.name in self.plates and full_size_of(frame) == self.rows:
                 frame = frame._replace(full_size=self.total)
                 msg["scale"] = msg["scale"] * self.total / self.rows
             frames.append(frame)
@@ -62,44 +64,58 @@ class Share(Messenger):
 def row_plates(model: Callable, guide: Callable, batch: Batch) -> frozenset[str]:
     """Return the plates that are as large as the batch, whatever its size.
 
-    Runs guide and model on the batch and on a part of it. Random states and the buffers of modules
-    are the caller's to keep.
+    Runs guide and model on the batch, and twice on a part of it. Random states and the buffers of
+    modules are the caller's to keep.
 
     :raises ValueError: a part of the batch has a loss that is no estimate of the batch's
     """
     rows, other = rows_of(batch), _other(batch)
+    run = partial(_run, model, guide, state=torch_state())
+    with _naming(rows, rows_of(other)):
+        found = Comparison(run(batch), run(other), rows, rows_of(other))
+    found.check_sites()
+    with _naming(rows, rows_of(other)):
+        densities = found.densities(run(other, given=found.common_values()))
+    found.check_densities(*densities)
+    return found.row_plates
+
+
+def _run(
+    model: Callable,
+    guide: Callable,
+    batch: Batch,
+    state: list[Tensor],
+    given: poutine.Trace | None = None,
+) -> Traces:
+    """Trace guide and model, with random draws from one state and the values of given sites."""
+    program = Program(model, guide, batch)
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+        set_torch_state(state)
+        traced = program.run_guide(given)
+        values = traced.copy()
+        for name, site in given.nodes.items() if given else ():
+            if name not in traced:
+                values.add_node(name, **site)
+        set_torch_state(state)
+        return Traces(traced, program.run_model(values))
+
+
+@contextmanager
+def _naming(rows: int, other: int) -> Iterator[None]:
+    """Say what a run was for where it fails."""
     try:
-        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-            whole, part = (_sites(Program(model, guide, each)) for each in (batch, other))
+        yield
     except Exception as error:
         raise ValueError(
-            f"Several processes share a batch, and model or guide do not run with {rows_of(other)} "
-            f"rows after {rows} ({type(error).__name__}: {error}). Use an AmortizedGuide instead "
-            "of parameters for each row of a batch; or a plate that knows the size N of the data, "
+            f"Several processes share a batch, and model or guide do not run with {other} rows "
+            f"after {rows} ({type(error).__name__}: {error}). Use an AmortizedGuide instead of "
+            "parameters for each row of a batch; or a plate that knows the size N of the data, "
             "pyro.plate(name, N, subsample=index)."
         ) from error
-    pairs = [(site, part[key]) for key, site in whole.items() if key in part]
-    found = {
-        name
-        for one, two in pairs
-        for name, frame in plates_of(one).items()
-        if name in plates_of(two)
-        if _full(frame) == rows and _full(plates_of(two)[name]) == rows_of(other)
-    }
-    for check in (_check_plates, _check_shape, _check_scale):
-        for one, two in pairs:
-            check(one, two, found)
-    return frozenset(found)
-
-
-def _sites(program: Program) -> dict[tuple[str, str], Site]:
-    guide = program.run_guide()
-    traces = {"guide": guide, "model": program.run_model(guide)}
-    return {(kind, site["name"]): site for kind, trace in traces.items() for site in sites(trace)}
 
 
 def _other(batch: Batch) -> Batch:
-    """Return about half of a batch; twice a small one, as a batch norm needs two rows."""
+    """Return about half of a batch; a small one and as many of its first row, for a batch norm."""
     rows = rows_of(batch)
     if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
         raise ValueError(
@@ -111,54 +127,10 @@ def _other(batch: Batch) -> Batch:
     def cut(column: Any) -> Any:
         if not isinstance(column, Tensor) or not column.dim() or len(column) != rows:
             return column
-        return column[: -(-rows // 2)] if rows > 3 else torch.cat([column, column])
+        return (
+            column[: -(-rows // 2)]
+            if rows > 3
+            else torch.cat([column, column[:1].expand_as(column)])
+        )
 
     return tuple(map(cut, batch))
-
-
-def _full(frame: Any) -> int:
-    return frame.size if frame.full_size is None else frame.full_size
-
-
-def _check_plates(whole: Site, part: Site, found: set[str]) -> None:
-    """Raise where a plate is the rows at another site, and keeps its size at this one."""
-    before, after = plates_of(whole), plates_of(part)
-    for name in sorted(found & before.keys() & after.keys()):
-        if _full(before[name]) == _full(after[name]):
-            raise ValueError(
-                f"Several processes share a batch, and plate '{name}' of site '{whole['name']}' "
-                f"keeps its {_full(before[name])} rows for another batch. Use an AmortizedGuide "
-                "instead of parameters for each row of a batch, or the same plate in model and "
-                "guide."
-            )
-
-
-def _check_shape(whole: Site, part: Site, found: set[str]) -> None:
-    """Raise where a value has the rows of the batch, and is in no plate of them."""
-    before, after = plates_of(whole), plates_of(part)
-    moving = {n for n in before.keys() & after.keys() if before[n].size != after[n].size}
-    if whole["value"].shape != part["value"].shape and not moving:
-        raise ValueError(
-            f"Several processes share a batch, and the value of site '{whole['name']}' changes "
-            f"from {tuple(whole['value'].shape)} to {tuple(part['value'].shape)} for another, in "
-            "no plate: the density of a part is no share of the whole. Put it into a pyro.plate."
-        )
-
-
-def _check_scale(whole: Site, part: Site, found: set[str]) -> None:
-    """Raise where the user's scale is a function of the rows."""
-    one, other = (_own_scale(site) for site in (whole, part))
-    if one is not None and other is not None and not math.isclose(one, other, rel_tol=1e-6):
-        raise ValueError(
-            f"Several processes share a batch, and site '{whole['name']}' has a scale of its own "
-            f"that depends on the rows: {one:g}, and {other:g} for another batch. Let the plate "
-            "scale it, pyro.plate(name, N, subsample=x), or make the scale a constant."
-        )
-
-
-def _own_scale(site: Site) -> float | None:
-    """Return a site's scale without that of its plates; None where it differs between rows."""
-    scale = site["scale"] / math.prod(map(subsample_scale, plates_of(site).values()))
-    if isinstance(scale, Tensor):
-        return scale.item() if scale.numel() == 1 else None
-    return float(scale)

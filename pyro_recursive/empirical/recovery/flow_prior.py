@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_count, check_spread
+from pyro_recursive.counts import check_at_least
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_spread
 from pyro_recursive.guides.flow_kinds import build_flow, check_flow
 from pyro_recursive.guides.zuko_flow import AffineFlow
 
@@ -46,8 +47,7 @@ class FlowPrior(RecoveredPrior):
     ) -> None:
         super().__init__(codes.shape[1], len(codes))
         options = {"steps": steps, "batch_size": batch_size, "patience": patience}
-        for name, value in options.items():
-            check_count(name, value)
+        check_at_least(1, **options)
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be finite and positive, got {lr}")
         _check_zuko(flow)

@@ -9,7 +9,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_count, check_spread
+from pyro_recursive.counts import check_at_least
+from pyro_recursive.empirical.recovery.recovered import RecoveredPrior, check_spread
 
 __all__ = ["QuantileMap", "QuantilePrior"]
 
@@ -77,7 +78,7 @@ class QuantilePrior(RecoveredPrior):
         check_spread(codes, self.kind)
         inputs, outputs = _quantiles(codes[:, 0].double(), log_weights.double())
         if knots is not None:
-            check_count("knots", knots, 2)
+            check_at_least(2, knots=knots)
             whole = QuantileMap(inputs, outputs, _tails(inputs, outputs))
             middles = (torch.arange(knots).to(inputs) + 0.5) / knots
             inputs = torch.special.ndtri(middles)

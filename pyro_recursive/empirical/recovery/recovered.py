@@ -88,12 +88,6 @@ def weighted_codes(codes: Tensor, log_weights: Tensor | None) -> tuple[Tensor, T
     return codes[used], log_weights[used].log_softmax(0)
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise ValueError unless an option is an integer of at least so much."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
 def check_spread(codes: Tensor, kind: str) -> None:
     """Raise ValueError where a coordinate of the codes is a constant: it has no density."""
     size = codes.abs().amax(0)

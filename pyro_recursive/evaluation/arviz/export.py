@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pyro_recursive.evaluation.arviz.labels import Labels
-from pyro_recursive.evaluation.arviz.loo import loo
+from pyro_recursive.evaluation.arviz.labels import Entries, Labels, entries_of
+from pyro_recursive.evaluation.arviz.loo import SCALED, UNWEIGHTED, loo
 from pyro_recursive.evaluation.arviz.versions import container
 from pyro_recursive.evaluation.draws.markov import chain_draws, divergences
 from pyro_recursive.evaluation.draws.posterior import Draws, Resample, posterior_draws
@@ -55,13 +55,19 @@ def to_arviz(
     - ``prior``, ``prior_predictive``: draws from the model alone, on request (`prior_draws`);
     - ``sample_stats``: ``log_p`` = log p(x, z) and ``log_q`` = log q(z) in nats, for each entry of
       the plates that enclose every sample site; and their difference ``log_weight``, unless draws
-      were resampled by it. A guide without a density has a ``log_weight`` of nan alone.
+      were resampled by it. Where a guide has no density, or one with a scale of the user's own, or
+      a subsampled plate does not enclose every site, a ``log_weight`` of nan alone.
+
+    **ArviZ's own** ``az.loo`` **and** ``az.compare`` **of the object are not corrected for the
+    guide: pass** `loo` **of the objects to** ``az.compare``.
 
     The model is called as in training, with its data; it needs no ``obs=None``. A keyword of the
     model that has the name of one here cannot be passed: wrap the model. Where a plate is
-    subsampled, everything is about one minibatch, and the coordinates of the plate are its indices.
+    subsampled, everything is about one minibatch, and the coordinates of the plate are its indices;
+    0, 1, ... where an argument of the call is the ``subsample=``, which may be the data themselves.
 
     :param coords: values of dims; those of a plate for all its entries, or for the minibatch's
+        (only these, where the call does not tell the indices)
     :param dims: names of the event dims of sites, from left to right; plates are named already
     :raises ValueError: as `posterior_draws` does; names or numbers of dims do not fit
 
@@ -92,9 +98,11 @@ def to_arviz(
         **run,
         **kwargs,
     )
-    labels = Labels(coords or {}, dims or {}, draws.minibatch)
+    labels = Labels(coords or {}, dims or {}, call.entries(draws))
     groups = call.groups(draws, labels, posterior_predictive, prior_predictive, log_likelihood)
-    return container({**groups, "sample_stats": _stats(draws, labels)})
+    groups["sample_stats"] = _stats(draws, labels)
+    labels.check_used(groups)
+    return container(groups)
 
 
 def mcmc_to_arviz(
@@ -135,18 +143,20 @@ def mcmc_to_arviz(
     call = _Call(model, args, kwargs, run)
     options = {"chunk_size": chunk_size, "vectorize": vectorize_particles}
     draws, chains = chain_draws(mcmc, model, args, kwargs, options)
-    labels = Labels(coords or {}, dims or {}, draws.minibatch, chains)
+    labels = Labels(coords or {}, dims or {}, call.entries(draws), chains)
     groups = call.groups(draws, labels, posterior_predictive, prior_predictive, log_likelihood)
     diverging = divergences(mcmc, chains, len(draws) // chains)
     if diverging is not None:
         groups["sample_stats"] = labels.numbers({"diverging": diverging}, ())
+    labels.check_used(groups)
     return container(groups)
 
 
 def _stats(draws: Draws, labels: Labels) -> xr.Dataset:
     """Return the densities of draws from a guide; nan in the place of weights, if it has none."""
     if draws.log_p is None or draws.log_q is None:
-        return labels.numbers({"log_weight": torch.full((len(draws),), math.nan)}, ())
+        missing = labels.numbers({"log_weight": torch.full((len(draws),), math.nan)}, ())
+        return missing.assign_attrs({UNWEIGHTED: draws.unweighted})
     stats = {"log_p": draws.log_p, "log_q": draws.log_q}
     if not draws.resampled:
         stats["log_weight"] = draws.log_weights
@@ -166,12 +176,13 @@ class _Call:
         self, draws: Draws, labels: Labels, predictive: bool, prior: bool, log_likelihood: bool
     ) -> dict[str, xr.Dataset]:
         """Return the groups of an ArviZ object, but for the statistics of the draws."""
+        draws = draws.of_this_call()
         found = {"posterior": labels.draws(draws.of_kind("latent", "computed"))}
         if predictive:
             new = self._of(predictive_draws, draws)
             found["posterior_predictive"] = labels.draws(new.sites)
         if log_likelihood:
-            found["log_likelihood"] = labels.draws(self._of(log_likelihoods, draws).sites)
+            found["log_likelihood"] = self._log_likelihood(draws, labels)
         if prior:
             options = {"num_draws": len(draws), "minibatch": draws.minibatch, **self.run}
             new = prior_draws(self.model, *self.args, **options, **self.kwargs)
@@ -180,6 +191,15 @@ class _Call:
         data = observed_data(self.model, draws, *self.args, **self.kwargs)
         found["observed_data"] = labels.first(data.sites)
         return {name: group for name, group in found.items() if group.data_vars}
+
+    def entries(self, draws: Draws) -> dict[str, Entries]:
+        """Return which entries of its plates the call is about."""
+        return entries_of(draws.whole_minibatch, self.args, self.kwargs)
+
+    def _log_likelihood(self, draws: Draws, labels: Labels) -> xr.Dataset:
+        found = self._of(log_likelihoods, draws)
+        group = labels.draws(found.sites)
+        return group.assign_attrs({SCALED: ", ".join(found.scaled)}) if found.scaled else group
 
     def _of(self, function: Callable[..., Draws], draws: Draws) -> Draws:
         return function(self.model, draws, *self.args, **self.run, **self.kwargs)

@@ -1,32 +1,75 @@
 """Names for the dims of draws: chain, draw, plates by name, event dims; and their coordinates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.evaluation.draws.drawn import Drawn
 
-__all__ = ["Labels"]
+__all__ = ["Entries", "Labels", "entries_of"]
 
 SAMPLE = ("chain", "draw")
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The indices of a plate's entries that there are, and how many the whole plate has."""
+
+    index: list[int]
+    size: int
+
+
+def entries_of(minibatch: poutine.Trace, *arguments: Any) -> dict[str, Entries]:
+    """Return which entries of its plates a minibatch has, where it tells.
+
+    ``pyro.plate(..., subsample=x)`` may have the data themselves: what was an argument of the call,
+    or cannot be indices, each of them once, tells nothing.
+    """
+    given = list(_nested(arguments))
+    return {
+        name: Entries([int(i) for i in site["value"]], site["fn"].size)
+        for name, site in minibatch.nodes.items()
+        if _is_index(site["value"], site["fn"].size)
+        and not any(site["value"] is each for each in given)
+    }
+
+
+def _nested(argument: Any) -> Iterator[Any]:
+    """Yield an argument and what is inside of it."""
+    yield argument
+    if isinstance(argument, list | tuple | Mapping):
+        for each in argument.values() if isinstance(argument, Mapping) else argument:
+            yield from _nested(each)
+
+
+def _is_index(value: Any, size: int) -> bool:
+    if isinstance(value, list | tuple | range):
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor) or value.dim() != 1 or not value.numel():
+        return False
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return False
+    inside = bool((value >= 0).all()) and bool((value < size).all())
+    return inside and len(value.unique()) == len(value)
 
 
 @dataclass(frozen=True)
 class Labels:
     """Makes labelled arrays of draws, ``[chain, draw, *plates, *event]``.
 
-    ``coords`` has values of dims, ``dims`` names of the event dims of sites; ``minibatch`` tells
-    which entries of a subsampled plate there are.
+    ``coords`` has values of dims, ``dims`` names of the event dims of sites; ``entries`` tells
+    which entries of plates there are, where that is known.
     """
 
     coords: Mapping[str, Sequence] = field(default_factory=dict)
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    minibatch: poutine.Trace = field(default_factory=poutine.Trace)
+    entries: Mapping[str, Entries] = field(default_factory=dict)
     chains: int = 1
 
     def draws(self, sites: Mapping[str, Drawn]) -> xr.Dataset:
@@ -45,6 +88,21 @@ class Labels:
         """Return numbers of each draw, ``[S, *plates]``."""
         dims = (*SAMPLE, *plates)
         return self._dataset({name: (dims, self._split(value)) for name, value in values.items()})
+
+    def check_used(self, groups: Mapping[str, xr.Dataset]) -> None:
+        """Raise where `coords` names no dim of the groups, or `dims` no site with event dims."""
+        known = {str(dim) for group in groups.values() for dim in group.dims}
+        if unknown := sorted(self.coords.keys() - known):
+            raise ValueError(f"coords has values for {unknown}; the dims are {sorted(known)}.")
+        for name, event in self.dims.items():
+            found = [group[name].dims for group in groups.values() if name in group.data_vars]
+            if not any(set(event) <= set(dims) for dims in found):
+                cause = "has no event dims" if found else "is not there"
+                sites = sorted({str(n) for group in groups.values() for n in group.data_vars})
+                raise ValueError(
+                    f"dims names event dims {list(event)} of site '{name}', which {cause}; the "
+                    f"sites are {sites}. Plates are named already."
+                )
 
     def _names(self, name: str, site: Drawn) -> tuple[str, ...]:
         count = len(site.event_shape)
@@ -76,13 +134,11 @@ class Labels:
         return xr.Dataset(dict(arrays), coords, attrs={"inference_library": "pyro_recursive"})
 
     def _coord(self, dim: str, size: int) -> Any:
-        plate = self.minibatch.nodes.get(dim)
-        index = None if plate is None else [int(i) for i in plate["value"]]
-        values = self.coords.get(dim)
+        entries, values = self.entries.get(dim), self.coords.get(dim)
         if values is None:
-            return np.arange(size) if index is None else np.asarray(index)
-        if index is not None and len(values) == plate["fn"].size:
-            values = [values[i] for i in index]
+            return np.arange(size) if entries is None else np.asarray(entries.index)
+        if entries is not None and len(values) == entries.size:
+            values = [values[i] for i in entries.index]
         if len(values) != size:
             raise ValueError(
                 f"coords has {len(values)} values for dim '{dim}', and it has {size} entries."

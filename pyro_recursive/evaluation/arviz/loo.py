@@ -11,7 +11,11 @@ from torch import Tensor
 from pyro_recursive.evaluation.arviz.versions import elpd_data, has_group, relative_ess
 from pyro_recursive.evaluation.psis import pareto_k_threshold, psis
 
-__all__ = ["loo"]
+__all__ = ["SCALED", "UNWEIGHTED", "loo"]
+
+# Attributes of the log-likelihoods and the statistics: sites with a scale of the user's own, and
+# why draws have no weights.
+SCALED, UNWEIGHTED = "scaled_sites", "unweighted"
 
 
 def loo(data: Any, var_name: str | None = None) -> Any:
@@ -27,9 +31,10 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     the posterior, as in ArviZ's own ``loo``, which has no correction.
 
     Point estimates of a guide are taken as given, although they have seen the datum. Masked data
-    are left out. Scales of the user's own (a tempered likelihood) have no leave-one-out: drop them.
-    A k-hat above the threshold warns, as in ArviZ: the datum's elpd_i is not to be trusted then,
-    because the guide is bad or the datum surprising.
+    are left out. Models with a scale of the user's own (a tempered likelihood) are refused: the
+    data have no density then that could be left out. A k-hat above the threshold warns, as in
+    ArviZ: the datum's elpd_i is not to be trusted then, because the guide is bad or the datum
+    surprising.
 
     The result is ArviZ's ``ELPDData`` with pointwise values, for ``az.compare({"a": loo(a), "b":
     loo(b)})``: two guides, two models, a guide and NUTS (`mcmc_to_arviz`).
@@ -38,7 +43,8 @@ def loo(data: Any, var_name: str | None = None) -> Any:
         ``log_likelihood``
     :param var_name: the observed site; needed where there are several
     :raises ValueError: the log-likelihood is missing, or that of several sites and none is named,
-        or infinite, or nan for a part of the draws
+        or infinite, or nan for a part of the draws; the model has a scale of the user's own; the
+        draws are from a guide and have no weights
 
     Source: `Bayesian leave-one-out cross-validation for large data` (Magnusson et al., arXiv
     1904.10679), `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
@@ -83,6 +89,12 @@ def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
             "are called with log_likelihood=False."
         )
     group = data["log_likelihood"]
+    if scaled := group.attrs.get(SCALED):
+        raise ValueError(
+            f"The model has a scale of its own (poutine.scale) at {scaled}, and a tempered "
+            "posterior has no leave-one-out. Call to_arviz or mcmc_to_arviz on a model without the "
+            "scale, with a guide or a chain that was fitted without it."
+        )
     names = [str(name) for name in group.data_vars]
     if var_name is None and len(names) > 1:
         raise ValueError(f"There are log-likelihoods of {names}: choose one with var_name=.")
@@ -102,9 +114,10 @@ def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:
         return None
     found = data["sample_stats"]["log_weight"]
     if bool(found.isnull().any()):
+        reason = data["sample_stats"].attrs.get(UNWEIGHTED) or "Some of them are nan."
         raise ValueError(
-            "The draws have weights of nan: a guide without a density, as one of points, cannot be "
-            "corrected. Give its codes a scale, or recover a continuous prior."
+            "The draws are from a guide, and have no weights to correct them: LOO is not defined. "
+            f"{reason}"
         )
     found = found.sum([dim for dim in found.dims if dim not in log_lik.dims])
     return found.broadcast_like(log_lik).transpose(*log_lik.dims)

@@ -14,10 +14,11 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.calibration.ranks import RankSums
 from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
 from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
-from pyro_recursive.exchange import Exchange, check_at_least
+from pyro_recursive.exchange import Exchange
 from pyro_recursive.program import Program
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import independent_plates_of, sites
@@ -59,7 +60,9 @@ def calibration(
     :param names: the latent sites that are ranked; None is all
     :param replace: where the arguments have the data of each observed site: positions or keywords
         by site. None finds the argument that a site has its value from. A function from simulated
-        values by site, args and kwargs to new (args, kwargs) may do anything
+        values by site, args and kwargs to new (args, kwargs) may do anything: where the data of
+        site ``y`` are the last of three columns,
+        ``lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k)``
 
     :raises ValueError: fewer than 20 data sets; a site is outside the rows' plate; it is not clear
         where the data are; the model takes its data as inputs, too; a latent is missing in the
@@ -156,7 +159,7 @@ def _ranks_of_rows(
 ) -> dict[str, Tensor]:
     """Return the ranks of each site in each row, ``[B, dims]``."""
     with poutine.block():
-        exchange = Exchange(program, plate)
+        exchange = _exchange(program, plate)
         frame = exchange.frame
         for site in sites(simulated.trace):
             if frame.name not in independent_plates_of(site):
@@ -175,6 +178,16 @@ def _ranks_of_rows(
             for name, own in sums.items():
                 _add(own, values.get(name), name)
     return {name: own.ranks for name, own in sums.items()}
+
+
+def _exchange(program: Program, plate: str | None) -> Exchange:
+    try:
+        return Exchange(program, plate)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (calibration takes each row for a data set; where latents belong to all rows "
+            "together, calibration_by_fits simulates whole data sets.)"
+        ) from error
 
 
 def _by_row(value: Tensor, place: int) -> Tensor:

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from torch import Tensor
 
+from pyro_recursive.evaluation.draws.model_runs import (
+    data_of,
+    drawing_data,
+    is_factor,
+    was_observed,
+)
 from pyro_recursive.sites import Site, log_prob_of, sites
 
 __all__ = ["Replace", "Simulated", "simulate"]
@@ -22,7 +27,7 @@ Replace = Mapping[str, int | str] | Callable[[dict[str, Tensor], tuple, dict[str
 class Simulated:
     """A simulated data set: arguments with new data, and the trace that these are from.
 
-    In the trace no site is observed; ``latent`` are those that are latent in the model.
+    In the trace no data are observed; ``latent`` are the sites that are latent in the model.
     """
 
     args: tuple
@@ -32,7 +37,7 @@ class Simulated:
     @property
     def latent(self) -> list[Site]:
         """The sites of the model's latents."""
-        return [site for site in sites(self.trace) if not _was_observed(site)]
+        return [site for site in sites(self.trace) if _is_latent(site)]
 
 
 @torch.no_grad()
@@ -56,8 +61,8 @@ def simulate(
     True
     """
     with poutine.block():
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-        observed = {site["name"]: site for site in sites(trace) if _was_observed(site)}
+        trace = poutine.trace(drawing_data(model)).get_trace(*args, **kwargs)
+        observed = {site["name"]: site for site in sites(trace) if was_observed(site)}
         _check_generative(trace, observed)
         if callable(replace):
             values = {name: site["value"] for name, site in observed.items()}
@@ -70,21 +75,23 @@ def simulate(
     return found
 
 
-def _was_observed(site: Site) -> bool:
-    return bool(site["infer"].get("was_observed"))
+def _is_latent(site: Site) -> bool:
+    """Whether a site is drawn, but not in the place of data; computed ones are not."""
+    return not site["is_observed"] and not was_observed(site)
 
 
 def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
+    for site in sites(trace):
+        if is_factor(site):
+            raise ValueError(
+                f"Site '{site['name']}' is a pyro.factor, from which no data can be drawn: "
+                "simulated data would not have the model's density. Write it as a distribution of "
+                "data."
+            )
     if not observed:
         raise ValueError("The model observes nothing: there are no data to simulate.")
-    for name, site in observed.items():
-        if isinstance(site["fn"], Unit):
-            raise ValueError(
-                f"Site '{name}' is a pyro.factor, from which no data can be drawn: simulated data "
-                "would not have the model's density. Write it as a distribution of data."
-            )
     for site in sites(trace):
-        if isinstance(site["mask"], Tensor) and not _was_observed(site):
+        if isinstance(site["mask"], Tensor) and _is_latent(site):
             raise NotImplementedError(
                 f"Latent site '{site['name']}' is masked: where it is, it has no prior to be drawn "
                 "from. Pass data without missing entries."
@@ -120,7 +127,7 @@ _REMEDY = (
 
 def _place_of(site: Site, args: tuple, kwargs: dict[str, Any]) -> int | str:
     """Return the position or name of the argument that an observed site has its value from."""
-    value = site["infer"]["obs"]
+    value = data_of(site)
     places = _places(args, kwargs)
     same = [place for place, a in places.items() if a is value]
     same = same or [place for place, a in places.items() if _equal(a, value)]

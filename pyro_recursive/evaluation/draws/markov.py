@@ -11,7 +11,7 @@ from pyro_recursive.evaluation.draws.collected import computed_values
 from pyro_recursive.evaluation.draws.drawn import Drawn, drawn
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
 from pyro_recursive.program import Program
-from pyro_recursive.sites import Site, nesting_of, sites
+from pyro_recursive.sites import Site, nesting_of, sites, subsample_sites
 from pyro_recursive.structure import outline
 from pyro_recursive.traces import Particles
 
@@ -35,9 +35,10 @@ def chain_draws(
         for site in sites(single)
         if not site["is_observed"]
     }
-    draws = Draws(latents, chains * count)
+    draws = Draws(latents, chains * count, whole_minibatch=subsample_sites(single))
+    program = Program(model, model, args, kwargs)
     with torch.no_grad():
-        found = collected(Program(model, model, args, kwargs), draws, computed_values, options)
+        found = collected(program, draws.of_this_call(), computed_values, options)
     return replace(draws, sites={**latents, **found}), chains
 
 

@@ -14,13 +14,30 @@ from pyro.poutine.util import site_is_subsample
 from pyro_recursive.evaluation.draws.drawn import Drawn
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.program import Program
-from pyro_recursive.sites import PARTICLE_PLATE, Site, is_delta, nesting_of, plates_of, sites
+from pyro_recursive.sites import (
+    PARTICLE_PLATE,
+    Site,
+    is_delta,
+    nesting_of,
+    plates_of,
+    sites,
+    subsample_sites,
+)
 from pyro_recursive.structure import outline
 from pyro_recursive.traces import Particles
 
-__all__ = ["Run", "drawing_data", "is_computed", "is_factor", "runs_of_model", "was_observed"]
+__all__ = [
+    "Run",
+    "data_of",
+    "drawing_data",
+    "is_computed",
+    "is_factor",
+    "runs_of_model",
+    "was_observed",
+]
 
-WAS_OBSERVED = "was_observed"  # in the infer of a site that a run drew instead of observing it
+# In the infer of a site that a run drew instead of observing it: that it did, and the data.
+WAS_OBSERVED, DATA = "was_observed", "obs"
 
 
 @dataclass(frozen=True)
@@ -44,12 +61,15 @@ def runs_of_model(
 ) -> Iterator[Run]:
     """Yield runs of a model on given values of some sites, until there are `count` samples.
 
+    All are on one minibatch.
+
     :param minibatch: subsample sites, for the plates whose minibatch is given
     :raises ValueError: a plate has another size here than in the given values
     """
     single = outline(program.model, program.args, program.kwargs)
     nesting = nesting_of(single)
     _check_plates(single, given)
+    minibatch = _completed(minibatch, subsample_sites(single))
     size = chunk_size or _samples_per_chunk(single)
     for start in range(0, count, size):
         number = min(size, count - start)
@@ -78,6 +98,11 @@ def was_observed(site: Site) -> bool:
     return WAS_OBSERVED in site["infer"]
 
 
+def data_of(site: Site) -> Any:
+    """Return the data in whose place a site's value was drawn."""
+    return site["infer"][DATA]
+
+
 def is_factor(site: Site) -> bool:
     """Whether a site is a `pyro.factor`, which has a density and no value."""
     return isinstance(site["fn"], dist.Unit)
@@ -98,8 +123,8 @@ class _DrawData(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] or site_is_subsample(msg) or is_factor(msg) or is_computed(msg):
             return
+        msg["infer"] = {**msg["infer"], WAS_OBSERVED: True, DATA: msg["value"]}
         msg["is_observed"], msg["value"], msg["done"] = False, None, False
-        msg["infer"] = {**msg["infer"], WAS_OBSERVED: True}
 
 
 def _source(values: Mapping[str, Any], minibatch: poutine.Trace) -> poutine.Trace:
@@ -110,6 +135,15 @@ def _source(values: Mapping[str, Any], minibatch: poutine.Trace) -> poutine.Trac
             name, name=name, type="sample", value=value, fn=None, is_observed=False, infer={}
         )
     return trace
+
+
+def _completed(minibatch: poutine.Trace, other: poutine.Trace) -> poutine.Trace:
+    """Return a minibatch with that of other plates; whole ones may change their size."""
+    found = minibatch.copy()
+    for name, site in other.nodes.items():
+        if name not in found.nodes and len(site["value"]) != site["fn"].size:
+            found.add_node(name, **site)
+    return found
 
 
 def _check_plates(trace: poutine.Trace, given: Mapping[str, Drawn]) -> None:

@@ -9,16 +9,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     latent_values,
 )
 from pyro_recursive.evaluation.draws.drawn import Drawn, Kind, joined
 from pyro_recursive.evaluation.draws.model_runs import Run, runs_of_model
+from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
-from pyro_recursive.evaluation.importance import check_count
-from pyro_recursive.layout import Layout
+from pyro_recursive.layout import Layout, half_subsampled
 from pyro_recursive.log_weights import densities
 from pyro_recursive.program import Program
 from pyro_recursive.sites import subsample_sites
@@ -37,7 +38,12 @@ class Draws:
     ``draws["z"]`` is ``[S, *plates, *event]``, for the vectorised plates around the site, from left
     to right in Pyro's order; ``sites["z"].plates`` are their names. ``log_p`` and ``log_q``, those
     of posterior draws, are log p(x, z) and log q(z), ``[S, *plates]`` in nats, float64, for the
-    ``plates`` that enclose every sample site. ``resampled`` draws were chosen by their weights.
+    ``plates`` that enclose every sample site; where they are None, ``unweighted`` says why.
+    ``resampled`` draws were chosen by their weights.
+
+    ``minibatch`` is that of the plates that have latents, which other calls of the model must have,
+    too; ``whole_minibatch`` that of all plates in the call that the draws are from. ``scaled``
+    names the sites of log-likelihoods whose model has a scale of the user's own there.
     """
 
     sites: dict[str, Drawn]
@@ -47,6 +53,9 @@ class Draws:
     plates: tuple[str, ...] = ()
     resampled: bool = False
     minibatch: poutine.Trace = field(default_factory=poutine.Trace, repr=False)
+    whole_minibatch: poutine.Trace = field(default_factory=poutine.Trace, repr=False)
+    unweighted: str = ""
+    scaled: tuple[str, ...] = ()
 
     @property
     def log_densities(self) -> tuple[Tensor, Tensor]:
@@ -54,7 +63,7 @@ class Draws:
         if self.log_p is None or self.log_q is None:
             raise ValueError(
                 "These draws have no log p(x, z) and log q(z): only posterior draws have, from a "
-                "guide with a density."
+                f"guide with a density. {self.unweighted}".rstrip()
             )
         return self.log_p, self.log_q
 
@@ -73,6 +82,10 @@ class Draws:
     def __len__(self) -> int:
         """Return the number of draws."""
         return self.count
+
+    def of_this_call(self) -> "Draws":
+        """Return the draws with their whole minibatch, for another run on the same arguments."""
+        return replace(self, minibatch=self.whole_minibatch)
 
     def of_kind(self, *kinds: Kind) -> dict[str, Drawn]:
         """Return sites of kinds ``"latent"``, ``"computed"`` (deterministic), ``"observed"``."""
@@ -98,15 +111,17 @@ def posterior_draws(
     sample site, each of its entries chooses on its own; else the draws are chosen as a whole. This
     corrects a guide that is somewhat off; k-hat of `importance_weights` tells whether it can.
 
-    Draws are those of one minibatch, where a plate is subsampled. Deterministic sites are the
-    model's, with its data. Modules are used in the mode they are in: call ``.eval()`` first, if
+    Draws are those of one minibatch, where a plate is subsampled. If it does not enclose every
+    site, or if the guide has a scale of its own (`poutine.scale`), they have no log p and log q,
+    and cannot be resampled. Scales in the model are part of its density. Deterministic sites are
+    the model's, with its data. Modules are used in the mode they are in: call ``.eval()`` first, if
     they have dropout or batch norm. A keyword of the model that has the name of one here cannot be
     passed: wrap the model.
 
     :param chunk_size: how many samples run at once; by default about 5,000 rows
     :param vectorize_particles: False runs the samples one by one
-    :raises ValueError: a number is out of range; an entry has no proposal with any weight; and as
-        `pyro_recursive.log_marginal` does
+    :raises ValueError: a number is out of range; an entry has no proposal with any weight; draws
+        without densities are to be resampled; and as `pyro_recursive.log_marginal` does
 
     Source: of ``"psis"`` `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
 
@@ -126,9 +141,7 @@ def posterior_draws(
     >>> draws["positive"].shape, draws.log_p.shape
     (torch.Size([1000, 2]), torch.Size([1000, 2]))
     """
-    check_count("num_draws", num_draws)
-    check_count("num_proposals", num_proposals, optional=True)
-    check_count("chunk_size", chunk_size, optional=True)
+    check_at_least(1, num_draws=num_draws, num_proposals=num_proposals, chunk_size=chunk_size)
     if resample not in (None, "plain", "psis"):
         raise ValueError(f"resample must be None, 'plain' or 'psis', got {resample!r}")
     if num_proposals is not None and resample is None:
@@ -138,30 +151,62 @@ def posterior_draws(
     with torch.no_grad():
         size = chunk_size or particles_per_chunk(program)
         options = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
-        chunks = runs_in_chunks(program, count, size, **options)
-        draws = _joined([_latents(*chunk, weighted=resample is not None) for chunk in chunks])
+        chunks = runs_in_chunks(program, count, size, any_minibatch=True, **options)
+        draws = _from_guide(chunks, weighted=resample is not None)
         if resample is not None:
             draws = _resampled(draws, num_draws, smooth=resample == "psis")
         run = {"vectorize": vectorize_particles, "chunk_size": chunk_size}
-        found = collected(program, draws, computed_values, run)
+        found = collected(program, draws.of_this_call(), computed_values, run)
     return replace(draws, sites={**draws.sites, **found})
 
 
-def _latents(runs: Sequence[Draw], layout: Layout, *, weighted: bool) -> Draws:
+def _from_guide(chunks: Iterable[tuple[Sequence[Draw], Layout]], *, weighted: bool) -> Draws:
+    """Return the latents of a guide's runs, with their densities where they have any.
+
+    :param weighted: whether they must have
+    """
+    parts: list[Draws] = []
+    reason = ""
+    for runs, layout in chunks:
+        if not parts:
+            reason = scaled_guide(runs[0].guide) or _half_subsampled(runs, layout)
+        if reason and weighted:
+            raise ValueError(reason)
+        parts.append(_latents(runs, layout, reason, weighted=weighted))
+    return _joined(parts)
+
+
+def _half_subsampled(runs: Sequence[Draw], layout: Layout) -> str:
+    """Return why draws of a minibatch have no weights, in words, if they have none."""
+    found = half_subsampled(runs, layout)
+    if found is None:
+        return ""
+    frame, outside = found
+    return (
+        f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) and does not "
+        f"enclose site '{outside}', whose weights need log p of all data. Pass the full data, "
+        "without a subsample, to weigh or resample the draws."
+    )
+
+
+def _latents(runs: Sequence[Draw], layout: Layout, unweighted: str, *, weighted: bool) -> Draws:
     """Return the latents of one chunk of runs of a guide, with their densities.
 
-    :param weighted: whether a guide must have a density, as one of points has not
+    :param unweighted: why they have none; a guide of points has none, either
     """
     particles, plates = layout.particles, tuple(frame.name for frame in layout.plates)
     latents = latent_values(Run([run.model for run in runs], particles, layout.max_plate_nesting))
-    minibatch = _in_plates(subsample_sites(runs[0].guide, runs[0].model), latents.values())
-    draws = Draws(latents, particles.total, plates=plates, minibatch=minibatch)
+    whole = subsample_sites(runs[0].guide, runs[0].model)
+    minibatch = _in_plates(whole, latents.values())
+    draws = Draws(latents, particles.total, None, None, plates, False, minibatch, whole)
+    if unweighted:
+        return replace(draws, unweighted=unweighted)
     try:
         log_p, log_q = _log_densities(runs, layout)
-    except NotImplementedError:
+    except NotImplementedError as error:
         if weighted:
             raise
-        return draws
+        return replace(draws, unweighted=str(error))
     return replace(draws, log_p=log_p, log_q=log_q)
 
 

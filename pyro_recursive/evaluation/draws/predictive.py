@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro import poutine
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     data_values,
@@ -15,8 +16,8 @@ from pyro_recursive.evaluation.draws.collected import (
 )
 from pyro_recursive.evaluation.draws.drawn import Drawn
 from pyro_recursive.evaluation.draws.model_runs import Run, drawing_data, was_observed
+from pyro_recursive.evaluation.draws.own_scales import scaled_sites
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
-from pyro_recursive.evaluation.importance import check_count
 from pyro_recursive.program import Program
 from pyro_recursive.sites import subsample_sites
 from pyro_recursive.structure import structure_of
@@ -57,7 +58,7 @@ def predictive_draws(
     >>> new.shape, round(new.mean().item(), 1)
     (torch.Size([5000, 3]), 5.0)
     """
-    check_count("chunk_size", chunk_size, optional=True)
+    check_at_least(1, chunk_size=chunk_size)
     program = Program(drawing_data(model), model, args, kwargs)
     run = {"vectorize": vectorize_particles, "chunk_size": chunk_size}
     with torch.no_grad():
@@ -76,7 +77,8 @@ def log_likelihoods(
     """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
 
     ``found["x"]`` is ``[S, *plates]``, for every observed site and every factor, without any scale;
-    masked entries are nan.
+    masked entries are nan. ``found.scaled`` names the model's sites, latent ones too, that have a
+    scale of the user's own (`poutine.scale`): their posterior is a tempered one.
 
     :raises ValueError: the draws are those of other data; a latent is missing in them
 
@@ -94,12 +96,19 @@ def log_likelihoods(
     >>> bool(torch.allclose(found, dist.Normal(draws["z"][:, None], 1.0).log_prob(x)))
     True
     """
-    check_count("chunk_size", chunk_size, optional=True)
+    check_at_least(1, chunk_size=chunk_size)
     program = Program(model, model, args, kwargs)
     run = {"vectorize": vectorize_particles, "chunk_size": chunk_size}
+    scaled: dict[str, None] = {}
+
+    def collect(run: Run) -> dict[str, Drawn]:
+        _check_latents(run, draws)
+        scaled.update(dict.fromkeys(scaled_sites(run.outline)))
+        return log_likelihood_values(run)
+
     with torch.no_grad():
-        found = collected(program, draws, _checked(draws, log_likelihood_values), run)
-    return Draws(found, len(draws), minibatch=draws.minibatch)
+        found = collected(program, draws, collect, run)
+    return Draws(found, len(draws), minibatch=draws.minibatch, scaled=tuple(scaled))
 
 
 def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> Draws:
@@ -146,8 +155,7 @@ def prior_draws(
     >>> draws["x"].shape, round(draws["x"].std().item())
     (torch.Size([5000, 2]), 5)
     """
-    check_count("num_draws", num_draws)
-    check_count("chunk_size", chunk_size, optional=True)
+    check_at_least(1, num_draws=num_draws, chunk_size=chunk_size)
     drawing = drawing_data(model)
     if vectorize_particles and num_draws > 1:
         _check_mixing(model, poutine.block(drawing, hide_fn=_is_data), args, kwargs)
@@ -174,21 +182,14 @@ def _check_mixing(model: Callable, prior: Callable, args: tuple, kwargs: dict[st
         )
 
 
-def _checked(
-    draws: Draws, collect: Callable[[Run], dict[str, Drawn]]
-) -> Callable[[Run], dict[str, Drawn]]:
+def _check_latents(run: Run, draws: Draws) -> None:
     """Refuse a model with latents that the draws have not: it would draw them from the prior."""
-
-    def checked(run: Run) -> dict[str, Drawn]:
-        missing = latent_values(run).keys() - draws.sites.keys()
-        if missing:
-            raise ValueError(
-                f"There are no draws of the latent sites {sorted(missing)}, but of "
-                f"{[*draws.sites]}: the log-likelihood needs all of them."
-            )
-        return collect(run)
-
-    return checked
+    missing = latent_values(run).keys() - draws.sites.keys()
+    if missing:
+        raise ValueError(
+            f"There are no draws of the latent sites {sorted(missing)}, but of "
+            f"{[*draws.sites]}: the log-likelihood needs all of them."
+        )
 
 
 def _all_values(run: Run) -> dict[str, Drawn]:

@@ -8,6 +8,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_recursive.counts import check_at_least
 from pyro_recursive.elbo import MultiSampleELBO
 from pyro_recursive.evaluation.gradients.seen_parameters import (
     Groups,
@@ -20,7 +21,6 @@ from pyro_recursive.evaluation.gradients.signal_to_noise import (
     SignalToNoise,
     log_slope,
 )
-from pyro_recursive.exchange import check_at_least
 from pyro_recursive.guides.given import Unnoticed
 from pyro_recursive.program import Program
 from pyro_recursive.random_state import set_torch_state, torch_state
