@@ -22,7 +22,13 @@ from pyro_recursive import bounds
 from pyro_recursive.bounds import Bound
 from pyro_recursive.counts import check_at_least
 from pyro_recursive.estimators import ESTIMATORS, Estimator
-from pyro_recursive.layout import check_subsampling, layout_of, local_sites, warn_if_joint
+from pyro_recursive.layout import (
+    check_subsampling,
+    layout_of,
+    local_sites,
+    warn_if_joint,
+    warn_if_nothing_local,
+)
 from pyro_recursive.learned_beta import LearnedBeta, check_replicates, optimal_beta
 from pyro_recursive.log_weights import Densities, densities
 from pyro_recursive.program import Program
@@ -34,6 +40,7 @@ from pyro_recursive.traces import Draw, draw
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "MultiSampleELBO"]
 
 GLOBAL_LATENTS = ("joint", "elbo")
+DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
 
 
 class MultiSampleELBO(ELBO):
@@ -106,6 +113,18 @@ class MultiSampleELBO(ELBO):
         """The bound of this call."""
         return self._bound
 
+    def __repr__(self) -> str:
+        """Return the loss with its options, those that are no default of all losses."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})"
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options by the names that the loss takes them under."""
+        options = {"num_estimates": self.num_estimates, "num_particles": self.num_particles}
+        options |= {"estimator": self.estimator.name}
+        found = {name: getattr(self, name) for name in DEFAULTS}
+        return options | {name: v for name, v in found.items() if v != DEFAULTS[name]}
+
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return minus the bound, summed over the data, in nats."""
         with torch.no_grad():
@@ -142,7 +161,7 @@ class MultiSampleELBO(ELBO):
     ) -> "Evaluation":
         """Draw M * K samples, ``shape`` where it is given, and gather their log-densities."""
         shape = shape or (self.num_estimates, self.num_particles)
-        local = None
+        structure, local = None, None
         if self.global_latents == "elbo":
             structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
@@ -154,7 +173,7 @@ class MultiSampleELBO(ELBO):
             vectorize=self.vectorize_particles,
             **options,
         )
-        if local is not None and not fresh:
+        if structure is not None and not fresh:
             now = structure_in(runs[0].model, runs[0].guide)
             if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
                 # Sites depend on the arguments: look at this call's.
@@ -165,6 +184,8 @@ class MultiSampleELBO(ELBO):
         if not self.bound.is_linear(*shape):
             check_subsampling(runs, layout)
             warn_if_joint(runs, layout)
+            if structure is not None:
+                warn_if_nothing_local(structure, *shape)
         shared = None
         if local is not None:
             outside = _names(runs[0]) - local
@@ -315,6 +336,10 @@ class CIWAE_ELBO(MultiSampleELBO):
         if self._learned is None:
             return torch.as_tensor(self._beta)
         return self._learned().detach()
+
+    def _options(self) -> dict[str, Any]:
+        learned = {} if self._learned is None else {"learn_beta": True}
+        return {**super()._options(), "beta": round(self.beta.item(), 4), **learned}
 
     @property
     def bound(self) -> Bound:

@@ -53,6 +53,10 @@ class MAPA_ELBO(TraceEnum_ELBO):
 
     max_plate_nesting: float
 
+    def __repr__(self) -> str:
+        """Return the loss with its number of particles."""
+        return f"{type(self).__name__}(num_particles={self.num_particles})"
+
     def loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return minus the bound, without a graph: no step of training."""
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_recursive.bounded import bounded, freed
 from pyro_recursive.encoded import EncodedMixture, encoded
 from pyro_recursive.guides.families import Family, family_of
+from pyro_recursive.modules import check_instance
 
 __all__ = ["ExemplarPrior", "VampPrior"]
 
@@ -54,7 +55,7 @@ class VampPrior(nn.Module):
             `pyro_recursive.guides.families.Family` such as ``LowRank(2)``.
 
     Raises:
-        TypeError: the pseudo-inputs are not floating-point numbers.
+        TypeError: the pseudo-inputs are not floating-point numbers; the encoder is a class.
         ValueError: there are fewer than one or than K pseudo-inputs, or some are out of bounds;
             the encoder's output has the wrong shape or size; a value is not of length D.
 
@@ -97,6 +98,7 @@ class VampPrior(nn.Module):
         family: str | Family = "diagonal",
     ) -> None:
         super().__init__()
+        check_instance("encoder", encoder)
         if not pseudo_inputs.is_floating_point():
             raise TypeError(
                 f"pseudo_inputs are learned, so that they must be floating-point numbers; got "
@@ -155,7 +157,7 @@ class ExemplarPrior(nn.Module):
 
     Raises:
         IndexError: ``leave_out`` has an index out of range.
-        TypeError: ``leave_out`` has no integers.
+        TypeError: ``leave_out`` has no integers; the encoder is a class.
         ValueError: there are fewer than one or than ``num_exemplars`` exemplars, or only one and it
             may be left out; the encoder's output has the wrong shape or size.
 
@@ -197,6 +199,7 @@ class ExemplarPrior(nn.Module):
         family: str | Family = "diagonal",
     ) -> None:
         super().__init__()
+        check_instance("encoder", encoder)
         _check_count(exemplars, num_exemplars, "exemplars", "num_exemplars")
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, got {init_scale}")

@@ -37,7 +37,8 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     Each training step serves the stage that the guide's schedule is in. The component in question
     climbs ``E_q[log p(x, z) - log R(z)]``, with R that of its objective; the other components are
     held. The model climbs the ELBO of the mixture, with all components in strata. `loss` is that
-    ELBO in any case.
+    ELBO in any case. The guide grows by these steps alone: under another loss, or after fewer than
+    its `num_steps`, it has the components that it has (`members`).
 
     Arguments:
         num_particles: S, the draws of each component; 4 or more for a clamped objective.
@@ -101,6 +102,10 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
             raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
         self.update, self.weights, self.holdout = update, weights, holdout
 
+    def _options(self) -> dict[str, Any]:
+        own = ("objective", "proposal", "update", "weights")
+        return super()._options() | {name: getattr(self, name) for name in own}
+
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -121,7 +126,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         mixture.prepare(*args, **kwargs)
         if self.weights != "gradient":
             mixture.weights.check_vector()
-        if mixture.stage.kind == "refine" and mixture.steps_left == 1:
+        if mixture.stage.kind == "refine" and mixture.stage_steps_left == 1:
             # The test is a step of its own: what it changes must not be moved once more.
             value = self.loss(model, guide, *args, **kwargs)
             self._end_trial(program, mixture)

@@ -137,6 +137,11 @@ class Stratified_ELBO(MISELBO):
     def __init__(self, num_particles: int = 1, **options: Any) -> None:
         super().__init__(1, num_estimates=num_particles, **options)
 
+    def _options(self) -> dict[str, Any]:
+        options = super()._options() | {"num_particles": self.num_estimates}
+        del options["num_estimates"]
+        return options
+
 
 class SIWAE_ELBO(MISELBO):
     """The stratified importance-weighted bound, ``log sum_m w_m mean_t p(x, z_mt) / Q(z_mt)``.

@@ -100,8 +100,9 @@ def draw(
     nesting = structure_of(program, fresh=True).max_plate_nesting
     if nesting <= assumed:
         problem.add_note(
-            f"All {particles.total} samples run in one pass, under one more plate on the left. If "
-            "this model or guide cannot do that, use vectorize_particles=False."
+            f"All {particles.total} samples run in one pass, under one more plate on the left: "
+            "count dims from the right, as in b[..., group] for b[group] and (x * z).sum(-1) for "
+            "x @ z. If this model or guide cannot do that, use vectorize_particles=False."
         )
         raise problem
     particles = Particles(num_estimates, num_particles, dim=-nesting - 1)

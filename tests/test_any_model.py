@@ -663,7 +663,11 @@ def test_global_elbo_without_local_latents(estimator: str) -> None:
     row = next(row for row in ROWS if row.name == "exact_global")
     programs, args = made(row)
     loss = MIWAE_ELBO(M, K, estimator=estimator, global_latents="elbo")
-    value = loss.differentiable_loss(*programs, *args)
+    with pytest.warns(
+        UserWarning, match=f"No latent site is inside plate 'data'.*{K} samples.*{M} "
+    ):
+        value = loss.differentiable_loss(*programs, *args)
+    MIWAE_ELBO(M * K, 1, global_latents="elbo").loss(*programs, *args)  # as many, and no warning
     assert value.item() == pytest.approx(-row.evidence().item())  # type: ignore[misc]
     if estimator == "dreg":
         torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)

@@ -29,6 +29,7 @@ from pyro_recursive import (
     Schedule,
     Stratified_ELBO,
 )
+from pyro_recursive.guides import other_losses
 from pyro_recursive.program import Program
 from pyro_recursive.proposals import propose
 from pyro_recursive.recursion import Clamped, Gain, Skew, stick_breaking
@@ -329,6 +330,70 @@ def test_stages_and_members() -> None:
     assert guide.stage == ("joint", None, 0) and guide.members == (0, 1, 2)
 
 
+def test_steps_left() -> None:
+    """Those of the schedule, counted down, less those that a dropped component had before it."""
+    schedule = Schedule(first=2, propose=1, refine=3, cycles=2, cycle=5, joint=4, patience=0)
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    for taken in range(guide.num_steps):
+        assert guide.steps_left == guide.num_steps - taken
+        assert guide.is_growing == (taken < 2 + 2 * (1 + 3))
+        guide.count_step()
+    guide.count_step()
+    assert guide.steps_left == guide.stage_steps_left == 0
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    for _ in range(2 + 1):
+        guide.count_step()
+    guide.drop(retry=False)
+    for taken in range(2 * 5 + 4):
+        assert (guide.steps_left, guide.is_growing) == (2 * 5 + 4 - taken, False)
+        guide.count_step()
+    assert guide.steps_left == 0 and guide.stage.kind == "joint"
+
+
+def test_it_says_how_far_it_has_grown() -> None:
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=Schedule(first=4, propose=2, refine=3))
+    for _ in range(4 + 2 + 1):
+        guide.count_step()
+    assert "members=(0, 1) of 3, stage='refine', steps_left=7" in repr(guide)
+
+
+MUCH = Schedule(first=60, propose=60, refine=60, draws=100)
+LITTLE = Schedule(first=10, propose=10, refine=10, draws=100)
+
+
+@pytest.mark.parametrize("other", [Trace_ELBO(), Stratified_ELBO(1)])
+def test_another_loss_does_not_grow_it_and_once_it_says_so(
+    other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_losses, "MANY", 20)
+    guide = RecursiveMixtureGuide(bimodal, 2, schedule=MUCH)
+    svi = SVI(bimodal, guide, pyro.optim.Adam({"lr": 0.01}), other)
+    for _ in range(20):
+        svi.step()
+        svi.evaluate_loss()  # not a gradient
+    with pytest.warns(UserWarning, match="with 1 of 2 components and 180 steps.*does not grow"):
+        svi.step()
+    for _ in range(25):
+        svi.step()
+    assert guide.members == (0,) and guide.steps_left == guide.num_steps == 180
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+def test_its_own_loss_and_evaluation_are_no_other_loss(
+    update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings are errors here."""
+    monkeypatch.setattr(other_losses, "MANY", 3)
+    guide = RecursiveMixtureGuide(bimodal, 2, schedule=LITTLE)
+    loss = RecursiveMixture_ELBO(1, update=update)
+    svi = SVI(bimodal, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    for _ in range(24):
+        svi.step()
+        guide()
+    Trace_ELBO().loss_and_grads(bimodal, guide)
+    assert guide.is_growing
+
+
 def test_the_guide_is_a_mixture_of_its_members() -> None:
     """A component on trial starts from the share epsilon; one being proposed has none."""
     guide = RecursiveMixtureGuide(bimodal, 3, epsilon=0.2)
@@ -476,7 +541,7 @@ def test_the_step_of_the_acceptance_test_moves_nothing() -> None:
     guide = RecursiveMixtureGuide(bimodal, 2, schedule=Schedule(first=2, propose=2, refine=3))
     loss = RecursiveMixture_ELBO(2)
     train(guide, loss, 6)
-    assert guide.stage.kind == "refine" and guide.steps_left == 1
+    assert guide.stage.kind == "refine" and guide.stage_steps_left == 1
     for parameter in guide.parameters():
         parameter.grad = None
     value = loss.differentiable_loss(bimodal, guide)
@@ -524,7 +589,7 @@ def grown(encoders: bool, update: str, weights: str | None = None) -> set[Any]:
     wrong: set[Any] = set()
     svi.step(x)
     for _ in range(guide.num_steps - 1):
-        stage, number, test = guide.stage, guide.steps_taken, guide.steps_left == 1
+        stage, number, test = guide.stage, guide.steps_taken, guide.stage_steps_left == 1
         before = snapshot()
         svi.step(x)
         moved = {name for name, value in snapshot().items() if not torch.equal(value, before[name])}
@@ -771,7 +836,7 @@ def test_flows_grow_too() -> None:
     guide.prepare()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(4))
     for _ in range(8):
-        stage, test = guide.stage, guide.stage.kind == "refine" and guide.steps_left == 1
+        stage, test = guide.stage, guide.stage.kind == "refine" and guide.stage_steps_left == 1
         before = [copy.deepcopy(flow.state_dict()) for flow in flows]
         svi.step()
         moved = [

@@ -32,6 +32,7 @@ from pyro_recursive import (
     PIWAE_ELBO,
     SIWAE_ELBO,
     AmortizedGuide,
+    ExemplarPrior,
     FlowGuide,
     MAPAGuide,
     MixtureGuide,
@@ -40,17 +41,20 @@ from pyro_recursive import (
     Schedule,
     SemiAmortizedGuide,
     Stratified_ELBO,
+    VampPrior,
     fit,
     gaps,
     log_marginal,
 )
 from pyro_recursive.datasets import folders, load
+from pyro_recursive.empirical import EncodedCodes, PseudoInputCodes
 from pyro_recursive.empirical.tables.kernels import Gaussian
 from pyro_recursive.empirical.tables.nearest import nearest
 from pyro_recursive.empirical.tables.table import Table
 from pyro_recursive.empirical.tables.table_files import TableError
 from pyro_recursive.evaluation.plots import plot_pareto_k
 from pyro_recursive.evaluation.search import Search
+from pyro_recursive.guides.updates import LearnedUpdate
 from pyro_recursive.training import Aggressive, CheckpointError, NonFiniteError
 from tests.test_training import same
 
@@ -540,6 +544,94 @@ def test_a_scalar_in_a_plate_is_found_without_validation() -> None:
     """Sizes are compared in any case; they cost nothing."""
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="Plate 'data' has 3 of 4"):
         IWAE_ELBO(3).loss(indexed, guide_of(3), numbers())
+
+
+# --- Networks: what is no instance of a module would be left out, or called as a constructor
+
+
+def function(x: Tensor) -> Tensor:
+    return x
+
+
+MODULE = "{} must be a torch module, got {}"
+NETWORKS: dict[str, Callable[[Any], Any]] = {
+    "encoder": lambda e: AmortizedGuide(local, e),
+    "encoder of a flow": lambda e: FlowGuide(local, encoder=e),
+    "trunk": lambda e: MixtureGuide(local, 2, trunk=e),
+    "weights": lambda e: MixtureGuide(local, 2, weights=e),
+    "weights, recursive": lambda e: RecursiveMixtureGuide(local, 2, weights=e),
+    "features": lambda e: LearnedUpdate(features=e),
+    "network": lambda e: LearnedUpdate(network=e),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_a_module(name: str) -> None:
+    argument, make = name.split(" ")[0].rstrip(","), NETWORKS[name]
+    make(None)
+    make(nn.Linear(1, 2))
+    with pytest.raises(TypeError, match=MODULE.format(argument, r"the class Linear: .*Linear\(")):
+        make(nn.Linear)
+    for other, got in ((function, "the function function: .*forward"), (partial(function), "a pa")):
+        with pytest.raises(TypeError, match=MODULE.format(argument, got)):
+            make(other)
+    with pytest.raises((TypeError, ValueError), match=f"{argument} must be .*got"):
+        make(3)
+
+
+CALLABLES: dict[str, Callable[[Any], Any]] = {
+    "codes": lambda e: MAPAGuide(local, e, features()),
+    "kernel": lambda e: MAPAGuide(local, function, features(), kernel=e),
+    "rest": lambda e: MAPAGuide(local, function, features(), rest=e),
+    "encoder of a VampPrior": lambda e: VampPrior(e, features()),
+    "encoder of an ExemplarPrior": lambda e: ExemplarPrior(e, features()),
+    "encoder of codes": lambda e: EncodedCodes(e, features()),
+    "encoder of pseudo-inputs": lambda e: PseudoInputCodes(e, features()),
+    "component": lambda e: MixtureGuide(local, [e, e]),
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_a_class_is_no_function(name: str) -> None:
+    """A function is, where it is called; a class would be called, and make an instance."""
+    make = CALLABLES[name]
+    make(function)
+    with pytest.raises(
+        TypeError, match="(?i)(a )?" + name.split(" ")[0] + ".*got the class Linear"
+    ):
+        make(nn.Linear)
+
+
+def test_an_update_is_an_instance_of_its_class() -> None:
+    for update, got in ((LearnedUpdate, "the class LearnedUpdate"), (function, "a function")):
+        with pytest.raises(TypeError, match=f"update must be .*got {got}"):
+            SemiAmortizedGuide(local, encoded(local), update=update)  # type: ignore[arg-type]
+
+
+def test_a_vectorised_pass_says_how_to_index() -> None:
+    """The remedy of the message works, and gives what runs one by one give."""
+    group, x = torch.tensor([0, 8, 3, 8]), numbers()
+
+    def program(index: Callable[[Tensor], Tensor]) -> Callable:
+        def model(x: Tensor) -> None:
+            with pyro.plate("groups", 9, dim=-1):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("x", dist.Normal(index(b), 1.0), obs=x)
+
+        return model
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("groups", 9, dim=-1):
+            pyro.sample("b", dist.Delta(torch.linspace(-1, 1, 9)))
+
+    left, right = program(lambda b: b[group]), program(lambda b: b[..., group])
+    one_by_one = IWAE_ELBO(8, vectorize_particles=False).loss(left, guide, x)
+    assert IWAE_ELBO(8).loss(right, guide, x) == pytest.approx(one_by_one)
+    with pytest.raises(IndexError, match="index 8 is out of bounds") as caught:
+        IWAE_ELBO(8).loss(left, guide, x)
+    (note,) = caught.value.__notes__
+    assert note.startswith("All 8 samples run in one pass") and "b[..., group] for b[group]" in note
 
 
 # --- Numbers of samples, steps, rows

@@ -7,6 +7,7 @@ same next training step: its loss, and a gradient for every parameter.
 import copy
 import gc
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from pyro_recursive import (
     MixtureGuide,
     MultiSampleELBO,
     RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
     SemiAmortizedGuide,
     Stratified_ELBO,
     VampPrior,
@@ -543,6 +545,7 @@ def test_devices(name: str, tmp_path: Path) -> None:
 # --- Resumed by fit
 
 
+@pytest.mark.filterwarnings("ignore:The training of RecursiveMixtureGuide has ended")
 @each(KIND, "refined_table")
 def test_fit_resumes(name: str, tmp_path: Path) -> None:
     """Three epochs in two runs end where three in one run do, bit for bit."""
@@ -559,6 +562,25 @@ def test_fit_resumes(name: str, tmp_path: Path) -> None:
     expected = run(tmp_path / "whole.pt", 3)
     run(tmp_path / "parts.pt", 1)
     same(run(tmp_path / "parts.pt", 3, resume=True), expected)
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+@pytest.mark.parametrize("kind", [MixtureGuide, RecursiveMixtureGuide])
+def test_a_state_of_more_components(kind: type[MixtureGuide], is_prepared: bool) -> None:
+    """Both numbers are said, also where the guide is inside of another module."""
+    model = program("mixture_encoders").model
+
+    def made(count: int) -> nn.Module:
+        guide = kind(model, count)
+        if is_prepared:
+            guide.prepare(data())
+            pyro.clear_param_store()
+        return nn.ModuleDict({"their": guide})
+
+    made(3).load_state_dict(made(3).state_dict())
+    for saved, built in ((3, 2), (2, 3)):
+        with pytest.raises(RuntimeError, match=f"{saved} components, and this {kind.__name__} has"):
+            made(built).load_state_dict(made(saved).state_dict())
 
 
 # --- Losses
@@ -608,6 +630,26 @@ def test_losses(name: str) -> None:
     for how in HOW.values():
         one.load(state)
         same(step_of(how(loss), one), expected)
+
+
+REPRS = {
+    "IWAE_ELBO": "num_estimates=1, num_particles=4, estimator='dreg'",
+    "MIWAE_ELBO": "num_estimates=2, num_particles=2, estimator='pathwise'",
+    "CIWAE_ELBO, learned": "num_particles=4, .*beta=0.5, learn_beta=True",
+    "Stratified_ELBO": r"\(num_particles=2, estimator='pathwise'",
+    "RecursiveMixture_ELBO": r"\(num_particles=2, .*objective=Exact.*update='alternating'",
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_says_its_options(name: str) -> None:
+    shown = repr(LOSSES[name]())
+    assert re.fullmatch(rf"{name.split(',')[0]}\(.*num_particles=\d.*\)", shown)
+    assert re.search(REPRS.get(name, ""), shown)
+    assert "vectorize" not in shown and "global_latents" not in shown
+    if name == "IWAE_ELBO":
+        shown = repr(IWAE_ELBO(4, vectorize_particles=False, global_latents="elbo"))
+        assert shown.endswith("vectorize_particles=False, global_latents='elbo')")
 
 
 def test_a_learned_beta(tmp_path: Path) -> None:

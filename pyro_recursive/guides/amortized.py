@@ -13,6 +13,7 @@ from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.rows import GaussianRows, RowFamily
 from pyro_recursive.guides.tables import rows_of
+from pyro_recursive.modules import check_module
 
 __all__ = ["AmortizedGuide"]
 
@@ -41,6 +42,7 @@ class AmortizedGuide(PackedGuide):
 
     Raises:
         NotImplementedError: a latent site is discrete.
+        TypeError: the encoder is a function or a class, and no module.
         ValueError: the encoder's output has the wrong size; no latent is in the plate.
 
     >>> import pyro, pyro.distributions as dist
@@ -70,6 +72,7 @@ class AmortizedGuide(PackedGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        check_module("encoder", encoder)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.family = family_of(family)
         self.encoder: Any = encoder

@@ -15,6 +15,7 @@ from pyro_recursive.guides.local_flow import LocalFlowRows
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.rows import START, RowFamily
 from pyro_recursive.guides.zuko_flow import AffineFlow, ZukoDistribution
+from pyro_recursive.modules import check_module
 
 __all__ = ["FlowGuide"]
 
@@ -61,7 +62,7 @@ class FlowGuide(PackedGuide):
         ImportError: zuko is not installed.
         NotImplementedError: a latent site is discrete; the flow is one of zuko's whose inverse is
             inexact (GF, CNF).
-        TypeError: a function did not return a zuko flow.
+        TypeError: a function did not return a zuko flow; the encoder is no module.
         ValueError: no flow has this name; ``plate`` without an encoder; the encoder's output is
             not one context a row; no latent is in the plate.
 
@@ -99,6 +100,7 @@ class FlowGuide(PackedGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        check_module("encoder", encoder)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         check_flow(flow)
         if plate is not None and encoder is None:

@@ -35,6 +35,7 @@ from pyro_recursive.guides.joint import emit, inside, outer_shape
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.neighbour_rows import NeighbourRows
 from pyro_recursive.guides.packed import Call, PackedGuide
+from pyro_recursive.modules import check_instance
 from pyro_recursive.random_state import set_torch_state, torch_state
 from pyro_recursive.sites import check_finite, nesting_of, plates_of, sites, subsample_sites
 from pyro_recursive.strata import Choice
@@ -120,6 +121,7 @@ class MAPAGuide(PackedGuide):
     Raises:
         NotImplementedError: the site is discrete, or not in exactly one vectorised plate; a density
             is asked of points.
+        TypeError: ``codes``, ``kernel`` or ``rest`` is a class.
         ValueError: it is not clear which site is meant; codes have another length than the site;
             an argument is out of range; the table and the codes differ in number.
 
@@ -179,6 +181,8 @@ class MAPAGuide(PackedGuide):
             raise ValueError(f"neighbours must be an integer >= 1, got {neighbours!r}")
         if not is_count(warm_up) or warm_up < 0:
             raise ValueError(f"warm_up must be an integer >= 0, got {warm_up!r}")
+        for what, value in (("codes", codes), ("kernel", kernel), ("rest", rest)):
+            check_instance(what, value)
         if kernel is not None and (table is not None or data is None):
             raise ValueError("kernel= makes the table from data: give data, and no table=")
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)

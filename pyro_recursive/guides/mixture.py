@@ -22,7 +22,9 @@ from pyro_recursive.guides.mixtures import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packed import Call, PackedGuide, first_argument
 from pyro_recursive.guides.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.rows import MixtureRows, RowFamily
+from pyro_recursive.guides.saving import check_components
 from pyro_recursive.guides.weights import Weights
+from pyro_recursive.modules import check_instance, check_module
 from pyro_recursive.sites import PARTICLE_PLATE
 from pyro_recursive.strata import Choice, Strata, current_strata
 
@@ -59,6 +61,7 @@ class MixtureGuide(PackedGuide):
 
     Raises:
         NotImplementedError: a latent site is discrete; a component has no density at given values.
+        TypeError: ``trunk`` or ``weights`` is a function or a class; a component is a class.
         ValueError: a component does not sample all latent sites, or packs them otherwise.
 
     Sources: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
@@ -93,6 +96,7 @@ class MixtureGuide(PackedGuide):
         name: str | None = None,
     ) -> None:
         _check(components)
+        check_module("trunk", trunk)
         if isinstance(components, int):
             components = [AmortizedGuide(model, family=family) for _ in range(components)]
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
@@ -112,6 +116,7 @@ class MixtureGuide(PackedGuide):
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
         self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
+        self.register_load_state_dict_pre_hook(check_components)
 
     @property
     def one_by_one(self) -> bool:
@@ -325,6 +330,7 @@ def _check(components: Any) -> None:
 
 def _check_guides(components: Sequence[Callable]) -> None:
     for component in components:
+        check_instance("A component of a mixture", component, "guide")
         if isinstance(component, PackedGuide) and not component.can_be_component:
             raise ValueError(
                 f"{type(component).__name__} cannot be a component of a mixture: its encoder "

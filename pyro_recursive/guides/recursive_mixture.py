@@ -11,12 +11,15 @@ from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.families import Family
 from pyro_recursive.guides.latents import Latents, Values
 from pyro_recursive.guides.mixture import MixtureGuide
+from pyro_recursive.guides.other_losses import OtherLosses
 from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.schedules import Schedule, Stage
 from pyro_recursive.recursion import Trial, stick_breaking
 from pyro_recursive.strata import current_strata
 
 __all__ = ["RecursiveMixtureGuide"]
+
+GROWTH = ("first", "propose", "refine")  # the stages in which components are added
 
 
 class RecursiveMixtureGuide(MixtureGuide):
@@ -28,7 +31,9 @@ class RecursiveMixtureGuide(MixtureGuide):
     (`stage`), and what the acceptance tests of this run found (`trials`);
     `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
     `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
-    members; at test time all encoders run side by side.
+    members, and does not grow (training a growing guide with one warns): it takes `num_steps` of
+    `RecursiveMixture_ELBO`, of which `steps_left` remain. At test time all encoders run side by
+    side.
 
     Arguments:
         model: a Pyro model with continuous latents.
@@ -107,6 +112,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
+        self._other_losses = OtherLosses()
         self._read: tuple[int, int] | None = None
 
     @property
@@ -147,9 +153,23 @@ class RecursiveMixtureGuide(MixtureGuide):
         return tuple(m for m, inside in enumerate(self._state()[3:]) if inside)
 
     @property
+    def is_growing(self) -> bool:
+        """Whether components may still be added."""
+        return self.stage.kind in GROWTH
+
+    @property
+    def stage_steps_left(self) -> int:
+        """The training steps left in this stage; 0 after the last one."""
+        return max(self.stage.steps - self.steps_taken, 0)
+
+    @property
     def steps_left(self) -> int:
-        """The training steps left in this stage."""
-        return self.stage.steps - self.steps_taken
+        """The training steps left in the schedule, if no component is dropped from here on."""
+        place, members = self._state()[0], self.members
+        later = self.stages[place + 1 :]
+        if not self.is_growing:  # a component that was dropped is not refitted
+            later = tuple(s for s in later if s.component is None or s.component in members)
+        return self.stage_steps_left + sum(stage.steps for stage in later)
 
     @property
     def starts_component(self) -> bool:
@@ -186,7 +206,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             first = next(i for i, s in enumerate(self.stages) if s.component == stage.component)
             self._enter(state, first, failures)
             return
-        grown = [i for i, s in enumerate(self.stages) if s.kind in ("first", "propose", "refine")]
+        grown = [i for i, s in enumerate(self.stages) if s.kind in GROWTH]
         self._enter(state, grown[-1] + 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
@@ -196,7 +216,16 @@ class RecursiveMixtureGuide(MixtureGuide):
         for m in set(range(len(self.components))) - set(self.members):
             for name, _ in self.components[m].named_parameters():
                 getattr(self.components[m], name.split(".")[0].removesuffix("_unconstrained"))
+        if self.training and self.is_growing:
+            self._other_losses.watch(self, found)
         return found
+
+    def extra_repr(self) -> str:
+        """Say how far it has grown."""
+        return (
+            f"members={self.members} of {len(self.components)}, stage='{self.stage.kind}', "
+            f"steps_left={self.steps_left}"
+        )
 
     def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
         """Return the logarithms of the members' weights in a group, ``[*batch, J]``.
@@ -272,6 +301,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         return list(self._seen)
 
     def _write(self, state: list[int]) -> None:
+        self._other_losses.count = 0
         self.progress.copy_(torch.tensor(state), non_blocking=True)
         self._seen, self._read = list(state), (id(self.progress), self.progress._version)
 

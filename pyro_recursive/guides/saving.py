@@ -5,7 +5,7 @@ from typing import Any
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
-__all__ = ["check_copyable", "check_prepared", "note_loaded"]
+__all__ = ["check_components", "check_copyable", "check_prepared", "note_loaded"]
 
 
 def check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -22,6 +22,23 @@ def check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -
             f"This {type(guide).__name__} has not seen its model yet, and has no '{new[0]}' "
             "before: call guide.prepare(*args), with the model's arguments, and then "
             "load_state_dict()."
+        )
+
+
+def check_components(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Raise RuntimeError where a state is of a mixture with another number of components.
+
+    A hook of torch's, as above. The weights' start has as many logits as there are components, but
+    for a mixture that grows, which has its progress beside it: there the first one has none.
+    """
+    start, growth = f"{prefix}weights.initial", f"{prefix}progress"
+    if start not in state:
+        return
+    theirs, own = len(state[start]) + (growth in state), len(guide.components)
+    if theirs != own:
+        raise RuntimeError(
+            f"The state is of a mixture with {theirs} components, and this "
+            f"{type(guide).__name__} has {own}: build it as the one that was saved was built."
         )
 
 

@@ -20,6 +20,7 @@ from pyro_recursive.guides.packed import Call, PackedGuide
 from pyro_recursive.guides.refinement import Path, divergence, refine
 from pyro_recursive.guides.rows import RowFamily
 from pyro_recursive.guides.updates import GradientUpdate, Update
+from pyro_recursive.modules import check_instance
 from pyro_recursive.reruns import is_look, kept
 from pyro_recursive.warmup import latent_weight
 
@@ -99,7 +100,7 @@ class SemiAmortizedGuide(PackedGuide):
     Raises:
         NotImplementedError: the model has latents that the guide does not know; a guide of your own
             does not say what numbers its rows have.
-        TypeError: ``guide`` is no guide of this package.
+        TypeError: ``guide`` is no guide of this package; ``update`` is no `Update`.
         ValueError: an argument is out of range; no latent is in the data's plate.
 
     Cost of a training step, in those of an ordinary one: at most T + 1 in first order, for T > 0
@@ -150,6 +151,7 @@ class SemiAmortizedGuide(PackedGuide):
                 "guide must be one that finds numbers for each row: AmortizedGuide, FlowGuide or "
                 f"a MixtureGuide of those; got {type(guide).__name__}"
             )
+        _check_update(update)
         super().__init__(
             model,
             plate=guide.plate,
@@ -371,6 +373,15 @@ class _Refined(NamedTuple):
     numbers: Tensor
     also: Tensor | None
     gradients: list[Tensor]
+
+
+def _check_update(update: Any) -> None:
+    check_instance("update", update, "step of refinement")
+    if update is not None and not isinstance(update, Update):
+        raise TypeError(
+            "update must be an Update of pyro_recursive.guides.updates, such as GradientUpdate() "
+            f"or one of your own, got a {type(update).__name__}"
+        )
 
 
 def _direct(mode: str, direct: float | None, update: Update) -> float:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pyro_recursive.modules import check_module
+
 __all__ = ["FixedStart", "GradientUpdate", "LearnedUpdate", "Update"]
 
 
@@ -145,6 +147,7 @@ class LearnedUpdate(Update):
         network: a module of your own, ``[*rows, F + 2 P + number of blocks]`` to ``[*rows, 2 P]``.
 
     Raises:
+        TypeError: ``features`` or ``network`` is no module.
         ValueError: the inputs are no tensor of floating-point numbers, and ``features`` is missing.
 
     >>> update = LearnedUpdate(hidden=(8,))
@@ -162,6 +165,8 @@ class LearnedUpdate(Update):
         features: nn.Module | None = None,
         network: nn.Module | None = None,
     ) -> None:
+        check_module("features", features)
+        check_module("network", network)
         super().__init__()
         self.hidden = tuple(hidden)
         self.features: Any = features

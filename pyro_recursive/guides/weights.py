@@ -11,6 +11,7 @@ from pyro_recursive.guides.encoding import check_numbers, encoding
 from pyro_recursive.guides.latents import Latents
 from pyro_recursive.guides.packed import Call
 from pyro_recursive.guides.tables import rows_of
+from pyro_recursive.modules import check_module
 
 __all__ = ["Weights"]
 
@@ -33,7 +34,9 @@ class Weights(PyroModule):
         self, kind: nn.Module | str, initial: Tensor, learn: bool, separate: bool = False
     ) -> None:
         super().__init__()
-        if not (isinstance(kind, nn.Module) or kind in KINDS):
+        if callable(kind):
+            check_module("weights", kind)
+        elif kind not in KINDS:
             raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}")
         self.kind = "module" if isinstance(kind, nn.Module) else kind
         self.network: Any = kind if isinstance(kind, nn.Module) else None
