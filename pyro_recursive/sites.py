@@ -212,9 +212,12 @@ def check_latent(guide: poutine.Trace) -> None:
     for site in sites(guide):
         is_own = site["infer"].get("is_auxiliary") or isinstance(site["fn"], dist.Unit)
         if site["is_observed"] and not is_own:
+            remedy = "Drop its obs=: data are observed in the model."
+            if is_delta(site):
+                remedy = "If it is computed by poutine.reparam, put that around the model."
             raise ValueError(
                 f"Guide site '{site['name']}' is observed, and its density would stand in the "
-                "weights as if it had been sampled. Drop its obs=: data are observed in the model."
+                f"weights as if it had been sampled. {remedy}"
             )
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -788,3 +789,15 @@ def test_the_package_is_imported_without_any_extra() -> None:
     """Nor does it import ArviZ, which is slow."""
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_guide_under_reparam_is_told_where_that_belongs() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.tensor(0.5), 1.0))
+
+    moved = pyro.poutine.reparam(guide, config={"z": LocScaleReparam(0.0)})
+    with pytest.raises(ValueError, match=r"Guide site 'z' is observed.*poutine.reparam, put that"):
+        IWAE_ELBO(2).loss(model, moved)
