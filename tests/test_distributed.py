@@ -36,6 +36,7 @@ from pyro_recursive.evaluation.parallel import evaluate_in_parallel
 from pyro_recursive.processes import Processes
 from pyro_recursive.training import Aggressive, CheckpointError, fit
 from pyro_recursive.training.shares import Share, row_plates
+from tests.bitwise import same
 
 WORLD = 2
 PATIENCE = 60  # seconds that a process waits for the others before it fails
@@ -465,17 +466,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"found_{n}.pt", weights_only=False) for n in range(WORLD)]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Compare nested containers bit for bit."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 # --- Two processes

@@ -36,12 +36,15 @@ from pyro_recursive import (
     fit,
 )
 from pyro_recursive.training import checkpoint as checkpoints
+from tests.bitwise import same
 
 KILLS, ENOUGH = 50, 45
 ROWS = 12
 # What a child is about to do: to start or resume, to step, to validate, to write, to rename.
 MOMENTS = "stvwr"
 SECONDS = 60.0  # the longest a child may be silent
+
+ROOT = Path(__file__).parent.parent
 
 
 class Net(nn.Module):
@@ -227,23 +230,12 @@ def main(folder: Path) -> None:
     print(f"{hits.total()} kills in {number} runs: {dict(hits)}")
 
 
-def same(one: Any, other: Any) -> bool:
-    """Compare nested containers bit for bit."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.test_killed", str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kills = int(done.stdout.split()[0])
     assert kills >= ENOUGH, done.stdout

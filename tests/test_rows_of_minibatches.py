@@ -85,18 +85,20 @@ def test_encoders_of_all_rows_in_another_order_are_unclear() -> None:
     torch.testing.assert_close(guide(x, order[:5])["z"], x[order[:5]], atol=1e-5, rtol=0)
 
 
+def of_values(x: Tensor) -> pyro.plate:
+    return pyro.plate("data", 3, subsample=x)
+
+
+def counts(x: Tensor) -> None:
+    with of_values(x):
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
 def test_values_in_the_place_of_row_numbers_are_no_order() -> None:
     """``subsample=x`` is right for minibatches that are passed as such, also of whole numbers."""
 
-    def plate(x: Tensor) -> pyro.plate:
-        return pyro.plate("data", 3, subsample=x)
-
-    def counts(x: Tensor) -> None:
-        with plate(x):
-            rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
-    guide = AmortizedGuide(counts, plate="data", create_plates=plate)
+    guide = AmortizedGuide(counts, plate="data", create_plates=of_values)
     guide.prepare(torch.tensor([2, 0, 2]))
     guide.free_local.data[:, 0] = torch.tensor([0.0, 2.0, 4.0])
     guide.free_local.data[:, 1] = -30.0
@@ -105,18 +107,10 @@ def test_values_in_the_place_of_row_numbers_are_no_order() -> None:
 
 
 def test_encoders_of_whole_numbers() -> None:
-    def plate(x: Tensor) -> pyro.plate:
-        return pyro.plate("data", 3, subsample=x)
-
-    def counts(x: Tensor) -> None:
-        with plate(x):
-            rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
     class Rate(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x.double(), torch.full((len(x),), -30.0)], -1)
 
-    guide = AmortizedGuide(counts, Rate(), create_plates=plate)
+    guide = AmortizedGuide(counts, Rate(), create_plates=of_values)
     x = torch.tensor([2, 0, 1])
     torch.testing.assert_close(guide(x)["rate"].log(), x.double(), atol=1e-6, rtol=0)

@@ -42,6 +42,7 @@ from pyro_recursive.training import (
 )
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.non_finite import FirstNonFiniteSite
+from tests.bitwise import same
 
 ROWS = 12
 sgd = partial(torch.optim.SGD, lr=1e-3)
@@ -208,19 +209,6 @@ def run(program: Callable[[], dict[str, Any]], **changes: Any) -> History:
 def store() -> dict[str, Tensor]:
     params = pyro.get_param_store()
     return {name: params[name].unconstrained().detach().clone() for name in params}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Compare nested containers bit for bit, all but durations."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(
-            same(one[key], other[key]) for key in one if key != "seconds"
-        )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def outcome(history: History, path: Path) -> dict[str, Any]:
