@@ -330,6 +330,7 @@ def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
     assert same(run.state(), before)
 
 
+@pytest.mark.filterwarnings("ignore:The training of RecursiveMixtureGuide has ended")
 @every_kind
 @pytest.mark.parametrize("name", DATA)
 def test_a_bad_third_batch_ends_fit(name: str, kind: str) -> None:
