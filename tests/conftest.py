@@ -1,13 +1,11 @@
-"""What every test shares beyond doctests: float64, and one thread in each of several processes."""
+"""What every test shares beyond doctests: float64, and one thread, as tensors are small."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
