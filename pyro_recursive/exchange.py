@@ -34,7 +34,7 @@ from pyro_recursive.sites import (
 from pyro_recursive.structure import structure_of
 from pyro_recursive.traces import Particles
 
-__all__ = ["Draws", "Exchange", "alone", "check_at_least"]
+__all__ = ["Draws", "Exchange", "alone"]
 
 DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
 CHUNK_ROWS = 50_000  # the same where draws are exchanged: networks see the rows once in each pass
