@@ -25,9 +25,9 @@ from pyro_recursive import (
     Schedule,
     Stratified_ELBO,
 )
-from pyro_recursive.guides.flow import FlowGuide
-from pyro_recursive.priors import VampPrior
-from pyro_recursive.recursion import Clamped
+from pyro_recursive.bounds.mixture_objectives import Clamped
+from pyro_recursive.guides.flow.guide import FlowGuide
+from pyro_recursive.priors.vamp import VampPrior
 
 BASELINE = "VAE"
 DRAWS = 4

@@ -50,12 +50,12 @@ from benchmarks.report import hardware, write_json
 from benchmarks.vae import VAE, tanh_network
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide, log_marginal
 from pyro_recursive.datasets import load
-from pyro_recursive.empirical import EncodedCodes
-from pyro_recursive.empirical.candidates import Plan
-from pyro_recursive.empirical.recovery.recover import recover_prior
-from pyro_recursive.empirical.tables.table import Table
 from pyro_recursive.evaluation.evidence import Evidence
-from pyro_recursive.pairs import bernoulli_pairs
+from pyro_recursive.mapa import EncodedCodes
+from pyro_recursive.mapa.candidates import Plan
+from pyro_recursive.mapa.recover import recover_prior
+from pyro_recursive.mapa.table import Table
+from pyro_recursive.priors.pairwise import bernoulli_pairs
 
 NEIGHBOURS = 64  # that a row of the table keeps
 GRID_LATENTS = 2  # as many as can be integrated over on a grid

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide
 from pyro_recursive.datasets import Curve
-from pyro_recursive.empirical.candidates import Plan
-from pyro_recursive.empirical.recovery.recover import recover_prior
-from pyro_recursive.empirical.tables.table import Table
+from pyro_recursive.mapa.candidates import Plan
+from pyro_recursive.mapa.recover import recover_prior
+from pyro_recursive.mapa.table import Table
 
 BASELINE = "VAE"
 KDE = "KDE"

@@ -13,7 +13,7 @@ from benchmarks.mapa_report import values
 from benchmarks.report import color
 from pyro_recursive import MAPAGuide
 from pyro_recursive.datasets import Curve
-from pyro_recursive.empirical.tables.table import Rows
+from pyro_recursive.mapa.table import Rows
 
 CURVES_OF_COST = ("MAPA", "pooled", "IWAE")  # and a number of samples
 SHOWN = "MAPA 5"  # whose posteriors are drawn

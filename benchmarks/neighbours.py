@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.report import hardware, table, write_json
 from pyro_recursive.datasets import load
-from pyro_recursive.empirical.tables.kernels import Bernoulli, Gaussian
-from pyro_recursive.empirical.tables.nearest import nearest
+from pyro_recursive.mapa.kernels import Bernoulli, Gaussian
+from pyro_recursive.mapa.nearest import nearest
 
 OURS = "pyro_recursive exact"
 SCALE = 0.3  # of the Gaussian kernel: it does not change the order of neighbours

@@ -36,7 +36,6 @@ from benchmarks.report import hardware, write_json
 from benchmarks.sequence_vae import SequenceVAE
 from benchmarks.vae import VAE
 from pyro_recursive import IWAE_ELBO, fit, gaps, log_marginal
-from pyro_recursive.aggregate import active_units, rate_of
 from pyro_recursive.datasets import (
     dynamic_binarize,
     fixed_binarize,
@@ -44,6 +43,7 @@ from pyro_recursive.datasets import (
     lstm_sequences,
     sequence_evidence,
 )
+from pyro_recursive.evaluation.information import active_units, rate_of
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.training.non_finite import NonFiniteError
 

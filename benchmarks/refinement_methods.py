@@ -21,7 +21,12 @@ from pyro_recursive import (
     RecursiveMixtureGuide,
     SemiAmortizedGuide,
 )
-from pyro_recursive.guides.updates import FixedStart, GradientUpdate, LearnedUpdate, Update
+from pyro_recursive.guides.semi_amortized.updates import (
+    FixedStart,
+    GradientUpdate,
+    LearnedUpdate,
+    Update,
+)
 from pyro_recursive.training import Aggressive
 
 BASELINE = "VAE"

@@ -1,19 +1,30 @@
 """Tighter bounds and richer posteriors for any Pyro model, by swapping one loss or one guide."""
 
-from pyro_recursive.elbo import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO
+import sys
+
+from pyro_recursive import mapa
+from pyro_recursive.bounds import estimators, mixture_objectives
+from pyro_recursive.evaluation import information
 from pyro_recursive.evaluation.evidence import log_marginal
 from pyro_recursive.evaluation.gaps import gaps
+from pyro_recursive.guides import base, gaussian_families
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.flow import FlowGuide
-from pyro_recursive.guides.mapa import MAPAGuide
-from pyro_recursive.guides.mixture import MixtureGuide
-from pyro_recursive.guides.recursive_mixture import RecursiveMixtureGuide
-from pyro_recursive.guides.schedules import Schedule
-from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide
-from pyro_recursive.mapa_elbo import MAPA_ELBO
+from pyro_recursive.guides.mixture import MixtureGuide, RecursiveMixtureGuide, Schedule
+from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide, updates
+from pyro_recursive.losses.mixture import MISELBO, SIWAE_ELBO, Stratified_ELBO
+from pyro_recursive.losses.multi_sample import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    MultiSampleELBO,
+)
+from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO
+from pyro_recursive.mapa import candidates
+from pyro_recursive.mapa.guide import MAPAGuide
+from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.priors import ExemplarPrior, VampPrior
-from pyro_recursive.recursive_elbo import RecursiveMixture_ELBO
-from pyro_recursive.stratified import MISELBO, SIWAE_ELBO, Stratified_ELBO
 from pyro_recursive.training import fit
 
 __all__ = [
@@ -42,3 +53,18 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Former names of modules, kept importable.
+for _name, _module in {
+    "aggregate": information,
+    "empirical": mapa,
+    "empirical.candidates": candidates,
+    "estimators": estimators,
+    "guides.families": gaussian_families,
+    "guides.packed": base,
+    "guides.updates": updates,
+    "recursion": mixture_objectives,
+}.items():
+    _parent, _, _child = f"{__name__}.{_name}".rpartition(".")
+    sys.modules[f"{_parent}.{_child}"] = _module
+    setattr(sys.modules[_parent], _child, _module)

@@ -3,14 +3,6 @@
 ArviZ takes seconds to import: `pyro_recursive.evaluation.arviz` is imported by itself.
 """
 
-from pyro_recursive.aggregate import (
-    ActiveUnits,
-    Rate,
-    active_units,
-    mutual_information,
-    posterior_table,
-    rate_of,
-)
 from pyro_recursive.evaluation.calibration import Calibration, calibration, calibration_by_fits
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
 from pyro_recursive.evaluation.draws import (
@@ -30,6 +22,14 @@ from pyro_recursive.evaluation.gradients import (
     signal_to_noise,
 )
 from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
+from pyro_recursive.evaluation.information import (
+    ActiveUnits,
+    Rate,
+    active_units,
+    mutual_information,
+    posterior_table,
+    rate_of,
+)
 from pyro_recursive.evaluation.parallel import evaluate_in_parallel
 from pyro_recursive.evaluation.plots import (
     plot_ecdf_difference,

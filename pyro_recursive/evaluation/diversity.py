@@ -10,12 +10,12 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
-from pyro_recursive.guides.joint import outer_shape
-from pyro_recursive.guides.latents import Latents
-from pyro_recursive.guides.packed import Call, PackedGuide
-from pyro_recursive.sites import PARTICLE_PLATE
+from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.joint_site import outer_shape
+from pyro_recursive.guides.packing import Latents
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
 __all__ = ["Diversity", "jensen_shannon", "mixture_diversity"]
 

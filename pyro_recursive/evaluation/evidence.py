@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
-from pyro_recursive.layout import Layout, check_subsampling, layout_of
-from pyro_recursive.log_weights import densities
-from pyro_recursive.program import Program
-from pyro_recursive.sites import check_match, subsample_sites
-from pyro_recursive.structure import structure_of
-from pyro_recursive.traces import Draw, draw
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.densities import densities
+from pyro_recursive.tracing.layout import Layout, check_subsampling, layout_of
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import Draw, draw
+from pyro_recursive.tracing.sites import check_match, subsample_sites
+from pyro_recursive.tracing.structure import structure_of
 
 __all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk", "runs_in_chunks"]
 

@@ -8,21 +8,21 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.evidence import particles_per_chunk
 from pyro_recursive.evaluation.scores import Scores
 from pyro_recursive.evaluation.search import Noise, Search
-from pyro_recursive.guides.given import Unnoticed
-from pyro_recursive.guides.latents import Latents
-from pyro_recursive.guides.local_bound import LocalBound
-from pyro_recursive.guides.packed import Call, PackedGuide
-from pyro_recursive.guides.rows import RowFamily
-from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide
-from pyro_recursive.layout import check_subsampling, layout_of
-from pyro_recursive.program import Program, rows_needed
-from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.sites import check_match, plates_of, sites
-from pyro_recursive.traces import draw
+from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.row_families import RowFamily
+from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
+from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.given import Unnoticed
+from pyro_recursive.tracing.layout import check_subsampling, layout_of
+from pyro_recursive.tracing.program import Program, rows_needed
+from pyro_recursive.tracing.random_state import set_torch_state, torch_state
+from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.sites import check_match, plates_of, sites
 
 __all__ = ["Gaps", "gaps"]
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.draws.collected import latent_values
 from pyro_recursive.evaluation.draws.model_runs import Run
 from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
-from pyro_recursive.layout import Layout
-from pyro_recursive.log_weights import densities
-from pyro_recursive.program import Program
-from pyro_recursive.sites import is_delta, sites
-from pyro_recursive.traces import Draw
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.densities import densities
+from pyro_recursive.tracing.layout import Layout
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.sites import is_delta, sites
 
 __all__ = ["ImportanceWeights", "importance_weights"]
 

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
-from pyro_recursive.processes import Processes
+from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.tracing.counts import check_at_least
 
 __all__ = ["evaluate_in_parallel"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import WeightSums
 from pyro_recursive.evaluation.search import Noise
-from pyro_recursive.guides.local_bound import LocalBound
+from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 
 __all__ = ["Moments", "Scores"]
 

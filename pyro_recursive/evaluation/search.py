@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_recursive.counts import check_integers
-from pyro_recursive.guides.local_bound import LocalBound
+from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
+from pyro_recursive.tracing.counts import check_integers
 
 __all__ = ["Noise", "Search"]
 

@@ -7,13 +7,13 @@ import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from pyro_recursive.guides.encoding import check_numbers, encoding
-from pyro_recursive.guides.families import Family, family_of
-from pyro_recursive.guides.latents import Latents
-from pyro_recursive.guides.packed import Call, PackedGuide
-from pyro_recursive.guides.rows import GaussianRows, RowFamily
+from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.encoder import check_numbers, encoding
+from pyro_recursive.guides.gaussian_families import Family, family_of
+from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.tables import rows_of
-from pyro_recursive.modules import check_module
+from pyro_recursive.tracing.modules import check_module
 
 __all__ = ["AmortizedGuide"]
 
@@ -31,7 +31,7 @@ class AmortizedGuide(PackedGuide):
         model: a Pyro model with continuous latents; hide discrete ones with `pyro.poutine.block`.
         encoder: a module from the inputs' rows to the parameters of the Gaussians.
         family: ``"diagonal"`` (2 D numbers: locations, then logarithms of scales), ``"full"``, or a
-            `pyro_recursive.guides.families.Family` such as ``LowRank(2)``.
+            `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
         plate: the name of the data's plate, found if an encoder is given: the plate around all
             observed sites. Its rows may be minibatches, subsampled in the model or before it.
         inputs: a function from the model's arguments to the encoder's inputs, a tensor with the

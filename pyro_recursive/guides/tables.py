@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from pyro_recursive.guides.latents import Latents
-from pyro_recursive.guides.packed import Call
+from pyro_recursive.guides.base import Call
+from pyro_recursive.guides.packing import Latents
 
 __all__ = ["rows_of"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from pyro_recursive.aggregate import mutual_information
-from pyro_recursive.counts import check_integers
-from pyro_recursive.exchange import Exchange, alone
+from pyro_recursive.evaluation.information import mutual_information
+from pyro_recursive.evaluation.posterior_table import Exchange, alone
+from pyro_recursive.tracing.counts import check_integers
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.minibatches import Batch, Minibatches
@@ -32,7 +32,7 @@ class Aggressive:
     model's parameters alone take their step, on the minibatch of the epoch.
 
     After each epoch the mutual information ``I_q`` of rows and latents is measured on validation
-    data (`pyro_recursive.aggregate.mutual_information`, in nats). When it has not grown for
+    data (`evaluation.information.mutual_information`, in nats). When it has not grown for
     ``patience`` epochs, with 1 the first in which it does not, the phase is over for good, and all
     parameters take their steps together.
 

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_recursive.tensor_files import read_whole, write_whole
+from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 
 __all__ = ["CheckpointError", "forked_rng", "load", "random_state", "save", "set_random_state"]
 

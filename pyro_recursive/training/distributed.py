@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.processes import Processes
+from pyro_recursive.evaluation.processes import Processes
 from pyro_recursive.training.minibatches import Batch, rows_of
 from pyro_recursive.training.shares import Share
 

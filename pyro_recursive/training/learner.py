@@ -19,8 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_recursive.processes import Processes
-from pyro_recursive.random_state import set_torch_state, torch_state
+from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.distributed import Team
 from pyro_recursive.training.minibatches import Batch, Minibatches

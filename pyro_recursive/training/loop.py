@@ -20,8 +20,9 @@ from pyro.infer import ELBO
 from torch.nn import Module
 from tqdm import tqdm
 
-from pyro_recursive.counts import check_at_least
-from pyro_recursive.processes import ProcessError, Processes
+from pyro_recursive.evaluation.processes import ProcessError, Processes
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.warmup import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.arguments import (
@@ -36,7 +37,6 @@ from pyro_recursive.training.minibatches import Data, Minibatches
 from pyro_recursive.training.non_finite import NonFiniteError
 from pyro_recursive.training.progress import progress_bar, show_losses
 from pyro_recursive.training.settings import check_settings, settings_of
-from pyro_recursive.warmup import KLWarmup
 
 __all__ = ["History", "fit"]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from pyro_recursive.counts import check_integers
-from pyro_recursive.processes import Processes
+from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.tracing.counts import check_integers
 
 __all__ = ["Batch", "Data", "Minibatches"]
 

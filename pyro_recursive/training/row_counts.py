@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.sites import plates_of, subsample_scale
+from pyro_recursive.tracing.sites import plates_of, subsample_scale
 from pyro_recursive.training.shares import full_size_of
 
 __all__ = ["RowCounts"]

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.sites import Site, plates_of, sites, subsample_scale, subsample_sites
+from pyro_recursive.tracing.sites import Site, plates_of, sites, subsample_scale, subsample_sites
 
 __all__ = ["Comparison", "Traces", "full_size_of"]
 

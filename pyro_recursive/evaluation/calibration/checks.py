@@ -14,15 +14,15 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.calibration.ranks import RankSums
 from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
 from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
-from pyro_recursive.exchange import Exchange
-from pyro_recursive.program import Program
-from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.sites import independent_plates_of, sites
-from pyro_recursive.traces import draw
+from pyro_recursive.evaluation.posterior_table import Exchange
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.random_state import set_torch_state, torch_state
+from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.sites import independent_plates_of, sites
 
 __all__ = ["calibration", "calibration_by_fits"]
 
@@ -66,7 +66,7 @@ def calibration(
 
     :raises ValueError: fewer than 20 data sets; a site is outside the rows' plate; it is not clear
         where the data are; the model takes its data as inputs, too; a latent is missing in the
-        guide; else as `pyro_recursive.aggregate.mutual_information`
+        guide; else as `pyro_recursive.evaluation.information.mutual_information`
     :raises NotImplementedError: a latent site is masked
 
     Cost: L draws of the guide for R B rows, in chunks.

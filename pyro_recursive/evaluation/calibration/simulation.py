@@ -14,7 +14,7 @@ from pyro_recursive.evaluation.draws.model_runs import (
     is_factor,
     was_observed,
 )
-from pyro_recursive.sites import Site, log_prob_of, sites
+from pyro_recursive.tracing.sites import Site, log_prob_of, sites
 
 __all__ = ["Replace", "Simulated", "simulate"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.draws.drawn import Drawn, Kind, computed, drawn
 from pyro_recursive.evaluation.draws.model_runs import Run, is_computed, is_factor, was_observed
-from pyro_recursive.sites import Site, check_batch_shape, log_prob_of, sites
+from pyro_recursive.tracing.sites import Site, check_batch_shape, log_prob_of, sites
 
 __all__ = ["computed_values", "data_values", "latent_values", "log_likelihood_values"]
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_recursive.sites import Site, plates_of
-from pyro_recursive.traces import Particles
+from pyro_recursive.tracing.runs import Particles
+from pyro_recursive.tracing.sites import Site, plates_of
 
 __all__ = ["Drawn", "Kind", "computed", "drawn", "joined"]
 

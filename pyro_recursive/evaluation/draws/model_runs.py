@@ -13,8 +13,9 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_recursive.evaluation.draws.drawn import Drawn
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
-from pyro_recursive.program import Program
-from pyro_recursive.sites import (
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import Particles
+from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
     is_delta,
@@ -23,8 +24,7 @@ from pyro_recursive.sites import (
     sites,
     subsample_sites,
 )
-from pyro_recursive.structure import outline
-from pyro_recursive.traces import Particles
+from pyro_recursive.tracing.structure import outline
 
 __all__ = [
     "Run",

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.sites import Site, sites, subsample_scale
+from pyro_recursive.tracing.sites import Site, sites, subsample_scale
 
 __all__ = ["scaled_guide", "scaled_sites"]
 

@@ -9,7 +9,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
 from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     latent_values,
@@ -19,11 +18,12 @@ from pyro_recursive.evaluation.draws.model_runs import Run, runs_of_model
 from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
-from pyro_recursive.layout import Layout, half_subsampled
-from pyro_recursive.log_weights import densities
-from pyro_recursive.program import Program
-from pyro_recursive.sites import subsample_sites
-from pyro_recursive.traces import Draw
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.densities import densities
+from pyro_recursive.tracing.layout import Layout, half_subsampled
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.sites import subsample_sites
 
 __all__ = ["Draws", "collected", "posterior_draws"]
 

@@ -8,8 +8,6 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_recursive.counts import check_at_least
-from pyro_recursive.elbo import MultiSampleELBO
 from pyro_recursive.evaluation.gradients.seen_parameters import (
     Groups,
     KeptTensors,
@@ -21,11 +19,13 @@ from pyro_recursive.evaluation.gradients.signal_to_noise import (
     SignalToNoise,
     log_slope,
 )
-from pyro_recursive.guides.given import Unnoticed
-from pyro_recursive.program import Program
-from pyro_recursive.random_state import set_torch_state, torch_state
-from pyro_recursive.recursive_elbo import RecursiveMixture_ELBO
-from pyro_recursive.stratified import mixture_of
+from pyro_recursive.losses.mixture import mixture_of
+from pyro_recursive.losses.multi_sample import MultiSampleELBO
+from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO
+from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.given import Unnoticed
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 
 __all__ = ["SNRSweep", "gradient_snr", "gradient_snr_sweep"]
 

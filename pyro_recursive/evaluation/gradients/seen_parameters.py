@@ -8,8 +8,8 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_recursive.guides.given import Unnoticed
-from pyro_recursive.program import Program
+from pyro_recursive.tracing.given import Unnoticed
+from pyro_recursive.tracing.program import Program
 
 __all__ = ["Groups", "KeptTensors", "SeenParameters", "by_program"]
 

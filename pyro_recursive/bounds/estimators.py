@@ -1,0 +1,146 @@
+"""Gradient estimators: tables of coefficients, pure functions of log-weights.
+
+For one datum, in ascent form, an estimator moves the guide's parameters phi along
+
+    sum_k path_k * <d log w_k / d z_k, d z_k / d phi>  +  sum_k density_k * d log q(z_k; phi)/d phi
+
+where the first derivative freezes phi as a parameter of the density, and the second freezes the
+sample. The parameters of the model move along ``sum_k c_k * d log p(x, z_k; theta)/d theta`` with
+``c`` the derivative of the bound, whatever the estimator. With L the bound as a function of the K
+log-weights, ``c = dL/dlog w`` and ``curvature = d2L/dlog w^2``, the rows below are right for every
+bound. A new estimator is one function and one row of `ESTIMATORS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_recursive.bounds.bound import Bound, Derivatives
+
+__all__ = ["ESTIMATORS", "Coefficients", "Estimator"]
+
+
+class Coefficients(NamedTuple):
+    """What multiplies each sample's gradients; ``[M, K, *plates]`` or None for zero.
+
+    ``path`` and ``density`` belong to reparameterised sites, ``score`` is the density coefficient
+    of the others. Where a score-handled density depends on a reparameterised site above it, that
+    site's path also carries ``score`` times the derivative of the density, plus ``c`` times it
+    where ``density`` is ``-c`` (there, the joint derivative of log w has taken it away).
+
+    Those multiply the densities in the weights. Where a site is scaled or masked there, its samples
+    still come from all of its density, and the identities above hold for that one: ``density_rest``
+    and ``score_rest`` multiply the whole density minus the part in the weights.
+    """
+
+    path: Tensor | None
+    density: Tensor | None
+    score: Tensor | None = None
+    density_rest: Tensor | None = None
+    score_rest: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A row of the table: the treatment of reparameterised sites, and of all the others.
+
+    ``signal`` is None where the row has nothing to offer to a site that is not reparameterised.
+    ``replay`` says what a second run of the guide sees: nothing where path and density have the
+    same coefficient, stand-ins of the samples where they differ, or detached samples. ``wake``
+    marks the rows that descend KL(p || q) and not the bound.
+    """
+
+    name: str
+    coefficients: Callable[[Derivatives], Coefficients]
+    signal: Callable[[Bound, Tensor], Tensor] | None = None
+    replay: Literal["none", "paths", "values"] = "paths"
+    min_particles: int = 1
+    wake: bool = False
+
+    def __call__(
+        self, bound: Bound, log_weights: Tensor, derivatives: Derivatives | None = None
+    ) -> Coefficients:
+        """Return the coefficients for ``[M, K, *plates]`` log-weights, without a graph.
+
+        ``derivatives`` are those of the bound there, where they are known already.
+        """
+        with torch.no_grad():
+            derivatives = derivatives or bound.derivatives(log_weights)
+            table = self.coefficients(derivatives)
+            if self.signal is None:
+                return table
+            signal = self.signal(bound, log_weights)
+            return table._replace(score=signal - derivatives.first, score_rest=signal)
+
+
+def pathwise(derivatives: Derivatives) -> Coefficients:
+    """Plain reparameterisation: the derivative of the bound through sample and density alike."""
+    return Coefficients(path=derivatives.first, density=-derivatives.first)
+
+
+def sticking_the_landing(derivatives: Derivatives) -> Coefficients:
+    """Drop the density's own gradient; biased for K > 1 (`Sticking the Landing`, 1703.09194)."""
+    return Coefficients(path=derivatives.first, density=None)
+
+
+def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
+    """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152).
+
+    ``E[c_k * d log q(z_k)] = E[curvature_k * <d log w_k / d z_k, d z_k>]`` because ``c_k`` depends
+    on ``z_k`` through ``log w_k`` alone; for IWAE it leaves the squared weights.
+    """
+    first, second = derivatives
+    # Less its mean, which a score may have without bias: no noise where all weights are equal.
+    rest = first - 1 / first.shape[:2].numel()
+    return Coefficients(path=first - second, density=None, density_rest=rest)
+
+
+def wake(derivatives: Derivatives) -> Coefficients:
+    """Wake-phase update of the guide (`Reweighted Wake-Sleep`, arXiv 1406.2751); biased.
+
+    A self-normalised estimate of minus the gradient of KL(p || q); every kind of site is handled
+    by its density alone.
+    """
+    first = derivatives.first
+    return Coefficients(None, density=first, score=first, density_rest=first, score_rest=first)
+
+
+def doubly_reparameterized_wake(derivatives: Derivatives) -> Coefficients:
+    """The wake-phase update with the expectation of `wake` and less variance (1810.04152)."""
+    return Coefficients(path=derivatives.second, density=None)
+
+
+def plain_signal(bound: Bound, log_weights: Tensor) -> Tensor:
+    """Return each estimate's own value as the signal of its K samples."""
+    values = bound.estimate(log_weights)
+    values = values.masked_fill(values.isneginf(), 0.0)  # all are dead: nothing to learn from
+    return (values / values.shape[0]).unsqueeze(1).expand_as(log_weights)
+
+
+def vimco_signal(bound: Bound, log_weights: Tensor) -> Tensor:
+    """Return each estimate's value minus its leave-one-out value (VIMCO, arXiv 1602.06725)."""
+    values, baseline = bound.estimate(log_weights), bound.leave_one_out(log_weights)
+    # Where the only living sample is left out there is nothing to compare with.
+    baseline = baseline.masked_fill(baseline.isneginf(), 0.0)
+    values = values.masked_fill(values.isneginf(), 0.0)
+    return (values.unsqueeze(1) - baseline) / values.shape[0]
+
+
+ESTIMATORS = {
+    row.name: row
+    for row in (
+        Estimator("pathwise", pathwise, replay="none"),
+        Estimator("stl", sticking_the_landing),
+        Estimator("dreg", doubly_reparameterized),
+        Estimator("score", pathwise, plain_signal, replay="none"),
+        Estimator("vimco", pathwise, vimco_signal, replay="none", min_particles=2),
+        Estimator("dreg+score", doubly_reparameterized, plain_signal),
+        Estimator("dreg+vimco", doubly_reparameterized, vimco_signal, min_particles=2),
+        Estimator("rws", wake, replay="values", wake=True),
+        Estimator("rws-dreg", doubly_reparameterized_wake, wake=True),
+    )
+}
+"""Every estimator by name; those with ``+`` or a score treat mixed guides site by site."""

@@ -1,0 +1,120 @@
+"""How a distribution over a packed vector becomes the sample sites of a guide.
+
+The guide has the model's own sites and no others that carry a density: each site's value is part
+of one joint draw, and the last site's log-density is the joint one, at whatever values the sites
+have by then. So a guide can be replayed on foreign values, and is scored rightly.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.runtime import get_plates
+from torch import Tensor
+
+from pyro_recursive.guides.packing import Latents, Slot, Values
+from pyro_recursive.tracing.sites import PACKED
+
+__all__ = ["JointSite", "drawn_from", "emit", "inside", "outer_shape"]
+
+
+class JointSite(TorchDistribution):
+    """One site's part of a joint draw; ``density`` is the joint log-density, at the last site."""
+
+    arg_constraints: ClassVar[dict] = {}
+    has_rsample = True
+
+    def __init__(
+        self, slot: Slot, value: Tensor, density: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.slot, self.value, self.density = slot, value, density
+        split = value.dim() - slot.event_dim
+        super().__init__(value.shape[:split], value.shape[split:], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """The support of the model's site."""
+        return self.slot.transform.codomain
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "JointSite":
+        """Expand the draw: entries of a plate that the guide did not know share it."""
+        shape = torch.Size(batch_shape)
+        if shape == self.batch_shape:
+            return self
+        return JointSite(self.slot, self.value.expand(shape + self.event_shape), self.density)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Return the site's part of the joint draw."""
+        if sample_shape:
+            raise NotImplementedError(
+                f"Site '{self.slot.name}' is part of one joint draw. For more draws run the guide "
+                "under a pyro.plate, or in pyro.infer.Predictive."
+            )
+        return self.value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the joint log-density, in equal parts where the site has inner plates."""
+        if self.density is None:
+            return value.new_zeros(self.batch_shape)
+        joint = self.density(value)
+        joint = joint.reshape(joint.shape[max(joint.dim() - len(self.batch_shape), 0) :])
+        entries = 1
+        for _, size in self.slot.inner:
+            entries *= size
+        return (joint / entries).expand(self.batch_shape)
+
+
+def emit(
+    latents: Latents,
+    plates: Mapping[str, Any],
+    u: Tensor,
+    log_density: Callable[[Tensor], Tensor],
+) -> Values:
+    """Sample the sites of a group as parts of ``u``; return the values they have then.
+
+    ``log_density`` maps a packed vector ``[*batch, D]`` to ``[*batch]``, in unconstrained space.
+    """
+    drawn = latents.unpack(u)
+    values: Values = {}
+    # The density stands at a site without inner plates, if there is one.
+    *others, last = sorted(latents.slots, key=lambda slot: -len(slot.inner))
+
+    def density(value: Tensor) -> Tensor:
+        current = {**values, last.name: value}
+        # Through the inverse transform only where a value is not this draw's own.
+        own = all(current[name] is drawn[name] for name in drawn)
+        point = u if own else latents.pack(current)
+        return log_density(point) - latents.log_volume(point)
+
+    for slot in (*others, last):
+        site = JointSite(slot, drawn[slot.name], density if slot is last else None)
+        packed = frozenset(f.name for f in slot.frames) - {f.name for f in latents.rows}
+        with inside(slot.frames, plates):
+            values[slot.name] = pyro.sample(slot.name, site, infer={PACKED: packed})
+    return values
+
+
+def inside(frames: Iterable[Any], plates: Mapping[str, Any]) -> ExitStack:
+    """Enter the plates of some frames."""
+    stack = ExitStack()
+    for frame in frames:
+        stack.enter_context(plates[frame.name])
+    return stack
+
+
+def outer_shape() -> tuple[int, ...]:
+    """Return the batch shape of the plates around the guide: those of particles, say."""
+    frames = [frame for frame in get_plates() if frame.vectorized]
+    shape = [1] * max((-frame.dim for frame in frames), default=0)
+    for frame in frames:
+        shape[frame.dim] = frame.size
+    return tuple(shape)
+
+
+def drawn_from(distribution: Any, outer: tuple[int, ...]) -> Tensor:
+    """Return one reparameterised draw for each entry of the plates around, ``[*batch, D]``."""
+    shape = torch.broadcast_shapes(outer, distribution.batch_shape)
+    return distribution.expand(shape).rsample()

@@ -1,0 +1,153 @@
+"""Any guide as a component of a mixture: a distribution over the packed vector of a group.
+
+A mixture needs the density of every component at the draws of the others. Guides of this package
+and Pyro's `AutoContinuous` have a distribution over the packed vector. Other guides, those whose
+sample sites are the model's, are run again on the values in question.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from pyro import poutine
+from pyro.distributions import Independent, MaskedDistribution, TorchDistribution, constraints
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.joint_site import outer_shape
+from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.tracing.given import Given
+from pyro_recursive.tracing.sites import Site, is_delta, log_prob_of, sites
+
+__all__ = ["RunGuide", "component_of"]
+
+
+def component_of(guide: Callable, latents: Latents, call: Call) -> Any:
+    """Return a guide's distribution over a group: batch ``[*batch]``, event ``[D]``."""
+    if isinstance(guide, PackedGuide):
+        return guide.posterior(latents, call)
+    if isinstance(guide, AutoContinuous):
+        return _posterior_of(guide, latents, call)
+    return RunGuide(guide, latents, call, outer_shape())
+
+
+def _posterior_of(guide: AutoContinuous, latents: Latents, call: Call) -> Any:
+    """Return an autoguide's posterior, after a look whether it packs the same sites."""
+    if guide.prototype_trace is None:
+        with poutine.block():
+            guide(*call.args, **call.kwargs)
+    names = [s["name"] for s in sites(guide.prototype_trace) if not s["is_observed"]]
+    expected = [slot.name for slot in latents.slots]
+    if names != expected:
+        raise ValueError(
+            f"{type(guide).__name__} has one joint density over {names}, and this mixture needs "
+            f"one over {expected}: leave out plate=, so that all latents have one joint mixture, "
+            "or use AmortizedGuide components."
+        )
+    posterior = guide.get_posterior(*call.args, **call.kwargs)
+    return posterior.expand([1] * latents.nesting) if latents.nesting else posterior
+
+
+# Pyro's AutoNormal samples "z_unconstrained", and computes "z".
+SUFFIX = "_unconstrained"
+
+
+class RunGuide(TorchDistribution):
+    """A guide that samples the model's own sites, as a distribution over their packed vector."""
+
+    arg_constraints: ClassVar[dict] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self, guide: Callable, latents: Latents, call: Call, outer: tuple[int, ...]
+    ) -> None:
+        self.guide, self.latents, self.call, self.outer = guide, latents, call, outer
+        rows = latents.expand_rows(torch.empty(*call.sizes(latents), 0)).shape[:-1]
+        super().__init__(rows, torch.Size([latents.size]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "RunGuide":
+        """Return this guide: it draws for the plates around it."""
+        return self
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Run the guide, and pack what it samples."""
+        trace = self._run({})
+        values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
+        return self.latents.pack(values)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Run the guide on given values: ``[*batch, D]`` to ``[*batch]``."""
+        unconstrained = self.latents.spread(value)
+        given = {f"{name}{SUFFIX}": u for name, u in unconstrained.items()}
+        trace = self._run({**self.latents.unpack(value), **given})
+        total = value.new_zeros(value.shape[:-1])
+        for slot in self.latents.slots:
+            site = trace.nodes.get(f"{slot.name}{SUFFIX}", trace.nodes[slot.name])
+            each = log_prob_of(site, site["fn"])
+            if site["name"] == slot.name:
+                each = each + self.latents.log_volume_of(slot, unconstrained[slot.name])
+            total = total + self.latents.sum_inner(slot, each)
+        return total
+
+    def _run(self, values: Values) -> poutine.Trace:
+        given = {name: plate.indices for name, plate in self.call.plates.items()}
+        given.update(self.call.given)
+        given.update(values)
+        # Only parameters are seen outside: the samples belong to the mixture.
+        hidden = poutine.block(hide_types=["sample"])
+        with hidden, poutine.trace() as traced, _Widen(self.outer), Given(given):
+            self.guide(*self.call.args, **self.call.kwargs)
+        wanted = {slot.name for slot in self.latents.slots}
+        for site in sites(traced.trace):
+            if not site["is_observed"]:
+                self._check(site, traced.trace)
+                wanted.discard(site["name"])
+        if wanted:
+            raise ValueError(
+                f"A component of the mixture, {self._name()}, does not sample {sorted(wanted)}. "
+                "Every component must sample all latent sites of the model."
+            )
+        return traced.trace
+
+    def _check(self, site: Site, trace: poutine.Trace) -> None:
+        name = site["name"]
+        computed = is_delta(site) and f"{name}{SUFFIX}" not in trace.nodes
+        if computed or (site["infer"].get("is_auxiliary") and not name.endswith(SUFFIX)):
+            raise NotImplementedError(
+                f"A component of the mixture, {self._name()}, does not sample site '{name}' "
+                "of the model itself, so that it has no density at the draws of the others. Use "
+                "AmortizedGuide, FlowGuide, AutoNormal, an AutoContinuous guide, or a guide "
+                "that samples the model's own sites."
+            )
+        if site["mask"] is not None or _is_masked(site["fn"]):
+            raise NotImplementedError(
+                f"A component of the mixture, {self._name()}, masks site '{name}'; a "
+                "mixture of partly masked densities is not defined. Leave out the mask."
+            )
+
+    def _name(self) -> str:
+        return getattr(self.guide, "__name__", type(self.guide).__name__)
+
+
+def _is_masked(fn: Any) -> bool:
+    """Whether a mask stands under the event dims of a distribution."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, MaskedDistribution)
+
+
+class _Widen(Messenger):
+    """Expands sites over the plates around a guide that cannot see them."""
+
+    def __init__(self, outer: tuple[int, ...]) -> None:
+        super().__init__()
+        self.outer = outer
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) and self.outer and not msg["done"]:
+            shape = torch.broadcast_shapes(self.outer, msg["fn"].batch_shape)
+            msg["fn"] = msg["fn"].expand(shape)

@@ -1,0 +1,385 @@
+"""Mixtures of guides."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import get_plates
+from torch import Tensor, nn
+
+from pyro_recursive.guides.amortized import AmortizedGuide
+from pyro_recursive.guides.base import Call, PackedGuide, first_argument
+from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.joint_site import emit, inside, outer_shape
+from pyro_recursive.guides.mixture.components import component_of
+from pyro_recursive.guides.mixture.parallel import pays, run_together, same_architecture
+from pyro_recursive.guides.mixture.weights import Weights
+from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
+from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.row_families import MixtureRows, RowFamily
+from pyro_recursive.guides.saving import check_components
+from pyro_recursive.tracing.counts import is_count
+from pyro_recursive.tracing.modules import check_instance, check_module
+from pyro_recursive.tracing.sites import PARTICLE_PLATE
+from pyro_recursive.tracing.strata import Choice, Strata, current_strata
+
+__all__ = ["MixtureGuide"]
+
+
+class MixtureGuide(PackedGuide):
+    """A mixture of guides, with the exact log-density over all components and all latent sites.
+
+    ``q(z | x) = sum_m w_m(x) q_m(z | x)``. Latents inside the data's plate have one mixture for
+    each row, with weights of its own; the others have one mixture over all of them together.
+
+    An auxiliary site ``<name>_component`` draws the component. Its probabilities have a
+    score-function gradient in ordinary losses: use ``estimator="vimco"`` or ``"dreg+vimco"`` with
+    this package's; the stratified losses (`Stratified_ELBO`, `SIWAE_ELBO`, `MISELBO`) need none,
+    and are the ones to train with.
+
+    Arguments:
+        model: a Pyro model with continuous latents.
+        components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
+            samples the model's own sites; or a number, for that many Gaussians with parameters of
+            their own. Components should differ from the start: copies never separate. The
+            parameters of a plain function are in Pyro's store alone, and not in the `state_dict`.
+        weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, which are bounded
+            by ``8 tanh(l / 8)``; ``"linear"`` for a
+            linear one (the default where a component has an encoder), or ``"shared"`` for the same
+            weights in all rows. Where no component has an encoder each row has its own.
+        learn_weights: False keeps the weights where they start.
+        trunk: a module that is applied once to the rows of the inputs; encoders and weights get
+            what it returns. While single components are held, it is held, too.
+        family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
+        plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
+            component has an encoder or is written by hand; else all latents are one group.
+
+    Raises:
+        NotImplementedError: a latent site is discrete; a component has no density at given values.
+        TypeError: ``trunk`` or ``weights`` is a function or a class; a component is a class.
+        ValueError: a component does not sample all latent sites, or packs them otherwise.
+
+    Sources: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
+    arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
+    Approximations` (Kviman et al., arXiv 2202.10951).
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pyro.infer import SVI, Predictive
+    >>> from pyro_recursive import Stratified_ELBO
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    ...     pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
+    >>> guide = MixtureGuide(model, 2)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Stratified_ELBO(8))
+    >>> losses = [svi.step() for _ in range(10)]
+    >>> Predictive(model, guide=guide, num_samples=5)()["z"].shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        components: int | Sequence[Callable],
+        *,
+        weights: nn.Module | str | None = None,
+        learn_weights: bool = True,
+        trunk: nn.Module | None = None,
+        family: str | Family = "diagonal",
+        plate: str | None = None,
+        inputs: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        _check(components)
+        check_module("trunk", trunk)
+        if isinstance(components, int):
+            components = [AmortizedGuide(model, family=family) for _ in range(components)]
+        super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
+        # Guides that are plain functions have no parameters of their own to register.
+        self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
+        modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
+        try:
+            self.components = PyroModule[nn.ModuleList](modules)
+        except AssertionError as error:  # Pyro's own check
+            raise ValueError(
+                "A component has run on its own before, and Pyro cannot rename its parameters: "
+                "make a new guide of its kind, and copy the state with load_state_dict."
+            ) from error
+        self.trunk: Any = trunk
+        with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
+        if inputs is None and with_encoder:
+            self.inputs = with_encoder[0].inputs
+        kind = weights or ("linear" if with_encoder else "table")
+        self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
+        self.register_load_state_dict_pre_hook(check_components)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether components are trained one by one, and their weights with them."""
+        return False
+
+    def initial_logits(self) -> Tensor:
+        """Return the logits that the weights start from, those of equal weights."""
+        return torch.zeros(len(self.components))
+
+    @property
+    def by_row(self) -> bool:
+        """With an encoder or a guide written by hand, each row has a mixture of its own."""
+        return any(
+            c.by_row if isinstance(c, PackedGuide) else not isinstance(c, AutoContinuous)
+            for c in self.components
+        )
+
+    def component(self, m: int) -> Any:
+        """Return component ``m``."""
+        return self._functions.get(m, self.components[m])
+
+    def look(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the model, and create all parameters, those of the components too."""
+        self._check_inputs(args, kwargs)
+        super().look(*args, **kwargs)
+        for m in range(len(self.components)):
+            if not isinstance(self.component(m), PackedGuide):
+                with poutine.block(), torch.no_grad():
+                    self.component(m)(*args, **kwargs)
+
+    def _check_inputs(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise where a component wants other inputs than those that all of them get."""
+        for component in self.components:
+            if not isinstance(component, PackedGuide) or not component.by_row:
+                continue
+            if component.inputs in (self.inputs, first_argument):
+                continue
+            if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
+                raise ValueError(
+                    "A component has inputs= of its own, and a mixture feeds all encoders with the "
+                    "same: give inputs= to the mixture, and let each encoder select from them."
+                )
+
+    def adopt(
+        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+    ) -> None:
+        """Share the groups with the components, each around a point of its own."""
+        rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
+        for component in self.components:
+            if isinstance(component, PackedGuide):
+                if component.plate is not None and component.plate not in rows:
+                    raise ValueError(
+                        f"A component has plate='{component.plate}', and the mixture has none for "
+                        "its rows: give plate= to the mixture, so that each row has one."
+                    )
+                component.adopt(groups, prior, raw)
+        super().adopt(groups, prior, raw)
+
+    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+        """Create the weights of a group."""
+        self.weights.build(latents, place, raw)
+
+    def _trunk(self) -> Callable[[Any], Any] | None:
+        if not self._has("trunk"):
+            return None
+        strata = current_strata()
+        held = strata is not None and bool(strata.frozen)
+
+        def encode(rows: Any) -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
+                return self.trunk(rows)
+
+        return encode
+
+    @property
+    def holds_densities(self) -> bool:
+        """Whether parameters inside the density can be constants while those of draws are not."""
+        return _alike([self.component(m) for m in range(len(self.components))])
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The numbers of the components that make up the mixture."""
+        return tuple(range(len(self.components)))
+
+    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+        """Return the logarithms of the members' weights in a group, ``[*batch, J]``."""
+        logits = self.weights.logits(latents, call)
+        if len(members) < len(self.components):
+            logits = logits[..., list(members)]
+        return logits.log_softmax(-1)
+
+    def component_weights(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the weights of `members` for a call, ``[*rows, J]`` (``[J]`` for global latents).
+
+        Those of the rows of the minibatch, where there is a mixture for each row.
+        """
+        self.prepare(*args, **kwargs)
+        latents, call = self.groups[-1], self._call(args, kwargs)
+        with poutine.block():
+            weights = self.log_weights(latents, call, self.members).exp()
+        sizes = call.sizes(latents)
+        batch = latents.expand_rows(weights.new_empty(*sizes, 1)).shape[:-1]
+        return weights.expand(*batch, -1).reshape(*sizes, -1)
+
+    def posterior(self, latents: Latents, call: Call) -> Mixture:
+        """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
+        strata = current_strata()
+        if strata is not None and len(self.groups) > 1:
+            raise NotImplementedError(
+                "This guide has one mixture over the global latents and one over those of each "
+                "row, and a stratified loss takes one. Use Trace_ELBO, or a loss of this package "
+                "with estimator='vimco'; or leave out plate=, for one mixture over all latents."
+            )
+        members = strata.members if strata and strata.members else self.members
+        frozen = strata.frozen if strata else frozenset()
+        log_weights = self.log_weights(latents, call, members)
+        guides = [self.component(m) for m in members]
+        if _alike(guides):
+            parameters = self.parameters_of(latents, call, members, frozen)
+            return StackedMixture(log_weights, parameters, guides[0].family, latents.size)
+        components = []
+        for place, guide in enumerate(guides):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+                components.append(component_of(guide, latents, call))
+        return ListMixture(log_weights, components)
+
+    def parameters_of(
+        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+    ) -> Tensor:
+        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        guides = [self.component(m) for m in members]
+        held = [place in frozen for place in range(len(members))]
+        if latents.local and all(guide.by_row for guide in guides):
+            rows = call.rows(latents)
+            if pays(rows) and same_architecture(encoders := [g.encoder for g in guides]):
+                outputs = run_together(encoders, held, rows)
+                return torch.stack([guides[0].placed(latents, call, found) for found in outputs])
+        found = []
+        for guide, is_held in zip(guides, held, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_held):
+                found.append(guide.parameters_of(latents, call))
+        return torch.stack(torch.broadcast_tensors(*found))
+
+    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+        """Return the numbers of all members, and the logits of their weights, ``[*batch, P]``."""
+        guides = [self.component(m) for m in self.members]
+        if _alike(guides):
+            numbers = list(self.parameters_of(latents, call, self.members, frozenset()))
+        else:
+            numbers = [_packed(guide).numbers_of(latents, call) for guide in guides]
+        numbers.append(self.log_weights(latents, call, self.members))
+        batch = torch.broadcast_shapes(*(own.shape[:-1] for own in numbers))
+        return torch.cat([own.expand(*batch, -1) for own in numbers], -1)
+
+    def row_family(self, latents: Latents) -> RowFamily:
+        """Return the mixtures that a row may have."""
+        guides = [_packed(self.component(m)) for m in self.members]
+        return MixtureRows(tuple(guide.row_family(latents) for guide in guides))
+
+    def sample_from(self, mixture: Mixture, latents: Latents, call: Call) -> Values:
+        """Sample a component for each row, then the sites of a group."""
+        strata = current_strata()
+        if mixture.num_components == 1 and strata is None:
+            device = mixture.log_weights.device
+            index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
+        else:
+            index = self._draw_component(latents, mixture, strata, call)
+        shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
+        index = index.expand(shape)
+        if strata is not None and strata.points is not None:
+            u = strata.points_of(shape)
+        else:
+            u = mixture.draw(index, strata.components if strata else None)
+        scored = mixture.held() if strata is not None and strata.hold else mixture
+        particle = None if strata is None else strata.particle  # of this run, not of a later one
+
+        def density(u: Tensor) -> Tensor:
+            if strata is None or strata.reference is None:
+                return scored.log_prob(u)
+            table, volume = scored.table(u), latents.log_volume(u)
+            return strata.reference(table, mixture.log_weights, volume, particle)
+
+        return emit(latents, call.plates, u, density)
+
+    def _draw_component(
+        self, latents: Latents, mixture: Mixture, strata: Strata | None, call: Call
+    ) -> Tensor:
+        """Sample which component each row is drawn from, or take it from the strata."""
+        group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
+        with inside(latents.rows, call.plates):
+            return pyro.sample(
+                f"{self.name}{group}_component",
+                Choice(logits=mixture.log_weights),
+                obs=None if strata is None else _assigned(strata, mixture),
+                infer={"is_auxiliary": True},
+            )
+
+
+def _check(components: Any) -> None:
+    listed = range(components) if is_count(components) else components
+    if not hasattr(listed, "__len__") or (listed is components and not all(map(callable, listed))):
+        raise ValueError(
+            f"components must be a number of Gaussians or a sequence of guides, got {components!r}"
+        )
+    if not len(listed):
+        raise ValueError("A mixture needs at least one component, got none.")
+    if not is_count(components):
+        _check_guides(components)
+
+
+def _check_guides(components: Sequence[Callable]) -> None:
+    for component in components:
+        check_instance("A component of a mixture", component, "guide")
+        if isinstance(component, PackedGuide) and not component.can_be_component:
+            raise ValueError(
+                f"{type(component).__name__} cannot be a component of a mixture: its encoder "
+                "learns from more than its distribution. Refine the mixture as a whole: "
+                "SemiAmortizedGuide(model, MixtureGuide(model, [...]))."
+            )
+    if any(isinstance(component, MixtureGuide) for component in components):
+        raise ValueError(
+            "A mixture guide cannot be a component of a mixture: list all components in one."
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same, or tensors with the same values, perhaps in tuples."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
+
+
+def _alike(guides: Sequence[Any]) -> bool:
+    """Whether all are Gaussians of one family, so that they can be evaluated at once."""
+    gaussian = all(isinstance(guide, AmortizedGuide) for guide in guides)
+    return gaussian and len({guide.family for guide in guides}) == 1
+
+
+def _packed(guide: Any) -> PackedGuide:
+    if not isinstance(guide, PackedGuide):
+        raise TypeError(
+            f"A component of the mixture is {type(guide).__name__}, whose distribution for one row "
+            "is not known as a function of numbers. Use AmortizedGuide or FlowGuide components."
+        )
+    return guide
+
+
+def _assigned(strata: Strata, mixture: Mixture) -> Tensor:
+    """Return the component of each particle and row."""
+    device = mixture.log_weights.device
+    frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
+    if frame is None:
+        index = torch.tensor(strata.components[strata.particle or 0], device=device)
+    else:
+        index = _on_device(strata.components, device).reshape(-1, *[1] * (-frame.dim - 1))
+    return index.expand(torch.broadcast_shapes(outer_shape(), mixture.batch_shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(components: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return component numbers as a tensor, copied to the device once."""
+    with torch.inference_mode(False):  # also for calls outside of it
+        return torch.tensor(components, device=device)

@@ -1,0 +1,344 @@
+"""Mixtures that grow one component at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_recursive.bounds.mixture_objectives import Trial, stick_breaking
+from pyro_recursive.guides.amortized import AmortizedGuide
+from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.mixture.guide import MixtureGuide
+from pyro_recursive.guides.mixture.other_losses import OtherLosses
+from pyro_recursive.guides.mixture.schedule import Schedule, Stage
+from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.tracing.strata import current_strata
+
+__all__ = ["RecursiveMixtureGuide"]
+
+GROWTH = ("first", "propose", "refine")  # the stages in which components are added
+
+
+class RecursiveMixtureGuide(MixtureGuide):
+    """A mixture guide whose components are added one by one: ``Q_m = (1 - e_m) Q_m-1 + e_m q_m``.
+
+    Each new component is trained to improve the bound where the mixture so far does not reach, and
+    kept only if it does. The guide holds all components from the start, and says which of them
+    make up the mixture (`members`, weighed by `component_weights`), which is being trained
+    (`stage`), and what the acceptance tests of this run found (`trials`);
+    `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
+    `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
+    members, and does not grow (training a growing guide with one warns): it takes `num_steps` of
+    `RecursiveMixture_ELBO`, of which `steps_left` remain. At test time all encoders run side by
+    side.
+
+    Arguments:
+        model: a Pyro model with continuous latents.
+        components: `AmortizedGuide` or `FlowGuide` components, one encoder each; or their number,
+            for Gaussians with parameters of their own.
+        schedule: how many steps each stage takes, and when a component is kept; a `Schedule`.
+        epsilon: the share ``e_m`` that a component starts from.
+        conditional: components from the second on get the parameters of the earlier ones, detached,
+            as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
+            dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
+        weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
+            `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
+
+    Raises:
+        ValueError: fewer than two components, or constants out of their range; components share
+            parameters otherwise than by ``trunk``.
+        TypeError: a component has no distribution over packed latents, so that its parameters
+            cannot be held while another one is trained.
+
+    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
+    `Variational Boosting: Iteratively Refining Posterior Approximations` (Miller et al., ICML 2017)
+    for components that climb the mixture's own ELBO.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer import SVI
+    >>> from pyro_recursive import RecursiveMixture_ELBO
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    ...     pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
+    >>> guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=20, propose=10, refine=10))
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(4))
+    >>> losses = [svi.step() for _ in range(guide.num_steps)]
+    >>> guide.stage.kind
+    'joint'
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        components: int | Sequence[PackedGuide],
+        *,
+        schedule: Schedule | None = None,
+        epsilon: float = 0.1,
+        conditional: bool = False,
+        weights: nn.Module | str | None = None,
+        learn_weights: bool = True,
+        trunk: nn.Module | None = None,
+        family: str | Family = "diagonal",
+        plate: str | None = None,
+        inputs: Callable[..., Any] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not 0.001 <= epsilon <= 0.999:
+            raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}")
+        self.__dict__["epsilon"] = epsilon  # the weights start from it, before there is a module
+        super().__init__(
+            model,
+            components,
+            weights=weights,
+            learn_weights=learn_weights,
+            trunk=trunk,
+            family=family,
+            plate=plate,
+            inputs=inputs,
+            create_plates=create_plates,
+            name=name,
+        )
+        _check(self.components, conditional)
+        _check_apart([*self.components, *filter(None, (trunk, self.weights.network))])
+        self.schedule = schedule or Schedule()
+        self.conditional = conditional
+        self.stages = self.schedule.stages(len(self.components))
+        # A buffer, so that checkpoints have it: the number of the stage, the steps taken in it,
+        # the failures of its component, and which components are members.
+        self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
+        self.progress[3] = 1
+        self.trials: list[Trial] = []  # the acceptance tests since this object was made
+        self._other_losses = OtherLosses()
+        self._read: tuple[int, int] | None = None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Components are trained one by one, and their weights with them."""
+        return True
+
+    def initial_logits(self) -> Tensor:
+        """Return the logits of the share epsilon for each component but the first."""
+        logit = math.log(self.epsilon / (1 - self.epsilon))
+        return torch.full((len(self.components) - 1,), logit)
+
+    @property
+    def num_steps(self) -> int:
+        """How many training steps the schedule has, if no component is tried twice."""
+        return self.schedule.total(len(self.components))
+
+    @property
+    def num_draws(self) -> int:
+        """How many draws of each component and row the acceptance test takes."""
+        rows = math.prod(frame.size for latents in self.groups for frame in latents.rows)
+        return max(32, self.schedule.draws // rows)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of training; after the last one, all components together."""
+        place = self._state()[0]
+        return self.stages[place] if place < len(self.stages) else Stage("joint", None, 0)
+
+    @property
+    def steps_taken(self) -> int:
+        """The training steps taken in this stage."""
+        return self._state()[1]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The components that make up the mixture; one that is being proposed is not among them."""
+        return tuple(m for m, inside in enumerate(self._state()[3:]) if inside)
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether components may still be added."""
+        return self.stage.kind in GROWTH
+
+    @property
+    def stage_steps_left(self) -> int:
+        """The training steps left in this stage; 0 after the last one."""
+        return max(self.stage.steps - self.steps_taken, 0)
+
+    @property
+    def steps_left(self) -> int:
+        """The training steps left in the schedule, if no component is dropped from here on."""
+        place, members = self._state()[0], self.members
+        later = self.stages[place + 1 :]
+        if not self.is_growing:  # a component that was dropped is not refitted
+            later = tuple(s for s in later if s.component is None or s.component in members)
+        return self.stage_steps_left + sum(stage.steps for stage in later)
+
+    @property
+    def starts_component(self) -> bool:
+        """Whether this is the first step for a component other than the first."""
+        return self.stage.kind == "propose" and self.steps_taken == 0
+
+    def count_step(self) -> None:
+        """Count a training step, and go on to the next stage after the last one of this."""
+        state = self._state()
+        state[1] += 1
+        self._write(state)
+        if 0 < self.stage.steps <= state[1]:
+            self.end_stage()
+
+    def end_stage(self) -> None:
+        """Go on to the next stage; a proposed component becomes a member, on trial."""
+        stage = self.stage
+        state = self._state()
+        # The failures are those of the component: a retry proposes it once more.
+        self._enter(state, state[0] + 1, state[2] if stage.kind == "propose" else 0)
+
+    def drop(self, retry: bool) -> None:
+        """Drop the component on trial, so that the mixture is what it was before.
+
+        With ``retry`` it starts anew, while the schedule's patience lasts; else growth ends.
+        """
+        stage, state = self.stage, self._state()
+        assert stage.component is not None
+        state[3 + stage.component] = 0
+        failures = state[2] + 1
+        self.weights.reset(stage.component - 1)
+        if retry and failures <= self.schedule.patience:
+            self._renew(stage.component)
+            first = next(i for i, s in enumerate(self.stages) if s.component == stage.component)
+            self._enter(state, first, failures)
+            return
+        grown = [i for i, s in enumerate(self.stages) if s.kind in GROWTH]
+        self._enter(state, grown[-1] + 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Values:
+        """Sample the model's latent sites; return their values."""
+        found = super().forward(*args, **kwargs)
+        # Every parameter is seen in every call: a resumed run must find those of all stages.
+        for m in set(range(len(self.components))) - set(self.members):
+            for name, _ in self.components[m].named_parameters():
+                getattr(self.components[m], name.split(".")[0].removesuffix("_unconstrained"))
+        if self.training and self.is_growing:
+            self._other_losses.watch(self, found)
+        return found
+
+    def extra_repr(self) -> str:
+        """Say how far it has grown."""
+        return (
+            f"members={self.members} of {len(self.components)}, stage='{self.stage.kind}', "
+            f"steps_left={self.steps_left}"
+        )
+
+    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+        """Return the logarithms of the members' weights in a group, ``[*batch, J]``.
+
+        A component that is only proposed has the weight epsilon beside them.
+        """
+        proposed = [m for m in members if m not in self.members]
+        inside = [m for m in members if m in self.members]
+        strata = current_strata()
+        frozen = strata.frozen if strata is not None else frozenset()
+        moving = {m - 1 for place, m in enumerate(inside) if place not in frozen}
+        held = set(range(len(self.components) - 1)) - moving
+        logits = self.weights.logits(latents, call, held)
+        if len(inside) < len(self.components):
+            logits = logits[..., [m - 1 for m in inside[1:]]]
+        log_weights = stick_breaking(logits)
+        if not proposed:
+            return log_weights
+        share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
+        return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
+
+    def parameters_of(
+        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+    ) -> Tensor:
+        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        if not self.conditional:
+            return super().parameters_of(latents, call, members, frozen)
+        known: dict[int, Tensor] = {}
+        rows = call.sizes(latents)
+        for place, m in enumerate(members):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+                known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m, rows))
+        return torch.stack(torch.broadcast_tensors(*known.values()))
+
+    def set_log_weights(self, log_weights: Tensor) -> None:
+        """Set the members' weights, ``[J]``, where all rows share them."""
+        share = log_weights - log_weights.logcumsumexp(-1)
+        logits = share[1:] - torch.log(-torch.expm1(share[1:]))
+        self.weights.set_vector([m - 1 for m in self.members[1:]], logits)
+
+    def free_component(self, m: int) -> AmortizedGuide | None:
+        """Return component ``m`` if it is a Gaussian with parameters of its own."""
+        component = self.component(m)
+        if isinstance(component, AmortizedGuide) and not component.by_row:
+            return component
+        return None
+
+    def _renew(self, m: int) -> None:
+        """Give the encoder of a component new initial weights."""
+        for module in self.components[m].modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def _enter(self, state: list[int], place: int, failures: int = 0) -> None:
+        """Enter a stage, or the next one whose component is a member or may become one."""
+        while place < len(self.stages):
+            stage = self.stages[place]
+            if stage.kind != "cycle" or state[3 + (stage.component or 0)]:
+                break
+            place += 1
+        state[:3] = [place, 0, failures]
+        if place < len(self.stages) and self.stages[place].kind == "refine":
+            state[3 + (self.stages[place].component or 0)] = 1  # on trial
+        self._write(state)
+
+    def _state(self) -> list[int]:
+        """Return the progress; read from the buffer only where someone else has changed it."""
+        # Not in each step: a device would have to be waited for.
+        version = (id(self.progress), self.progress._version)
+        if self._read != version:
+            self._seen, self._read = self.progress.tolist(), version
+        return list(self._seen)
+
+    def _write(self, state: list[int]) -> None:
+        self._other_losses.count = 0
+        self.progress.copy_(torch.tensor(state), non_blocking=True)
+        self._seen, self._read = list(state), (id(self.progress), self.progress._version)
+
+
+def _check(components: Sequence[nn.Module], conditional: bool) -> None:
+    if len(components) < 2:
+        raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}")
+    for component in components:
+        if not isinstance(component, PackedGuide):
+            raise TypeError(
+                "The components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
+                f"{type(component).__name__}: another guide's parameters cannot be held while one "
+                "component is trained. Other guides can be components of a MixtureGuide."
+            )
+    if conditional and not all(isinstance(c, AmortizedGuide) and c.by_row for c in components):
+        raise ValueError("conditional=True needs AmortizedGuide components with encoders")
+
+
+def _check_apart(parts: Sequence[nn.Module]) -> None:
+    """Raise where parts share a parameter: training one would change what others have become."""
+    seen: set[nn.Parameter] = set()
+    for part in parts:
+        own = dict(part.named_parameters())
+        for name, parameter in own.items():
+            if parameter in seen:
+                raise ValueError(
+                    f"Two parts of a recursive mixture share parameter '{name}', and a component "
+                    "that is held would change while another one is trained. Give each encoder "
+                    "networks of its own, and put what all share into trunk=."
+                )
+        seen.update(own.values())
+
+
+def _so_far(known: dict[int, Tensor], m: int, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return what a conditional component is told: the parameters of all before it, or nothing."""
+    if m == 0:
+        return ()
+    nothing = torch.zeros_like(known[0])
+    told = torch.cat([known.get(j, nothing).detach() for j in range(m)], -1)
+    return (told.reshape(*rows, -1),)

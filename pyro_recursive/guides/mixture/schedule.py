@@ -1,0 +1,86 @@
+"""When a recursive mixture trains which of its components."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pyro_recursive.tracing.counts import check_integers
+
+__all__ = ["Schedule", "Stage"]
+
+
+class Stage(NamedTuple):
+    """A stretch of training: ``component`` is None where all are trained together.
+
+    ``kind`` is "first", "propose", "refine", "cycle" or "joint".
+    """
+
+    kind: str
+    component: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a mixture grows, in training steps.
+
+    The ``first`` component is trained alone. Each further one is found with the proposal objective
+    (``propose`` steps, the mixture left as it is), then refined as part of the mixture together
+    with its weight (``refine``, the last step of which is the acceptance test). After that come
+    ``cycles`` rounds of refitting each component in turn (``cycle`` steps each), and ``joint``
+    steps of all together; training that goes on stays joint.
+
+    Arguments:
+        confidence: a component is kept if its gain is more than so many standard errors.
+        patience: how often a dropped component is tried anew before growth ends. A new try has new
+            initial weights in torch's own layers; what an optimiser remembers of them stays.
+        min_gain: a component is kept only if it gains more than this, in nats over the data, and
+            growth ends where a proposal could not.
+        draws: the draws of each component in the acceptance test, over all rows together; at least
+            32 for each row.
+
+    Raises ValueError for negative numbers.
+
+    >>> [stage.kind for stage in Schedule(first=10, propose=5, refine=5, joint=10).stages(2)]
+    ['first', 'propose', 'refine', 'joint']
+    """
+
+    first: int = 1000
+    propose: int = 300
+    refine: int = 700
+    cycles: int = 0
+    cycle: int = 300
+    joint: int = 0
+    confidence: float = 2.0
+    patience: int = 1
+    min_gain: float = 0.0
+    draws: int = 2000
+
+    def __post_init__(self) -> None:
+        """Check that there is nothing negative, and something to do."""
+        numbers = ("confidence", "min_gain")
+        check_integers(**{k: v for k, v in vars(self).items() if k not in numbers})
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        for name in ("first", "propose", "refine"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive, got 0")
+
+    def stages(self, num_components: int) -> tuple[Stage, ...]:
+        """Return all stages in order, as if every component were kept."""
+        return tuple(stage for stage in self._all(num_components) if stage.steps)
+
+    def _all(self, num_components: int) -> Iterator[Stage]:
+        yield Stage("first", 0, self.first)
+        for m in range(1, num_components):
+            yield Stage("propose", m, self.propose)
+            yield Stage("refine", m, self.refine)
+        for _ in range(self.cycles):
+            for m in range(num_components):
+                yield Stage("cycle", m, self.cycle)
+        yield Stage("joint", None, self.joint)
+
+    def total(self, num_components: int) -> int:
+        """Return the steps of all stages, if every component is kept at once."""
+        return sum(stage.steps for stage in self.stages(num_components))

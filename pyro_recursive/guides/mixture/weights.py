@@ -1,0 +1,183 @@
+"""Where a mixture's weights come from: a network, a table with a row for each datum, a vector."""
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+from pyro_recursive.guides.base import Call
+from pyro_recursive.guides.encoder import check_numbers, encoding
+from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.tables import rows_of
+from pyro_recursive.tracing.modules import check_module
+
+__all__ = ["Weights"]
+
+KINDS = ("linear", "shared", "table")
+LARGEST = 8.0  # logits stay inside: beyond, a component would hardly have a gradient any more
+
+
+class Weights(PyroModule):
+    """Logits ``[*batch, n]`` of a mixture's weights, for each group of latents.
+
+    ``kind`` is a module from the rows of the inputs to ``[*rows, n]``, or ``"linear"`` for a linear
+    one, ``"table"`` for a row of its own for each entry of the plate, ``"shared"`` for one vector.
+    A group outside the data's plate has one vector in any case. All start at ``initial``.
+
+    With ``separate`` each logit has parameters of its own (but for a module), so that an optimiser
+    leaves one alone while it moves another.
+    """
+
+    def __init__(
+        self, kind: nn.Module | str, initial: Tensor, learn: bool, separate: bool = False
+    ) -> None:
+        super().__init__()
+        if callable(kind):
+            check_module("weights", kind)
+        elif kind not in KINDS:
+            raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}")
+        self.kind = "module" if isinstance(kind, nn.Module) else kind
+        self.network: Any = kind if isinstance(kind, nn.Module) else None
+        self.learn = learn
+        self.initial: Tensor
+        if bool((initial.abs() >= LARGEST).any()):
+            raise ValueError(f"Logits must start between -{LARGEST} and {LARGEST}, got {initial}")
+        self.register_buffer("initial", _unsquashed(initial))
+        self.separate = separate
+
+    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+        """Create the weights of a group, of the kind and on the device of a draw ``place``."""
+        self.initial = self.initial.to(place)
+        if latents.local and self.kind == "module":
+            return
+        if latents.local and self.kind == "linear":
+            features = _features(latents, raw)
+            parts = self._initial_parts()
+            if raw.is_floating_point():
+                parts = [part.to(raw) for part in parts]
+            self.network = _Linear(features, len(latents.rows), parts)
+            return
+        own_rows = latents.local and self.kind == "table"
+        sizes = [frame.full_size or frame.size for frame in latents.rows] if own_rows else []
+        for name, initial in zip(self._names(latents), self._initial_parts(), strict=True):
+            logits = initial.expand(*sizes, -1).clone()
+            if self.learn:
+                setattr(self, name, PyroParam(logits))
+            else:
+                self.register_buffer(name, logits)
+
+    def logits(self, latents: Latents, call: Call, held: Container[int] = ()) -> Tensor:
+        """Return the logits, ``[*batch, n]``, between -8 and 8; those ``held`` are constants.
+
+        Where each has parameters of its own, they are not even part of the graph.
+        """
+        if latents.local and self.kind in ("module", "linear"):
+            inputs = call.rows(latents)
+            with encoding("The weights' network", latents, inputs):
+                found = self.network(inputs, *((held,) if self.kind == "linear" else ()))
+            rows = call.sizes(latents)
+            if found.shape != (*rows, len(self.initial)):
+                raise ValueError(
+                    f"The weights' module returned shape {tuple(found.shape)}, and the mixture "
+                    f"needs {(*rows, len(self.initial))}: logits for each row."
+                )
+            check_numbers("The weights' network", latents, found, inputs)
+        else:
+            found = _joined([getattr(self, name) for name in self._names(latents)], held)
+            if found.dim() > 1:
+                found = rows_of(found, latents, call)
+        if held and self.kind == "module":
+            found = _joined(list(found.split(1, -1)), held)
+        found = found if self.learn else found.detach()
+        return _place(latents, LARGEST * torch.tanh(found / LARGEST))
+
+    @torch.no_grad()
+    def reset(self, place: int) -> None:
+        """Let one logit start anew, where it has parameters of its own."""
+        if not self.separate or self.kind == "module":
+            return
+        if self.kind == "linear":
+            self.network.reset(place, self.initial[place])
+        for name in (f"{kind}_{place}" for kind in ("local", "overall")):
+            if hasattr(self, name):
+                getattr(self, name).copy_(self.initial[place].expand_as(getattr(self, name)))
+
+    @torch.no_grad()
+    def set_vector(self, places: list[int], logits: Tensor) -> None:
+        """Set some of the logits that all rows share, each with a parameter of its own."""
+        self.check_vector()
+        kind = "overall" if hasattr(self, "overall_0") else "local"
+        limit = LARGEST * (1 - 1e-3)
+        for place, logit in zip(places, logits.clamp(-limit, limit), strict=True):
+            getattr(self, f"{kind}_{place}").copy_(_unsquashed(logit))
+
+    def check_vector(self) -> None:
+        """Raise ValueError where rows have weights of their own."""
+        vectors = [getattr(self, f"{kind}_0", None) for kind in ("local", "overall")]
+        if not any(vector is not None and vector.dim() == 1 for vector in vectors):
+            raise ValueError(
+                "Weights can be set only where all rows share one vector; with weights of their "
+                "own use weights='gradient' in the loss, or weights='shared' in the guide."
+            )
+
+    def _initial_parts(self) -> list[Tensor]:
+        return list(self.initial.split(1 if self.separate else len(self.initial)))
+
+    def _names(self, latents: Latents) -> list[str]:
+        kind = "local" if latents.local else "overall"
+        if not self.separate:
+            return [kind]
+        return [f"{kind}_{place}" for place in range(len(self.initial))]
+
+
+class _Linear(nn.Module):
+    """A linear map of the flattened features of a row for each part of the logits."""
+
+    def __init__(self, features: int, row_dims: int, initial: list[Tensor]) -> None:
+        super().__init__()
+        self.row_dims = row_dims
+        self.parts = nn.ModuleList(nn.Linear(features, len(part)).to(part) for part in initial)
+        for place, part in enumerate(initial):
+            self.reset(place, part)
+
+    @torch.no_grad()
+    def reset(self, place: int, initial: Tensor) -> None:
+        """Give all rows the same initial logits."""
+        part = self.parts[place]
+        assert isinstance(part, nn.Linear)
+        part.weight.zero_()
+        part.bias.copy_(initial)
+
+    def forward(self, rows: Tensor, held: Container[int] = ()) -> Tensor:
+        """Return the logits, ``[*rows, n]``."""
+        flat = rows.flatten(self.row_dims) if rows.dim() > self.row_dims else rows
+        return _joined([part(flat) for part in self.parts], held)
+
+
+def _joined(parts: list[Tensor], held: Container[int]) -> Tensor:
+    """Join logits, without the graph of those that are held."""
+    parts = [part.detach() if place in held else part for place, part in enumerate(parts)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _features(latents: Latents, raw: Any) -> int:
+    if not isinstance(raw, Tensor) or raw.dim() <= len(latents.rows):
+        raise ValueError(
+            "weights='linear' needs inputs that are one tensor with the rows first and features "
+            "behind; inputs= makes one of the model's arguments. Or use weights='shared', or a "
+            "module."
+        )
+    return raw[(0,) * len(latents.rows)].numel()
+
+
+def _unsquashed(logits: Tensor) -> Tensor:
+    """Return what the bounded logits are made of."""
+    return LARGEST * torch.atanh(logits / LARGEST)
+
+
+def _place(latents: Latents, found: Tensor) -> Tensor:
+    if found.dim() == 1:
+        return found.expand(*[1] * latents.nesting, -1)
+    return latents.expand_rows(found)

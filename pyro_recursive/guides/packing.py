@@ -1,0 +1,241 @@
+"""The latent sites of a model as one unconstrained vector a row, and back.
+
+Rows are the entries of the plates that all sites of a group share: the data, for local latents; a
+group outside such plates is a single row. Plates that only some of the sites have are part of the
+vector. With sites ``z`` in constrained and ``u`` in unconstrained space,
+
+    log q(z) = log q(u) - log |dz / du|
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale
+
+__all__ = ["Latents", "Values", "latents_of", "plain_support"]
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One latent site: where its plates and its event stand, and its transform.
+
+    ``inner`` are the (dim, size) of its plates that are part of the vector, left to right.
+    """
+
+    name: str
+    frames: tuple[Any, ...]
+    support: constraints.Constraint
+    transform: Transform
+    event_dim: int
+    event_shape: torch.Size  # in unconstrained space
+    inner: tuple[tuple[int, int], ...]
+
+    @property
+    def nesting(self) -> int:
+        """How many dims the site's own plates take."""
+        return max((-frame.dim for frame in self.frames), default=0)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers of the vector a row of this site takes."""
+        return math.prod(size for _, size in self.inner) * self.event_shape.numel()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A group of latent sites, packed as ``[*batch, D]``.
+
+    ``rows`` are the frames of the plates that all sites share, left to right; ``nesting`` is how
+    many dims plates take, so that ``batch`` has the rows in their places of Pyro's, and ones
+    elsewhere.
+    """
+
+    slots: tuple[Slot, ...]
+    rows: tuple[Any, ...]
+    nesting: int
+    local: bool  # inside the plate of the data
+
+    @property
+    def size(self) -> int:
+        """D, the length of the vector."""
+        return sum(slot.numel for slot in self.slots)
+
+    def expand_rows(self, tensor: Tensor) -> Tensor:
+        """Put the leading dims of ``[*rows, n]`` where Pyro has the plates: ``[*batch, n]``."""
+        place = iter(tensor.shape[:-1])
+        dims = {frame.dim for frame in self.rows}
+        shape = [next(place) if dim in dims else 1 for dim in range(-self.nesting, 0)]
+        return tensor.reshape([*shape, tensor.shape[-1]])
+
+    def spread(self, u: Tensor) -> Values:
+        """Return the sites' unconstrained values: ``[*batch, D]`` to the sites' own shapes."""
+        parts = u.split([slot.numel for slot in self.slots], -1)
+        return {
+            slot.name: self._spread(slot, part)
+            for slot, part in zip(self.slots, parts, strict=True)
+        }
+
+    def unpack(self, u: Tensor) -> Values:
+        """Return the sites' values: ``[*batch, D]`` to ``[*site's batch, *event]``."""
+        spread = self.spread(u)
+        return {slot.name: slot.transform(spread[slot.name]) for slot in self.slots}
+
+    def pack(self, values: Values) -> Tensor:
+        """Return the vector of the sites' values, ``[*batch, D]``."""
+        parts = [self._gather(slot, slot.transform.inv(values[slot.name])) for slot in self.slots]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*shape, -1) for part in parts], -1)
+
+    def log_volume(self, u: Tensor) -> Tensor:
+        """Return ``log |dz / du|`` of the whole vector, ``[*batch, D]`` to ``[*batch]``."""
+        total, unconstrained = u.new_zeros(u.shape[:-1]), self.spread(u)
+        for slot in self.slots:
+            if slot.support is not constraints.real:  # the identity
+                log_det = self.log_volume_of(slot, unconstrained[slot.name])
+                total = total + self.sum_inner(slot, log_det)
+        return total
+
+    def log_volume_of(self, slot: Slot, spread: Tensor) -> Tensor:
+        """Return ``log |dz / du|`` of each entry of one site, without its event dims."""
+        log_det = slot.transform.log_abs_det_jacobian(spread, slot.transform(spread))
+        return _sum_right(log_det, spread.dim() - len(slot.event_shape))
+
+    def sum_inner(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """Sum what each entry of a site contributes over its inner plates, to ``[*batch]``."""
+        return self._gather(slot, tensor, 0).sum(-1)
+
+    def _spread(self, slot: Slot, part: Tensor) -> Tensor:
+        """``[*batch, numel]`` to ``[*batch with the inner plates, *unconstrained event]``."""
+        events, width = len(slot.event_shape), len(slot.inner)
+        inner = [dim for dim, _ in slot.inner]
+        places = range(1 - part.dim(), 0)
+        batch = [n for dim, n in zip(places, part.shape[:-1], strict=True) if dim not in inner]
+        sizes = [size for _, size in slot.inner]
+        spread = part.reshape([*batch, *sizes, *slot.event_shape])
+        sources = [place - width - events for place in range(width)]
+        spread = spread.movedim(sources, [dim - events for dim in inner])
+        lacking = part.dim() - 1 - self.nesting  # plates around the guide
+        own = slot.nesting + events
+        if lacking == 0 and spread.dim() > own:  # ones, for plates of other sites
+            spread = spread.reshape(spread.shape[-own:] if own else ())
+        return spread
+
+    def _gather(self, slot: Slot, spread: Tensor, events: int | None = None) -> Tensor:
+        """Undo `_spread`: bring the inner plates next to the event, leaving ones in place."""
+        events = len(slot.event_shape) if events is None else events
+        lacking = self.nesting + events - spread.dim()
+        spread = spread.reshape((1,) * max(lacking, 0) + spread.shape)
+        leading = spread.dim() - self.nesting - events
+        batch = list(spread.shape[: leading + self.nesting])
+        for dim, _ in slot.inner:
+            batch[leading + self.nesting + dim] = 1
+        sources = [dim - events for dim, _ in slot.inner]
+        width = len(sources)
+        moved = spread.movedim(sources, [place - width - events for place in range(width)])
+        return moved.reshape(*batch, -1)
+
+
+def latents_of(sites: Iterable[Site], local: bool) -> Latents:
+    """Return a group of latent sites of a trace of the model, those with rows or those without."""
+    found = [_checked(site) for site in sites]
+    frames = [{f.name: f for f in plates_of(site).values() if f.vectorized} for site in found]
+    shared = set.intersection(*map(set, frames)) if local else set()
+    rows = sorted((frames[0][name] for name in shared), key=lambda frame: frame.dim)
+    nesting = max((-f.dim for own in frames for f in own.values()), default=0)
+    slots = tuple(_slot(site, shared) for site in found)
+    return Latents(slots, tuple(rows), nesting, local)
+
+
+def _checked(site: Site) -> Site:
+    fn, name = site["fn"], site["name"]
+    if getattr(fn.support, "is_discrete", False):
+        raise NotImplementedError(
+            f"Latent site '{name}' is discrete ({type(fn).__name__}), and this guide is "
+            "continuous. Marginalise it in the model (infer={'enumerate': 'parallel'} and "
+            "pyro.infer.TraceEnum_ELBO), or hide it with poutine.block and add a guide of your own "
+            "for it in a pyro.infer.autoguide.AutoGuideList, with the same create_plates."
+        )
+    if is_delta(site):
+        raise ValueError(f"Latent site '{name}' is a Delta: make it a pyro.deterministic site.")
+    return site
+
+
+def _slot(site: Site, shared: set[str]) -> Slot:
+    fn, value = site["fn"], site["value"].detach()
+    inner = []
+    for name, frame in plates_of(site).items():
+        if name in shared:
+            continue
+        if subsample_scale(frame) == 1:
+            if frame.vectorized:
+                inner.append((frame.dim, frame.size))
+            continue
+        if not frame.vectorized:
+            raise ValueError(
+                f"Plate '{name}' of latent site '{site['name']}' is a loop over a minibatch "
+                f"({frame.size} of {frame.full_size}), so that each call has other sites. Write it "
+                "as `with pyro.plate(...)`, or use the full data."
+            )
+        raise ValueError(
+            f"Plate '{name}' of latent site '{site['name']}' is subsampled ({frame.size} of "
+            f"{frame.full_size}), and this guide packs its entries into one vector. Give the plate "
+            "an encoder with plate=, or use the full data."
+        )
+    support = plain_support(fn.support)
+    if shared:
+        _check_bounds(site, support)
+    transform = biject_to(support)
+    unconstrained = transform.inv(value)
+    events = fn.event_dim + unconstrained.dim() - value.dim()
+    return Slot(
+        name=site["name"],
+        frames=tuple(f for f in plates_of(site).values() if f.vectorized),
+        support=_bare(support),
+        transform=transform,
+        event_dim=fn.event_dim,
+        event_shape=unconstrained.shape[unconstrained.dim() - events :],
+        inner=tuple(sorted(inner)),
+    )
+
+
+def _check_bounds(site: Site, support: Any) -> None:
+    """Raise where rows have bounds of their own: another minibatch would have others."""
+    bare = _bare(support)
+    for bound in (getattr(bare, name, None) for name in ("lower_bound", "upper_bound")):
+        if isinstance(bound, Tensor):
+            batch = bound.dim() - site["fn"].event_dim
+            if batch > 0 and bool((bound != bound[(0,) * batch]).any()):
+                raise NotImplementedError(
+                    f"Latent site '{site['name']}' has bounds of its own in each row, and this "
+                    "guide keeps the supports of its first call. Sample a standard variable in "
+                    "the model, and scale it there."
+                )
+
+
+def plain_support(support: Any) -> Any:
+    """Return a support that has a transform: a mixture's is that of its components."""
+    if isinstance(support, constraints.independent):
+        base = plain_support(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        return support.base_constraint
+    return support
+
+
+def _bare(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return constraints.real if support is constraints.real_vector else support
+
+
+def _sum_right(tensor: Tensor, keep: int) -> Tensor:
+    """Sum all dims but the first ``keep``."""
+    return tensor if tensor.dim() <= keep else tensor.flatten(keep).sum(-1)

@@ -1,0 +1,244 @@
+"""How the numbers of a row are improved, given the gradient of its ELBO: one step of refinement."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyro_recursive.tracing.modules import check_module
+
+__all__ = ["FixedStart", "GradientUpdate", "LearnedUpdate", "Update"]
+
+
+class Update(nn.Module, ABC):
+    """One step of refinement; rows do not see each other.
+
+    ``direct`` is how much the ELBO at the start counts by default in the training of what finds
+    the start; with ``every_step`` the ELBO after each step does, for what makes the steps.
+    """
+
+    direct: ClassVar[float] = 0.0
+    every_step: ClassVar[bool] = False
+
+    def features_of(self, rows: Any, row_dims: int) -> Tensor | None:
+        """Return what a step is told of the rows, ``[*rows, F]``; None for nothing."""
+        return None
+
+    def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
+        """Create what depends on how many numbers there are, P, and on the features."""
+
+    @abstractmethod
+    def forward(
+        self,
+        numbers: Tensor,
+        gradient: Tensor,
+        state: Any,
+        blocks: Sequence[int],
+        features: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """Return better numbers, ``[*batch, P]``, and the state for the next step.
+
+        ``blocks`` are the lengths of the parts of the numbers, ``features`` ``[*batch, F]``. The
+        state is None at first. A ``gradient`` without a graph is a constant.
+        """
+
+    def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Return which rows have a block whose gradient is clipped, ``[*batch]``."""
+        return torch.zeros_like(gradient[..., 0], dtype=torch.bool)
+
+
+class GradientUpdate(Update):
+    """Gradient ascent with momentum: ``v' = momentum v + g``, ``numbers' = numbers + rate v'``.
+
+    The gradient ``g`` is that of the ELBO of one row, not of a mean over a batch: a rate that is
+    published for the mean over B rows is B times too large here. It is clipped for each row and
+    each block of numbers (locations, logarithms of scales, ...) by itself.
+
+    Over a Gaussian posterior of variance v the distance of the locations from the optimum shrinks
+    by ``1 - rate / v`` a step without momentum; steps are stable for ``rate < 2 (1 + momentum) v``.
+
+    Arguments:
+        rate: the step size.
+        momentum: gamma, in [0, 1).
+        clip: the largest norm of a block's gradient, ``math.inf`` for any.
+        learn_rate: whether the step size is a parameter (its logarithm is).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> update = GradientUpdate(rate=0.5, momentum=0.0)
+    >>> update(torch.zeros(1, 2), torch.ones(1, 2), None, (1, 1), None)[0]
+    tensor([[0.5000, 0.5000]])
+    """
+
+    direct = 0.1
+
+    def __init__(
+        self,
+        rate: float = 0.03,
+        momentum: float = 0.5,
+        clip: float = 5.0,
+        learn_rate: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate must be a number above 0, got {rate!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+        if not clip > 0:
+            raise ValueError(f"clip must be above 0 (math.inf does not clip), got {clip!r}")
+        self.momentum, self.clip, self._rate = momentum, clip, rate
+        self.log_rate = nn.Parameter(torch.tensor(math.log(rate))) if learn_rate else None
+
+    @property
+    def rate(self) -> Tensor | float:
+        """The step size."""
+        return self._rate if self.log_rate is None else self.log_rate.exp()
+
+    def forward(
+        self,
+        numbers: Tensor,
+        gradient: Tensor,
+        state: Any,
+        blocks: Sequence[int],
+        features: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """Take a step; the state is the velocity."""
+        velocity = self._clipped(gradient, blocks)
+        if state is not None:
+            velocity = self.momentum * state + velocity
+        return numbers + self.rate * velocity, velocity
+
+    def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Return which rows have a block whose gradient is clipped, ``[*batch]``."""
+        norms = [part.detach().norm(dim=-1) for part in gradient.split(list(blocks), -1)]
+        return torch.stack(norms).amax(0) > self.clip
+
+    def _clipped(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+        if math.isinf(self.clip):
+            return gradient
+        tiny = torch.finfo(gradient.dtype).tiny  # a norm has no derivative at 0
+        parts = []
+        for part in gradient.split(list(blocks), -1):
+            norm = part.square().sum(-1, keepdim=True).clamp_min(tiny).sqrt()
+            parts.append(part * (self.clip / norm).clamp_max(1))
+        return torch.cat(parts, -1)
+
+
+class LearnedUpdate(Update):
+    """A network that is fed with the gradient: iterative amortised inference.
+
+    Its inputs are features of a row, the numbers, and their gradient divided by its root mean
+    square in each block, with the logarithm of that; it returns a gate s and a proposal:
+    ``numbers' = s numbers + (1 - s) proposal``. No step size, and no second derivatives: unless the
+    guide's mode is ``"second_order"`` the inputs are constants, and each step learns from the ELBO
+    that it leads to. Start it from `FixedStart`, or from an encoder.
+
+    After `Iterative Amortized Inference` (Marino, Yue, Mandt, arXiv 1807.09356).
+
+    Arguments:
+        hidden: the widths of the hidden layers of the network, where it is made here.
+        features: a module from the encoder's inputs to features ``[*rows, F]``; the inputs
+            themselves, flattened, if not given.
+        network: a module of your own, ``[*rows, F + 2 P + number of blocks]`` to ``[*rows, 2 P]``.
+
+    Raises:
+        TypeError: ``features`` or ``network`` is no module.
+        ValueError: the inputs are no tensor of floating-point numbers, and ``features`` is missing.
+
+    >>> update = LearnedUpdate(hidden=(8,))
+    >>> update.build(2, (1, 1), torch.zeros(3, 5))
+    >>> update(torch.zeros(3, 2), torch.ones(3, 2), None, (1, 1), torch.zeros(3, 5))[0].shape
+    torch.Size([3, 2])
+    """
+
+    direct = 1.0
+    every_step = True
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (512, 512),
+        features: nn.Module | None = None,
+        network: nn.Module | None = None,
+    ) -> None:
+        check_module("features", features)
+        check_module("network", network)
+        super().__init__()
+        self.hidden = tuple(hidden)
+        self.features: Any = features
+        self.network: Any = network
+
+    def features_of(self, rows: Any, row_dims: int) -> Tensor:
+        """Return what the network is told of the rows, ``[*rows, F]``."""
+        if self.features is not None:
+            return self.features(rows)
+        if not isinstance(rows, Tensor) or not rows.is_floating_point():
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(
+                f"LearnedUpdate was given inputs of type {kind}, and its network wants real "
+                "numbers: give it features=, a module from the encoder's inputs to [*rows, F]."
+            )
+        return rows.flatten(row_dims) if rows.dim() > row_dims else rows.unsqueeze(-1)
+
+    def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
+        """Make the network, if none was given."""
+        if self.network is not None or features is None:
+            return
+        widths = [features.shape[-1] + 2 * size + len(blocks), *self.hidden]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ELU()]
+        last = nn.Linear(widths[-1], 2 * size)
+        nn.init.zeros_(last.weight)  # all rows start alike, half-way to zero
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(*layers, last).to(features)
+
+    def forward(
+        self,
+        numbers: Tensor,
+        gradient: Tensor,
+        state: Any,
+        blocks: Sequence[int],
+        features: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """Ask the network; there is no state."""
+        if not gradient.requires_grad:
+            numbers = numbers.detach()
+        told = [numbers]
+        for part in gradient.split(list(blocks), -1):
+            # A row that is at its optimum, one without data, say, has a gradient of zero.
+            least = torch.finfo(part.dtype).eps
+            size = part.square().mean(-1, keepdim=True).clamp_min(least).sqrt()
+            told += [part / size, size.log()]
+        batch = numbers.shape[:-1]
+        assert features is not None
+        found = self.network(torch.cat([features.expand(*batch, -1), *told], -1))
+        gate, proposal = found.chunk(2, -1)
+        return torch.lerp(proposal, numbers, gate.sigmoid()), None
+
+
+class FixedStart(nn.Module):
+    """An encoder that sees nothing: the same numbers for all rows, zeros if not given.
+
+    For a diagonal Gaussian zeros are the standard normal, in unconstrained space.
+
+    >>> FixedStart(4)(torch.ones(2, 7))
+    tensor([[0., 0., 0., 0.],
+            [0., 0., 0., 0.]])
+    """
+
+    def __init__(self, size: int, start: Tensor | None = None, row_dims: int = 1) -> None:
+        super().__init__()
+        self.row_dims = row_dims
+        self.start: Tensor
+        self.register_buffer("start", torch.zeros(size) if start is None else start)
+
+    def forward(self, rows: Any) -> Tensor:
+        """Return the numbers, ``[*rows, size]``."""
+        is_real = isinstance(rows, Tensor) and rows.is_floating_point()
+        start = self.start.to(rows.device, rows.dtype if is_real else self.start.dtype)
+        return start.expand(*rows.shape[: self.row_dims], -1)

@@ -1,0 +1,1 @@
+"""Losses: drop-in replacements for `pyro.infer.Trace_ELBO`."""

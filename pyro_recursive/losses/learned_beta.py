@@ -1,0 +1,151 @@
+"""How CIWAE's beta is learned: the quality of the guide's gradient, never the bound.
+
+Let g_E and g_I be the guide gradients of the ELBO and of IWAE on the same samples and
+``D = g_E - g_I``. CIWAE's gradient is ``g_I + beta * D``, and its mean squared error as an
+estimate of E[g_I] is
+
+    beta**2 * E|D|**2  +  2 * beta * tr Cov(g_I, D)  +  tr Var(g_I)
+
+least at ``beta = clip(-tr Cov(g_I, D) / E|D|**2, 0, 1)``: 0 where IWAE's gradient is clean, more
+where it is noise. This criterion is our choice. It is measured on the gradients at the samples
+(``sum_k path_k * d/dz_k``, that is, for a shift of the guide's location), datum by datum, from
+independent replicates: the M estimates, or for M = 1 the two halves of the K samples, whose
+covariance is taken to fall as 1/K.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_recursive import bounds
+from pyro_recursive.bounds.estimators import Estimator
+from pyro_recursive.tracing.densities import Densities, guide_group
+from pyro_recursive.tracing.param_store import drop_others
+from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.sites import sites
+
+__all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
+
+
+class LearnedBeta(PyroModule):
+    """A parameter in the unit interval."""
+
+    def __init__(self, beta: float, name: str) -> None:
+        if not 0 < beta < 1:
+            raise ValueError(f"a learned beta must start inside (0, 1), got {beta}")
+        super().__init__(name)
+        self.name = name
+        self.register_load_state_dict_post_hook(_prefer_loaded)
+        self.beta = PyroParam(torch.tensor(beta), constraint=constraints.unit_interval)
+        _warn_if_stored(f"{name}.beta", beta)
+
+    def forward(self) -> Tensor:
+        """Return beta through `pyro.param`, where `SVI` and `fit` can see it."""
+        return self.beta
+
+
+def _prefer_loaded(module: Any, keys: Any) -> None:
+    drop_others(module, module.name)
+
+
+def _warn_if_stored(name: str, beta: float) -> None:
+    store = pyro.get_param_store()
+    if name in store and abs(store[name].item() - beta) > 1e-6:
+        warnings.warn(
+            f"Pyro's parameter store already holds '{name}' = {store[name].item():.3g}, which is "
+            f"used instead of beta={beta}. Give each loss a name of its own, or clear the store.",
+            stacklevel=4,
+        )
+
+
+def check_replicates(num_estimates: int, num_particles: int, estimator: Estimator) -> None:
+    """Raise ValueError where the moments of the gradient cannot be measured."""
+    if estimator.name not in ("pathwise", "stl", "dreg"):
+        raise ValueError(
+            "learn_beta needs path derivatives: estimator 'pathwise', 'stl' or 'dreg', "
+            f"got '{estimator.name}'"
+        )
+    if num_particles < 2:
+        raise ValueError("learn_beta needs num_particles >= 2: at K = 1 beta changes nothing")
+    if num_estimates == 1 and (num_particles < 4 or num_particles % 2):
+        raise ValueError(
+            "learn_beta compares independent replicates: give num_estimates >= 2, or an even "
+            f"num_particles >= 4; got {num_estimates} and {num_particles}"
+        )
+
+
+def optimal_beta(runs: Sequence[Draw], local: Densities, estimator: Estimator) -> Tensor:
+    """Return this batch's estimate of the best beta, a scalar in [0, 1] without a graph."""
+    log_weights = local.log_weights
+    replicates = log_weights
+    if log_weights.shape[0] == 1:
+        replicates = log_weights.squeeze(0).unflatten(0, (2, -1))
+    covariance, square = log_weights.new_zeros(()), log_weights.new_zeros(())
+    for samples in _path_derivatives(runs, local, estimator):
+        iwae, difference = _gradients(samples, replicates, local, estimator)
+        moved = (iwae - iwae.mean(0)) * (difference - difference.mean(0))
+        count = replicates.shape[0]
+        covariance = covariance + moved.sum() / (count * (count - 1))
+        _, whole = _gradients(samples, log_weights, local, estimator)
+        square = square + whole.mean(0).square().sum()
+    return torch.where(square > 0, -covariance / square, square).clamp(0.0, 1.0)
+
+
+Samples = list[tuple[dict, int, Tensor]]  # for one site: where each run sampled it, and d/dz there
+
+
+def _path_derivatives(
+    runs: Sequence[Draw], local: Densities, estimator: Estimator
+) -> list[Samples]:
+    """Return each reparameterised site's derivative, as the estimator sends it along the path.
+
+    Pathwise, the density moves with its location, and only log p has a derivative there.
+    """
+    if estimator.replay == "paths":
+        cut = [(path.site, path.particle, path.stand_in) for run in runs for path in run.paths]
+        objective = _total(local.model) - _total(local.density) - _total(local.jacobian)
+    else:
+        cut = [
+            (site, number, site["value"])
+            for number, run in enumerate(runs)
+            for site in sites(run.guide)
+            if guide_group(site) == "density" and site["value"].requires_grad
+        ]
+        objective = _total(local.model) - _total(local.jacobian)
+    cut = [entry for entry in cut if local.names is None or entry[0]["name"] in local.names]
+    if not cut or isinstance(objective, float):
+        return []
+    values = [value for _, _, value in cut]
+    derivatives = torch.autograd.grad(objective, values, retain_graph=True, allow_unused=True)
+    by_site: dict[str, Samples] = {}
+    for (site, particle, value), derivative in zip(cut, derivatives, strict=True):
+        derivative = torch.zeros_like(value) if derivative is None else derivative
+        by_site.setdefault(site["name"], []).append((site, particle, derivative))
+    return list(by_site.values())
+
+
+def _gradients(
+    samples: Samples, log_weights: Tensor, local: Densities, estimator: Estimator
+) -> tuple[Tensor, Tensor]:
+    """Return g_I and D of one site for each replicate, ``[replicates, *value shape]``."""
+    shape = log_weights.shape[:2]
+    vectorized = local.layout.particles.dim is not None
+    sums = []
+    for bound in (bounds.iwae, bounds.elbo):
+        path = estimator(bound, log_weights).path
+        assert path is not None  # check_replicates has made sure
+        rows = [local.layout.at_site(path, site, number) * d for site, number, d in samples]
+        every = rows[0] if vectorized else torch.stack(rows)
+        # Coefficients of R replicates hold 1 / R each.
+        sums.append(every.unflatten(0, shape).sum(1) * shape[0])
+    return sums[0], sums[1] - sums[0]
+
+
+def _total(log_density: Tensor | None) -> Tensor | float:
+    return 0.0 if log_density is None else log_density.sum()

@@ -1,0 +1,211 @@
+"""From coefficients to one scalar whose gradient is the estimator; its value means nothing.
+
+With ``z`` a sample of the guide and ``s`` its stand-in, the surrogate of one datum is
+
+    sum_k  c_k log p(x, s_k) + density_k log q(s_k) + score_k log q_score(s_k) + <v_k, z_k>
+
+The gradient that reaches a stand-in through log p arrives as ``c`` times the derivative and leaves
+towards ``z`` multiplied by ``path / c``. ``v`` adds what log q contributes along the path and takes
+away what leaked through the stand-ins. So theta, the densities and the paths each get their own
+coefficient from one backward pass through the model.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import pyro
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from pyro_recursive.bounds.bound import Bound
+from pyro_recursive.bounds.estimators import Coefficients, Estimator
+from pyro_recursive.tracing.densities import Densities, guide_group
+from pyro_recursive.tracing.paths import Path
+from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.sites import is_delta, sites
+
+__all__ = ["global_surrogate", "surrogate"]
+
+HUGE = 1e30  # nats; a log-density beyond is infinite
+
+
+def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator) -> Tensor:
+    """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
+    log_weights = local.log_weights
+    if estimator.signal is None and estimator.replay != "values":
+        _refuse_score_sites(runs, local, estimator)
+    if estimator.wake:
+        _refuse_moving_deltas(runs)
+    if bound.guide is not bound or estimator.wake:
+        _refuse_shared_parameters(runs, local)
+    derivatives = bound.guide.derivatives(log_weights)
+    table = estimator(bound.guide, log_weights, derivatives)
+    guide = model = derivatives.first
+    if bound.guide is not bound:
+        model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
+        _scale(local, (path for run in runs for path in run.crossings), ratio)
+    own = [path for run in runs for path in run.paths if _belongs(path, local)]
+    if estimator.replay == "none" and bound.guide is bound:
+        core = _dot(model, local.reparameterized)  # one coefficient for all of it
+    else:
+        core = _dot(model, local.model) - _dot(guide, local.jacobian)
+        core = core + _dot(table.density, local.density)
+    return torch.as_tensor(
+        core
+        + _dot(table.score, local.score)
+        + _dot(table.density_rest, local.density_rest)
+        + _dot(table.score_rest, local.score_rest)
+        + _along_paths(local, own, table, guide)
+    )
+
+
+def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
+    """Return a scalar with the gradient of the ELBO terms of the global latents.
+
+    Where the local sites are replayed, the score of the global density is dropped as well: its
+    expectation is zero.
+    """
+    if shared.score is not None and shared.score.requires_grad:
+        raise NotImplementedError(
+            "global_latents='elbo' needs reparameterised global latents, and "
+            f"'{_score_sites(runs)[0]}' is not; use the full data with estimator='vimco'."
+        )
+    particles = shared.layout.particles
+    each = torch.full_like(shared.log_weights, 1 / particles.total)
+    own = [path for run in runs for path in run.paths if _belongs(path, shared)]
+    table = Coefficients(path=each, density=None if own else -each)
+    return torch.as_tensor(
+        _dot(each, shared.model)
+        - _dot(each, shared.jacobian)
+        + _dot(table.density, shared.density)
+        + _along_paths(shared, own, table, each)
+    )
+
+
+def _along_paths(
+    dens: Densities, paths: list[Path], table: Coefficients, guide: Tensor
+) -> Tensor | float:
+    """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
+    if not paths:
+        return 0.0
+    along = torch.zeros_like(guide) if table.path is None else table.path
+    guide, ratio = _ratio(along, guide)
+    _scale(dens, paths, ratio)
+    zero = torch.zeros_like(ratio)
+    score = zero if table.score is None else table.score
+    outputs, weights = [], []
+    # What multiplies each part of log q, and what its derivative sends up the path.
+    for log_q, own, upstream in (
+        (dens.density, table.density, -along),
+        (dens.score, table.score, score - along),
+        (dens.density_rest, table.density_rest, zero),
+        (dens.score_rest, table.score_rest, score),
+    ):
+        if log_q is not None and log_q.requires_grad:
+            outputs.append(log_q)
+            weights.append(upstream if own is None else upstream - ratio * own)
+    if not outputs:
+        return 0.0
+    derivatives = torch.autograd.grad(
+        outputs, [path.stand_in for path in paths], weights, retain_graph=True, allow_unused=True
+    )
+    total: Tensor | float = 0.0
+    for path, derivative in zip(paths, derivatives, strict=True):
+        if derivative is None:
+            if path.site["mask"] is False:  # no density at all
+                continue
+            raise ValueError(
+                f"Guide site '{path.site['name']}': its log-density does not depend smoothly on "
+                "its value, so this estimator would be wrong. Use estimator='pathwise'."
+            )
+        total = total + (derivative * path.value).sum()
+    return total
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the denominator, raised where it has all but vanished, and the ratio.
+
+    A denominator far below the numerator's rounding error may be replaced by a number that is
+    still far below it: the ratio then stays finite, and their product is the numerator.
+    """
+    # Not smaller than need be: a backward pass through denormal numbers is slow.
+    eps = torch.finfo(numerator.dtype).eps
+    floor = (eps**2 * numerator.abs()).clamp_min(torch.finfo(numerator.dtype).tiny)
+    denominator = torch.where(denominator.abs() < floor, floor, denominator)
+    return denominator, torch.where(numerator == 0, numerator, numerator / denominator)
+
+
+def _scale(dens: Densities, paths: Iterable[Path], factor: Tensor) -> None:
+    for path in paths:
+        path.scale_gradient(dens.layout.at_site(factor, path.site, path.particle))
+
+
+def _dot(coefficients: Tensor | None, log_density: Tensor | None) -> Tensor | float:
+    """Sum coefficient times log-density; no gradient reaches the density of a dead sample.
+
+    Its coefficient is zero, and zero times infinity would be NaN.
+    """
+    if coefficients is None or log_density is None:
+        return 0.0
+    return (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
+
+
+def _belongs(path: Path, dens: Densities) -> bool:
+    return dens.names is None or path.site["name"] in dens.names
+
+
+def _score_sites(runs: Sequence[Draw]) -> list[str]:
+    return [site["name"] for site in sites(runs[0].guide) if guide_group(site) == "score"]
+
+
+def _refuse_score_sites(runs: Sequence[Draw], local: Densities, estimator: Estimator) -> None:
+    if local.score is not None and local.score.requires_grad:
+        raise NotImplementedError(
+            f"Guide site '{_score_sites(runs)[0]}' is not reparameterised, so "
+            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' "
+            "(or 'dreg+vimco' to keep DReG for the other sites)."
+        )
+
+
+def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
+    for site in sites(runs[0].guide):
+        if is_delta(site) and _parameters([site["value"]], runs):
+            raise NotImplementedError(
+                f"Guide site '{site['name']}' is computed from parameters, and a wake-phase "
+                "estimator has no gradient for that. Use estimator='dreg'."
+            )
+
+
+def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
+    """Raise where model and guide share a parameter: its two gradients have different targets."""
+    paths = [path.value for run in runs for path in run.paths]
+    values = [site["value"] for run in runs for site in sites(run.guide)]
+    guide = _parameters([local.density, local.score, local.jacobian, *paths, *values], runs)
+    for parameter in guide & _parameters([local.model], runs):
+        name = pyro.get_param_store().param_name(parameter)
+        known = f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"
+        raise ValueError(
+            f"Parameter {known} belongs to model and guide, which climb different objectives "
+            "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
+        )
+
+
+def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[Draw]) -> set[Tensor]:
+    """Return the leaves that tensors depend on, other than through a cut.
+
+    Read off the graph, so that parameters count whether Pyro knows of them or not.
+    """
+    cuts = [path.stand_in for run in runs for path in (*run.paths, *run.crossings)]
+    seen = {get_gradient_edge(stand_in).node for stand_in in cuts}
+    moving = [out for out in outputs if out is not None and out.requires_grad]
+    pending = [get_gradient_edge(out).node for out in moving]
+    found = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions and hasattr(node, "variable"):
+            found.add(node.variable)
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return found

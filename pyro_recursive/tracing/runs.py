@@ -1,0 +1,266 @@
+"""Runs guide and model once for all particles.
+
+Everything here goes through public Pyro handlers: one outer particle plate, `poutine.trace` and
+`poutine.replay`.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_recursive.tracing.paths import Path, cut
+from pyro_recursive.tracing.program import Program, without
+from pyro_recursive.tracing.random_state import set_torch_state, torch_state
+from pyro_recursive.tracing.reruns import Kept, Look
+from pyro_recursive.tracing.sites import (
+    PARTICLE_PLATE,
+    Site,
+    check_match,
+    is_delta,
+    nesting_of,
+    sites,
+    subsample_sites,
+)
+from pyro_recursive.tracing.strata import Strata
+from pyro_recursive.tracing.structure import structure_of
+
+__all__ = ["Draw", "Particles", "draw"]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """M * K samples, m slowest; `dim` is the particle plate's, None where runs are looped."""
+
+    num_estimates: int
+    num_particles: int
+    dim: int | None = None
+
+    @property
+    def total(self) -> int:
+        """The number of samples in all."""
+        return self.num_estimates * self.num_particles
+
+
+@dataclass
+class Draw:
+    """One run of guide and model: all particles, or one of them where runs are looped.
+
+    `paths` cuts the guide's samples from its densities, `crossings` the guide from the model.
+    """
+
+    model: poutine.Trace
+    guide: poutine.Trace
+    paths: list[Path]
+    crossings: list[Path]
+
+
+Replay = Literal["none", "paths", "values"]
+
+
+def draw(
+    program: Program,
+    num_estimates: int,
+    num_particles: int,
+    *,
+    max_plate_nesting: float = math.inf,
+    vectorize: bool = True,
+    **options: Any,
+) -> tuple[Particles, list[Draw]]:
+    """Run guide and model for M * K samples, in one vectorised pass or one by one; see `_draw`."""
+    if not vectorize or num_estimates * num_particles == 1:
+        particles = Particles(num_estimates, num_particles)
+        return particles, _draw(program, particles, **options)
+    structure = structure_of(program)
+    if structure.mixing is not None:
+        _check_one_run(program, structure.max_plate_nesting)
+        raise ValueError(
+            f"The density of one sample depends on the value of '{structure.mixing}' in another, "
+            "when all run in one pass: model or guide sums over a dim or indexes it from the left, "
+            "where the samples are. Count dims from the right (z.sum(-1), z[..., 0]), or use "
+            "vectorize_particles=False."
+        )
+    known = structure.max_plate_nesting
+    assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
+    particles = Particles(num_estimates, num_particles, dim=-assumed - 1)
+    try:
+        runs = _draw(program, particles, **options)
+        if nesting_of(runs[0].model, runs[0].guide) <= assumed:
+            return particles, runs
+        problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
+    except Exception as error:
+        problem = error
+    # Plates may depend on the arguments: look at this call's before giving up.
+    nesting = structure_of(program, fresh=True).max_plate_nesting
+    if nesting <= assumed:
+        problem.add_note(
+            f"All {particles.total} samples run in one pass, under one more plate on the left: "
+            "count dims from the right, as in b[..., group] for b[group] and (x * z).sum(-1) for "
+            "x @ z. If this model or guide cannot do that, use vectorize_particles=False."
+        )
+        raise problem
+    particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
+    return particles, _draw(program, particles, **options)
+
+
+def _check_one_run(program: Program, max_plate_nesting: int) -> None:
+    """Raise where model and guide do not even fit outside of one pass."""
+    with poutine.block(), Look():
+        guide = program.run_guide()
+        check_match(program.run_model(guide), guide, max_plate_nesting)
+
+
+def _draw(
+    program: Program,
+    particles: Particles,
+    *,
+    replay: Replay = "none",
+    cut_model: bool = False,
+    shared: frozenset[str] = frozenset(),
+    subsample: poutine.Trace | None = None,
+    strata: Strata | None = None,
+) -> list[Draw]:
+    """Run guide and model for all particles on one minibatch.
+
+    ``replay="paths"`` runs the guide a second time on stand-ins of its reparameterised samples,
+    ``"values"`` on detached samples; ``cut_model`` gives the model stand-ins of everything it takes
+    from the guide. Sites in ``shared`` have one value for the K samples of an estimate. A trace
+    of subsample sites fixes the minibatch; without one it is drawn here, once for all particles.
+    ``strata`` choose the components of mixture guides.
+    """
+    runs: list[Draw] = []
+    sharing = _ShareWithinEstimate(shared, particles)
+    for particle in range(1 if particles.dim is not None else particles.total):
+        sharing.particle = particle
+        if strata is not None:
+            strata.particle = particle if particles.dim is None else None
+        noise = _SameNoise() if replay != "none" else nullcontext()
+        with _particle_plate(particles), strata or nullcontext():
+            with sharing if shared else nullcontext(), noise:
+                guide = program.run_guide(subsample)
+            with noise:
+                guide, paths = _replayed(program, guide, particle, replay)
+            run = _continue(program, guide, paths, particle, cut_model, subsample)
+        if subsample is None:
+            subsample = subsample_sites(run.guide, run.model)
+        runs.append(run)
+    return runs
+
+
+def _replayed(
+    program: Program, guide: poutine.Trace, particle: int, replay: Replay
+) -> tuple[poutine.Trace, list[Path]]:
+    """Run the guide once more where asked.
+
+    Its Delta sites are not replayed: they are computed again from what they depend on.
+    """
+    paths: list[Path] = []
+    if replay == "values":
+        guide = program.run_guide(_with_values(without(guide, is_delta), _detached))
+    elif replay == "paths":
+        sampled = without(guide, is_delta)
+        guide = program.run_guide(_with_values(sampled, cut(particle, paths)))
+    return guide, paths
+
+
+def _continue(
+    program: Program,
+    guide: poutine.Trace,
+    paths: list[Path],
+    particle: int,
+    cut_model: bool,
+    subsample: poutine.Trace | None,
+) -> Draw:
+    """Replay the model on the guide's values."""
+    crossings: list[Path] = []
+    source = _with_values(guide, cut(particle, crossings)) if cut_model else guide
+    model = program.run_model(_merged(source, subsample))
+    return Draw(model, guide, paths, crossings)
+
+
+def _with_values(trace: poutine.Trace, value_of: Callable[[Site], Tensor]) -> poutine.Trace:
+    """Copy a trace with another value at each latent site."""
+    copy = trace.copy()
+    for site in sites(trace):
+        if not site["is_observed"]:
+            copy.nodes[site["name"]] = {**site, "value": value_of(site)}
+    return copy
+
+
+def _detached(site: Site) -> Tensor:
+    return site["value"].detach()
+
+
+def _merged(trace: poutine.Trace, other: poutine.Trace | None) -> poutine.Trace:
+    if other is None:
+        return trace
+    copy = trace.copy()
+    for name, site in other.nodes.items():
+        if name not in copy.nodes:
+            copy.add_node(name, **site)
+    return copy
+
+
+def _particle_plate(particles: Particles) -> ExitStack:
+    """Enter the particle plate, if there is more than one particle to a run."""
+    stack = ExitStack()
+    if particles.dim is not None:
+        stack.enter_context(pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim))
+    return stack
+
+
+class _SameNoise(Kept):
+    """Gives two runs of a guide the same noise outside its sites: dropout, say.
+
+    The first run notes the random state at its start and after each site, the second goes back to
+    it; otherwise densities would be those of another guide than the one that sampled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, list[Tensor]] = {}
+        self.again = False
+
+    def __enter__(self) -> "_SameNoise":
+        self.again = bool(self.states)
+        self._meet("")
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self._meet(msg["name"])
+
+    def _meet(self, name: str) -> None:
+        if not self.again:
+            self.states[name] = torch_state()
+        elif name in self.states:
+            set_torch_state(self.states[name])
+
+
+class _ShareWithinEstimate(Messenger):
+    """Gives the K samples of an estimate one value at the named sites."""
+
+    def __init__(self, names: frozenset[str], particles: Particles) -> None:
+        super().__init__()
+        self.names, self.particles, self.particle = names, particles, 0
+        self.first: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # This handler is the outermost: it speaks before the trace records.
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["value"] = self._shared(msg["name"], msg["value"], msg["fn"].event_dim)
+
+    def _shared(self, name: str, value: Tensor, event_dim: int) -> Tensor:
+        M, K = self.particles.num_estimates, self.particles.num_particles
+        if self.particles.dim is None:
+            if self.particle % K == 0:
+                self.first[name] = value
+            return self.first[name]
+        dim = value.dim() + self.particles.dim - event_dim
+        split = value.unflatten(dim, (M, K))
+        return split.narrow(dim + 1, 0, 1).expand_as(split).flatten(dim, dim + 1)

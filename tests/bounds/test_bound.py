@@ -1,0 +1,170 @@
+"""Values and derivatives of the bounds, against quadrature, autograd and exact identities."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_recursive import bounds
+from tests.oracles.quadrature import LOG_EVIDENCE, conjugate, normal_grid
+
+MEMBERS = {
+    "elbo": bounds.elbo,
+    "iwae": bounds.iwae,
+    "miwae": bounds.miwae,
+    "piwae": bounds.piwae,
+    "pooled": bounds.Pooled(bounds.iwae),
+    "ciwae": bounds.ciwae(0.3),
+    "ciwae_tensor": bounds.ciwae(torch.tensor(0.3)),
+    "renyi": bounds.renyi(0.5),
+    "renyi_negative": bounds.renyi(-1.0),
+    "jackknife": bounds.jackknife,
+}
+members = pytest.mark.parametrize("bound", MEMBERS.values(), ids=MEMBERS.keys())
+
+QUADRATURE = [  # (bound, K, expectation)
+    ("elbo", 1, -1.7442990490),
+    ("iwae", 1, -1.7442990490),
+    ("iwae", 2, -1.54700029),
+    ("iwae", 3, -1.49784037),
+    ("ciwae", 2, -1.60618992),
+    ("ciwae", 3, -1.57177797),
+    ("renyi", 2, -1.62917088),
+    ("renyi", 3, -1.59932066),
+    ("jackknife", 2, -1.34970153),
+    ("jackknife", 3, -1.39952052),
+]
+
+
+def log_weights(*shape: int) -> torch.Tensor:
+    return 3 * torch.randn(*shape)
+
+
+@pytest.mark.parametrize(("name", "size", "expected"), QUADRATURE)
+def test_expectations_against_quadrature(name: str, size: int, expected: float) -> None:
+    grid = normal_grid(size, nodes=80 if size == 1 else 64 if size == 2 else 48)
+    value = (MEMBERS[name](conjugate(grid.eps).log_weights) * grid.weight).sum()
+    assert value.item() == pytest.approx(expected, abs=2e-7)
+
+
+@pytest.mark.parametrize(("size", "gap"), [(1, 0.31879), (2, 0.24298), (3, 0.21698)])
+def test_gap_law(size: int, gap: float) -> None:
+    """K times the gap falls to half the chi-square divergence, 0.17655; a wrong 1/K breaks it."""
+    grid = normal_grid(size, nodes=64 if size < 3 else 48)
+    value = (bounds.iwae(conjugate(grid.eps).log_weights) * grid.weight).sum()
+    assert size * (LOG_EVIDENCE - value.item()) == pytest.approx(gap, abs=1e-5)
+
+
+@members
+def test_shape(bound: bounds.Bound) -> None:
+    assert bound(log_weights(2, 3, 4, 5)).shape == (4, 5)
+    assert bound(log_weights(2, 3)).shape == ()
+
+
+@members
+def test_derivatives_are_slopes(bound: bounds.Bound) -> None:
+    """Against central differences, entry by entry, with M != K so that no axis can be swapped."""
+    lw, step = log_weights(2, 3, 4), 1e-4
+    first, second = bound.derivatives(lw)
+    for index in range(lw.numel()):
+        move = torch.zeros_like(lw)
+        move.view(-1)[index] = step
+        up, down, here = (bound(lw + sign * move).sum() for sign in (1, -1, 0))
+        slope, bend = (up - down) / (2 * step), (up - 2 * here + down) / step**2
+        assert first.view(-1)[index].item() == pytest.approx(slope.item(), abs=1e-6)
+        assert second.reshape(-1)[index].item() == pytest.approx(bend.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae", "ciwae", "renyi", "renyi_negative"])
+def test_closed_forms_equal_the_generic_ones(name: str) -> None:
+    bound = MEMBERS[name]
+    lw = log_weights(2, 4, 3)
+    for closed, generic in zip(
+        bound.derivatives(lw), bounds.Bound.derivatives(bound, lw), strict=True
+    ):
+        torch.testing.assert_close(closed, generic)
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae", "ciwae", "renyi", "renyi_negative", "jackknife"])
+def test_leave_one_out_replaces_by_the_mean_of_the_others(name: str) -> None:
+    bound, lw = MEMBERS[name], log_weights(2, 4, 3)
+    expected = torch.empty_like(lw)
+    for k in range(4):
+        replaced = lw.clone()
+        replaced[:, k] = (lw.sum(1) - lw[:, k]) / 3
+        expected[:, k] = bound.estimate(replaced)
+    torch.testing.assert_close(bound.leave_one_out(lw), expected)
+    torch.testing.assert_close(bounds.Bound.leave_one_out(bound, lw), expected)
+
+
+@members
+def test_one_sample_is_the_elbo(bound: bounds.Bound) -> None:
+    if bound is bounds.jackknife:
+        with pytest.raises(ValueError, match="num_particles >= 2"):
+            bound(log_weights(1, 1))
+        return
+    lw = log_weights(1, 1, 7)
+    torch.testing.assert_close(bound(lw), lw[0, 0])
+    assert bound.is_linear(1, 1)
+
+
+def test_special_cases() -> None:
+    lw = log_weights(1, 5, 7)
+    many = log_weights(3, 5, 7)
+    torch.testing.assert_close(bounds.ciwae(0.0)(lw), bounds.iwae(lw))
+    torch.testing.assert_close(bounds.ciwae(1.0)(lw), bounds.elbo(lw))
+    torch.testing.assert_close(bounds.renyi(0.0)(lw), bounds.iwae(lw))
+    torch.testing.assert_close(bounds.renyi(1.0)(lw), bounds.elbo(lw))
+    torch.testing.assert_close(bounds.renyi(1 - 1e-7)(lw), bounds.elbo(lw), atol=1e-5, rtol=0)
+    torch.testing.assert_close(bounds.piwae(lw), bounds.iwae(lw))
+    torch.testing.assert_close(bounds.piwae(many), bounds.iwae(many.flatten(0, 1)[None]))
+    torch.testing.assert_close(bounds.piwae.guide(many), bounds.miwae(many))
+    each = torch.stack([bounds.iwae(many[m : m + 1]) for m in range(3)])
+    torch.testing.assert_close(bounds.miwae(many), each.mean(0))
+
+
+def test_order_per_draw() -> None:
+    """ELBO <= CIWAE <= IWAE for every draw, and Renyi falls with its order (Jensen)."""
+    lw = log_weights(2, 5, 50)
+    elbo, mixed, iwae = bounds.elbo(lw), bounds.ciwae(0.3)(lw), bounds.iwae(lw)
+    assert (elbo <= mixed).all() and (mixed <= iwae).all()
+    values = torch.stack([bounds.renyi(order)(lw) for order in (-1.0, 0.0, 0.3, 0.9, 1.0)])
+    assert (values.diff(dim=0) <= 1e-12).all()
+
+
+@members
+def test_constant_weights_give_the_constant(bound: bounds.Bound) -> None:
+    lw = torch.full((2, 3, 4), -800.0)
+    torch.testing.assert_close(bound(lw), lw[0, 0])
+
+
+@pytest.mark.parametrize("name", ["iwae", "piwae", "renyi"])
+def test_dead_samples(name: str) -> None:
+    bound = MEMBERS[name]
+    lw = log_weights(2, 3, 4)
+    lw[0, 1, 2] = -math.inf
+    assert bound(lw).isfinite().all()
+    first, second = bound.derivatives(lw)
+    assert first[0, 1, 2] == 0 and second[0, 1, 2] == 0
+    assert first.isfinite().all()
+    lw[:, :, 2] = -math.inf
+    assert bound(lw)[2] == -math.inf
+    assert bound.derivatives(lw).first.isfinite().all()
+
+
+def test_a_term_of_weight_zero_is_no_term() -> None:
+    lw = torch.tensor([[0.0, -math.inf, 1.0]])
+    torch.testing.assert_close(bounds.ciwae(0.0)(lw), bounds.iwae(lw))
+    assert bounds.ciwae(1.0).is_linear(1, 3) and not bounds.ciwae(0.5).is_linear(1, 3)
+
+
+def test_large_weights_do_not_overflow() -> None:
+    lw = torch.tensor([[900.0, 100.0, -900.0]])
+    assert bounds.iwae(lw).item() == pytest.approx(900 - math.log(3))
+    assert bounds.iwae.leave_one_out(lw).isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
+def test_beta_outside_the_unit_interval_raises(beta: float) -> None:
+    with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\]"):
+        bounds.ciwae(beta)

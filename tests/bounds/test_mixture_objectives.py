@@ -1,0 +1,368 @@
+"""The mathematics of growing a mixture, against integrals on a fine grid and by brute force."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_recursive.bounds.mixture_objectives import (
+    OBJECTIVES,
+    Clamped,
+    Gain,
+    Relbo,
+    Skew,
+    best_gain,
+    corrective_weights,
+    gain,
+    line_search,
+    log_mixture,
+    log_others,
+    stick_breaking,
+)
+from tests.oracles.quadrature import log_normal
+
+GRID = torch.arange(-12.0, 12.0, 0.01, dtype=torch.float64)
+
+
+def log_target(z: Tensor) -> Tensor:
+    """Two modes, not normalised."""
+    parts = log_normal(z, -1.2, 0.6) + math.log(0.7), log_normal(z, 1.2, 0.8) + math.log(0.3)
+    return torch.logaddexp(*parts) + 0.4
+
+
+def densities(places: Tensor, z: Tensor) -> Tensor:
+    """Return the table ``[*z, J]`` of normals ``(loc, log scale)``."""
+    return torch.stack([log_normal(z, loc, s.exp()) for loc, s in places], -1)
+
+
+def integral(log_density: Tensor, values: Tensor) -> Tensor:
+    return (log_density.exp() * values).sum() * 0.01
+
+
+def elbo(log_density: Tensor) -> Tensor:
+    return integral(log_density, log_target(GRID) - log_density)
+
+
+def kl(one: Tensor, other: Tensor) -> Tensor:
+    return integral(one, one - other)
+
+
+def sample(places: Tensor, count: int) -> Tensor:
+    """Return equally likely quantiles of each component, ``[S, J]``."""
+    levels = (torch.arange(count) + 0.5) / count
+    eps = torch.special.ndtri(levels)
+    return places[:, 0] + places[:, 1].exp() * eps[:, None]
+
+
+def random_places(count: int, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(count, 2) * torch.tensor([1.5, 0.4])
+
+
+# --- Identities
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_bound_of_a_mixture_of_two(seed: int, share: float) -> None:
+    """``L(Q') = (1 - e) L(Q) + e L(q) + JS``, the divergence below the entropy of e."""
+    table = densities(random_places(2, seed), GRID)
+    old, new = table.unbind(-1)
+    log_weights = torch.tensor([1 - share, share]).log()
+    both = log_mixture(table, log_weights)
+    divergence = (1 - share) * kl(old, both) + share * kl(new, both)
+    entropy = -(log_weights.exp() * log_weights).sum()
+    assert 0 <= divergence <= entropy <= math.log(2) + 1e-12
+    expected = (1 - share) * elbo(old) + share * elbo(new) + divergence
+    torch.testing.assert_close(elbo(both), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_objectives_are_a_bound_and_a_divergence(seed: int) -> None:
+    """What a component climbs, on the whole grid: ``E_q[log p - log R]``."""
+    table = densities(random_places(3, seed), GRID)
+    log_weights = torch.randn(3).log_softmax(-1)
+    m = seed % 3
+    q = table[:, m]
+    rest = [j for j in range(3) if j != m]
+    others = torch.logsumexp(table[:, rest] + log_weights[rest].log_softmax(-1), -1)
+    torch.testing.assert_close(log_others(table, log_weights, m), others)
+    whole = torch.logsumexp(table + log_weights, -1)
+    skewed = torch.logaddexp(others + math.log(0.8), q + math.log(0.2))
+    entropy = -integral(q, q)
+    expected = {
+        OBJECTIVES["elbo"]: elbo(q),
+        OBJECTIVES["exact"]: elbo(q) + kl(q, whole),
+        Skew(0.2): elbo(q) + kl(q, skewed),
+        Relbo(0.3): elbo(q) + kl(q, others) + 0.3 * entropy,
+        Clamped(1e6, strength=0.4): elbo(q) + 0.4 * kl(q, others),
+    }
+    for objective, value in expected.items():
+        reference = objective(table, log_weights, m, [])
+        found = integral(q, log_target(GRID) - reference)
+        torch.testing.assert_close(found, value, atol=1e-8, rtol=0, msg=str(objective))
+    assert kl(q, skewed) <= -math.log(0.2)
+
+
+def test_clamped_is_decided_row_by_row_from_the_components_own_draws() -> None:
+    """Rows: beside the mixture, and far away; the third draw comes from another component."""
+    places = torch.tensor([[0.0, 0.0], [0.5, 0.0]])
+    z = torch.tensor([[0.4, 5.0], [0.6, 6.0], [9.0, 0.3]])  # [draws, rows]
+    table = densities(places, z)
+    log_weights = torch.tensor([0.7, 0.3]).log()
+    clamp = Clamped(1.0, strength=0.5)
+    found = clamp(table, log_weights, 1, [0, 1])
+    ratio = table[..., 1] - table[..., 0]
+    assert (ratio[:2].mean(0) < 1).tolist() == [True, False]
+    near = table[..., 1] - 0.5 * ratio
+    far = table[..., 1] - 0.5 * 1.0
+    torch.testing.assert_close(found, torch.stack([near[:, 0], far[:, 1]], -1))
+
+
+def test_objectives_check_their_constants() -> None:
+    for wrong in (lambda: Skew(0.0), lambda: Skew(1.0), lambda: Clamped(0.0), lambda: Relbo(0.0)):
+        with pytest.raises(ValueError, match="must"):
+            wrong()
+    with pytest.raises(ValueError, match="must be positive"):
+        Clamped(1.0, strength=-1.0)
+
+
+# --- Weights
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_stick_breaking_is_the_recursion(shape: tuple[int, ...]) -> None:
+    logits = 3 * torch.randn(*shape, 3)
+    expected = torch.ones(*shape, 1)
+    for share in torch.sigmoid(logits).split(1, -1):
+        expected = torch.cat([(1 - share) * expected, share], -1)
+    torch.testing.assert_close(stick_breaking(logits).exp(), expected)
+    torch.testing.assert_close(stick_breaking(logits).logsumexp(-1), torch.zeros(shape))
+
+
+def test_stick_breaking_of_extreme_shares() -> None:
+    """One or all of the mixture: no weight is NaN, and the gradients are finite."""
+    logits = torch.tensor([-800.0, 800.0, 0.0], requires_grad=True)
+    found = stick_breaking(logits)
+    assert found.isfinite().all()
+    assert found.detach().exp().tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5])
+    found.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert stick_breaking(torch.zeros(0)).tolist() == [0.0]
+
+
+PLACES = torch.tensor([[-1.0, -0.4], [0.9, -0.2], [3.0, 0.0], [0.1, 0.3]], dtype=torch.float64)
+
+
+def fixed(count: int, draws: int = 400) -> tuple[Tensor, Tensor]:
+    """Return log p ``[S, J]`` and the table ``[S, J, J]`` at quantiles of the components."""
+    z = sample(PLACES[:count], draws)
+    return log_target(z), densities(PLACES[:count], z)
+
+
+def bound_of(log_p: Tensor, table: Tensor, log_weights: Tensor) -> Tensor:
+    terms = (log_p - log_mixture(table, log_weights)).mean(0)
+    return (log_weights.exp() * terms).sum(-1)
+
+
+def by_gradient(objective: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Maximise over the simplex by an optimiser of another kind; return the maximum."""
+    logits = torch.zeros(size, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([logits], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        loss = -objective(logits.log_softmax(-1))
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    return objective(logits.detach().log_softmax(-1))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_corrective_weights_are_optimal(count: int) -> None:
+    log_p, table = fixed(count)
+    start = torch.zeros(count).log_softmax(-1)
+    found = corrective_weights(log_p, table, start, tolerance=1e-6, max_steps=20_000)
+    assert found.gap < 1e-6
+    best = by_gradient(lambda weights: bound_of(log_p, table, weights), count)
+    reached = bound_of(log_p, table, found.log_weights)
+    # A finite sample's slopes are those of its bound up to the sample's own error.
+    assert best - 1e-5 <= reached <= best
+    torch.testing.assert_close(found.log_weights.logsumexp(-1), torch.zeros(()))
+
+
+def test_the_gap_bounds_what_is_missing() -> None:
+    log_p, table = fixed(3)
+    best = by_gradient(lambda weights: bound_of(log_p, table, weights), 3)
+    start = torch.tensor([0.05, 0.05, 0.9]).log()
+    gaps = []
+    for steps in (1, 3, 10, 100):
+        found = corrective_weights(log_p, table, start, tolerance=1e-9, max_steps=steps)
+        missing = best - bound_of(log_p, table, found.log_weights)
+        gaps.append(found.gap)
+        # The gap is that of the step before, when more was missing.
+        assert 0 <= missing <= found.gap + 1e-5
+    assert gaps == sorted(gaps, reverse=True)
+
+
+def test_corrective_weights_of_rows_are_those_of_each_row() -> None:
+    log_p, table = fixed(3)
+    tilted = log_p + 0.8 * sample(PLACES[:3], len(log_p))
+    start = torch.zeros(3).log_softmax(-1)
+    both = corrective_weights(
+        torch.stack([log_p, tilted], -1),
+        torch.stack([table, table], 2),
+        start.expand(2, 3),
+        tolerance=1e-7,
+    )
+    for row, each in enumerate((log_p, tilted)):
+        alone = corrective_weights(each, table, start, tolerance=1e-7)
+        torch.testing.assert_close(both.log_weights[row], alone.log_weights, atol=1e-3, rtol=0)
+    assert (both.log_weights[0] - both.log_weights[1]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_line_search_of_two_is_fully_corrective(m: int) -> None:
+    log_p, table = fixed(2)
+    start = torch.tensor([0.9, 0.1]).log()
+    corrective = corrective_weights(log_p, table, start, tolerance=1e-10, max_steps=20_000)
+    found = line_search(log_p, table, start, m)
+    torch.testing.assert_close(found, corrective.log_weights, atol=1e-5, rtol=0)
+
+
+def test_line_search_moves_one_share_only() -> None:
+    log_p, table = fixed(4)
+    start = torch.tensor([0.4, 0.2, 0.1, 0.3]).log()
+    found = line_search(log_p, table, start, 3)
+    torch.testing.assert_close(found[:3].log_softmax(-1), start[:3].log_softmax(-1))
+    rest = torch.cat([start[:3].log_softmax(-1), torch.tensor([-torch.inf])])
+    last = torch.tensor([-torch.inf] * 3 + [0.0])
+    candidates = torch.linspace(0.001, 0.999, 999)
+    mixed = [torch.logaddexp(rest + (1 - e).log(), last + e.log()) for e in candidates]
+    values = torch.stack([bound_of(log_p, table, weights) for weights in mixed])
+    assert found[3].exp().item() == pytest.approx(candidates[values.argmax()].item(), abs=1e-3)
+    assert bound_of(log_p, table, found) >= values.max() - 1e-5
+
+
+@pytest.mark.parametrize(("worth", "share"), [(50.0, 1.0), (-50.0, 0.0)])
+def test_line_search_reaches_the_ends(worth: float, share: float) -> None:
+    log_p, table = fixed(2)
+    log_p = log_p + torch.tensor([0.0, worth])
+    found = line_search(log_p, table, torch.tensor([0.5, 0.5]).log(), 1)
+    assert found[1].exp().item() == pytest.approx(share, abs=1e-6)
+
+
+# --- Gains
+
+
+def gain_at(places: Tensor, log_weights: Tensor, z: Tensor, scale: float = 1.0) -> Gain:
+    table = densities(places, z)
+    return gain(
+        log_target(z),
+        log_mixture(table, log_weights),
+        log_others(table, log_weights, len(places) - 1),
+        table[..., -1],
+        log_weights,
+        scale,
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_gain_is_the_difference_of_two_bounds(count: int) -> None:
+    places, log_weights = PLACES[:count], torch.tensor([0.5, 0.3, 0.2])[:count].log()
+    log_weights = log_weights.log_softmax(-1)
+    table = densities(places, GRID)
+    before = elbo(log_others(table, log_weights, count - 1))
+    exact = elbo(log_mixture(table, log_weights)) - before
+    ceiling = torch.nn.functional.softplus(elbo(table[:, -1]) - before)
+    z = places[:, 0] + places[:, 1].exp() * torch.randn(4000, count)
+    found = gain_at(places, log_weights, z)
+    assert abs(found.mean - exact) < 4.5 * found.standard_error
+    assert 0 < found.standard_error < 0.05
+    assert found.ceiling == pytest.approx(ceiling.item(), abs=0.1)
+    tripled = gain_at(places, log_weights, z, 3.0)
+    assert [3 * number for number in found] == pytest.approx(list(tripled))
+
+
+def test_standard_error_of_the_gain_is_its_spread() -> None:
+    places, log_weights = PLACES[:3], torch.tensor([0.5, 0.3, 0.2]).log()
+    z = places[:, 0] + places[:, 1].exp() * torch.randn(300, 200, 3)
+    found = [gain_at(places, log_weights, each) for each in z]
+    spread = torch.tensor([each.mean for each in found]).std()
+    mean_error = torch.tensor([each.standard_error for each in found]).mean()
+    assert spread.item() == pytest.approx(mean_error.item(), rel=0.15)
+
+
+def test_a_duplicate_gains_nothing() -> None:
+    """No draw of the pair's makes a difference, as the density of the mixture is the same."""
+    places = PLACES[[0, 0]]
+    log_weights = torch.tensor([0.6, 0.4]).log()
+    z = places[:, :1].T + torch.randn(50, 1).expand(50, 2)
+    found = gain_at(places, log_weights, z)
+    assert abs(found.mean) < 1e-14 and found.standard_error < 1e-14
+    assert not found._replace(mean=0.0, standard_error=0.0).is_clear(2.0)
+    assert found.ceiling == pytest.approx(math.log(2))
+
+
+def test_a_clear_gain() -> None:
+    log_weights = torch.tensor([0.6, 0.4]).log()
+    z = PLACES[:2, 0] + PLACES[:2, 1].exp() * torch.randn(500, 2)
+    found = gain_at(PLACES[:2], log_weights, z)
+    assert found.is_clear(2.0) and not found.is_clear(1e9)
+    assert found.is_clear(2.0, found.mean / 2) and not found.is_clear(2.0, 2 * found.mean)
+    far = torch.tensor([[-1.0, -0.4], [9.0, 0.0]])
+    z = far[:, 0] + far[:, 1].exp() * torch.randn(500, 2)
+    lost = gain_at(far, log_weights, z)
+    assert lost.mean < 0 and not lost.is_clear(2.0) and lost.ceiling < 1e-3
+
+
+def test_gain_of_rows_is_their_sum() -> None:
+    log_weights = torch.tensor([[0.6, 0.4], [0.2, 0.8]]).log()
+    z = PLACES[:2, 0, None] + torch.randn(40, 2, 2)  # [S, J, rows]
+    rows = [gain_at(PLACES[:2], log_weights[r], z[..., r]) for r in range(2)]
+    table = densities(PLACES[:2], z)
+    both = gain(
+        log_target(z),
+        log_mixture(table, log_weights),
+        log_others(table, log_weights, 1),
+        table[..., 1],
+        log_weights,
+    )
+    assert both.mean == pytest.approx(rows[0].mean + rows[1].mean)
+    assert both.ceiling == pytest.approx(rows[0].ceiling + rows[1].ceiling)
+
+
+def test_best_gain_is_the_best_candidate_by_integrals() -> None:
+    """For each of some rows, whose mixtures differ; places, and scales from spikes to deserts."""
+    candidates = torch.stack([4 * torch.randn(40), torch.linspace(-3, 1.5, 40)], -1)
+    starts = torch.tensor([[-1.2, -0.5], [1.2, -0.3], [0.0, 0.0], [-0.5, 1.0]])
+    rows = range(len(starts))
+    noise = sample(torch.zeros(1, 2), 200)  # [S, 1]
+    own = starts[:, 0] + starts[:, 1].exp() * noise  # [T, rows]
+    draws = (candidates[:, 0] + candidates[:, 1].exp() * noise).T  # [C, S]
+
+    def log_q(z: Tensor) -> Tensor:
+        return torch.stack([densities(starts[r : r + 1], z[..., r])[..., 0] for r in rows], -1)
+
+    wide = draws.unsqueeze(-1).expand(-1, -1, len(starts))
+    at_draws = torch.stack([densities(candidates[c : c + 1], wide[c])[..., 0] for c in range(40)])
+    found = best_gain(
+        (log_target(own), log_target(wide)),
+        (log_q(own), log_q(wide)),
+        (densities(candidates, own).movedim(-1, 0), at_draws),
+    )
+    shares = torch.tensor([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7])
+    table = densities(candidates, GRID)
+    for row in rows:
+        start = densities(starts[row : row + 1], GRID)
+        mixed = torch.logaddexp(
+            start.unsqueeze(-1) + torch.log1p(-shares), table.unsqueeze(-1) + shares.log()
+        )
+        terms = mixed.exp() * (log_target(GRID)[:, None, None] - mixed)
+        bounds = (terms.sum(0) * 0.01).amax(-1)
+        assert bounds[found[row]] > bounds.max() - 0.01
+        assert bounds.max() > bounds.median() + 0.1

@@ -1,0 +1,530 @@
+"""Simulation-based calibration: exact posteriors pass, and each fault is found for what it is."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
+from torch import Tensor, nn
+
+from pyro_recursive import AmortizedGuide
+from pyro_recursive.evaluation.calibration import calibration, calibration_by_fits
+from pyro_recursive.evaluation.calibration.ranks import (
+    RankSums,
+    ecdf_band,
+    ecdf_difference,
+    rank_histogram,
+)
+from pyro_recursive.evaluation.calibration.simulation import simulate
+from pyro_recursive.evaluation.calibration.uniformity import Calibration, holm, uniformity
+
+# --- Ranks
+
+
+@pytest.mark.parametrize(("count", "num_draws"), [(30, 7), (200, 127), (1000, 10)])
+def test_uniform_ranks_are_rejected_as_often_as_said(count: int, num_draws: int) -> None:
+    dims = 4000
+    found = uniformity(torch.randint(num_draws + 1, (count, dims)), num_draws)
+    for level in (0.05, 0.01):
+        error = math.sqrt(level / dims)
+        assert abs((found.histogram < level).double().mean() - level) < 0.3 * level + 4 * error
+        assert (found.p_value < level).double().mean() < 1.1 * level + 4 * error
+    for z in (found.location, found.spread):
+        assert abs(z.mean()) < 4 / dims**0.5
+        assert abs(z.std() - 1) < 4 / (2 * dims) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("draw", "fault"),
+    [
+        (lambda u: u.square(), "too high"),
+        (lambda u: u.sqrt(), "too low"),
+        (lambda u: 0.5 + 0.8 * (u - 0.5), "too wide"),
+        (lambda u: dist.Beta(0.7, 0.7).sample(u.shape), "too narrow"),
+        (lambda u: torch.where(u < 0.3, u + 0.3, torch.where(u < 0.6, u - 0.3, u)), None),
+        (lambda u: u.where((u - 0.5).abs() < 0.499, 0.2), None),
+        (lambda u: (4 * u).floor() / 4 + 0.1, "of a wrong shape"),
+    ],
+)
+def test_faults_have_their_names(draw: Callable[[Tensor], Tensor], fault: str | None) -> None:
+    ranks = (draw(torch.rand(500, 1)) * 128).long()
+    found = Calibration({"z": ranks}, 127)
+    assert found.is_calibrated(1e-3) == (fault is None)
+    if fault is not None:
+        assert f"z: the draws are {fault} (adj" in str(found)
+    else:
+        assert str(found).startswith("No fault found in 1 numbers with 500 simulated data sets")
+
+
+def test_holm_by_hand() -> None:
+    p = torch.tensor([0.04, 0.001, 0.03, 0.2, 0.9])
+    torch.testing.assert_close(holm(p), torch.tensor([0.12, 0.005, 0.12, 0.4, 0.9]))
+    assert holm(torch.tensor([0.6, 0.6])).tolist() == [1.0, 1.0]
+
+
+def test_only_the_numbers_that_are_off_are_named() -> None:
+    good, bad = torch.randint(100, (300, 3)), torch.randint(40, (300, 1))
+    found = Calibration({"a": good, "b": torch.cat([good[:, :1], bad], 1)}, 99)
+    assert not found.is_calibrated()
+    assert found.verdict().splitlines()[0].startswith("Not calibrated in 1 of 5 numbers")
+    assert "b[1]: the draws are too high" in found.verdict()
+    assert found.adjusted["b"].shape == (2,)
+
+
+def test_ties_are_broken_at_random() -> None:
+    truth = torch.poisson(torch.full((4000, 1), 0.7))
+    sums = RankSums(truth)
+    for _ in range(3):
+        sums.add(torch.poisson(torch.full((5, 4000, 1), 0.7)))
+    assert torch.equal(sums.ranks, sums.ranks)  # and once for all
+    assert uniformity(sums.ranks, 15).p_value > 1e-3
+    never = RankSums(truth)
+    never.add(torch.full((5, 4000, 1), -1.0))
+    assert (never.ranks == 5).all()
+
+
+def test_bins_get_their_share() -> None:
+    every = torch.arange(11).unsqueeze(1)
+    counts, shares = rank_histogram(every, 10, bins=4)
+    torch.testing.assert_close(counts[:, 0] / 11, shares)
+    assert rank_histogram(every, 10, bins=50)[0].shape == (11, 1)
+    assert rank_histogram(torch.randint(128, (55, 2)), 127)[0].shape == (5, 2)
+
+
+@pytest.mark.parametrize(("count", "num_draws"), [(50, 20), (400, 63)])
+def test_the_band_holds_what_it_says(count: int, num_draws: int) -> None:
+    lower, upper = ecdf_band(count, num_draws, 0.9)
+    difference = ecdf_difference(torch.randint(num_draws + 1, (count, 4000)), num_draws)[1]
+    inside = (difference >= lower.unsqueeze(1) - 1e-12) & (difference <= upper.unsqueeze(1) + 1e-12)
+    share = inside.all(0).double().mean()
+    assert 0.88 < share < 0.94  # counts are whole: a little above
+    state = torch.get_rng_state()
+    assert torch.equal(ecdf_band(count, num_draws, 0.9)[0], lower)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_difference_by_hand() -> None:
+    at, difference = ecdf_difference(torch.tensor([[0], [0], [3], [2]]), 4)
+    torch.testing.assert_close(at, torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    expected = torch.tensor([0.5, 0.5, 0.75, 1.0]) - at
+    torch.testing.assert_close(difference[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "at least 20 of them, got 19"),
+        (lambda: uniformity(torch.full((20, 1), 10), 9), "are 0 to 9, got 10 to 10"),
+        (lambda: uniformity(torch.zeros(20, 1), 9), r"integers \[N, dims\]"),
+        (lambda: uniformity(torch.zeros(20).long(), 9), r"integers \[N, dims\]"),
+        (lambda: ecdf_band(20, 9, 1.0), "between 0 and 1, got 1.0"),
+        (lambda: Calibration({}, 9), "no ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_tested(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- Rows
+
+
+def conjugate(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(1.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def posterior(x: Tensor, shift: float = 0.0, width: float = 1.0) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + 1) / 2 + shift, width * 0.5**0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, None),
+        ({"width": 0.6}, "too narrow"),
+        ({"width": 1.6}, "too wide"),
+        ({"shift": 0.3}, "too high"),
+        ({"shift": -0.3}, "too low"),
+    ],
+)
+def test_conjugate_rows(options: dict[str, float], fault: str | None) -> None:
+    found = calibration(conjugate, partial(posterior, **options), torch.zeros(400), num_draws=63)
+    assert found.ranks["z"].shape == (400, 1) and found.ranks["z"].max() <= 63
+    assert found.is_calibrated(1e-3) == (fault is None)
+    assert fault is None or fault in found.verdict()
+
+
+@pytest.mark.slow
+def test_exact_guides_have_uniform_p_values() -> None:
+    x = torch.zeros(60)
+    own = torch.cat(
+        [calibration(conjugate, posterior, x, num_draws=19).tests["z"].histogram for _ in range(60)]
+    )
+    assert abs(own.mean() - 0.5) < 4 / math.sqrt(12 * 40)
+    assert (own < 0.2).double().mean() < 0.2 + 4 * math.sqrt(0.16 / 40)
+
+
+def test_rounds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_recursive.evaluation.posterior_table.DRAWN_ROWS", 300)
+    found = calibration(conjugate, posterior, torch.zeros(100), num_draws=10, num_rounds=3)
+    assert found.ranks["z"].shape == (300, 1) and found.is_calibrated(1e-3)
+
+
+def test_inner_plates_events_covariates_and_keywords() -> None:
+    def model(covariate: Tensor, y: Tensor, x: Tensor | None = None) -> None:
+        with pyro.plate("rows", len(covariate), dim=-2):
+            v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("inner", 3, dim=-1):
+                w = pyro.sample("w", dist.Normal(covariate.unsqueeze(-1), 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(v, 1.0).to_event(1), obs=y.unsqueeze(-2))
+
+    def guide(covariate: Tensor, y: Tensor, x: Tensor, wrong: float = 0.0) -> None:
+        with pyro.plate("rows", len(covariate), dim=-2):
+            loc = y.unsqueeze(-2) / 2 + torch.tensor([0.0, wrong])
+            pyro.sample("v", dist.Normal(loc, 0.5**0.5).to_event(1))
+            with pyro.plate("inner", 3, dim=-1):
+                pyro.sample("w", dist.Normal((covariate.unsqueeze(-1) + x) / 2, 0.5**0.5))
+
+    covariate, y, x = 10 * torch.randn(300), torch.zeros(300, 2), torch.zeros(300, 3)
+    found = calibration(model, guide, covariate, y, x=x, num_draws=31)
+    assert found.ranks["v"].shape == (300, 2) and found.ranks["w"].shape == (300, 3)
+    assert found.is_calibrated(1e-3)
+    found = calibration(model, partial(guide, wrong=1.0), covariate, y, x=x, num_draws=31)
+    assert "Not calibrated in 1 of 5" in str(found) and "v[1]: the draws are too high" in str(found)
+    only = calibration(model, partial(guide, wrong=1.0), covariate, y, x=x, names=["w"])
+    assert list(only.ranks) == ["w"] and only.is_calibrated(1e-3)
+
+
+def test_amortized_guide_on_a_constrained_site() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x[:, 0])
+
+    guide, x = AmortizedGuide(model, nn.Linear(1, 2)), torch.zeros(200, 1)
+    guide.prepare(x)
+    with torch.no_grad():
+        guide.encoder.weight.copy_(torch.tensor([[0.5], [0.0]]))
+        guide.encoder.bias.copy_(torch.tensor([0.0, math.log(0.5**0.5)]))
+    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    assert calibration(model, guide, x, num_draws=63).is_calibrated(1e-3)
+    assert all(torch.equal(pyro.get_param_store()[name], value) for name, value in before.items())
+    with torch.no_grad():
+        guide.encoder.bias[1] -= 1.0
+    assert "too narrow" in str(calibration(model, guide, x, num_draws=63))
+
+
+def test_discrete_latents() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+
+    def guide(x: Tensor, prior: float = 0.3) -> None:
+        odds = math.log(prior / (1 - prior)) + 2 * x - 2
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(logits=odds))
+
+    x = torch.zeros(600)
+    assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
+    assert "too high" in str(calibration(model, partial(guide, prior=0.6), x, num_draws=31))
+
+
+# --- Whole data sets
+
+
+def hierarchy(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def exact_hierarchy(x: Tensor, width: float = 1.0) -> None:
+    variance = 1 / (1 + len(x) / 2)
+    loc = dist.Normal(variance * x.sum(-1) / 2, width * variance**0.5)
+    loc = pyro.sample("loc", loc)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((loc + x) / 2, 0.5**0.5))
+
+
+@pytest.mark.parametrize(("width", "vectorize"), [(1.0, True), (0.4, True), (1.0, False)])
+def test_global_and_local_latents(vectorize: bool, width: float) -> None:
+    found = calibration_by_fits(
+        hierarchy,
+        lambda x: partial(exact_hierarchy, width=width),
+        torch.zeros(3),
+        num_datasets=50 if vectorize else 20,
+        num_draws=63 if vectorize else 4,
+        vectorize_particles=vectorize,
+        progress=False,
+    )
+    assert found.ranks["loc"].shape[1:] == (1,) and found.ranks["z"].shape[1:] == (3,)
+    if width == 1.0:
+        assert found.is_calibrated(1e-3)
+    else:
+        assert "loc: the draws are too narrow" in str(found)
+
+
+def test_fits_start_afresh_and_leave_nothing() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    starts: list[float] = []
+    data: list[float] = []
+
+    def fit(x: Tensor) -> AutoNormal:
+        pyro.set_rng_seed(0)  # must not make all data sets the same
+        starts.append(pyro.param("mu").item())
+        data.append(x.item())
+        guide = AutoNormal(model, init_scale=0.5)
+        svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO())
+        svi.step(x)
+        assert len(pyro.get_param_store()) == 3
+        return guide
+
+    simulate(model, (torch.tensor(0.0),), {})
+    parameter = pyro.param("mu").unconstrained()
+    found = calibration_by_fits(
+        model, fit, torch.tensor(0.0), num_datasets=20, num_draws=15, progress=False
+    )
+    assert found.ranks["z"].shape == (20, 1)
+    assert starts == [0.0] * 20 and len(set(data)) == 20
+    assert list(pyro.get_param_store()) == ["mu"]
+    assert pyro.param("mu").unconstrained() is parameter and parameter == 0.0
+    assert parameter.grad is None
+
+
+# --- Where the data go
+
+
+def two_sites(x: Tensor, y: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(z + 5, 1.0), obs=y)
+
+
+def value(found: Any, name: str) -> Tensor:
+    return found.trace.nodes[name]["value"]
+
+
+def test_identity_comes_before_equality() -> None:
+    found = simulate(two_sites, (torch.zeros(4),), {"y": torch.zeros(4)})
+    assert torch.equal(found.args[0], value(found, "x"))
+    assert torch.equal(found.kwargs["y"], value(found, "y"))
+    assert [site["name"] for site in found.latent] == ["z"]
+
+
+def test_data_in_another_shape_and_dtype() -> None:
+    def model(counts: Tensor) -> None:
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=counts.reshape(2, 3).double())
+
+    found = simulate(model, (torch.arange(6),), {})
+    assert found.args[0].dtype == torch.long and found.args[0].shape == (6,)
+    assert torch.equal(found.args[0].double(), value(found, "x").flatten())
+
+
+def test_a_mapping_and_a_function() -> None:
+    def model(pair: Tensor) -> None:
+        with pyro.plate("data", len(pair)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=pair[:, 1])
+
+    def into(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (torch.stack([args[0][:, 0], simulated["x"]], -1),), kwargs
+
+    found = simulate(model, (torch.zeros(3, 2),), {}, into)
+    assert torch.equal(found.args[0][:, 1], value(found, "x"))
+    swapped = {"x": "y", "y": 0}
+    with pytest.raises(ValueError, match="does not observe at site 'x' what was simulated"):
+        simulate(two_sites, (torch.zeros(3),), {"y": torch.zeros(3)}, swapped)
+
+
+def test_an_explicit_minibatch() -> None:
+    def model(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", 100, subsample=index):
+            z = pyro.sample("z", dist.Normal(1.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", 100, subsample=index):
+            pyro.sample("z", dist.Normal((x + 1) / 2, 0.5**0.5))
+
+    args = torch.zeros(50), torch.arange(50)
+    assert calibration(model, guide, *args, num_rounds=4, num_draws=31).is_calibrated(1e-3)
+
+
+def factor(x: Tensor) -> None:
+    conjugate(x)
+    pyro.factor("f", x.sum())
+
+
+def autoregression(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + x.mean(), 1.0), obs=x)
+
+
+def data_dependent_prior(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def transposed(x: Tensor) -> None:
+    with pyro.plate("a", 3, dim=-2), pyro.plate("b", 3, dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+
+def minibatch(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=2) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def constant(x: Tensor) -> None:
+    pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.ones(()))
+
+
+def other_sites(x: Tensor) -> None:
+    conjugate(x)
+    if bool((x == 0).all()):
+        pyro.sample("more", dist.Normal(0.0, 1.0))
+
+
+def masked(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        with poutine.mask(mask=torch.arange(len(x)) > 0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "replace", "message"),
+    [
+        (factor, (torch.zeros(3),), None, "Site 'f' is a pyro.factor"),
+        (lambda x: None, (torch.zeros(3),), None, "observes nothing"),
+        (autoregression, (torch.zeros(3),), None, "distribution of site 'x' is another one"),
+        (data_dependent_prior, (torch.zeros(3),), None, "distribution of site 'z' is another one"),
+        (transposed, (torch.zeros(3, 3),), None, "does not observe at site 'x' what"),
+        (minibatch, (torch.arange(5.0),), None, "site 'x' come from is not clear: no argument"),
+        (constant, (torch.zeros(3),), None, "no argument is equal to it"),
+        (other_sites, (torch.zeros(3),), None, "Site 'more' is there with the given data or"),
+        (lambda x, y: conjugate(x + 0), (torch.zeros(3), torch.zeros(3)), None, r"\[0, 1\] are"),
+        (conjugate, (torch.zeros(3),), {"y": 0}, r"names 'y'; the observed sites are \['x'\]"),
+        (conjugate, (torch.zeros(3),), {"x": 1}, "Argument 1, for the data of site 'x', is not th"),
+        (lambda x, n: conjugate(x), (torch.zeros(3), torch.ones(2)), {"x": 1}, r"has \(2,\)"),
+        (
+            lambda x, y: two_sites(x, x),
+            (torch.zeros(3), torch.zeros(3)),
+            None,
+            "is also that of 'x'",
+        ),
+    ],
+)
+def test_data_without_a_clear_place(
+    model: Callable, args: tuple, replace: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        simulate(model, args, {}, replace)
+
+
+def test_computed_and_reparameterised_sites() -> None:
+    """They stay what they are computed from, and are no latents of their own."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.reparam(config={"z": LocScaleReparam(0.0)}):
+                z = pyro.sample("z", dist.Normal(1.0, 2.0))
+            pair = pyro.deterministic("pair", torch.stack([z, 2 * z], -1), event_dim=1)
+            double = pyro.deterministic("double", pair[..., 1])
+            pyro.sample("x", dist.Normal(double, 1.0), obs=x)
+
+    def guide(x: Tensor, width: float = 1.0) -> None:
+        with pyro.plate("data", len(x)):  # z ~ N(1, 2), x ~ N(2 z, 1), z = 1 + 2 e
+            variance = 1 / (1 / 4 + 4)
+            loc = variance * (2 * x + 1 / 4)
+            scale = width * variance**0.5 / 2
+            pyro.sample("z_decentered", dist.Normal((loc - 1) / 2, scale))
+
+    x = torch.zeros(1000)
+    found = simulate(model, (x,), {})
+    assert [site["name"] for site in found.latent] == ["z_decentered"]
+    torch.testing.assert_close(value(found, "z"), 1 + 2 * value(found, "z_decentered"))
+    assert value(found, "double").shape == (1000,)
+    assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
+    narrow = calibration(model, partial(guide, width=0.6), x, num_draws=31)
+    assert "too narrow" in narrow.verdict()
+    by_fits = calibration_by_fits(model, lambda x: guide, x[:5], num_datasets=20, progress=False)
+    assert set(by_fits.ranks) == {"z_decentered"} and by_fits.is_calibrated(1e-3)
+
+
+def test_a_column_of_an_argument() -> None:
+    def model(rows: Tensor) -> None:
+        with pyro.plate("data", len(rows)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + rows[:, 0], 1.0), obs=rows[:, 2])
+
+    def exact(rows: Tensor) -> None:
+        with pyro.plate("data", len(rows)):
+            pyro.sample("z", dist.Normal((rows[:, 2] - rows[:, 0]) / 2, 0.5**0.5))
+
+    rows = torch.randn(400, 3)
+    found = calibration(
+        model,
+        exact,
+        rows,
+        num_draws=31,
+        replace=lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k),
+    )
+    assert found.is_calibrated(1e-3)
+
+
+def test_guides_of_whole_data_sets_are_sent_elsewhere() -> None:
+    def whole(x: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    for guide in (whole, AutoDiagonalNormal(conjugate)):
+        with pytest.raises(ValueError, match="calibration_by_fits simulates whole data sets"):
+            calibration(conjugate, guide, torch.zeros(30))
+
+
+def test_masked_latents() -> None:
+    with pytest.raises(NotImplementedError, match="Latent site 'z' is masked"):
+        simulate(masked, (torch.zeros(3),), {})
+
+
+def test_missing_sites_and_rows() -> None:
+    x = torch.zeros(30)
+
+    def local(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    with pytest.raises(ValueError, match="Site 'loc' is outside the rows' plate 'data'"):
+        calibration(hierarchy, local, x)
+    with pytest.raises(ValueError, match=r"names= has 'q'; the model's latent sites are \['z'\]"):
+        calibration(conjugate, posterior, x, names=["q"])
+    with pytest.raises(ValueError, match="does not sample the latent site 'loc'"):
+        calibration_by_fits(hierarchy, lambda x: local, x, num_datasets=20, progress=False)
+    with pytest.raises(ValueError, match="at least 20 of them, got 10"):
+        calibration(conjugate, posterior, x[:10])
+    with pytest.raises(ValueError, match="num_datasets must be an integer >= 20, got 10"):
+        calibration_by_fits(hierarchy, lambda x: local, x, num_datasets=10)

@@ -1,0 +1,590 @@
+"""Gaps of inference: closed forms on conjugate models, quadrature elsewhere.
+
+Where the posterior is in the family, no draw has any noise; statistical checks allow 4.5 standard
+errors.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyro_recursive import (
+    AmortizedGuide,
+    FlowGuide,
+    MixtureGuide,
+    RecursiveMixtureGuide,
+    SemiAmortizedGuide,
+    gaps,
+    log_marginal,
+)
+from pyro_recursive.evaluation.gaps import Gaps
+from pyro_recursive.evaluation.search import Search
+from pyro_recursive.guides.gaussian_families import LowRank
+from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
+from pyro_recursive.guides.semi_amortized.updates import GradientUpdate
+from tests.oracles.quadrature import log_normal
+
+SIGMAS = 4.5
+QUICK = Search(draws=5, steps=80, window=16, patience=2, lr=0.3)
+NONE = Search(draws=1, steps=1, window=1)
+
+X = torch.tensor([[-2.0], [0.3], [1.0], [3.0]], dtype=torch.float64)
+VARIANCE = 0.2  # of the posterior of `conjugate`, whose locations are 0.8 x
+LOC = 0.8 * X[:, 0]
+
+
+def conjugate(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+
+def affine(weight: list[list[float]], bias: list[float]) -> nn.Linear:
+    """Return an encoder: numbers are ``weight x + bias``."""
+    layer = nn.Linear(len(weight[0]), len(bias))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+    return layer
+
+
+def constant(*numbers: float, features: int = 1) -> nn.Linear:
+    return affine([[0.0] * features] * len(numbers), list(numbers))
+
+
+def off_by(loc: float = 0.5) -> nn.Linear:
+    """Return an encoder of `conjugate` with the right variance and one place for all rows."""
+    return constant(loc, 0.5 * math.log(VARIANCE))
+
+
+def close(found: Tensor, expected: Tensor | float, error: Tensor | float = 0.0) -> None:
+    """Check all entries: to 4.5 standard errors, and what a search may miss."""
+    distance = (found - torch.as_tensor(expected)).abs()
+    assert (distance <= SIGMAS * torch.as_tensor(error) + 2e-3).all(), (found, expected, error)
+
+
+# --- Gaussians
+
+
+def test_exact_encoder_has_no_gap() -> None:
+    guide = AmortizedGuide(
+        conjugate, affine([[0.8], [0.0]], [0.0, 0.5 * math.log(VARIANCE)]), family="full"
+    )
+    search = Search(draws=2, steps=30, window=10, patience=2)
+    found = gaps(conjugate, guide, X, num_particles=500, search=search)
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(X[:, 0])
+    torch.testing.assert_close(found.log_marginal, exact, atol=1e-9, rtol=0)
+    for gap in (found.amortization, found.approximation, found.inference):
+        assert gap.abs().max() < 1e-6
+    assert found.start is None and found.closed is None
+    assert found.ess.allclose(torch.tensor(500.0))
+
+
+def test_constant_encoder_loses_by_amortization_alone() -> None:
+    """With the exact variance v, each row loses ``(mu_i - mu)^2 / 2 v``."""
+    found = gaps(conjugate, AmortizedGuide(conjugate, off_by()), X, search=QUICK)
+    close(found.amortization, (LOC - 0.5) ** 2 / (2 * VARIANCE), found.amortization_error)
+    close(found.approximation, 0.0, found.log_marginal_error)
+    assert torch.allclose(found.inference, found.amortization + found.approximation)
+    assert (found.amortization_error > 0).all() and found.best_error.max() < 1e-2
+
+
+RHO, SCALES = 0.8, torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+
+def covariance() -> Tensor:
+    return SCALES[:, None] * SCALES * torch.tensor([[1.0, RHO], [RHO, 1.0]])
+
+
+def correlated(x: Tensor) -> None:
+    """Have the posterior ``N(x, covariance)``, and log p(x) = 0."""
+    with pyro.plate("data", len(x)):
+        prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        z = pyro.sample("z", prior)
+        posterior = dist.MultivariateNormal(x, covariance())
+        pyro.factor("f", posterior.log_prob(z) - prior.log_prob(z))
+
+
+@pytest.mark.slow
+def test_diagonal_gaussian_on_a_correlated_posterior() -> None:
+    """The best has the posterior's conditional variances: ``-log(1 - rho^2) / 2`` is missing."""
+    x = torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+    encoder = constant(0.2, 0.1, -1.0, 0.3, features=2)
+    guide = AmortizedGuide(correlated, encoder)
+    search = Search(draws=20, steps=120, window=20, patience=3, lr=0.2)
+    found = gaps(correlated, guide, x, search=search)
+    posterior = torch.distributions.MultivariateNormal(x, covariance())
+    scales = torch.tensor([-1.0, 0.3]).exp()
+    own = torch.distributions.MultivariateNormal(torch.tensor([0.2, 0.1]), scales.square().diag())
+    close(-found.elbo, kl_divergence(own, posterior), found.elbo_error)
+    missing = -0.5 * math.log(1 - RHO**2)
+    close(-found.best, missing, found.best_error)
+    expected = kl_divergence(own, posterior) - missing
+    close(found.amortization, expected, found.amortization_error)
+    close(found.log_marginal, 0.0, 2 * found.log_marginal_error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["full", LowRank(1)])
+def test_wider_families_have_no_approximation_gap(family: Any) -> None:
+    x = torch.randn(4, 2)
+    size = 5 if family == "full" else 6
+    encoder = constant(*[0.1] * size, features=2)
+    guide = AmortizedGuide(correlated, encoder, family=family)
+    found = gaps(correlated, guide, x, search=Search(patience=8))
+    close(found.approximation, 0.0, found.log_marginal_error)
+    close(found.best, 0.0, found.best_error)
+    assert (found.amortization > 0.5).all()
+
+
+def test_positive_latents() -> None:
+    """Over the logarithm of a Gamma(a, b), the best normal has variance 1 / a."""
+    x = torch.tensor([[0.0], [4.0]])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x[:, 0])
+
+    a, b = 2.0 + x[:, 0], torch.tensor(2.0)
+    missing = torch.lgamma(a) - a * a.log() + a + 0.5 - 0.5 * torch.log(2 * torch.pi * math.e / a)
+    exact = torch.lgamma(a) - torch.lgamma(x[:, 0] + 1) - a * b.log()
+    search = Search(draws=20, steps=100, window=20, patience=3, lr=0.1)
+    found = gaps(model, AmortizedGuide(model, constant(0.0, -1.0)), x, search=search)
+    close(found.log_marginal, exact, found.log_marginal_error)
+    close(found.best, exact - missing, found.best_error)
+    assert (found.amortization > 0).all()
+
+
+# --- Mixtures
+
+
+def bimodal(x: Tensor) -> None:
+    """Have the posterior of equal normals at -x and x of scale 1/2, and log p(x) = 0."""
+    with pyro.plate("data", len(x)):
+        prior = dist.Normal(0.0, 3.0)
+        z = pyro.sample("z", prior)
+        pyro.factor("f", log_bimodal(z, x[:, 0]) - prior.log_prob(z))
+
+
+def log_bimodal(z: Tensor, x: Tensor) -> Tensor:
+    return torch.logaddexp(log_normal(z, -x, 0.5), log_normal(z, x, 0.5)) - math.log(2)
+
+
+MODES = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+BIMODAL = Search(draws=20, steps=600, window=30, patience=5, lr=0.1)
+
+
+@pytest.mark.slow
+def test_one_gaussian_on_two_modes() -> None:
+    """By quadrature: of the best normal, and for far modes log 2."""
+    # From the middle a wide normal over both modes, a worse optimum, is as near.
+    guide = AmortizedGuide(bimodal, constant(1.0, -0.7))
+    found = gaps(bimodal, guide, MODES, search=BIMODAL)
+    z = torch.linspace(-12, 12, 4001)
+    locs, scales = torch.linspace(0, 2.5, 101), torch.linspace(0.3, 2.5, 111)
+    log_q = log_normal(z, locs[:, None, None], scales[:, None])
+    for row, x in enumerate(MODES[:, 0]):
+        missing = (log_q.exp() * (log_q - log_bimodal(z, x))).sum(-1) * (z[1] - z[0])
+        assert missing.min() == pytest.approx(0.6931 if row else 0.2265, abs=1e-3)
+        close(-found.best[row], missing.min(), found.best_error[row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recursive", [False, True])
+def test_two_gaussians_on_two_modes(recursive: bool) -> None:
+    """A recursive mixture of one member is that member, until it has two."""
+    encoders = [constant(place, -1.0) for place in (0.4, 0.6)]
+    parts = [AmortizedGuide(bimodal, encoder) for encoder in encoders]
+    kind = RecursiveMixtureGuide if recursive else MixtureGuide
+    guide = kind(bimodal, parts)
+    if recursive:
+        guide.prepare(MODES)
+        one = gaps(bimodal, guide, MODES, search=BIMODAL)
+        close(-one.best, torch.tensor([0.2265, 0.6931]), one.best_error + 1e-3)
+        guide.progress[4] = 1
+    found = gaps(bimodal, guide, MODES, search=BIMODAL)
+    close(found.best, 0.0, found.best_error)
+    close(found.log_marginal, 0.0, found.log_marginal_error)
+    assert (found.amortization > 0.3).all()
+
+
+# --- Flows
+
+
+def flow_guide(model: Callable, *numbers: float, **options: Any) -> FlowGuide:
+    """Return a flow of which the head of an affine map is all that differs from the identity."""
+    guide = FlowGuide(model, "coupling", encoder=constant(0.0, 0.0), **options)
+    guide.prepare(X)
+    with torch.no_grad():
+        guide.flow_local.bias.copy_(torch.tensor(numbers))
+    return guide
+
+
+@pytest.mark.parametrize("local_flow", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_flow_on_a_gaussian(local_flow: bool) -> None:
+    """A flow that starts as a Gaussian finds a posterior that is one."""
+    log_scale = 0.5 * math.log(VARIANCE)
+    guide = flow_guide(conjugate, 0.5, log_scale, transforms=1, hidden=(4,))
+    found = gaps(conjugate, guide, X[:2], search=QUICK, num_particles=2000, local_flow=local_flow)
+    expected = (LOC[:2] - 0.5) ** 2 / (2 * VARIANCE)
+    close(found.amortization, expected, found.amortization_error)
+    close(found.approximation, 0.0, found.log_marginal_error)
+
+
+@pytest.mark.slow
+def test_networks_of_its_own_close_a_gap() -> None:
+    """Networks that know no funnel are the same for all rows, unless each has its own."""
+
+    def funnel(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            z = pyro.sample("z", prior)
+            first = dist.Normal(0.0, 1.0).log_prob(z[..., 0])
+            second = dist.Normal(0.0, (x[:, 0] * z[..., 0]).exp()).log_prob(z[..., 1])
+            pyro.factor("f", first + second - prior.log_prob(z))
+
+    x = torch.tensor([[-1.0], [1.0]])
+    guide = FlowGuide(funnel, "coupling", encoder=nn.Linear(1, 2), transforms=2, hidden=(16,))
+    given = gaps(funnel, guide, x)
+    own = gaps(funnel, guide, x, local_flow=True)
+    assert (given.best < -0.4).all() and (own.best > -0.12).all()
+    assert (own.best < SIGMAS * own.best_error).all()
+    close(own.log_marginal, 0.0, own.log_marginal_error)
+
+
+# --- Refinement
+
+
+def test_refinement_closes_its_share() -> None:
+    """T steps over a posterior of variance v leave ``(1 - rate / v)^2T`` of a place's gap."""
+    rate, steps = 0.05, 2
+    update = GradientUpdate(rate, momentum=0.0, clip=math.inf)
+    # With many draws the scales hardly move: they are right, and their noise is a mean's.
+    inner = AmortizedGuide(conjugate, off_by())
+    guide = SemiAmortizedGuide(conjugate, inner, steps=steps, update=update, draws=4000)
+    found = gaps(conjugate, guide, X, search=QUICK)
+    assert found.start is not None and found.closed is not None
+    assert (found.start < found.elbo).all() and (found.elbo < found.best).all()
+    gap = (LOC - 0.5) ** 2 / (2 * VARIANCE)
+    close(found.best - found.start, gap, found.amortization_error * (1 - rate / VARIANCE) ** -steps)
+    share = 1 - (1 - rate / VARIANCE) ** (2 * steps)
+    assert found.closed.sub(share).abs().max() < 0.03
+    assert found.summary()["closed"]["mean"] == pytest.approx(share, abs=0.02)
+    assert "closed" in str(found)
+
+
+# --- Any model
+
+
+def test_global_latents_are_one_datum() -> None:
+    data = torch.tensor([0.5, 1.0, 3.0])
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+
+    guide = AmortizedGuide(model, init_scale=0.5)
+    guide.prepare()
+    with torch.no_grad():
+        guide.free_global[..., 0] = 0.2
+    found = gaps(model, guide, search=QUICK)
+    assert found.elbo.shape == ()
+    close(found.amortization, (data.sum() / 4 - 0.2) ** 2 / (2 * 0.25), found.amortization_error)
+    joint = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1)
+    close(found.log_marginal, joint.log_prob(data), found.log_marginal_error)
+    assert "amortization" in str(found) and math.isnan(found.summary()["elbo"]["standard error"])
+
+
+@pytest.mark.parametrize("guide_has_table", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_rows_of_a_minibatch(guide_has_table: bool) -> None:
+    """Every run has the minibatch that was drawn first, and no row knows how many there are."""
+    x = torch.linspace(-3, 3, 12)[:, None]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=5) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[rows, 0])
+
+    if guide_has_table:
+        guide = AmortizedGuide(model, plate="data")
+        guide.prepare(x)
+        with torch.no_grad():
+            guide.free_local.copy_(torch.tensor([0.5, 0.5 * math.log(VARIANCE)]))
+    else:
+        guide = AmortizedGuide(model, off_by())
+    found = gaps(model, guide, x, search=QUICK)
+    assert found.elbo.shape == (5,)
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(x[:, 0])
+    gap = (0.8 * x[:, 0] - 0.5) ** 2 / (2 * VARIANCE)
+    rows = (found.amortization[:, None] - gap).abs().argmin(1)
+    assert len(set(rows.tolist())) == 5
+    close(found.amortization, gap[rows], found.amortization_error)
+    close(found.log_marginal, exact[rows], found.log_marginal_error)
+
+
+def test_two_plates_of_rows_and_one_inside() -> None:
+    x = torch.tensor([[[0.0, 1.0], [2.0, 2.0], [-1.0, 0.0]], [[1.0, 1.0], [0.5, -3.0], [0.0, 4.0]]])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("a", 2, dim=-3), pyro.plate("b", 3, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("features", 2, dim=-1):
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x.mean(-1, keepdim=True))
+
+    scale = -0.5 * math.log(2)
+    encoder = constant(0.0, 0.0, 0.0, scale, scale, scale, features=2)
+    found = gaps(model, AmortizedGuide(model, encoder), x, search=QUICK)
+    gap = (x / 2).square().sum(-1) + (x.mean(-1) / 2).square()
+    close(found.amortization, gap, found.amortization_error)
+    normal = dist.Normal(0.0, 2**0.5)
+    exact = normal.log_prob(x).sum(-1) + normal.log_prob(x.mean(-1))
+    assert found.log_marginal.shape == (2, 3)
+    close(found.log_marginal, exact, found.log_marginal_error)
+
+
+def test_scales_and_masks_of_the_user() -> None:
+    """A weight of 4 on the likelihood is a scale of 1/4, up to a constant; the mask hides a row."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.scale(scale=4.0), poutine.mask(mask=x[:, 0] > -1):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    found = gaps(model, AmortizedGuide(model, off_by()), X, search=QUICK)
+    constant_of_four = 4 * math.log(2 * torch.pi) / -2 + math.log(2 * torch.pi / 4) / 2
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(X[:, 0]) + constant_of_four
+    exact[0] = 0
+    close(found.log_marginal, exact, found.log_marginal_error)
+    close(
+        found.amortization[1:], (LOC - 0.5)[1:] ** 2 / (2 * VARIANCE), found.amortization_error[1:]
+    )
+
+
+def test_bounds_of_a_mixture_with_unequal_weights() -> None:
+    parts = [AmortizedGuide(bimodal, constant(place, -0.5)) for place in (-1.0, 0.5)]
+    guide = MixtureGuide(bimodal, parts, weights=constant(0.0, 1.5))
+    found = gaps(bimodal, guide, MODES, search=NONE)
+    log_weights = torch.tensor([0.0, 8 * math.tanh(1.5 / 8)]).log_softmax(0)
+    z = torch.linspace(-12, 12, 4001)
+    each = torch.stack([log_normal(z, place, math.exp(-0.5)) for place in (-1.0, 0.5)], -1)
+    log_q = (each + log_weights).logsumexp(-1)
+    missing = (log_q.exp() * (log_q - log_bimodal(z, MODES))).sum(-1) * (z[1] - z[0])
+    close(-found.elbo, missing, found.elbo_error)
+    close(found.log_marginal[0], 0.0, found.log_marginal_error[0])
+
+
+@pytest.mark.slow
+def test_evidence_of_a_guide_that_misses_a_mode() -> None:
+    """Draws from q alone miss half of p(x), with a perfect effective sample size."""
+    parts = [AmortizedGuide(bimodal, constant(3.0, math.log(0.5))) for _ in range(2)]
+    guide = MixtureGuide(bimodal, parts)
+    x = torch.tensor([[3.0]])
+    search = Search(draws=10, steps=400, window=25, patience=4, lr=0.2)
+    found = gaps(bimodal, guide, x, search=search)
+    assert log_marginal(bimodal, guide, x) == pytest.approx(-math.log(2), abs=1e-3)
+    close(found.log_marginal, 0.0, 2 * found.log_marginal_error)
+    close(found.amortization, math.log(2), found.best_error)
+
+
+def test_a_guide_without_a_bound() -> None:
+    """An encoder whose draws are impossible has no ELBO; its row has one to find."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("inside", torch.where(z.abs() < 8, 0.0, -torch.inf))
+
+    guide = AmortizedGuide(model, constant(9.0, 0.0), plate="data")
+    found = gaps(model, guide, X[:1], search=QUICK)
+    assert found.elbo.isneginf() and found.amortization.isposinf()
+    close(found.best, 0.0)
+    close(found.log_marginal, 0.0, found.log_marginal_error)
+
+
+def test_minibatches_join() -> None:
+    guide = AmortizedGuide(conjugate, off_by())
+    parts = [gaps(conjugate, guide, rows, search=NONE, num_particles=10) for rows in X.split(2)]
+    joined = Gaps.join(parts)
+    assert joined.elbo.shape == (4,) and joined.start is None
+    assert torch.equal(joined.amortization[2:], parts[1].amortization)
+    table = joined.summary()
+    assert table["elbo"]["mean"] == pytest.approx(joined.elbo.mean().item())
+    assert table["elbo"]["50%"] == pytest.approx(joined.elbo.quantile(0.5).item())
+    error = joined.elbo.std() / 2
+    assert table["elbo"]["standard error"] == pytest.approx(error.item())
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_nothing_is_left_behind(refined: bool) -> None:
+    decoder = nn.Linear(1, 1)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z[..., None])[..., 0], 0.5), obs=x[:, 0])
+
+    guide: Any = AmortizedGuide(model, Encoder())
+    if refined:
+        guide = SemiAmortizedGuide(model, guide, steps=2)
+    guide(X)
+    guide.train()
+    decoder.weight.grad = torch.ones(1, 1)
+    before = copy.deepcopy((guide.state_dict(), decoder.state_dict()))
+    found = [gaps(model, guide, X, search=NONE, num_particles=50) for _ in range(2)]
+    for own, kept in zip((guide.state_dict(), decoder.state_dict()), before, strict=True):
+        assert all(torch.equal(own[name], kept[name]) for name in kept)
+    assert guide.training and decoder.training
+    assert all(parameter.grad is None for parameter in guide.parameters())
+    assert decoder.weight.grad.item() == 1 and decoder.bias.grad is None
+    assert not torch.equal(found[0].elbo, found[1].elbo)  # draws of their own
+
+
+def test_float32() -> None:
+    torch.set_default_dtype(torch.float32)
+    found = gaps(conjugate, AmortizedGuide(conjugate, off_by()), X.float(), search=QUICK)
+    assert found.elbo.dtype == torch.float64
+    close(found.amortization, (LOC - 0.5) ** 2 / (2 * VARIANCE), found.amortization_error)
+    close(found.approximation, 0.0, found.log_marginal_error)
+
+
+# --- Errors
+
+
+def both(x: Tensor) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def tied(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+    pyro.factor("together", -(z.sum(-1, keepdim=True) ** 2))
+
+
+def by_hand(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def mixing(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.mean(0), 1.0), obs=x[:, 0])
+
+
+def masked(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        with poutine.mask(mask=x[:, 0] > 0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
+    (conjugate, lambda: by_hand, TypeError, "needs a guide of this package"),
+    (conjugate, lambda: AutoNormal(conjugate), TypeError, r"AmortizedGuide\(model, plate="),
+    (
+        conjugate,
+        lambda: MixtureGuide(conjugate, [by_hand, by_hand]),
+        TypeError,
+        "Use AmortizedGuide or FlowGuide components",
+    ),
+    (both, lambda: AmortizedGuide(both, off_by()), ValueError, r"share the latents \['scale'\]"),
+    (
+        tied,
+        lambda: AmortizedGuide(tied, off_by(), plate="data"),
+        ValueError,
+        r"the sites \['together'\] are outside",
+    ),
+    (mixing, lambda: AmortizedGuide(mixing, off_by()), ValueError, "in another"),
+    (masked, lambda: AmortizedGuide(masked, off_by()), ValueError, "'z' is masked"),
+]
+
+
+@pytest.mark.parametrize(("model", "guide", "error", "text"), ERRORS)
+def test_what_is_refused(model: Callable, guide: Any, error: Any, text: str) -> None:
+    with pytest.raises(error, match=text):
+        gaps(model, guide(), X, search=NONE)
+
+
+def test_arguments_that_are_refused() -> None:
+    guide = AmortizedGuide(conjugate, off_by())
+    with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
+        gaps(conjugate, guide, X, num_particles=0)
+    with pytest.raises(ValueError, match="no FlowGuide in it"):
+        gaps(conjugate, guide, X, local_flow=True)
+    with pytest.raises(RuntimeError, match=r"torch.no_grad\(\) at most"), torch.inference_mode():
+        gaps(conjugate, guide, X)
+    for wrong in ({"draws": 0}, {"patience": 0}, {"lr": 0.0}, {"tolerance": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            Search(**wrong)
+
+
+def test_a_site_outside_the_rows_that_does_not_know_them() -> None:
+    """It counts in equal parts."""
+
+    def model(x: Tensor) -> None:
+        conjugate(x)
+        pyro.factor("penalty", torch.tensor(-8.0))
+
+    guide = AmortizedGuide(model, off_by(), plate="data")
+    found = gaps(model, guide, X, search=NONE, num_particles=2000)
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(X[:, 0]) - 2
+    close(found.elbo, exact - (LOC - 0.5) ** 2 / (2 * VARIANCE), found.elbo_error)
+
+
+def chain(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + z.roll(1, -1), 1.0), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("rows", [2, 26, 4000])
+def test_rows_of_a_chain_are_refused(rows: int) -> None:
+    x = torch.randn(rows, 1, dtype=torch.float32)
+    guide = AmortizedGuide(chain, nn.Linear(1, 2, dtype=torch.float32))
+    with pytest.raises(ValueError, match="latents of other rows"):
+        gaps(chain, guide, x, num_particles=10, search=Search(draws=2, steps=2))
+
+
+def test_steps_are_the_most_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def counted(target: LocalBound, *args: Any, **options: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return gradient(target, *args, **options)
+
+    gradient = LocalBound.gradient
+    monkeypatch.setattr(LocalBound, "gradient", counted)
+    x, guide = torch.randn(3, 1), AmortizedGuide(conjugate, nn.Linear(1, 2))
+    gaps(conjugate, guide, x, num_particles=10, search=Search(steps=10, window=7))
+    assert count == 2 * 10  # from two starts

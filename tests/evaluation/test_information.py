@@ -1,0 +1,574 @@
+"""The aggregate posterior: closed forms, quadrature, and guides run again row by row."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoNormal, AutoNormalMessenger
+from torch import Tensor, nn
+
+from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide
+from pyro_recursive.evaluation.active_units import _Moments
+from pyro_recursive.evaluation.information import (
+    Rate,
+    active_units,
+    mutual_information,
+    posterior_table,
+    rate_of,
+)
+from pyro_recursive.evaluation.posterior_table import Exchange, alone
+from pyro_recursive.evaluation.row_plate import latent
+from pyro_recursive.tracing.sites import is_delta
+from pyro_recursive.tracing.warmup import KLWarmup
+from tests.models import ROWS, Row
+
+SLOPE, SCALE = 0.8, 0.5  # of the linear encoder: q(z | x) = N(SLOPE * x, SCALE)
+
+
+def rows(count: int = 6) -> Tensor:
+    return torch.linspace(-1.5, 2.0, count)
+
+
+def normal_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def linear_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(SLOPE * x, SCALE))
+
+
+def collapsed_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.3, 0.7))
+
+
+def repeated(estimate: Callable[[], Tensor], times: int = 40) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error of an estimate."""
+    found = torch.stack([estimate() for _ in range(times)])
+    return found.mean(0), found.std(0) / times**0.5
+
+
+def mixture_entropy(loc: Tensor, scale: float) -> Tensor:
+    """Return the entropy of an even mixture of normals, by quadrature on a fine grid."""
+    z = torch.linspace(float(loc.min()) - 12 * scale, float(loc.max()) + 12 * scale, 20001)
+    log_q = dist.Normal(loc[:, None], scale).log_prob(z).logsumexp(0) - math.log(len(loc))
+    return -torch.trapezoid(log_q.exp() * log_q, z)
+
+
+# --- Values
+
+
+@pytest.mark.parametrize("num_draws", [1, 3])
+def test_collapsed_posterior_knows_nothing(num_draws: int) -> None:
+    found = rate_of(normal_model, collapsed_guide, rows(), num_draws=num_draws)
+    assert abs(found.mutual_information) < 1e-12
+    assert abs(found.kl - found.aggregate_kl) < 1e-12
+    assert abs(mutual_information(collapsed_guide, rows(), num_draws=num_draws)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_separated_posteriors_reach_the_cap(size: int) -> None:
+    found = mutual_information(linear_guide, 1e3 * torch.arange(size), num_draws=2)
+    assert found.item() == pytest.approx(math.log(size), abs=1e-12)
+
+
+def test_linear_encoder_meets_closed_form_and_quadrature() -> None:
+    x = rows()
+    mean, error = repeated(
+        lambda: torch.stack(rate_of(normal_model, linear_guide, x, num_draws=50))
+    )
+    kl = torch.distributions.kl_divergence(
+        dist.Normal(SLOPE * x, SCALE), dist.Normal(0.0, 1.0)
+    ).mean()
+    entropy = 0.5 * math.log(2 * math.pi * math.e * SCALE**2)
+    information = mixture_entropy(SLOPE * x, SCALE) - entropy
+    exact = torch.stack([kl, information, kl - information])
+    assert ((mean - exact).abs() < 4 * error).all()
+    assert (error < 0.02).all()  # so that the line above can fail
+
+
+def test_many_rows_meet_the_information_of_the_channel() -> None:
+    """For x ~ N(0, 1): I = log(1 + SLOPE^2 / SCALE^2) / 2, far below log B."""
+    mean, error = repeated(lambda: mutual_information(linear_guide, torch.randn(500)), 30)
+    exact = 0.5 * math.log(1 + (SLOPE / SCALE) ** 2)
+    assert abs(mean - exact) < 4 * error + 1 / 500  # the bound's gap is of the order of 1 / B
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("num_draws", [1, 4])
+def test_the_parts_add_up(num_draws: int) -> None:
+    found = rate_of(normal_model, linear_guide, rows(), num_draws=num_draws)
+    assert isinstance(found, Rate)
+    assert all(part.dtype == torch.float64 and part.shape == () for part in found)
+    total = found.mutual_information + found.aggregate_kl
+    assert total.item() == pytest.approx(found.kl.item(), abs=1e-13)
+
+
+def test_positive_latents_have_the_rates_of_their_logarithms() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(0.0, 1.0))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(SLOPE * x, SCALE))
+
+    found = []
+    for programs in ((model, guide), (normal_model, linear_guide)):
+        pyro.set_rng_seed(4)
+        found.append(torch.stack(rate_of(*programs, rows(), num_draws=3)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+# --- Any guide: the table against the guide run for one row at a time
+
+
+def latents_model(x: Tensor) -> None:
+    """A vector and a positive latent for each row, and a simplex."""
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        loc = u + share[..., :2]
+        pyro.sample("x", dist.Normal(loc, 1 / rate.sqrt()[..., None]).to_event(1), obs=x)
+
+
+def network(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def global_guide(x: Tensor) -> None:
+    """A global latent which the local ones depend on; plates inside the rows."""
+    w = pyro.sample("w", dist.Normal(0.2, 0.6))
+    with pyro.plate("data", len(x), dim=-2):
+        a = pyro.sample("a", dist.Normal(w * x[:, :1], 0.7))
+        with pyro.plate("inner", 2, dim=-1):
+            b = pyro.sample("b", dist.Normal(a + x, 0.5))
+        for t in pyro.plate("steps", 2):
+            pyro.sample(f"c{t}", dist.Normal(b.sum(-1, keepdim=True) + t, 0.9))
+
+
+def discrete_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample(
+            "k", dist.Categorical(logits=torch.stack([x[:, 0], x[:, 1], 0 * x[:, 0]], -1))
+        )
+        pyro.sample("z", dist.Normal(k + x[:, 0], 0.4))
+
+
+def factor_guide(x: Tensor) -> None:
+    """A change of variables by hand, and an observation, which is no part of the density."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("seen", dist.Normal(x[:, 0], 1.0), obs=torch.zeros(len(x)))
+        u = pyro.sample("u", dist.Normal(x[:, 0], 0.8), infer={"is_auxiliary": True})
+        pyro.factor("jacobian", -u, has_rsample=True)
+        pyro.sample("z", dist.Delta(u.exp()))
+
+
+GUIDES: dict[str, Callable[[], Callable]] = {
+    "diagonal": lambda: AmortizedGuide(latents_model, network(10)),
+    "full": lambda: AmortizedGuide(latents_model, network(20), family="full"),
+    "mixture": lambda: MixtureGuide(
+        latents_model, [AmortizedGuide(latents_model, network(10)) for _ in range(3)]
+    ),
+    "mixture of flows": lambda: MixtureGuide(
+        latents_model, [FlowGuide(latents_model, "maf", encoder=network(4)) for _ in range(2)]
+    ),
+    "coupling": lambda: FlowGuide(latents_model, "coupling", encoder=network(4)),
+    "iaf": lambda: FlowGuide(latents_model, "iaf", encoder=network(4)),
+    "global": lambda: global_guide,
+    "discrete": lambda: discrete_guide,
+    "factor": lambda: factor_guide,
+}
+
+
+def shaken(guide: Callable, x: Tensor) -> Callable:
+    """Create a guide's parameters, and move them away from where rows are alike."""
+    guide(x)
+    if isinstance(guide, nn.Module):
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return guide
+
+
+def table_row_by_row(guide: Callable, x: Tensor, exchange: Exchange, draws: Any) -> Tensor:
+    """Return the table [B, B] of one draw: each entry from a run of the guide for a single row."""
+    table = torch.empty(len(x), len(x))
+    for j in range(len(x)):
+        given = poutine.Trace()
+        for site in latent(draws.trace):
+            value = site["value"][0]
+            if site["name"] in exchange.local:
+                value = value.narrow(exchange.frame.dim - site["fn"].event_dim, j, 1)
+            if not is_delta(site):
+                given.add_node(site["name"], **{**site, "value": value})
+        for i in range(len(x)):
+            trace = poutine.trace(poutine.replay(guide, given)).get_trace(x[i : i + 1])
+            trace.compute_log_prob()
+            table[j, i] = sum(
+                site["log_prob"].sum()
+                for name, site in trace.nodes.items()
+                if name in exchange.local or name == "jacobian"
+            )
+    return table
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_table_is_that_of_rows_one_by_one(name: str) -> None:
+    x = torch.randn(5, 2)
+    guide = shaken(GUIDES[name](), x)
+    with torch.no_grad():
+        exchange = Exchange(alone(guide, (x,), {}), chunk_size=2)
+        draws = exchange.draw(1)
+        table = torch.cat(list(exchange.strips(draws)))
+        expected = table_row_by_row(guide, x, exchange, draws)
+    torch.testing.assert_close(table, expected, rtol=1e-9, atol=1e-9)
+    assert table.std(1).min() > 0.01  # rows differ
+    pyro.set_rng_seed(3)
+    chunked = mutual_information(guide, x, num_draws=3, chunk_size=4)
+    pyro.set_rng_seed(3)
+    torch.testing.assert_close(mutual_information(guide, x, num_draws=3), chunked)
+    assert 0 < chunked < math.log(5) + 1e-12
+
+
+def test_global_latents_are_those_of_the_draw() -> None:
+    """With several draws, each has its own: the diagonal is the density of the draws."""
+    x = torch.randn(4, 2)
+    exchange = Exchange(alone(global_guide, (x,), {}), chunk_size=3)
+    draws = exchange.draw(3)
+    table = torch.cat(list(exchange.strips(draws))).unflatten(0, (3, 4))
+    draws.trace.compute_log_prob()
+    own = sum(
+        site["log_prob"].flatten(2).sum(-1) if site["log_prob"].dim() > 2 else site["log_prob"]
+        for name, site in draws.trace.nodes.items()
+        if name in exchange.local
+    )
+    torch.testing.assert_close(table.diagonal(dim1=1, dim2=2), own)
+    assert exchange.local == {"a", "b", "c0", "c1"}
+
+
+def test_autoguides_with_a_plate() -> None:
+    """AutoNormal's densities stand at auxiliary sites, its Jacobians at Delta sites."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Gamma(3.0, 2.0)), 1.0), obs=x)
+
+    found = []
+    for make in (AutoNormal, AutoNormalMessenger):
+        pyro.clear_param_store()
+        guide = make(model, init_scale=0.4)
+        guide(rows())
+        with torch.no_grad():
+            guide.locs.z.copy_(rows())
+        pyro.set_rng_seed(2)
+        found.append(torch.stack(rate_of(model, guide, rows(), num_draws=2)))
+    torch.testing.assert_close(*found)
+    mean, error = repeated(lambda: mutual_information(guide, rows(), num_draws=20))
+    exact = mixture_entropy(rows(), 0.4) - 0.5 * math.log(2 * math.pi * math.e * 0.4**2)
+    assert abs(mean - exact) < 4 * error
+
+
+REFUSED = {
+    "no_plate", "exact_no_plate", "exact_global", "no_latents",
+    "grid", "grid_with_gap", "grid_reversed", "crossed", "exact_grid", "exact_grid_reversed",
+    "sequential", "sequential_twice", "sequential_subsample", "sequential_global",
+    "sequential_of_vectorized", "vectorized_of_sequential", "sequential_mixed", "exact_loop",
+    "exact_loop_of_plate",
+    "mask_handler", "mask_method", "obs_mask", "unequal_scales", "masked_discrete",
+    "masked_discrete_guide", "masked_mixed", "masked_mixed_above_guide",
+    "auto_delta", "auto_delta_local", "auto_multivariate", "auto_low_rank", "auto_iaf",
+    "auto_gaussian", "guide_list",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_any_model(row: Row) -> None:
+    model, guide = row.build()
+    if row.name in REFUSED:
+        with pytest.raises(ValueError, match=r"[Pp]late|mask|no latent|Delta"):
+            rate_of(model, guide, *row.args())
+        return
+    found = rate_of(model, guide, *row.args(), num_draws=2, chunk_size=3)
+    rows_in_all = Exchange(alone(guide, row.args(), {})).num_rows
+    assert found.mutual_information <= math.log(rows_in_all) + 1e-12
+    assert (found.mutual_information + found.aggregate_kl).item() == pytest.approx(found.kl.item())
+
+
+# --- Plates, scales, modes
+
+
+def test_a_named_plate_has_the_rows() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("row", len(x), dim=-2), pyro.plate("column", 3, dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = 100 * torch.randn(4, 3)
+    assert mutual_information(guide, x, plate="row").exp().item() == pytest.approx(4)
+    assert mutual_information(guide, x, plate="column").exp().item() == pytest.approx(3)
+
+
+def minibatch(program: str) -> Callable:
+    def run(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=3) as index:
+            loc = torch.zeros(3) if program == "model" else SLOPE * x[index]
+            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            if program == "model":
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    return run
+
+
+def test_all_runs_share_one_minibatch_and_its_scale_is_left_out() -> None:
+    x = rows(20)
+    exchange = Exchange(alone(minibatch("guide"), (x,), {}))
+    (index,) = (site["value"] for site in exchange.minibatch.nodes.values())
+    for draws in (exchange.draw(2), exchange.draw(1)):
+        z = draws.trace.nodes["z"]["value"].flatten()
+        expected = dist.Normal(SLOPE * x[index], 1.0).log_prob(z[:, None])
+        torch.testing.assert_close(torch.cat(list(exchange.strips(draws))), expected)
+    found = rate_of(minibatch("model"), minibatch("guide"), x, num_draws=2)
+    assert found.mutual_information < math.log(3)
+    assert active_units(minibatch("guide"), x).variances["z"].shape == (1,)
+
+
+def test_scales_and_warm_up_change_nothing() -> None:
+    found = []
+    for context in (poutine.scale(scale=1.0), poutine.scale(scale=0.1), KLWarmup(0.3)):
+        pyro.set_rng_seed(1)
+        with context:
+            found.append(torch.stack(rate_of(normal_model, linear_guide, rows())))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_mask_of_all_rows_counts_as_in_the_loss(masked: bool) -> None:
+    """A latent that is masked away is no latent."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=torch.tensor(not masked)):
+                pyro.sample("a", dist.Normal(9 * x, 1.0))
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    assert (mutual_information(guide, rows()).abs() < 1e-12).item() == masked
+
+
+def test_dropout_is_the_same_in_all_runs() -> None:
+    encoder = nn.Sequential(nn.Linear(1, 40), nn.Dropout(0.5), nn.Linear(40, 1))
+
+    def guide(x: Tensor) -> None:
+        loc = encoder(x[:, None])[:, 0]
+        seen.append(loc)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.1))
+
+    seen: list[Tensor] = []
+    exchange = Exchange(alone(guide, (rows(),), {}), chunk_size=2)
+    draws = exchange.draw(1)
+    after, first = torch.get_rng_state(), len(seen)
+    list(exchange.strips(draws))
+    assert all(torch.equal(loc, seen[first - 1]) for loc in seen[first:])
+    assert torch.equal(torch.get_rng_state(), after)
+    encoder.eval()
+    posterior_table(guide, rows())
+    assert not encoder.training
+
+
+def test_float32_gives_float64_of_the_same_value() -> None:
+    exact = mutual_information(linear_guide, 1e3 * rows().double())
+    torch.set_default_dtype(torch.float32)
+    found = mutual_information(linear_guide, 1e3 * rows())
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(exact.item(), abs=1e-6)
+    assert rate_of(normal_model, linear_guide, rows()).kl.dtype == torch.float64
+    assert active_units(linear_guide, rows()).variances["z"].dtype == torch.float64
+
+
+def test_nothing_has_a_graph() -> None:
+    loc = torch.zeros(6, requires_grad=True)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", loc), 1.0))
+
+    assert not posterior_table(guide, rows()).requires_grad
+    assert not rate_of(normal_model, guide, rows()).kl.requires_grad
+
+
+# --- Active units
+
+
+def vector_guide(x: Tensor) -> None:
+    """Two units that depend on the data, one that does not, and a global latent that moves all."""
+    w = pyro.sample("w", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        loc = torch.stack([x, 0.2 * x, 0 * x], -1) + w[..., None]
+        pyro.sample("u", dist.Normal(loc, torch.tensor([0.5, 2.0, 2.0])).to_event(1))
+        pyro.sample("v", dist.Normal(5.0, 1.0).expand([2, 2]).to_event(2))
+
+
+def test_variances_of_posterior_means_are_unbiased() -> None:
+    x = rows(12)
+    mean, error = repeated(
+        lambda: active_units(vector_guide, x, num_draws=2).variances["u"], times=300
+    )
+    exact = x.var() * torch.tensor([1.0, 0.2, 0.0]) ** 2
+    assert ((mean - exact).abs() < 4 * error).all()
+    # Without the correction the mean would be off by the noise of two draws.
+    assert (4 * error < torch.tensor([0.5, 2.0, 2.0]) ** 2 / 2).all()
+
+
+def test_units_are_counted_over_all_sites() -> None:
+    found = active_units(vector_guide, rows(50), num_draws=4000)
+    assert {name: tuple(v.shape) for name, v in found.variances.items()} == {"u": (3,), "v": (4,)}
+    assert found.number == 2
+    assert active_units(vector_guide, rows(50), num_draws=4000, threshold=0.5).number == 1
+    assert found.variances["u"][0].item() == pytest.approx(rows(50).var().item(), rel=0.02)
+
+
+def test_draws_in_chunks_are_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten draws of six rows in one pass, and in passes of three draws and one."""
+    seen: list[Tensor] = []
+    add = _Moments.add
+    monkeypatch.setattr(_Moments, "add", lambda self, v: (seen.append(v), add(self, v)))
+    monkeypatch.setattr("pyro_recursive.evaluation.posterior_table.DRAWN_ROWS", 18)
+    in_chunks = active_units(linear_guide, rows(), num_draws=10).variances["z"]
+    assert [len(values) for values in seen] == [3, 3, 3, 1]
+    at_once = _Moments()
+    add(at_once, torch.cat(seen))
+    torch.testing.assert_close(in_chunks, at_once.variance_of_means())
+    means = torch.cat(seen).mean(0)
+    noise = (torch.cat(seen) - torch.cat(seen).mean(1, keepdim=True)).var(0).sum(0) / 10 / 5
+    torch.testing.assert_close(in_chunks, means.var(0) - noise)
+
+
+# --- What is refused
+
+
+def guide_of(body: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            body(x)
+
+    return guide
+
+
+def auxiliary(x: Tensor) -> None:
+    k = pyro.sample("k", dist.Bernoulli(0.3), infer={"is_auxiliary": True})
+    pyro.sample("z", dist.Normal(x + k, 1.0))
+
+
+def non_centred(x: Tensor) -> None:
+    e = pyro.sample("e", dist.Normal(torch.zeros(len(x)), 1.0), infer={"is_auxiliary": True})
+    pyro.sample("z", dist.Delta(x + e))
+
+
+def masked(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(x, 1.0).mask(x > 0))
+
+
+def from_the_left(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(x, 1.0))
+    pyro.sample("w", dist.Normal(z.sum(0), 1.0))
+
+
+def loop(x: Tensor) -> None:
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"z{i}", dist.Normal(x[i], 1.0))
+
+
+def auto_list(model: Callable) -> Callable:
+    guide = AutoGuideList(model)
+    guide.append(AutoDiagonalNormal(model))
+    return guide
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no plate": (lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), "site 'z' is in no plate"),
+    "no latent": (lambda x: None, "no latent sites"),
+    "loop": (loop, "Plate 'data' of guide site 'z0' is a loop.*with pyro.plate"),
+    "auxiliary": (guide_of(auxiliary), "site 'k' is auxiliary.*MixtureGuide"),
+    "point": (guide_of(lambda x: pyro.sample("z", dist.Delta(x))), "site 'z' is computed"),
+    "non-centred": (guide_of(non_centred), "site 'z' is computed.*Sample it from a distribution"),
+    "mask": (guide_of(masked), "Site 'z' has a mask that differs between the rows of plate 'data'"),
+    "from the left": (
+        guide_of(from_the_left),
+        "value of 'z' in another.*Count dims from the right",
+    ),
+    "joint": (AmortizedGuide(normal_model), r"site 'z' has one joint density.*plate='data'"),
+    "joint of Pyro": (AutoDiagonalNormal(normal_model), "site 'z' is computed.*AutoNormal"),
+    "joint in a list": (auto_list(normal_model), "site 'z' is computed.*AutoNormal"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_guides_without_rows_are_refused(name: str) -> None:
+    guide, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        mutual_information(guide, rows())
+
+
+def test_wrong_numbers_and_plates_are_refused() -> None:
+    for call, message in (
+        (lambda: mutual_information(linear_guide, rows(), num_draws=0), "num_draws must be"),
+        (lambda: posterior_table(linear_guide, rows(), chunk_size=0), "chunk_size must be"),
+        (lambda: rate_of(normal_model, linear_guide, rows(), num_draws=1.5), "got 1.5"),
+        (lambda: active_units(linear_guide, rows(), num_draws=1), "num_draws must be .* >= 2"),
+        (lambda: active_units(linear_guide, rows(), threshold=-1.0), "threshold must be"),
+        (lambda: active_units(linear_guide, rows(1)), "at least 2 rows"),
+        (
+            lambda: posterior_table(linear_guide, rows(), plate="row"),
+            r"'row'; there are \['data'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("inside", ["model", "guide"])
+def test_model_and_guide_must_agree_on_the_rows(inside: str) -> None:
+    def run(x: Tensor, w_inside: bool, observe: bool) -> None:
+        one = dist.Normal(torch.zeros(()), 1.0)
+        if not w_inside:  # of a shape that the other program can live with
+            pyro.sample("w", one.expand([len(x)]).to_event(1) if observe else one)
+        with pyro.plate("data", len(x)):
+            if w_inside:
+                pyro.sample("w", one)
+            z = pyro.sample("z", one)
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    model = partial(run, w_inside=inside == "model", observe=True)
+    guide = partial(run, w_inside=inside == "guide", observe=False)
+    message = f"'w' is inside the rows' plate 'data' in the {inside}, and not"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
+        rate_of(model, guide, rows())
+
+
+def test_a_guide_that_lacks_a_latent_is_refused() -> None:
+    other = guide_of(lambda x: pyro.sample("y", dist.Normal(x, 1.0)))
+    with pytest.raises(ValueError, match="Guide site 'y' is no latent site of the model"):
+        rate_of(normal_model, other, rows())
+
+
+def test_what_cannot_run_in_one_pass_says_so() -> None:
+    def guide(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.stack([x, x], -1) + w, 1.0).to_event(1))
+
+    with pytest.raises(RuntimeError) as caught:
+        mutual_information(guide, rows())
+    assert "one more plate on the left" in "".join(caught.value.__notes__)

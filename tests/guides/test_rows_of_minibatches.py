@@ -1,0 +1,116 @@
+"""A guide with a table of parameters gives each row of a minibatch its own, not the first ones."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
+from pyro_recursive.guides.base import PackedGuide
+
+X = torch.zeros(7, 2)
+
+
+def model(x: Tensor, rows: Tensor | None = None) -> None:
+    """Two plates; the rows of the outer one are a minibatch, given or drawn."""
+    size = None if rows is not None else 3
+    data = pyro.plate("data", len(x), subsample_size=size, subsample=rows, dim=-2)
+    with data as index, pyro.plate("columns", 2, dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def plates(x: Tensor, rows: Tensor | None = None) -> list[pyro.plate]:
+    size = None if rows is not None else 3
+    data = pyro.plate("data", len(x), subsample_size=size, subsample=rows, dim=-2)
+    return [data, pyro.plate("columns", 2, dim=-1)]
+
+
+GUIDES = {
+    "one": lambda: AmortizedGuide(model, plate="data", create_plates=plates),
+    "mixture": lambda: MixtureGuide(model, 2, plate="data", create_plates=plates),
+    "recursive": lambda: RecursiveMixtureGuide(
+        model, 2, plate="data", create_plates=plates, schedule=Schedule(first=1)
+    ),
+}
+
+
+def put_at_their_numbers(guide: PackedGuide) -> None:
+    """Let every component draw a row's number, nearly, and weigh component 1 in odd rows only."""
+    for part in getattr(guide, "components", [guide]):
+        numbers = torch.arange(7.0)[:, None, None].expand(7, 2, 1)
+        part.free_local.data[:] = torch.cat([numbers, torch.full_like(numbers, -20.0)], -1)
+    if isinstance(guide, MixtureGuide):
+        for parameter in guide.weights.parameters():
+            odd = (torch.arange(7) % 2).reshape(7, *[1] * (parameter.dim() - 1))
+            parameter.data[:] = 0.0
+            parameter.data[..., -1:] = 16.0 * odd - 8.0
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_rows_of_a_minibatch_have_their_own_parameters(kind: str) -> None:
+    guide = GUIDES[kind]()
+    guide.prepare(X)
+    put_at_their_numbers(guide)
+    if kind == "recursive":
+        guide.progress[3:] = 1
+    for rows in ([5, 1], [6, 0, 3], [2], [4, 5, 6, 0, 1, 2]):
+        index = torch.tensor(rows)
+        found = guide(X, index)["z"]
+        expected = index.to(found)[:, None].expand(len(rows), 2)
+        torch.testing.assert_close(found.detach(), expected, atol=1e-6, rtol=0)
+        if isinstance(guide, MixtureGuide):
+            second = guide.component_weights(X, index)[..., 1]
+            assert ((second > 0.5) == (index % 2 == 1)[:, None]).all()
+    for _ in range(3):  # drawn by the guide itself
+        trace = pyro.poutine.trace(guide).get_trace(X)
+        found, index = trace.nodes["z"]["value"], trace.nodes["data"]["value"]
+        torch.testing.assert_close(found[:, 0].detach(), index.to(found), atol=1e-6, rtol=0)
+
+
+class Encoder(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, -30.0)], -1)  # a latent for each row and column
+
+
+def test_encoders_of_all_rows_in_another_order_are_unclear() -> None:
+    x = torch.arange(14.0).reshape(7, 2)
+    guide = AmortizedGuide(model, Encoder(), plate="data", create_plates=plates)
+    guide.prepare(x)
+    order = torch.tensor([3, 1, 2, 0, 4, 6, 5])
+    with pytest.raises(ValueError, match="Plate 'data' has all 7 rows, in an order of its own"):
+        guide(x, order)
+    torch.testing.assert_close(guide(x, torch.arange(7))["z"], x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(guide(x, order[:5])["z"], x[order[:5]], atol=1e-5, rtol=0)
+
+
+def of_values(x: Tensor) -> pyro.plate:
+    return pyro.plate("data", 3, subsample=x)
+
+
+def counts(x: Tensor) -> None:
+    with of_values(x):
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def test_values_in_the_place_of_row_numbers_are_no_order() -> None:
+    """``subsample=x`` is right for minibatches that are passed as such, also of whole numbers."""
+
+    guide = AmortizedGuide(counts, plate="data", create_plates=of_values)
+    guide.prepare(torch.tensor([2, 0, 2]))
+    guide.free_local.data[:, 0] = torch.tensor([0.0, 2.0, 4.0])
+    guide.free_local.data[:, 1] = -30.0
+    found = guide(torch.tensor([2, 0, 2]))["rate"].log()
+    torch.testing.assert_close(found, torch.tensor([0.0, 2.0, 4.0]), atol=1e-6, rtol=0)
+
+
+def test_encoders_of_whole_numbers() -> None:
+    class Rate(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x.double(), torch.full((len(x),), -30.0)], -1)
+
+    guide = AmortizedGuide(counts, Rate(), create_plates=of_values)
+    x = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(guide(x)["rate"].log(), x.double(), atol=1e-6, rtol=0)

@@ -1,0 +1,182 @@
+"""CIWAE's learned beta: the criterion against quadrature, and the schemes that must fail."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+
+from pyro_recursive import CIWAE_ELBO, bounds
+from pyro_recursive.bounds.estimators import ESTIMATORS
+from pyro_recursive.losses.learned_beta import optimal_beta
+from tests.losses.test_multi_sample import conjugate_guide, conjugate_model
+from tests.oracles.quadrature import conjugate, normal_grid
+
+
+def exact_beta(size: int, num_estimates: int, estimator: str) -> float:
+    """Return the minimiser of the mean squared error by quadrature, for the guide's location.
+
+    With M estimates averaged, covariance and variance are those of one estimate over M.
+    """
+    grid = normal_grid(size, nodes=48)
+    model = conjugate(grid.eps)
+    z = 0.2 + 0.9 * grid.eps[None]
+    # Pathwise, the density moves with its location: only log p has a derivative there.
+    along = model.path if estimator == "dreg" else model.path - (z - 0.2) / 0.9**2
+    gradients = []
+    for bound in (bounds.iwae, bounds.elbo):
+        path = ESTIMATORS[estimator](bound, model.log_weights).path
+        assert path is not None
+        gradients.append((path * along).sum((0, 1)))
+    iwae, difference = gradients[0], gradients[1] - gradients[0]
+
+    def mean(values: torch.Tensor) -> float:
+        return (values * grid.weight).sum().item()
+
+    covariance = mean(iwae * difference) - mean(iwae) * mean(difference)
+    variance = mean(difference**2) - mean(difference) ** 2
+    return -covariance / num_estimates / (variance / num_estimates + mean(difference) ** 2)
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_criterion_is_the_mean_squared_error(size: int, estimator: str, vectorize: bool) -> None:
+    """A thousand copies of one datum: the batch's estimate is the exact minimiser."""
+    loss = CIWAE_ELBO(
+        size,
+        beta=0.4,
+        learn_beta=True,
+        estimator=estimator,
+        num_estimates=2,
+        vectorize_particles=vectorize,
+    )
+    targets = torch.stack([_target(loss) for _ in range(20)])
+    error = targets.std() / 20**0.5
+    exact = min(max(exact_beta(size, 2, estimator), 0.0), 1.0)
+    assert (exact == 0) == (estimator == "dreg")  # DReG leaves beta nothing to repair here
+    assert abs(targets.mean() - exact) < 4.5 * error + 1e-3
+
+
+def _target(loss: CIWAE_ELBO) -> torch.Tensor:
+    """Return one batch's estimate, as a training step computes it."""
+    seen = []
+    import pyro_recursive.losses.multi_sample as elbo
+
+    original = elbo.optimal_beta
+    elbo.optimal_beta = lambda *args: seen.append(optimal_beta(*args)) or seen[-1]
+    try:
+        loss.differentiable_loss(conjugate_model, conjugate_guide)
+    finally:
+        elbo.optimal_beta = original
+    return seen[0]
+
+
+@pytest.mark.slow
+def test_two_halves_stand_in_for_two_estimates() -> None:
+    """With M = 1 the covariance comes from halves, taken to fall as 1/K: right for large K."""
+    many = CIWAE_ELBO(32, beta=0.4, learn_beta=True, num_estimates=8)
+    one = CIWAE_ELBO(32, beta=0.4, learn_beta=True, name="other")
+    # M estimates divide the covariance by M; undo that in the bias-dominated limit.
+    single = torch.stack([_target(one) for _ in range(20)]).mean()
+    assert 0 < single < 1
+    assert single > torch.stack([_target(many) for _ in range(5)]).mean()
+
+
+def test_beta_is_stepped_towards_the_minimiser_and_the_bound_does_not_move_it() -> None:
+    loss = CIWAE_ELBO(3, beta=0.9, learn_beta=True, num_estimates=2)
+    value = loss.differentiable_loss(conjugate_model, conjugate_guide)
+    beta = pyro.param("ciwae.beta")
+    (gradient,) = torch.autograd.grad(value, beta.unconstrained())
+    target = exact_beta(3, 2, "pathwise")
+    slope = 0.9 * 0.1  # of the sigmoid
+    assert gradient.item() == pytest.approx((0.9 - target) * slope, rel=0.1)
+
+
+@pytest.mark.parametrize("start", [0.02, 0.98])
+@pytest.mark.slow
+def test_svi_learns_beta_from_either_side(start: float) -> None:
+    """No boundary is approached by construction: both starts meet at the minimiser."""
+    loss = CIWAE_ELBO(3, beta=start, learn_beta=True, num_estimates=2)
+
+    def optim_args(name: str) -> dict[str, float]:
+        return {"lr": 0.2 if name == "ciwae.beta" else 0.0}
+
+    svi = SVI(conjugate_model, conjugate_guide, pyro.optim.Adam(optim_args), loss)
+    for _ in range(150):
+        svi.step()
+    assert loss.beta.item() == pytest.approx(exact_beta(3, 2, "pathwise"), abs=0.05)
+
+
+def test_beta_is_a_parameter_of_the_module() -> None:
+    loss = CIWAE_ELBO(4, beta=0.3, learn_beta=True)
+    module = loss(torch.nn.Identity(), torch.nn.Identity())
+    assert "learned_beta.beta_unconstrained" in dict(module.named_parameters())
+    assert "learned_beta.beta_unconstrained" in module.state_dict()
+    assert loss.beta.item() == pytest.approx(0.3)
+
+
+def test_naive_schemes_run_away() -> None:
+    """The reproduction report steps a raw beta on the combination of the two bounds.
+
+    ``d CIWAE / d beta = ELBO - IWAE <= 0`` for every draw, so that ascent passes 0, where the value
+    exceeds log p(x), and descent passes 1: nothing is learned about beta.
+    """
+    grid = normal_grid(3)
+    log_weights = conjugate(grid.eps).log_weights
+    elbo, iwae = ((b(log_weights) * grid.weight).sum() for b in (bounds.elbo, bounds.iwae))
+    ends = {}
+    for direction in (1, -1):
+        beta = torch.tensor(0.5, requires_grad=True)
+        optimizer = torch.optim.Adam([beta], lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (-direction * (beta * elbo + (1 - beta) * iwae)).backward()
+            optimizer.step()
+        ends[direction] = beta.item()
+    assert ends[1] < -1 and ends[-1] > 2
+    value = ends[1] * elbo + (1 - ends[1]) * iwae
+    assert value > -1.4255121235  # log p(x)
+
+
+def test_at_one_sample_there_is_nothing_to_learn() -> None:
+    """The report's own command runs K = 1, where the combination does not depend on beta."""
+    log_weights = torch.randn(1, 1, 100)
+    beta = torch.tensor(0.5, requires_grad=True)
+    bounds.ciwae(beta)(log_weights).sum().backward()
+    assert beta.grad is not None and beta.grad.abs() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(CIWAE_ELBO, 1, learn_beta=True), "at K = 1 beta changes nothing"),
+        (partial(CIWAE_ELBO, 3, learn_beta=True), "num_estimates >= 2, or an even"),
+        (partial(CIWAE_ELBO, 4, beta=0.0, learn_beta=True), r"inside \(0, 1\), got 0.0"),
+        (partial(CIWAE_ELBO, 4, learn_beta=True, estimator="vimco"), "path derivatives"),
+    ],
+)
+def test_refusals(make: partial, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_stored_beta_goes_first_and_says_so() -> None:
+    first = CIWAE_ELBO(4, beta=0.9, learn_beta=True)
+    assert first.beta.item() == pytest.approx(0.9)
+    with pytest.warns(UserWarning, match=r"already holds 'ciwae\.beta' = 0\.9"):
+        assert CIWAE_ELBO(4, beta=0.1, learn_beta=True).beta.item() == pytest.approx(0.9)
+    assert CIWAE_ELBO(4, beta=0.1, learn_beta=True, name="b").beta.item() == pytest.approx(0.1)
+
+
+def test_criterion_without_path_is_zero() -> None:
+    """A guide without reparameterised parameters leaves beta where the estimate says nothing."""
+
+    def guide() -> None:
+        with pyro.plate("data", 1000):
+            pyro.sample("z", dist.Normal(0.2, 0.9).expand([1000]))
+
+    loss = CIWAE_ELBO(4, beta=0.3, learn_beta=True)
+    loss.loss_and_grads(conjugate_model, guide)

@@ -1,0 +1,525 @@
+"""Empiricalised models: candidates by enumeration, slots, codes, and the handler."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, TraceEnum_ELBO
+from torch import Tensor, nn
+
+from pyro_recursive.mapa.candidates import Candidates, Plan, inclusion, systematic
+from pyro_recursive.mapa.codes import (
+    Codes,
+    EncodedCodes,
+    FreeCodes,
+    GridCodes,
+    PseudoInputCodes,
+)
+from pyro_recursive.mapa.empirical_model import Empiricalized, OnCodes, Placed
+from pyro_recursive.mapa.slots import Slots
+from pyro_recursive.priors.pairwise import Pairs, in_pairs
+
+M = 6  # codes
+WAYS = [(share, replace) for share in ("pair", "shared", "pooled") for replace in (True, False)]
+
+
+def proposal(rows: int = 3, width: int = M) -> tuple[Tensor, Tensor]:
+    """Return a random table of neighbours, the nearest first."""
+    log_q = torch.randn(rows, M).mul(1.5).sort(descending=True).values[:, :width].log_softmax(-1)
+    index = torch.stack([torch.randperm(M)[:width] for _ in range(rows)])
+    return index, log_q
+
+
+def dense(found: Candidates, rows: int) -> Tensor:
+    """Return the weight of each component for each row, ``[B, M]``: 0 where it is not decoded."""
+    codes = found.codes.expand(rows, -1) if found.shared else found.codes
+    weights = found.log_weights.exp()
+    return torch.zeros(rows, M).scatter_add(1, codes, weights)
+
+
+# Which terms are summed, and what the drawn ones weigh.
+
+
+@pytest.mark.parametrize(("share", "replace"), WAYS)
+@pytest.mark.parametrize("top", [0, 1, 3])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.slow
+def test_weights_are_unbiased(share: str, replace: bool, top: int, samples: int) -> None:
+    index, log_q = proposal()
+    runs = torch.stack(
+        [
+            dense(
+                Plan(top=top, samples=samples, share=share, replace=replace)(index, log_q, M),
+                3,
+            )
+            for _ in range(1500)
+        ]
+    )
+    error = runs.std(0) / len(runs) ** 0.5
+    assert ((runs.mean(0) - 1).abs() <= 4.5 * error + 1e-12).all()
+
+
+def test_pooled_draws_are_unbiased_by_enumeration() -> None:
+    """Every way in which three rows can draw, with its probability and its weights."""
+    index, log_q = proposal(rows=3, width=4)
+    q = torch.zeros(3, M).scatter_add(1, index, log_q.exp())
+    tops = index[:, 0].unique()
+    q[:, tops] = 0
+    q = q / q.sum(1, keepdim=True)
+    total = q.sum(0)
+    mean = torch.zeros(M)
+    for drawn in itertools.product(range(M), repeat=3):
+        chance = math.prod(q[row, code].item() for row, code in enumerate(drawn))
+        for code in drawn:
+            if chance:
+                mean[code] += chance / total[code]
+    mean[tops] = 1
+    torch.testing.assert_close(mean, ((total > 0) | mean.bool()).double())
+    # And the code's weights are those of the enumeration.
+    for _ in range(20):
+        found = Plan(top=1, samples=1, replace=True)(index, log_q, M)
+        for code, weight in zip(found.codes.tolist(), found.log_weights[0].exp(), strict=True):
+            if code in tops:
+                assert weight == 1
+            else:
+                times = weight * total[code]  # how often it was drawn
+                assert times.round().item() == pytest.approx(times.item()) and times >= 0.5
+
+
+def starts(chances: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yield the starts at which a systematic draw changes, with the length of each stretch."""
+    for order in itertools.permutations(range(len(chances))):
+        ends = chances[list(order)].cumsum(0)
+        cuts = torch.cat([torch.zeros(1), (ends % 1), torch.ones(1)]).sort().values
+        for low, high in itertools.pairwise(cuts.tolist()):
+            if high - low > 1e-12:
+                yield torch.tensor([*order, (low + high) / 2]), high - low
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_systematic_draws_have_their_chances_by_enumeration(number: int) -> None:
+    weights = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
+    chances = inclusion(weights[None], number)
+    mean, total = torch.zeros(5), 0.0
+    for point, length in starts(chances[0]):
+        order, start = point[:-1].long(), point[-1:]
+        chosen = systematic(chances, order[None], start[None])[0]
+        assert chosen.sum() == number
+        mean, total = mean + length * chosen, total + length
+    torch.testing.assert_close(mean / total, chances[0])
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 5, 9])
+def test_inclusion(number: int) -> None:
+    weights = torch.rand(7, 6).exp() ** 4
+    weights[0, 2:] = 0.0
+    weights[1] = torch.tensor([1.0, 1e-20, 2e-20, 1e-300, 0, 0])
+    weights[2] = 0.0
+    chances = inclusion(weights, number)
+    present = (weights > 0).sum(-1).clamp(max=number).double()
+    torch.testing.assert_close(chances.sum(-1), present)
+    assert (chances >= 0).all() and (chances <= 1).all()
+    for row, own in zip(weights, chances, strict=True):
+        some = (own < 1) & (row > 0)
+        ratio = own[some] / row[some]
+        if len(ratio) > 1:  # those that are not certain share in proportion
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+@pytest.mark.parametrize("share", ["pair", "shared", "pooled"])
+def test_draws_without_replacement_end_in_the_sum(share: str) -> None:
+    index, log_q = proposal()
+    found = Plan(top=2, samples=M - 2, share=share)(index, log_q, M)
+    torch.testing.assert_close(dense(found, 3), torch.ones(3, M))
+    more = Plan(top=2, samples=2 * M, share=share)(index, log_q, M)
+    torch.testing.assert_close(dense(more, 3), torch.ones(3, M))
+
+
+@pytest.mark.parametrize(("share", "replace"), WAYS)
+def test_top_alone(share: str, replace: bool) -> None:
+    index, log_q = proposal()
+    found = dense(Plan(top=2, samples=0, share=share, replace=replace)(index, log_q, M), 3)
+    expected = torch.zeros(3, M).scatter(1, index[:, :2], 1.0)
+    if share == "pooled":
+        expected = expected.amax(0).expand(3, -1)
+    assert (found == expected).all()
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_shared_is_pair_with_each_code_once(replace: bool) -> None:
+    index, log_q = proposal(rows=5)
+    options = {"top": 1, "samples": 3, "replace": replace}
+    torch.manual_seed(1)
+    pair = Plan(share="pair", **options)(index, log_q, M)
+    torch.manual_seed(1)
+    shared = Plan(share="shared", **options)(index, log_q, M)
+    assert len(shared.codes) == len(shared.codes.unique()) == len(pair.codes.unique())
+    torch.testing.assert_close(dense(shared, 5), dense(pair, 5))
+
+
+@pytest.mark.parametrize(("share", "replace"), WAYS)
+def test_rows_without_a_remainder(share: str, replace: bool) -> None:
+    index, _ = proposal(rows=3)
+    log_q = torch.full((3, M), -math.inf)
+    log_q[:, 0] = 0.0  # isolated points
+    log_q[1] = torch.tensor([0.0, -2000.0, -2001.0, *[-math.inf] * 3])  # underflows
+    found = dense(Plan(top=1, samples=2, share=share, replace=replace)(index, log_q, M), 3)
+    assert found.isfinite().all()
+    own = index[:, 0]
+    if share != "pooled":
+        assert (found[[0, 2]] == torch.zeros(2, M).scatter(1, own[[0, 2], None], 1.0)).all()
+    assert (found[range(3), own] == 1).all()
+    assert found[1].sum() > 1
+
+
+def test_a_fraction_of_a_draw_a_row() -> None:
+    index, log_q = proposal(rows=5)
+    found = Plan(top=0, samples=0.4)(index, log_q, M)
+    assert len(found.codes) == 2
+
+
+# Slots.
+
+
+def test_slots_enumerate_and_draw() -> None:
+    logits = torch.randn(3, 4)
+    slots = Slots(logits)
+    values = slots.enumerate_support(expand=False)
+    assert values.shape == (4, 1)
+    assert (slots.log_prob(values) == logits.T).all()
+    wide = slots.expand([2, 3])
+    assert wide.enumerate_support().shape == (4, 2, 3)
+    assert (wide.log_prob(wide.enumerate_support()) == logits.T[:, None]).all()
+    drawn = slots.sample((40_000,))
+    shares = torch.stack([(drawn == k).double().mean(0) for k in range(4)], -1)
+    probs = logits.softmax(-1)
+    error = (probs * (1 - probs) / 40_000).sqrt()
+    assert ((shares - probs).abs() < 4.5 * error).all()
+
+
+# Codes.
+
+
+def all_codes() -> dict[str, Codes]:
+    inputs = torch.rand(5, 3)
+    return {
+        "encoded": EncodedCodes(nn.Linear(3, 2), inputs),
+        "free": FreeCodes(torch.randn(5, 2)),
+        "grid": GridCodes(3, 2, normal=True),
+        "pseudo": PseudoInputCodes(nn.Linear(3, 2), inputs, bounds=(0, 1)),
+        "scaled": FreeCodes(torch.randn(5, 2), scale=0.3, learn_scale=True),
+        "weighted": FreeCodes(torch.randn(5, 2), weights=torch.arange(5.0), learn_weights=True),
+    }
+
+
+@pytest.mark.parametrize("kind", all_codes())
+def test_codes(kind: str) -> None:
+    codes = all_codes()[kind]
+    every = codes()
+    assert every.shape == (len(codes), 2)
+    assert (codes(torch.tensor([3, 1])) - every[[3, 1]]).abs().max() < 1e-12
+    assert codes.log_weights.exp().sum().item() == pytest.approx(1.0)
+    again = all_codes()[kind]
+    again.load_state_dict(codes.state_dict())
+    torch.testing.assert_close(again(), every) if kind != "encoded" else None
+
+
+def test_weights_of_codes() -> None:
+    codes = FreeCodes(torch.zeros(3, 1), weights=torch.tensor([1.0, 0.0, 3.0]))
+    torch.testing.assert_close(codes.log_weights.exp(), torch.tensor([0.25, 0.0, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FreeCodes(torch.zeros(3)), r"floats \[M, D\]"),
+        (lambda: FreeCodes(torch.zeros(3, 1), weights=torch.tensor([1.0, -1.0, 1.0])), "negative"),
+        (lambda: FreeCodes(torch.zeros(3, 1), scale=0.0), "scale must be positive"),
+        (lambda: FreeCodes(torch.zeros(3, 1), learn_scale=True), "learn_scale needs a scale"),
+        (lambda: GridCodes(1), "at least 2 points"),
+        (lambda: EncodedCodes(nn.Identity(), torch.zeros(0, 2)), "a row for each code"),
+        (lambda: EncodedCodes(lambda x: x[0], torch.zeros(3, 2))(), "one vector for each of 3"),
+    ],
+)
+def test_codes_refuse(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# The handler, with Pyro's own loss.
+
+
+def gaussian(x: Tensor, scale: float = 0.7) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+
+def nothing(*args) -> None:
+    return None
+
+
+def mixture_evidence(x: Tensor, codes: Codes, scale: float = 0.7) -> Tensor:
+    table = dist.Normal(codes(), scale).to_event(1).log_prob(x[:, None])
+    return (table + codes.log_weights).logsumexp(-1)
+
+
+@pytest.mark.parametrize("kind", ["encoded", "free", "grid", "pseudo", "weighted"])
+def test_sum_over_all_codes_is_the_mixtures_evidence(kind: str) -> None:
+    codes, x = all_codes()[kind], torch.randn(4, 2)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(Empiricalized(gaussian, codes), nothing, x)
+    assert loss == pytest.approx(-mixture_evidence(x, codes).sum().item(), abs=1e-10)
+
+
+def test_marginals_of_the_index() -> None:
+    codes, x = FreeCodes(torch.randn(5, 2)), torch.randn(4, 2)
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    found = loss.compute_marginals(Empiricalized(gaussian, codes), nothing, x)["z_index"].probs
+    expected = dist.Normal(codes(), 0.7).to_event(1).log_prob(x[:, None]).softmax(-1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_draws_from_the_codes(parallel: bool) -> None:
+    weights = torch.tensor([0.7, 0.1, 0.2])
+    codes = FreeCodes(torch.arange(3.0)[:, None].expand(-1, 2), weights=weights)
+
+    def model(rows: int) -> None:
+        with pyro.plate("data", rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1))
+
+    draws = Predictive(Empiricalized(model, codes, "z"), num_samples=50, parallel=parallel)(100)
+    z = draws["z"]
+    assert z.shape == (50, 100, 2)
+    shares = torch.stack([(z[..., 0] == k).double().mean() for k in range(3)])
+    assert ((shares - weights).abs() < 4.5 * (weights * (1 - weights) / 5000).sqrt()).all()
+
+
+@pytest.mark.slow
+def test_scaled_codes_have_a_bound_of_their_evidence() -> None:
+    codes, x = FreeCodes(torch.randn(5, 2), scale=0.4), torch.randn(4, 2)
+    loss, model = TraceEnum_ELBO(max_plate_nesting=1), Empiricalized(gaussian, codes)
+    runs = torch.tensor([-loss.loss(model, nothing, x) for _ in range(200)])
+    evidence = mixture_evidence(x, codes, (0.7**2 + 0.4**2) ** 0.5).sum()
+    assert runs.mean() < evidence + 3 * runs.std() / 200**0.5
+    assert runs.mean() > evidence - 1.5
+    assert runs.std() > 0.01
+
+
+def test_every_parameter_learns() -> None:
+    torch.manual_seed(3)
+    codes = PseudoInputCodes(
+        nn.Linear(2, 2), torch.randn(6, 2), learn_weights=True, scale=0.5, learn_scale=True
+    )
+    before = {name: value.clone() for name, value in codes.named_parameters()}
+    model = Empiricalized(gaussian, codes)
+    svi = SVI(model, nothing, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
+    svi.step(torch.randn(4, 2))
+    assert all((value != before[name]).all() for name, value in codes.named_parameters())
+
+
+def test_constrained_scalar_site() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    codes, x = FreeCodes(torch.randn(4, 1)), torch.tensor([0.0, 3.0, 1.0])
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(Empiricalized(model, codes), nothing, x)
+    table = dist.Poisson(codes()[:, 0].exp()).log_prob(x[:, None])
+    expected = table.logsumexp(-1) - math.log(4)
+    assert loss == pytest.approx(-expected.sum().item())
+
+
+def test_site_with_a_mixture_prior() -> None:
+    """Its support is that of the mixture's components."""
+
+    def model(x: Tensor) -> None:
+        parts = dist.Gamma(torch.tensor([2.0, 9.0]), 1.0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    codes, x = FreeCodes(torch.randn(4, 1)), torch.randn(3)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(Empiricalized(model, codes), nothing, x)
+    expected = dist.Normal(codes()[:, 0].exp(), 1.0).log_prob(x[:, None]).logsumexp(-1)
+    assert loss == pytest.approx(-(expected - math.log(4)).sum().item())
+
+
+@pytest.mark.parametrize("dim", [-1, -2, -3])
+@pytest.mark.parametrize("paired", [False, True])
+def test_plate_in_any_dim(dim: int, paired: bool) -> None:
+    x, D = torch.randn(4), 2
+    own = torch.randn(4, 3, D) if paired else torch.randn(3, D)
+    log_weights = torch.randn(4, 3)
+
+    def model() -> None:
+        with pyro.plate("data", 4, dim=dim):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+            seen = x.reshape(4, *[1] * (-dim - 1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=seen)
+
+    def handled() -> None:
+        with OnCodes("z", lambda plate: Placed(own, log_weights)):
+            model()
+
+    loss = TraceEnum_ELBO(max_plate_nesting=-dim).loss(handled, nothing)
+    table = dist.Normal(own.sum(-1), 1.0).log_prob(x[:, None]) + log_weights
+    assert loss == pytest.approx(-table.logsumexp(-1).sum().item())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_masked_rows_count_nothing(inside: bool) -> None:
+    mask, x = torch.tensor([True, False, True]), torch.randn(3, 2)
+
+    def model() -> None:
+        with pyro.plate("data", 3), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.7).to_event(1), obs=x)
+
+    codes, log_weights = torch.randn(4, 2), torch.randn(3, 4)
+    log_weights = log_weights if inside else log_weights[0]
+
+    def handled() -> None:
+        with OnCodes("z", lambda plate: Placed(codes, log_weights)):
+            model()
+
+    table = dist.Normal(codes, 0.7).to_event(1).log_prob(x[:, None]) + log_weights
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(handled, nothing)
+    assert loss == pytest.approx(-table.logsumexp(-1)[mask].sum().item())
+
+
+def scaled_site(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        with poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def nested_site(x: Tensor) -> None:
+    with pyro.plate("data", len(x), dim=-1), pyro.plate("copy", 2, dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x.expand(2, -1, -1))
+
+
+def discrete_site(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+        pyro.sample("x", dist.Normal(z[..., None].double(), 1.0).to_event(1), obs=x)
+
+
+def outside_site(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def two_sites(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        y = pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z + y, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "site", "error", "message"),
+    [
+        (scaled_site, 2, "z", ValueError, "share a common poutine.scale"),
+        (nested_site, 2, "z", NotImplementedError, "'z' is in 'data', 'copy'|'copy', 'data'"),
+        (discrete_site, 2, "z", NotImplementedError, r"'z' is discrete \(Categorical\)"),
+        (outside_site, 2, "z", NotImplementedError, "'z' is in no plate"),
+        (outside_site, 2, None, ValueError, "no continuous latent site inside a vectorised"),
+        (two_sites, 2, None, ValueError, r"\['z', 'y'\]; name one with site="),
+        (gaussian, 3, None, ValueError, "length 3.*'z' has event shape"),
+    ],
+)
+def test_refusals(model, size: int, site, error, message: str) -> None:
+    codes = FreeCodes(torch.randn(4, size))
+    with pytest.raises(error, match=message):
+        loss = TraceEnum_ELBO(max_plate_nesting=2)
+        loss.loss(Empiricalized(model, codes, site), nothing, torch.randn(3, 2))
+
+
+# Likelihoods by products of matrices.
+
+FAMILIES = {
+    "logits": lambda y: dist.Bernoulli(logits=y),
+    "probs": lambda y: dist.Bernoulli(y.sigmoid()),
+    "normal": lambda y: dist.Normal(y, 0.7),
+    "scales": lambda y: dist.Normal(y, y.exp()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [(5, 1), (2, 5, 1), (5, 1, 1)])
+@pytest.mark.parametrize("event", [(20,), (4, 5)])
+def test_pairs_equal_broadcasting(family: str, batch: tuple, event: tuple) -> None:
+    dim = -2 if batch == (5, 1, 1) else -1
+    y = torch.randn(*batch, *event, requires_grad=True)
+    plain = FAMILIES[family](y).to_event(len(event))
+    full = list(batch)
+    full[dim] = 3
+    plain = plain.expand(full)
+    pairs = in_pairs(plain, dim)
+    assert isinstance(pairs, Pairs)
+    x = torch.rand(3, *[1] * (-dim - 1), *event).round()
+    found, expected = pairs.log_prob(x), plain.log_prob(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape)
+    (mine,) = torch.autograd.grad((weights * found).sum(), y, retain_graph=True)
+    (theirs,) = torch.autograd.grad((weights * expected).sum(), y)
+    torch.testing.assert_close(mine, theirs)
+    assert pairs._decoded() is not None  # and not by broadcasting
+
+
+def test_pairs_fall_back() -> None:
+    """Rows with distributions of their own, and values with more dims, are broadcast."""
+    x = torch.rand(3, 20).round()
+    own = dist.Bernoulli(logits=torch.randn(5, 3, 20)).to_event(1)
+    assert (in_pairs(own, -1).log_prob(x) == own.log_prob(x)).all()
+    shared = dist.Bernoulli(logits=torch.randn(5, 1, 20)).to_event(1).expand([5, 3])
+    many = torch.rand(5, 3, 20).round()
+    assert (in_pairs(shared, -1).log_prob(many) == shared.log_prob(many)).all()
+    for left in (dist.Poisson(torch.ones(5, 1, 20)).to_event(1), dist.Normal(torch.ones(5, 3), 1)):
+        assert in_pairs(left, -1) is left
+    with pytest.raises(ValueError, match="outside of the support"):
+        in_pairs(shared, -1).log_prob(x + 0.5)
+
+
+class Sharper(dist.Bernoulli):
+    """A distribution with another density than that of its base class."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return 2 * super().log_prob(value)
+
+
+def test_pairs_leave_subclasses_alone() -> None:
+    fn = Sharper(logits=torch.randn(5, 1, 20)).to_event(1)
+    assert in_pairs(fn, -1) is fn
+
+
+@pytest.mark.parametrize("share", ["pair", "shared", "pooled"])
+def test_pairs_in_a_model(share: str) -> None:
+    x, codes, decoder = torch.rand(6, 20).round(), torch.randn(6, 2), nn.Linear(2, 20)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 12, subsample=torch.arange(6)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def handled(x: Tensor) -> None:
+        log_weights = torch.zeros(6, 6)
+        chosen = codes.expand(6, -1, -1) if share == "pair" else codes
+        with OnCodes("z", lambda plate: Placed(chosen, log_weights)):
+            model(x)
+
+    table = dist.Bernoulli(logits=decoder(codes)).to_event(1).log_prob(x[:, None])
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(handled, nothing, x)
+    assert loss == pytest.approx(-2 * table.logsumexp(-1).sum().item())

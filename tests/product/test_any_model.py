@@ -1,0 +1,854 @@
+"""Every loss, with every estimator, on every model of the table.
+
+The sharpest tool here is `Pinned`: it plays recorded samples back, so that two ways of computing
+the same thing (in one pass or in a loop, on all data or on minibatches, by the package or by hand)
+see the same noise and must agree to rounding, gradients included. Expectations are compared with
+numbers from quadrature and enumeration, or with another unbiased estimator.
+"""
+
+import itertools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.optim import SGD
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+import pyro_recursive
+from pyro_recursive import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    MultiSampleELBO,
+    bounds,
+    log_marginal,
+)
+from pyro_recursive.bounds.estimators import ESTIMATORS
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.sites import is_delta
+from tests import models
+from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
+
+LOSSES: dict[str, Callable[..., MultiSampleELBO]] = {
+    "IWAE_ELBO": lambda M, K, **options: IWAE_ELBO(K, num_estimates=M, **options),
+    "MIWAE_ELBO": MIWAE_ELBO,
+    "PIWAE_ELBO": PIWAE_ELBO,
+    "CIWAE_ELBO": lambda M, K, **options: CIWAE_ELBO(K, num_estimates=M, beta=0.3, **options),
+    "MultiSampleELBO": lambda M, K, **options: MultiSampleELBO(
+        bounds.renyi(0.5), num_estimates=M, num_particles=K, **options
+    ),
+}
+BOUNDS = {
+    "IWAE_ELBO": bounds.iwae,
+    "MIWAE_ELBO": bounds.miwae,
+    "PIWAE_ELBO": bounds.piwae,
+    "CIWAE_ELBO": bounds.ciwae(0.3),
+    "MultiSampleELBO": bounds.renyi(0.5),
+}
+M, K = 2, 3
+
+UNBIASED = ("pathwise", "dreg", "score", "vimco", "dreg+score", "dreg+vimco")
+SMOOTH = [row for row in ROWS if row.sites != "discrete"]
+EXACT = [row for row in ROWS if row.evidence]
+
+all_losses = pytest.mark.parametrize("loss", LOSSES)
+
+
+def over(rows: list[Row], name: str = "row") -> Any:
+    return pytest.mark.parametrize(name, rows, ids=lambda row: row.name)
+
+
+@contextmanager
+def expected_warnings(row: Row) -> Iterator[None]:
+    """Silence the one warning that a row announces; every other one is an error."""
+    with warnings.catch_warnings():
+        if row.joint:
+            warnings.filterwarnings("ignore", "Plate '.*' encloses latent site")
+        yield
+
+
+def made(row: Row, *, other: bool = False) -> tuple[Programs, tuple]:
+    """Build a row's programs and make all their parameters, so that no later call draws any."""
+    model, guide = row.build()
+    args = row.args()
+    Trace_ELBO().loss(model, guide, *args)
+    if other and row.other_args:
+        args = row.other_args()
+    return (model, guide), args
+
+
+def parameters() -> dict[str, Tensor]:
+    return dict(pyro.get_param_store().named_parameters())
+
+
+def gradients(loss: Tensor) -> Tensor:
+    """Return the gradient in all parameters as one vector, zeros where nothing depends on one."""
+    leaves = list(parameters().values())
+    if not leaves or not loss.requires_grad:
+        return torch.zeros(sum(leaf.numel() for leaf in leaves))
+    found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    pairs = zip(leaves, found, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+
+
+def value_and_gradient(loss: Tensor) -> Tensor:
+    return torch.cat([loss.detach().reshape(1), gradients(loss)])
+
+
+class Pinned(Messenger):
+    """Plays back recorded guide samples, ``[P, ...]`` by site, in one pass or one by one.
+
+    It acts on the first run of a guide only: whatever replays that run comes with its own values.
+    """
+
+    def __init__(self, values: dict[str, Tensor], fixed: dict[str, Tensor], total: int = 0) -> None:
+        super().__init__()
+        self.values, self.fixed, self.total = values, fixed, total
+        self.visits: Counter[str] = Counter()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["done"] or msg["is_observed"] or name not in self.values | self.fixed:
+            return
+        msg["done"] = True
+        if name in self.fixed:
+            msg["value"] = self.fixed[name]
+            return
+        index = slice(None) if self.total == 0 else self.visits[name] % self.total
+        msg["value"] = self.values[name][index]
+        self.visits[name] += 1
+
+
+Recording = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def record(programs: Programs, args: tuple, num_estimates: int = M, size: int = K) -> Recording:
+    """Draw once; return the sampled values with their graph, and the minibatch."""
+    _, (run,) = draw(Program(*programs, args), num_estimates, size)
+    values = {
+        name: site["value"]
+        for name, site in run.guide.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not is_delta(site)
+    }
+    fixed = {name: site["value"] for name, site in run.model.nodes.items() if _subsample(site)}
+    values = {name: value for name, value in values.items() if name not in fixed}
+    return values, fixed
+
+
+def _subsample(site: Any) -> bool:
+    return site["type"] == "sample" and site_is_subsample(site)
+
+
+def weights_by_hand(row: Row, programs: Programs, args: tuple, recording: Recording) -> Tensor:
+    """Return ``[M * K, *plates]`` log-weights entry by entry, from Pyro's own traces."""
+    rows = []
+    with Pinned(*recording, total=M * K):
+        for _ in range(M * K):
+            traces = get_importance_trace("flat", math.inf, *programs, args, {})
+            rows.append(_add_up(row, traces))
+    return torch.stack(rows)
+
+
+def _add_up(row: Row, traces: tuple[poutine.Trace, poutine.Trace]) -> Tensor:
+    cells: Counter[tuple[int, ...]] = Counter()
+    sizes: dict[str, int] = {}
+    for trace, sign in zip(traces, (1, -1), strict=True):
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or site["infer"].get("_deterministic"):
+                continue
+            frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+            shared = [frames[name] for name in row.shared]
+            sizes |= {frame.name: frame.size for frame in shared}
+            scale = math.prod(frame.full_size / frame.size for frame in shared)
+            log_prob = site["log_prob"] / scale
+            for index in itertools.product(*map(range, log_prob.shape)):
+                cell = (
+                    index[frame.dim] if frame.vectorized else (frame.counter - 1) % frame.size
+                    for frame in shared
+                )
+                cells[tuple(cell)] += sign * log_prob[index]
+    shape = tuple(sizes[name] for name in row.shared)
+    return torch.stack([cells[cell] for cell in itertools.product(*map(range, shape))]).reshape(
+        shape
+    )
+
+
+def scale_of(row: Row, programs: Programs, args: tuple) -> float:
+    """Return the subsample scale of a row's shared plates."""
+    trace = poutine.trace(programs[0]).get_trace(*args)
+    site = next(s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"])
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    return math.prod(frames[name].full_size / frames[name].size for name in row.shared)
+
+
+# The table of losses.
+
+
+def test_every_public_loss_is_in_the_table() -> None:
+    public = {name for name in pyro_recursive.__all__ if name.endswith("ELBO")}
+    for_mixtures = {"Stratified_ELBO", "SIWAE_ELBO", "MISELBO", "RecursiveMixture_ELBO"}
+    for_codes = {"MAPA_ELBO"}
+    assert public - for_mixtures - for_codes == LOSSES.keys() == BOUNDS.keys()
+    assert for_mixtures <= public  # on every model in test_any_guide.py
+    assert for_codes <= public  # on every model in test_mapa.py
+
+
+# One sample is Trace_ELBO.
+
+
+@all_losses
+@over(SMOOTH)
+def test_one_sample_equals_trace_elbo(row: Row, loss: str) -> None:
+    """The same seed gives the same value and gradient for M = K = 1."""
+    if row.refusal(loss, "pathwise"):
+        pytest.skip("the row refuses this loss")
+    programs, args = made(row)
+    results = []
+    for each in (Trace_ELBO(max_plate_nesting=4), LOSSES[loss](1, 1, max_plate_nesting=4)):
+        pyro.set_rng_seed(3)
+        results.append(value_and_gradient(each.differentiable_loss(*programs, *args)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+# The log-weights, from Pyro's own traces.
+
+
+def check_value(row: Row, loss: str, *, other: bool = False) -> None:
+    programs, args = made(row, other=other)
+    recording = record(programs, args)
+    by_hand = weights_by_hand(row, programs, args, recording)
+    assert other or by_hand.shape[1:] == row.plates
+    value = BOUNDS[loss](by_hand.unflatten(0, (M, K))).sum() * scale_of(row, programs, args)
+    with Pinned(*recording), expected_warnings(row):
+        assert LOSSES[loss](M, K).loss(*programs, *args) == pytest.approx(-value.item(), rel=1e-5)
+
+
+@over(ROWS)
+def test_value_by_hand(row: Row) -> None:
+    """The loss is the bound of the log-weights that Pyro's own densities add up to."""
+    check_value(row, "IWAE_ELBO")
+    pyro.clear_param_store()
+    check_value(row, "PIWAE_ELBO" if not row.shared_parameter else "CIWAE_ELBO")
+
+
+@over([row for row in ROWS if row.other_args])
+def test_value_on_other_data(row: Row) -> None:
+    """A second call may bring data of another size or another plate nesting."""
+    programs, args = made(row)
+    loss = IWAE_ELBO(K)
+    loss.loss(*programs, *args)
+    other = row.other_args()  # type: ignore[misc]
+    values, fixed = record(programs, other)
+    by_hand = weights_by_hand_of_other(row, programs, other, (values, fixed))
+    with Pinned(values, fixed):
+        assert MIWAE_ELBO(M, K).loss(*programs, *other) == pytest.approx(-by_hand, rel=1e-9)
+    # The first call's shape still works, with the same loss.
+    loss.loss(*programs, *args)
+
+
+def weights_by_hand_of_other(
+    row: Row, programs: Programs, args: tuple, recording: Recording
+) -> float:
+    shared = ("copy", "data") if row.name == "deeper" else row.shared
+    row = Row(row.name, row.build, shared=shared)
+    weights = weights_by_hand(row, programs, args, recording)
+    scale = scale_of(row, programs, args)
+    return scale * bounds.miwae(weights.unflatten(0, (M, K))).sum().item()
+
+
+@over(ROWS)
+def test_float32(row: Row) -> None:
+    """Nothing is float64 by accident, and the value is right."""
+    torch.set_default_dtype(torch.float32)
+    check_value(row, "MIWAE_ELBO")
+    programs, args = made(row)
+    estimator = "dreg+vimco"
+    with expected_warnings(row):
+        loss = MIWAE_ELBO(M, K, estimator=estimator).differentiable_loss(*programs, *args)
+    assert loss.dtype == gradients(loss).dtype == torch.float32
+
+
+@pytest.mark.cuda
+@over(ROWS)
+def test_cuda(row: Row) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.set_default_device("cuda")
+    try:
+        check_value(row, "MIWAE_ELBO")
+        programs, args = made(row)
+        with expected_warnings(row):
+            loss = MIWAE_ELBO(M, K, estimator="dreg+vimco").differentiable_loss(*programs, *args)
+        assert loss.device.type == "cuda" and gradients(loss).isfinite().all()
+    finally:
+        torch.set_default_device(None)
+
+
+# One pass over all particles, or a loop.
+
+
+def each_estimator(*quick: str) -> pytest.MarkDecorator:
+    """Some estimators in the quick loop, and all with the slow tests."""
+    others = [pytest.param(e, marks=pytest.mark.slow) for e in ESTIMATORS if e not in quick]
+    return pytest.mark.parametrize("estimator", [*quick, *others])
+
+
+@each_estimator("pathwise", "dreg+vimco", "rws")
+@over(ROWS)
+def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
+    """With the same samples both give the same value and gradient, or the same refusal."""
+    for name in ("MIWAE_ELBO", "PIWAE_ELBO"):
+        pyro.clear_param_store()
+        programs, args = made(row)
+        refusal = row.refusal(name, estimator)
+        loss = LOSSES[name](M, K, estimator=estimator)
+        with expected_warnings(row):
+            if refusal:
+                with pytest.raises(refusal[0], match=refusal[1]):
+                    loss.loss_and_grads(*programs, *args)
+                continue
+            recording = record(programs, args)
+            with Pinned(*recording):
+                one_pass = value_and_gradient(loss.differentiable_loss(*programs, *args))
+            loop = LOSSES[name](M, K, estimator=estimator, vectorize_particles=False)
+            with Pinned(*recording, total=M * K):
+                looped = value_and_gradient(loop.differentiable_loss(*programs, *args))
+        torch.testing.assert_close(looped, one_pass)
+
+
+@all_losses
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+def test_refusals(refusal: Refusal, loss: str) -> None:
+    """K = 4 data and K = 4 samples: a batch dim must not pass for the particle plate."""
+    options = refusal.options or {}
+    if loss == "PIWAE_ELBO" and options:
+        pytest.skip("PIWAE has no such option")
+    for vectorize in (True, False):
+        each = LOSSES[loss](
+            1, 4, estimator=refusal.estimator, vectorize_particles=vectorize, **options
+        )
+        with pytest.raises(refusal.error, match=refusal.message):
+            each.loss_and_grads(*refusal.build(), *refusal.args())
+
+
+def test_one_sample_needs_no_refusal() -> None:
+    """For K = 1 the bound is linear, and a minibatch below a global latent is unbiased."""
+    model, guide = (f for f in REFUSALS[0].build())
+    pyro.set_rng_seed(3)
+    expected = Trace_ELBO(num_particles=1).loss(model, guide, models.data())
+    pyro.set_rng_seed(3)
+    assert IWAE_ELBO(1).loss(model, guide, models.data()) == pytest.approx(expected)
+
+
+# Gradients.
+
+
+def pinned_gradient(
+    loss: MultiSampleELBO, programs: Programs, args: tuple, recording: Recording
+) -> Tensor:
+    with Pinned(*recording):
+        return gradients(loss.differentiable_loss(*programs, *args))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *("pathwise", "dreg+vimco"),
+        *(pytest.param(e, marks=pytest.mark.slow) for e in ("stl", "dreg", "score", "vimco")),
+    ],
+)
+@over(ROWS)
+def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
+    """PIWAE's gradient is IWAE's for the model and MIWAE's for the guide; CIWAE's is linear."""
+    if row.refusal("PIWAE_ELBO", estimator) or row.refusal("MIWAE_ELBO", estimator):
+        pytest.skip("the row refuses this estimator")
+    programs, args = made(row)
+    recording = record(programs, args)
+
+    def gradient_of(bound: bounds.Bound) -> Tensor:
+        loss = MultiSampleELBO(bound, estimator=estimator, num_estimates=M, num_particles=K)
+        return pinned_gradient(loss, programs, args, recording)
+
+    with expected_warnings(row):
+        elbo, iwae = gradient_of(bounds.elbo), gradient_of(bounds.iwae)
+        torch.testing.assert_close(gradient_of(bounds.ciwae(0.3)), 0.3 * elbo + 0.7 * iwae)
+        pooled, piwae = gradient_of(bounds.Pooled(bounds.iwae)), gradient_of(bounds.piwae)
+    torch.testing.assert_close(piwae, torch.where(belongs_to_model(programs, args), pooled, iwae))
+
+
+def belongs_to_model(programs: Programs, args: tuple) -> Tensor:
+    """Return which entries of the gradient are of the model's parameters."""
+    names = set(poutine.trace(programs[0]).get_trace(*args).param_nodes)
+    return torch.cat([torch.full((p.numel(),), n in names) for n, p in parameters().items()])
+
+
+def mean_gradient(
+    loss: MultiSampleELBO, programs: Programs, args: tuple, calls: int = 40
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error of the gradient; all parameters exist already."""
+    draws = torch.stack(
+        [gradients(loss.differentiable_loss(*programs, *args)) for _ in range(calls)]
+    )
+    return draws.mean(0), draws.std(0) / calls**0.5
+
+
+def assert_same_mean(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    error = (one[1].square() + other[1].square()).sqrt()
+    assert ((one[0] - other[0]).abs() <= 4.5 * error + 1e-9).all(), (one, other)
+
+
+def check_unbiased(row: Row, bound: bounds.Bound, **options: Any) -> None:
+    """The mean gradient of every unbiased estimator is that of the first that the row allows."""
+    programs, args = made(row)
+    _, fixed = record(programs, args)  # one minibatch for all: it would be most of the noise
+    reference = None
+    for number, estimator in enumerate(UNBIASED):
+        if row.refusal("MIWAE_ELBO", estimator):
+            continue
+        loss = MultiSampleELBO(
+            bound, estimator=estimator, num_estimates=100, num_particles=K, **options
+        )
+        pyro.set_rng_seed(100 + number)  # noise of its own
+        with expected_warnings(row), Pinned({}, fixed):
+            mean = mean_gradient(loss, programs, args)
+        reference = reference or mean
+        assert (mean[0] != 0).any()
+        assert_same_mean(mean, reference)
+
+
+QUICK = (
+    "data_plate",
+    "nested",
+    "mixed_above",
+    "mixed_below",
+    "delta_log_density",
+    "annealed",
+    "unequal_scales",
+    "annealed_mixed",
+)
+
+
+@over([row for row in ROWS if row.name in QUICK])
+def test_estimators_agree_quickly(row: Row) -> None:
+    """All unbiased estimators have one mean."""
+    check_unbiased(row, bounds.iwae)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", [bounds.iwae, bounds.renyi(0.5)], ids=["iwae", "renyi"])
+@over(ROWS)
+def test_estimators_agree(row: Row, bound: bounds.Bound) -> None:
+    """All unbiased estimators have one mean, on every model."""
+    check_unbiased(row, bound)
+
+
+# Exact posteriors.
+
+
+@all_losses
+@over(EXACT)
+def test_exact_posterior(row: Row, loss: str) -> None:
+    """The value is log p(x), and the gradients of DReG and STL vanish draw by draw."""
+    programs, args = made(row)
+    expected = -row.evidence().sum().item() * scale_of(row, programs, args)  # type: ignore[misc]
+    for estimator in ("pathwise", "stl", "dreg"):
+        each = LOSSES[loss](M, K, estimator=estimator)
+        assert each.loss(*programs, *args) == pytest.approx(expected, rel=1e-10)
+        value = each.differentiable_loss(*programs, *args)
+        assert value.item() == pytest.approx(expected, rel=1e-10)
+        if estimator != "pathwise":
+            torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)
+
+
+# Minibatches: with the samples of the full data pinned, every average over them is exact.
+
+
+def batches(size: int, of: int) -> list[Tensor]:
+    return [torch.tensor(batch) for batch in itertools.combinations(range(of), size)]
+
+
+def local_values(recording: Recording, index: Tensor) -> Recording:
+    """Restrict the local samples to a minibatch; sites of loops have a name for each datum."""
+    values, _ = recording
+    return {n: v[:, index] if v.shape[1:] == (4,) else v for n, v in values.items()}, {}
+
+
+def minibatch(model: Callable, guide: Callable, x: Tensor, index: Tensor) -> Programs:
+    return partial(model, subsample=index), partial(guide, subsample=index)
+
+
+MINIBATCHED = {
+    "vectorized": (models.local, models.local_guide),
+    "annealed": tuple(
+        partial(f, around=lambda: poutine.scale(scale=0.3))
+        for f in (models.local, models.local_guide)
+    ),
+    "sequential": (models.sequential, models.sequential_guide),
+}
+
+
+def full_and_mean(
+    programs: Programs, size: int, evaluate: Callable[[Programs, Recording], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Evaluate on all data, and on average over all minibatches of one size."""
+    x = models.data()
+    everything = torch.arange(len(x))
+    full = minibatch(*programs, x, everything)
+    Trace_ELBO().loss(*full, x)
+    recording = record(full, (x,))
+
+    def on(index: Tensor) -> Tensor:
+        return evaluate(minibatch(*programs, x, index), local_values(recording, index))
+
+    return on(everything), torch.stack([on(index) for index in batches(size, len(x))]).mean(0)
+
+
+@all_losses
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", MINIBATCHED)
+def test_minibatches_are_unbiased(name: str, size: int, loss: str) -> None:
+    """Value and gradient, averaged over all minibatches, are those of the full data."""
+    for estimator in ("pathwise", "dreg", "vimco", "rws"):
+        each = LOSSES[loss](M, K, estimator=estimator)
+
+        def evaluate(programs: Programs, recording: Recording, each: Any = each) -> Tensor:
+            with Pinned(*recording):
+                return value_and_gradient(each.differentiable_loss(*programs, models.data()))
+
+        full, mean = full_and_mean(MINIBATCHED[name], size, evaluate)
+        assert (full != 0).all()
+        torch.testing.assert_close(mean, full)
+
+
+class Minibatches(Messenger):
+    """Notes every minibatch of the data plate that passes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "data":
+            self.seen.add(tuple(msg["value"].tolist()))
+
+
+@pytest.mark.parametrize(
+    "name", ["subsample_size", "sequential_subsample", "auto_normal_subsample"]
+)
+def test_all_samples_share_one_minibatch(name: str) -> None:
+    """Weights of different data could not be compared; nor could chunks of one estimate."""
+    row = next(row for row in ROWS if row.name == name)
+    programs, args = made(row)
+    options = {"vectorize_particles": False}
+    evaluations = (
+        partial(IWAE_ELBO(12, estimator="dreg", **options).loss_and_grads, *programs, *args),
+        partial(IWAE_ELBO(12, estimator="dreg").loss_and_grads, *programs, *args),
+        partial(log_marginal, *programs, *args, num_particles=12, chunk_size=1),
+        partial(log_marginal, *programs, *args, num_particles=12, chunk_size=3),
+    )
+    for evaluate in evaluations:
+        with Minibatches() as minibatches:
+            evaluate()
+        assert len(minibatches.seen) == 1
+
+
+def test_score_of_subsampled_discrete_sites() -> None:
+    """At K = 1 a plate's scale is in the weights, and must not be in the score as well."""
+    programs = (models.mixed_global, models.mixed_global_guide)
+    Trace_ELBO().loss(*programs, models.data())
+    losses = (MIWAE_ELBO(600, 1, estimator=name) for name in ("score", "dreg+score"))
+    full, *parts = (
+        [
+            mean_gradient(loss, some, (models.data(),))
+            for some in (programs, subsampled(*programs)())
+        ]
+        for loss in losses
+    )
+    for mean in (*full[1:], *itertools.chain(*parts)):
+        assert_same_mean(mean, full[0])
+
+
+# Global latents under the ELBO, local ones under the bound.
+
+HIERARCHY = (models.hierarchy, models.hierarchy_guide)
+NESTED_LOSSES = [name for name in LOSSES if name != "PIWAE_ELBO"]
+
+
+def nested_by_hand(recording: Recording, x: Tensor, index: Tensor, bound: bounds.Bound) -> Tensor:
+    """Return the nested bound in plain torch, from ``[M * K]`` global and ``[M * K, B]`` locals."""
+    mu, c, t, a, b, s = (pyro.param(name) for name in ("mu", "c", "t", "a", "b", "s"))
+    log_normal = lambda value, loc, scale: dist.Normal(loc, scale).log_prob(value)  # noqa: E731
+    values = recording[0]
+    w = values["w"].reshape(M, K)[:, :1]  # one global sample for each estimate
+    z = values["z"].reshape(M, K, -1)
+    w_local = w[..., None]
+    log_weights = (
+        log_normal(z, w_local, 0.8)
+        + log_normal(x[index], z, 1.0)
+        - log_normal(z, a * x[index] + b * w_local, s)
+    )
+    shared = (log_normal(w, mu, 1.0) - log_normal(w, c, t)).mean()
+    return shared + len(x) / len(index) * bound(log_weights).sum()
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("loss", NESTED_LOSSES)
+def test_global_elbo_by_hand(loss: str, vectorize: bool) -> None:
+    """Value and pathwise gradient equal those of the formula, draw by draw."""
+    x, index = models.data(), torch.tensor([0, 2])
+    programs = minibatch(*HIERARCHY, x, index)
+    Trace_ELBO().loss(*programs, x)
+    recording = record(programs, (x,))
+    each = LOSSES[loss](M, K, global_latents="elbo", vectorize_particles=vectorize)
+    with Pinned(*recording, total=0 if vectorize else M * K):
+        ours = value_and_gradient(each.differentiable_loss(*programs, x))
+    by_hand = value_and_gradient(-nested_by_hand(recording, x, index, BOUNDS[loss]))
+    torch.testing.assert_close(ours, by_hand)
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg", "stl", "score", "vimco", "dreg+vimco"])
+@pytest.mark.parametrize("loss", NESTED_LOSSES)
+def test_global_elbo_on_minibatches(loss: str, estimator: str) -> None:
+    """Unbiased for the full data where the joint bound has no unbiased estimate."""
+    each = LOSSES[loss](M, K, estimator=estimator, global_latents="elbo")
+
+    def evaluate(programs: Programs, recording: Recording) -> Tensor:
+        with Pinned(*recording):
+            return value_and_gradient(each.differentiable_loss(*programs, models.data()))
+
+    full, mean = full_and_mean(HIERARCHY, 2, evaluate)
+    assert (full != 0).all()
+    torch.testing.assert_close(mean, full)
+
+
+def subsampled(*programs: Callable) -> Callable[[], Programs]:
+    return lambda: tuple(partial(f, subsample_size=2) for f in programs)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("hierarchy", subsampled(*HIERARCHY)),
+        Row(
+            "mixed",
+            subsampled(models.mixed_global, models.mixed_global_guide),
+            sites="discrete",
+        ),
+    ],
+    ids=lambda row: row.name,
+)
+def test_global_elbo_estimators_agree(row: Row) -> None:
+    """A global site above local ones, reparameterised or not, under every unbiased estimator."""
+    check_unbiased(row, bounds.iwae, global_latents="elbo")
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+def test_global_elbo_without_local_latents(estimator: str) -> None:
+    """With the exact posterior of a global latent the ELBO is log p(x)."""
+    row = next(row for row in ROWS if row.name == "exact_global")
+    programs, args = made(row)
+    loss = MIWAE_ELBO(M, K, estimator=estimator, global_latents="elbo")
+    with pytest.warns(
+        UserWarning, match=f"No latent site is inside plate 'data'.*{K} samples.*{M} "
+    ):
+        value = loss.differentiable_loss(*programs, *args)
+    MIWAE_ELBO(M * K, 1, global_latents="elbo").loss(*programs, *args)  # as many, and no warning
+    assert value.item() == pytest.approx(-row.evidence().item())  # type: ignore[misc]
+    if estimator == "dreg":
+        torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)
+
+
+def growing(x: Tensor, grown: bool) -> None:
+    """A model that gains a local latent with its arguments."""
+    w = models.normal("w", 0.0, 1.0)
+    with pyro.plate("data", len(x)):
+        z = models.normal("z", w, 0.8)
+        models.observe(z + models.normal("u", 0.0, 1.0) if grown else z, x)
+
+
+def growing_guide(x: Tensor, grown: bool) -> None:
+    models.normal("w", models.real("c", 0.5), 0.6)
+    with pyro.plate("data", len(x)):
+        models.normal("z", 0.5 * x, 0.7)
+        if grown:
+            models.normal("u", 0.3 * x, 0.7)
+
+
+def test_global_elbo_follows_the_arguments() -> None:
+    """Which sites are local is this call's business, not the first one's."""
+    loss = MIWAE_ELBO(M, K, global_latents="elbo")
+    args = (models.data(), True)
+    fresh, seen = [(partial(growing), partial(growing_guide)) for _ in range(2)]
+    recording = record(fresh, args)
+    loss.loss(*seen, models.data(), False)
+    with Pinned(*recording):
+        expected = loss.loss(*fresh, *args)
+        assert loss.loss(*seen, *args) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"estimator": "rws"}, {"estimator": "rws-dreg"}])
+def test_global_elbo_needs_one_objective(options: dict) -> None:
+    for make in (partial(IWAE_ELBO, **options), partial(PIWAE_ELBO, 2)):
+        with pytest.raises(ValueError, match="needs one bound for model and guide"):
+            make(3, global_latents="elbo")
+
+
+# Ways to call a loss.
+
+
+@pytest.mark.parametrize("loss", ["MIWAE_ELBO", "PIWAE_ELBO"])
+@over(ROWS)
+def test_three_ways_to_evaluate(row: Row, loss: str) -> None:
+    """`loss`, `loss_and_grads` and `differentiable_loss` agree under one seed."""
+    if row.refusal(loss, "dreg+vimco"):
+        pytest.skip("the row refuses this loss")
+    programs, args = made(row)
+    for vectorize in (True, False):
+        each = LOSSES[loss](M, K, estimator="dreg+vimco", vectorize_particles=vectorize)
+        values = []
+        for evaluate in (each.loss, each.loss_and_grads, each.differentiable_loss):
+            pyro.set_rng_seed(3)
+            with expected_warnings(row):
+                values.append(torch.as_tensor(evaluate(*programs, *args)).item())
+        assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-12)
+
+
+def noisy_guide(x: Tensor) -> None:
+    """Dropout before and between the sites, as encoders have it."""
+    keep = torch.dropout(torch.ones(len(x)), 0.5, train=True)
+    w = models.normal("w", models.real("a", 0.3) * keep[0], 0.5)
+    keep = torch.dropout(torch.ones(len(x)), 0.5, train=True)
+    with pyro.plate("data", len(x)):
+        models.normal("z", models.real("b", 0.4) * x * keep + 0.2 * w, 0.4)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_guides_with_noise_of_their_own(vectorize: bool) -> None:
+    """Where a guide runs twice, both runs drop the same units: the value is the first run's."""
+    programs, args = (models.hierarchy, noisy_guide), (models.data(),)
+    Trace_ELBO().loss(*programs, *args)
+    values = []
+    for estimator in ESTIMATORS:
+        loss = MIWAE_ELBO(M, K, estimator=estimator, vectorize_particles=vectorize)
+        pyro.set_rng_seed(3)
+        values.append(loss.loss_and_grads(*programs, *args))
+    assert values == pytest.approx(values[:1] * len(values), rel=1e-12)
+
+
+def test_a_shared_parameter_that_pyro_does_not_know() -> None:
+    """Where two objectives would meet in one parameter, being unregistered is no excuse."""
+    net = models.Net()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            models.observe(net(models.normal("z", 0.0, 1.0)), x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            models.normal("z", net(x), 0.8)
+
+    for estimator in ("pathwise", "dreg"):
+        with pytest.raises(ValueError, match=r"Parameter of shape \(\) belongs to model and guide"):
+            PIWAE_ELBO(M, K, estimator=estimator).loss_and_grads(model, guide, models.data())
+
+
+@all_losses
+def test_loss_as_a_module(loss: str) -> None:
+    """``loss(model, guide)(*args)`` is the differentiable loss of two modules."""
+    model, guide = models.Decoder(), models.Encoder()
+    each = LOSSES[loss](M, K, estimator="dreg")
+    module = each(model, guide)
+    pyro.set_rng_seed(3)
+    value = module(models.data())
+    value.backward()
+    pyro.set_rng_seed(3)
+    assert value.item() == pytest.approx(each.loss(model, guide, models.data()))
+    gradient = {name: p.grad for name, p in module.named_parameters()}
+    assert len(gradient) == 5 and all(g is not None and g.ne(0).any() for g in gradient.values())
+
+
+@all_losses
+def test_one_instance_serves_many_models(loss: str) -> None:
+    """Nothing of a call stays in the loss: deeper and flatter models may follow each other."""
+    each = LOSSES[loss](M, K)
+    before = dict(each.__dict__)
+    rows = {row.name: row for row in ROWS}
+    for name in ("no_plate", "grid_with_gap", "data_plate", "sequential", "nested"):
+        pyro.clear_param_store()
+        programs, args = made(rows[name])
+        recording = record(programs, args)
+        with Pinned(*recording):
+            fresh = LOSSES[loss](M, K).loss(*programs, *args)
+            assert each.loss(*programs, *args) == pytest.approx(fresh)
+        each.loss_and_grads(*programs, *args)
+    assert each.__dict__ == before
+
+
+@all_losses
+@pytest.mark.parametrize("name", ["auto_normal", "modules", "methods", "pyro_modules", "markov"])
+def test_svi_steps_every_parameter(name: str, loss: str) -> None:
+    """The first step makes all parameters, the second moves each of them."""
+    row = next(row for row in ROWS if row.name == name)
+    svi = SVI(*row.build(), SGD({"lr": 0.01}), LOSSES[loss](M, K, estimator="dreg"))
+    svi.step(*row.args())
+    before = {name: value.detach().clone() for name, value in parameters().items()}
+    svi.step(*row.args())
+    assert before and all((value != before[name]).any() for name, value in parameters().items())
+
+
+def test_outer_handlers() -> None:
+    """A handler around the call of a loss acts as it does around model and guide."""
+    x = models.data()
+
+    def prior(x: Tensor) -> None:
+        with pyro.plate("data", 4):
+            models.normal("x", models.normal("z", models.real("mu", 0.3), 1.0), 1.0)
+
+    def evaluate(model: Callable, guide: Callable) -> Tensor:
+        pyro.set_rng_seed(3)
+        return value_and_gradient(MIWAE_ELBO(M, K).differentiable_loss(model, guide, x))
+
+    expected = evaluate(models.local, models.local_guide)
+    with poutine.condition(data={"x": x}):
+        torch.testing.assert_close(evaluate(prior, models.local_guide), expected)
+    scaled = [poutine.scale(f, scale=0.4) for f in (models.local, models.local_guide)]
+    expected = evaluate(*scaled)
+    with poutine.scale(scale=0.4):
+        torch.testing.assert_close(evaluate(models.local, models.local_guide), expected)
+
+
+# The evidence.
+
+
+@over(ROWS)
+def test_log_marginal(row: Row) -> None:
+    """One number per entry of the shared plates, in chunks or at once, without subsample scale."""
+    programs, args = made(row)
+    recording = record(programs, args)
+    by_hand = weights_by_hand(row, programs, args, recording)
+    expected = by_hand.logsumexp(0) - math.log(M * K)
+    with Pinned(*recording):
+        at_once = log_marginal(*programs, *args, num_particles=M * K, chunk_size=M * K)
+    with Pinned(*recording, total=M * K):
+        options = {"num_particles": M * K, "chunk_size": 4, "vectorize_particles": False}
+        in_chunks = log_marginal(*programs, *args, **options)
+    torch.testing.assert_close(at_once, expected)
+    torch.testing.assert_close(in_chunks, expected)
+    if row.evidence:
+        torch.testing.assert_close(log_marginal(*programs, *args), row.evidence())

@@ -1,0 +1,162 @@
+"""The folder is the architecture: who may import whom, what is public, what is documented."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyro_recursive
+from pyro_recursive import evaluation
+
+PACKAGE = Path(pyro_recursive.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+INNER = [path for path in FILES if path.parent != PACKAGE]
+RANKS = {
+    "bounds": 0,
+    "tracing": 1,
+    "guides": 2,
+    "losses": 2,
+    "priors": 3,
+    "mapa": 4,
+    "evaluation": 4,
+    "training": 5,
+}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(path: Path) -> set[str]:
+    return {name for name in imports_of(path) if name.startswith("pyro_recursive.")}
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def test_the_root_has_folders_alone() -> None:
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
+    assert entries == {*RANKS, "datasets", "__init__.py", "py.typed"}
+
+
+@pytest.mark.parametrize("path", list((PACKAGE / "bounds").glob("*.py")), ids=module_of)
+def test_bounds_are_pure_torch(path: Path) -> None:
+    allowed = {"math", "abc", "dataclasses", "typing", "collections", "torch", "pyro_recursive"}
+    assert {module.split(".")[0] for module in imports_of(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", INNER, ids=module_of)
+def test_a_folder_imports_lower_ranks_alone(path: Path) -> None:
+    folder = folder_of(path)
+    others = {name.split(".")[1] for name in own(path)} - {folder}
+    if folder == "datasets":
+        assert not others
+    else:
+        assert {other for other in others if RANKS.get(other, 9) >= RANKS[folder]} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_functions_import_optional_packages_alone(path: Path) -> None:
+    optional = {"sklearn", "pooch", "PIL", "matplotlib", "zuko", "faiss"}
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import):
+                    assert {alias.name.split(".")[0] for alias in node.names} <= optional
+                elif isinstance(node, ast.ImportFrom):
+                    assert (node.module or "").split(".")[0] in optional
+
+
+def test_no_cycles() -> None:
+    graph = {
+        module_of(path): {name for name in own(path) if (PACKAGE.parent / _file(name)).exists()}
+        for path in FILES
+    }
+    visiting: set[str] = set()
+    done: set[str] = set()
+
+    def visit(module: str) -> None:
+        assert module not in visiting, f"{module} imports itself through others"
+        if module in done or module not in graph:
+            return
+        visiting.add(module)
+        for other in graph[module]:
+            visit(other)
+        visiting.discard(module)
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def _file(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
+def test_no_rooms_for_leftovers() -> None:
+    assert not {path.stem for path in FILES} & {"utils", "helpers", "misc", "common"}
+
+
+@pytest.mark.parametrize("name", pyro_recursive.__all__)
+def test_public_names_are_documented_with_an_example(name: str) -> None:
+    doc = getattr(pyro_recursive, name).__doc__
+    assert doc and ">>>" in doc
+
+
+@pytest.mark.parametrize("name", [name for name in evaluation.__all__ if name[0].islower()])
+def test_diagnostics_are_documented_with_an_example(name: str) -> None:
+    doc = getattr(evaluation, name).__doc__
+    assert doc and (">>>" in doc or name.startswith("plot_"))
+
+
+def test_importing_the_package_does_not_import_arviz_or_an_extra() -> None:
+    slow = ("arviz", "matplotlib", "sklearn", "zuko", "faiss")
+    command = f"import sys, pyro_recursive; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names() -> None:
+    expected = (
+        "MultiSampleELBO IWAE_ELBO MIWAE_ELBO PIWAE_ELBO CIWAE_ELBO log_marginal fit "
+        "AmortizedGuide MixtureGuide RecursiveMixtureGuide FlowGuide RecursiveMixture_ELBO "
+        "SemiAmortizedGuide MAPAGuide MAPA_ELBO"
+    )
+    assert set(expected.split()) <= set(pyro_recursive.__all__)
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("aggregate", "evaluation.information"),
+        ("empirical", "mapa"),
+        ("empirical.candidates", "mapa.candidates"),
+        ("estimators", "bounds.estimators"),
+        ("guides.families", "guides.gaussian_families"),
+        ("guides.packed", "guides.base"),
+        ("guides.updates", "guides.semi_amortized.updates"),
+        ("recursion", "bounds.mixture_objectives"),
+    ],
+)
+def test_former_modules_stay_importable(former: str, now: str) -> None:
+    one, other = (importlib.import_module(f"pyro_recursive.{name}") for name in (former, now))
+    assert one is other
+    scope: dict[str, object] = {}
+    exec(f"import pyro_recursive.{former}; found = pyro_recursive.{former}", scope)
+    assert scope["found"] is other

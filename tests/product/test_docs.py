@@ -1,0 +1,78 @@
+"""The documentation names everything that is public, and what it shows is executed."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "repository")
+REFERENCE = "\n".join(path.read_text() for path in sorted((DOCS / "api").glob("*.rst")))
+
+
+def names_of(module: str) -> list[str]:
+    """Return a module's ``__all__``, read and not imported: some take seconds."""
+    path = DOCS.parent.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+FACES = ["pyro_recursive"] + [
+    f"pyro_recursive.{face}" for face in ("datasets", "mapa", "evaluation", "training")
+]
+PUBLIC = [(face, name) for face in FACES for name in names_of(face)]
+
+
+@cache
+def documented() -> set[str]:
+    """Return all names of the reference, and those of the modules that are in it whole."""
+    single = r"^\.\. auto(?:class|function|data):: (?:\S+\.)?(\w+)$"
+    found = set(re.findall(single, REFERENCE, re.MULTILINE))
+    whole = r"^\.\. automodule:: (\S+)\n(   :\S+:.*)?"
+    for module, option in re.findall(whole, REFERENCE, re.MULTILINE):
+        named = re.match(r"   :members: ?(.*)", option)
+        if named and named[1]:
+            found |= set(named[1].split(", "))
+        elif named:
+            found |= set(names_of(module))
+        found.add(module.rsplit(".", 1)[-1])
+    return found
+
+
+@pytest.mark.parametrize(("face", "name"), PUBLIC)
+def test_the_reference_has_every_public_name(face: str, name: str) -> None:
+    assert name in documented(), f"{face}.{name} is on no page of docs/api"
+
+
+@pytest.mark.parametrize("name", [name for face, name in PUBLIC if face == "pyro_recursive"])
+def test_the_decision_guide_has_every_method(name: str) -> None:
+    if name not in ("MultiSampleELBO", "Schedule"):
+        assert name in (DOCS / "choosing.md").read_text()
+
+
+def test_every_page_is_reached() -> None:
+    trees = "\n".join(
+        block
+        for page in [*PAGES, *DOCS.rglob("*.rst")]
+        for block in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+    listed = {line.rsplit("/", 1)[-1] for line in trees.splitlines()}
+    pages = {path.stem for path in [*PAGES, *(DOCS / "api").glob("*.rst")]}
+    assert pages - {"index"} <= listed
+
+
+def python_blocks(page: Path) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return "\n".join(blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", list(filter(python_blocks, PAGES)), ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some of them write files
+    exec(python_blocks(page), {"__name__": "docs"})

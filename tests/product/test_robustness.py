@@ -1,0 +1,804 @@
+"""Bad input, whatever the way in: an error that says what, where and what to do; nothing changes.
+
+`DATA`, `GUIDES`, `COUNTS`, `FILES` and `EXTRAS` are the table: an input, the ways in, the error.
+What each loss, guide or file has of its own to refuse is with its other tests. A failed step must
+leave no trace: the steps after it are compared, bit for bit, with those of a run that never met it.
+"""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.reparam import LocScaleReparam
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyro_recursive import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MAPA_ELBO,
+    MISELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    SIWAE_ELBO,
+    AmortizedGuide,
+    ExemplarPrior,
+    FlowGuide,
+    MAPAGuide,
+    MixtureGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+    SemiAmortizedGuide,
+    Stratified_ELBO,
+    VampPrior,
+    fit,
+    gaps,
+    log_marginal,
+)
+from pyro_recursive.datasets import folders, load
+from pyro_recursive.evaluation.plots import plot_pareto_k
+from pyro_recursive.evaluation.search import Search
+from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
+from pyro_recursive.mapa import EncodedCodes, PseudoInputCodes
+from pyro_recursive.mapa.kernels import Gaussian
+from pyro_recursive.mapa.nearest import nearest
+from pyro_recursive.mapa.table import Table
+from pyro_recursive.mapa.table_files import TableError
+from pyro_recursive.training import Aggressive, CheckpointError, NonFiniteError
+from tests.training.test_fit import same
+
+ROWS = 4  # as many as Stratified_ELBO(2) draws from two components: a dim must not pass for another
+NONE = Search(draws=1, steps=1)
+Arguments = tuple[Any, ...]
+
+
+# --- Programs
+
+
+def model_of(decoder: nn.Module) -> Callable:
+    def model(x: Tensor, y: Any = None) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(decoder(z.unsqueeze(-1)), 1.0).to_event(1), obs=x)
+            if y is not None:
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return model
+
+
+def encoded(model: Callable) -> AmortizedGuide:
+    return AmortizedGuide(model, nn.Linear(2, 2))
+
+
+def by_hand(model: Callable) -> Callable:
+    encoder = nn.Linear(2, 2)
+
+    def guide(x: Tensor, y: Any = None) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).unbind(-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    return guide
+
+
+class Kind(NamedTuple):
+    guide: Callable[[Callable], Any]
+    loss: Callable[[], Any]
+    ways: tuple[str, ...] = ("log_marginal", "gaps")
+
+
+STAGES = Schedule(first=2, propose=2, refine=2, draws=100)
+KINDS = {
+    "hand": Kind(by_hand, lambda: IWAE_ELBO(3, estimator="dreg"), ("log_marginal",)),
+    "amortized": Kind(encoded, lambda: MIWAE_ELBO(2, 3)),
+    "mixture": Kind(
+        lambda m: MixtureGuide(m, [encoded(m), encoded(m)]), lambda: Stratified_ELBO(2)
+    ),
+    "recursive": Kind(
+        lambda m: RecursiveMixtureGuide(m, [encoded(m), encoded(m)], schedule=STAGES),
+        lambda: RecursiveMixture_ELBO(4),
+    ),
+    "flow": Kind(
+        lambda m: FlowGuide(m, "coupling", encoder=nn.Linear(2, 3), hidden=(4,), transforms=2),
+        lambda: PIWAE_ELBO(2, 2),
+    ),
+    "refined": Kind(lambda m: SemiAmortizedGuide(m, encoded(m), steps=2), lambda: IWAE_ELBO(2)),
+    "mapa": Kind(lambda m: MAPAGuide(m, nn.Linear(2, 1), features()), MAPA_ELBO, ()),
+}  # fmt: skip
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("hand", "mixture") else pytest.mark.slow) for k in KINDS],
+)
+
+
+def features() -> Tensor:
+    return torch.tensor([[0.3, -1.2], [0.8, 0.1], [-0.5, 0.9], [1.4, 0.4]])
+
+
+def numbers() -> Tensor:
+    return torch.tensor([0.5, -0.3, 1.1, 0.2])
+
+
+def good(kind: str) -> Arguments:
+    return (features(),) if kind == "mapa" else (features(), numbers())
+
+
+def spoiled(tensor: Tensor, value: float) -> Tensor:
+    tensor.view(-1)[1] = value
+    return tensor
+
+
+# --- Data
+
+
+class Bad(NamedTuple):
+    """Arguments of model and guide, and the error; ``other`` where a guide or a way has its own.
+
+    In ``other`` None says that the input is fine there.
+    """
+
+    arguments: Callable[[], Arguments]
+    error: type[Exception]
+    message: str
+    other: dict[str, tuple[type[Exception], str] | None] = {}  # noqa: RUF012
+
+
+FED = (
+    r"(The encoder|The weights' network) of latents \['z'\] in plate 'data' failed on inputs of "
+    r"shape \[{}\], {}.*Give it inputs as it was made for"
+)
+NUMBERS = r"(The encoder|The weights' network) of latents \['z'\] in plate 'data' returned NaN.*"
+OF_PYRO = RuntimeError, "mat1 and mat2"  # a guide by hand: its own error, with Pyro's trace shapes
+LENGTHS = ValueError, r"The tensors of data have different lengths \[4, {}\]"
+NO_TENSOR = TypeError, "data must be a tensor, a tuple of tensors.*got {}.*torch.as_tensor"
+NOT_FINITE = NonFiniteError, r"step 3.*data tensor '{}'"
+CODES = ValueError, "queries have shape .* a row, and the references"
+
+DATA = {
+    "x has another width": Bad(
+        lambda: (torch.ones(ROWS, 3), numbers()), RuntimeError, FED.format(r"\d, 3", "float64"),
+        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "cannot run with latent")},
+    ),
+    "x has no features": Bad(
+        lambda: (torch.ones(ROWS), numbers()), RuntimeError, FED.format("4", "float64"),
+        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "cannot run with latent"),
+         "mixture first": (ValueError, "weights='linear' needs inputs that are one tensor"),
+         "recursive first": (ValueError, "weights='linear' needs inputs that are one tensor")},
+    ),
+    "x has integers": Bad(  # Linear of torch: no conversion that would hide a mistake
+        lambda: (features().long(), numbers()), RuntimeError, FED.format(r"\d, 2", "int64"),
+        {"hand": OF_PYRO, "mapa": None},
+    ),
+    "y has another length": Bad(
+        lambda: (features(), numbers()[:3]), ValueError,
+        r"Site 'y' has batch shape \(3,\), with 3 entries at dim -1, where plate 'data' has 4.*"
+        "same number of rows",
+    ),
+    "y has one row": Bad(  # broadcasting, as everywhere in Pyro; of data, `fit` knows better
+        lambda: (features(), numbers()[:1]), ValueError, "",
+        dict.fromkeys((*KINDS, "log_marginal", "gaps")),
+    ),
+    "y is a column": Bad(
+        lambda: (features(), numbers()[:, None]), ValueError,
+        r"Site 'y' has batch shape \(4, [14]\).* dim -2 belongs to no plate.*to_event",
+    ),
+    "y has NaN": Bad(
+        lambda: (features(), spoiled(numbers(), torch.nan)), ValueError,
+        r"Site 'y' observes values that are NaN or infinite: 1 of 4, at \[\[1\]\]. Clean.*mask",
+        {"fit": (NonFiniteError, NOT_FINITE[1].format(1))},
+    ),
+    "y is infinite": Bad(
+        lambda: (features(), spoiled(numbers(), torch.inf)), ValueError,
+        r"Site 'y' observes values that are NaN or infinite: 1 of 4, at \[\[1\]\]",
+        {"fit": (NonFiniteError, NOT_FINITE[1].format(1))},
+    ),
+    "x has NaN": Bad(
+        lambda: (spoiled(features(), torch.nan), numbers()), ValueError,
+        NUMBERS + r"in rows \[0\]. So are inputs. Clean the data",
+        {"hand": (ValueError, "Expected parameter loc"), "mapa": (ValueError, "needs finite data"),
+         "mapa first": (ValueError, r"Site 'x' observes values that are NaN or inf.*\[\[0, 1\]\]"),
+         "fit": (NonFiniteError, NOT_FINITE[1].format(0))},
+    ),
+    "no rows": Bad(
+        lambda: (features()[:0], numbers()[:0]), ValueError,
+        r"A plate cannot be empty, and argument 0 has shape \[0, 2\].*Leave out batches without",
+    ),
+    "y is an array": Bad(
+        lambda: (features(), numbers().numpy()), TypeError,
+        "Site 'y' has a ndarray as its value, and needs a tensor.*torch.as_tensor",
+    ),
+    "y is a list": Bad(
+        lambda: (features(), numbers().tolist()), TypeError,
+        "Site 'y' has a list as its value, and needs a tensor.*torch.as_tensor",
+    ),
+    "y is true or false": Bad(
+        lambda: (features(), numbers() > 0), RuntimeError,
+        r"At site 'y', with a value of shape \[4\] and type bool.*Convert the value",
+    ),
+    "y has integers": Bad(  # converted by Normal.log_prob, exactly
+        lambda: (features(), numbers().long()), ValueError, "",
+        dict.fromkeys((*KINDS, "log_marginal", "gaps", "fit")),
+    ),
+}  # fmt: skip
+
+
+def expectation(bad: Bad, kind: str, way: str) -> tuple[type[Exception], str] | None:
+    for key in (f"{kind} {way}", way, kind):
+        if key in bad.other:
+            return bad.other[key]
+    return bad.error, bad.message
+
+
+def arguments_of(bad: Bad, kind: str) -> Arguments:
+    return bad.arguments()[:1] if kind == "mapa" else bad.arguments()
+
+
+class Run:
+    """A model, a guide and an optimiser, from one seed."""
+
+    def __init__(self, kind: str) -> None:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        self.kind = KINDS[kind]
+        self.decoder = nn.Linear(1, 2)
+        self.model = model_of(self.decoder)
+        self.guide = self.kind.guide(self.model)
+        self.svi = SVI(self.model, self.guide, pyro.optim.Adam({"lr": 0.01}), self.kind.loss())
+
+    def step(self, seed: int, *arguments: Any) -> float:
+        pyro.set_rng_seed(seed)
+        return self.svi.step(*arguments)
+
+    def state(self) -> Any:
+        """All that training moves: parameters, buffers, what the optimiser remembers."""
+        store = pyro.get_param_store()
+        modules = (self.decoder, self.guide)
+        return (
+            {name: store[name].unconstrained().detach().clone() for name in store},
+            [dict(m.state_dict()) for m in modules if isinstance(m, nn.Module)],
+            self.svi.optim.get_state(),
+        )
+
+
+def cloned(state: Any) -> Any:
+    return pickle.loads(pickle.dumps(state))
+
+
+def skip_where_absent(name: str, kind: str) -> None:
+    if kind == "mapa" and name.startswith("y "):
+        pytest.skip("a MAPAGuide's model has one observed site")
+
+
+@every_kind
+@pytest.mark.parametrize("name", DATA)
+def test_a_bad_batch_leaves_no_trace(name: str, kind: str) -> None:
+    """Neither in the first step, when all is made, nor in the third."""
+    skip_where_absent(name, kind)
+    bad, clean, seen = DATA[name], Run(kind), []
+    for seed in range(4):
+        clean.step(seed, *good(kind))
+        seen.append(cloned(clean.state()))
+    for position, way in ((0, "first"), (2, "third")):
+        expected = expectation(bad, kind, way)
+        run = Run(kind)
+        for seed in range(position):
+            run.step(seed, *good(kind))
+        if expected is None:
+            run.step(position, *arguments_of(bad, kind))
+            continue
+        with pytest.raises(expected[0], match=f"(?s){expected[1]}"):
+            run.step(position, *arguments_of(bad, kind))
+        if position:
+            assert same(run.state(), seen[position - 1])
+        for seed in range(position, 4):
+            run.step(seed, *good(kind))
+        assert same(run.state(), seen[-1]), f"after a bad {way} step"
+
+
+@every_kind
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
+    skip_where_absent(name, kind)
+    run = Run(kind)
+    run.step(0, *good(kind))
+    before = cloned(run.state())
+    ways: dict[str, Callable] = {
+        "log_marginal": partial(log_marginal, num_particles=10),
+        "gaps": partial(gaps, num_particles=10, search=NONE),
+    }
+    for way in KINDS[kind].ways:
+        expected = expectation(DATA[name], kind, way)
+        if expected is None:
+            ways[way](run.model, run.guide, *arguments_of(DATA[name], kind))
+            continue
+        with pytest.raises(expected[0], match=f"(?s){expected[1]}"):
+            ways[way](run.model, run.guide, *arguments_of(DATA[name], kind))
+    assert same(run.state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:The training of RecursiveMixtureGuide has ended")
+@every_kind
+@pytest.mark.parametrize("name", DATA)
+def test_a_bad_third_batch_ends_fit(name: str, kind: str) -> None:
+    """With the parameters that two good batches left."""
+    skip_where_absent(name, kind)
+    expected = expectation(DATA[name], kind, "fit")
+    if name == "y has one row" or expected is None:
+        pytest.skip("batches of a DataLoader are the caller's: broadcasting is as in a step")
+
+    def train(*batches: Arguments) -> Any:
+        run = Run(kind)
+        loader = DataLoader(list(batches), batch_size=None, collate_fn=tuple)
+        try:
+            options = {"loss": run.kind.loss(), "epochs": 1, "seed": 4, "progress": False}
+            fit(run.model, run.guide, loader, **options)
+        except Exception as error:
+            return run.state(), error
+        return run.state(), None
+
+    two = [good(kind), good(kind)]
+    after_two, nothing = train(*two)
+    assert nothing is None
+    after_bad, error = train(*two, arguments_of(DATA[name], kind))
+    with pytest.raises(expected[0], match=f"(?s){expected[1]}"):
+        raise error
+    assert same(after_bad, after_two)
+
+
+WHOLE = {
+    "y has another length": (ValueError, LENGTHS[1].format(3)),
+    "y has one row": (ValueError, LENGTHS[1].format(1)),
+    "no rows": (ValueError, r"data is empty: lengths \[0, 0\]. Pass at least one row"),
+    "y is an array": (TypeError, NO_TENSOR[1].format("ndarray")),
+    "y is a list": (TypeError, NO_TENSOR[1].format("list")),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_fit_knows_what_data_are(name: str) -> None:
+    run = Run("amortized")
+    with pytest.raises(WHOLE[name][0], match=WHOLE[name][1]):
+        fit(run.model, run.guide, DATA[name].arguments(), loss=IWAE_ELBO(2), epochs=1)
+    assert not pyro.get_param_store().keys()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own
+def test_without_validation_nan_data_are_seen_in_the_loss_alone() -> None:
+    """Nothing waits for the device then: the step is taken, and the loss is NaN, as in Pyro."""
+    data = features(), spoiled(numbers(), torch.nan)
+    for loss in (Trace_ELBO(), IWAE_ELBO(2)):
+        with pyro.validation_enabled(False):
+            run = Run("hand")
+            run.svi = SVI(run.model, run.guide, pyro.optim.Adam({"lr": 0.01}), loss)
+            assert np.isnan(run.step(0, *data))
+        assert any(each.isnan().any() for each in run.state()[0].values())
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError, match="data tensor '1'"):
+        run = Run("hand")
+        fit(run.model, run.guide, data, loss=IWAE_ELBO(2), epochs=1, progress=False)
+    assert all(each.isfinite().all() for each in run.state()[0].values())
+
+
+def test_a_mask_hides_what_is_missing() -> None:
+    """The remedy of the message works, and gives the evidence of what is there."""
+    x = spoiled(numbers(), torch.nan)
+    there = x.isfinite()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=there):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.nan_to_num())
+
+    def posterior(x: Tensor) -> None:
+        variance = torch.where(there, 0.5, 1.0)
+        with pyro.plate("data", len(x)):
+            loc = torch.where(there, x.nan_to_num() / 2, 0.0)
+            pyro.sample("z", dist.Normal(loc, variance.sqrt()))
+
+    exact = torch.where(there, dist.Normal(0.0, 2**0.5).log_prob(x.nan_to_num()), 0.0)
+    torch.testing.assert_close(log_marginal(model, posterior, x, num_particles=5), exact)
+
+
+# --- Types of data
+
+
+BINARY = [0.0, 1.0, 1.0, 0.0]
+TYPES = ("float32", "float64", "int64", "int32", "uint8", "bool")
+LIKELIHOODS: dict[str, tuple[Callable[[Tensor], Any], set[str]]] = {
+    "Normal": (lambda z: dist.Normal(z, 1.0), {"bool"}),
+    # Their log-densities are made for numbers of the parameters' kind: torch's own error.
+    "Bernoulli": (lambda z: dist.Bernoulli(logits=z), {"int64", "int32", "uint8", "bool"}),
+    "Categorical": (lambda z: dist.Categorical(logits=torch.stack([z, -z], -1)), set()),
+    "Poisson": (lambda z: dist.Poisson(z.exp()), set()),
+}
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_types_of_data(likelihood: str) -> None:
+    """A type makes no difference, or the error names site and type."""
+    make, refused = LIKELIHOODS[likelihood]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", ROWS):
+            pyro.sample("x", make(pyro.sample("z", dist.Normal(0.0, 1.0))), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", ROWS):
+            pyro.sample("z", dist.Normal(torch.zeros(ROWS), 1.0))
+
+    def loss(x: Tensor) -> float:
+        pyro.set_rng_seed(2)
+        return IWAE_ELBO(3).loss(model, guide, x)
+
+    expected = loss(torch.tensor(BINARY, dtype=torch.float64))
+    for name in TYPES:
+        x = torch.tensor(BINARY).to(getattr(torch, name))
+        if name in refused:
+            with pytest.raises(RuntimeError, match=rf"At site 'x'.* type {name}.*Convert"):
+                loss(x)
+        else:
+            # Bernoulli works in the precision of its data.
+            assert loss(x) == pytest.approx(expected, rel=1e-6 if name == "float32" else 1e-12)
+    if likelihood != "Normal":
+        with pytest.raises(ValueError, match=r"At site 'x'.*to be within the support"):
+            loss(torch.full((ROWS,), 0.5))
+
+
+# --- Model and guide
+
+
+def local(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+
+def indexed(x: Tensor) -> None:
+    """Its data follow the plate: the guide's plate would choose rows in silence."""
+    with pyro.plate("data", len(x)) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def guide_of(size: int = ROWS, *, shape: tuple = (), event: int = 0, obs: Any = None, **plate: Any):
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.2))
+        with pyro.plate("data", size, **plate):
+            pyro.sample("z", dist.Normal(loc.expand(shape), 1.0).to_event(event), obs=obs)
+
+    return guide
+
+
+def in_no_plate(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 1.0))
+
+
+def one_event(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.2)).expand(ROWS)
+    pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+def beside(obs: bool) -> Callable:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x if obs else None)
+
+    return guide
+
+
+def empty(x: Tensor) -> None:
+    pyro.param("loc", torch.tensor(0.2))
+
+
+SIZES = r"Plate 'data' has {} where it is met first and {} at site 'z'.*same size"
+GUIDES: dict[str, tuple[Callable, Callable, str]] = {
+    "misses a site": (local, empty, "Model site 'z' is latent and the guide does not sample it"),
+    "has one more": (local, beside(obs=False), "Guide site 'x' is no latent site of the model"),
+    "observes the latent": (local, guide_of(obs=torch.zeros(ROWS)),
+                            "Guide site 'z' is observed.*as if it had been sampled.*Drop its obs="),
+    "observes the data": (local, beside(obs=True), "Guide site 'x' is observed.*Drop its obs="),
+    "smaller plate": (indexed, guide_of(3), SIZES.format("3 of 4 entries", "3 entries")),
+    "plate of one": (local, guide_of(1), SIZES.format("1 of 4 entries", "1 entries")),
+    "larger plate": (local, guide_of(40, subsample_size=4),
+                     SIZES.format("4 entries", "4 of 40 entries")),
+    "other dim": (local, guide_of(dim=-2), r"('z' has batch shape|disagree at site 'z')"),
+    "no plate": (local, in_no_plate, r"disagree at site 'z'.*Site 'z' is in plates \['data'\] in "
+                 r"the model and \[\] in the guide. Give model and guide the same plates"),
+    "an event for a plate": (local, one_event, "disagree at site 'z'.*same plates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("way", ["one pass", "loop", "third step", "log_marginal"])
+def test_guides_that_do_not_fit(name: str, way: str) -> None:
+    model, guide, message = GUIDES[name]
+    x = numbers()
+
+    def run(guide: Callable) -> Any:
+        if way == "log_marginal":
+            return log_marginal(model, guide, x, num_particles=4)
+        loss = IWAE_ELBO(3, vectorize_particles=way != "loop")
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+        return [svi.step(x) for _ in range(2 if way == "third step" else 1)]
+
+    run(guide_of())
+    loc = pyro.param("loc").item()
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        run(guide)
+    assert pyro.param("loc").item() == loc
+
+
+def test_a_scalar_in_a_plate_is_found_without_validation() -> None:
+    """Sizes are compared in any case; they cost nothing."""
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="Plate 'data' has 3 of 4"):
+        IWAE_ELBO(3).loss(indexed, guide_of(3), numbers())
+
+
+# --- Networks: what is no instance of a module would be left out, or called as a constructor
+
+
+def function(x: Tensor) -> Tensor:
+    return x
+
+
+MODULE = "{} must be a torch module, got {}"
+NETWORKS: dict[str, Callable[[Any], Any]] = {
+    "encoder": lambda e: AmortizedGuide(local, e),
+    "encoder of a flow": lambda e: FlowGuide(local, encoder=e),
+    "trunk": lambda e: MixtureGuide(local, 2, trunk=e),
+    "weights": lambda e: MixtureGuide(local, 2, weights=e),
+    "weights, recursive": lambda e: RecursiveMixtureGuide(local, 2, weights=e),
+    "features": lambda e: LearnedUpdate(features=e),
+    "network": lambda e: LearnedUpdate(network=e),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_a_module(name: str) -> None:
+    argument, make = name.split(" ")[0].rstrip(","), NETWORKS[name]
+    make(None)
+    make(nn.Linear(1, 2))
+    with pytest.raises(TypeError, match=MODULE.format(argument, r"the class Linear: .*Linear\(")):
+        make(nn.Linear)
+    for other, got in ((function, "the function function: .*forward"), (partial(function), "a pa")):
+        with pytest.raises(TypeError, match=MODULE.format(argument, got)):
+            make(other)
+    with pytest.raises((TypeError, ValueError), match=f"{argument} must be .*got"):
+        make(3)
+
+
+CALLABLES: dict[str, Callable[[Any], Any]] = {
+    "codes": lambda e: MAPAGuide(local, e, features()),
+    "kernel": lambda e: MAPAGuide(local, function, features(), kernel=e),
+    "rest": lambda e: MAPAGuide(local, function, features(), rest=e),
+    "encoder of a VampPrior": lambda e: VampPrior(e, features()),
+    "encoder of an ExemplarPrior": lambda e: ExemplarPrior(e, features()),
+    "encoder of codes": lambda e: EncodedCodes(e, features()),
+    "encoder of pseudo-inputs": lambda e: PseudoInputCodes(e, features()),
+    "component": lambda e: MixtureGuide(local, [e, e]),
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_a_class_is_no_function(name: str) -> None:
+    """A function is, where it is called; a class would be called, and make an instance."""
+    make = CALLABLES[name]
+    make(function)
+    with pytest.raises(
+        TypeError, match="(?i)(a )?" + name.split(" ")[0] + ".*got the class Linear"
+    ):
+        make(nn.Linear)
+
+
+def test_an_update_is_an_instance_of_its_class() -> None:
+    for update, got in ((LearnedUpdate, "the class LearnedUpdate"), (function, "a function")):
+        with pytest.raises(TypeError, match=f"update must be .*got {got}"):
+            SemiAmortizedGuide(local, encoded(local), update=update)  # type: ignore[arg-type]
+
+
+def test_a_vectorised_pass_says_how_to_index() -> None:
+    """The remedy of the message works, and gives what runs one by one give."""
+    group, x = torch.tensor([0, 8, 3, 8]), numbers()
+
+    def program(index: Callable[[Tensor], Tensor]) -> Callable:
+        def model(x: Tensor) -> None:
+            with pyro.plate("groups", 9, dim=-1):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("x", dist.Normal(index(b), 1.0), obs=x)
+
+        return model
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("groups", 9, dim=-1):
+            pyro.sample("b", dist.Delta(torch.linspace(-1, 1, 9)))
+
+    left, right = program(lambda b: b[group]), program(lambda b: b[..., group])
+    one_by_one = IWAE_ELBO(8, vectorize_particles=False).loss(left, guide, x)
+    assert IWAE_ELBO(8).loss(right, guide, x) == pytest.approx(one_by_one)
+    with pytest.raises(IndexError, match="index 8 is out of bounds") as caught:
+        IWAE_ELBO(8).loss(left, guide, x)
+    (note,) = caught.value.__notes__
+    assert note.startswith("All 8 samples run in one pass") and "b[..., group] for b[group]" in note
+
+
+# --- Numbers of samples, steps, rows
+
+
+def fitted(**options: Any) -> Any:
+    run = Run("amortized")
+    data = features(), numbers()
+    options = {"loss": IWAE_ELBO(2), "epochs": 1, "progress": False, **options}
+    return fit(run.model, run.guide, data, **options)
+
+
+COUNTS: dict[str, Callable[[Any], Any]] = {
+    "num_particles": IWAE_ELBO,
+    "num_estimates": lambda k: MIWAE_ELBO(k, 2),
+    "num_particles of PIWAE": lambda k: PIWAE_ELBO(2, k),
+    "num_particles of CIWAE": CIWAE_ELBO,
+    "num_estimates of a stratified loss": Stratified_ELBO,
+    "num_particles of SIWAE": SIWAE_ELBO,
+    "num_particles of MISELBO": MISELBO,
+    "num_estimates of a recursive loss": RecursiveMixture_ELBO,
+    "num_particles of log_marginal": lambda k: log_marginal(
+        local, guide_of(), numbers(), num_particles=k
+    ),
+    "chunk_size": lambda k: log_marginal(local, guide_of(), numbers(), chunk_size=k),
+    "num_particles of gaps": lambda k: gaps(local, encoded(local), numbers(), num_particles=k),
+    "steps of a search": lambda k: Search(steps=k),
+    "first of a schedule": lambda k: Schedule(first=k),
+    "components": lambda k: MixtureGuide(local, k),
+    "components, recursive": lambda k: RecursiveMixtureGuide(local, k),
+    "epochs": lambda k: fitted(epochs=k),
+    "batch_size": lambda k: fitted(batch_size=k),
+    "validate_every": lambda k: fitted(validate_every=k),
+    "rows of Aggressive": lambda k: Aggressive(rows=k),
+    "neighbours": lambda k: MAPAGuide(local, nn.Linear(1, 1), features(), neighbours=k),
+}
+WRONG_COUNTS = (0, -1, 2.0, 2.5, True, False, "2", float("inf"), torch.tensor([2, 3]))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_whole_numbers(name: str) -> None:
+    argument = name.split(" ")[0].rstrip(",")
+    for wrong in WRONG_COUNTS:
+        message = f"{argument} must .*got|at least one component|at least 2 components, got"
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            COUNTS[name](wrong)
+    assert not pyro.get_param_store().keys()
+
+
+def test_none_is_no_count_of_samples() -> None:
+    for make in (IWAE_ELBO, CIWAE_ELBO, SIWAE_ELBO, Stratified_ELBO):
+        with pytest.raises(ValueError, match="must be an integer >= 1, got None"):
+            make(None)  # type: ignore[arg-type]
+
+
+# --- Files; those of data sets, and damaged ones, are with their own tests
+
+
+class Payload:
+    """What a pickle may do when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def plain(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+DISGUISES: dict[str, Callable[[Any, Path], None]] = {
+    "pickle": plain,
+    "torch": torch.save,
+    "old torch": partial(torch.save, _use_new_zipfile_serialization=False),
+}
+
+
+def resumed(path: Path) -> Any:
+    return fitted(checkpoint=path, resume=True)
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "checkpoint": (resumed, CheckpointError, "delete it to start afresh"),
+    "table": (Table.load, TableError, "Delete it, and compute it again"),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+@pytest.mark.parametrize("kind", FILES)
+def test_no_file_runs_code(kind: str, disguise: str, tmp_path: Path) -> None:
+    """Not even where all else is as it must be; the payload itself works."""
+    reader, error, remedy = FILES[kind]
+    path, marker = tmp_path / "file.pt", tmp_path / "marker"
+    for content in (Payload(marker), {"format": 1, "index": Payload(marker)}):
+        DISGUISES[disguise](content, path)
+        with pytest.raises(error, match=rf"(?s)file\.pt.*{remedy}"):
+            reader(path)
+        assert not marker.exists()
+        pickle.loads(pickle.dumps(content))
+        assert marker.exists()
+        marker.unlink()
+    assert not pyro.get_param_store().keys()
+
+
+# --- Optional packages
+
+
+def drawings() -> None:
+    next(folders._drawings(Path("images_background.zip")))
+
+
+def flow() -> None:
+    FlowGuide(local, "coupling")(numbers())
+
+
+def approximate() -> None:
+    nearest(features(), features(), Gaussian(1.0), 2, backend="faiss")
+
+
+def plot() -> None:
+    plot_pareto_k(numbers())
+
+
+EXTRAS: dict[str, tuple[Callable[[], Any], str]] = {
+    "sklearn.datasets": (partial(load, "digits"), "data"),
+    "pooch": (partial(load, "mnist"), "data"),
+    "PIL.Image": (drawings, "data"),
+    "zuko": (flow, "flows"),
+    "faiss": (approximate, "neighbours"),
+    "matplotlib.pyplot": (plot, "plots"),
+}
+
+
+@pytest.mark.parametrize("module", EXTRAS)
+def test_a_missing_package_names_its_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, extra = EXTRAS[module]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'pyro_recursive\[{extra}\]'"):
+        run()
+
+
+BARE = """
+import sys
+for name in ("sklearn", "pooch", "PIL", "matplotlib", "zuko", "faiss", "arviz"):
+    sys.modules[name] = None
+import pyro_recursive, pyro_recursive.datasets, pyro_recursive.mapa, pyro_recursive.training
+"""
+
+
+@pytest.mark.slow
+def test_the_package_is_imported_without_any_extra() -> None:
+    """Nor does it import ArviZ, which is slow."""
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_guide_under_reparam_is_told_where_that_belongs() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.tensor(0.5), 1.0))
+
+    moved = pyro.poutine.reparam(guide, config={"z": LocScaleReparam(0.0)})
+    with pytest.raises(ValueError, match=r"Guide site 'z' is observed.*poutine.reparam, put that"):
+        IWAE_ELBO(2).loss(model, moved)

@@ -1,0 +1,661 @@
+"""Aggressive training: who moves when, when it stops, and runs interrupted anywhere in it."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormalMessenger
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_recursive import IWAE_ELBO, PIWAE_ELBO, AmortizedGuide, VampPrior
+from pyro_recursive.evaluation.information import mutual_information
+from pyro_recursive.training import Aggressive, History, NonFiniteError, fit
+from pyro_recursive.training import aggressive as module
+from pyro_recursive.training.aggressive import Blocks
+from pyro_recursive.training.held_out import HeldOut
+from pyro_recursive.training.minibatches import Minibatches
+from tests.training import test_fit as ordinary
+from tests.training.test_fit import interrupt_at, outcome, run, same, store
+
+ROWS = 12
+few = Aggressive(max_steps=3, check_every=2)
+
+
+def rows(count: int = ROWS, seed: int = 0) -> Tensor:
+    return torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_model(x: Tensor) -> None:
+    """A decoder that can do without its latent: the second number knows the first."""
+    weight = pyro.param("weight", torch.tensor(1.0))
+    slope = pyro.param("slope", torch.tensor(0.0))
+    scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = weight * pyro.sample("z", dist.Normal(0.0, 1.0))
+        loc = torch.stack([z, z + slope * x[:, 0]], -1)
+        pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+
+def linear_guide(x: Tensor) -> None:
+    """Slow: its numbers count for a twentieth."""
+    loc = pyro.param("loc", torch.tensor(0.0))
+    log_scale = pyro.param("log_scale", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.05 * loc * x.sum(-1), (0.05 * log_scale).exp()))
+
+
+MODELS, GUIDES = {"weight", "slope", "scale"}, {"loc", "log_scale"}
+
+
+def linear() -> dict[str, Any]:
+    return {
+        "model": linear_model,
+        "guide": linear_guide,
+        "data": rows(),
+        "loss": Trace_ELBO(),
+        "validation": rows(5, seed=1),
+        "aggressive": few,
+    }
+
+
+def train(program: Callable[[], dict[str, Any]] = linear, **changes: Any) -> History:
+    return run(program, **{"transform": None, "epochs": 2, **changes})
+
+
+# --- Who moves
+
+
+class Watched(torch.optim.Adam):
+    """Notes the names of the parameters that each step moves."""
+
+    moved: list[set[str]]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        before = store()
+        super().step(closure)
+        after = store()
+        self.moved.append({name for name in after if not torch.equal(before[name], after[name])})
+
+
+def movements(**changes: Any) -> tuple[History, list[set[str]]]:
+    """Train with momentum and weight decay, which move whatever takes part in a step."""
+    Watched.moved = []
+    history = train(**{"optimizer": partial(Watched, lr=0.1, weight_decay=0.1), **changes})
+    return history, Watched.moved
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(),
+        TraceMeanField_ELBO(),
+        RenyiELBO(alpha=0.5, num_particles=2),
+        IWAE_ELBO(3, estimator="dreg"),
+        PIWAE_ELBO(2, 2),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_the_guide_moves_alone_and_then_the_model(loss: ELBO) -> None:
+    options = Aggressive(max_steps=3, check_every=99)
+    history, moved = movements(loss=loss, aggressive=options, batch_size=6)
+    assert history.guide_steps == [6, 12]
+    assert history.steps == [2, 4]
+    assert moved == [GUIDES, GUIDES, GUIDES, MODELS] * 4
+
+
+def test_all_move_together_when_the_phase_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, [2.0, 1.0])
+    history, moved = movements(aggressive=Aggressive(max_steps=1), batch_size=None, epochs=4)
+    assert history.aggressive == [True, True, False, False]
+    assert moved == [GUIDES, MODELS] * 2 + [GUIDES | MODELS] * 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_are_those_of_two_optimisers(fused: bool) -> None:
+    """What is left alone keeps its own count of steps: as with an Adam for each part."""
+    make = partial(torch.optim.Adam, lr=0.05, fused=fused, weight_decay=0.01)
+    options = Aggressive(max_steps=2, check_every=99)
+    train(optimizer=make, batch_size=None, aggressive=options, epochs=3, loss=TraceMeanField_ELBO())
+    found = store()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    elbo, optimizers = TraceMeanField_ELBO(), {}
+    for part in ("guide", "guide", "model") * 3:
+        loss = elbo.differentiable_loss(linear_model, linear_guide, rows())
+        params = pyro.get_param_store()
+        names = GUIDES if part == "guide" else MODELS
+        mine = [params[name].unconstrained() for name in params if name in names]
+        optimizer = optimizers.setdefault(part, make(mine))
+        for name in params:
+            params[name].unconstrained().grad = None
+        loss.backward()
+        optimizer.step()
+    assert found.keys() == store().keys()
+    for name, value in store().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_clip_norm_is_of_what_moves() -> None:
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "epochs": 1, "batch_size": None}
+    train(**still)
+    start = store()
+    one = Aggressive(max_steps=1)
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    train(**{**still, "optimizer": sgd}, clip_norm=0.01, aggressive=one)
+    for names in (GUIDES, MODELS):
+        moved = torch.cat([(store()[name] - start[name]).flatten() for name in sorted(names)])
+        assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def shared() -> dict[str, Any]:
+    """A VampPrior: the model uses the guide's encoder, and inputs of its own."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(2, 4), nn.Linear(2, 2)
+    prior = VampPrior(lambda u: pyro.module("encoder", encoder)(u), rows(3))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        pyro.module("prior", prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc, log_scale = pyro.module("encoder", encoder)(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return {**linear(), "model": model, "guide": guide}
+
+
+def test_what_both_use_is_the_guide_s() -> None:
+    _, moved = movements(program=shared, aggressive=Aggressive(max_steps=1), batch_size=None)
+    encoder = {f"encoder$$${name}" for name in ("weight", "bias")}
+    for guide, model in zip(moved[::2], moved[1::2], strict=True):
+        assert guide == encoder
+        assert model == {f"decoder$$${name}" for name in ("weight", "bias")} | {
+            "prior$$$raw_inputs"
+        }
+
+
+def test_what_is_the_loss_s_own_moves_with_the_model() -> None:
+    torch.manual_seed(5)
+    changes = {"loss": ordinary.LossWithModule(), "aggressive": Aggressive(max_steps=1)}
+    _, moved = movements(**changes, batch_size=None)
+    assert moved[0] == GUIDES
+    assert moved[1] == MODELS | {"own$$$weight", "own$$$bias"}
+
+
+def late_guide(x: Tensor) -> None:
+    """A parameter that the first minibatches do not meet."""
+    shift = pyro.param("late", torch.tensor(0.1)) if x[0, 0] > 1 else 0.0
+    loc = pyro.param("loc", torch.tensor(0.0)) + shift
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc * x.sum(-1), 1.0))
+
+
+def late() -> dict[str, Any]:
+    data = rows()
+    data[:, 0] = 0.0
+    data[-1, 0] = 2.0  # alone in its minibatch
+    return {**linear(), "guide": late_guide, "data": data}
+
+
+def test_parameters_that_come_late_find_their_part() -> None:
+    options = Aggressive(max_steps=24, check_every=99)
+    _, moved = movements(program=late, aggressive=options, batch_size=1, epochs=1)
+    assert all(names <= MODELS for names in moved[24::25])
+    guides = {frozenset(names) for i, names in enumerate(moved) if i % 25 != 24}
+    assert guides <= {frozenset({"loc"}), frozenset({"loc", "late"})}
+    assert any("late" in names for names in guides)
+
+
+def test_only_steps_move_the_statistics_of_a_batch_norm() -> None:
+    program = ordinary.vae()
+    changes = {"validation": rows(5), "aggressive": Aggressive(max_steps=2, check_every=99)}
+    history = run(lambda: program, **changes)
+    norm = program["model"].__self__.encoder[1]
+    assert norm.num_batches_tracked == history.steps[-1] + history.guide_steps[-1]
+
+
+# --- max_steps=0
+
+
+@pytest.mark.parametrize("name", ["vae", "loader without", "schedule", "stopped early"])
+def test_no_steps_are_ordinary_training_bit_for_bit(name: str, tmp_path: Path) -> None:
+    found = []
+    for aggressive in (None, Aggressive(max_steps=0)):
+        path = tmp_path / f"{aggressive is None}.pt"
+        changes = {"aggressive": aggressive, "checkpoint": path}
+        if name == "schedule":
+            changes["validation"] = ordinary.normal_data()[:4]
+        else:
+            changes["validation"] = torch.ones(5, 2)
+        found.append(outcome(run(ordinary.PROGRAMS[name], **changes), path))
+    assert same(*found)
+    assert found[0]["history"]["aggressive"] == [False] * len(found[0]["history"]["epoch"])
+    assert set(found[0]["history"]["mutual_information"]) == {None}
+
+
+# --- When the guide's steps stop
+
+
+def test_blocks_compare_means_per_row() -> None:
+    def steps_until_worse(losses: list[float], counts: list[int], size: int) -> int | None:
+        blocks = Blocks(size)
+        pairs = zip(losses, counts, strict=True)
+        worse = [blocks.worsened_after(torch.tensor(loss), n) for loss, n in pairs]
+        return worse.index(True) + 1 if True in worse else None
+
+    assert steps_until_worse([3.0, 2.0, 1.0], [1, 1, 1], 1) is None
+    assert steps_until_worse([3.0, 2.0, 2.0], [1, 1, 1], 1) == 3  # no lower is no better
+    assert steps_until_worse([3.0, 1.0, 2.0, 2.5, 0.0, 0.0], [1] * 6, 2) == 4
+    assert steps_until_worse([3.0, 9.0, 2.0, 2.0], [1, 1, 1, 1], 2) is None
+    # 6 over 4 rows, then 5 over 2 rows, though 5 < 6
+    assert steps_until_worse([2.0, 4.0, 3.0, 2.0], [2, 2, 1, 1], 2) == 4
+    assert steps_until_worse([1.0, math.nan], [1, 1], 1) == 2
+
+
+class Scripted(Trace_ELBO):
+    """A loss that reports given values, whatever the programs do."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = iter(values)
+
+    def differentiable_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 0 * super().differentiable_loss(*args, **kwargs) + next(self.values)
+
+
+def test_the_guide_s_steps_end_with_a_block_that_is_no_better() -> None:
+    options = Aggressive(max_steps=5, check_every=2)
+    worse, model = [4.0, 4.0, 4.0, 4.5], 7.0
+    better = [4.0, 4.0, 3.0, 3.0, 99.0]  # the fifth ends no block
+    loss = Scripted([*worse, model, *better, model, *worse, model])
+    history = train(
+        loss=loss, validation_loss=Trace_ELBO(), aggressive=options, batch_size=4, epochs=1
+    )
+    assert history.guide_steps == [4 + 5 + 4]
+    assert history.steps == [3]
+    assert history.loss == [7.0]
+    assert next(loss.values, None) is None
+
+
+# --- When the phase stops
+
+
+def script(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> Iterator[float]:
+    left = iter(values)
+    monkeypatch.setattr(module, "mutual_information", lambda *_, **__: torch.tensor(next(left)))
+    return left
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "epochs"),
+    [
+        (1, [0.5, 0.8, 0.7], 3),
+        (1, [0.5, 0.5], 2),  # at the cap, for instance
+        (2, [0.5, 0.8, 0.7, 0.9, 0.8, 0.9], 6),
+        (2, [0.5, 0.4, 0.45], 3),
+        (1, [0.5, math.nan], 2),
+        (3, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], None),
+    ],
+)
+def test_the_phase_ends_when_the_information_stops_growing(
+    patience: int, values: list[float], epochs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = script(monkeypatch, values)
+    options = Aggressive(max_steps=1, patience=patience)
+    total = len(values) if epochs is None else epochs + 2
+    history = train(aggressive=options, batch_size=None, epochs=total)
+    count = len(values) if epochs is None else epochs
+    assert next(left, None) is None
+    assert history.aggressive == [True] * count + [False] * (total - count)
+    assert history.guide_steps == [*range(1, count + 1), *[count] * (total - count)]
+    assert str(history.mutual_information) == str(values + [None] * (total - count))
+    assert history.steps == list(range(1, total + 1))
+
+
+def test_information_is_that_of_the_validation_data() -> None:
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    program = ordinary.vae()
+    encoder = program["model"].__self__
+    held_out = torch.randn(40, 2)
+    modes = []
+    guide = program["guide"]
+
+    def watched(x: Tensor) -> None:
+        modes.append((len(x), encoder.training))
+        guide(x)
+
+    changes = {"guide": watched, "modules": [encoder], "validation": held_out, "epochs": 1}
+    options = Aggressive(max_steps=1, rows=30, draws=2)
+    history = run(lambda: program, optimizer=frozen, aggressive=options, **changes)
+    encoder.eval()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:30]
+    pyro.set_rng_seed(0)
+    expected = mutual_information(guide, held_out[order], num_draws=2)
+    assert history.mutual_information == [expected.item()]
+    assert history.mutual_information[0] < math.log(30)
+    assert {mode for mode in modes if mode[0] == 30} == {(30, False)}
+    assert json.loads(json.dumps(asdict(history))) == asdict(history)
+
+
+def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without: the same training."""
+    found = []
+    for measure in (True, False):
+        if not measure:
+            script(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+        history = run(ordinary.vae, validation=torch.randn(9, 2), aggressive=few, epochs=2)
+        found.append((history.loss, history.guide_steps, store()))
+    assert same(*found)
+
+
+# --- Data
+
+
+def test_fresh_minibatches_leave_the_order_of_the_data_alone() -> None:
+    seen: dict[bool, list[Tensor]] = {}
+    for aggressive in (True, False):
+        batches: list[Tensor] = []
+
+        class Noting(Trace_ELBO):
+            def differentiable_loss(self, model: Any, guide: Any, x: Tensor) -> Tensor:
+                batches.append(x)  # noqa: B023
+                return super().differentiable_loss(model, guide, x)
+
+        options = Aggressive(max_steps=2, check_every=99) if aggressive else None
+        train(loss=Noting(), aggressive=options, batch_size=5)
+        seen[aggressive] = batches
+    assert same(seen[True][2::3], seen[False])
+    fresh = [batch for i, batch in enumerate(seen[True]) if i % 3 != 2]
+    assert [len(batch) for batch in fresh] == [5] * 12  # never the rest of 2 rows
+    assert len({tuple(batch[:, 0].tolist()) for batch in fresh}) == 12
+    kept = torch.cat(fresh[:2])[:, 0].tolist()
+    assert len(set(kept)) == 10  # a pass has each row once
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [5, 5]), (12, [12]), (20, [12]), (4, [4] * 3)]
+)
+def test_even_minibatches(batch_size: int, sizes: list[int]) -> None:
+    batches = Minibatches(rows(), batch_size, shuffle=False).again()
+    assert [len(x) for (x,) in batches] == sizes
+    assert batches.count == len(sizes)
+    assert batches.generators
+
+
+def loader(**options: Any) -> dict[str, Any]:
+    data = DataLoader(TensorDataset(rows()), 4, **options)
+    return {**linear(), "data": data, "batch_size": None}
+
+
+def test_a_loader_is_read_by_a_second_iterator() -> None:
+    seen: list[Tensor] = []
+
+    class Noting(Trace_ELBO):
+        def differentiable_loss(self, model: Any, guide: Any, x: Tensor) -> Tensor:
+            seen.append(x)
+            return super().differentiable_loss(model, guide, x)
+
+    options = Aggressive(max_steps=2, check_every=99)
+    train(loader, loss=Noting(), aggressive=options)
+    parts = rows().split(4)
+    assert same(seen[2::3], [*parts, *parts])
+    fresh = [batch for i, batch in enumerate(seen) if i % 3 != 2]
+    assert same(fresh, [*parts, *parts] * 2)  # anew at its end, and in each epoch
+
+
+def test_workers_that_persist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"workers of DataLoader data persist.*=False"):
+        train(partial(loader, num_workers=1, persistent_workers=True))
+
+
+def test_validation_rows() -> None:
+    x, y = torch.arange(10.0), torch.arange(10)
+    held_out = HeldOut((x, y), batch_size=3)
+    first = held_out.rows(4)
+    assert same(first, held_out.rows(4))
+    assert torch.equal(first[0].long(), first[1])
+    assert len(set(first[1].tolist())) == 4
+    assert same(held_out.rows(99), (x, y))
+    batches = HeldOut(DataLoader(TensorDataset(x, y), 3), batch_size=3)
+    assert same(batches.rows(4), (x[:4], y[:4]))
+    assert same(batches.rows(99), (x, y))
+    listed = HeldOut(DataLoader([(torch.ones(2), "a")], 1), batch_size=None)
+    with pytest.raises(ValueError, match=r"batches hold a (tuple|list|str) without"):
+        listed.rows(2)
+
+
+# --- Interrupted and resumed
+
+
+def aggressive_vae(**changes: Any) -> dict[str, Any]:
+    return {**ordinary.vae(), "validation": rows(7, seed=2), "aggressive": few, **changes}
+
+
+def with_loader(generator: bool) -> dict[str, Any]:
+    return {**ordinary.vae_loader(generator), "validation": rows(7, seed=2), "aggressive": few}
+
+
+RESUMED: dict[str, Callable[[], dict[str, Any]]] = {
+    "vae": aggressive_vae,
+    "patient": partial(
+        aggressive_vae,
+        aggressive=Aggressive(max_steps=3, check_every=1, patience=2),
+        kl_warmup=3,
+        patience=2,
+        optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+    ),
+    "loader with a generator": partial(with_loader, generator=True),
+    "loader without": partial(with_loader, generator=False),
+    "late parameters": lambda: {**late(), "batch_size": 1, "aggressive": Aggressive(2, 1)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupt_and_resume_equals_no_interrupt(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At points within the phase, at the end of its epochs, and after it."""
+    program, path, other = RESUMED[name], tmp_path / "whole.pt", tmp_path / "broken.pt"
+    measured = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.6}
+
+    def by_epoch(guide: Any, *_: Any, **__: Any) -> Tensor:
+        return torch.tensor(measured[epochs_done(other if other.exists() else path) + 1])
+
+    monkeypatch.setattr(module, "mutual_information", by_epoch)
+    expected = outcome(run(program, checkpoint=path, epochs=5), path)
+    history = expected["history"]
+    assert history["aggressive"][:3] == [True] * 3
+    assert history["aggressive"][-1] is False
+    ends = [sum(pair) for pair in zip(history["steps"], history["guide_steps"], strict=True)]
+    for call in (1, ends[0], ends[0] + 2, ends[1] + 1, ends[-1] - 1):
+        other.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(program, checkpoint=other, transform=interrupt_at(call), epochs=5)
+        pyro.set_rng_seed(99)
+        resumed = run(program, checkpoint=other, resume=True, seed=1, epochs=5)
+        assert same(outcome(resumed, other), expected), f"interrupted in call {call}"
+
+
+def epochs_done(path: Path) -> int:
+    from pyro_recursive.training.checkpoint import load
+
+    return len(load(path)["history"]["epoch"]) if path.exists() else 0
+
+
+def test_a_checkpoint_from_before_can_be_read() -> None:
+    old = {"epoch": [1, 2], "loss": [2.0, 1.0], "steps": [3, 6]}
+    history = History.restored(old)
+    assert history.aggressive == [False, False]
+    assert history.guide_steps == [0, 0]
+    assert history.mutual_information == [None, None]
+    assert History.restored(asdict(history)) == history
+
+
+# --- Warm-up, NaN
+
+
+def test_warm_up_weights_the_guide_s_steps_too() -> None:
+    weights = []
+
+    class Noting(TraceMeanField_ELBO):
+        def differentiable_loss(self, model: Any, guide: Any, *args: Any) -> Tensor:
+            trace = pyro.poutine.trace(guide).get_trace(*args)
+            weights.append(trace.nodes["z"]["scale"])
+            return super().differentiable_loss(model, guide, *args)
+
+    train(loss=Noting(), kl_warmup=2, batch_size=None, aggressive=Aggressive(max_steps=2))
+    assert weights == [0.5] * 3 + [1.0] * 3
+
+
+@ordinary.quiet
+@pytest.mark.parametrize("check_every", [None, 100])
+def test_a_nan_in_a_step_of_the_guide_is_named(check_every: int | None) -> None:
+    calls = iter(range(99))
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        scale = torch.tensor(math.nan if next(calls) >= 3 else 1.0)  # the split runs it once
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc * x.sum(-1), scale))
+
+    place = r"step 3 of the guide alone, before step 1, epoch 1.*guide site 'z', its distribution"
+    if check_every:
+        place = "guide site 'z', its distribution"
+    before: list[dict[str, Tensor]] = []
+
+    def look(*batch: Tensor) -> tuple[Tensor, ...]:
+        before.append(store())
+        return batch
+
+    options = Aggressive(max_steps=5, check_every=99)
+    changes = {"guide": guide, "transform": look, "aggressive": options}
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError, match=place):
+        train(**changes, batch_size=None, check_every=check_every)
+    if check_every is None:
+        assert same(before[-1], store())
+
+
+# --- What is refused
+
+
+def own_parameters_in_the_guide_only() -> dict[str, Any]:
+    return {**linear(), "guide": linear_guide, "model": ordinary_model}
+
+
+def ordinary_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def fixed_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.sum(-1), 1.0))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no validation": ({"validation": None}, ValueError, "Pass validation data"),
+    "kind": ({"aggressive": True}, TypeError, r"must be an Aggressive, got True"),
+    "model": ({"model": ordinary_model}, ValueError,
+              "the model has no parameters of its own.*are the guide's.*loc, log_scale"),
+    "guide": ({"guide": fixed_guide}, ValueError, "the guide has no parameters of its own"),
+    "messenger": ({"guide": "messenger"}, ValueError, "the model has no parameters of its own"),
+    "points": ({"guide": "points"}, ValueError, "Guide site 'z' is computed"),
+    "plate": ({"aggressive": Aggressive(2, plate="row")}, ValueError, "is in plate 'row'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_aggressive_says_so_at_once(name: str) -> None:
+    changes, kind, message = REFUSED[name]
+    steps = []
+
+    class Counted(torch.optim.Adam):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            steps.append(super().step(closure))
+
+    make = {"messenger": AutoNormalMessenger, "points": AutoDelta}.get(changes.get("guide", ""))
+    if make is not None:
+        changes = {"guide": make(linear_model), "validation": rows()}
+    with pytest.raises(kind, match=message):
+        train(**{"batch_size": None, "optimizer": Counted, **changes})
+    assert len(steps) <= few.max_steps + 1  # before the second step of the model
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"max_steps": -1}, "max_steps must be at least 0, got -1"),
+        ({"check_every": 0}, "check_every must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be"),
+        ({"rows": 0}, "rows must be"),
+        ({"draws": 0}, "draws must be"),
+    ],
+)
+def test_wrong_numbers_are_refused(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Aggressive(**numbers)
+
+
+# --- What it is for
+
+
+def collapsing(rows_in_all: int) -> Tensor:
+    cause = torch.randn(rows_in_all, 1)
+    return cause + 0.3 * torch.randn(rows_in_all, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_lagging_guide_keeps_its_latent(seed: int) -> None:
+    """The decoder explains the data without it, and in ordinary training learns to."""
+    found = {}
+    for options in (None, Aggressive(check_every=10)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        data, validation = collapsing(200), collapsing(200)
+        history = fit(
+            linear_model,
+            linear_guide,
+            data,
+            loss=TraceMeanField_ELBO(),
+            epochs=30,
+            batch_size=50,
+            optimizer=partial(torch.optim.Adam, lr=0.02),
+            aggressive=options,
+            validation=validation,
+            progress=False,
+        )
+        found[options] = mutual_information(linear_guide, validation, num_draws=10).item()
+    ordinary_information, kept = found.values()
+    assert ordinary_information < 0.05
+    assert kept > 0.12
+    assert history.aggressive[0]
+    assert not history.aggressive[-1]
+
+
+def test_guides_of_the_package() -> None:
+    """Their own runs of the model do not make its parameters theirs."""
+    torch.manual_seed(0)
+    guide = AmortizedGuide(linear_model, nn.Linear(2, 2))
+    _, moved = movements(guide=guide, aggressive=Aggressive(max_steps=1), batch_size=None)
+    encoder = {f"AmortizedGuide.encoder.{name}" for name in ("weight", "bias")}
+    names = {frozenset(n.replace("$$$", ".") for n in part) for part in moved}
+    assert names == {frozenset(encoder), frozenset(MODELS)}

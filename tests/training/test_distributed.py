@@ -1,0 +1,757 @@
+"""Several processes: what one process does with the whole batch is the oracle.
+
+Two processes run all of the programs below, one after the other, and leave what they found in
+files; the tests read these.
+"""
+
+import datetime
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.distributed
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from pyro_recursive import (
+    IWAE_ELBO,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+    log_marginal,
+)
+from pyro_recursive.evaluation.parallel import evaluate_in_parallel
+from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.training import Aggressive, CheckpointError, fit
+from pyro_recursive.training.shares import Share, row_plates
+from tests.oracles.bitwise import same
+
+WORLD = 2
+PATIENCE = 60  # seconds that a process waits for the others before it fails
+sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.5)
+
+
+def data(rows: int = 7) -> Tensor:
+    return torch.linspace(-1.0, 3.0, rows).cos() * 2
+
+
+# --- Programs without noise: the whole batch's gradient is known
+
+
+def known_size(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("data", 7, subsample=x):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def rows_of_batch(x: Tensor) -> None:
+    """A global latent, and a plate that is the batch: a mean of losses would be wrong."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("four", 4):  # as large as a share of the first batch
+        w = pyro.sample("w", dist.Normal(mean, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean + w.sum(), 1.0), obs=x)
+
+
+def loop_over_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
+
+
+def own_constant_scale(x: Tensor) -> None:
+    with poutine.scale(scale=0.1):
+        known_size(x)
+
+
+def prior_factor(x: Tensor) -> None:
+    """A density outside the rows that is none of them: each process has it whole."""
+    rows_of_batch(x)
+    pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
+
+
+class Given(dist.Normal):
+    """Draws with given noise, ``[rows, K]``, for losses of K samples."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, noise: Tensor) -> None:
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Given":
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return Given(loc, scale, self.noise)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = self.noise.T if len(self.batch_shape) > 1 else self.noise[:, 0]
+        return self.loc + self.scale * noise
+
+
+class VAE(nn.Module):
+    """A decoder, an encoder; K samples of each row from noise that is data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(1, 2), nn.Linear(1, 1)
+
+    def model(self, x: Tensor, noise: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            mean = self.decoder(z.unsqueeze(-1)).squeeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.5), obs=x)
+
+    def guide(self, x: Tensor, noise: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, scale = self.encoder(x[:, None]).unbind(-1)
+            pyro.sample("z", Given(loc, scale.exp(), noise))
+
+
+def vae_with_noise() -> dict[str, Any]:
+    torch.manual_seed(3)
+    vae, noise = VAE(), torch.randn(7, 5)
+    program = {"model": vae.model, "guide": vae.guide, "data": (data(), noise)}
+    return {**program, "loss": IWAE_ELBO(5)}
+
+
+def point(model: Callable) -> dict[str, Any]:
+    guide = AutoDelta(model, init_loc_fn=lambda site: torch.full(site["fn"].shape(), 0.3))
+    return {"model": model, "guide": guide, "data": data(), "loss": Trace_ELBO()}
+
+
+NOISELESS: dict[str, Callable[[], dict[str, Any]]] = {
+    "known size": lambda: point(known_size),
+    "rows of the batch": lambda: point(rows_of_batch),
+    "full batch": lambda: {**point(rows_of_batch), "batch_size": None},
+    "loop": lambda: point(loop_over_rows),
+    "constant scale": lambda: point(own_constant_scale),
+    "factor of a prior": lambda: point(prior_factor),
+    "weights of each row": vae_with_noise,
+    "idle in the last batch": lambda: {**vae_with_noise(), "batch_size": 6},
+    "in order": lambda: {**point(known_size), "shuffle": False, "batch_size": 3},
+    "clipped": lambda: {**vae_with_noise(), "clip_norm": 0.1, "optimizer": sgd},
+    "warm-up": lambda: {**vae_with_noise(), "kl_warmup": 3},
+    "early": lambda: {**point(known_size), "validation": data(5) + 1, "patience": 1},
+}  # fmt: skip
+
+
+def run(program: Callable[[], dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Fit a program as a new process would; return what it leaves."""
+    pyro.clear_param_store()
+    defaults = {"batch_size": 5, "epochs": 4, "seed": 1, "progress": False, "optimizer": sgd}
+    arguments = {**defaults, **program(), **changes}
+    record = asdict(fit(**arguments))
+    store = pyro.get_param_store()
+    parameters = {name: store[name].unconstrained().detach().clone() for name in store}
+    owners = [getattr(each, "__self__", each) for each in (arguments["model"], arguments["guide"])]
+    buffers = [
+        dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {} for owner in owners
+    ]
+    return {"history": record, "parameters": parameters, "buffers": buffers}
+
+
+# --- Programs with noise: all processes must stay the same
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout, with initial parameters that differ between the processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3))
+        self.decoder = nn.Linear(1, 2)
+        self.register_buffer("offset", torch.randn(()))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            mean = self.decoder(z) + self.offset
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, scale = self.encoder(x).view(-1, 2, 2).mean(-1, keepdim=True).unbind(1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+def noisy(*batch: Tensor) -> tuple[Tensor, ...]:
+    return tuple(column + 0.1 * torch.randn_like(column) for column in batch)
+
+
+def noisy_vae() -> dict[str, Any]:
+    torch.manual_seed(50 + Processes.joined().rank)
+    vae, x = Noisy(), torch.linspace(-2, 2, 26).sin().reshape(13, 2)
+    adam = partial(torch.optim.Adam, lr=0.01)
+    program = {"model": vae.model, "guide": vae.guide, "data": x, "loss": TraceMeanField_ELBO()}
+    return {
+        **program,
+        "optimizer": adam,
+        "transform": noisy,
+        "batch_size": 8,
+        "validation": x[:5],
+        "kl_warmup": 2,
+    }
+
+
+def sampler_of(x: Tensor) -> DataLoader:
+    dataset = TensorDataset(x)
+    return DataLoader(dataset, 4, sampler=DistributedSampler(dataset, seed=3))
+
+
+def loader() -> dict[str, Any]:
+    arguments = noisy_vae()
+    sampled = {"data": sampler_of(arguments["data"]), "validation": sampler_of(torch.ones(6, 2))}
+    return {**arguments, **sampled, "batch_size": None}
+
+
+def aggressive() -> dict[str, Any]:
+    return {**noisy_vae(), "aggressive": Aggressive(max_steps=4, check_every=2, rows=5)}
+
+
+def two_modes(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z**2, 1.0), obs=x)
+
+
+def recursive() -> dict[str, Any]:
+    schedule = Schedule(first=20, propose=5, refine=15)
+    guide = RecursiveMixtureGuide(two_modes, 2, schedule=schedule)
+    program = {"model": two_modes, "guide": guide, "data": torch.tensor([3.7, 4.4, 4.1, 4.0])}
+    loss, adam = RecursiveMixture_ELBO(4), partial(torch.optim.Adam, lr=0.05)
+    return {**program, "loss": loss, "optimizer": adam, "batch_size": None, "epochs": 45}
+
+
+def late_parameters() -> dict[str, Any]:
+    calls: list[int] = []
+
+    def guide(x: Tensor) -> None:
+        calls.extend([0] * torch.is_grad_enabled())  # runs without a gradient are one process's
+        loc = pyro.param(f"loc_{int(len(calls) > 4)}", torch.randn(()))
+        pyro.sample("mean", dist.Normal(loc, 0.5))
+
+    return {**point(known_size), "guide": guide}
+
+
+LATE = 3  # the step in which a parameter is new, where the guide's first run is none of them
+
+
+def late_and_different() -> dict[str, Any]:
+    """In the last step a point that is new, and not the same in each process; no noise."""
+    runs: list[int] = []
+
+    def guide(x: Tensor) -> None:
+        runs.extend([0] * torch.is_grad_enabled())
+        start = torch.tensor(0.3 + Processes.joined().rank)
+        pyro.sample("mean", dist.Delta(pyro.param(f"loc_{int(len(runs) > LATE)}", start)))
+
+    full = {"batch_size": None, "shuffle": False, "epochs": LATE, "optimizer": sgd}
+    return {**point(known_size), "guide": guide, **full}
+
+
+SAME: dict[str, Callable[[], dict[str, Any]]] = {
+    "batch norm, dropout": noisy_vae,
+    "DataLoader": loader,
+    "aggressive": aggressive,
+    "recursive mixture": recursive,
+    "late parameters": late_parameters,
+    "late and different": late_and_different,
+}
+
+
+# --- Programs that go wrong in one of the processes
+
+
+def nan_row() -> dict[str, Any]:
+    x = data()
+    x[3] = torch.nan  # of the first batch in order, 5 rows, the last but one
+    return {**point(known_size), "data": x, "shuffle": False}
+
+
+def factor_of_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.factor("all", dist.Normal(mean, 1.0).log_prob(x).sum())
+
+
+def bug_in(rank: int) -> dict[str, Any]:
+    def transform(x: Tensor) -> Tensor:
+        if Processes.joined().rank == rank:
+            raise LookupError("a bug")
+        return x
+
+    return {**point(known_size), "transform": transform}
+
+
+def one_sided_parameter() -> dict[str, Any]:
+    def guide(x: Tensor) -> None:
+        loc = pyro.param(f"loc_{int(x[0] < 0)}", torch.tensor(0.1))
+        pyro.sample("mean", dist.Normal(loc, 0.5))
+
+    x = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1.0])
+    return {**point(known_size), "guide": guide, "data": x, "shuffle": False, "batch_size": 2}
+
+
+def whole_loader() -> dict[str, Any]:
+    return {**loader(), "data": DataLoader(TensorDataset(torch.ones(6, 2)), 2)}
+
+
+def uneven_loaders() -> dict[str, Any]:
+    class Own(DistributedSampler):
+        def __iter__(self) -> Any:
+            return iter(list(super().__iter__())[: 4 - 2 * Processes.joined().rank])
+
+    dataset = TensorDataset(torch.ones(8, 2))
+    return {**loader(), "data": DataLoader(dataset, 2, sampler=Own(dataset))}
+
+
+def disk_full() -> dict[str, Any]:
+    return {**point(known_size), "checkpoint": "/dev/null/no folder/run.pt"}
+
+
+WRONG: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
+    "nan": (nan_row, ["NonFiniteError.*data tensor '0'; model site 'x'"] * 2),
+    "bug": (partial(bug_in, 1), ["ProcessError.*Process 1 failed: LookupError: a bug",
+                                 "LookupError.*a bug"]),
+    "bug in the first": (partial(bug_in, 0), ["LookupError", "Process 0 failed: LookupError"]),
+    "parameter": (one_sided_parameter, ["ValueError.*Process 1 has other.*'loc_1'"] * 2),
+    "density of rows": (lambda: point(factor_of_rows),
+                        ["ValueError.*site 'all', in no plate", "Process 0 failed: ValueError"]),
+    "whole loader": (whole_loader, ["ValueError.*the same rows to each.*DistributedSampler"] * 2),
+    "uneven": (uneven_loaders, ["ProcessError.*0 at step 2 .*, 1 at the end of an epoch"] * 2),
+    "few rows": (lambda: {**point(known_size), "batch_size": 1},
+                 ["ValueError.*has 1 rows, and each of the 2"] * 2),
+    "disk": (disk_full, ["NotADirectoryError", "Process 0 failed: NotADirectoryError"]),
+}  # fmt: skip
+
+
+def raised(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        return "; ".join([f"{type(error).__name__}: {error}", *notes]).replace("\n", " ")
+    return "nothing"
+
+
+# --- What the two processes do
+
+
+def normal(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def posterior(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+
+def fails_for_the_last(x: Tensor) -> Tensor:
+    if x[-1] == 6:
+        raise LookupError("a bug")
+    return x
+
+
+def evaluations() -> dict[str, Any]:
+    x = torch.arange(7.0)
+    evidence = partial(log_marginal, normal, posterior, num_particles=4, diagnostics=True)
+    return {
+        "tensor": evaluate_in_parallel(lambda x, y: x * y[:, 0], x, torch.ones(7, 2)),
+        "batches": evaluate_in_parallel(lambda x: {"n": x * 0 + len(x), "of": 7}, x, batch_size=2),
+        "evidence": evaluate_in_parallel(evidence, x),
+        "one row": evaluate_in_parallel(lambda x: (x + 1, None), x[:1]),
+        "shape": raised(lambda: evaluate_in_parallel(torch.sum, x)),
+        "bug": raised(lambda: evaluate_in_parallel(fails_for_the_last, x)),
+    }
+
+
+def checkpoints(folder: Path) -> dict[str, Any]:
+    path, cut = folder / "whole.pt", folder / "cut.pt"
+    found = {"whole": run(noisy_vae, checkpoint=path, patience=math.inf)}
+    options = {"checkpoint": cut, "resume": True, "patience": math.inf}
+    run(noisy_vae, **{**options, "epochs": 2})
+    found["resumed"] = run(noisy_vae, **options)
+    return {**found, "draw": torch.rand(())}
+
+
+def work(rank: int, folder: Path) -> None:
+    """What a process does; each part is timed."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=PATIENCE),
+    )
+    parts = {
+        **{f"noiseless {name}": partial(run, program) for name, program in NOISELESS.items()},
+        **{f"same {name}": partial(run, program) for name, program in SAME.items()},
+        **{f"wrong {name}": partial(raised, partial(run, program)) for name, (program, _) in
+           WRONG.items()},
+        "unvalidated nan": partial(raised, partial(unvalidated, nan_row)),
+        "states and draws": states_and_draws,
+        "evaluations": evaluations,
+        "checkpoints": partial(checkpoints, folder),
+    }  # fmt: skip
+    found = {}
+    for name, part in parts.items():
+        start = time.perf_counter()
+        try:
+            found[name] = part()
+        except Exception as error:  # for the test of this part alone
+            found[name] = repr(error)
+        found[f"{name} seconds"] = time.perf_counter() - start
+    torch.save(found, folder / f"found_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Wandering(nn.Module):
+    """A guide with a state of its own, which decides what it does and is drawn anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+        self.register_buffer("state", torch.zeros(()))
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("wandering", self)
+        self.seen.append(self.state.item())
+        pyro.sample("mean", dist.Normal(self.loc + self.state, 1.0))
+        self.state += torch.rand(())
+
+
+def states_and_draws() -> dict[str, Any]:
+    """What processes see in the steps of one epoch, the first step's runs aside, and draw."""
+    guide, draws = Wandering(), []
+
+    def draw(x: Tensor) -> Tensor:
+        draws.append(torch.rand(()).item())
+        return x
+
+    program = {**point(known_size), "guide": guide, "data": data(6), "transform": draw}
+    run(lambda: program, batch_size=2, epochs=1)
+    return {"states": guide.seen[-3:], "draws": draws}
+
+
+def unvalidated(program: Callable[[], dict[str, Any]]) -> None:
+    with pyro.validation_enabled(False):
+        run(program)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (folder,), WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"found_{n}.pt", weights_only=False) for n in range(WORLD)]
+
+
+# --- Two processes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Plate 'data' says that there are 5 rows")
+@pytest.mark.parametrize("name", NOISELESS)
+def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> None:
+    alone, (first, second) = run(NOISELESS[name]), (each[f"noiseless {name}"] for each in found)
+    assert same(first, second)
+    torch.testing.assert_close(first["parameters"], alone["parameters"], rtol=1e-9, atol=1e-11)
+    for key in ("loss", "validation", "rows", "steps", "epoch", "stopped_early"):
+        expected, value = alone["history"][key], first["history"][key]
+        numbers = isinstance(expected, list) and None not in expected
+        assert value == (pytest.approx(expected, rel=1e-9) if numbers else expected), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_processes_stay_the_same_bit_for_bit(name: str, found: Any) -> None:
+    first, second = (each[f"same {name}"] for each in found)
+    assert same(first, second)
+    assert len(first["parameters"]) > 1
+
+
+@pytest.mark.slow
+def test_what_the_programs_did(found: Any) -> None:
+    histories = {name: found[0][f"same {name}"]["history"] for name in SAME}
+    assert histories["batch norm, dropout"]["rows"] == [6.5] * 4
+    assert histories["DataLoader"]["rows"] == [7.0] * 4  # the sampler repeats a row
+    assert histories["DataLoader"]["validation_rows"] == 6
+    assert histories["aggressive"]["guide_steps"][-1] > 0
+    assert set(found[0]["same late parameters"]["parameters"]) == {"loc_0", "loc_1"}
+    progress = found[0]["same recursive mixture"]["buffers"][1]["progress"]
+    assert progress[3:].tolist() == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
+    """Its loss and its gradient are those of 4 of 7 rows at 0.3; the other has 3 at 1.3."""
+    x, start = data()[:4], torch.tensor(0.3)
+    prior, likelihood = dist.Normal(0.0, 0.5), dist.Normal(start, 1.0)
+    loss = -prior.log_prob(start) - 7 / 4 * likelihood.log_prob(x).sum()
+    gradient = start / 0.25 + 7 / 4 * (start - x).sum()
+    for each in (each["same late and different"] for each in found):
+        assert each["history"]["loss"][-1] == pytest.approx(loss.item(), rel=1e-9)
+        moved = each["parameters"]["loc_1"] - start
+        torch.testing.assert_close(moved, -0.01 * gradient, rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+def test_states_are_the_same_and_draws_are_not(found: Any) -> None:
+    first, second = (each["states and draws"] for each in found)
+    assert len(set(first["states"])) == 3
+    assert first["states"] == second["states"]
+    assert len(set(first["draws"]) | set(second["draws"])) == len(first["draws"] + second["draws"])
+
+
+@pytest.mark.slow
+def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
+    for each in found:
+        whole, resumed = each["checkpoints"]["whole"], each["checkpoints"]["resumed"]
+        whole["history"].pop("seconds"), resumed["history"].pop("seconds")
+        assert same(whole, resumed)
+    assert found[0]["checkpoints"]["draw"] != found[1]["checkpoints"]["draw"]
+    with pytest.raises(CheckpointError, match="2 wrote it, and there are 1"):
+        run(noisy_vae, checkpoint=folder / "cut.pt", resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
+    for each, message in zip(found, WRONG[name][1], strict=True):
+        assert re.search(message, each[f"wrong {name}"])
+        assert each[f"wrong {name} seconds"] < PATIENCE / 2  # nobody waited for the others
+
+
+@pytest.mark.slow
+def test_a_nan_is_everyone_s(found: Any) -> None:
+    for each in found:
+        assert "NonFiniteError" in each["unvalidated nan"]
+        assert "process 1: data tensor '0'; process 1: model site 'x'" in each["unvalidated nan"]
+
+
+@pytest.mark.slow
+def test_evaluation_in_parallel(found: Any) -> None:
+    x = torch.arange(7.0)
+    for each in (each["evaluations"] for each in found):
+        assert same(each["tensor"], x)
+        sizes = torch.tensor([2.0, 2, 2, 2, 2, 2, 1])
+        assert same(each["batches"], {"n": sizes, "of": 7})
+        exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+        torch.testing.assert_close(each["evidence"].log_marginal, exact)
+        assert each["evidence"].ess.tolist() == pytest.approx([4] * 7)
+        assert same(each["one row"], (torch.ones(1), None))
+        assert "shape () for" in each["shape"]
+        assert "a bug" in each["bug"]
+    assert "Process 1 failed: LookupError" in found[0]["evaluations"]["bug"]
+
+
+# --- One process
+
+
+def test_shares_are_all_rows_in_order() -> None:
+    for count in range(1, 6):
+        for rows in range(12):
+            parts = [range(rows)[Processes(rank, count).share(rows)] for rank in range(count)]
+            assert [row for part in parts for row in part] == list(range(rows))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("model", [known_size, rows_of_batch, loop_over_rows])
+def test_plates_of_the_rows(model: Callable) -> None:
+    expected = set() if model is known_size else {"data"}
+    for rows in (1, 2, 4):
+        assert row_plates(model, AutoNormal(model), (data(rows),)) == expected
+
+
+def subsample(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=2) as index:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[index])
+
+
+def test_a_plate_that_draws_its_own_rows_follows_them() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert row_plates(subsample, guide, (data(6),)) == {"data"}
+    with poutine.trace() as traced, Share({"data"}, rows=6, total=12):
+        subsample(data(6))
+    assert traced.trace.nodes["x"]["scale"] == 6.0
+    assert traced.trace.nodes["x"]["cond_indep_stack"][0].full_size == 12
+
+
+def test_a_share_leaves_other_plates_alone() -> None:
+    with poutine.trace() as traced, Share({"data"}, rows=4, total=8):
+        rows_of_batch(data(4))
+    with Share({"data"}, rows=3, total=8):
+        known_size_again = poutine.trace(known_size).get_trace(data(4))
+    nodes = traced.trace.nodes
+    assert [nodes[name]["scale"] for name in ("mean", "w", "x")] == [1.0, 1.0, 2.0]
+    assert known_size_again.nodes["x"]["scale"] == 7 / 4
+
+
+def in_no_plate(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(mean, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+def mean_over_rows(x: Tensor) -> None:
+    with poutine.scale(scale=1 / len(x)):
+        rows_of_batch(x)
+
+
+def latent_rows(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def rows_of_guide_stay(x: Tensor) -> None:
+    with pyro.plate("data", 4):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def four_rows(x: Tensor) -> None:
+    for i in pyro.plate("data", 4):
+        pyro.sample(f"x{i}", dist.Normal(0.0, 1.0), obs=x[i])
+
+
+def statistics(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("average", dist.Normal(mean, len(x) ** -0.5), obs=x.mean())
+
+
+def prior_of_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.mean(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def loop_without_plate(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    for i, row in enumerate(x):
+        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=row)
+
+
+def two_for_each_row(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("twice", 2 * len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x.repeat(2))
+
+
+def factor_in_guide(x: Tensor) -> None:
+    pyro.sample("mean", dist.Delta(pyro.param("loc", torch.tensor(0.3))))
+    pyro.factor("guided", -x.sum(), has_rsample=True)
+
+
+def factor_of_latent_rows(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("all", z.sum())
+
+
+def draws(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+REFUSED = {
+    "event": (in_no_plate, AutoNormal(in_no_plate), r"value of site 'x' .* from \(4,\) to \(2,\)"),
+    "scale": (mean_over_rows, AutoNormal(mean_over_rows), "a scale of its own .*0.25, and 0.5"),
+    "rows": (latent_rows, AutoNormal(latent_rows), "plate 'data' of site 'z.*' keeps its 4 rows"),
+    "guide": (latent_rows, rows_of_guide_stay, "plate 'data' of site 'z' keeps its 4 rows"),
+    "fixed": (four_rows, AutoNormal(four_rows), "do not run with 2 rows after 4.*IndexError"),
+    "dict": (known_size, AutoNormal(known_size), "this one begins with dict"),
+    "factor": (factor_of_rows, AutoDelta(factor_of_rows), "model site 'all', in no plate .* with "
+               "4 rows.*with 2"),
+    "statistics": (statistics, AutoNormal(statistics), "model site 'average', in no plate"),
+    "prior": (prior_of_rows, AutoNormal(prior_of_rows), "model site 'mean', in no plate"),
+    "no plate": (loop_without_plate, AutoNormal(loop_without_plate),
+                 "model site 'x2', in no plate .*nats with 4 rows, and no such site with 2"),
+    "twice": (two_for_each_row, AutoNormal(two_for_each_row),
+              r"'x' changes from \(8,\) to \(4,\) .*no plate of the rows"),
+    "guide's factor": (known_size, factor_in_guide, "guide site 'guided', in no plate"),
+    "latent rows": (factor_of_latent_rows, draws, "model site 'all', in no plate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_batches_that_cannot_be_shared_are_refused(name: str) -> None:
+    model, guide, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        row_plates(model, guide, ({},) if name == "dict" else (data(4),))
+
+
+def test_few_rows_are_seen_too() -> None:
+    for model in (factor_of_rows, statistics, prior_of_rows, loop_without_plate):
+        for rows in (2, 3):
+            with pytest.raises(ValueError, match="in no plate of the rows, depends on them"):
+                row_plates(model, AutoDelta(model), (data(rows),))
+
+
+def other_minibatch(x: Tensor) -> None:
+    """Data of no row, of which minibatches are drawn, and a latent of the model alone."""
+    noise = torch.randn(len(x))  # so that what comes after is another draw
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    kinds = dist.Categorical(torch.ones(50))
+    scale = 1.0 + pyro.sample("kind", kinds, infer={"enumerate": "parallel"})
+    with pyro.plate("others", 50, subsample_size=6) as index:
+        bias = pyro.sample("bias", dist.Normal(mean, 1.0))
+        pyro.sample("other", dist.Normal(bias, scale), obs=index.double())
+    with pyro.plate("rest", 50, subsample_size=3) as index:
+        pyro.sample("more", dist.Normal(mean, scale), obs=index.double())
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean + noise, scale), obs=x)
+
+
+def amortized(x: Tensor) -> None:
+    """Its latents outside the rows are functions of them, with noise of their own."""
+    noise = torch.randn(len(x))
+    pyro.sample("mean", dist.Normal((x + noise).mean(), 1.0))
+    with pyro.plate("others", 50, subsample_size=6) as index:
+        pyro.sample("bias", dist.Normal(index.double(), 1.0))
+
+
+def test_what_is_of_no_row_may_be_outside_of_their_plates() -> None:
+    for rows in (2, 8):
+        assert row_plates(other_minibatch, amortized, (data(rows),)) == {"data"}
+        assert row_plates(prior_factor, AutoNormal(prior_factor), (data(rows),)) == {"data"}
+
+
+def test_evaluation_by_one_process() -> None:
+    x = torch.arange(5.0)
+    assert same(evaluate_in_parallel(lambda x: x + 1, x, batch_size=2), x + 1)
+    for rows, options, message in (
+        ((), {}, r"got lengths \[\]"),
+        ((x[:0],), {}, r"got lengths \[0\]"),
+        ((x, x[:2]), {}, r"got lengths \[5, 2\]"),
+        ((x,), {"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ((x,), {"batch_size": 1.5}, "batch_size must be an integer >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_in_parallel(torch.exp, *rows, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="differ between the parts"):
+        evaluate_in_parallel(lambda x: (x, x[0].item()), x, batch_size=2)
