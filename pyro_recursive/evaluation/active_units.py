@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.posterior_table import Exchange, alone
+from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
 from pyro_recursive.tracing.counts import check_at_least
 
 __all__ = ["ActiveUnits", "active_units"]
@@ -61,7 +61,7 @@ def active_units(
     check_at_least(2, num_draws=num_draws)
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}.")
-    exchange = Exchange(alone(guide, args, kwargs), plate)
+    exchange = PosteriorTable(alone(guide, args, kwargs), plate)
     if exchange.num_rows < 2:
         raise ValueError("A variance over the data needs at least 2 rows, got 1.")
     moments: dict[str, _Moments] = {}

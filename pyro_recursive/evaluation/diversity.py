@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import outer_shape
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
@@ -135,7 +135,7 @@ def mixture_diversity(
     """
     check_at_least(2, num_draws=num_draws)
     bare = poutine.unwrap(guide)
-    if not isinstance(bare, PackedGuide) or not hasattr(bare, "members"):
+    if not isinstance(bare, LatentGuide) or not hasattr(bare, "members"):
         raise TypeError(
             f"mixture_diversity needs a MixtureGuide or a RecursiveMixtureGuide, got "
             f"{getattr(bare, '__name__', type(bare).__name__)}."
@@ -152,7 +152,7 @@ def mixture_diversity(
     return jensen_shannon(_by_row(table, 2, latents, rows), _by_row(log_weights, 0, latents, rows))
 
 
-def _table(guide: Any, latents: Latents, call: Call, count: int) -> Tensor:
+def _table(guide: Any, latents: LatentBlock, call: GuideCall, count: int) -> Tensor:
     """Draw from every component, and evaluate all: ``[M, S, *batch, M]``."""
     with pyro.plate(PARTICLE_PLATE, count, dim=-guide.nesting - 1):
         if latents is not guide.groups[0]:  # guides written by hand may look at the others' values
@@ -166,7 +166,7 @@ def _table(guide: Any, latents: Latents, call: Call, count: int) -> Tensor:
     return torch.stack(found)
 
 
-def _by_row(tensor: Tensor, lead: int, latents: Latents, rows: tuple[int, ...]) -> Tensor:
+def _by_row(tensor: Tensor, lead: int, latents: LatentBlock, rows: tuple[int, ...]) -> Tensor:
     """``[*lead, *batch, M]`` to ``[*lead, *rows, M]``."""
     batch = latents.expand_rows(torch.empty(*rows, 1)).shape[:-1]
     outer, last = tensor.shape[:lead], tensor.shape[-1]

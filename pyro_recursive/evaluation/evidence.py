@@ -11,7 +11,7 @@ from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.layout import Layout, check_subsampling, layout_of
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Draw, draw
+from pyro_recursive.tracing.runs import ParticleRun, run_particles
 from pyro_recursive.tracing.sites import check_match, subsample_sites
 from pyro_recursive.tracing.structure import structure_of
 
@@ -143,7 +143,7 @@ def log_marginal(
 
 def runs_in_chunks(
     program: Program, total: int, size: int, *, any_minibatch: bool = False, **options: Any
-) -> Iterator[tuple[list[Draw], Layout]]:
+) -> Iterator[tuple[list[ParticleRun], Layout]]:
     """Yield runs of the program and where their plates are, until there are `total` samples.
 
     All are on one minibatch. Raises where model and guide do not match, and, unless it may be
@@ -152,7 +152,7 @@ def runs_in_chunks(
     minibatch = None
     for start in range(0, total, size):
         count = min(size, total - start)
-        particles, runs = draw(program, 1, count, subsample=minibatch, **options)
+        particles, runs = run_particles(program, 1, count, subsample=minibatch, **options)
         layout = layout_of(particles, runs)
         if minibatch is None:
             check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyro_recursive.evaluation.evidence import particles_per_chunk
 from pyro_recursive.evaluation.scores import Scores
 from pyro_recursive.evaluation.search import Noise, Search
-from pyro_recursive.guides.base import Call, PackedGuide
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
@@ -21,7 +21,7 @@ from pyro_recursive.tracing.given import Unnoticed
 from pyro_recursive.tracing.layout import check_subsampling, layout_of
 from pyro_recursive.tracing.program import Program, rows_needed
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import check_match, plates_of, sites
 
 __all__ = ["Gaps", "gaps"]
@@ -105,7 +105,7 @@ class Gaps(NamedTuple):
 
 def gaps(
     model: Callable,
-    guide: PackedGuide,
+    guide: LatentGuide,
     *args: Any,
     num_particles: int = 5000,
     chunk_size: int | None = None,
@@ -206,7 +206,7 @@ def gaps(
 
 def _check_guide(guide: Any) -> None:
     """Raise where a guide is none whose family for one row is known."""
-    if not isinstance(guide, PackedGuide):
+    if not isinstance(guide, LatentGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
         raise TypeError(
             f"gaps needs a guide of this package, whose family for one row it can search, and got "
@@ -215,7 +215,7 @@ def _check_guide(guide: Any) -> None:
         )
 
 
-def _rows(guide: PackedGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Latents, Call]:
+def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[LatentBlock, GuideCall]:
     """Return the group of latents that is measured, and the call with its minibatch."""
     guide.prepare(*args, **kwargs)
     if len(guide.groups) > 1:
@@ -230,9 +230,9 @@ def _rows(guide: PackedGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Late
         return guide.groups[0], guide._call(args, kwargs)
 
 
-def _outside(program: Program, latents: Latents) -> list[str]:
+def _outside(program: Program, latents: LatentBlock) -> list[str]:
     """Check that model and guide match; return the model's sites outside the rows' plates."""
-    particles, runs = draw(program, 1, 2)
+    particles, runs = run_particles(program, 1, 2)
     layout = layout_of(particles, runs)
     check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
     check_subsampling(runs, layout)
@@ -240,11 +240,11 @@ def _outside(program: Program, latents: Latents) -> list[str]:
     return [site["name"] for site in sites(runs[0].model) if not rows <= set(plates_of(site))]
 
 
-def _own(guide: PackedGuide, latents: Latents, call: Call, runs: Unnoticed) -> Tensor:
+def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, runs: Unnoticed) -> Tensor:
     """Return the guide's numbers, ``[1, *batch, P]``; ``[2, ...]`` with those before refinement."""
     guides = [guide, guide.guide] if isinstance(guide, SemiAmortizedGuide) else [guide]
     # Each from the same random state: the encoder's dropout is the same.
-    found = [runs(partial(each.numbers_of, latents, call)) for each in guides]
+    found = [runs(partial(each.variational_params, latents, call)) for each in guides]
     batch = latents.expand_rows(torch.empty(*call.sizes(latents), 1)).shape[:-1]
     return torch.stack([numbers.detach().expand(*batch, -1) for numbers in found])
 

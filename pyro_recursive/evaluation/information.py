@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.evaluation.active_units import ActiveUnits, active_units
-from pyro_recursive.evaluation.posterior_table import Draws, Exchange, alone
+from pyro_recursive.evaluation.posterior_table import PosteriorTable, RowDraws, alone
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.program import Program
 
@@ -65,7 +65,7 @@ def posterior_table(
     >>> posterior_table(guide, torch.tensor([0.0, 50.0])).argmax(1)
     tensor([0, 1])
     """
-    exchange = Exchange(alone(guide, args, kwargs), plate, chunk_size)
+    exchange = PosteriorTable(alone(guide, args, kwargs), plate, chunk_size)
     return torch.cat(list(exchange.strips(exchange.draw(1))))
 
 
@@ -108,7 +108,7 @@ def mutual_information(
     3.0
     """
     check_at_least(1, num_draws=num_draws)
-    exchange = Exchange(alone(guide, args, kwargs), plate, chunk_size)
+    exchange = PosteriorTable(alone(guide, args, kwargs), plate, chunk_size)
     found = [_information(exchange, draws).mutual for draws in exchange.split(num_draws)]
     return torch.cat(found).mean()
 
@@ -150,7 +150,7 @@ def rate_of(
     0.0
     """
     check_at_least(1, num_draws=num_draws)
-    exchange = Exchange(Program(model, guide, args, kwargs), plate, chunk_size)
+    exchange = PosteriorTable(Program(model, guide, args, kwargs), plate, chunk_size)
     parts = [
         (information.own, information.mutual, exchange.log_prior(draws).flatten())
         for draws in exchange.split(num_draws)
@@ -167,7 +167,7 @@ class _Information(NamedTuple):
     mutual: Tensor
 
 
-def _information(exchange: Exchange, draws: Draws) -> _Information:
+def _information(exchange: PosteriorTable, draws: RowDraws) -> _Information:
     own: list[Tensor] = []
     mixture: list[Tensor] = []
     rows = exchange.num_rows

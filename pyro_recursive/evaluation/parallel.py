@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.tracing.counts import check_at_least
 
 __all__ = ["evaluate_in_parallel"]
@@ -40,7 +40,7 @@ def evaluate_in_parallel(
     """
     count = _count(rows)
     check_at_least(1, batch_size=batch_size)
-    with Processes.joined() as processes:
+    with ProcessGroup.joined() as processes:
         own = processes.share(count)
         starts = range(own.start, own.stop, batch_size or count)
         parts = [(start, min(start + starts.step, own.stop)) for start in starts]

@@ -20,7 +20,7 @@ from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.layout import Layout
 from pyro_recursive.tracing.program import Program, without
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.reruns import Kept
+from pyro_recursive.tracing.reruns import RunCache
 from pyro_recursive.tracing.runs import Particles
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
@@ -34,14 +34,14 @@ from pyro_recursive.tracing.sites import (
 )
 from pyro_recursive.tracing.structure import structure_of
 
-__all__ = ["Draws", "Exchange", "alone"]
+__all__ = ["PosteriorTable", "RowDraws", "alone"]
 
 DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
 CHUNK_ROWS = 50_000  # the same where draws are exchanged: networks see the rows once in each pass
 
 
 @dataclass(frozen=True)
-class Draws:
+class RowDraws:
     """S draws of a guide for all rows, in one run, and what other runs of it start from.
 
     ``state`` is the random state before the run: noise outside the sites, of dropout say, is the
@@ -54,7 +54,7 @@ class Draws:
     memory: dict[Any, Any] = field(default_factory=dict)
 
 
-class Exchange:
+class PosteriorTable:
     """A guide's draws for the B rows of one batch, and their densities in each other's rows.
 
     The rows are the entries of the plate around the local latents, those of the minibatch where it
@@ -93,20 +93,20 @@ class Exchange:
         """B, the number of rows."""
         return self.frame.size
 
-    def draw(self, count: int) -> Draws:
+    def draw(self, count: int) -> RowDraws:
         """Draw ``count`` times for each row, in one pass."""
-        state, memory = torch_state(), Kept()
+        state, memory = torch_state(), RunCache()
         with memory:
             trace = self._run(count, self.minibatch)
-        return Draws(count, trace, state, memory.content)
+        return RowDraws(count, trace, state, memory.content)
 
-    def split(self, num_draws: int) -> Iterator[Draws]:
+    def split(self, num_draws: int) -> Iterator[RowDraws]:
         """Yield so many draws for each row, about 5,000 rows at a time."""
         size = max(1, DRAWN_ROWS // self.num_rows)
         for start in range(0, num_draws, size):
             yield self.draw(min(size, num_draws - start))
 
-    def values(self, draws: Draws) -> dict[str, Tensor]:
+    def values(self, draws: RowDraws) -> dict[str, Tensor]:
         """Return the rows' latents, without auxiliary ones: ``[S, B, units]`` for each site.
 
         The units are the plates inside a row and the event dims, flattened.
@@ -117,7 +117,7 @@ class Exchange:
             if site["name"] in self.local and not site["infer"].get("is_auxiliary")
         }
 
-    def strips(self, draws: Draws) -> Iterator[Tensor]:
+    def strips(self, draws: RowDraws) -> Iterator[Tensor]:
         """Yield the table ``log q(z_j | x_i)`` in nats, ``[C, B]`` float64, for C draws at a time.
 
         The draws j come in the order of ``[S, B]``.
@@ -126,14 +126,14 @@ class Exchange:
         for numbers in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
             given = self._given(draws, numbers)
             set_torch_state(draws.state)
-            with Kept(draws.memory):
+            with RunCache(draws.memory):
                 again = self._run(len(numbers), without(given, is_delta))
             set_torch_state(after)
             self._check_computed(again, given)
             counted = [site for site in sites(again) if _is_density(site)]
             yield self._summed([s for s in counted if self.frame.name in plates_of(s)], numbers)
 
-    def log_prior(self, draws: Draws) -> Tensor:
+    def log_prior(self, draws: RowDraws) -> Tensor:
         """Run the model on the draws; return its log-density of the rows' latents.
 
         ``[S, B]`` in nats, float64, given the latents outside the rows.
@@ -173,7 +173,7 @@ class Exchange:
         value = value.movedim(self.frame.dim - event_dim, 1)
         return value.expand(count, self.num_rows, *value.shape[2:])
 
-    def _given(self, draws: Draws, numbers: Tensor) -> poutine.Trace:
+    def _given(self, draws: RowDraws, numbers: Tensor) -> poutine.Trace:
         """Copy the trace: each particle holds one draw of one row, in all rows."""
         copy = draws.trace.copy()
         draw, row = numbers // self.num_rows, numbers % self.num_rows

@@ -1,6 +1,6 @@
 """What several processes of torch.distributed do together; one process alone does none of it.
 
-Whoever wants something of the others first says where it is (`Processes.agree`), by a message of
+Whoever wants something of the others first says where it is (`ProcessGroup.agree`), by a message of
 one size. So one that fails, or is elsewhere, is heard by all, and nobody waits for it for ever.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ProcessError", "Processes"]
+__all__ = ["ProcessError", "ProcessGroup"]
 
 WIDTH = 4  # how many numbers a message has beside whether all is well, and the place
 
@@ -27,7 +27,7 @@ class ProcessError(RuntimeError):
         self.kind = kind
 
 
-class Processes:
+class ProcessGroup:
     """The processes of torch's default group, or this one alone where there is no such group.
 
     A context manager: an error that ends the block in one process ends it in all of them.
@@ -46,14 +46,14 @@ class Processes:
         self.is_over = False  # nobody listens any more
 
     @classmethod
-    def joined(cls) -> "Processes":
+    def joined(cls) -> "ProcessGroup":
         """Return all processes; each of them must be here."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         own = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), own)
 
-    def __enter__(self) -> "Processes":
+    def __enter__(self) -> "ProcessGroup":
         """Begin."""
         return self
 

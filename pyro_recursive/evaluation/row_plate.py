@@ -6,7 +6,7 @@ from typing import Any
 from pyro import poutine
 
 from pyro_recursive.tracing.sites import Site, independent_plates_of, is_delta, plates_of, sites
-from pyro_recursive.tracing.strata import Choice
+from pyro_recursive.tracing.strata import ComponentIndex
 
 __all__ = ["check_density", "latent", "no_density", "rows_plate"]
 
@@ -71,7 +71,7 @@ def check_density(local: Sequence[Site]) -> None:
 
     :raises ValueError: all are computed, or some are sampled after an auxiliary one
     """
-    sampled = [s for s in local if not is_delta(s) and not isinstance(s["fn"], Choice)]
+    sampled = [s for s in local if not is_delta(s) and not isinstance(s["fn"], ComponentIndex)]
     if not sampled:
         raise no_density(local[-1])
     auxiliary = [site for site in sampled if site["infer"].get("is_auxiliary")]

@@ -26,7 +26,7 @@ class Noise:
         """Return noise for draws of all rows and parts, ``[S, J, *batch, n]``."""
         family, batch = target.family, numbers.shape[:-1]
         return torch.randn(
-            (draws, family.parts, *batch, family.noise_size),
+            (draws, family.parts, *batch, family.noise_dim),
             generator=self.generator,
             dtype=numbers.dtype,
             device=numbers.device,

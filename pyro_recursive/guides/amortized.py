@@ -7,10 +7,10 @@ import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.encoder import check_numbers, encoding
 from pyro_recursive.guides.gaussian_families import Family, family_of
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.tables import rows_of
 from pyro_recursive.tracing.modules import check_module
@@ -18,7 +18,7 @@ from pyro_recursive.tracing.modules import check_module
 __all__ = ["AmortizedGuide"]
 
 
-class AmortizedGuide(PackedGuide):
+class AmortizedGuide(LatentGuide):
     """An autoguide whose Gaussians come from an encoder: ``q(z_i | x_i) = N(encoder(x_i))``.
 
     All latents inside the data's plate are packed into one unconstrained vector a row, of length
@@ -78,11 +78,11 @@ class AmortizedGuide(PackedGuide):
         self.encoder: Any = encoder
         self.init_scale = init_scale
 
-    def num_parameters(self, latents: Latents) -> int:
+    def num_parameters(self, latents: LatentBlock) -> int:
         """Return how many numbers describe the Gaussian of a group (one row of it)."""
         return self.family.num_parameters(latents.size)
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create the free parameters of a group that no encoder serves, around a point."""
         if latents.local and self.by_row:
             return
@@ -92,7 +92,7 @@ class AmortizedGuide(PackedGuide):
             loc = loc[(0,) * len(sizes)].expand(*sizes, -1)
         self.restart(latents, loc, self.init_scale)
 
-    def restart(self, latents: Latents, loc: Tensor, scale: float | Tensor) -> None:
+    def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a group at ``loc``, ``[*rows, D]``."""
         initial = self.family.initial(loc, scale)
         free = getattr(self, _free(latents), None)
@@ -102,14 +102,14 @@ class AmortizedGuide(PackedGuide):
             with torch.no_grad():
                 free.copy_(initial)
 
-    def scatter(self, latents: Latents, other: "AmortizedGuide", spread: float) -> None:
+    def scatter(self, latents: LatentBlock, other: "AmortizedGuide", spread: float) -> None:
         """Put the free Gaussians at random around another guide's, some of its scales away."""
         theirs = getattr(other, _free(latents)).detach()
         loc, log_scale = theirs[..., : latents.size], theirs[..., latents.size : 2 * latents.size]
         scale = log_scale.exp()
         self.restart(latents, loc + spread * scale * torch.randn_like(loc), scale)
 
-    def parameters_of(self, latents: Latents, call: Call, *extra: Any) -> Tensor:
+    def parameters_of(self, latents: LatentBlock, call: GuideCall, *extra: Any) -> Tensor:
         """Return the parameters of a group's Gaussians, ``[*batch, num_parameters]``.
 
         ``extra`` are further inputs of the encoder.
@@ -121,7 +121,7 @@ class AmortizedGuide(PackedGuide):
             found = self.encoder(inputs, *extra)
         return self.placed(latents, call, found)
 
-    def placed(self, latents: Latents, call: Call, found: Tensor) -> Tensor:
+    def placed(self, latents: LatentBlock, call: GuideCall, found: Tensor) -> Tensor:
         """Check an encoder's output, and put its rows where Pyro has the plates."""
         expected = self.num_parameters(latents)
         rows = call.sizes(latents)
@@ -137,7 +137,7 @@ class AmortizedGuide(PackedGuide):
         return latents.expand_rows(found)
 
     @torch.no_grad()
-    def keep_rows(self, latents: Latents, call: Call, numbers: Tensor) -> None:
+    def keep_rows(self, latents: LatentBlock, call: GuideCall, numbers: Tensor) -> None:
         """Put numbers ``[*batch, P]`` into the table, if there is one, for the minibatch's rows.
 
         Of several particles, each with global latents of its own, the mean.
@@ -149,18 +149,18 @@ class AmortizedGuide(PackedGuide):
         places = [call.plates[frame.name].indices.to(table.device) for frame in latents.rows]
         table[torch.meshgrid(*places, indexing="ij")] = rows
 
-    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+    def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the parameters of a group's Gaussians."""
         return self.parameters_of(latents, call)
 
-    def row_family(self, latents: Latents) -> RowFamily:
+    def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the Gaussians that a row may have."""
         return GaussianRows(self.family, latents.size)
 
-    def posterior(self, latents: Latents, call: Call) -> Any:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the Gaussian of a group, batch ``[*batch]`` and event ``[D]``."""
         return self.family(self.parameters_of(latents, call), latents.size)
 
 
-def _free(latents: Latents) -> str:
+def _free(latents: LatentBlock) -> str:
     return "free_local" if latents.local else "free_global"

@@ -17,21 +17,21 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.guides.joint_site import drawn_from, emit, outer_shape
-from pyro_recursive.guides.packing import Latents, Values, latents_of
+from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.saving import check_copyable, check_prepared, note_loaded
-from pyro_recursive.guides.undone import undone_on_error
+from pyro_recursive.guides.undone import rollback_first_call
 from pyro_recursive.tracing.given import ModelReference
-from pyro_recursive.tracing.param_store import drop_others, shared_parameter, take_stored
+from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import rows_needed
 from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites
 from pyro_recursive.tracing.structure import outline
 
-__all__ = ["Call", "PackedGuide", "first_argument"]
+__all__ = ["GuideCall", "LatentGuide", "first_argument"]
 
 
 @dataclass(frozen=True)
-class Call:
+class GuideCall:
     """One call of a guide: its arguments, its plates by name, and what it has sampled so far."""
 
     args: tuple
@@ -49,14 +49,14 @@ class Call:
         """What encoders are fed with, before any minibatch is taken out of it."""
         return self.inputs(*self.args, **self.kwargs)
 
-    def rows(self, latents: Latents) -> Any:
+    def rows(self, latents: LatentBlock) -> Any:
         """Return the encoders' inputs, ``[*rows, ...]``, for the rows of the minibatch."""
         if not self.encoded:  # the trunk runs once
             rows = self._minibatch(latents)
             self.encoded.append(rows if self.trunk is None else self.trunk(rows))
         return self.encoded[0]
 
-    def _minibatch(self, latents: Latents) -> Any:
+    def _minibatch(self, latents: LatentBlock) -> Any:
         rows = self.raw
         for place, frame in enumerate(latents.rows):
             plate = self.plates[frame.name]
@@ -89,12 +89,12 @@ class Call:
         in_order, permuted = torch.equal(index, numbers), torch.equal(index.sort()[0], numbers)
         return index if permuted and not in_order else None
 
-    def sizes(self, latents: Latents) -> tuple[int, ...]:
+    def sizes(self, latents: LatentBlock) -> tuple[int, ...]:
         """Return how many rows the minibatch has, for each plate of the rows."""
         return tuple(self.plates[frame.name].subsample_size for frame in latents.rows)
 
 
-class PackedGuide(PyroModule):
+class LatentGuide(PyroModule):
     """A guide over a model's continuous latents, in one or two groups of packed vectors.
 
     The latents inside the plate of the data are one group, with a distribution for each row; those
@@ -119,7 +119,7 @@ class PackedGuide(PyroModule):
         self._model = ModelReference(model)
         self.plate, self.create_plates = plate, create_plates
         self.inputs = inputs or first_argument
-        self.groups: tuple[Latents, ...] = ()  # the global latents, then the local ones
+        self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._follows: dict[str, str] = {}  # which size of a plate is the inputs' length, if any
         self._lengths: dict[
@@ -134,26 +134,26 @@ class PackedGuide(PyroModule):
     can_be_component: ClassVar[bool] = True  # of a mixture: its distribution is all that it is
 
     @abstractmethod
-    def posterior(self, latents: Latents, call: Call) -> Any:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the distribution of a group: batch ``[*batch]``, event ``[D]``, unconstrained."""
 
-    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+    def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the numbers that make up the distribution of each row, ``[*batch, P]``."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say which numbers make up the distribution of a row: "
-            "define its numbers_of() and row_family()."
+            "define its variational_params() and row_family()."
         )
 
-    def row_family(self, latents: Latents) -> RowFamily:
+    def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the distributions that a row may have, as functions of those numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not define row_family().")
 
-    def keep_rows(self, latents: Latents, call: Call, numbers: Tensor) -> None:
+    def keep_rows(self, latents: LatentBlock, call: GuideCall, numbers: Tensor) -> None:
         """Put numbers ``[*batch, P]`` into the table for the minibatch's rows, if there is one."""
         if not self.by_row:
             raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create what depends on the model's latents.
 
         ``place`` is a draw from the prior, ``[*batch, D]``, and ``raw`` what encoders are fed with.
@@ -191,7 +191,7 @@ class PackedGuide(PyroModule):
         if self.groups:
             yield
             return
-        with undone_on_error(self, self.name):
+        with rollback_first_call(self, self.name):
             yield
 
     def look(self, *args: Any, **kwargs: Any) -> None:
@@ -228,7 +228,7 @@ class PackedGuide(PyroModule):
         return None
 
     def adopt(
-        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
     ) -> None:
         """Take over groups of latents, with a function that draws from the prior."""
         if self.groups:
@@ -254,30 +254,30 @@ class PackedGuide(PyroModule):
                 call.given.update(self.sample(latents, call))
         return call.given
 
-    def sample(self, latents: Latents, call: Call) -> Values:
+    def sample(self, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a group."""
         return self.sample_from(self.posterior(latents, call), latents, call)
 
-    def sample_from(self, posterior: Any, latents: Latents, call: Call) -> Values:
+    def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a group from its distribution."""
         u = drawn_from(posterior, outer_shape())
         return emit(latents, call.plates, u, posterior.log_prob)
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         plates: dict[str, Any] = {}
         if self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)
             plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
         cut = {name for name, what in self._follows.items() if what == "minibatch"}
         made = frozenset(plates)
-        call = Call(args, kwargs, plates, self.inputs, {}, self._trunk(), made, frozenset(cut))
+        call = GuideCall(args, kwargs, plates, self.inputs, {}, self._trunk(), made, frozenset(cut))
         for latents in self.groups:
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
                     plates[frame.name] = self._plate(frame, latents, call)
         return call
 
-    def _plate(self, frame: Any, latents: Latents, call: Call) -> Any:
+    def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Make a plate as the model's, or of the length of the inputs where it was theirs."""
         full, size = frame.full_size or frame.size, frame.size
         if frame.name in self._chosen and self._follows.get(frame.name) != "minibatch":
@@ -296,7 +296,7 @@ class PackedGuide(PyroModule):
                 full, size = length, min(size, length)
         return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
 
-    def _sizes_of(self, frame: Any, length: int, call: Call) -> tuple[int, int]:
+    def _sizes_of(self, frame: Any, length: int, call: GuideCall) -> tuple[int, int]:
         """Return a plate's full size and size where inputs of another length may be all or part.
 
         Inputs that were all of the data when the guide was prepared may be a minibatch now: the
@@ -317,10 +317,10 @@ class PackedGuide(PyroModule):
         is_new = self._claim()
         self.prepare(*args, **kwargs)
         if self.is_loaded:
-            drop_others(self, self._pyro_name)
+            evict_stale(self, self._pyro_name)
             self.is_loaded, self._shared = False, None
         elif is_new or self._is_left_behind():
-            take_stored(self, self._pyro_name)
+            load_from_store(self, self._pyro_name)
 
     def _is_left_behind(self) -> bool:
         """Whether Pyro's store was loaded since the last call."""
@@ -390,7 +390,7 @@ class PackedGuide(PyroModule):
 
 
 # The guide that last ran under a name: Pyro's store is by name, and would mix up two of them.
-_OWNERS: WeakValueDictionary[str, PackedGuide] = WeakValueDictionary()
+_OWNERS: WeakValueDictionary[str, LatentGuide] = WeakValueDictionary()
 
 
 class _Minibatches(Messenger):
@@ -436,7 +436,7 @@ def _enumerated(site: Site) -> bool:
     return bool(site["infer"].get("enumerate"))
 
 
-def _following(groups: tuple[Latents, ...], raw: Any) -> Iterator[tuple[str, str]]:
+def _following(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:
     """Yield the row plates that are as long as the inputs: all of the plate, or a minibatch."""
     if isinstance(raw, Tensor):
         for latents in groups:
@@ -447,3 +447,6 @@ def _following(groups: tuple[Latents, ...], raw: Any) -> Iterator[tuple[str, str
                         frame.name,
                         "all" if length == (frame.full_size or frame.size) else "minibatch",
                     )
+
+
+PackedGuide = LatentGuide  # its former name

@@ -7,13 +7,13 @@ from typing import Any
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.packing import LatentBlock
 
 __all__ = ["check_numbers", "encoding"]
 
 
 @contextmanager
-def encoding(what: str, latents: Latents, inputs: Any) -> Iterator[None]:
+def encoding(what: str, latents: LatentBlock, inputs: Any) -> Iterator[None]:
     """Say what an encoder was fed with where it fails: most of the time that is why."""
     try:
         yield
@@ -27,7 +27,7 @@ def encoding(what: str, latents: Latents, inputs: Any) -> Iterator[None]:
         ) from error
 
 
-def check_numbers(what: str, latents: Latents, found: Tensor, inputs: Any) -> None:
+def check_numbers(what: str, latents: LatentBlock, found: Tensor, inputs: Any) -> None:
     """Raise under validation where an encoder's output is NaN or infinite; waits for the device."""
     if not is_validation_enabled() or bool(found.isfinite().all()):
         return
@@ -45,7 +45,7 @@ def check_numbers(what: str, latents: Latents, found: Tensor, inputs: Any) -> No
     )
 
 
-def _names(latents: Latents) -> str:
+def _names(latents: LatentBlock) -> str:
     plate = f" in plate '{latents.rows[-1].name}'" if latents.rows else ""
     return f"latents {[slot.name for slot in latents.slots]}{plate}"
 

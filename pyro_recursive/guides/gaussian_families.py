@@ -21,7 +21,7 @@ class Family(ABC):
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the member: ``[*batch, num_parameters]`` to batch ``[*batch]``, event ``[D]``."""
 
-    def noise_size(self, size: int) -> int:
+    def noise_dim(self, size: int) -> int:
         """Return how many standard normals make a draw."""
         return size
 
@@ -79,7 +79,7 @@ class LowRank(Family):
         loc, log_scale, factor = self._split(parameters, size)
         return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
 
-    def noise_size(self, size: int) -> int:
+    def noise_dim(self, size: int) -> int:
         """Return D + rank."""
         return size + self.rank
 

@@ -15,7 +15,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
-from pyro_recursive.guides.packing import Latents, Slot, Values
+from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.sites import PACKED
 
 __all__ = ["JointSite", "drawn_from", "emit", "inside", "outer_shape"]
@@ -28,7 +28,7 @@ class JointSite(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, slot: Slot, value: Tensor, density: Callable[[Tensor], Tensor] | None = None
+        self, slot: PackedSite, value: Tensor, density: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.slot, self.value, self.density = slot, value, density
         split = value.dim() - slot.event_dim
@@ -68,7 +68,7 @@ class JointSite(TorchDistribution):
 
 
 def emit(
-    latents: Latents,
+    latents: LatentBlock,
     plates: Mapping[str, Any],
     u: Tensor,
     log_density: Callable[[Tensor], Tensor],

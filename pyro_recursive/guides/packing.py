@@ -18,13 +18,13 @@ from torch.distributions import Transform, biject_to, constraints
 
 from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale
 
-__all__ = ["Latents", "Values", "latents_of", "plain_support"]
+__all__ = ["LatentBlock", "Values", "latents_of", "plain_support"]
 
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Slot:
+class PackedSite:
     """One latent site: where its plates and its event stand, and its transform.
 
     ``inner`` are the (dim, size) of its plates that are part of the vector, left to right.
@@ -50,7 +50,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentBlock:
     """A group of latent sites, packed as ``[*batch, D]``.
 
     ``rows`` are the frames of the plates that all sites share, left to right; ``nesting`` is how
@@ -58,7 +58,7 @@ class Latents:
     elsewhere.
     """
 
-    slots: tuple[Slot, ...]
+    slots: tuple[PackedSite, ...]
     rows: tuple[Any, ...]
     nesting: int
     local: bool  # inside the plate of the data
@@ -103,16 +103,16 @@ class Latents:
                 total = total + self.sum_inner(slot, log_det)
         return total
 
-    def log_volume_of(self, slot: Slot, spread: Tensor) -> Tensor:
+    def log_volume_of(self, slot: PackedSite, spread: Tensor) -> Tensor:
         """Return ``log |dz / du|`` of each entry of one site, without its event dims."""
         log_det = slot.transform.log_abs_det_jacobian(spread, slot.transform(spread))
         return _sum_right(log_det, spread.dim() - len(slot.event_shape))
 
-    def sum_inner(self, slot: Slot, tensor: Tensor) -> Tensor:
+    def sum_inner(self, slot: PackedSite, tensor: Tensor) -> Tensor:
         """Sum what each entry of a site contributes over its inner plates, to ``[*batch]``."""
         return self._gather(slot, tensor, 0).sum(-1)
 
-    def _spread(self, slot: Slot, part: Tensor) -> Tensor:
+    def _spread(self, slot: PackedSite, part: Tensor) -> Tensor:
         """``[*batch, numel]`` to ``[*batch with the inner plates, *unconstrained event]``."""
         events, width = len(slot.event_shape), len(slot.inner)
         inner = [dim for dim, _ in slot.inner]
@@ -128,7 +128,7 @@ class Latents:
             spread = spread.reshape(spread.shape[-own:] if own else ())
         return spread
 
-    def _gather(self, slot: Slot, spread: Tensor, events: int | None = None) -> Tensor:
+    def _gather(self, slot: PackedSite, spread: Tensor, events: int | None = None) -> Tensor:
         """Undo `_spread`: bring the inner plates next to the event, leaving ones in place."""
         events = len(slot.event_shape) if events is None else events
         lacking = self.nesting + events - spread.dim()
@@ -143,7 +143,7 @@ class Latents:
         return moved.reshape(*batch, -1)
 
 
-def latents_of(sites: Iterable[Site], local: bool) -> Latents:
+def latents_of(sites: Iterable[Site], local: bool) -> LatentBlock:
     """Return a group of latent sites of a trace of the model, those with rows or those without."""
     found = [_checked(site) for site in sites]
     frames = [{f.name: f for f in plates_of(site).values() if f.vectorized} for site in found]
@@ -151,7 +151,7 @@ def latents_of(sites: Iterable[Site], local: bool) -> Latents:
     rows = sorted((frames[0][name] for name in shared), key=lambda frame: frame.dim)
     nesting = max((-f.dim for own in frames for f in own.values()), default=0)
     slots = tuple(_slot(site, shared) for site in found)
-    return Latents(slots, tuple(rows), nesting, local)
+    return LatentBlock(slots, tuple(rows), nesting, local)
 
 
 def _checked(site: Site) -> Site:
@@ -168,7 +168,7 @@ def _checked(site: Site) -> Site:
     return site
 
 
-def _slot(site: Site, shared: set[str]) -> Slot:
+def _slot(site: Site, shared: set[str]) -> PackedSite:
     fn, value = site["fn"], site["value"].detach()
     inner = []
     for name, frame in plates_of(site).items():
@@ -195,7 +195,7 @@ def _slot(site: Site, shared: set[str]) -> Slot:
     transform = biject_to(support)
     unconstrained = transform.inv(value)
     events = fn.event_dim + unconstrained.dim() - value.dim()
-    return Slot(
+    return PackedSite(
         name=site["name"],
         frames=tuple(f for f in plates_of(site).values() if f.vectorized),
         support=_bare(support),

@@ -35,7 +35,7 @@ class RowFamily(ABC):
 
     @property
     @abstractmethod
-    def noise_size(self) -> int:
+    def noise_dim(self) -> int:
         """How many standard normals make a draw."""
 
     @property
@@ -90,9 +90,9 @@ class GaussianRows(RowFamily):
         return (self.size, self.size, rest) if rest else (self.size, self.size)
 
     @property
-    def noise_size(self) -> int:
+    def noise_dim(self) -> int:
         """What the family needs."""
-        return self.family.noise_size(self.size)
+        return self.family.noise_dim(self.size)
 
     def draw(self, numbers: Tensor, noise: Tensor) -> Tensor:
         """Move and scale the noise."""
@@ -124,9 +124,9 @@ class MixtureRows(RowFamily):
         return (*(n for member in self.members for n in member.blocks), len(self.members))
 
     @property
-    def noise_size(self) -> int:
+    def noise_dim(self) -> int:
         """What the neediest part needs."""
-        return max(member.noise_size for member in self.members)
+        return max(member.noise_dim for member in self.members)
 
     @property
     def parts(self) -> int:
@@ -137,7 +137,7 @@ class MixtureRows(RowFamily):
         """Draw from each part with noise of its own."""
         pairs = zip(self.members, self._split(numbers), strict=True)
         drawn = [
-            member.draw(own, noise[:, j : j + 1, ..., : member.noise_size])
+            member.draw(own, noise[:, j : j + 1, ..., : member.noise_dim])
             for j, (member, own) in enumerate(pairs)
         ]
         return torch.cat(drawn, 1)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from pyro_recursive.guides.base import Call
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.base import GuideCall
+from pyro_recursive.guides.packing import LatentBlock
 
 __all__ = ["rows_of"]
 
 
-def rows_of(table: Tensor, latents: Latents, call: Call) -> Tensor:
+def rows_of(table: Tensor, latents: LatentBlock, call: GuideCall) -> Tensor:
     """Return the rows of a table that are in the minibatch, ``[*all rows, n]`` to ``[*rows, n]``.
 
     Raises ValueError where the plate has another size than the table.

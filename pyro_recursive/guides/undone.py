@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import pyro
 from torch import nn
 
-__all__ = ["undone_on_error"]
+__all__ = ["rollback_first_call"]
 
 
 @contextmanager
-def undone_on_error(guide: nn.Module, name: str) -> Iterator[None]:
+def rollback_first_call(guide: nn.Module, name: str) -> Iterator[None]:
     """Take back what the block added to a guide and its modules, where it raises.
 
     That is attributes, parameters and buffers, and what stands under ``name`` in Pyro's store; not

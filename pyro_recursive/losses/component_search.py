@@ -11,9 +11,9 @@ from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.layout import layout_of
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
-from pyro_recursive.tracing.strata import Strata
+from pyro_recursive.tracing.strata import ComponentAssignment
 
 __all__ = ["propose"]
 
@@ -60,7 +60,9 @@ class _Search:
 
     def from_guide(self) -> list[poutine.Trace]:
         """Run the mixture so far."""
-        self.particles, runs = draw(self.program, 1, SCREENED // 2, vectorize=self.vectorize)
+        self.particles, runs = run_particles(
+            self.program, 1, SCREENED // 2, vectorize=self.vectorize
+        )
         self.minibatch = subsample_sites(runs[0].guide, runs[0].model)
         return [run.guide for run in runs]
 
@@ -124,8 +126,10 @@ class _Search:
             seen[run] = log_mixture(table, log_weights)
             return torch.zeros_like(volume)
 
-        strata = Strata((0,) * len(points), nothing, points=points, members=self.mixture.members)
-        particles, runs = draw(
+        strata = ComponentAssignment(
+            (0,) * len(points), nothing, points=points, members=self.mixture.members
+        )
+        particles, runs = run_particles(
             self.program,
             1,
             len(points),

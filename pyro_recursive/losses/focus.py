@@ -11,15 +11,15 @@ from torch import Tensor
 from pyro_recursive.bounds.mixture_objectives import OBJECTIVES, Objective, log_mixture, log_others
 from pyro_recursive.losses.mixture import log_mixture_weights, whole_density
 from pyro_recursive.tracing.densities import Densities, guide_group, weighted
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, sites
-from pyro_recursive.tracing.strata import Strata
+from pyro_recursive.tracing.strata import ComponentAssignment
 
-__all__ = ["Drawn", "Focus", "Terms", "component_site", "drawn", "terms_of"]
+__all__ = ["MemberDraws", "StepPlan", "StepTerms", "component_site", "drawn", "terms_of"]
 
 
 @dataclass(frozen=True)
-class Focus:
+class StepPlan:
     """What a step trains: ``component``, one of ``members``, by an objective; and the model.
 
     A component that is only ``proposing`` stands beside the mixture of the others, with the weight
@@ -36,7 +36,7 @@ class Focus:
     epsilon: float = 0.0
 
     @classmethod
-    def on_all(cls, members: tuple[int, ...], num_draws: int) -> "Focus":
+    def on_all(cls, members: tuple[int, ...], num_draws: int) -> "StepPlan":
         """Return a focus that draws from all members and trains nothing."""
         return cls(OBJECTIVES["exact"], members, members[-1], num_draws, False)
 
@@ -58,11 +58,11 @@ class Focus:
         return tuple(range(len(self.members))) * self.num_draws
 
     @cached_property
-    def strata(self) -> Strata:
+    def strata(self) -> ComponentAssignment:
         """The handler for this step's runs, which also keeps the table of densities."""
         moving = {self.place} if self.moves_guide else set()
         frozen = frozenset(range(len(self.members))) - moving
-        return Strata(self.components, self.reference, frozen, members=self.members)
+        return ComponentAssignment(self.components, self.reference, frozen, members=self.members)
 
     @cached_property
     def tables(self) -> dict[int | None, tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ class Focus:
         return self.objective(table, log_weights, self.place, own if particle is None else [])
 
 
-class Terms(NamedTuple):
+class StepTerms(NamedTuple):
     """The parts of a step's gradient; ``[E, *plates]`` for E draws.
 
     ``model`` and ``guide`` multiply the gradients that model and component get from each draw,
@@ -95,13 +95,13 @@ class Terms(NamedTuple):
     gains: Tensor
     value: Tensor
 
-    def climbers(self, focus: Focus) -> list[Tensor]:
+    def climbers(self, focus: StepPlan) -> list[Tensor]:
         """Return the weights of the draws for those that this step moves, the model's first."""
         moved = ((self.model, focus.moves_model), (self.guide, focus.moves_guide))
         return [weights for weights, moves in moved if moves]
 
 
-def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
+def terms_of(runs: Sequence[ParticleRun], densities: Densities, focus: StepPlan) -> StepTerms:
     """Return the parts of a step's gradient."""
     local = whole_density(densities)
     count = len(set(focus.components))
@@ -127,10 +127,10 @@ def terms_of(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Terms:
         if focus.objective.held:  # rows count as much as the component weighs in them
             share = own * weights.detach()
             guide = guide * share / (share.sum() / own.sum())
-    return Terms(local, model, guide, weights, gains, value)
+    return StepTerms(local, model, guide, weights, gains, value)
 
 
-class Drawn(NamedTuple):
+class MemberDraws(NamedTuple):
     """Draws from every member, and densities there.
 
     ``log_p``, the mixture's ``log_q``, that of the ``others`` without the last member, and the
@@ -147,7 +147,7 @@ class Drawn(NamedTuple):
     scale: float
 
 
-def drawn(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Drawn:
+def drawn(runs: Sequence[ParticleRun], densities: Densities, focus: StepPlan) -> MemberDraws:
     """Return the log-densities of all members at the draws of each."""
     count, layout = len(focus.members), densities.layout
     last = count - 1
@@ -158,7 +158,7 @@ def drawn(runs: Sequence[Draw], densities: Densities, focus: Focus) -> Drawn:
     log_q = gathered(log_mixture)
     log_p = _model(densities, densities.log_weights).expand_as(densities.log_weights)
     weights = log_mixture_weights(densities)[:count, 0].movedim(0, -1)
-    return Drawn(
+    return MemberDraws(
         log_p=log_p[:, 0].unflatten(0, (-1, count)),
         log_q=log_q,
         others=gathered(lambda table, weights: log_others(table, weights, last)),
@@ -173,7 +173,7 @@ def _model(densities: Densities, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if densities.model is None else densities.model
 
 
-def _mixture_in(focus: Focus) -> Callable[[Tensor, Tensor], Tensor]:
+def _mixture_in(focus: StepPlan) -> Callable[[Tensor, Tensor], Tensor]:
     """Return how the log-density of the mixture follows from the table."""
     if focus.proposing:
         return lambda table, log_weights: log_others(table, log_weights, focus.place)
@@ -185,9 +185,9 @@ def _column(j: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _gather(
-    runs: Sequence[Draw],
+    runs: Sequence[ParticleRun],
     densities: Densities,
-    focus: Focus,
+    focus: StepPlan,
     log_density: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Return a log-density computed from the tables, ``[E, 1, *plates]``."""
@@ -203,6 +203,6 @@ def _gather(
     return gathered
 
 
-def component_site(run: Draw) -> Site:
+def component_site(run: ParticleRun) -> Site:
     """Return the site that draws the component."""
     return next(site for site in sites(run.guide) if guide_group(site) == "score")

@@ -26,8 +26,8 @@ from torch.distributions import constraints
 from pyro_recursive import bounds
 from pyro_recursive.bounds.estimators import Estimator
 from pyro_recursive.tracing.densities import Densities, guide_group
-from pyro_recursive.tracing.param_store import drop_others
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.param_store import evict_stale
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import sites
 
 __all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
@@ -51,7 +51,7 @@ class LearnedBeta(PyroModule):
 
 
 def _prefer_loaded(module: Any, keys: Any) -> None:
-    drop_others(module, module.name)
+    evict_stale(module, module.name)
 
 
 def _warn_if_stored(name: str, beta: float) -> None:
@@ -80,7 +80,7 @@ def check_replicates(num_estimates: int, num_particles: int, estimator: Estimato
         )
 
 
-def optimal_beta(runs: Sequence[Draw], local: Densities, estimator: Estimator) -> Tensor:
+def optimal_beta(runs: Sequence[ParticleRun], local: Densities, estimator: Estimator) -> Tensor:
     """Return this batch's estimate of the best beta, a scalar in [0, 1] without a graph."""
     log_weights = local.log_weights
     replicates = log_weights
@@ -101,7 +101,7 @@ Samples = list[tuple[dict, int, Tensor]]  # for one site: where each run sampled
 
 
 def _path_derivatives(
-    runs: Sequence[Draw], local: Densities, estimator: Estimator
+    runs: Sequence[ParticleRun], local: Densities, estimator: Estimator
 ) -> list[Samples]:
     """Return each reparameterised site's derivative, as the estimator sends it along the path.
 

@@ -26,9 +26,9 @@ from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.densities import Densities, guide_group
 from pyro_recursive.tracing.layout import Layout
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import plates_of, sites
-from pyro_recursive.tracing.strata import Strata
+from pyro_recursive.tracing.strata import ComponentAssignment
 
 __all__ = [
     "MISELBO",
@@ -88,7 +88,7 @@ class MISELBO(MultiSampleELBO):
 
     def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> Evaluation:
         count = len(mixture_of(program.guide).members)
-        options.setdefault("strata", Strata(self._components(count)))
+        options.setdefault("strata", ComponentAssignment(self._components(count)))
         options.setdefault("shape", self._shape(count))
         if options.get("replay") == "paths" and mixture_of(program.guide).holds_densities:
             # The guide leaves out what a second run of it would take away.
@@ -195,7 +195,7 @@ def mixture_of(guide: Callable) -> Any:
     return bare
 
 
-def _check_rows(run: Draw, layout: Layout) -> None:
+def _check_rows(run: ParticleRun, layout: Layout) -> None:
     """Raise where the components' draws cannot be told apart by row."""
     shared = {frame.name for frame in layout.plates}
     for site in sites(run.guide):

@@ -33,7 +33,7 @@ from pyro_recursive.tracing.layout import (
     warn_if_nothing_local,
 )
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Draw, draw
+from pyro_recursive.tracing.runs import ParticleRun, run_particles
 from pyro_recursive.tracing.sites import check_match, sites
 from pyro_recursive.tracing.structure import structure_in, structure_of
 
@@ -166,7 +166,7 @@ class MultiSampleELBO(ELBO):
             structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
             options["shared"] = frozenset(structure.guide) - local
-        particles, runs = draw(
+        particles, runs = run_particles(
             program,
             *shape,
             max_plate_nesting=self.max_plate_nesting,
@@ -387,7 +387,7 @@ class CIWAE_ELBO(MultiSampleELBO):
 class Evaluation(NamedTuple):
     """One evaluation: the runs, the densities in the weights, and those of the global latents."""
 
-    runs: list[Draw]
+    runs: list[ParticleRun]
     local: Densities
     shared: Densities | None
 
@@ -407,7 +407,7 @@ def _check_samples(**counts: Any) -> None:
     check_at_least(1, **counts)
 
 
-def _names(run: Draw) -> frozenset[str]:
+def _names(run: ParticleRun) -> frozenset[str]:
     return frozenset(site["name"] for site in sites(run.model, run.guide))
 
 

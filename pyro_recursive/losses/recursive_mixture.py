@@ -20,7 +20,7 @@ from pyro_recursive.bounds.mixture_objectives import (
     line_search,
 )
 from pyro_recursive.losses.component_search import propose
-from pyro_recursive.losses.focus import Drawn, Focus, drawn, terms_of
+from pyro_recursive.losses.focus import MemberDraws, StepPlan, drawn, terms_of
 from pyro_recursive.losses.mixture import Stratified_ELBO, applied, mixture_of
 from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.program import Program
@@ -199,13 +199,13 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         value = -scale * terms.value
         return value - scale * (total - total.detach()) if total.requires_grad else value
 
-    def _focus(self, mixture: Any) -> Focus:
+    def _focus(self, mixture: Any) -> StepPlan:
         """Return what this step trains."""
         stage, part = mixture.stage, self.update
         if part == "alternating":
             part = "model" if mixture.steps_taken % 2 else "guide"
         kinds = {"first": OBJECTIVES["elbo"], "propose": self.proposal}
-        return Focus(
+        return StepPlan(
             objective=kinds.get(stage.kind, self.objective),
             members=tuple(sorted({*mixture.members, stage.component})),
             component=stage.component,
@@ -245,9 +245,9 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         mixture.set_log_weights(best)
 
     @torch.no_grad()
-    def _draw_all(self, program: Program, mixture: Any) -> Drawn:
+    def _draw_all(self, program: Program, mixture: Any) -> MemberDraws:
         """Draw from every member, and evaluate all members' densities at all draws."""
-        focus = Focus.on_all(mixture.members, mixture.num_draws)
+        focus = StepPlan.on_all(mixture.members, mixture.num_draws)
         shape = (len(focus.components), 1)
         evaluation = self._evaluate(program, strata=focus.strata, shape=shape)
         return drawn(evaluation.runs, evaluation.local, focus)

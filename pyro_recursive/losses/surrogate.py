@@ -20,8 +20,8 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import Coefficients, Estimator
 from pyro_recursive.tracing.densities import Densities, guide_group
-from pyro_recursive.tracing.paths import Path
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.paths import GradientCut
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
 
 __all__ = ["global_surrogate", "surrogate"]
@@ -29,7 +29,9 @@ __all__ = ["global_surrogate", "surrogate"]
 HUGE = 1e30  # nats; a log-density beyond is infinite
 
 
-def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: Estimator) -> Tensor:
+def surrogate(
+    runs: Sequence[ParticleRun], local: Densities, bound: Bound, estimator: Estimator
+) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
     log_weights = local.log_weights
     if estimator.signal is None and estimator.replay != "values":
@@ -59,7 +61,7 @@ def surrogate(runs: Sequence[Draw], local: Densities, bound: Bound, estimator: E
     )
 
 
-def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
+def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
     """Return a scalar with the gradient of the ELBO terms of the global latents.
 
     Where the local sites are replayed, the score of the global density is dropped as well: its
@@ -83,7 +85,7 @@ def global_surrogate(runs: Sequence[Draw], shared: Densities) -> Tensor:
 
 
 def _along_paths(
-    dens: Densities, paths: list[Path], table: Coefficients, guide: Tensor
+    dens: Densities, paths: list[GradientCut], table: Coefficients, guide: Tensor
 ) -> Tensor | float:
     """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
     if not paths:
@@ -135,7 +137,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     return denominator, torch.where(numerator == 0, numerator, numerator / denominator)
 
 
-def _scale(dens: Densities, paths: Iterable[Path], factor: Tensor) -> None:
+def _scale(dens: Densities, paths: Iterable[GradientCut], factor: Tensor) -> None:
     for path in paths:
         path.scale_gradient(dens.layout.at_site(factor, path.site, path.particle))
 
@@ -150,15 +152,17 @@ def _dot(coefficients: Tensor | None, log_density: Tensor | None) -> Tensor | fl
     return (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
 
 
-def _belongs(path: Path, dens: Densities) -> bool:
+def _belongs(path: GradientCut, dens: Densities) -> bool:
     return dens.names is None or path.site["name"] in dens.names
 
 
-def _score_sites(runs: Sequence[Draw]) -> list[str]:
+def _score_sites(runs: Sequence[ParticleRun]) -> list[str]:
     return [site["name"] for site in sites(runs[0].guide) if guide_group(site) == "score"]
 
 
-def _refuse_score_sites(runs: Sequence[Draw], local: Densities, estimator: Estimator) -> None:
+def _refuse_score_sites(
+    runs: Sequence[ParticleRun], local: Densities, estimator: Estimator
+) -> None:
     if local.score is not None and local.score.requires_grad:
         raise NotImplementedError(
             f"Guide site '{_score_sites(runs)[0]}' is not reparameterised, so "
@@ -167,7 +171,7 @@ def _refuse_score_sites(runs: Sequence[Draw], local: Densities, estimator: Estim
         )
 
 
-def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
+def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:
     for site in sites(runs[0].guide):
         if is_delta(site) and _parameters([site["value"]], runs):
             raise NotImplementedError(
@@ -176,7 +180,7 @@ def _refuse_moving_deltas(runs: Sequence[Draw]) -> None:
             )
 
 
-def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
+def _refuse_shared_parameters(runs: Sequence[ParticleRun], local: Densities) -> None:
     """Raise where model and guide share a parameter: its two gradients have different targets."""
     paths = [path.value for run in runs for path in run.paths]
     values = [site["value"] for run in runs for site in sites(run.guide)]
@@ -190,7 +194,7 @@ def _refuse_shared_parameters(runs: Sequence[Draw], local: Densities) -> None:
         )
 
 
-def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[Draw]) -> set[Tensor]:
+def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[ParticleRun]) -> set[Tensor]:
     """Return the leaves that tensors depend on, other than through a cut.
 
     Read off the graph, so that parameters count whether Pyro knows of them or not.

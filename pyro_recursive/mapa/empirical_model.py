@@ -20,15 +20,15 @@ from torch.distributions import biject_to
 
 from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.codes import Codes
-from pyro_recursive.mapa.slots import Slots
-from pyro_recursive.priors.pairwise import in_pairs
+from pyro_recursive.mapa.slots import CodeIndex
+from pyro_recursive.priors.pairwise import pairwise
 from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites
 from pyro_recursive.tracing.structure import outline
 
 __all__ = [
+    "DecodedCodes",
     "Empiricalized",
     "OnCodes",
-    "Placed",
     "Plate",
     "all_of",
     "check_latent",
@@ -46,7 +46,7 @@ class Plate(NamedTuple):
     indices: Tensor | None
 
 
-class Placed(NamedTuple):
+class DecodedCodes(NamedTuple):
     """Codes that are decoded, and the log-weights of the terms they stand for, in nats.
 
     For all rows ``codes`` ``[U, D]`` and ``log_weights`` ``[B, U]`` (or ``[U]``); or for each row
@@ -75,7 +75,7 @@ class OnCodes(Messenger):
     """
 
     def __init__(
-        self, site: str, place: Callable[[Plate], Placed], certain_where_masked: bool = True
+        self, site: str, place: Callable[[Plate], DecodedCodes], certain_where_masked: bool = True
     ) -> None:
         super().__init__()
         self.site, self.place = site, place
@@ -90,7 +90,7 @@ class OnCodes(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and self._shared_dim is not None:
-            msg["fn"] = in_pairs(msg["fn"], self._shared_dim)
+            msg["fn"] = pairwise(msg["fn"], self._shared_dim)
         if msg["name"] != self.site or msg["is_observed"]:
             return
         frame = check_site(msg)
@@ -106,7 +106,7 @@ class OnCodes(Messenger):
             log_weights = _certain(log_weights, msg["mask"])
         slot = pyro.sample(
             index_site(self.site),
-            Slots(log_weights),
+            CodeIndex(log_weights),
             infer={"enumerate": "parallel"},
         )
         value = _value(msg["fn"], _chosen(placed.codes, slot, frame.dim), self.site)
@@ -180,9 +180,9 @@ class Empiricalized:
             return self.model(*args, **kwargs)
 
 
-def all_of(codes: Codes) -> Placed:
+def all_of(codes: Codes) -> DecodedCodes:
     """Return all codes with their prior weights, with noise where they have a scale."""
-    return Placed(with_noise(codes(), codes.scale), codes.log_weights)
+    return DecodedCodes(with_noise(codes(), codes.scale), codes.log_weights)
 
 
 def with_noise(places: Tensor, scale: Tensor | None) -> Tensor:

@@ -13,14 +13,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
-from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.mapa.candidates import Plan
 from pyro_recursive.mapa.codes import Codes, EncodedCodes
 from pyro_recursive.mapa.empirical_model import (
+    DecodedCodes,
     OnCodes,
-    Placed,
     Plate,
     all_of,
     check_latent,
@@ -34,11 +34,11 @@ from pyro_recursive.mapa.recover import recover_prior
 from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Rows, Table, neighbours
 from pyro_recursive.tracing.counts import is_count
-from pyro_recursive.tracing.given import Given
+from pyro_recursive.tracing.given import SubstituteByName
 from pyro_recursive.tracing.modules import check_instance
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.tracing.sites import check_finite, nesting_of, plates_of, sites, subsample_sites
-from pyro_recursive.tracing.strata import Choice
+from pyro_recursive.tracing.strata import ComponentIndex
 from pyro_recursive.tracing.structure import outline
 
 __all__ = ["MAPAGuide", "Passes"]
@@ -53,7 +53,7 @@ class Passes(NamedTuple):
     rows: int
 
 
-class MAPAGuide(PackedGuide):
+class MAPAGuide(LatentGuide):
     """A posterior over the codes of an empirical prior, guessed once from distances between data.
 
     The prior of one local latent site is replaced by M codes, ``p(z) = sum_i w_i delta(z - c_i)``
@@ -250,7 +250,7 @@ class MAPAGuide(PackedGuide):
         """Return the model with the latent that has codes, the others hidden."""
         return poutine.block(super().served_model(), hide_fn=self._is_other)
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Check that the codes fit the site."""
         first = self.codes(torch.zeros(1, dtype=torch.long, device=self.codes.logits.device))
         if first.shape[-1] != latents.size:
@@ -259,7 +259,7 @@ class MAPAGuide(PackedGuide):
                 f"takes {latents.size} unconstrained numbers."
             )
 
-    def _check_broadcasting(self, call: Call) -> None:
+    def _check_broadcasting(self, call: GuideCall) -> None:
         (latents,) = self.groups
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)
@@ -282,7 +282,7 @@ class MAPAGuide(PackedGuide):
         """Return the model on the codes of one step, each time other ones: what is trained."""
 
         def on_codes(*args: Any, **kwargs: Any) -> Any:
-            def place(plate: Plate) -> Placed:
+            def place(plate: Plate) -> DecodedCodes:
                 return self._step(self._rows_of(plate, args, kwargs), plate)
 
             with OnCodes(str(self.site), place):
@@ -321,7 +321,7 @@ class MAPAGuide(PackedGuide):
         prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
         return with_prior(self.own_model("to replace its prior"), str(self.site), prior)
 
-    def posterior(self, latents: Latents, call: Call) -> CodeMixture:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> CodeMixture:
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""
         _, placed = self._neighbours(call)
         if _asks_for_the_prior(call.raw, call.args, call.kwargs):
@@ -334,15 +334,15 @@ class MAPAGuide(PackedGuide):
             log_weights = self._index_posterior(call, placed)
         return CodeMixture(log_weights, codes, self.codes.scale)
 
-    def sample_from(self, posterior: Any, latents: Latents, call: Call) -> Values:
+    def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a code for each row, then the site."""
         with inside(latents.rows, call.plates):
-            choice = Choice(logits=posterior.log_weights)
+            choice = ComponentIndex(logits=posterior.log_weights)
             index = pyro.sample(f"{self.name}_code", choice, infer={"is_auxiliary": True})
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         return emit(latents, call.plates, posterior.draw(index.expand(shape)), posterior.log_prob)
 
-    def _plate(self, frame: Any, latents: Latents, call: Call) -> Any:
+    def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Make a plate as the model's; without data only the model knows how many rows."""
         if call.raw is not None:
             return super()._plate(frame, latents, call)
@@ -350,19 +350,19 @@ class MAPAGuide(PackedGuide):
         found = plates_of(trace.nodes[str(self.site)])[frame.name]
         return pyro.plate(frame.name, found.full_size, subsample_size=found.size, dim=frame.dim)
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Sample the other latents, and return the call with plates of the same minibatch."""
         rest = self._rest()
         if rest is None:
             return super()._call(args, kwargs)
         trace = poutine.trace(rest).get_trace(*args, **kwargs)
         minibatch = {name: site["value"] for name, site in subsample_sites(trace).nodes.items()}
-        with poutine.block(hide=list(minibatch)), Given(minibatch):
+        with poutine.block(hide=list(minibatch)), SubstituteByName(minibatch):
             call = super()._call(args, kwargs)
         call.given.update({s["name"]: s["value"] for s in sites(trace) if not s["is_observed"]})
         return call
 
-    def _step(self, rows: Rows | None, plate: Plate) -> Placed:
+    def _step(self, rows: Rows | None, plate: Plate) -> DecodedCodes:
         """Choose the codes of a training step, and count them."""
         if rows is None:
             self.passes = Passes(len(self.codes), plate.size)
@@ -381,16 +381,16 @@ class MAPAGuide(PackedGuide):
         """Count a step of training: `MAPA_ELBO` calls this."""
         self.steps_to_warm_up.sub_(1).clamp_(min=0)
 
-    def _neighbours(self, call: Call) -> tuple[Tensor, Placed]:
+    def _neighbours(self, call: GuideCall) -> tuple[Tensor, DecodedCodes]:
         """Return all codes that the table keeps for the rows, with the prior's weights."""
         rows = self._rows_of(_plate_of(self.groups[0], call), call.args, call.kwargs)
         if rows is None:
             index = torch.arange(len(self.codes), device=self.codes.logits.device)
-            return index, Placed(self.codes(), self.codes.log_weights)
+            return index, DecodedCodes(self.codes(), self.codes.log_weights)
         padding = torch.zeros_like(rows.log_q).masked_fill(rows.log_q.isneginf(), -math.inf)
         return rows.index, self._placed(rows.index, padding, noisy=False)
 
-    def _placed(self, index: Tensor, log_weights: Tensor, noisy: bool = True) -> Placed:
+    def _placed(self, index: Tensor, log_weights: Tensor, noisy: bool = True) -> DecodedCodes:
         """Compute codes, each once, ``[U]`` or ``[B, K]``, and add the prior's weights."""
         prior = self.codes.log_weights
         if index.dim() == 1:
@@ -400,7 +400,7 @@ class MAPAGuide(PackedGuide):
             codes = self.codes(once)[place]
         if noisy:
             codes = with_noise(codes, self.codes.scale)
-        return Placed(codes, prior[index] + log_weights.to(prior))
+        return DecodedCodes(codes, prior[index] + log_weights.to(prior))
 
     @property
     def _index_posterior(self) -> IndexPosterior:
@@ -498,6 +498,6 @@ def _same(rows: Tensor, value: Tensor) -> bool:
     return rows.shape == value.shape and bool((rows.to(value) == value).all())
 
 
-def _plate_of(latents: Latents, call: Call) -> Plate:
+def _plate_of(latents: LatentBlock, call: GuideCall) -> Plate:
     plate = call.plates[latents.rows[0].name]
     return Plate(plate.size, plate.subsample_size, plate.indices)

@@ -11,13 +11,13 @@ from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.guides.base import Call
+from pyro_recursive.guides.base import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
-from pyro_recursive.guides.packing import Latents
-from pyro_recursive.mapa.empirical_model import OnCodes, Placed, index_site, with_noise
+from pyro_recursive.guides.packing import LatentBlock
+from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, index_site, with_noise
 from pyro_recursive.mapa.log_sums import IndexELBO
-from pyro_recursive.tracing.given import Given, Unnoticed
+from pyro_recursive.tracing.given import SubstituteByName, Unnoticed
 
 __all__ = ["CodeMixture", "IndexPosterior"]
 
@@ -56,21 +56,21 @@ class IndexPosterior:
 
     model: Callable
     site: str
-    latents: Latents
+    latents: LatentBlock
     nesting: int
 
-    def __call__(self, call: Call, placed: Placed) -> Tensor:
+    def __call__(self, call: GuideCall, placed: DecodedCodes) -> Tensor:
         """Return the posterior by the model's likelihood, ``[*batch, K]`` nats.
 
         The derivative of the log-evidence by the log-weights: so it is right whatever else the
         model enumerates, and the plates around have posteriors of their own.
         """
         log_weights = self.at_rows(placed.log_weights.detach(), call).requires_grad_()
-        placed = Placed(placed.codes.detach(), log_weights)
+        placed = DecodedCodes(placed.codes.detach(), log_weights)
         (found,) = torch.autograd.grad(self._minus_evidence(call, placed), log_weights)
         return (found / found.sum(-1, keepdim=True)).log()
 
-    def check_broadcasting(self, call: Call, placed: Placed) -> None:
+    def check_broadcasting(self, call: GuideCall, placed: DecodedCodes) -> None:
         """Run the model on some codes, and raise ValueError where it cannot.
 
         With another number of codes than rows: a model that reshapes its latents by the number of
@@ -78,7 +78,7 @@ class IndexPosterior:
         """
         log_weights = self.at_rows(placed.log_weights.detach(), call).requires_grad_()
         try:
-            self._minus_evidence(call, Placed(placed.codes, log_weights))
+            self._minus_evidence(call, DecodedCodes(placed.codes, log_weights))
         except NotImplementedError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -90,21 +90,26 @@ class IndexPosterior:
                 f"The error was: {error}"
             ) from error
 
-    def at_rows(self, log_weights: Tensor, call: Call) -> Tensor:
+    def at_rows(self, log_weights: Tensor, call: GuideCall) -> Tensor:
         """Repeat log-weights for all rows and the plates around, ``[*batch, K]``."""
         rows = log_weights.expand(*call.sizes(self.latents), log_weights.shape[-1])
         rows = self.latents.expand_rows(rows)
         batch = torch.broadcast_shapes(outer_shape(), rows.shape[:-1])
         return rows.expand(*batch, -1).clone()
 
-    def _minus_evidence(self, call: Call, placed: Placed) -> Tensor:
+    def _minus_evidence(self, call: GuideCall, placed: DecodedCodes) -> Tensor:
         """Run the model on codes, given all other latents, in a run that leaves no trace."""
         outer = [frame for frame in get_plates() if frame.vectorized]
         nesting = max([self.nesting, *(-frame.dim for frame in outer)])
         minibatch = {name: plate.indices for name, plate in call.plates.items()}
 
         def run() -> Tensor:
-            with torch.enable_grad(), poutine.broadcast(), _Around(outer), Given(minibatch):
+            with (
+                torch.enable_grad(),
+                poutine.broadcast(),
+                _Around(outer),
+                SubstituteByName(minibatch),
+            ):
                 handled = OnCodes(self.site, lambda plate: placed, certain_where_masked=False)
                 known = poutine.condition(handled(self.model), data=call.given)
                 loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)

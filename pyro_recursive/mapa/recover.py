@@ -10,15 +10,15 @@ from torch import Tensor
 from pyro_recursive.mapa.flow_prior import FlowPrior
 from pyro_recursive.mapa.quantile_map import QuantilePrior
 from pyro_recursive.mapa.recovered import RecoveredPrior, weighted_codes
-from pyro_recursive.mapa.windows import KernelPrior, WindowPrior
+from pyro_recursive.mapa.windows import CodeMixturePrior, KDEPrior
 
 __all__ = ["KINDS", "recover_prior"]
 
 KINDS: dict[str, Callable[..., RecoveredPrior]] = {
     "copula": QuantilePrior,
     "flow": FlowPrior,
-    "kde": WindowPrior,
-    "kernels": KernelPrior,
+    "kde": KDEPrior,
+    "kernels": CodeMixturePrior,
 }
 
 
@@ -46,8 +46,8 @@ def recover_prior(
       Options ``flow`` (``"spline"``, ``"coupling"``, ``"maf"``, ``"iaf"`` or a function), and
       ``transforms``, ``hidden``, ``steps``, ``batch_size``, ``lr``, ``patience``.
     - ``"kde"``: a normal around each code, shaped as all codes are, as wide as leave-one-out
-      likelihood wants: `WindowPrior`. Option ``width``, to choose it.
-    - ``"kernels"``: ``N(c_i, scale**2 I)`` around each code: `KernelPrior`. Needs ``scale``.
+      likelihood wants: `KDEPrior`. Option ``width``, to choose it.
+    - ``"kernels"``: ``N(c_i, scale**2 I)`` around each code: `CodeMixturePrior`. Needs ``scale``.
     - ``"auto"``: the copula for D = 1; else a flow where zuko is installed, or ``"kde"``.
 
     All is drawn by generators of their own: torch's global ones are left alone.

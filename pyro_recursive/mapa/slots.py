@@ -7,10 +7,10 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-__all__ = ["Slots"]
+__all__ = ["CodeIndex"]
 
 
-class Slots(TorchDistribution):
+class CodeIndex(TorchDistribution):
     """A choice among K with log-weights ``logits`` ``[*batch, K]`` that need not sum to one.
 
     Its log-density is the log-weight itself: enumerated and summed, K slots give an estimate of a
@@ -35,9 +35,9 @@ class Slots(TorchDistribution):
         """The normalised weights, ``[*batch, K]``."""
         return self.logits.softmax(-1)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Slots":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "CodeIndex":
         """Return the same choice for a larger batch."""
-        return Slots(self.logits.expand(*batch_shape, -1))
+        return CodeIndex(self.logits.expand(*batch_shape, -1))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw in proportion to the weights."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_recursive.mapa.recovered import RecoveredPrior, check_spread
 from pyro_recursive.priors.encoded_mixture import EncodedMixture
 
-__all__ = ["KernelPrior", "WindowPrior", "bandwidth", "leave_one_out"]
+__all__ = ["CodeMixturePrior", "KDEPrior", "bandwidth", "leave_one_out"]
 
 _WIDTHS = 32  # bandwidths that are tried
 _NARROWEST, _WIDEST = 0.05, 4.0  # of them, in units of the best one for a normal
@@ -19,7 +19,7 @@ _QUERIES = 2000  # places that a bandwidth is judged by
 _CHUNK_PAIRS = 2**22
 
 
-class KernelPrior(RecoveredPrior):
+class CodeMixturePrior(RecoveredPrior):
     """``p(z) = sum_i w_i N(z; c_i, scale**2 I)``: what a latent is whose location is a code.
 
     Trained, it learns places and weights of the codes, and one scale for each of D.
@@ -51,7 +51,7 @@ class KernelPrior(RecoveredPrior):
         return EncodedMixture(self.log_weights.log_softmax(0), windows)
 
 
-class WindowPrior(RecoveredPrior):
+class KDEPrior(RecoveredPrior):
     """``p(z) = sum_i w_i N(z; c_i, h**2 C)``, C the codes' covariance: a kernel density estimate.
 
     The bandwidth h maximises the mean log-density of each code under all others, see `bandwidth`.
@@ -79,7 +79,7 @@ class WindowPrior(RecoveredPrior):
         self.register_buffer("loc", loc)
         self.register_buffer("scale_tril", scale_tril)
         # Of the whitened codes, where all windows are round.
-        self.windows = KernelPrior(white, log_weights, scale=width, trainable=trainable)
+        self.windows = CodeMixturePrior(white, log_weights, scale=width, trainable=trainable)
 
     @property
     def width(self) -> float:

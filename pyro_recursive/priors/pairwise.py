@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-__all__ = ["Pairs", "bernoulli_pairs", "in_pairs", "normal_pairs"]
+__all__ = ["PairwiseLikelihood", "bernoulli_pairs", "normal_pairs", "pairwise"]
 
 _FEW = 16  # numbers of an event, below which broadcasting is no slower
 
@@ -57,7 +57,7 @@ def _table(base: Any, x: Tensor, parameters: list[Tensor]) -> Tensor:
     return bernoulli_pairs(x, probs_to_logits(only, True) if "probs" in vars(base) else only)
 
 
-def in_pairs(fn: Any, dim: int) -> Any:
+def pairwise(fn: Any, dim: int) -> Any:
     """Return a distribution with the same density, by products of matrices if it can be.
 
     ``dim`` is that of the data's plate, over which what is decoded may be the same.
@@ -66,10 +66,10 @@ def in_pairs(fn: Any, dim: int) -> Any:
         return fn
     enough = fn.event_shape.numel() >= _FEW
     all_there = len(fn.event_shape) == fn.reinterpreted_batch_ndims
-    return Pairs(fn, dim) if enough and all_there else fn
+    return PairwiseLikelihood(fn, dim) if enough and all_there else fn
 
 
-class Pairs(TorchDistribution):
+class PairwiseLikelihood(TorchDistribution):
     """An `Independent` whose parameters may be the same for all entries of a plate."""
 
     arg_constraints: ClassVar[dict] = {}
@@ -83,9 +83,9 @@ class Pairs(TorchDistribution):
         """The distribution's own."""
         return self.fn.support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Pairs":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "PairwiseLikelihood":
         """Return the same for a larger batch."""
-        return Pairs(self.fn.expand(batch_shape), self.dim)
+        return PairwiseLikelihood(self.fn.expand(batch_shape), self.dim)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw from the distribution itself."""

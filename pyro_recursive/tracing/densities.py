@@ -16,7 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_recursive.tracing.layout import Layout
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import (
     Site,
     check_batch_shape,
@@ -25,7 +25,7 @@ from pyro_recursive.tracing.sites import (
     sites,
     subsample_scale,
 )
-from pyro_recursive.tracing.strata import Choice
+from pyro_recursive.tracing.strata import ComponentIndex
 
 __all__ = ["Densities", "densities", "guide_group", "weighted"]
 
@@ -71,7 +71,7 @@ class Densities:
 
 
 def densities(
-    runs: Sequence[Draw], layout: Layout, only: frozenset[str] | None = None
+    runs: Sequence[ParticleRun], layout: Layout, only: frozenset[str] | None = None
 ) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
     names = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
@@ -100,7 +100,7 @@ def guide_group(site: Site) -> str:
 def _parts(site: Site, group: str, layout: Layout) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield the groups that a site adds to: a log-density, and what weights took away from it."""
     is_weighted = group in ("density", "score") and _is_weighted(site, layout)
-    if isinstance(site["fn"], Choice):
+    if isinstance(site["fn"], ComponentIndex):
         # The mixture's density, without the choice, is what the components are drawn from.
         whole = site["fn"].log_choice(site["value"])
         own = weighted(whole, site, layout)

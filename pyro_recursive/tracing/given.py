@@ -13,10 +13,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 
-__all__ = ["Given", "ModelReference", "Unnoticed"]
+__all__ = ["ModelReference", "SubstituteByName", "Unnoticed"]
 
 
-class Given(Messenger):
+class SubstituteByName(Messenger):
     """Gives sites, subsample sites too, values by name."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.tracing.runs import Draw, Particles
+from pyro_recursive.tracing.runs import ParticleRun, Particles
 from pyro_recursive.tracing.sites import (
     Site,
     independent_plates_of,
@@ -130,7 +130,7 @@ class Layout:
 
 
 def layout_of(
-    particles: Particles, runs: Sequence[Draw], only: frozenset[str] | None = None
+    particles: Particles, runs: Sequence[ParticleRun], only: frozenset[str] | None = None
 ) -> Layout:
     """Find the shared plates of runs and check the rules for all others."""
     traces = [trace for run in runs for trace in (run.model, run.guide)]
@@ -148,7 +148,7 @@ def layout_of(
     return Layout(particles, nesting, tuple(frames))
 
 
-def check_subsampling(runs: Sequence[Draw], layout: Layout) -> None:
+def check_subsampling(runs: Sequence[ParticleRun], layout: Layout) -> None:
     """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
     found = half_subsampled(runs, layout)
     if found is not None:
@@ -161,7 +161,7 @@ def check_subsampling(runs: Sequence[Draw], layout: Layout) -> None:
         )
 
 
-def half_subsampled(runs: Sequence[Draw], layout: Layout) -> tuple[Any, str] | None:
+def half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> tuple[Any, str] | None:
     """Return the frame of a subsampled plate that does not enclose every site, and such a site."""
     shared = {frame.name for frame in layout.plates}
     everything = list(sites(runs[0].model, runs[0].guide))
@@ -207,7 +207,7 @@ def warn_if_nothing_local(structure: Structure, num_estimates: int, num_particle
     )
 
 
-def warn_if_joint(runs: Sequence[Draw], layout: Layout) -> None:
+def warn_if_joint(runs: Sequence[ParticleRun], layout: Layout) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
     if layout.plates:
         return

@@ -11,13 +11,13 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-__all__ = ["drop_others", "shared_parameter", "take_stored"]
+__all__ = ["evict_stale", "load_from_store", "shared_parameter"]
 
 PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 
 
 @torch.no_grad()
-def take_stored(module: PyroModule, name: str) -> None:
+def load_from_store(module: PyroModule, name: str) -> None:
     """Take values that Pyro's store was loaded with; Pyro does so for its `PyroParam` alone.
 
     Raises ValueError where a stored value has another shape.
@@ -38,7 +38,7 @@ def take_stored(module: PyroModule, name: str) -> None:
         store[stored[own]] = parameter
 
 
-def drop_others(module: PyroModule, name: str) -> None:
+def evict_stale(module: PyroModule, name: str) -> None:
     """Take out of Pyro's store what has the name of a module's parameter, and is not that."""
     store = pyro.get_param_store()
     stored = _names()

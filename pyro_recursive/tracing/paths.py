@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyro_recursive.tracing.sites import Site
 
-__all__ = ["Path", "cut"]
+__all__ = ["GradientCut", "cut"]
 
 
-class Path:
+class GradientCut:
     """One guide value cut in two: `value` has the guide's graph, `stand_in` is what is replayed."""
 
     def __init__(self, site: Site, particle: int) -> None:
@@ -42,13 +42,13 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor[0], None
 
 
-def cut(particle: int, paths: list[Path]) -> Callable[[Site], Tensor]:
-    """Return a function that cuts a site's value and keeps the `Path`."""
+def cut(particle: int, paths: list[GradientCut]) -> Callable[[Site], Tensor]:
+    """Return a function that cuts a site's value and keeps the `GradientCut`."""
 
     def stand_in(site: Site) -> Tensor:
         if not site["value"].requires_grad:
             return site["value"]
-        paths.append(Path(site, particle))
+        paths.append(GradientCut(site, particle))
         return paths[-1].stand_in
 
     return stand_in

@@ -5,11 +5,11 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 
-__all__ = ["Kept", "Look", "is_look", "kept"]
+__all__ = ["DryRun", "RunCache", "is_dry_run", "run_cache"]
 
 
 @effectful(type="kept")
-def kept() -> dict[Any, Any] | None:
+def run_cache() -> dict[Any, Any] | None:
     """Return a place for what need not be computed twice; None where the guide runs once.
 
     Both runs have the same random state, the second is given the values of the first. Only for what
@@ -18,8 +18,8 @@ def kept() -> dict[Any, Any] | None:
     return None
 
 
-class Kept(Messenger):
-    """Gives guides the place that `kept` returns, with what is in it already."""
+class RunCache(Messenger):
+    """Gives guides the place that `run_cache` returns, with what is in it already."""
 
     def __init__(self, content: dict[Any, Any] | None = None) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class Kept(Messenger):
 
 
 @effectful(type="look")
-def is_look() -> bool:
+def is_dry_run() -> bool:
     """Return whether this run only shows what the guide is made of: nothing should come of it."""
     return False
 
 
-class Look(Messenger):
+class DryRun(Messenger):
     """Tells guides that somebody is only looking."""
 
     def _pyro_look(self, msg: Any) -> None:

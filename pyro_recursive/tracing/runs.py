@@ -15,10 +15,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.tracing.paths import Path, cut
+from pyro_recursive.tracing.paths import GradientCut, cut
 from pyro_recursive.tracing.program import Program, without
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.reruns import Kept, Look
+from pyro_recursive.tracing.reruns import DryRun, RunCache
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -28,10 +28,10 @@ from pyro_recursive.tracing.sites import (
     sites,
     subsample_sites,
 )
-from pyro_recursive.tracing.strata import Strata
+from pyro_recursive.tracing.strata import ComponentAssignment
 from pyro_recursive.tracing.structure import structure_of
 
-__all__ = ["Draw", "Particles", "draw"]
+__all__ = ["ParticleRun", "Particles", "run_particles"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Particles:
 
 
 @dataclass
-class Draw:
+class ParticleRun:
     """One run of guide and model: all particles, or one of them where runs are looped.
 
     `paths` cuts the guide's samples from its densities, `crossings` the guide from the model.
@@ -57,14 +57,14 @@ class Draw:
 
     model: poutine.Trace
     guide: poutine.Trace
-    paths: list[Path]
-    crossings: list[Path]
+    paths: list[GradientCut]
+    crossings: list[GradientCut]
 
 
 Replay = Literal["none", "paths", "values"]
 
 
-def draw(
+def run_particles(
     program: Program,
     num_estimates: int,
     num_particles: int,
@@ -72,7 +72,7 @@ def draw(
     max_plate_nesting: float = math.inf,
     vectorize: bool = True,
     **options: Any,
-) -> tuple[Particles, list[Draw]]:
+) -> tuple[Particles, list[ParticleRun]]:
     """Run guide and model for M * K samples, in one vectorised pass or one by one; see `_draw`."""
     if not vectorize or num_estimates * num_particles == 1:
         particles = Particles(num_estimates, num_particles)
@@ -111,7 +111,7 @@ def draw(
 
 def _check_one_run(program: Program, max_plate_nesting: int) -> None:
     """Raise where model and guide do not even fit outside of one pass."""
-    with poutine.block(), Look():
+    with poutine.block(), DryRun():
         guide = program.run_guide()
         check_match(program.run_model(guide), guide, max_plate_nesting)
 
@@ -124,8 +124,8 @@ def _draw(
     cut_model: bool = False,
     shared: frozenset[str] = frozenset(),
     subsample: poutine.Trace | None = None,
-    strata: Strata | None = None,
-) -> list[Draw]:
+    strata: ComponentAssignment | None = None,
+) -> list[ParticleRun]:
     """Run guide and model for all particles on one minibatch.
 
     ``replay="paths"`` runs the guide a second time on stand-ins of its reparameterised samples,
@@ -134,7 +134,7 @@ def _draw(
     of subsample sites fixes the minibatch; without one it is drawn here, once for all particles.
     ``strata`` choose the components of mixture guides.
     """
-    runs: list[Draw] = []
+    runs: list[ParticleRun] = []
     sharing = _ShareWithinEstimate(shared, particles)
     for particle in range(1 if particles.dim is not None else particles.total):
         sharing.particle = particle
@@ -155,12 +155,12 @@ def _draw(
 
 def _replayed(
     program: Program, guide: poutine.Trace, particle: int, replay: Replay
-) -> tuple[poutine.Trace, list[Path]]:
+) -> tuple[poutine.Trace, list[GradientCut]]:
     """Run the guide once more where asked.
 
     Its Delta sites are not replayed: they are computed again from what they depend on.
     """
-    paths: list[Path] = []
+    paths: list[GradientCut] = []
     if replay == "values":
         guide = program.run_guide(_with_values(without(guide, is_delta), _detached))
     elif replay == "paths":
@@ -172,16 +172,16 @@ def _replayed(
 def _continue(
     program: Program,
     guide: poutine.Trace,
-    paths: list[Path],
+    paths: list[GradientCut],
     particle: int,
     cut_model: bool,
     subsample: poutine.Trace | None,
-) -> Draw:
+) -> ParticleRun:
     """Replay the model on the guide's values."""
-    crossings: list[Path] = []
+    crossings: list[GradientCut] = []
     source = _with_values(guide, cut(particle, crossings)) if cut_model else guide
     model = program.run_model(_merged(source, subsample))
-    return Draw(model, guide, paths, crossings)
+    return ParticleRun(model, guide, paths, crossings)
 
 
 def _with_values(trace: poutine.Trace, value_of: Callable[[Site], Tensor]) -> poutine.Trace:
@@ -215,7 +215,7 @@ def _particle_plate(particles: Particles) -> ExitStack:
     return stack
 
 
-class _SameNoise(Kept):
+class _SameNoise(RunCache):
     """Gives two runs of a guide the same noise outside its sites: dropout, say.
 
     The first run notes the random state at its start and after each site, the second goes back to

@@ -2,7 +2,7 @@
 
 A mixture guide draws its components at random. A stratified loss takes each of them equally often
 and weighs what it gets, so that weights and components have gradients without the noise of the
-draw. The guide asks with `current_strata`; the loss answers with the handler `Strata`.
+draw. The guide asks with `current_strata`; the loss answers with the handler `ComponentAssignment`.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-__all__ = ["Choice", "Reference", "Strata", "current_strata"]
+__all__ = ["ComponentAssignment", "ComponentIndex", "Reference", "current_strata"]
 
 # (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
 # of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
 Reference = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
-class Choice(dist.Categorical):
+class ComponentIndex(dist.Categorical):
     """Which component of a mixture a row is drawn from.
 
     The mixture's whole density stands at the latent sites, at whatever component: the choice adds
@@ -44,7 +44,7 @@ class Choice(dist.Categorical):
         return ScoreParts(torch.zeros_like(score), score, 0)
 
 
-class Strata(Messenger):
+class ComponentAssignment(Messenger):
     """Gives each particle a component of every mixture guide that runs under it.
 
     Components are counted among ``members``, those that make up the mixture in this run.
@@ -85,6 +85,6 @@ class Strata(Messenger):
 
 
 @effectful(type="strata")
-def current_strata() -> Strata | None:
+def current_strata() -> ComponentAssignment | None:
     """Return the strata of this run, None where components are drawn at random."""
     return None

@@ -11,7 +11,7 @@ from pyro import poutine
 
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.reruns import Look
+from pyro_recursive.tracing.reruns import DryRun
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -82,7 +82,7 @@ def _identity(function: Any) -> tuple[Any, Any]:
 def _discover(program: Program) -> Structure:
     """Run guide and model once, outside any particle plate, leaving the random state alone."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), poutine.block(), Look():
+    with torch.random.fork_rng(devices=devices), poutine.block(), DryRun():
         guide = program.run_guide()
         model = program.run_model(guide)
         check_sizes(model, guide)

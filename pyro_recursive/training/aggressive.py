@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from pyro_recursive.evaluation.information import mutual_information
-from pyro_recursive.evaluation.posterior_table import Exchange, alone
+from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
 from pyro_recursive.tracing.counts import check_integers
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner
@@ -146,7 +146,7 @@ class Phase:
         """Raise where the mutual information has no meaning: now, not at the end of the epoch."""
         with self.held_out.evaluating(self.learner):
             batch = self.held_out.rows(self.options.rows)
-            Exchange(alone(self.learner.guide, batch, {}), self.options.plate)
+            PosteriorTable(alone(self.learner.guide, batch, {}), self.options.plate)
 
     def measure(self) -> float:
         """Return the mutual information on validation data in nats; leave no trace."""

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.training.minibatches import Batch, rows_of
 from pyro_recursive.training.shares import Share
 
-__all__ = ["Team"]
+__all__ = ["DistributedStep"]
 
 Tensors = Mapping[str, Tensor]
 
 
-class Team:
+class DistributedStep:
     """What a learner does together with those of the other processes; nothing, where it is alone.
 
     Steps are `begin`, the loss and its gradient under `share`, and `combine`. ``rows`` is the
     number of rows of all processes in this step.
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: ProcessGroup) -> None:
         self.processes = processes
         self.plates: frozenset[str] | None = None  # those of the rows; None before they met
         self.own_rows = self.rows = 1
@@ -47,7 +47,7 @@ class Team:
         return self.plates is None and not self.is_alone
 
     @property
-    def is_idle(self) -> bool:
+    def has_no_rows(self) -> bool:
         """Whether the others alone have rows."""
         return not self.is_alone and not self.own_rows
 

@@ -8,7 +8,7 @@ from pyro.infer import ELBO
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.minibatches import Batch, Data, Minibatches, rows_of
@@ -27,11 +27,11 @@ class HeldOut:
     """
 
     def __init__(
-        self, data: Data, batch_size: int | None, processes: Processes | None = None
+        self, data: Data, batch_size: int | None, processes: ProcessGroup | None = None
     ) -> None:
         """Check the data."""
         size = None if isinstance(data, DataLoader) else batch_size
-        self.processes = processes or Processes()
+        self.processes = processes or ProcessGroup()
         self.batches = Minibatches(
             data, size, shuffle=False, name="validation", processes=self.processes
         )

@@ -19,10 +19,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
-from pyro_recursive.training.distributed import Team
+from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.minibatches import Batch, Minibatches
 from pyro_recursive.training.non_finite import (
     FirstNonFiniteSite,
@@ -31,7 +31,7 @@ from pyro_recursive.training.non_finite import (
     non_finite,
     non_finite_data,
 )
-from pyro_recursive.training.parts import Part, Parts, unconstrained
+from pyro_recursive.training.parts import ParameterOwners, Part, unconstrained
 from pyro_recursive.training.row_counts import RowCounts
 from pyro_recursive.training.settings import check_optimizer_options, optimizer_options
 from pyro_recursive.training.shares import row_plates
@@ -58,16 +58,16 @@ class Learner:
         clip_norm: float = math.inf,
         check_every: int | None = None,
         modules: Iterable[Module] = (),
-        processes: Processes | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Keep what `fit` was given; parameters and optimiser come with the first step."""
         self.model, self.guide, self.loss = model, guide, loss
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.clip_norm, self.check_every = clip_norm, check_every
         self.modules = _modules([model, guide, loss, *modules])
-        self.team = Team(processes or Processes())
+        self.team = DistributedStep(processes or ProcessGroup())
         self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of first sight
-        self.parts = Parts(guide)
+        self.parts = ParameterOwners(guide)
         self.num_initial = 0  # how many of them the optimiser was made with
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
@@ -135,7 +135,7 @@ class Learner:
     def evaluate(self, loss: ELBO, batch: Batch) -> tuple[float, int]:
         """Return a process's part of the loss of a batch in nats, and the rows of all processes."""
         self.team.begin(batch, "a batch of validation")
-        if self.team.is_idle:
+        if self.team.has_no_rows:
             return 0.0, self.team.rows
         with self.team.share():
             value = loss.loss(self.model, self.guide, *batch)
@@ -237,7 +237,7 @@ class Learner:
         Those known to be in the other part may be left without.
         """
         self._zero_gradients()
-        if self.team.is_idle:
+        if self.team.has_no_rows:
             some = next(iter(self.parameters.values()), torch.empty(()))
             return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)

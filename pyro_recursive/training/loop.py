@@ -20,7 +20,7 @@ from pyro.infer import ELBO
 from torch.nn import Module
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.processes import ProcessError, Processes
+from pyro_recursive.evaluation.processes import ProcessError, ProcessGroup
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.warmup import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
@@ -157,7 +157,7 @@ def fit(
     check_optimizer(optimizer)
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_combination(kl_warmup, patience, validation, resume, checkpoint, aggressive)
-    with _same_errors(), Processes.joined() as processes:
+    with _same_errors(), ProcessGroup.joined() as processes:
         processes.seed(seed)
         batches = Minibatches(data, batch_size, shuffle, transform, processes=processes)
         held_out = None if validation is None else HeldOut(validation, batch_size, processes)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.tracing.counts import check_integers
 
 __all__ = ["Batch", "Data", "Minibatches"]
@@ -47,12 +47,12 @@ class Minibatches:
         transform: Callable | None = None,
         name: str = "data",
         even: bool = False,
-        processes: Processes | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Check the data; draw the seed of their order from the global random state."""
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         self.batch_size, self.transform, self.name = batch_size, transform, name
-        self.even, self.processes = even, processes or Processes()
+        self.even, self.processes = even, processes or ProcessGroup()
         _check_batch_size(batch_size, self.data)
         if self.processes.count > 1:
             _check_sampler(self.data, name)

@@ -10,12 +10,12 @@ from torch import Tensor
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.minibatches import Batch
 
-__all__ = ["Part", "Parts", "unconstrained"]
+__all__ = ["ParameterOwners", "Part", "unconstrained"]
 
 Part = Literal["guide", "model"]
 
 
-class Parts:
+class ParameterOwners:
     """The guide's parameters are those that Pyro sees while it runs, all others are the model's.
 
     So that each is in one of them: what guide and model share (the encoder of a `VampPrior`, say)

@@ -22,7 +22,7 @@ from pyro_recursive.evaluation.information import (
     posterior_table,
     rate_of,
 )
-from pyro_recursive.evaluation.posterior_table import Exchange, alone
+from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
 from pyro_recursive.evaluation.row_plate import latent
 from pyro_recursive.tracing.sites import is_delta
 from pyro_recursive.tracing.warmup import KLWarmup
@@ -201,7 +201,7 @@ def shaken(guide: Callable, x: Tensor) -> Callable:
     return guide
 
 
-def table_row_by_row(guide: Callable, x: Tensor, exchange: Exchange, draws: Any) -> Tensor:
+def table_row_by_row(guide: Callable, x: Tensor, exchange: PosteriorTable, draws: Any) -> Tensor:
     """Return the table [B, B] of one draw: each entry from a run of the guide for a single row."""
     table = torch.empty(len(x), len(x))
     for j in range(len(x)):
@@ -228,7 +228,7 @@ def test_table_is_that_of_rows_one_by_one(name: str) -> None:
     x = torch.randn(5, 2)
     guide = shaken(GUIDES[name](), x)
     with torch.no_grad():
-        exchange = Exchange(alone(guide, (x,), {}), chunk_size=2)
+        exchange = PosteriorTable(alone(guide, (x,), {}), chunk_size=2)
         draws = exchange.draw(1)
         table = torch.cat(list(exchange.strips(draws)))
         expected = table_row_by_row(guide, x, exchange, draws)
@@ -244,7 +244,7 @@ def test_table_is_that_of_rows_one_by_one(name: str) -> None:
 def test_global_latents_are_those_of_the_draw() -> None:
     """With several draws, each has its own: the diagonal is the density of the draws."""
     x = torch.randn(4, 2)
-    exchange = Exchange(alone(global_guide, (x,), {}), chunk_size=3)
+    exchange = PosteriorTable(alone(global_guide, (x,), {}), chunk_size=3)
     draws = exchange.draw(3)
     table = torch.cat(list(exchange.strips(draws))).unflatten(0, (3, 4))
     draws.trace.compute_log_prob()
@@ -300,7 +300,7 @@ def test_any_model(row: Row) -> None:
             rate_of(model, guide, *row.args())
         return
     found = rate_of(model, guide, *row.args(), num_draws=2, chunk_size=3)
-    rows_in_all = Exchange(alone(guide, row.args(), {})).num_rows
+    rows_in_all = PosteriorTable(alone(guide, row.args(), {})).num_rows
     assert found.mutual_information <= math.log(rows_in_all) + 1e-12
     assert (found.mutual_information + found.aggregate_kl).item() == pytest.approx(found.kl.item())
 
@@ -331,7 +331,7 @@ def minibatch(program: str) -> Callable:
 
 def test_all_runs_share_one_minibatch_and_its_scale_is_left_out() -> None:
     x = rows(20)
-    exchange = Exchange(alone(minibatch("guide"), (x,), {}))
+    exchange = PosteriorTable(alone(minibatch("guide"), (x,), {}))
     (index,) = (site["value"] for site in exchange.minibatch.nodes.values())
     for draws in (exchange.draw(2), exchange.draw(1)):
         z = draws.trace.nodes["z"]["value"].flatten()
@@ -375,7 +375,7 @@ def test_dropout_is_the_same_in_all_runs() -> None:
             pyro.sample("z", dist.Normal(loc, 0.1))
 
     seen: list[Tensor] = []
-    exchange = Exchange(alone(guide, (rows(),), {}), chunk_size=2)
+    exchange = PosteriorTable(alone(guide, (rows(),), {}), chunk_size=2)
     draws = exchange.draw(1)
     after, first = torch.get_rng_state(), len(seen)
     list(exchange.strips(draws))

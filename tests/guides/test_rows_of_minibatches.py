@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
-from pyro_recursive.guides.base import PackedGuide
+from pyro_recursive.guides.base import LatentGuide
 
 X = torch.zeros(7, 2)
 
@@ -36,7 +36,7 @@ GUIDES = {
 }
 
 
-def put_at_their_numbers(guide: PackedGuide) -> None:
+def put_at_their_numbers(guide: LatentGuide) -> None:
     """Let every component draw a row's number, nearly, and weigh component 1 in odd rows only."""
     for part in getattr(guide, "components", [guide]):
         numbers = torch.arange(7.0)[:, None, None].expand(7, 2, 1)

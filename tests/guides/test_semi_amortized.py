@@ -127,7 +127,7 @@ def semi(model: Callable, encoder: Any = None, **options: Any) -> SemiAmortizedG
 def numbers_in(guide: Any, *args: Any) -> Tensor:
     """Return the numbers of the rows of a call, with their graph."""
     guide.prepare(*args)
-    return guide.numbers_of(guide.groups[-1], guide._call(args, {}))
+    return guide.variational_params(guide.groups[-1], guide._call(args, {}))
 
 
 def trained(
@@ -405,7 +405,7 @@ def test_draws_have_the_density_of_their_family(base: str) -> None:
     guide.prepare(x)
     shake(guide)
     whole, numbers = guide.row_family(guide.groups[-1]), reached(guide.guide, x)[0]
-    noise = torch.randn(whole.parts, whole.noise_size)
+    noise = torch.randn(whole.parts, whole.noise_dim)
 
     def draw(noise: Tensor) -> Tensor:
         return whole.draw(numbers, noise[None])[0]
@@ -417,7 +417,7 @@ def test_draws_have_the_density_of_their_family(base: str) -> None:
     for j, (member, own) in enumerate(zip(members, split, strict=True)):
         others = [i for i in range(whole.parts) if i != j]
         assert slope[j][:, others].eq(0).all()
-        own_slope = slope[j][:, j, : member.noise_size]
+        own_slope = slope[j][:, j, : member.noise_dim]
         u = draw(noise)[j]
         if base == "low_rank":
             found = member.distribution(own)
@@ -426,7 +426,7 @@ def test_draws_have_the_density_of_their_family(base: str) -> None:
             continue
         expected = log_normal(noise[j], 0.0, 1.0) - own_slope.det().abs().log()
         assert_all_close([member.log_prob(own, u)], [expected])
-        scored = member.scored_draw(own, noise[None, j : j + 1, : member.noise_size])
+        scored = member.scored_draw(own, noise[None, j : j + 1, : member.noise_dim])
         assert_all_close([part[0, 0] for part in scored], [u, expected])
 
 
@@ -728,7 +728,7 @@ def test_a_row_does_not_depend_on_its_minibatch(
     guide.prepare(x)
     if seed is None:
         family = guide.row_family(guide.groups[-1])
-        noise = torch.randn(10, family.parts, 6, family.noise_size)
+        noise = torch.randn(10, family.parts, 6, family.noise_dim)
         rows = iter([slice(0, 6), slice(0, 2), slice(2, 6)])
         drawn = LocalBound.noise
         monkeypatch.setattr(LocalBound, "noise", lambda *args: noise[:, :, next(rows)])
@@ -790,7 +790,7 @@ def test_rows_do_not_know_how_many_they_are() -> None:
         guide.prepare(x)
         call = guide._call((x,), {})
         index = call.plates["data"].indices
-        found = guide.numbers_of(guide.groups[-1], call)
+        found = guide.variational_params(guide.groups[-1], call)
         assert_all_close([found], [expected[index]], atol=1e-12, rtol=1e-12)
         seen |= set(index.tolist())
     assert len(seen) > 2

@@ -20,9 +20,9 @@ from pyro_recursive.mapa.codes import (
     GridCodes,
     PseudoInputCodes,
 )
-from pyro_recursive.mapa.empirical_model import Empiricalized, OnCodes, Placed
-from pyro_recursive.mapa.slots import Slots
-from pyro_recursive.priors.pairwise import Pairs, in_pairs
+from pyro_recursive.mapa.empirical_model import DecodedCodes, Empiricalized, OnCodes
+from pyro_recursive.mapa.slots import CodeIndex
+from pyro_recursive.priors.pairwise import PairwiseLikelihood, pairwise
 
 M = 6  # codes
 WAYS = [(share, replace) for share in ("pair", "shared", "pooled") for replace in (True, False)]
@@ -188,7 +188,7 @@ def test_a_fraction_of_a_draw_a_row() -> None:
 
 def test_slots_enumerate_and_draw() -> None:
     logits = torch.randn(3, 4)
-    slots = Slots(logits)
+    slots = CodeIndex(logits)
     values = slots.enumerate_support(expand=False)
     assert values.shape == (4, 1)
     assert (slots.log_prob(values) == logits.T).all()
@@ -366,7 +366,7 @@ def test_plate_in_any_dim(dim: int, paired: bool) -> None:
             pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=seen)
 
     def handled() -> None:
-        with OnCodes("z", lambda plate: Placed(own, log_weights)):
+        with OnCodes("z", lambda plate: DecodedCodes(own, log_weights)):
             model()
 
     loss = TraceEnum_ELBO(max_plate_nesting=-dim).loss(handled, nothing)
@@ -387,7 +387,7 @@ def test_masked_rows_count_nothing(inside: bool) -> None:
     log_weights = log_weights if inside else log_weights[0]
 
     def handled() -> None:
-        with OnCodes("z", lambda plate: Placed(codes, log_weights)):
+        with OnCodes("z", lambda plate: DecodedCodes(codes, log_weights)):
             model()
 
     table = dist.Normal(codes, 0.7).to_event(1).log_prob(x[:, None]) + log_weights
@@ -467,8 +467,8 @@ def test_pairs_equal_broadcasting(family: str, batch: tuple, event: tuple) -> No
     full = list(batch)
     full[dim] = 3
     plain = plain.expand(full)
-    pairs = in_pairs(plain, dim)
-    assert isinstance(pairs, Pairs)
+    pairs = pairwise(plain, dim)
+    assert isinstance(pairs, PairwiseLikelihood)
     x = torch.rand(3, *[1] * (-dim - 1), *event).round()
     found, expected = pairs.log_prob(x), plain.log_prob(x)
     torch.testing.assert_close(found, expected)
@@ -483,14 +483,14 @@ def test_pairs_fall_back() -> None:
     """Rows with distributions of their own, and values with more dims, are broadcast."""
     x = torch.rand(3, 20).round()
     own = dist.Bernoulli(logits=torch.randn(5, 3, 20)).to_event(1)
-    assert (in_pairs(own, -1).log_prob(x) == own.log_prob(x)).all()
+    assert (pairwise(own, -1).log_prob(x) == own.log_prob(x)).all()
     shared = dist.Bernoulli(logits=torch.randn(5, 1, 20)).to_event(1).expand([5, 3])
     many = torch.rand(5, 3, 20).round()
-    assert (in_pairs(shared, -1).log_prob(many) == shared.log_prob(many)).all()
+    assert (pairwise(shared, -1).log_prob(many) == shared.log_prob(many)).all()
     for left in (dist.Poisson(torch.ones(5, 1, 20)).to_event(1), dist.Normal(torch.ones(5, 3), 1)):
-        assert in_pairs(left, -1) is left
+        assert pairwise(left, -1) is left
     with pytest.raises(ValueError, match="outside of the support"):
-        in_pairs(shared, -1).log_prob(x + 0.5)
+        pairwise(shared, -1).log_prob(x + 0.5)
 
 
 class Sharper(dist.Bernoulli):
@@ -502,7 +502,7 @@ class Sharper(dist.Bernoulli):
 
 def test_pairs_leave_subclasses_alone() -> None:
     fn = Sharper(logits=torch.randn(5, 1, 20)).to_event(1)
-    assert in_pairs(fn, -1) is fn
+    assert pairwise(fn, -1) is fn
 
 
 @pytest.mark.parametrize("share", ["pair", "shared", "pooled"])
@@ -517,7 +517,7 @@ def test_pairs_in_a_model(share: str) -> None:
     def handled(x: Tensor) -> None:
         log_weights = torch.zeros(6, 6)
         chosen = codes.expand(6, -1, -1) if share == "pair" else codes
-        with OnCodes("z", lambda plate: Placed(chosen, log_weights)):
+        with OnCodes("z", lambda plate: DecodedCodes(chosen, log_weights)):
             model(x)
 
     table = dist.Bernoulli(logits=decoder(codes)).to_event(1).log_prob(x[:, None])

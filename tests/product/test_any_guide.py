@@ -54,7 +54,7 @@ from pyro_recursive import (
     Stratified_ELBO,
     log_marginal,
 )
-from pyro_recursive.guides.base import PackedGuide
+from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.flow.guide import FlowGuide
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
@@ -236,7 +236,7 @@ class Kind:
     """
 
     name: str
-    build: Callable[[Setting], PackedGuide]
+    build: Callable[[Setting], LatentGuide]
     rows: str = "joint"
     mixture: bool = False
     learned: bool = True  # the weights of a mixture
@@ -261,7 +261,7 @@ def encoders(s: Setting) -> MixtureGuide:
     return MixtureGuide(s.model, [s.amortized(), s.amortized()], weights="shared", **s.options)
 
 
-def refined(s: Setting, guide: PackedGuide, **options: Any) -> SemiAmortizedGuide:
+def refined(s: Setting, guide: LatentGuide, **options: Any) -> SemiAmortizedGuide:
     """Refine with the same draws in each call, so that there is one density to compare with."""
     return SemiAmortizedGuide(s.model, guide, steps=2, seed=1, **options)
 
@@ -445,12 +445,12 @@ def loss_refusal(row: Row) -> Refused | None:
     return None
 
 
-def members_of(guide: PackedGuide) -> tuple[int, ...]:
+def members_of(guide: LatentGuide) -> tuple[int, ...]:
     """Return the numbers of the components that make up the mixture; none where there is none."""
     return getattr(getattr(guide, "guide", guide), "members", ())
 
 
-def stratified_refusal(row: Row, guide: PackedGuide) -> Refused | None:
+def stratified_refusal(row: Row, guide: LatentGuide) -> Refused | None:
     if isinstance(guide, SemiAmortizedGuide):
         return TypeError, "needs a mixture guide of this package.*got SemiAmortizedGuide"
     if loss_refusal(row):
@@ -496,7 +496,7 @@ def setting(row: Row) -> Setting:
     return Setting(row, model, by_hand, row.args())
 
 
-def made(row: Row, kind: Kind) -> tuple[Setting, PackedGuide]:
+def made(row: Row, kind: Kind) -> tuple[Setting, LatentGuide]:
     """Build a guide, make its parameters, and move them off the symmetric points they start at."""
     s = setting(row)
     guide = kind.build(s)
@@ -539,7 +539,7 @@ def latents_in(trace: poutine.Trace) -> dict[str, Any]:
     return {site["name"]: site for site in sites(trace) if not site["is_observed"]}
 
 
-def check_trace(s: Setting, guide: PackedGuide, kind: Kind) -> None:
+def check_trace(s: Setting, guide: LatentGuide, kind: Kind) -> None:
     guide.eval()  # a table of refined rows moves in training
     trace = poutine.trace(guide).get_trace(*s.args)
     minibatch = subsample_sites(trace)
@@ -560,7 +560,7 @@ def check_trace(s: Setting, guide: PackedGuide, kind: Kind) -> None:
 
 
 def check_density(
-    s: Setting, guide: PackedGuide, trace: poutine.Trace, prior: poutine.Trace, values: dict
+    s: Setting, guide: LatentGuide, trace: poutine.Trace, prior: poutine.Trace, values: dict
 ) -> None:
     """Replay a guide on values, and compare with its posterior under the supports' transforms."""
     replayed = trace.copy()
@@ -594,12 +594,12 @@ SMOOTH = ("pathwise", "dreg", "stl")
 SCORED = ("vimco", "dreg+vimco")
 
 
-def estimators_of(kind: Kind, guide: PackedGuide) -> tuple[str, ...]:
+def estimators_of(kind: Kind, guide: LatentGuide) -> tuple[str, ...]:
     draws = kind.mixture and len(members_of(guide)) > 1 and kind.learned
     return SCORED if draws else SMOOTH
 
 
-def multi_sample_losses(kind: Kind, guide: PackedGuide) -> Iterator[Any]:
+def multi_sample_losses(kind: Kind, guide: LatentGuide) -> Iterator[Any]:
     names = estimators_of(kind, guide)
     for i, estimator in enumerate(names):
         yield IWAE_ELBO(10, estimator=estimator)
@@ -614,7 +614,7 @@ def pyro_losses() -> Iterator[Any]:
     yield RenyiELBO(alpha=0.5, num_particles=3)
 
 
-def gradients_of(loss: Any, s: Setting, guide: PackedGuide) -> dict[str, Tensor | None]:
+def gradients_of(loss: Any, s: Setting, guide: LatentGuide) -> dict[str, Tensor | None]:
     for parameter in guide.parameters():
         parameter.grad = None
     with quiet():
@@ -623,7 +623,7 @@ def gradients_of(loss: Any, s: Setting, guide: PackedGuide) -> dict[str, Tensor 
     return {name: parameter.grad for name, parameter in guide.named_parameters()}
 
 
-def check_gradients(loss: Any, s: Setting, guide: PackedGuide) -> None:
+def check_gradients(loss: Any, s: Setting, guide: LatentGuide) -> None:
     """No parameter of a member of the mixture is without a gradient."""
     found = gradients_of(loss, s, guide)
     outside = [f"components.{m}." for m in range(9) if m not in getattr(guide, "members", range(9))]
@@ -640,7 +640,7 @@ def check_gradients(loss: Any, s: Setting, guide: PackedGuide) -> None:
         assert gradient.ne(0).any(), (type(loss).__name__, name)
 
 
-def check_losses(s: Setting, guide: PackedGuide, kind: Kind, *, every: bool) -> None:
+def check_losses(s: Setting, guide: LatentGuide, kind: Kind, *, every: bool) -> None:
     refused = loss_refusal(s.row)
     if refused:
         with pytest.raises(refused[0], match=refused[1]):
@@ -667,7 +667,7 @@ def stratified_losses() -> Iterator[Any]:
     yield MISELBO(2)
 
 
-def check_stratified(s: Setting, guide: PackedGuide, *, every: bool) -> None:
+def check_stratified(s: Setting, guide: LatentGuide, *, every: bool) -> None:
     refused = stratified_refusal(s.row, guide)
     for loss in list(stratified_losses())[: None if every else 1]:
         if refused:

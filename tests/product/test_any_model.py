@@ -39,7 +39,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.bounds.estimators import ESTIMATORS
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import is_delta
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
@@ -139,7 +139,7 @@ Recording = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 def record(programs: Programs, args: tuple, num_estimates: int = M, size: int = K) -> Recording:
     """Draw once; return the sampled values with their graph, and the minibatch."""
-    _, (run,) = draw(Program(*programs, args), num_estimates, size)
+    _, (run,) = run_particles(Program(*programs, args), num_estimates, size)
     values = {
         name: site["value"]
         for name, site in run.guide.nodes.items()

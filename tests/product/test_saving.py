@@ -45,7 +45,7 @@ from pyro_recursive import (
     empirical,
     fit,
 )
-from pyro_recursive.guides.base import PackedGuide
+from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.mapa import EncodedCodes, FreeCodes, GridCodes, PseudoInputCodes
 from tests.models import Row
 from tests.product.test_any_guide import KINDS, Kind, Setting, density_at, no_guide, quiet
@@ -734,7 +734,7 @@ def test_every_public_class_is_here() -> None:
     public += [getattr(empirical, name) for name in empirical.__all__]
     classes = {each for each in public if isinstance(each, type)}
     guides = {type(program(kind.name).guide) for kind in TABLE}
-    assert {each for each in classes if issubclass(each, PackedGuide)} <= guides
+    assert {each for each in classes if issubclass(each, LatentGuide)} <= guides
     losses = {type(make()) for make in LOSSES.values()}
     assert {each for each in classes if issubclass(each, ELBO)} <= losses
     modules = {type(make()) for make in MODULES.values()} | guides | {empirical.Codes}

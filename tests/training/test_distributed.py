@@ -33,7 +33,7 @@ from pyro_recursive import (
     log_marginal,
 )
 from pyro_recursive.evaluation.parallel import evaluate_in_parallel
-from pyro_recursive.evaluation.processes import Processes
+from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.training import Aggressive, CheckpointError, fit
 from pyro_recursive.training.shares import Share, row_plates
 from tests.oracles.bitwise import same
@@ -193,7 +193,7 @@ def noisy(*batch: Tensor) -> tuple[Tensor, ...]:
 
 
 def noisy_vae() -> dict[str, Any]:
-    torch.manual_seed(50 + Processes.joined().rank)
+    torch.manual_seed(50 + ProcessGroup.joined().rank)
     vae, x = Noisy(), torch.linspace(-2, 2, 26).sin().reshape(13, 2)
     adam = partial(torch.optim.Adam, lr=0.01)
     program = {"model": vae.model, "guide": vae.guide, "data": x, "loss": TraceMeanField_ELBO()}
@@ -256,7 +256,7 @@ def late_and_different() -> dict[str, Any]:
 
     def guide(x: Tensor) -> None:
         runs.extend([0] * torch.is_grad_enabled())
-        start = torch.tensor(0.3 + Processes.joined().rank)
+        start = torch.tensor(0.3 + ProcessGroup.joined().rank)
         pyro.sample("mean", dist.Delta(pyro.param(f"loc_{int(len(runs) > LATE)}", start)))
 
     full = {"batch_size": None, "shuffle": False, "epochs": LATE, "optimizer": sgd}
@@ -289,7 +289,7 @@ def factor_of_rows(x: Tensor) -> None:
 
 def bug_in(rank: int) -> dict[str, Any]:
     def transform(x: Tensor) -> Tensor:
-        if Processes.joined().rank == rank:
+        if ProcessGroup.joined().rank == rank:
             raise LookupError("a bug")
         return x
 
@@ -312,7 +312,7 @@ def whole_loader() -> dict[str, Any]:
 def uneven_loaders() -> dict[str, Any]:
     class Own(DistributedSampler):
         def __iter__(self) -> Any:
-            return iter(list(super().__iter__())[: 4 - 2 * Processes.joined().rank])
+            return iter(list(super().__iter__())[: 4 - 2 * ProcessGroup.joined().rank])
 
     dataset = TensorDataset(torch.ones(8, 2))
     return {**loader(), "data": DataLoader(dataset, 2, sampler=Own(dataset))}
@@ -573,7 +573,7 @@ def test_evaluation_in_parallel(found: Any) -> None:
 def test_shares_are_all_rows_in_order() -> None:
     for count in range(1, 6):
         for rows in range(12):
-            parts = [range(rows)[Processes(rank, count).share(rows)] for rank in range(count)]
+            parts = [range(rows)[ProcessGroup(rank, count).share(rows)] for rank in range(count)]
             assert [row for part in parts for row in part] == list(range(rows))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

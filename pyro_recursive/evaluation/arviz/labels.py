@@ -10,7 +10,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.draws.drawn import Drawn
+from pyro_recursive.evaluation.draws.drawn import SiteDraws
 
 __all__ = ["Entries", "Labels", "entries_of"]
 
@@ -72,13 +72,13 @@ class Labels:
     entries: Mapping[str, Entries] = field(default_factory=dict)
     chains: int = 1
 
-    def draws(self, sites: Mapping[str, Drawn]) -> xr.Dataset:
+    def draws(self, sites: Mapping[str, SiteDraws]) -> xr.Dataset:
         """Return draws of sites."""
         return self._dataset(
             {n: (self._names(n, s), self._split(s.value)) for n, s in sites.items()}
         )
 
-    def first(self, sites: Mapping[str, Drawn]) -> xr.Dataset:
+    def first(self, sites: Mapping[str, SiteDraws]) -> xr.Dataset:
         """Return the first draw of sites, without dims of chain and draw: data."""
         return self._dataset(
             {n: (self._names(n, s)[2:], _array(s.value[0])) for n, s in sites.items()}
@@ -104,7 +104,7 @@ class Labels:
                     f"sites are {sites}. Plates are named already."
                 )
 
-    def _names(self, name: str, site: Drawn) -> tuple[str, ...]:
+    def _names(self, name: str, site: SiteDraws) -> tuple[str, ...]:
         count = len(site.event_shape)
         event = tuple(self.dims.get(name, ())) if count else ()
         event = event or tuple(f"{name}_dim_{number}" for number in range(count))

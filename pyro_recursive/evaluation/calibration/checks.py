@@ -17,11 +17,11 @@ from tqdm import tqdm
 from pyro_recursive.evaluation.calibration.ranks import RankSums
 from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
 from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
-from pyro_recursive.evaluation.posterior_table import Exchange
+from pyro_recursive.evaluation.posterior_table import PosteriorTable
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.runs import draw
+from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import independent_plates_of, sites
 
 __all__ = ["calibration", "calibration_by_fits"]
@@ -180,9 +180,9 @@ def _ranks_of_rows(
     return {name: own.ranks for name, own in sums.items()}
 
 
-def _exchange(program: Program, plate: str | None) -> Exchange:
+def _exchange(program: Program, plate: str | None) -> PosteriorTable:
     try:
-        return Exchange(program, plate)
+        return PosteriorTable(program, plate)
     except ValueError as error:
         raise ValueError(
             f"{error} (calibration takes each row for a data set; where latents belong to all rows "
@@ -205,7 +205,7 @@ def _ranks_of_data(
 ) -> dict[str, Tensor]:
     """Return the ranks of each site, ``[dims]``."""
     with poutine.block(), torch.no_grad():
-        _, runs = draw(program, 1, num_draws, vectorize=vectorize)
+        _, runs = run_particles(program, 1, num_draws, vectorize=vectorize)
     ranks = {}
     for site in _ranked(simulated, wanted):
         name, sums = site["name"], RankSums(site["value"].flatten())

@@ -6,14 +6,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.draws.drawn import Drawn, Kind, computed, drawn
+from pyro_recursive.evaluation.draws.drawn import Kind, SiteDraws, computed, drawn
 from pyro_recursive.evaluation.draws.model_runs import Run, is_computed, is_factor, was_observed
 from pyro_recursive.tracing.sites import Site, check_batch_shape, log_prob_of, sites
 
 __all__ = ["computed_values", "data_values", "latent_values", "log_likelihood_values"]
 
 
-def latent_values(run: Run) -> dict[str, Drawn]:
+def latent_values(run: Run) -> dict[str, SiteDraws]:
     """Return the values of the latent sites."""
     return {
         site["name"]: _values(run, site["name"], "latent")
@@ -22,7 +22,7 @@ def latent_values(run: Run) -> dict[str, Drawn]:
     }
 
 
-def data_values(run: Run) -> dict[str, Drawn]:
+def data_values(run: Run) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in its place; factors have none."""
     return {
         site["name"]: _values(run, site["name"], "observed")
@@ -31,7 +31,7 @@ def data_values(run: Run) -> dict[str, Drawn]:
     }
 
 
-def computed_values(run: Run) -> dict[str, Drawn]:
+def computed_values(run: Run) -> dict[str, SiteDraws]:
     """Return the values of the deterministic sites."""
     return {
         name: computed(_at(run, name), run.outline.nodes[name], run.particles, run.nesting)
@@ -40,7 +40,7 @@ def computed_values(run: Run) -> dict[str, Drawn]:
     }
 
 
-def log_likelihood_values(run: Run) -> dict[str, Drawn]:
+def log_likelihood_values(run: Run) -> dict[str, SiteDraws]:
     """Return the log-densities of observed sites and factors: no scale, nan where masked."""
     found = {}
     for site in sites(run.traces[0]):
@@ -55,7 +55,7 @@ def _is_data(site: Site) -> bool:
     return site["is_observed"] and not is_computed(site)
 
 
-def _values(run: Run, name: str, kind: Kind) -> Drawn:
+def _values(run: Run, name: str, kind: Kind) -> SiteDraws:
     group = _at(run, name)
     values = [site["value"] for site in group]
     return drawn(group, values, group[0]["fn"].event_dim, run.particles, run.nesting, kind)

@@ -10,13 +10,13 @@ from torch import Tensor
 from pyro_recursive.tracing.runs import Particles
 from pyro_recursive.tracing.sites import Site, plates_of
 
-__all__ = ["Drawn", "Kind", "computed", "drawn", "joined"]
+__all__ = ["Kind", "SiteDraws", "computed", "drawn", "joined"]
 
 Kind = Literal["latent", "computed", "observed"]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SiteDraws:
     """The values of one site: ``value`` is ``[S, *plates, *event]``.
 
     ``frames`` are the plates that have dims, from left to right in Pyro's order, ``cell`` the
@@ -49,7 +49,7 @@ class Drawn:
         one = replace(self, value=self.value[number : number + 1])
         return one.placed(max((-frame.dim for frame in self.frames), default=0))[0]
 
-    def take(self, index: Tensor, plates: Sequence[str]) -> "Drawn":
+    def take(self, index: Tensor, plates: Sequence[str]) -> "SiteDraws":
         """Return the draws of other numbers, each entry of some plates its own.
 
         :param index: numbers ``[S', *plates]``
@@ -63,7 +63,7 @@ class Drawn:
         return replace(self, value=value)
 
 
-def joined(parts: Sequence[Drawn]) -> Drawn:
+def joined(parts: Sequence[SiteDraws]) -> SiteDraws:
     """Put draws of one site together, those of several chunks."""
     return replace(parts[0], value=torch.cat([part.value for part in parts]))
 
@@ -75,7 +75,7 @@ def drawn(
     particles: Particles,
     nesting: int,
     kind: Kind = "latent",
-) -> Drawn:
+) -> SiteDraws:
     """Gather the values of a site from one run for all samples, or from a run for each."""
     frames = _frames(sites[0])
     total = 1 if particles.dim is None else particles.total
@@ -88,10 +88,10 @@ def drawn(
         event = value.shape[len(batch) :]
         value = value.expand(*batch, *event)
         rows.append(value.reshape(total, *(frame.size for frame in frames), *event))
-    return Drawn(torch.cat(rows), frames, kind, _cell(sites[0]))
+    return SiteDraws(torch.cat(rows), frames, kind, _cell(sites[0]))
 
 
-def computed(sites: Sequence[Site], outline: Site, particles: Particles, nesting: int) -> Drawn:
+def computed(sites: Sequence[Site], outline: Site, particles: Particles, nesting: int) -> SiteDraws:
     """Gather what a deterministic site recorded, whose event dims Pyro does not know.
 
     :param outline: the site in a single run, whose shape tells where the samples stand

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.evaluation.draws.collected import computed_values
-from pyro_recursive.evaluation.draws.drawn import Drawn, drawn
+from pyro_recursive.evaluation.draws.drawn import SiteDraws, drawn
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import Particles
@@ -42,7 +42,7 @@ def chain_draws(
     return replace(draws, sites={**latents, **found}), chains
 
 
-def _drawn(site: Site, samples: Mapping[str, Tensor], particles: Particles) -> Drawn:
+def _drawn(site: Site, samples: Mapping[str, Tensor], particles: Particles) -> SiteDraws:
     if site["name"] not in samples:
         raise ValueError(
             f"The MCMC run has no draws of latent site '{site['name']}', but of {[*samples]}: it "

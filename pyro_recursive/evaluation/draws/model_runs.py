@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from pyro_recursive.evaluation.draws.drawn import Drawn
+from pyro_recursive.evaluation.draws.drawn import SiteDraws
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import Particles
@@ -53,7 +53,7 @@ class Run:
 def runs_of_model(
     program: Program,
     count: int,
-    given: Mapping[str, Drawn],
+    given: Mapping[str, SiteDraws],
     minibatch: poutine.Trace,
     *,
     vectorize: bool = True,
@@ -146,7 +146,7 @@ def _completed(minibatch: poutine.Trace, other: poutine.Trace) -> poutine.Trace:
     return found
 
 
-def _check_plates(trace: poutine.Trace, given: Mapping[str, Drawn]) -> None:
+def _check_plates(trace: poutine.Trace, given: Mapping[str, SiteDraws]) -> None:
     for site in sites(trace):
         known = given.get(site["name"])
         for frame in () if known is None else known.frames:

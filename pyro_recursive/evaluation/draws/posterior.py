@@ -13,7 +13,7 @@ from pyro_recursive.evaluation.draws.collected import (
     computed_values,
     latent_values,
 )
-from pyro_recursive.evaluation.draws.drawn import Drawn, Kind, joined
+from pyro_recursive.evaluation.draws.drawn import Kind, SiteDraws, joined
 from pyro_recursive.evaluation.draws.model_runs import Run, runs_of_model
 from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.draws.resampling import chosen
@@ -22,7 +22,7 @@ from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.layout import Layout, half_subsampled
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Draw
+from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import subsample_sites
 
 __all__ = ["Draws", "collected", "posterior_draws"]
@@ -46,7 +46,7 @@ class Draws:
     names the sites of log-likelihoods whose model has a scale of the user's own there.
     """
 
-    sites: dict[str, Drawn]
+    sites: dict[str, SiteDraws]
     count: int
     log_p: Tensor | None = None
     log_q: Tensor | None = None
@@ -87,7 +87,7 @@ class Draws:
         """Return the draws with their whole minibatch, for another run on the same arguments."""
         return replace(self, minibatch=self.whole_minibatch)
 
-    def of_kind(self, *kinds: Kind) -> dict[str, Drawn]:
+    def of_kind(self, *kinds: Kind) -> dict[str, SiteDraws]:
         """Return sites of kinds ``"latent"``, ``"computed"`` (deterministic), ``"observed"``."""
         return {name: each for name, each in self.sites.items() if each.kind in kinds}
 
@@ -160,7 +160,7 @@ def posterior_draws(
     return replace(draws, sites={**draws.sites, **found})
 
 
-def _from_guide(chunks: Iterable[tuple[Sequence[Draw], Layout]], *, weighted: bool) -> Draws:
+def _from_guide(chunks: Iterable[tuple[Sequence[ParticleRun], Layout]], *, weighted: bool) -> Draws:
     """Return the latents of a guide's runs, with their densities where they have any.
 
     :param weighted: whether they must have
@@ -176,7 +176,7 @@ def _from_guide(chunks: Iterable[tuple[Sequence[Draw], Layout]], *, weighted: bo
     return _joined(parts)
 
 
-def _half_subsampled(runs: Sequence[Draw], layout: Layout) -> str:
+def _half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> str:
     """Return why draws of a minibatch have no weights, in words, if they have none."""
     found = half_subsampled(runs, layout)
     if found is None:
@@ -189,7 +189,9 @@ def _half_subsampled(runs: Sequence[Draw], layout: Layout) -> str:
     )
 
 
-def _latents(runs: Sequence[Draw], layout: Layout, unweighted: str, *, weighted: bool) -> Draws:
+def _latents(
+    runs: Sequence[ParticleRun], layout: Layout, unweighted: str, *, weighted: bool
+) -> Draws:
     """Return the latents of one chunk of runs of a guide, with their densities.
 
     :param unweighted: why they have none; a guide of points has none, either
@@ -210,7 +212,7 @@ def _latents(runs: Sequence[Draw], layout: Layout, unweighted: str, *, weighted:
     return replace(draws, log_p=log_p, log_q=log_q)
 
 
-def _log_densities(runs: Sequence[Draw], layout: Layout) -> tuple[Tensor, Tensor]:
+def _log_densities(runs: Sequence[ParticleRun], layout: Layout) -> tuple[Tensor, Tensor]:
     """Return log p and log q of one chunk, ``[k, *plates]`` in float64."""
     found = densities(runs, layout)
     groups = [group for group in (found.density, found.score, found.jacobian) if group is not None]
@@ -220,7 +222,7 @@ def _log_densities(runs: Sequence[Draw], layout: Layout) -> tuple[Tensor, Tensor
     return log_p[0].double(), log_q[0].double()
 
 
-def _in_plates(minibatch: poutine.Trace, latents: Iterable[Drawn]) -> poutine.Trace:
+def _in_plates(minibatch: poutine.Trace, latents: Iterable[SiteDraws]) -> poutine.Trace:
     """Keep the minibatch of the plates that have latents: that of others is any call's own."""
     names = {name for latent in latents for name in (*latent.plates, *latent.cell)}
     kept = poutine.Trace()
@@ -241,7 +243,7 @@ def _joined(chunks: Sequence[Draws]) -> Draws:
     return replace(draws, log_p=log_p, log_q=log_q)
 
 
-def join(chunks: Sequence[dict[str, Drawn]]) -> dict[str, Drawn]:
+def join(chunks: Sequence[dict[str, SiteDraws]]) -> dict[str, SiteDraws]:
     """Put chunks of draws of the same sites together."""
     return {name: joined([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -257,9 +259,9 @@ def _resampled(draws: Draws, count: int, *, smooth: bool) -> Draws:
 def collected(
     program: Program,
     draws: Draws,
-    collect: Callable[[Run], dict[str, Drawn]],
+    collect: Callable[[Run], dict[str, SiteDraws]],
     options: dict[str, Any],
-) -> dict[str, Drawn]:
+) -> dict[str, SiteDraws]:
     """Run the model on the latents of draws, and gather what is asked for."""
     latents = draws.of_kind("latent")
     runs = runs_of_model(program, len(draws), latents, draws.minibatch, **options)

@@ -13,7 +13,7 @@ from pyro_recursive.evaluation.draws.collected import (
     latent_values,
     log_likelihood_values,
 )
-from pyro_recursive.evaluation.draws.drawn import Drawn
+from pyro_recursive.evaluation.draws.drawn import SiteDraws
 from pyro_recursive.evaluation.draws.model_runs import Run, drawing_data, was_observed
 from pyro_recursive.evaluation.draws.own_scales import scaled_sites
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
@@ -101,7 +101,7 @@ def log_likelihoods(
     run = {"vectorize": vectorize_particles, "chunk_size": chunk_size}
     scaled: dict[str, None] = {}
 
-    def collect(run: Run) -> dict[str, Drawn]:
+    def collect(run: Run) -> dict[str, SiteDraws]:
         _check_latents(run, draws)
         scaled.update(dict.fromkeys(scaled_sites(run.outline)))
         return log_likelihood_values(run)
@@ -192,7 +192,7 @@ def _check_latents(run: Run, draws: Draws) -> None:
         )
 
 
-def _all_values(run: Run) -> dict[str, Drawn]:
+def _all_values(run: Run) -> dict[str, SiteDraws]:
     return {**latent_values(run), **computed_values(run), **data_values(run)}
 
 

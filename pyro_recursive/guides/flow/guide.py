@@ -8,19 +8,19 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.encoder import check_numbers, encoding
 from pyro_recursive.guides.flow.kinds import build_flow, check_flow
 from pyro_recursive.guides.flow.local_flow import LocalFlowRows
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, ZukoDistribution
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
 from pyro_recursive.tracing.modules import check_module
 
 __all__ = ["FlowGuide"]
 
 
-class FlowGuide(PackedGuide):
+class FlowGuide(LatentGuide):
     """An autoguide that is a normalising flow, ``u = loc(c) + scale(c) * f(noise; c)``.
 
     All latents inside the data's plate are packed into one unconstrained vector u a row, of length
@@ -109,7 +109,7 @@ class FlowGuide(PackedGuide):
         self.encoder: Any = encoder
         self.transforms, self.hidden, self.init_scale = transforms, tuple(hidden), init_scale
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create the flow of a group around a point, the mean of its rows."""
         if latents.local and not self.by_row:  # in a mixture with rows
             raise _no_encoder(latents.rows[-1].name)
@@ -118,7 +118,7 @@ class FlowGuide(PackedGuide):
         loc = place.reshape(-1, latents.size).mean(0)
         setattr(self, _flow(latents), AffineFlow(flow, context, loc, self.init_scale))
 
-    def posterior(self, latents: Latents, call: Call) -> ZukoDistribution:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> ZukoDistribution:
         """Return the flow of a group, batch ``[*batch]`` and event ``[D]``."""
         flow = getattr(self, _flow(latents))
         if latents.local:
@@ -126,7 +126,7 @@ class FlowGuide(PackedGuide):
             return flow(context, context.shape[:-1])
         return flow(None, torch.Size([1] * latents.nesting))
 
-    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+    def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the contexts, and the locations and log-scales that the head makes of them."""
         flow = getattr(self, _flow(latents))
         if not latents.local:
@@ -134,11 +134,11 @@ class FlowGuide(PackedGuide):
         context = latents.expand_rows(self._context(latents, call))
         return torch.cat([context, flow.head(context)], -1)
 
-    def row_family(self, latents: Latents) -> RowFamily:
+    def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the flows that a row may have: any context, location and scale of this flow."""
         return FlowRows(getattr(self, _flow(latents)), latents.size)
 
-    def _context(self, latents: Latents, call: Call) -> Tensor:
+    def _context(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         inputs = call.rows(latents)
         with encoding("The encoder", latents, inputs):
             context: Tensor = self.encoder(inputs)
@@ -153,7 +153,7 @@ class FlowGuide(PackedGuide):
         check_numbers("The encoder", latents, context, inputs)
         return context
 
-    def _context_size(self, latents: Latents, raw: Any) -> int:
+    def _context_size(self, latents: LatentBlock, raw: Any) -> int:
         """Return the width of the encoder's output, from its first rows."""
         few = raw[:2] if isinstance(raw, Tensor) else raw
         with poutine.block(), torch.no_grad(), encoding("The encoder", latents, few):
@@ -175,7 +175,7 @@ class FlowRows(RowFamily):
         return (*context, self.size, self.size)
 
     @property
-    def noise_size(self) -> int:
+    def noise_dim(self) -> int:
         """D."""
         return self.size
 
@@ -220,5 +220,5 @@ def _no_encoder(plate: str) -> ValueError:
     )
 
 
-def _flow(latents: Latents) -> str:
+def _flow(latents: LatentBlock) -> str:
     return "flow_local" if latents.local else "flow_global"

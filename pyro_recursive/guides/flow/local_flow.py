@@ -38,7 +38,7 @@ class LocalFlowRows(RowFamily):
         return (*context, self.size, self.size, sum(p.numel() for _, p in self._parameters))
 
     @property
-    def noise_size(self) -> int:
+    def noise_dim(self) -> int:
         """D."""
         return self.size
 

@@ -16,25 +16,25 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import outer_shape
-from pyro_recursive.guides.packing import Latents, Values
-from pyro_recursive.tracing.given import Given
+from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.tracing.given import SubstituteByName
 from pyro_recursive.tracing.sites import Site, is_delta, log_prob_of, sites
 
 __all__ = ["RunGuide", "component_of"]
 
 
-def component_of(guide: Callable, latents: Latents, call: Call) -> Any:
+def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
     """Return a guide's distribution over a group: batch ``[*batch]``, event ``[D]``."""
-    if isinstance(guide, PackedGuide):
+    if isinstance(guide, LatentGuide):
         return guide.posterior(latents, call)
     if isinstance(guide, AutoContinuous):
         return _posterior_of(guide, latents, call)
     return RunGuide(guide, latents, call, outer_shape())
 
 
-def _posterior_of(guide: AutoContinuous, latents: Latents, call: Call) -> Any:
+def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) -> Any:
     """Return an autoguide's posterior, after a look whether it packs the same sites."""
     if guide.prototype_trace is None:
         with poutine.block():
@@ -63,7 +63,7 @@ class RunGuide(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, guide: Callable, latents: Latents, call: Call, outer: tuple[int, ...]
+        self, guide: Callable, latents: LatentBlock, call: GuideCall, outer: tuple[int, ...]
     ) -> None:
         self.guide, self.latents, self.call, self.outer = guide, latents, call, outer
         rows = latents.expand_rows(torch.empty(*call.sizes(latents), 0)).shape[:-1]
@@ -99,7 +99,7 @@ class RunGuide(TorchDistribution):
         given.update(values)
         # Only parameters are seen outside: the samples belong to the mixture.
         hidden = poutine.block(hide_types=["sample"])
-        with hidden, poutine.trace() as traced, _Widen(self.outer), Given(given):
+        with hidden, poutine.trace() as traced, _Widen(self.outer), SubstituteByName(given):
             self.guide(*self.call.args, **self.call.kwargs)
         wanted = {slot.name for slot in self.latents.slots}
         for site in sites(traced.trace):

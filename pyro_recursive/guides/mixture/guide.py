@@ -13,25 +13,25 @@ from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
 
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import Call, PackedGuide, first_argument
+from pyro_recursive.guides.base import GuideCall, LatentGuide, first_argument
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.mixture.components import component_of
 from pyro_recursive.guides.mixture.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
-from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
 from pyro_recursive.guides.saving import check_components
 from pyro_recursive.tracing.counts import is_count
 from pyro_recursive.tracing.modules import check_instance, check_module
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
-from pyro_recursive.tracing.strata import Choice, Strata, current_strata
+from pyro_recursive.tracing.strata import ComponentAssignment, ComponentIndex, current_strata
 
 __all__ = ["MixtureGuide"]
 
 
-class MixtureGuide(PackedGuide):
+class MixtureGuide(LatentGuide):
     """A mixture of guides, with the exact log-density over all components and all latent sites.
 
     ``q(z | x) = sum_m w_m(x) q_m(z | x)``. Latents inside the data's plate have one mixture for
@@ -111,7 +111,7 @@ class MixtureGuide(PackedGuide):
                 "make a new guide of its kind, and copy the state with load_state_dict."
             ) from error
         self.trunk: Any = trunk
-        with_encoder = [c for c in components if isinstance(c, PackedGuide) and c.by_row]
+        with_encoder = [c for c in components if isinstance(c, LatentGuide) and c.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
@@ -131,7 +131,7 @@ class MixtureGuide(PackedGuide):
     def by_row(self) -> bool:
         """With an encoder or a guide written by hand, each row has a mixture of its own."""
         return any(
-            c.by_row if isinstance(c, PackedGuide) else not isinstance(c, AutoContinuous)
+            c.by_row if isinstance(c, LatentGuide) else not isinstance(c, AutoContinuous)
             for c in self.components
         )
 
@@ -144,14 +144,14 @@ class MixtureGuide(PackedGuide):
         self._check_inputs(args, kwargs)
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
-            if not isinstance(self.component(m), PackedGuide):
+            if not isinstance(self.component(m), LatentGuide):
                 with poutine.block(), torch.no_grad():
                     self.component(m)(*args, **kwargs)
 
     def _check_inputs(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise where a component wants other inputs than those that all of them get."""
         for component in self.components:
-            if not isinstance(component, PackedGuide) or not component.by_row:
+            if not isinstance(component, LatentGuide) or not component.by_row:
                 continue
             if component.inputs in (self.inputs, first_argument):
                 continue
@@ -162,12 +162,12 @@ class MixtureGuide(PackedGuide):
                 )
 
     def adopt(
-        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
     ) -> None:
         """Share the groups with the components, each around a point of its own."""
         rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
         for component in self.components:
-            if isinstance(component, PackedGuide):
+            if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
                         f"A component has plate='{component.plate}', and the mixture has none for "
@@ -176,7 +176,7 @@ class MixtureGuide(PackedGuide):
                 component.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create the weights of a group."""
         self.weights.build(latents, place, raw)
 
@@ -202,7 +202,7 @@ class MixtureGuide(PackedGuide):
         """The numbers of the components that make up the mixture."""
         return tuple(range(len(self.components)))
 
-    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+    def log_weights(self, latents: LatentBlock, call: GuideCall, members: Sequence[int]) -> Tensor:
         """Return the logarithms of the members' weights in a group, ``[*batch, J]``."""
         logits = self.weights.logits(latents, call)
         if len(members) < len(self.components):
@@ -222,7 +222,7 @@ class MixtureGuide(PackedGuide):
         batch = latents.expand_rows(weights.new_empty(*sizes, 1)).shape[:-1]
         return weights.expand(*batch, -1).reshape(*sizes, -1)
 
-    def posterior(self, latents: Latents, call: Call) -> Mixture:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
         strata = current_strata()
         if strata is not None and len(self.groups) > 1:
@@ -245,7 +245,7 @@ class MixtureGuide(PackedGuide):
         return ListMixture(log_weights, components)
 
     def parameters_of(
-        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+        self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: frozenset[int]
     ) -> Tensor:
         """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
         guides = [self.component(m) for m in members]
@@ -261,23 +261,23 @@ class MixtureGuide(PackedGuide):
                 found.append(guide.parameters_of(latents, call))
         return torch.stack(torch.broadcast_tensors(*found))
 
-    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+    def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the numbers of all members, and the logits of their weights, ``[*batch, P]``."""
         guides = [self.component(m) for m in self.members]
         if _alike(guides):
             numbers = list(self.parameters_of(latents, call, self.members, frozenset()))
         else:
-            numbers = [_packed(guide).numbers_of(latents, call) for guide in guides]
+            numbers = [_packed(guide).variational_params(latents, call) for guide in guides]
         numbers.append(self.log_weights(latents, call, self.members))
         batch = torch.broadcast_shapes(*(own.shape[:-1] for own in numbers))
         return torch.cat([own.expand(*batch, -1) for own in numbers], -1)
 
-    def row_family(self, latents: Latents) -> RowFamily:
+    def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the mixtures that a row may have."""
         guides = [_packed(self.component(m)) for m in self.members]
         return MixtureRows(tuple(guide.row_family(latents) for guide in guides))
 
-    def sample_from(self, mixture: Mixture, latents: Latents, call: Call) -> Values:
+    def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""
         strata = current_strata()
         if mixture.num_components == 1 and strata is None:
@@ -303,14 +303,18 @@ class MixtureGuide(PackedGuide):
         return emit(latents, call.plates, u, density)
 
     def _draw_component(
-        self, latents: Latents, mixture: Mixture, strata: Strata | None, call: Call
+        self,
+        latents: LatentBlock,
+        mixture: Mixture,
+        strata: ComponentAssignment | None,
+        call: GuideCall,
     ) -> Tensor:
         """Sample which component each row is drawn from, or take it from the strata."""
         group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
         with inside(latents.rows, call.plates):
             return pyro.sample(
                 f"{self.name}{group}_component",
-                Choice(logits=mixture.log_weights),
+                ComponentIndex(logits=mixture.log_weights),
                 obs=None if strata is None else _assigned(strata, mixture),
                 infer={"is_auxiliary": True},
             )
@@ -331,7 +335,7 @@ def _check(components: Any) -> None:
 def _check_guides(components: Sequence[Callable]) -> None:
     for component in components:
         check_instance("A component of a mixture", component, "guide")
-        if isinstance(component, PackedGuide) and not component.can_be_component:
+        if isinstance(component, LatentGuide) and not component.can_be_component:
             raise ValueError(
                 f"{type(component).__name__} cannot be a component of a mixture: its encoder "
                 "learns from more than its distribution. Refine the mixture as a whole: "
@@ -358,8 +362,8 @@ def _alike(guides: Sequence[Any]) -> bool:
     return gaussian and len({guide.family for guide in guides}) == 1
 
 
-def _packed(guide: Any) -> PackedGuide:
-    if not isinstance(guide, PackedGuide):
+def _packed(guide: Any) -> LatentGuide:
+    if not isinstance(guide, LatentGuide):
         raise TypeError(
             f"A component of the mixture is {type(guide).__name__}, whose distribution for one row "
             "is not known as a function of numbers. Use AmortizedGuide or FlowGuide components."
@@ -367,7 +371,7 @@ def _packed(guide: Any) -> PackedGuide:
     return guide
 
 
-def _assigned(strata: Strata, mixture: Mixture) -> Tensor:
+def _assigned(strata: ComponentAssignment, mixture: Mixture) -> Tensor:
     """Return the component of each particle and row."""
     device = mixture.log_weights.device
     frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)

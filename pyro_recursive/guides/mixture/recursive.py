@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from pyro_recursive.bounds.mixture_objectives import Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.mixture.other_losses import OtherLosses
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
-from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.strata import current_strata
 
 __all__ = ["RecursiveMixtureGuide"]
@@ -73,7 +73,7 @@ class RecursiveMixtureGuide(MixtureGuide):
     def __init__(
         self,
         model: Callable,
-        components: int | Sequence[PackedGuide],
+        components: int | Sequence[LatentGuide],
         *,
         schedule: Schedule | None = None,
         epsilon: float = 0.1,
@@ -227,7 +227,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             f"steps_left={self.steps_left}"
         )
 
-    def log_weights(self, latents: Latents, call: Call, members: Sequence[int]) -> Tensor:
+    def log_weights(self, latents: LatentBlock, call: GuideCall, members: Sequence[int]) -> Tensor:
         """Return the logarithms of the members' weights in a group, ``[*batch, J]``.
 
         A component that is only proposed has the weight epsilon beside them.
@@ -248,7 +248,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
 
     def parameters_of(
-        self, latents: Latents, call: Call, members: Sequence[int], frozen: frozenset[int]
+        self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: frozenset[int]
     ) -> Tensor:
         """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
         if not self.conditional:
@@ -310,7 +310,7 @@ def _check(components: Sequence[nn.Module], conditional: bool) -> None:
     if len(components) < 2:
         raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}")
     for component in components:
-        if not isinstance(component, PackedGuide):
+        if not isinstance(component, LatentGuide):
             raise TypeError(
                 "The components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
                 f"{type(component).__name__}: another guide's parameters cannot be held while one "

@@ -7,9 +7,9 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from pyro_recursive.guides.base import Call
+from pyro_recursive.guides.base import GuideCall
 from pyro_recursive.guides.encoder import check_numbers, encoding
-from pyro_recursive.guides.packing import Latents
+from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.tables import rows_of
 from pyro_recursive.tracing.modules import check_module
 
@@ -47,7 +47,7 @@ class Weights(PyroModule):
         self.register_buffer("initial", _unsquashed(initial))
         self.separate = separate
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create the weights of a group, of the kind and on the device of a draw ``place``."""
         self.initial = self.initial.to(place)
         if latents.local and self.kind == "module":
@@ -68,7 +68,7 @@ class Weights(PyroModule):
             else:
                 self.register_buffer(name, logits)
 
-    def logits(self, latents: Latents, call: Call, held: Container[int] = ()) -> Tensor:
+    def logits(self, latents: LatentBlock, call: GuideCall, held: Container[int] = ()) -> Tensor:
         """Return the logits, ``[*batch, n]``, between -8 and 8; those ``held`` are constants.
 
         Where each has parameters of its own, they are not even part of the graph.
@@ -125,7 +125,7 @@ class Weights(PyroModule):
     def _initial_parts(self) -> list[Tensor]:
         return list(self.initial.split(1 if self.separate else len(self.initial)))
 
-    def _names(self, latents: Latents) -> list[str]:
+    def _names(self, latents: LatentBlock) -> list[str]:
         kind = "local" if latents.local else "overall"
         if not self.separate:
             return [kind]
@@ -162,7 +162,7 @@ def _joined(parts: list[Tensor], held: Container[int]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _features(latents: Latents, raw: Any) -> int:
+def _features(latents: LatentBlock, raw: Any) -> int:
     if not isinstance(raw, Tensor) or raw.dim() <= len(latents.rows):
         raise ValueError(
             "weights='linear' needs inputs that are one tensor with the rows first and features "
@@ -177,7 +177,7 @@ def _unsquashed(logits: Tensor) -> Tensor:
     return LARGEST * torch.atanh(logits / LARGEST)
 
 
-def _place(latents: Latents, found: Tensor) -> Tensor:
+def _place(latents: LatentBlock, found: Tensor) -> Tensor:
     if found.dim() == 1:
         return found.expand(*[1] * latents.nesting, -1)
     return latents.expand_rows(found)

@@ -10,18 +10,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.guides.base import Call, PackedGuide
+from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import inside, outer_shape
-from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.semi_amortized.gradient_site import GradientSite
-from pyro_recursive.guides.semi_amortized.refinement import Path, divergence, refine
+from pyro_recursive.guides.semi_amortized.refinement import Trajectory, divergence, refine
 from pyro_recursive.guides.semi_amortized.row_elbo import ESTIMATORS, LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
 from pyro_recursive.tracing.counts import is_count
 from pyro_recursive.tracing.given import Unnoticed
 from pyro_recursive.tracing.modules import check_instance
-from pyro_recursive.tracing.reruns import is_look, kept
+from pyro_recursive.tracing.reruns import is_dry_run, run_cache
 from pyro_recursive.tracing.warmup import latent_weight
 
 __all__ = ["MODES", "Refinement", "SemiAmortizedGuide"]
@@ -45,7 +45,7 @@ class Refinement(NamedTuple):
     clipped: Tensor
 
 
-class SemiAmortizedGuide(PackedGuide):
+class SemiAmortizedGuide(LatentGuide):
     """An amortised guide whose output is refined by a few steps on each row's own ELBO.
 
     The encoder gives numbers ``lambda_0`` to each row, the parameters of its distribution. Inside
@@ -133,7 +133,7 @@ class SemiAmortizedGuide(PackedGuide):
     def __init__(
         self,
         model: Callable,
-        guide: PackedGuide,
+        guide: LatentGuide,
         *,
         steps: int = 5,
         test_steps: int | None = None,
@@ -146,7 +146,7 @@ class SemiAmortizedGuide(PackedGuide):
         checkpoint: bool = False,
         name: str | None = None,
     ) -> None:
-        if not isinstance(guide, PackedGuide) or isinstance(guide, SemiAmortizedGuide):
+        if not isinstance(guide, LatentGuide) or isinstance(guide, SemiAmortizedGuide):
             raise TypeError(
                 "guide must be one that finds numbers for each row: AmortizedGuide, FlowGuide or "
                 f"a MixtureGuide of those; got {type(guide).__name__}"
@@ -215,7 +215,7 @@ class SemiAmortizedGuide(PackedGuide):
         return self.test_steps
 
     def adopt(
-        self, groups: tuple[Latents, ...], prior: Callable[[], poutine.Trace], raw: Any
+        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
     ) -> None:
         """Share the groups with the guide that is refined."""
         if not groups[-1].local:
@@ -226,7 +226,7 @@ class SemiAmortizedGuide(PackedGuide):
         self.guide.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
 
-    def build(self, latents: Latents, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create what the update needs, for the rows."""
         if latents.local:
             self.update.to(place)
@@ -239,23 +239,23 @@ class SemiAmortizedGuide(PackedGuide):
     def _trunk(self) -> Callable[[Any], Any] | None:
         return self.guide._trunk()
 
-    def numbers_of(self, latents: Latents, call: Call) -> Tensor:
+    def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the refined numbers of the rows, ``[*batch, P]``."""
         if not latents.local:
-            return self.guide.numbers_of(latents, call)
+            return self.guide.variational_params(latents, call)
         return self._refined(latents, call, self.num_steps).numbers
 
-    def row_family(self, latents: Latents) -> RowFamily:
+    def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the distributions that a row may have: those of the guide that is refined."""
         return self.guide.row_family(latents)
 
-    def posterior(self, latents: Latents, call: Call) -> Any:
+    def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the distribution of a group, for the rows after refinement."""
         if not latents.local:
             return self.guide.posterior(latents, call)
-        return self.row_family(latents).distribution(self.numbers_of(latents, call))
+        return self.row_family(latents).distribution(self.variational_params(latents, call))
 
-    def sample(self, latents: Latents, call: Call) -> Values:
+    def sample(self, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a group; note what else the encoder learns from."""
         if not latents.local:
             return self.guide.sample(latents, call)
@@ -268,7 +268,7 @@ class SemiAmortizedGuide(PackedGuide):
         posterior = self.row_family(latents).distribution(path.numbers)
         return self.guide.sample_from(posterior, latents, call)
 
-    def _target(self, latents: Latents, call: Call, twice: bool = False) -> LocalBound:
+    def _target(self, latents: LatentBlock, call: GuideCall, twice: bool = False) -> LocalBound:
         return LocalBound(
             self.own_model("for the ELBO that its rows climb"),
             latents,
@@ -280,17 +280,17 @@ class SemiAmortizedGuide(PackedGuide):
             runs=Unnoticed(twice),
         )
 
-    def _refined(self, latents: Latents, call: Call, steps: int) -> "_Refined":
+    def _refined(self, latents: LatentBlock, call: GuideCall, steps: int) -> "_Refined":
         """Refine the rows; once, where a loss runs the guide twice on the same noise."""
-        memory = kept()
+        memory = run_cache()
         if memory is None or call.given:  # global latents may be other ones now
             return self._refine(latents, call, steps)
         if (self, steps) not in memory:
             memory[self, steps] = self._refine(latents, call, steps)
         return memory[self, steps]
 
-    def _refine(self, latents: Latents, call: Call, steps: int) -> "_Refined":
-        start = self.guide.numbers_of(latents, call)
+    def _refine(self, latents: LatentBlock, call: GuideCall, steps: int) -> "_Refined":
+        start = self.guide.variational_params(latents, call)
         if not steps:
             return _Refined(start, start, None, [])
         if torch.is_inference_mode_enabled():
@@ -313,16 +313,16 @@ class SemiAmortizedGuide(PackedGuide):
             twice,
             self.checkpoint,
         )
-        if self.mode == "svi" and self.training and torch.is_grad_enabled() and not is_look():
+        if self.mode == "svi" and self.training and torch.is_grad_enabled() and not is_dry_run():
             self.guide.keep_rows(latents, call, path.numbers)
         also = self._also(target, start, path)
         return _Refined(start, path.numbers, also, [gradient for _, gradient in path.visited])
 
-    def _features(self, latents: Latents, call: Call) -> Tensor | None:
+    def _features(self, latents: LatentBlock, call: GuideCall) -> Tensor | None:
         features = self.update.features_of(call.rows(latents), len(latents.rows))
         return None if features is None else latents.expand_rows(features)
 
-    def _also(self, target: LocalBound, start: Tensor, path: Path) -> Tensor | None:
+    def _also(self, target: LocalBound, start: Tensor, path: Trajectory) -> Tensor | None:
         """Return what the encoder climbs beside the bound, for each row, up to a constant."""
         if (self.direct or self.mode.startswith("distill")) and not torch.is_grad_enabled():
             return torch.zeros_like(start[..., 0])

@@ -12,11 +12,11 @@ from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import Update
 
-__all__ = ["Path", "divergence", "refine"]
+__all__ = ["Trajectory", "divergence", "refine"]
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """The way of the rows: ``visited`` has each step's numbers and gradient, ``[*batch, P]``."""
 
     visited: list[tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ def refine(
     features: Tensor | None = None,
     twice: bool = False,
     recompute: bool = False,
-) -> Path:
+) -> Trajectory:
     """Take a step of ``update`` for each entry of ``noise``, ``[T, S, J, *batch, n]``.
 
     Gradients are constants; with ``twice`` they have a graph, so that the steps can be
@@ -45,7 +45,7 @@ def refine(
         following, state, gradient = step(numbers, state, each)
         visited.append((numbers, gradient))
         numbers = following
-    return Path(visited, numbers)
+    return Trajectory(visited, numbers)
 
 
 def _step(

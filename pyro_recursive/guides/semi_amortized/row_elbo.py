@@ -15,11 +15,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.guides.base import Call
-from pyro_recursive.guides.packing import Latents, Values
+from pyro_recursive.guides.base import GuideCall
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.densities import weighted
-from pyro_recursive.tracing.given import Given, Unnoticed
+from pyro_recursive.tracing.given import SubstituteByName, Unnoticed
 from pyro_recursive.tracing.layout import Layout
 from pyro_recursive.tracing.runs import Particles
 from pyro_recursive.tracing.sites import (
@@ -54,8 +54,8 @@ class LocalBound:
     """
 
     model: Callable
-    latents: Latents
-    call: Call
+    latents: LatentBlock
+    call: GuideCall
     family: RowFamily
     nesting: int
     latent_weight: float = 1.0
@@ -65,7 +65,7 @@ class LocalBound:
     def noise(self, numbers: Tensor, draws: int, seed: int | None = None) -> Tensor:
         """Return standard normals ``[S, J, *batch, n]``; with a seed the same for all rows."""
         shape = (draws, self.family.parts)
-        batch, n = numbers.shape[:-1], self.family.noise_size
+        batch, n = numbers.shape[:-1], self.family.noise_dim
         if seed is None:
             return torch.randn(*shape, *batch, n, dtype=numbers.dtype, device=numbers.device)
         # By the CPU's generator, whatever the default device.
@@ -125,7 +125,7 @@ class LocalBound:
     def _run(self, values: Values, count: int, width: int) -> poutine.Trace:
         given = {name: plate.indices for name, plate in self.call.plates.items()}
         given = {**given, **self.call.given, **values}
-        model = poutine.trace(Given(given)(self.model))
+        model = poutine.trace(SubstituteByName(given)(self.model))
         with _draws_plate(count, -width - 1), _warmup(self.latent_weight):
             trace = model.get_trace(*self.call.args, **self.call.kwargs)
         _check_latents(trace, given)
