@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
 from pyro_recursive.tracing.counts import check_at_least
 
 __all__ = ["ActiveUnits", "active_units"]

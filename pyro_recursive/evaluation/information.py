@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.evaluation.active_units import ActiveUnits, active_units
-from pyro_recursive.evaluation.posterior_table import PosteriorTable, RowDraws, alone
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, RowDraws, alone
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.program import Program
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from pyro_recursive.evaluation.information import mutual_information
-from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
 from pyro_recursive.tracing.counts import check_integers
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner

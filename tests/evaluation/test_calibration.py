@@ -176,7 +176,7 @@ def test_exact_guides_have_uniform_p_values() -> None:
 
 
 def test_rounds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_recursive.evaluation.posterior_table.DRAWN_ROWS", 300)
+    monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 300)
     found = calibration(conjugate, posterior, torch.zeros(100), num_draws=10, num_rounds=3)
     assert found.ranks["z"].shape == (300, 1) and found.is_calibrated(1e-3)
 

@@ -22,7 +22,7 @@ from pyro_recursive.evaluation.information import (
     posterior_table,
     rate_of,
 )
-from pyro_recursive.evaluation.posterior_table import PosteriorTable, alone
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
 from pyro_recursive.evaluation.row_plate import latent
 from pyro_recursive.tracing.sites import is_delta
 from pyro_recursive.tracing.warmup import KLWarmup
@@ -443,7 +443,7 @@ def test_draws_in_chunks_are_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[Tensor] = []
     add = _Moments.add
     monkeypatch.setattr(_Moments, "add", lambda self, v: (seen.append(v), add(self, v)))
-    monkeypatch.setattr("pyro_recursive.evaluation.posterior_table.DRAWN_ROWS", 18)
+    monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 18)
     in_chunks = active_units(linear_guide, rows(), num_draws=10).variances["z"]
     assert [len(values) for values in seen] == [3, 3, 3, 1]
     at_once = _Moments()

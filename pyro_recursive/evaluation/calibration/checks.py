@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyro_recursive.evaluation.calibration.ranks import RankSums
 from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
 from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
-from pyro_recursive.evaluation.posterior_table import PosteriorTable
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
