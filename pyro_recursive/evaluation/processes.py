@@ -36,7 +36,7 @@ class ProcessGroup:
     :param count: how many there are
     :param control: a group for messages between CPUs, so that no accelerator is waited for
 
-    >>> alone = Processes()
+    >>> alone = ProcessGroup()
     >>> alone.share(5), alone.agree("here", 7), alone.gather("a", place="here")
     (slice(0, 5, None), [(7,)], ['a'])
     """
