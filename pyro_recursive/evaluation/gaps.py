@@ -13,7 +13,6 @@ from pyro_recursive.evaluation.scores import Scores
 from pyro_recursive.evaluation.search import Noise, Search
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.packing import LatentBlock
-from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.tracing.counts import check_at_least
@@ -110,7 +109,6 @@ def gaps(
     num_particles: int = 5000,
     chunk_size: int | None = None,
     search: Search | None = None,
-    local_flow: bool = False,
     **kwargs: Any,
 ) -> Gaps:
     """Measure, for each row of the data, what a guide's posterior loses and why.
@@ -130,8 +128,7 @@ def gaps(
     in expectation, and about as good as the better one of the two.
 
     Of a mixture, all components and weights are searched for. A flow's networks are the guide's in
-    all rows: q* may have any context, location and scale of the affine head. With ``local_flow`` it
-    may have networks of its own, too, which are searched for from the guide's. With a
+    all rows: q* may have any context, location and scale of the affine head. With a
     `SemiAmortizedGuide` q is what refinement returns, and ``start`` the ELBO before it.
 
     Rows are those of one minibatch, without any subsample scale. Scales and masks of the user stay,
@@ -145,7 +142,6 @@ def gaps(
         num_particles: the draws for each of the bounds that are reported.
         chunk_size: how many of them run at once; by default about 5,000 rows of draws.
         search: how q* is searched for; a `pyro_recursive.evaluation.search.Search`.
-        local_flow: whether the networks of flows, too, are searched for in each row.
         args, kwargs: those of the model and the guide.
 
     Raises:
@@ -189,8 +185,6 @@ def gaps(
         outside = runs(lambda: _outside(program, latents))
         size = chunk_size or runs(lambda: particles_per_chunk(program))
         family, own = guide.row_family(latents), _own(guide, latents, call, runs)
-        if local_flow:
-            family, own = _freed(family, own)
         target = LocalBound(model, latents, call, family, guide.nesting, runs=runs)
         noise, search = Noise(own.device), search or Search()
         state = torch_state()  # runs of the model set it back
@@ -247,13 +241,6 @@ def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, runs: Unnoti
     found = [runs(partial(each.variational_params, latents, call)) for each in guides]
     batch = latents.expand_rows(torch.empty(*call.sizes(latents), 1)).shape[:-1]
     return torch.stack([numbers.detach().expand(*batch, -1) for numbers in found])
-
-
-def _freed(family: RowFamily, own: Tensor) -> tuple[RowFamily, Tensor]:
-    freed, numbers = family.freed(own)
-    if numbers.shape == own.shape:
-        raise ValueError("local_flow is for guides with flows, and this one has no FlowGuide in it")
-    return freed, numbers
 
 
 def _check_rows(target: LocalBound, numbers: Tensor, noise: Noise, outside: list[str]) -> None:

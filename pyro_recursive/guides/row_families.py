@@ -71,10 +71,6 @@ class RowFamily(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define start().")
 
-    def freed(self, numbers: Tensor) -> tuple["RowFamily", Tensor]:
-        """Return a family whose rows have networks of their own, if any, and its numbers."""
-        return self, numbers
-
 
 @dataclass(frozen=True)
 class GaussianRows(RowFamily):
@@ -173,12 +169,6 @@ class MixtureRows(RowFamily):
         places = torch.stack([loc + steps, loc - steps], 1).flatten(0, 1)
         found = [each.start(place) for each, place in zip(self.members, places, strict=False)]
         return torch.cat([*found, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
-
-    def freed(self, numbers: Tensor) -> tuple[RowFamily, Tensor]:
-        """Free all parts."""
-        pairs = zip(self.members, self._split(numbers), strict=True)
-        members, own = zip(*(member.freed(each) for member, each in pairs), strict=True)
-        return MixtureRows(members), torch.cat([*own, self._logits(numbers)], -1)
 
     def _logits(self, numbers: Tensor) -> Tensor:
         return numbers[..., -len(self.members) :]

@@ -231,36 +231,14 @@ def flow_guide(model: Callable, *numbers: float, **options: Any) -> FlowGuide:
     return guide
 
 
-@pytest.mark.parametrize("local_flow", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_flow_on_a_gaussian(local_flow: bool) -> None:
+def test_flow_on_a_gaussian() -> None:
     """A flow that starts as a Gaussian finds a posterior that is one."""
     log_scale = 0.5 * math.log(VARIANCE)
     guide = flow_guide(conjugate, 0.5, log_scale, transforms=1, hidden=(4,))
-    found = gaps(conjugate, guide, X[:2], search=QUICK, num_particles=2000, local_flow=local_flow)
+    found = gaps(conjugate, guide, X[:2], search=QUICK, num_particles=2000)
     expected = (LOC[:2] - 0.5) ** 2 / (2 * VARIANCE)
     close(found.amortization, expected, found.amortization_error)
     close(found.approximation, 0.0, found.log_marginal_error)
-
-
-@pytest.mark.slow
-def test_networks_of_its_own_close_a_gap() -> None:
-    """Networks that know no funnel are the same for all rows, unless each has its own."""
-
-    def funnel(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-            z = pyro.sample("z", prior)
-            first = dist.Normal(0.0, 1.0).log_prob(z[..., 0])
-            second = dist.Normal(0.0, (x[:, 0] * z[..., 0]).exp()).log_prob(z[..., 1])
-            pyro.factor("f", first + second - prior.log_prob(z))
-
-    x = torch.tensor([[-1.0], [1.0]])
-    guide = FlowGuide(funnel, "coupling", encoder=nn.Linear(1, 2), transforms=2, hidden=(16,))
-    given = gaps(funnel, guide, x)
-    own = gaps(funnel, guide, x, local_flow=True)
-    assert (given.best < -0.4).all() and (own.best > -0.12).all()
-    assert (own.best < SIGMAS * own.best_error).all()
-    close(own.log_marginal, 0.0, own.log_marginal_error)
 
 
 # --- Refinement
@@ -539,8 +517,6 @@ def test_arguments_that_are_refused() -> None:
     guide = AmortizedGuide(conjugate, off_by())
     with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
         gaps(conjugate, guide, X, num_particles=0)
-    with pytest.raises(ValueError, match="no FlowGuide in it"):
-        gaps(conjugate, guide, X, local_flow=True)
     with pytest.raises(RuntimeError, match=r"torch.no_grad\(\) at most"), torch.inference_mode():
         gaps(conjugate, guide, X)
     for wrong in ({"draws": 0}, {"patience": 0}, {"lr": 0.0}, {"tolerance": -1.0}):

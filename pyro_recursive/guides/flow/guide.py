@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.encoder import check_numbers, encoding
 from pyro_recursive.guides.flow.kinds import build_flow, check_flow
-from pyro_recursive.guides.flow.local_flow import LocalFlowRows
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, ZukoDistribution
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
@@ -203,13 +202,6 @@ class FlowRows(RowFamily):
         """Return a context of zeros, a place and the scale of a start."""
         context = loc.new_zeros(*loc.shape[:-1], sum(self.blocks[:-2]))
         return torch.cat([context, loc, torch.full_like(loc, START).log()], -1)
-
-    def freed(self, numbers: Tensor) -> tuple[RowFamily, Tensor]:
-        """Return flows with networks of their own, which are this flow's to begin with."""
-        free = LocalFlowRows(self.flow, self.size)
-        return free, torch.cat(
-            [numbers, numbers.new_zeros(*numbers.shape[:-1], free.blocks[-1])], -1
-        )
 
 
 def _no_encoder(plate: str) -> ValueError:
