@@ -34,6 +34,7 @@ from pyro_recursive.guides.mixture import other_losses
 from pyro_recursive.losses.component_search import propose
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.strata import current_strata
+from tests.oracles.bitwise import same
 from tests.oracles.mixtures import (
     ALIKE,
     LOGITS,
@@ -51,7 +52,7 @@ from tests.oracles.mixtures import (
     setting,
 )
 from tests.oracles.quadrature import log_normal
-from tests.training.test_fit import interrupt_at, outcome, run, same
+from tests.oracles.training import interrupt_at, outcome, run
 
 PROPOSE, REFINE, JOINT = (1, 1, 0, 1, 0), (2, 1, 0, 1, 1), (3, 1, 0, 1, 1)
 LOGIT = LOGITS[:1]

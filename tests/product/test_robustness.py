@@ -57,7 +57,7 @@ from pyro_recursive.mapa.nearest import nearest
 from pyro_recursive.mapa.table import Table
 from pyro_recursive.mapa.table_files import TableError
 from pyro_recursive.training import Aggressive, CheckpointError, NonFiniteError
-from tests.training.test_fit import same
+from tests.oracles.bitwise import same
 
 ROWS = 4  # as many as Stratified_ELBO(2) draws from two components: a dim must not pass for another
 NONE = Search(draws=1, steps=1)

@@ -25,8 +25,9 @@ from pyro_recursive.training import aggressive as module
 from pyro_recursive.training.aggressive import Blocks
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.minibatches import Minibatches
-from tests.training import test_fit as ordinary
-from tests.training.test_fit import interrupt_at, outcome, run, same, store
+from tests.oracles import training as ordinary
+from tests.oracles.bitwise import same
+from tests.oracles.training import interrupt_at, outcome, run, store
 
 ROWS = 12
 few = Aggressive(max_steps=3, check_every=2)

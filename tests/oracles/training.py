@@ -1,0 +1,211 @@
+"""Small programs that `fit` trains, and everything that a run of one leaves behind."""
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_recursive.training import History, checkpoint, fit
+
+ROWS = 12
+sgd = partial(torch.optim.SGD, lr=1e-3)
+quiet = pytest.mark.filterwarnings("ignore:Encountered")  # Pyro's own warning about a NaN loss
+
+
+def normal_model(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", ROWS, subsample=x):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def normal_data() -> Tensor:
+    return torch.linspace(-1.0, 3.0, ROWS)
+
+
+class VAE(nn.Module):
+    """Batch norm and dropout: a state beside the parameters, and draws beside the sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3))
+        self.decoder = nn.Linear(1, 2)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", ROWS, subsample=x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", ROWS, subsample=x):
+            loc, scale = self.encoder(x).view(-1, 2, 2).mean(-1, keepdim=True).unbind(1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+def noisy(*batch: Tensor) -> tuple[Tensor, ...]:
+    """Draw from every global generator."""
+    shift = 0.01 * (random.random() + np.random.rand())  # noqa: NPY002
+    return tuple(column + 0.01 * torch.randn_like(column) + shift for column in batch)
+
+
+# --- Programs: each returns the arguments of fit, all objects new
+
+
+def auto_normal() -> dict[str, Any]:
+    return {
+        "model": normal_model,
+        "guide": AutoNormal(normal_model),
+        "data": normal_data(),
+        "loss": Trace_ELBO(),
+    }
+
+
+def vae() -> dict[str, Any]:
+    torch.manual_seed(3)
+    program = VAE()
+    x = torch.randn(ROWS, 2)
+    return {
+        "model": program.model,
+        "guide": program.guide,
+        "data": (x,),
+        "loss": TraceMeanField_ELBO(),
+    }
+
+
+def vae_loader(generator: bool) -> dict[str, Any]:
+    own = torch.Generator().manual_seed(4) if generator else None
+    arguments = vae()
+    loader = DataLoader(TensorDataset(*arguments["data"]), 4, shuffle=True, generator=own)
+    return {**arguments, "data": loader, "batch_size": None}
+
+
+def hidden_vae() -> dict[str, Any]:
+    arguments = vae()
+    program = arguments["model"].__self__
+    hidden = {"model": lambda x: program.model(x), "guide": lambda x: program.guide(x)}
+    return {**arguments, **hidden, "modules": [program]}
+
+
+def scheduled() -> dict[str, Any]:
+    step = partial(MultiStepLR, milestones=[1, 3], gamma=0.3)
+    return {**auto_normal(), "scheduler": step, "optimizer": partial(sgd, momentum=0.9)}
+
+
+def plateau() -> dict[str, Any]:
+    make = partial(ReduceLROnPlateau, patience=0, factor=0.5, threshold=0.5)
+    return {**auto_normal(), "scheduler": make, "validation": normal_data() + 1.0}
+
+
+def early(patience: float) -> dict[str, Any]:
+    return {**vae(), "validation": torch.ones(5, 2), "patience": patience, "kl_warmup": 3}
+
+
+def late_parameters() -> dict[str, Any]:
+    def guide(x: Tensor) -> None:
+        loc = pyro.param(f"loc_{int(x[0] > 1)}", torch.tensor(0.1))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
+        pyro.sample("mean", dist.Normal(loc, scale))
+
+    return {
+        **auto_normal(),
+        "guide": guide,
+        "shuffle": False,
+        "scheduler": partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch),
+        "optimizer": partial(torch.optim.Adam, lr=0.1),
+    }
+
+
+def pyro_module_renyi() -> dict[str, Any]:
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.1))
+            self.scale = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+
+        def forward(self, x: Tensor) -> None:
+            pyro.sample("mean", dist.Normal(self.loc, self.scale))
+
+    return {**auto_normal(), "guide": Guide(), "loss": RenyiELBO(alpha=0.5, num_particles=2)}
+
+
+class LossWithModule(Trace_ELBO):
+    """A loss with a parameter of its own, such as a learned weight of two bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Linear(1, 1)
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any) -> Tensor:
+        weight = pyro.module("own", self.weight)(torch.ones(1)).exp().sum()
+        return weight * super().differentiable_loss(model, guide, *args)
+
+
+def own_loss() -> dict[str, Any]:
+    torch.manual_seed(5)
+    return {**auto_normal(), "loss": LossWithModule(), "validation_loss": Trace_ELBO()}
+
+
+PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
+    "auto_normal": auto_normal,
+    "vae": vae,
+    "loader with a generator": partial(vae_loader, generator=True),
+    "loader without": partial(vae_loader, generator=False),
+    "hidden modules": hidden_vae,
+    "schedule": scheduled,
+    "plateau": plateau,
+    "best kept": partial(early, patience=float("inf")),
+    "stopped early": partial(early, patience=1),
+    "late parameters": late_parameters,
+    "PyroModule, RenyiELBO": pyro_module_renyi,
+    "loss with parameters": own_loss,
+}
+
+
+def run(program: Callable[[], dict[str, Any]], **changes: Any) -> History:
+    """Fit a program as a new process would: new objects, an empty parameter store."""
+    pyro.clear_param_store()
+    defaults = {"batch_size": 4, "epochs": 4, "transform": noisy, "progress": False, "seed": 1}
+    return fit(**{**defaults, **program(), **changes})
+
+
+def store() -> dict[str, Tensor]:
+    params = pyro.get_param_store()
+    return {name: params[name].unconstrained().detach().clone() for name in params}
+
+
+def outcome(history: History, path: Path) -> dict[str, Any]:
+    """All that a run leaves behind: the record, parameters, random states and its file."""
+    return {
+        "history": asdict(history),
+        "store": store(),
+        "random": checkpoint.random_state(),
+        "file": checkpoint.load(path),
+    }
+
+
+def interrupt_at(call: int) -> Callable:
+    """Return a transform like `noisy` that is interrupted at its n-th call."""
+    calls = iter(range(call))
+
+    def transform(*batch: Tensor) -> tuple[Tensor, ...]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return noisy(*batch)
+
+    return transform
