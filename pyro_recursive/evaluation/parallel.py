@@ -1,17 +1,199 @@
-"""Evaluation whose rows several processes share."""
+"""Processes of torch.distributed: messages that cannot deadlock, and evaluation shared by rows.
 
-from collections.abc import Callable, Sequence
+Before any collective operation all processes exchange a message of fixed size with their place in
+the program (`ProcessGroup.barrier_at`). An error in one process, or a process at another place,
+therefore raises in all of them instead of blocking the others.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
+import pyro
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pyro_recursive.evaluation.processes import ProcessGroup
 from pyro_recursive.tracing.counts import check_at_least
 
-__all__ = ["evaluate_in_parallel"]
+WIDTH = 4  # the most integers that a message carries beside its status and its place
 
 Found = TypeVar("Found")
+
+
+class ProcessError(RuntimeError):
+    """Another process failed, or is at another place; ``kind`` is the class of its error."""
+
+    def __init__(self, message: str, kind: str = "RuntimeError") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class ProcessGroup:
+    """The processes of torch's default group, or this one alone where there is no such group.
+
+    A context manager: an error that ends the block in one process ends it in all of them.
+
+    Args:
+        rank: the number of this process, from 0.
+        count: the number of processes.
+        control: a gloo group for messages between CPUs, which do not wait for an accelerator.
+
+    Example:
+        >>> alone = ProcessGroup()
+        >>> alone.share(5), alone.barrier_at("here", 7), alone.gather("a", place="here")
+        (slice(0, 5, None), [(7,)], ['a'])
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, control: Any = None) -> None:
+        self.rank, self.count, self.control = rank, count, control
+        self.is_over = False  # an error was exchanged: no process receives messages any more
+
+    @classmethod
+    def joined(cls) -> "ProcessGroup":
+        """Return the group of all processes; each of them must call this."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        own = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), own)
+
+    def __enter__(self) -> "ProcessGroup":
+        """Return the group."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Send an error to the other processes, and destroy the group of the messages."""
+        if isinstance(error, Exception) and not self.is_over and self.count > 1:
+            self._send_error(error)
+        if self.control is not None:
+            dist.destroy_process_group(self.control)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, whose parameters all start from and which writes files."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """Return this process's part of the rows; parts differ in size by one row at most."""
+        size, more = divmod(rows, self.count)
+        start = self.rank * size + min(self.rank, more)
+        return slice(start, start + size + (self.rank < more))
+
+    def seed(self, seed: int | None) -> None:
+        """Seed each process with ``seed + rank``; None draws the seed in the first of several."""
+        if seed is None and self.count > 1:
+            seed = self.from_first(int(torch.randint(2**31, (), device="cpu")), "the seed")
+        if seed is not None:
+            pyro.set_rng_seed(seed + self.rank)
+
+    def barrier_at(self, place: str, *values: int) -> list[tuple[int, ...]]:
+        """Wait until all processes are at one place; return the integers that each of them sent.
+
+        Args:
+            place: a name of the place in the program.
+            *values: at most `WIDTH` integers.
+
+        Raises:
+            ProcessError: a process failed, or is at another place.
+        """
+        if self.count == 1:
+            return [values]
+        received = self._send(0, zlib.crc32(place.encode()), *values)
+        failed = [rank for rank, (status, *_) in enumerate(received) if status]
+        if not failed and len({where for _, where, *_ in received}) == 1:
+            return [tuple(row[2 : 2 + len(values)]) for row in received]
+        self.is_over = True
+        reports = self._exchange(("", place))
+        if failed:
+            kind, message = reports[failed[0]]
+            raise ProcessError(f"Process {failed[0]} failed: {kind}: {message}", kind)
+        places = ", ".join(f"{rank} at {where}" for rank, (_, where) in enumerate(reports))
+        raise ProcessError(
+            f"The processes are at different places: {places}. Pass the same arguments and as many "
+            "batches to each (a DataLoader needs a DistributedSampler)."
+        )
+
+    def from_first(self, value: Any, place: str) -> Any:
+        """Return the first process's value, anything that can be pickled."""
+        if self.count == 1:
+            return value
+        self.barrier_at(place)
+        found = [value]
+        dist.broadcast_object_list(found, 0, self.control, torch.device("cpu"))
+        return found[0]
+
+    def gather(self, value: Any, place: str) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        if self.count == 1:
+            return [value]
+        self.barrier_at(place)
+        return self._exchange(value)
+
+    def mean(self, value: float, place: str) -> float:
+        """Return the mean of a number over the processes."""
+        return sum(self.gather(value, place)) / self.count
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the first process's tensors into these, in place; call `barrier_at` before."""
+        for indices in self._by_device_and_dtype(tensors):
+            flat = torch.cat([tensors[i].flatten() for i in indices])
+            dist.broadcast(flat, 0, self._group(flat))
+            for i, part in _unflattened(flat, tensors, indices):
+                tensors[i].copy_(part)
+
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor], weight: float = 1.0) -> list[Tensor]:
+        """Return weighted sums of dense tensors over the processes; call `barrier_at` before."""
+        found = list(tensors)
+        for indices in self._by_device_and_dtype(tensors):
+            flat = torch.cat([tensors[i].flatten() for i in indices]) * weight
+            dist.all_reduce(flat, group=self._group(flat))
+            for i, part in _unflattened(flat, tensors, indices):
+                found[i] = part
+        return found
+
+    def _by_device_and_dtype(self, tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+        groups: dict[Any, list[int]] = {}
+        for i, tensor in enumerate(tensors if self.count > 1 else ()):
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+        return groups.values()
+
+    def _group(self, tensor: Tensor) -> Any:
+        # NCCL has no operations on CPU tensors.
+        return self.control if tensor.device.type == "cpu" else None
+
+    def _send(self, *values: int) -> list[list[int]]:
+        message = torch.zeros(2 + WIDTH, dtype=torch.long, device="cpu")
+        message[: len(values)] = torch.tensor(values, device="cpu")
+        received = [torch.empty_like(message) for _ in range(self.count)]
+        dist.all_gather(received, message, group=self.control)
+        return [row.tolist() for row in received]
+
+    def _exchange(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def _send_error(self, error: Exception) -> None:
+        """Send an error where the others wait in `barrier_at`; add their errors as notes."""
+        self.is_over = True
+        with suppress(Exception):  # the other processes may have ended
+            self._send(1)
+            reports = self._exchange((type(error).__name__, str(error)))
+            for rank, (kind, message) in enumerate(reports):
+                if kind and rank != self.rank:
+                    error.add_note(f"Process {rank} failed, too: {kind}: {message}")
+
+
+def _unflattened(
+    flat: Tensor, tensors: Sequence[Tensor], indices: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the parts of a flat tensor in the shapes of the tensors that it was made of."""
+    parts = flat.split([tensors[i].numel() for i in indices])
+    for i, part in zip(indices, parts, strict=True):
+        yield i, part.view_as(tensors[i])
 
 
 def evaluate_in_parallel(
@@ -19,43 +201,56 @@ def evaluate_in_parallel(
 ) -> Found:
     """Return ``function(*rows)`` in every process, each of which computes its share of the rows.
 
-    For what has a value for each row: `pyro_recursive.log_marginal`, `gaps`, log-likelihoods. Where
-    `torch.distributed` is initialised all its processes must call this with the same rows; the
-    first process takes the first ones, and so on. A process alone computes all. The result is that
-    of one process if the function is deterministic; with random draws it is another estimate of the
-    same, provided that processes draw different numbers: ``pyro.set_rng_seed(seed + rank)``.
+    For quantities with a value for each row: `pyro_recursive.log_marginal`, `gaps`,
+    log-likelihoods. Where `torch.distributed` is initialised all its processes must call this with
+    the same rows; a single process computes all. A deterministic function gives the result of one
+    process. A random one needs different seeds: ``pyro.set_rng_seed(seed + rank)``.
 
-    :param function: called with some of the rows; returns a tensor whose first dim is these rows,
-        or a tuple, a NamedTuple (`Evidence`, `Gaps`) or a dict of such tensors, numbers and None
-        being the same for all rows. Bind all else with `functools.partial`
-    :param rows: tensors whose rows go together; each process needs to hold them all
-    :param batch_size: how many rows one call of the function has at most; None is the whole share
-    :return: the rows of all processes in their order, on the device of the first of ``rows``
-    :raises ValueError: no rows, tensors of different lengths, a batch size that is no integer of at
-        least 1, a result without these rows
-    :raises RuntimeError: the function has failed in another process
+    Args:
+        function: called with some of the rows; returns a tensor whose first dim is these rows, or a
+            tuple, a NamedTuple (`Evidence`, `Gaps`) or a dict of such tensors. Other values must be
+            the same for all rows. Bind other arguments with `functools.partial`.
+        *rows: tensors of one length, complete in each process.
+        batch_size: the most rows in one call of the function; None takes the whole share.
 
-    >>> evaluate_in_parallel(lambda x: x.sum(-1), torch.eye(3), batch_size=2)
-    tensor([1., 1., 1.])
+    Returns:
+        The rows of all processes in order, on the device of the first of ``rows``.
+
+    Raises:
+        ValueError: no rows, tensors of different lengths, or a result without these rows.
+        RuntimeError: the function failed in another process.
+
+    Example:
+        >>> evaluate_in_parallel(lambda x: x.sum(-1), torch.eye(3), batch_size=2)
+        tensor([1., 1., 1.])
     """
-    count = _count(rows)
     check_at_least(1, batch_size=batch_size)
-    with ProcessGroup.joined() as processes:
-        own = processes.share(count)
-        starts = range(own.start, own.stop, batch_size or count)
-        parts = [(start, min(start + starts.step, own.stop)) for start in starts]
-        found = [_evaluated(function, [column[slice(*part)] for column in rows]) for part in parts]
-        everyone = processes.gather(found, "an evaluation")
-    joined = _join([part for parts in everyone for part in parts])
-    return _mapped(joined, lambda tensor: tensor.to(rows[0].device))
-
-
-def _count(rows: Sequence[Tensor]) -> int:
-    """Return the number of rows, at least one."""
     lengths = [len(column) if column.dim() else None for column in rows]
     if not lengths or lengths[0] in (0, None) or len(set(lengths)) > 1:
         raise ValueError(f"rows must be tensors of one length, at least 1, got lengths {lengths}.")
-    return len(rows[0])
+    with ProcessGroup.joined() as processes:
+        own = processes.share(len(rows[0]))
+        starts = range(own.start, own.stop, batch_size or len(rows[0]))
+        parts = [slice(start, min(start + starts.step, own.stop)) for start in starts]
+        found = [_on_cpu(function, [column[part] for column in rows]) for part in parts]
+        by_process = processes.gather(found, "an evaluation")
+    joined = _joined([part for parts in by_process for part in parts])
+    return _mapped(joined, lambda tensor: tensor.to(rows[0].device))
+
+
+def _on_cpu(function: Callable, rows: Sequence[Tensor]) -> Any:
+    """Return a result on the CPU, whose tensors must have the rows as their first dim."""
+    count = len(rows[0])
+
+    def check(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != count:
+            raise ValueError(
+                f"The function returned a tensor of shape {tuple(tensor.shape)} for {count} rows. "
+                "Return a value for each row, in the first dim."
+            )
+        return tensor.detach().cpu()
+
+    return _mapped(function(*rows), check)
 
 
 def _mapped(found: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -69,38 +264,22 @@ def _mapped(found: Any, function: Callable[[Tensor], Any]) -> Any:
     return found
 
 
-def _like(found: tuple, values: list[Any]) -> tuple:
-    """Return a tuple, or a NamedTuple of the same class."""
-    return found._make(values) if hasattr(found, "_make") else tuple(values)
-
-
-def _evaluated(function: Callable, rows: Sequence[Tensor]) -> Any:
-    """Return a result on the CPU; raise where a tensor in it has no place for each row."""
-    count = len(rows[0])
-
-    def check(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or len(tensor) != count:
-            raise ValueError(
-                f"The function returned a tensor of shape {tuple(tensor.shape)} for {count} rows, "
-                "which are to be its first dim. Return values of each row, to be averaged "
-                "afterwards; a plate of the rows must be the leftmost."
-            )
-        return tensor.detach().cpu()
-
-    return _mapped(function(*rows), check)
-
-
-def _join(parts: Sequence[Any]) -> Any:
-    """Put results together row by row; what is no tensor must be the same in all."""
+def _joined(parts: Sequence[Any]) -> Any:
+    """Concatenate the tensors of results; other values must be the same in all."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     if isinstance(first, dict):
-        return {key: _join([part[key] for part in parts]) for key in first}
+        return {key: _joined([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple):
-        return _like(first, [_join(column) for column in zip(*parts, strict=True)])
+        return _like(first, [_joined(column) for column in zip(*parts, strict=True)])
     if any(part != first for part in parts):
         raise ValueError(
-            f"Values that are no tensors differ between the parts of the rows: {parts}"
+            f"Values other than tensors differ between the parts of the rows: {parts}."
         )
     return first
+
+
+def _like(found: tuple, values: list[Any]) -> tuple:
+    """Return a tuple, or a NamedTuple of the same class."""
+    return found._make(values) if hasattr(found, "_make") else tuple(values)

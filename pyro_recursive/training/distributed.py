@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.processes import ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.training.minibatches import Batch, rows_of
 from pyro_recursive.training.shares import Share
 
@@ -62,7 +62,7 @@ class DistributedStep:
         :raises ValueError: there are too few, in the first step, for each process to have one
         """
         self.own_rows = rows_of(batch)
-        counts = [rows for (rows,) in self.processes.agree(place, self.own_rows)]
+        counts = [rows for (rows,) in self.processes.barrier_at(place, self.own_rows)]
         self.rows = sum(counts)
         if self.is_new and not all(counts):
             raise ValueError(
@@ -101,7 +101,7 @@ class DistributedStep:
         graded = [number for number, p in enumerate(parameters.values()) if p.grad is not None]
         found = (len(parameters), _code(moved), _code(changed), _code(graded))
         weight = self.weight
-        heard = self.processes.agree("a step", *found)
+        heard = self.processes.barrier_at("a step", *found)
         if len(set(heard)) > 1 or moved:
             graded, moved, changed = self._reconcile(parameters, graded, moved, changed)
         if moved:

@@ -8,7 +8,7 @@ from pyro.infer import ELBO
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from pyro_recursive.evaluation.processes import ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.minibatches import Batch, Data, Minibatches, rows_of

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_recursive.evaluation.processes import ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.distributed import DistributedStep
@@ -144,7 +144,7 @@ class Learner:
     def end_pass(self) -> None:
         """Take all buffers from the first process: a norm's change unseen, as statistics do."""
         if not self.team.is_alone:
-            self.team.processes.agree("the end of an epoch")
+            self.team.processes.barrier_at("the end of an epoch")
             self.team.processes.copy_first(list(self._buffers().values()))
 
     def end_epoch(self, value: float) -> None:

@@ -20,7 +20,7 @@ from pyro.infer import ELBO
 from torch.nn import Module
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.processes import ProcessError, ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessError, ProcessGroup
 from pyro_recursive.tracing.counts import check_at_least
 from pyro_recursive.tracing.warmup import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
@@ -267,7 +267,7 @@ class _Run:
             state = self._state()
             if self.processes.is_first:
                 checkpoints.save(self.path, state)
-            self.processes.agree("a checkpoint")
+            self.processes.barrier_at("a checkpoint")
 
     def resume(self) -> None:
         """Go back to the checkpoint, if there is one.

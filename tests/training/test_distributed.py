@@ -32,8 +32,7 @@ from pyro_recursive import (
     Schedule,
     log_marginal,
 )
-from pyro_recursive.evaluation.parallel import evaluate_in_parallel
-from pyro_recursive.evaluation.processes import ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessGroup, evaluate_in_parallel
 from pyro_recursive.training import Aggressive, CheckpointError, fit
 from pyro_recursive.training.shares import Share, row_plates
 from tests.oracles.bitwise import same
