@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 
 __all__ = ["ActiveUnits", "active_units"]
 

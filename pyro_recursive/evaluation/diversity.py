@@ -14,7 +14,7 @@ from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
 __all__ = ["Diversity", "jensen_shannon", "mixture_diversity"]

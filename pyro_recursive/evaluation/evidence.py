@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.layout import Layout, check_subsampling, layout_of
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.plates import Layout, layout_of
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
-from pyro_recursive.tracing.sites import check_match, subsample_sites
-from pyro_recursive.tracing.structure import structure_of
+from pyro_recursive.tracing.sites import subsample_sites
 
 __all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk", "runs_in_chunks"]
 
@@ -153,11 +153,11 @@ def runs_in_chunks(
     for start in range(0, total, size):
         count = min(size, total - start)
         particles, runs = run_particles(program, 1, count, subsample=minibatch, **options)
-        layout = layout_of(particles, runs)
+        layout = layout_of(particles, [run.table for run in runs])
         if minibatch is None:
-            check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
+            check_match(runs[0].table, layout.max_plate_nesting)
             if not any_minibatch:
-                check_subsampling(runs, layout)
+                check_subsampling(runs[0].table, layout)
             minibatch = subsample_sites(runs[0].guide, runs[0].model)
         yield runs, layout
 

@@ -15,13 +15,13 @@ from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.given import Unnoticed
-from pyro_recursive.tracing.layout import check_subsampling, layout_of
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import check_match, check_subsampling
+from pyro_recursive.tracing.isolation import Unnoticed, set_torch_state, torch_state
+from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program, rows_needed
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.tracing.runs import run_particles
-from pyro_recursive.tracing.sites import check_match, plates_of, sites
+from pyro_recursive.tracing.sites import plates_of, sites
 
 __all__ = ["Gaps", "gaps"]
 
@@ -227,9 +227,9 @@ def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Late
 def _outside(program: Program, latents: LatentBlock) -> list[str]:
     """Check that model and guide match; return the model's sites outside the rows' plates."""
     particles, runs = run_particles(program, 1, 2)
-    layout = layout_of(particles, runs)
-    check_match(runs[0].model, runs[0].guide, layout.max_plate_nesting)
-    check_subsampling(runs, layout)
+    layout = layout_of(particles, [run.table for run in runs])
+    check_match(runs[0].table, layout.max_plate_nesting)
+    check_subsampling(runs[0].table, layout)
     rows = {frame.name for frame in latents.rows}
     return [site["name"] for site in sites(runs[0].model) if not rows <= set(plates_of(site))]
 

@@ -14,9 +14,9 @@ from pyro_recursive.evaluation.draws.model_runs import Run
 from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.layout import Layout
+from pyro_recursive.tracing.plates import Layout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites

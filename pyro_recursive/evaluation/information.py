@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.active_units import ActiveUnits, active_units
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable, RowDraws, alone
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.program import Program
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 
 WIDTH = 4  # the most integers that a message carries beside its status and its place
 

@@ -16,23 +16,22 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_recursive.evaluation.row_plate import check_density, latent, no_density, rows_plate
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.layout import Layout
-from pyro_recursive.tracing.program import Program, without
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.reruns import RunCache
-from pyro_recursive.tracing.runs import Particles
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import check_match
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.handlers import RunCache
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.plates import Layout, Particles
+from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
-    check_match,
+    SiteTable,
     is_delta,
-    log_prob_of,
     plates_of,
     sites,
     subsample_sites,
 )
-from pyro_recursive.tracing.structure import structure_of
 
 __all__ = ["PosteriorTable", "RowDraws", "alone"]
 
@@ -142,7 +141,7 @@ class PosteriorTable:
         """
         with self._particles(draws.count):
             model = self.program.run_model(draws.trace)
-        check_match(model, draws.trace, self.nesting)
+        check_match(SiteTable(model, draws.trace), self.nesting)
         found = [site for site in latent(model) if self.frame.name in plates_of(site)]
         names = {site["name"] for site in found}
         for name in sorted(names ^ (self.local & set(model.nodes))):

@@ -5,8 +5,8 @@ from typing import Any
 
 from pyro import poutine
 
+from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.sites import Site, independent_plates_of, is_delta, plates_of, sites
-from pyro_recursive.tracing.strata import ComponentIndex
 
 __all__ = ["check_density", "latent", "no_density", "rows_plate"]
 

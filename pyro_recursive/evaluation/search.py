@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
-from pyro_recursive.tracing.counts import check_integers
+from pyro_recursive.tracing.arguments import check_integers
 
 __all__ = ["Noise", "Search"]
 

@@ -13,7 +13,7 @@ from pyro_recursive.guides.gaussian_families import Family, family_of
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.tables import rows_of
-from pyro_recursive.tracing.modules import check_module
+from pyro_recursive.tracing.arguments import check_module
 
 __all__ = ["AmortizedGuide"]
 

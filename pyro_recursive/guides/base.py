@@ -21,11 +21,10 @@ from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.saving import check_copyable, check_prepared, note_loaded
 from pyro_recursive.guides.undone import rollback_first_call
-from pyro_recursive.tracing.given import ModelReference
+from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import rows_needed
 from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites
-from pyro_recursive.tracing.structure import outline
 
 __all__ = ["GuideCall", "LatentGuide", "first_argument"]
 
@@ -92,6 +91,21 @@ class GuideCall:
     def sizes(self, latents: LatentBlock) -> tuple[int, ...]:
         """Return how many rows the minibatch has, for each plate of the rows."""
         return tuple(self.plates[frame.name].subsample_size for frame in latents.rows)
+
+
+class ModelReference:
+    """A model that is neither copied nor pickled with the guide."""
+
+    def __init__(self, model: Callable | None) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: Any) -> "ModelReference":
+        """Refer to the same model."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refer to none."""
+        return ModelReference, (None,)
 
 
 class LatentGuide(PyroModule):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.layout import layout_of
+from pyro_recursive.tracing.handlers import ComponentAssignment
+from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
-from pyro_recursive.tracing.strata import ComponentAssignment
 
 __all__ = ["propose"]
 
@@ -137,7 +137,7 @@ class _Search:
             strata=strata,
             subsample=self.minibatch,
         )
-        log_p = densities(runs, layout_of(particles, runs)).log_weights[0]
+        log_p = densities(runs, layout_of(particles, [run.table for run in runs])).log_weights[0]
         return log_p, torch.stack(list(seen.values())).reshape(log_p.shape)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyro_recursive.bounds.mixture_objectives import OBJECTIVES, Objective, log_mixture, log_others
 from pyro_recursive.losses.mixture import log_mixture_weights, whole_density
 from pyro_recursive.tracing.densities import Densities, guide_group, weighted
+from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, sites
-from pyro_recursive.tracing.strata import ComponentAssignment
 
 __all__ = ["MemberDraws", "StepPlan", "StepTerms", "component_site", "drawn", "terms_of"]
 
@@ -72,7 +72,7 @@ class StepPlan:
     def reference(
         self, table: Tensor, log_weights: Tensor, volume: Tensor, particle: int | None
     ) -> Tensor:
-        """Return the objective's reference density; see `tracing.strata.Reference`."""
+        """Return the objective's reference density; see `tracing.handlers.Reference`."""
         # Kept as densities of the sites' values, which is what log p is.
         self.tables[particle] = (table - volume.unsqueeze(-1), log_weights)
         own = [draw for draw, column in enumerate(self.components) if column == self.place]

@@ -108,7 +108,7 @@ def _path_derivatives(
     Pathwise, the density moves with its location, and only log p has a derivative there.
     """
     if estimator.replay == "paths":
-        cut = [(path.site, path.particle, path.stand_in) for run in runs for path in run.paths]
+        cut = [(path.site, path.particle, path.stand_in) for run in runs for path in run.guide_cuts]
         objective = _total(local.model) - _total(local.density) - _total(local.jacobian)
     else:
         cut = [

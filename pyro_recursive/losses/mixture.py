@@ -24,11 +24,11 @@ from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.multi_sample import Evaluation, MultiSampleELBO
 from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.densities import Densities, guide_group
-from pyro_recursive.tracing.layout import Layout
+from pyro_recursive.tracing.handlers import ComponentAssignment
+from pyro_recursive.tracing.plates import Layout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import plates_of, sites
-from pyro_recursive.tracing.strata import ComponentAssignment
 
 __all__ = [
     "MISELBO",
@@ -178,7 +178,7 @@ class SIWAE_ELBO(MISELBO):
 
 def applied(estimator: Estimator, evaluation: Evaluation) -> Estimator:
     """Return the estimator for runs whose guide has held its densities, if it has."""
-    return estimator if evaluation.runs[0].paths else ESTIMATORS["pathwise"]
+    return estimator if evaluation.runs[0].guide_cuts else ESTIMATORS["pathwise"]
 
 
 def mixture_of(guide: Callable) -> Any:

@@ -23,19 +23,18 @@ from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.learned_beta import LearnedBeta, check_replicates, optimal_beta
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.densities import Densities, densities
-from pyro_recursive.tracing.layout import (
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import (
+    check_match,
     check_subsampling,
-    layout_of,
-    local_sites,
     warn_if_joint,
     warn_if_nothing_local,
 )
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.densities import Densities, densities
+from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
-from pyro_recursive.tracing.sites import check_match, sites
-from pyro_recursive.tracing.structure import structure_in, structure_of
+from pyro_recursive.tracing.sites import sites
 
 __all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "MultiSampleELBO"]
 
@@ -178,18 +177,19 @@ class MultiSampleELBO(ELBO):
             if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
                 # Sites depend on the arguments: look at this call's.
                 return self._evaluate(program, fresh=True, shape=shape, **options)
-        layout = layout_of(particles, runs, only=local)
-        for run in runs:
-            check_match(run.model, run.guide, layout.max_plate_nesting)
+        tables = [run.table for run in runs]
+        layout = layout_of(particles, tables, only=local)
+        for table in tables:
+            check_match(table, layout.max_plate_nesting)
         if not self.bound.is_linear(*shape):
-            check_subsampling(runs, layout)
-            warn_if_joint(runs, layout)
+            check_subsampling(tables[0], layout)
+            warn_if_joint(tables[0], layout)
             if structure is not None:
                 warn_if_nothing_local(structure, *shape)
         shared = None
         if local is not None:
             outside = _names(runs[0]) - local
-            shared = densities(runs, layout_of(particles, runs, only=outside), only=outside)
+            shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
         return Evaluation(runs, densities(runs, layout, only=local), shared)
 
     def _value(self, evaluation: "Evaluation") -> Tensor:

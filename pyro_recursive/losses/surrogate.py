@@ -20,8 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import Coefficients, Estimator
 from pyro_recursive.tracing.densities import Densities, guide_group
-from pyro_recursive.tracing.paths import GradientCut
-from pyro_recursive.tracing.runs import ParticleRun
+from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
 
 __all__ = ["global_surrogate", "surrogate"]
@@ -45,8 +44,8 @@ def surrogate(
     guide = model = derivatives.first
     if bound.guide is not bound:
         model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
-        _scale(local, (path for run in runs for path in run.crossings), ratio)
-    own = [path for run in runs for path in run.paths if _belongs(path, local)]
+        _scale(local, (path for run in runs for path in run.model_cuts), ratio)
+    own = [path for run in runs for path in run.guide_cuts if _belongs(path, local)]
     if estimator.replay == "none" and bound.guide is bound:
         core = _dot(model, local.reparameterized)  # one coefficient for all of it
     else:
@@ -74,7 +73,7 @@ def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
         )
     particles = shared.layout.particles
     each = torch.full_like(shared.log_weights, 1 / particles.total)
-    own = [path for run in runs for path in run.paths if _belongs(path, shared)]
+    own = [path for run in runs for path in run.guide_cuts if _belongs(path, shared)]
     table = Coefficients(path=each, density=None if own else -each)
     return torch.as_tensor(
         _dot(each, shared.model)
@@ -182,7 +181,7 @@ def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:
 
 def _refuse_shared_parameters(runs: Sequence[ParticleRun], local: Densities) -> None:
     """Raise where model and guide share a parameter: its two gradients have different targets."""
-    paths = [path.value for run in runs for path in run.paths]
+    paths = [path.value for run in runs for path in run.guide_cuts]
     values = [site["value"] for run in runs for site in sites(run.guide)]
     guide = _parameters([local.density, local.score, local.jacobian, *paths, *values], runs)
     for parameter in guide & _parameters([local.model], runs):
@@ -199,7 +198,7 @@ def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[ParticleRun]) -
 
     Read off the graph, so that parameters count whether Pyro knows of them or not.
     """
-    cuts = [path.stand_in for run in runs for path in (*run.paths, *run.crossings)]
+    cuts = [path.stand_in for run in runs for path in (*run.guide_cuts, *run.model_cuts)]
     seen = {get_gradient_edge(stand_in).node for stand_in in cuts}
     moving = [out for out in outputs if out is not None and out.requires_grad]
     pending = [get_gradient_edge(out).node for out in moving]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_recursive.priors.bounded import bounded, freed
-from pyro_recursive.tracing.modules import check_instance
+from pyro_recursive.tracing.arguments import check_instance
 
 __all__ = ["Codes", "EncodedCodes", "FreeCodes", "GridCodes", "PseudoInputCodes"]
 

@@ -22,8 +22,8 @@ from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.codes import Codes
 from pyro_recursive.mapa.slots import CodeIndex
 from pyro_recursive.priors.pairwise import pairwise
+from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites
-from pyro_recursive.tracing.structure import outline
 
 __all__ = [
     "DecodedCodes",

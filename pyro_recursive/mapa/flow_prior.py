@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_recursive.guides.flow.kinds import build_flow, check_flow
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow
 from pyro_recursive.mapa.recovered import RecoveredPrior, check_spread
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 
 __all__ = ["FlowPrior"]
 

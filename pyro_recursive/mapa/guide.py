@@ -33,13 +33,11 @@ from pyro_recursive.mapa.neighbour_rows import NeighbourRows
 from pyro_recursive.mapa.recover import recover_prior
 from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Rows, Table, neighbours
-from pyro_recursive.tracing.counts import is_count
-from pyro_recursive.tracing.given import SubstituteByName
-from pyro_recursive.tracing.modules import check_instance
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.sites import check_finite, nesting_of, plates_of, sites, subsample_sites
-from pyro_recursive.tracing.strata import ComponentIndex
-from pyro_recursive.tracing.structure import outline
+from pyro_recursive.tracing.arguments import check_instance, is_count
+from pyro_recursive.tracing.compatibility import check_finite
+from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
+from pyro_recursive.tracing.isolation import outline, set_torch_state, torch_state
+from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
 __all__ = ["MAPAGuide", "Passes"]
 

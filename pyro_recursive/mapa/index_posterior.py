@@ -17,7 +17,8 @@ from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, index_site, with_noise
 from pyro_recursive.mapa.log_sums import IndexELBO
-from pyro_recursive.tracing.given import SubstituteByName, Unnoticed
+from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.isolation import Unnoticed
 
 __all__ = ["CodeMixture", "IndexPosterior"]
 

@@ -9,8 +9,7 @@ from pyro.infer import TraceEnum_ELBO
 
 from pyro_recursive.mapa.empirical_model import index_site
 from pyro_recursive.mapa.log_sums import merge_factors
-from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.structure import structure_of
+from pyro_recursive.tracing.program import Program, structure_of
 
 __all__ = ["MAPA_ELBO"]
 

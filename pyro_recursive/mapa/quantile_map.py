@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_recursive.mapa.recovered import RecoveredPrior, check_spread
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
 
 __all__ = ["QuantileMap", "QuantilePrior"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_recursive.guides.gaussian_families import Family, family_of
 from pyro_recursive.priors.bounded import bounded, freed
 from pyro_recursive.priors.encoded_mixture import EncodedMixture, encoded
-from pyro_recursive.tracing.modules import check_instance
+from pyro_recursive.tracing.arguments import check_instance
 
 __all__ = ["ExemplarPrior", "VampPrior"]
 

@@ -13,21 +13,19 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_recursive.tracing.layout import Layout
-from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import (
-    Site,
+from pyro_recursive.tracing.compatibility import (
+    batch_shapes,
     check_batch_shape,
-    is_delta,
-    log_prob_of,
-    sites,
-    subsample_scale,
+    check_finite,
+    no_tensor,
 )
-from pyro_recursive.tracing.strata import ComponentIndex
-
-__all__ = ["Densities", "densities", "guide_group", "weighted"]
+from pyro_recursive.tracing.handlers import ComponentIndex
+from pyro_recursive.tracing.plates import Layout
+from pyro_recursive.tracing.runs import ParticleRun
+from pyro_recursive.tracing.sites import Site, is_delta, sites, subsample_scale
 
 
 @dataclass(frozen=True)
@@ -152,3 +150,35 @@ def _unmasked(fn: Any) -> Any:
         base = _unmasked(fn.base_dist)
         return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
     return fn
+
+
+def log_prob_of(site: Site, fn: Any) -> Tensor:
+    """Return the site's log-density under a distribution, without scale and mask.
+
+    Under validation data that are NaN or infinite raise: the next step would end in NaN parameters.
+    """
+    try:
+        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise _named(site, error) from error
+    if site["is_observed"] and is_validation_enabled() and not bool(log_prob.isfinite().all()):
+        check_finite(site)
+    return log_prob
+
+
+def _named(site: Site, error: Exception) -> Exception:
+    """Return an error of a log-density with what is known of its site, or a clearer one."""
+    value = site["value"]
+    if not isinstance(value, Tensor):
+        return no_tensor(site)
+    try:
+        check_finite(site)
+        check_batch_shape(site, *batch_shapes(site))
+    except ValueError as clearer:
+        return clearer
+    if type(error) is not RuntimeError and not isinstance(error, ValueError):
+        return error  # out of memory, say, or a mistake inside a distribution
+    dtype = str(value.dtype).removeprefix("torch.")
+    remedy = "" if value.is_floating_point() else " Convert the value, e.g. by value.double()."
+    place = f"At site '{site['name']}', with a value of shape {list(value.shape)} and type {dtype}"
+    return type(error)(f"{place}: {str(error).rstrip('.')}.{remedy}")

@@ -11,8 +11,6 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-__all__ = ["evict_stale", "load_from_store", "shared_parameter"]
-
 PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 
 

@@ -8,57 +8,86 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.tracing.paths import GradientCut, cut
-from pyro_recursive.tracing.program import Program, without
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
-from pyro_recursive.tracing.reruns import DryRun, RunCache
+from pyro_recursive.tracing.compatibility import check_match
+from pyro_recursive.tracing.handlers import ComponentAssignment, DryRun, RunCache
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.plates import Particles
+from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
-    check_match,
+    SiteTable,
     is_delta,
     nesting_of,
     sites,
     subsample_sites,
 )
-from pyro_recursive.tracing.strata import ComponentAssignment
-from pyro_recursive.tracing.structure import structure_of
-
-__all__ = ["ParticleRun", "Particles", "run_particles"]
 
 
-@dataclass(frozen=True)
-class Particles:
-    """M * K samples, m slowest; `dim` is the particle plate's, None where runs are looped."""
+class GradientCut:
+    """One guide value cut in two: `value` has the guide's graph, `stand_in` is what is replayed."""
 
-    num_estimates: int
-    num_particles: int
-    dim: int | None = None
+    def __init__(self, site: Site, particle: int) -> None:
+        self.site, self.particle = site, particle
+        self.value: Tensor = site["value"]
+        self._factor: list[Tensor] = []
+        self.stand_in: Tensor = _ScaleGradient.apply(self.value, self._factor)
 
-    @property
-    def total(self) -> int:
-        """The number of samples in all."""
-        return self.num_estimates * self.num_particles
+    def scale_gradient(self, factor: Tensor) -> None:
+        """Set what multiplies the gradient on its way from the stand-in to the value."""
+        self._factor[:] = [factor]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; its backward pass multiplies by a tensor that is filled in later."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: list[Tensor]) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor[0], None
+
+
+def cut(particle: int, cuts: list[GradientCut]) -> Callable[[Site], Tensor]:
+    """Return a function that cuts a site's value and keeps the `GradientCut`."""
+
+    def stand_in(site: Site) -> Tensor:
+        if not site["value"].requires_grad:
+            return site["value"]
+        cuts.append(GradientCut(site, particle))
+        return cuts[-1].stand_in
+
+    return stand_in
 
 
 @dataclass
 class ParticleRun:
     """One run of guide and model: all particles, or one of them where runs are looped.
 
-    `paths` cuts the guide's samples from its densities, `crossings` the guide from the model.
+    `guide_cuts` cut the guide's samples from its densities, `model_cuts` the guide from the model.
     """
 
     model: poutine.Trace
     guide: poutine.Trace
-    paths: list[GradientCut]
-    crossings: list[GradientCut]
+    guide_cuts: list[GradientCut]
+    model_cuts: list[GradientCut]
+
+    @cached_property
+    def table(self) -> SiteTable:
+        """The sites of both traces."""
+        return SiteTable(self.model, self.guide)
 
 
 Replay = Literal["none", "paths", "values"]
@@ -113,7 +142,7 @@ def _check_one_run(program: Program, max_plate_nesting: int) -> None:
     """Raise where model and guide do not even fit outside of one pass."""
     with poutine.block(), DryRun():
         guide = program.run_guide()
-        check_match(program.run_model(guide), guide, max_plate_nesting)
+        check_match(SiteTable(program.run_model(guide), guide), max_plate_nesting)
 
 
 def _draw(
@@ -145,8 +174,8 @@ def _draw(
             with sharing if shared else nullcontext(), noise:
                 guide = program.run_guide(subsample)
             with noise:
-                guide, paths = _replayed(program, guide, particle, replay)
-            run = _continue(program, guide, paths, particle, cut_model, subsample)
+                guide, cuts = _replayed(program, guide, particle, replay)
+            run = _continue(program, guide, cuts, particle, cut_model, subsample)
         if subsample is None:
             subsample = subsample_sites(run.guide, run.model)
         runs.append(run)
@@ -160,28 +189,28 @@ def _replayed(
 
     Its Delta sites are not replayed: they are computed again from what they depend on.
     """
-    paths: list[GradientCut] = []
+    cuts: list[GradientCut] = []
     if replay == "values":
         guide = program.run_guide(_with_values(without(guide, is_delta), _detached))
     elif replay == "paths":
         sampled = without(guide, is_delta)
-        guide = program.run_guide(_with_values(sampled, cut(particle, paths)))
-    return guide, paths
+        guide = program.run_guide(_with_values(sampled, cut(particle, cuts)))
+    return guide, cuts
 
 
 def _continue(
     program: Program,
     guide: poutine.Trace,
-    paths: list[GradientCut],
+    cuts: list[GradientCut],
     particle: int,
     cut_model: bool,
     subsample: poutine.Trace | None,
 ) -> ParticleRun:
     """Replay the model on the guide's values."""
-    crossings: list[GradientCut] = []
-    source = _with_values(guide, cut(particle, crossings)) if cut_model else guide
+    model_cuts: list[GradientCut] = []
+    source = _with_values(guide, cut(particle, model_cuts)) if cut_model else guide
     model = program.run_model(_merged(source, subsample))
-    return ParticleRun(model, guide, paths, crossings)
+    return ParticleRun(model, guide, cuts, model_cuts)
 
 
 def _with_values(trace: poutine.Trace, value_of: Callable[[Site], Tensor]) -> poutine.Trace:

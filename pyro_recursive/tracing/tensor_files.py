@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["read_whole", "write_whole"]
-
 
 def write_whole(path: Path, content: Mapping[str, Any], temporary: Path) -> None:
     """Write tensors and plain containers to a file, which holds the old or the new ones whole.

@@ -1,6 +1,6 @@
 """The training loop that people otherwise rewrite; it stands beside loops of `SVI.step`."""
 
-from pyro_recursive.tracing.warmup import KLWarmup
+from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.checkpoint import CheckpointError
 from pyro_recursive.training.history import History

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from pyro_recursive.evaluation.information import mutual_information
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
-from pyro_recursive.tracing.counts import check_integers
+from pyro_recursive.tracing.arguments import check_integers
 from pyro_recursive.training.held_out import HeldOut
 from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.minibatches import Batch, Minibatches

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from pyro_recursive.tracing.counts import check_integers
+from pyro_recursive.tracing.arguments import check_integers
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.minibatches import Data
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.minibatches import Batch, Minibatches

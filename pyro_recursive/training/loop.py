@@ -21,8 +21,8 @@ from torch.nn import Module
 from tqdm import tqdm
 
 from pyro_recursive.evaluation.parallel import ProcessError, ProcessGroup
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.warmup import KLWarmup
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.arguments import (

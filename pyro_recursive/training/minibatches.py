@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
-from pyro_recursive.tracing.counts import check_integers
+from pyro_recursive.tracing.arguments import check_integers
 
 __all__ = ["Batch", "Data", "Minibatches"]
 

@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.training.minibatches import Batch, rows_of
 from pyro_recursive.training.share_checks import Comparison, Traces, full_size_of
 

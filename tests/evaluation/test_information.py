@@ -24,8 +24,8 @@ from pyro_recursive.evaluation.information import (
 )
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
 from pyro_recursive.evaluation.row_plate import latent
+from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.sites import is_delta
-from pyro_recursive.tracing.warmup import KLWarmup
 from tests.models import ROWS, Row
 
 SLOPE, SCALE = 0.8, 0.5  # of the linear encoder: q(z | x) = N(SLOPE * x, SCALE)

@@ -50,7 +50,7 @@ from pyro_recursive.guides.semi_amortized.guide import MODES
 from pyro_recursive.guides.semi_amortized.refinement import divergence
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate, LearnedUpdate
-from pyro_recursive.tracing.warmup import KLWarmup
+from pyro_recursive.tracing.handlers import KLWarmup
 
 ROWS, SIZE = 4, 2  # rows of data, and numbers of z in a row
 

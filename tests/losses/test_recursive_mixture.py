@@ -32,8 +32,8 @@ from pyro_recursive import (
 from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_breaking
 from pyro_recursive.guides.mixture import other_losses
 from pyro_recursive.losses.component_search import propose
+from pyro_recursive.tracing.handlers import current_strata
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.strata import current_strata
 from tests.oracles.bitwise import same
 from tests.oracles.mixtures import (
     ALIKE,

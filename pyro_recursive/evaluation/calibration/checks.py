@@ -18,9 +18,9 @@ from pyro_recursive.evaluation.calibration.ranks import RankSums
 from pyro_recursive.evaluation.calibration.simulation import Replace, Simulated, simulate
 from pyro_recursive.evaluation.calibration.uniformity import FEWEST, Calibration
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import independent_plates_of, sites
 

@@ -14,7 +14,8 @@ from pyro_recursive.evaluation.draws.model_runs import (
     is_factor,
     was_observed,
 )
-from pyro_recursive.tracing.sites import Site, log_prob_of, sites
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.sites import Site, sites
 
 __all__ = ["Replace", "Simulated", "simulate"]
 

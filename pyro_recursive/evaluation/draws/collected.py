@@ -8,7 +8,9 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.draws.drawn import Kind, SiteDraws, computed, drawn
 from pyro_recursive.evaluation.draws.model_runs import Run, is_computed, is_factor, was_observed
-from pyro_recursive.tracing.sites import Site, check_batch_shape, log_prob_of, sites
+from pyro_recursive.tracing.compatibility import check_batch_shape
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.sites import Site, sites
 
 __all__ = ["computed_values", "data_values", "latent_values", "log_likelihood_values"]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_recursive.tracing.runs import Particles
+from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.sites import Site, plates_of
 
 __all__ = ["Kind", "SiteDraws", "computed", "drawn", "joined"]

@@ -10,10 +10,10 @@ from torch import Tensor
 from pyro_recursive.evaluation.draws.collected import computed_values
 from pyro_recursive.evaluation.draws.drawn import SiteDraws, drawn
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
+from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Particles
 from pyro_recursive.tracing.sites import Site, nesting_of, sites, subsample_sites
-from pyro_recursive.tracing.structure import outline
 
 __all__ = ["chain_draws", "divergences"]
 

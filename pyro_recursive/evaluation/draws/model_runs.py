@@ -13,8 +13,9 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_recursive.evaluation.draws.drawn import SiteDraws
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
+from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import Particles
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -24,7 +25,6 @@ from pyro_recursive.tracing.sites import (
     sites,
     subsample_sites,
 )
-from pyro_recursive.tracing.structure import outline
 
 __all__ = [
     "Run",

@@ -18,9 +18,10 @@ from pyro_recursive.evaluation.draws.model_runs import Run, runs_of_model
 from pyro_recursive.evaluation.draws.own_scales import scaled_guide
 from pyro_recursive.evaluation.draws.resampling import chosen
 from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
-from pyro_recursive.tracing.counts import check_at_least
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import half_subsampled
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.layout import Layout, half_subsampled
+from pyro_recursive.tracing.plates import Layout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import subsample_sites
@@ -178,7 +179,7 @@ def _from_guide(chunks: Iterable[tuple[Sequence[ParticleRun], Layout]], *, weigh
 
 def _half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> str:
     """Return why draws of a minibatch have no weights, in words, if they have none."""
-    found = half_subsampled(runs, layout)
+    found = half_subsampled(runs[0].table, layout)
     if found is None:
         return ""
     frame, outside = found

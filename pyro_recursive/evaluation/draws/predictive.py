@@ -17,10 +17,9 @@ from pyro_recursive.evaluation.draws.drawn import SiteDraws
 from pyro_recursive.evaluation.draws.model_runs import Run, drawing_data, was_observed
 from pyro_recursive.evaluation.draws.own_scales import scaled_sites
 from pyro_recursive.evaluation.draws.posterior import Draws, collected
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import subsample_sites
-from pyro_recursive.tracing.structure import structure_of
 
 __all__ = ["log_likelihoods", "observed_data", "predictive_draws", "prior_draws"]
 

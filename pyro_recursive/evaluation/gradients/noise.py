@@ -22,10 +22,9 @@ from pyro_recursive.evaluation.gradients.signal_to_noise import (
 from pyro_recursive.losses.mixture import mixture_of
 from pyro_recursive.losses.multi_sample import MultiSampleELBO
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO
-from pyro_recursive.tracing.counts import check_at_least
-from pyro_recursive.tracing.given import Unnoticed
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.isolation import Unnoticed, set_torch_state, torch_state
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 
 __all__ = ["SNRSweep", "gradient_snr", "gradient_snr_sweep"]
 

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_recursive.tracing.given import Unnoticed
+from pyro_recursive.tracing.isolation import Unnoticed
 from pyro_recursive.tracing.program import Program
 
 __all__ = ["Groups", "KeptTensors", "SeenParameters", "by_program"]

@@ -14,7 +14,7 @@ from pyro_recursive.guides.flow.kinds import build_flow, check_flow
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, ZukoDistribution
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
-from pyro_recursive.tracing.modules import check_module
+from pyro_recursive.tracing.arguments import check_module
 
 __all__ = ["FlowGuide"]
 

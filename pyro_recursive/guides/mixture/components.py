@@ -19,8 +19,9 @@ from torch import Tensor
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.tracing.given import SubstituteByName
-from pyro_recursive.tracing.sites import Site, is_delta, log_prob_of, sites
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.sites import Site, is_delta, sites
 
 __all__ = ["RunGuide", "component_of"]
 

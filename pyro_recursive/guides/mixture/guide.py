@@ -23,10 +23,9 @@ from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, St
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
 from pyro_recursive.guides.saving import check_components
-from pyro_recursive.tracing.counts import is_count
-from pyro_recursive.tracing.modules import check_instance, check_module
+from pyro_recursive.tracing.arguments import check_instance, check_module, is_count
+from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_strata
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
-from pyro_recursive.tracing.strata import ComponentAssignment, ComponentIndex, current_strata
 
 __all__ = ["MixtureGuide"]
 

@@ -15,7 +15,7 @@ from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.mixture.other_losses import OtherLosses
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.tracing.strata import current_strata
+from pyro_recursive.tracing.handlers import current_strata
 
 __all__ = ["RecursiveMixtureGuide"]
 

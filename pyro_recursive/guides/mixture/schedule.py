@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyro_recursive.tracing.counts import check_integers
+from pyro_recursive.tracing.arguments import check_integers
 
 __all__ = ["Schedule", "Stage"]
 

@@ -11,7 +11,7 @@ from pyro_recursive.guides.base import GuideCall
 from pyro_recursive.guides.encoder import check_numbers, encoding
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.tables import rows_of
-from pyro_recursive.tracing.modules import check_module
+from pyro_recursive.tracing.arguments import check_module
 
 __all__ = ["Weights"]
 

@@ -18,11 +18,9 @@ from pyro_recursive.guides.semi_amortized.gradient_site import GradientSite
 from pyro_recursive.guides.semi_amortized.refinement import Trajectory, divergence, refine
 from pyro_recursive.guides.semi_amortized.row_elbo import ESTIMATORS, LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
-from pyro_recursive.tracing.counts import is_count
-from pyro_recursive.tracing.given import Unnoticed
-from pyro_recursive.tracing.modules import check_instance
-from pyro_recursive.tracing.reruns import is_dry_run, run_cache
-from pyro_recursive.tracing.warmup import latent_weight
+from pyro_recursive.tracing.arguments import check_instance, is_count
+from pyro_recursive.tracing.handlers import is_dry_run, latent_weight, run_cache
+from pyro_recursive.tracing.isolation import Unnoticed
 
 __all__ = ["MODES", "Refinement", "SemiAmortizedGuide"]
 

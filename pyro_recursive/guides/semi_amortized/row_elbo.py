@@ -18,19 +18,11 @@ from torch import Tensor
 from pyro_recursive.guides.base import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
-from pyro_recursive.tracing.densities import weighted
-from pyro_recursive.tracing.given import SubstituteByName, Unnoticed
-from pyro_recursive.tracing.layout import Layout
-from pyro_recursive.tracing.runs import Particles
-from pyro_recursive.tracing.sites import (
-    Site,
-    log_prob_of,
-    nesting_of,
-    plates_of,
-    sites,
-    subsample_scale,
-)
-from pyro_recursive.tracing.warmup import KLWarmup
+from pyro_recursive.tracing.densities import log_prob_of, weighted
+from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
+from pyro_recursive.tracing.isolation import Unnoticed
+from pyro_recursive.tracing.plates import Layout, Particles
+from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites, subsample_scale
 
 __all__ = ["ESTIMATORS", "LocalBound"]
 

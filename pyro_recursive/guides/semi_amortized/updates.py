@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pyro_recursive.tracing.modules import check_module
+from pyro_recursive.tracing.arguments import check_module
 
 __all__ = ["FixedStart", "GradientUpdate", "LearnedUpdate", "Update"]
 

@@ -1,40 +1,70 @@
-"""Where the plates of a program go in ``[M, K, *plates]``, and the rules that they must keep.
+"""The plates of a program, and where they go in ``[M, K, *plates]``.
 
-``plates`` are the plates that enclose every sample site of model and guide; each of their entries
-(a datum, usually) has its own K weights. Every other plate is summed.
+``plates`` are those that enclose every sample site of model and guide; each of their entries (a
+datum, usually) has its own K weights. Every other plate is summed.
 """
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.tracing.runs import ParticleRun, Particles
 from pyro_recursive.tracing.sites import (
     Site,
+    SiteTable,
     independent_plates_of,
     nesting_of,
     plates_of,
     sites,
     subsample_scale,
 )
-from pyro_recursive.tracing.structure import Structure
 
-__all__ = [
-    "Layout",
-    "check_subsampling",
-    "half_subsampled",
-    "layout_of",
-    "local_sites",
-    "warn_if_joint",
-    "warn_if_nothing_local",
-]
+
+@dataclass(frozen=True)
+class Particles:
+    """M * K samples, m slowest; `dim` is the particle plate's, None where runs are looped."""
+
+    num_estimates: int
+    num_particles: int
+    dim: int | None = None
+
+    @property
+    def total(self) -> int:
+        """The number of samples in all."""
+        return self.num_estimates * self.num_particles
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one run tells about a program: its plate nesting and the plates of each sample site.
+
+    ``mixing`` names a latent whose particles would be mixed in one pass; see `_mixed_site`.
+    """
+
+    max_plate_nesting: int
+    model: dict[str, Site]
+    guide: dict[str, Site]
+    mixing: str | None = None
+
+
+def structure_in(model: poutine.Trace, guide: poutine.Trace) -> Structure:
+    """Return the structure that the traces of one run show."""
+    return Structure(
+        max_plate_nesting=nesting_of(model, guide),
+        model={site["name"]: _outline(site) for site in sites(model)},
+        guide={site["name"]: _outline(site) for site in sites(guide)},
+    )
+
+
+def _outline(site: Site) -> Site:
+    """Keep what describes a site, not its tensors."""
+    return {key: site[key] for key in ("name", "is_observed", "cond_indep_stack")}
 
 
 @dataclass(frozen=True)
@@ -130,10 +160,10 @@ class Layout:
 
 
 def layout_of(
-    particles: Particles, runs: Sequence[ParticleRun], only: frozenset[str] | None = None
+    particles: Particles, tables: Sequence[SiteTable], only: frozenset[str] | None = None
 ) -> Layout:
-    """Find the shared plates of runs and check the rules for all others."""
-    traces = [trace for run in runs for trace in (run.model, run.guide)]
+    """Return the layout of runs: the plates that enclose every site, or every one of `only`."""
+    traces = [trace for table in tables for trace in table.traces]
     nesting = nesting_of(*traces) if particles.dim is None else -particles.dim - 1
     stacks = [
         independent_plates_of(site)
@@ -148,38 +178,14 @@ def layout_of(
     return Layout(particles, nesting, tuple(frames))
 
 
-def check_subsampling(runs: Sequence[ParticleRun], layout: Layout) -> None:
-    """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
-    found = half_subsampled(runs, layout)
-    if found is not None:
-        frame, outside = found
-        raise ValueError(
-            f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-            f"not enclose site '{outside}'. The logarithm of a mean over '{outside}' has "
-            "no unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for "
-            "the global latents, this bound for the local ones), full data, or Trace_ELBO."
-        )
-
-
-def half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> tuple[Any, str] | None:
-    """Return the frame of a subsampled plate that does not enclose every site, and such a site."""
-    shared = {frame.name for frame in layout.plates}
-    everything = list(sites(runs[0].model, runs[0].guide))
-    for site in everything:
-        for name, frame in plates_of(site).items():
-            if name not in shared and subsample_scale(frame) != 1:
-                return frame, next(s["name"] for s in everything if name not in plates_of(s))
-    return None
-
-
 def local_sites(structure: Structure) -> frozenset[str]:
     """Return the names of the sites inside a plate that encloses every observed site."""
-    data_plates = _data_plates(structure)
+    data_plates = plates_of_data(structure)
     everything = [*structure.model.values(), *structure.guide.values()]
     return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
 
 
-def _data_plates(structure: Structure) -> set[str]:
+def plates_of_data(structure: Structure) -> set[str]:
     """Return the names of the plates that enclose every observed site."""
     observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
     data_plates = set.intersection(*observed) if observed else set()
@@ -189,44 +195,3 @@ def _data_plates(structure: Structure) -> set[str]:
             f"the observed sites stand in {observed or 'no plate'}"
         )
     return data_plates
-
-
-def warn_if_nothing_local(structure: Structure, num_estimates: int, num_particles: int) -> None:
-    """Warn where global_latents='elbo' leaves no latent that the K samples could differ in."""
-    local = local_sites(structure)
-    everything = [*structure.model.values(), *structure.guide.values()]
-    if any(site["name"] in local and not site["is_observed"] for site in everything):
-        return
-    plates = ", ".join(f"'{name}'" for name in sorted(_data_plates(structure)))
-    warnings.warn(
-        f"No latent site is inside plate {plates}, so that under global_latents='elbo' the "
-        f"{num_particles} samples inside a logarithm are one: this is the ELBO with "
-        f"{num_estimates} sample{'s' * (num_estimates > 1)}. Trace_ELBO is the same for less; "
-        "global_latents='joint', with all data in each step, is tighter.",
-        stacklevel=4,
-    )
-
-
-def warn_if_joint(runs: Sequence[ParticleRun], layout: Layout) -> None:
-    """Warn where one weight covers the whole data set although there are local latents."""
-    if layout.plates:
-        return
-    latent = [site for site in sites(runs[0].model) if not site["is_observed"]]
-    for site in sites(runs[0].model):
-        for name, frame in plates_of(site).items():
-            local = next((s["name"] for s in latent if name in plates_of(s)), None)
-            if site["is_observed"] and local and frame.size > 1:
-                outside = next((s["name"] for s in latent if name not in plates_of(s)), None)
-                if outside is None:
-                    cause = ", and the guide has one joint density over its entries"
-                    remedy = "A guide with plate= or an encoder gives each entry its own."
-                else:
-                    cause = f" but not '{outside}'"
-                    remedy = "global_latents='elbo' gives each entry its own."
-                warnings.warn(
-                    f"Plate '{name}' encloses latent site '{local}'{cause}, so that all its "
-                    f"{frame.size} entries share one joint weight: a valid bound, but the more "
-                    f"entries the looser. {remedy}",
-                    stacklevel=4,
-                )
-                return

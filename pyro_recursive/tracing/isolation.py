@@ -1,46 +1,38 @@
-"""Runs of a model inside a guide: on given values, and without a trace of them anywhere else."""
+"""Runs of programs that leave no trace: none in handlers, random state, or modules."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_recursive.tracing.random_state import set_torch_state, torch_state
 
-__all__ = ["ModelReference", "SubstituteByName", "Unnoticed"]
-
-
-class SubstituteByName(Messenger):
-    """Gives sites, subsample sites too, values by name."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+def torch_state() -> list[Tensor]:
+    """Return the state of the CPU's generator and, where CUDA is in use, the current device's."""
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
 
 
-class ModelReference:
-    """A model that is neither copied nor pickled with the guide."""
+def set_torch_state(state: list[Tensor]) -> None:
+    """Go back to what `torch_state` returned."""
+    torch.set_rng_state(state[0])
+    for cuda_state in state[1:]:
+        torch.cuda.set_rng_state(cuda_state)
 
-    def __init__(self, model: Callable | None) -> None:
-        self.model = model
 
-    def __deepcopy__(self, memo: Any) -> "ModelReference":
-        """Refer to the same model."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Refer to none."""
-        return ModelReference, (None,)
+def outline(
+    model: Callable, args: tuple, kwargs: dict[str, Any], *, grad: bool = False
+) -> poutine.Trace:
+    """Run a model once, leaving no trace elsewhere, and the random state alone."""
+    state = torch_state()
+    with poutine.block(), torch.set_grad_enabled(grad):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    set_torch_state(state)
+    return trace
 
 
 class Unnoticed:

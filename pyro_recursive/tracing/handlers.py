@@ -1,0 +1,178 @@
+"""Effect handlers by which losses, guides and training tell each other about a run.
+
+A guide asks by an effectful function, a loss answers by a handler around the run:
+`current_assignment` and `ComponentAssignment`, `run_cache` and `RunCache`, `is_dry_run` and
+`DryRun`, `latent_weight` and `KLWarmup`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+# (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
+# of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
+Reference = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+
+
+class ComponentIndex(dist.Categorical):
+    """Which component of a mixture a row is drawn from.
+
+    The mixture's whole density stands at the latent sites, at whatever component: the choice adds
+    nothing to it, so that `pyro.infer.Trace_ELBO`, which leaves auxiliary sites out of its rewards,
+    is unbiased. It has a score function all the same.
+    """
+
+    def log_choice(self, value: Tensor) -> Tensor:
+        """Return the logarithm of the weight of the component chosen."""
+        return super().log_prob(value)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.log_choice(value))
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """Return the weight's logarithm as score function, and nothing else."""
+        score = self.log_choice(x)
+        return ScoreParts(torch.zeros_like(score), score, 0)
+
+
+class ComponentAssignment(Messenger):
+    """Gives each particle a component of every mixture guide that runs under it.
+
+    Components are counted among ``members``, those that make up the mixture in this run.
+
+    Arguments:
+        components: the component of each particle, the same for all rows.
+        reference: what the guide reports in place of the mixture's log-density, if anything.
+        frozen: the components whose parameters are constants of this run.
+        points: packed unconstrained vectors ``[*batch, D]`` to sample in place of draws.
+        members: the numbers of the guide's components that make up the mixture, None for its own.
+        hold: whether parameters inside the densities, not those of the draws, are constants; only
+            for guides that can (``holds_densities``).
+    """
+
+    def __init__(
+        self,
+        components: tuple[int, ...],
+        reference: Reference | None = None,
+        frozen: frozenset[int] = frozenset(),
+        points: Tensor | None = None,
+        members: tuple[int, ...] | None = None,
+        hold: bool = False,
+    ) -> None:
+        super().__init__()
+        self.components, self.reference = components, reference
+        self.frozen, self.points, self.members = frozen, points, members
+        self.hold = hold
+        self.particle: int | None = None  # which one this run is for, where runs are looped
+
+    def points_of(self, shape: torch.Size) -> Tensor:
+        """Return the points of this run, ``[*batch, D]`` for a batch shape."""
+        assert self.points is not None
+        points = self.points if self.particle is None else self.points[self.particle]
+        return points.reshape(*shape, points.shape[-1])
+
+    def _pyro_strata(self, msg: Any) -> None:
+        msg["value"], msg["done"] = self, True
+
+
+@effectful(type="strata")
+def current_strata() -> ComponentAssignment | None:
+    """Return the strata of this run, None where components are drawn at random."""
+    return None
+
+
+@effectful(type="kept")
+def run_cache() -> dict[Any, Any] | None:
+    """Return a place for what need not be computed twice; None where the guide runs once.
+
+    Both runs have the same random state, the second is given the values of the first. Only for what
+    does not depend on these.
+    """
+    return None
+
+
+class RunCache(Messenger):
+    """Gives guides the place that `run_cache` returns, with what is in it already."""
+
+    def __init__(self, content: dict[Any, Any] | None = None) -> None:
+        super().__init__()
+        self.content = {} if content is None else content
+
+    def _pyro_kept(self, msg: Any) -> None:
+        msg["value"], msg["done"] = self.content, True
+
+
+@effectful(type="look")
+def is_dry_run() -> bool:
+    """Return whether this run only shows what the guide is made of: nothing should come of it."""
+    return False
+
+
+class DryRun(Messenger):
+    """Tells guides that somebody is only looking."""
+
+    def _pyro_look(self, msg: Any) -> None:
+        msg["value"], msg["done"] = True, True
+
+
+class KLWarmup(Messenger):
+    """Weights the densities of all latents, in model and guide, and leaves the observed sites.
+
+    Around a call of an ELBO it turns the sum of ``log p(x | z) + log p(z) - log q(z)`` into
+    ``log p(x | z) + weight * (log p(z) - log q(z))``, in nats. Auxiliary sites of a guide, and the
+    Delta sites which hold the Jacobian of its transforms, are latent and weighted too. Observed
+    means as Pyro sees it: `pyro.factor` and what is under `poutine.condition` stay as they are.
+
+    :param weight: above 0; 1 changes nothing
+    :raises ValueError: ``weight`` is not above 0
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> with pyro.poutine.trace() as trace, KLWarmup(0.25):
+    ...     model()
+    >>> trace.trace.nodes["z"]["scale"]
+    0.25
+    """
+
+    def __init__(self, weight: float) -> None:
+        """Take the weight."""
+        if not weight > 0:
+            raise ValueError(f"The weight of the latents must be above 0, got {weight}.")
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = self.weight * msg["scale"]
+
+    def _pyro_latent_weight(self, msg: Any) -> None:
+        msg["value"] = self.weight * (1.0 if msg["value"] is None else msg["value"])
+        msg["done"] = True
+
+
+@effectful(type="latent_weight")
+def latent_weight() -> float:
+    """Return what the densities of latents are weighted by around this call."""
+    return 1.0
+
+
+class SubstituteByName(Messenger):
+    """Gives sites, subsample sites too, values by name."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
