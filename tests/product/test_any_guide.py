@@ -1090,7 +1090,6 @@ def test_hidden_sites_have_a_guide_of_their_own() -> None:
 
 @kinds("encoder", "mixture_encoders", "recursive_encoders", "flow_encoder", "refined")
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Another loss than RecursiveMixture_ELBO")
 def test_training_lowers_the_loss(kind: str) -> None:
     row = Row("far", locals_at(4.0))
     s, guide = made(row, KIND[kind])

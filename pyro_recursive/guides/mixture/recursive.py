@@ -12,7 +12,6 @@ from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture.guide import MixtureGuide
-from pyro_recursive.guides.mixture.other_losses import OtherLosses
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.handlers import current_strata
@@ -31,9 +30,8 @@ class RecursiveMixtureGuide(MixtureGuide):
     (`stage`), and what the acceptance tests of this run found (`trials`);
     `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
     `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
-    members, and does not grow (training a growing guide with one warns): it takes `num_steps` of
-    `RecursiveMixture_ELBO`, of which `steps_left` remain. At test time all encoders run side by
-    side.
+    members, and does not grow: it takes `num_steps` of `RecursiveMixture_ELBO`, of which
+    `steps_left` remain. At test time all encoders run side by side.
 
     Arguments:
         model: a Pyro model with continuous latents.
@@ -112,7 +110,6 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
-        self._other_losses = OtherLosses()
         self._read: tuple[int, int] | None = None
 
     @property
@@ -216,8 +213,6 @@ class RecursiveMixtureGuide(MixtureGuide):
         for m in set(range(len(self.components))) - set(self.members):
             for name, _ in self.components[m].named_parameters():
                 getattr(self.components[m], name.split(".")[0].removesuffix("_unconstrained"))
-        if self.training and self.is_growing:
-            self._other_losses.watch(self, found)
         return found
 
     def extra_repr(self) -> str:
@@ -301,7 +296,6 @@ class RecursiveMixtureGuide(MixtureGuide):
         return list(self._seen)
 
     def _write(self, state: list[int]) -> None:
-        self._other_losses.count = 0
         self.progress.copy_(torch.tensor(state), non_blocking=True)
         self._seen, self._read = list(state), (id(self.progress), self.progress._version)
 
