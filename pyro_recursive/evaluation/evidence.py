@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.plates import Layout, layout_of
+from pyro_recursive.tracing.plates import PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
 from pyro_recursive.tracing.sites import subsample_sites
@@ -143,7 +143,7 @@ def log_marginal(
 
 def runs_in_chunks(
     program: Program, total: int, size: int, *, any_minibatch: bool = False, **options: Any
-) -> Iterator[tuple[list[ParticleRun], Layout]]:
+) -> Iterator[tuple[list[ParticleRun], PlateLayout]]:
     """Yield runs of the program and where their plates are, until there are `total` samples.
 
     All are on one minibatch. Raises where model and guide do not match, and, unless it may be

@@ -16,7 +16,7 @@ from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chun
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.plates import Layout
+from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
@@ -266,7 +266,7 @@ def importance_weights(
     return ImportanceWeights(torch.cat(parts), plates, points)
 
 
-def _points(runs: Sequence[ParticleRun], layout: Layout) -> tuple[str, ...]:
+def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]:
     """Return the latent sites that the guide computes, to the same value for every draw."""
     run = Run([run.model for run in runs], layout.particles, layout.max_plate_nesting)
     if layout.particles.total == 1:

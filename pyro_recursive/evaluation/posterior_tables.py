@@ -21,7 +21,7 @@ from pyro_recursive.tracing.compatibility import check_match
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import RunCache
 from pyro_recursive.tracing.isolation import set_torch_state, torch_state
-from pyro_recursive.tracing.plates import Layout, Particles
+from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
@@ -200,7 +200,7 @@ class PosteriorTable:
         """Sum log-densities over all but particles and rows, ``[particles, B]``."""
         frame = plates_of(found[0])[self.frame.name]
         particles = Particles(1, len(numbers), -self.nesting - 1)
-        layout = Layout(particles, self.nesting, (frame,))
+        layout = PlateLayout(particles, self.nesting, (frame,))
         summed = layout.gather([[(site, _log_prob(site, frame)) for site in found]])
         assert summed is not None
         return summed[0].double()

@@ -126,7 +126,7 @@ class _Search:
             seen[run] = log_mixture(table, log_weights)
             return torch.zeros_like(volume)
 
-        strata = ComponentAssignment(
+        assignment = ComponentAssignment(
             (0,) * len(points), nothing, points=points, members=self.mixture.members
         )
         particles, runs = run_particles(
@@ -134,7 +134,7 @@ class _Search:
             1,
             len(points),
             vectorize=self.vectorize,
-            strata=strata,
+            assignment=assignment,
             subsample=self.minibatch,
         )
         log_p = densities(runs, layout_of(particles, [run.table for run in runs])).log_weights[0]

@@ -58,7 +58,7 @@ class StepPlan:
         return tuple(range(len(self.members))) * self.num_draws
 
     @cached_property
-    def strata(self) -> ComponentAssignment:
+    def assignment(self) -> ComponentAssignment:
         """The handler for this step's runs, which also keeps the table of densities."""
         moving = {self.place} if self.moves_guide else set()
         frozen = frozenset(range(len(self.members))) - moving

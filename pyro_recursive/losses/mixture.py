@@ -25,7 +25,7 @@ from pyro_recursive.losses.multi_sample import Evaluation, MultiSampleELBO
 from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.densities import Densities, guide_group
 from pyro_recursive.tracing.handlers import ComponentAssignment
-from pyro_recursive.tracing.plates import Layout
+from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import plates_of, sites
@@ -88,11 +88,11 @@ class MISELBO(MultiSampleELBO):
 
     def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> Evaluation:
         count = len(mixture_of(program.guide).members)
-        options.setdefault("strata", ComponentAssignment(self._components(count)))
+        options.setdefault("assignment", ComponentAssignment(self._components(count)))
         options.setdefault("shape", self._shape(count))
         if options.get("replay") == "paths" and mixture_of(program.guide).holds_densities:
             # The guide leaves out what a second run of it would take away.
-            options["replay"], options["strata"].hold = "none", True
+            options["replay"], options["assignment"].stop_density_gradient = "none", True
         evaluation = super()._evaluate(program, fresh=fresh, **options)
         _check_rows(evaluation.runs[0], evaluation.local.layout)
         return evaluation
@@ -195,7 +195,7 @@ def mixture_of(guide: Callable) -> Any:
     return bare
 
 
-def _check_rows(run: ParticleRun, layout: Layout) -> None:
+def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
     """Raise where the components' draws cannot be told apart by row."""
     shared = {frame.name for frame in layout.plates}
     for site in sites(run.guide):

@@ -182,7 +182,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         estimator = ESTIMATORS["stl" if focus.objective.held else "pathwise"]
         evaluation = self._evaluate(
             program,
-            strata=focus.strata,
+            assignment=focus.assignment,
             shape=(len(focus.components), 1),
             replay=estimator.replay if focus.moves_guide else "none",
             cut_model=focus.moves_guide and focus.moves_model,
@@ -249,7 +249,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         """Draw from every member, and evaluate all members' densities at all draws."""
         focus = StepPlan.on_all(mixture.members, mixture.num_draws)
         shape = (len(focus.components), 1)
-        evaluation = self._evaluate(program, strata=focus.strata, shape=shape)
+        evaluation = self._evaluate(program, assignment=focus.assignment, shape=shape)
         return drawn(evaluation.runs, evaluation.local, focus)
 
 

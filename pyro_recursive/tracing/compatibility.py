@@ -10,7 +10,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_recursive.tracing.plates import Layout, Structure, local_sites, plates_of_data
+from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, local_sites, plates_of_data
 from pyro_recursive.tracing.sites import (
     Site,
     SiteTable,
@@ -187,7 +187,7 @@ def check_finite(site: Site) -> None:
     )
 
 
-def check_subsampling(table: SiteTable, layout: Layout) -> None:
+def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
     """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
     found = half_subsampled(table, layout)
     if found is not None:
@@ -200,7 +200,7 @@ def check_subsampling(table: SiteTable, layout: Layout) -> None:
         )
 
 
-def half_subsampled(table: SiteTable, layout: Layout) -> tuple[Any, str] | None:
+def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | None:
     """Return the frame of a subsampled plate that does not enclose every site, and such a site."""
     shared = {frame.name for frame in layout.plates}
     everything = [*table.model, *table.guide]
@@ -211,7 +211,9 @@ def half_subsampled(table: SiteTable, layout: Layout) -> tuple[Any, str] | None:
     return None
 
 
-def warn_if_nothing_local(structure: Structure, num_estimates: int, num_particles: int) -> None:
+def warn_if_nothing_local(
+    structure: ProgramStructure, num_estimates: int, num_particles: int
+) -> None:
     """Warn where global_latents='elbo' leaves no latent that the K samples could differ in."""
     local = local_sites(structure)
     everything = [*structure.model.values(), *structure.guide.values()]
@@ -227,7 +229,7 @@ def warn_if_nothing_local(structure: Structure, num_estimates: int, num_particle
     )
 
 
-def warn_if_joint(table: SiteTable, layout: Layout) -> None:
+def warn_if_joint(table: SiteTable, layout: PlateLayout) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
     if layout.plates:
         return

@@ -23,7 +23,7 @@ from pyro_recursive.tracing.compatibility import (
     no_tensor,
 )
 from pyro_recursive.tracing.handlers import ComponentIndex
-from pyro_recursive.tracing.plates import Layout
+from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, is_delta, sites, subsample_scale
 
@@ -39,7 +39,7 @@ class Densities:
     asked for, None for all.
     """
 
-    layout: Layout
+    layout: PlateLayout
     model: Tensor | None
     density: Tensor | None
     score: Tensor | None
@@ -69,7 +69,7 @@ class Densities:
 
 
 def densities(
-    runs: Sequence[ParticleRun], layout: Layout, only: frozenset[str] | None = None
+    runs: Sequence[ParticleRun], layout: PlateLayout, only: frozenset[str] | None = None
 ) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
     names = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
@@ -95,7 +95,9 @@ def guide_group(site: Site) -> str:
     return "density" if site["fn"].has_rsample else "score"
 
 
-def _parts(site: Site, group: str, layout: Layout) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def _parts(
+    site: Site, group: str, layout: PlateLayout
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield the groups that a site adds to: a log-density, and what weights took away from it."""
     is_weighted = group in ("density", "score") and _is_weighted(site, layout)
     if isinstance(site["fn"], ComponentIndex):
@@ -109,19 +111,19 @@ def _parts(site: Site, group: str, layout: Layout) -> Iterator[tuple[str, Tensor
     yield group, log_prob, _whole_density(site) - log_prob if is_weighted else None
 
 
-def log_density(site: Site, layout: Layout) -> Tensor:
+def log_density(site: Site, layout: PlateLayout) -> Tensor:
     """Return a site's log-density with mask and user's scale, without the shared plates' scale."""
     log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
     check_batch_shape(site, log_prob.shape)
     return log_prob
 
 
-def weighted(log_prob: Tensor, site: Site, layout: Layout) -> Tensor:
+def weighted(log_prob: Tensor, site: Site, layout: PlateLayout) -> Tensor:
     """Return a log-density with the mask and the user's scale of a site."""
     return scale_and_mask(log_prob, _own_scale(site, layout), site["mask"])
 
 
-def _own_scale(site: Site, layout: Layout) -> Any:
+def _own_scale(site: Site, layout: PlateLayout) -> Any:
     """Return a site's scale without that of the shared plates."""
     shared = {frame.name for frame in layout.plates}
     scale = site["scale"]
@@ -131,7 +133,7 @@ def _own_scale(site: Site, layout: Layout) -> Any:
     return scale
 
 
-def _is_weighted(site: Site, layout: Layout) -> bool:
+def _is_weighted(site: Site, layout: PlateLayout) -> bool:
     """Whether a scale or a mask changes the site's density."""
     masked = site["mask"] is not None or _unmasked(site["fn"]) is not site["fn"]
     scale = _own_scale(site, layout)

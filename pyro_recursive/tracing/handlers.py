@@ -54,8 +54,8 @@ class ComponentAssignment(Messenger):
         frozen: the components whose parameters are constants of this run.
         points: packed unconstrained vectors ``[*batch, D]`` to sample in place of draws.
         members: the numbers of the guide's components that make up the mixture, None for its own.
-        hold: whether parameters inside the densities, not those of the draws, are constants; only
-            for guides that can (``holds_densities``).
+        stop_density_gradient: whether parameters in the densities (not in the draws) are constants;
+            only for guides that can (``holds_densities``).
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class ComponentAssignment(Messenger):
         frozen: frozenset[int] = frozenset(),
         points: Tensor | None = None,
         members: tuple[int, ...] | None = None,
-        hold: bool = False,
+        stop_density_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.components, self.reference = components, reference
         self.frozen, self.points, self.members = frozen, points, members
-        self.hold = hold
+        self.stop_density_gradient = stop_density_gradient
         self.particle: int | None = None  # which one this run is for, where runs are looped
 
     def points_of(self, shape: torch.Size) -> Tensor:
@@ -79,17 +79,17 @@ class ComponentAssignment(Messenger):
         points = self.points if self.particle is None else self.points[self.particle]
         return points.reshape(*shape, points.shape[-1])
 
-    def _pyro_strata(self, msg: Any) -> None:
+    def _pyro_component_assignment(self, msg: Any) -> None:
         msg["value"], msg["done"] = self, True
 
 
-@effectful(type="strata")
-def current_strata() -> ComponentAssignment | None:
-    """Return the strata of this run, None where components are drawn at random."""
+@effectful(type="component_assignment")
+def current_assignment() -> ComponentAssignment | None:
+    """Return the assignment of this run, None where components are drawn at random."""
     return None
 
 
-@effectful(type="kept")
+@effectful(type="run_cache")
 def run_cache() -> dict[Any, Any] | None:
     """Return a place for what need not be computed twice; None where the guide runs once.
 
@@ -106,11 +106,11 @@ class RunCache(Messenger):
         super().__init__()
         self.content = {} if content is None else content
 
-    def _pyro_kept(self, msg: Any) -> None:
+    def _pyro_run_cache(self, msg: Any) -> None:
         msg["value"], msg["done"] = self.content, True
 
 
-@effectful(type="look")
+@effectful(type="dry_run")
 def is_dry_run() -> bool:
     """Return whether this run only shows what the guide is made of: nothing should come of it."""
     return False
@@ -119,7 +119,7 @@ def is_dry_run() -> bool:
 class DryRun(Messenger):
     """Tells guides that somebody is only looking."""
 
-    def _pyro_look(self, msg: Any) -> None:
+    def _pyro_dry_run(self, msg: Any) -> None:
         msg["value"], msg["done"] = True, True
 
 

@@ -41,7 +41,7 @@ class Particles:
 
 
 @dataclass(frozen=True)
-class Structure:
+class ProgramStructure:
     """What one run tells about a program: its plate nesting and the plates of each sample site.
 
     ``mixing`` names a latent whose particles would be mixed in one pass; see `_mixed_site`.
@@ -53,9 +53,9 @@ class Structure:
     mixing: str | None = None
 
 
-def structure_in(model: poutine.Trace, guide: poutine.Trace) -> Structure:
+def structure_in(model: poutine.Trace, guide: poutine.Trace) -> ProgramStructure:
     """Return the structure that the traces of one run show."""
-    return Structure(
+    return ProgramStructure(
         max_plate_nesting=nesting_of(model, guide),
         model={site["name"]: _outline(site) for site in sites(model)},
         guide={site["name"]: _outline(site) for site in sites(guide)},
@@ -68,7 +68,7 @@ def _outline(site: Site) -> Site:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlateLayout:
     """How Pyro's dims become ``[M, K, *plates]``.
 
     ``plates`` are frames of the shared plates: sequential ones first, then the vectorised from left
@@ -161,7 +161,7 @@ class Layout:
 
 def layout_of(
     particles: Particles, tables: Sequence[SiteTable], only: frozenset[str] | None = None
-) -> Layout:
+) -> PlateLayout:
     """Return the layout of runs: the plates that enclose every site, or every one of `only`."""
     traces = [trace for table in tables for trace in table.traces]
     nesting = nesting_of(*traces) if particles.dim is None else -particles.dim - 1
@@ -171,21 +171,21 @@ def layout_of(
         if only is None or site["name"] in only
     ]
     if not stacks:
-        return Layout(particles, nesting, ())
+        return PlateLayout(particles, nesting, ())
     shared = set.intersection(*map(set, stacks))
     frames = [frame for name, frame in stacks[0].items() if name in shared]
     frames.sort(key=lambda frame: frame.dim if frame.vectorized else -math.inf)
-    return Layout(particles, nesting, tuple(frames))
+    return PlateLayout(particles, nesting, tuple(frames))
 
 
-def local_sites(structure: Structure) -> frozenset[str]:
+def local_sites(structure: ProgramStructure) -> frozenset[str]:
     """Return the names of the sites inside a plate that encloses every observed site."""
     data_plates = plates_of_data(structure)
     everything = [*structure.model.values(), *structure.guide.values()]
     return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
 
 
-def plates_of_data(structure: Structure) -> set[str]:
+def plates_of_data(structure: ProgramStructure) -> set[str]:
     """Return the names of the plates that enclose every observed site."""
     observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
     data_plates = set.intersection(*observed) if observed else set()

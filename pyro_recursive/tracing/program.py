@@ -19,7 +19,7 @@ from pyro_recursive.tracing.compatibility import (
     check_sizes,
 )
 from pyro_recursive.tracing.handlers import DryRun
-from pyro_recursive.tracing.plates import Structure, structure_in
+from pyro_recursive.tracing.plates import ProgramStructure, structure_in
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, sites
 
 
@@ -137,12 +137,12 @@ def _equal(given: Any, replayed: torch.Tensor) -> bool:
 
 
 # By model, then guide, both held weakly: no loss remembers the first model that it saw.
-_structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, Structure]]] = (
+_structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, ProgramStructure]]] = (
     WeakKeyDictionary()
 )
 
 
-def structure_of(program: Program, *, fresh: bool = False) -> Structure:
+def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
     """Return the structure of a program, from memory where this pair was seen before."""
     (model, model_method), (guide, guide_method) = map(_identity, (program.model, program.guide))
     try:
@@ -176,7 +176,7 @@ def _identity(function: Any) -> tuple[Any, Any]:
     return getattr(function, "__self__", function), getattr(function, "__func__", None)
 
 
-def _discover(program: Program) -> Structure:
+def _discover(program: Program) -> ProgramStructure:
     """Run guide and model once, outside any particle plate, leaving the random state alone."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), poutine.block(), DryRun():

@@ -153,7 +153,7 @@ def _draw(
     cut_model: bool = False,
     shared: frozenset[str] = frozenset(),
     subsample: poutine.Trace | None = None,
-    strata: ComponentAssignment | None = None,
+    assignment: ComponentAssignment | None = None,
 ) -> list[ParticleRun]:
     """Run guide and model for all particles on one minibatch.
 
@@ -161,16 +161,16 @@ def _draw(
     ``"values"`` on detached samples; ``cut_model`` gives the model stand-ins of everything it takes
     from the guide. Sites in ``shared`` have one value for the K samples of an estimate. A trace
     of subsample sites fixes the minibatch; without one it is drawn here, once for all particles.
-    ``strata`` choose the components of mixture guides.
+    ``assignment`` choose the components of mixture guides.
     """
     runs: list[ParticleRun] = []
     sharing = _ShareWithinEstimate(shared, particles)
     for particle in range(1 if particles.dim is not None else particles.total):
         sharing.particle = particle
-        if strata is not None:
-            strata.particle = particle if particles.dim is None else None
+        if assignment is not None:
+            assignment.particle = particle if particles.dim is None else None
         noise = _SameNoise() if replay != "none" else nullcontext()
-        with _particle_plate(particles), strata or nullcontext():
+        with _particle_plate(particles), assignment or nullcontext():
             with sharing if shared else nullcontext(), noise:
                 guide = program.run_guide(subsample)
             with noise:

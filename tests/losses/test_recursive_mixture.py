@@ -31,7 +31,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_breaking
 from pyro_recursive.losses.component_search import propose
-from pyro_recursive.tracing.handlers import current_strata
+from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.program import Program
 from tests.oracles.bitwise import same
 from tests.oracles.mixtures import (
@@ -190,7 +190,7 @@ def test_looped_equals_vectorised(
         loss.loss(s.model, s.guide)  # has a look at the plates
 
         def standard(shape: Any, dtype: Any, device: Any) -> Tensor:
-            particle = current_strata().particle
+            particle = current_assignment().particle
             return (noise if particle is None else noise[particle]).unsqueeze(-1).reshape(shape)
 
         with pytest.MonkeyPatch.context() as patch:

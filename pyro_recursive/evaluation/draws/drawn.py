@@ -55,7 +55,7 @@ class SiteDraws:
         :param index: numbers ``[S', *plates]``
         """
         for name in plates:
-            if name not in self.plates:  # they come first, as in `Layout`
+            if name not in self.plates:  # they come first, as in `PlateLayout`
                 index = index.select(1, self.cell[name])
         sizes = [frame.size if frame.name in plates else 1 for frame in self.frames]
         index = index.reshape(len(index), *sizes, *[1] * len(self.event_shape))

@@ -21,7 +21,7 @@ from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chun
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import half_subsampled
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.plates import Layout
+from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import subsample_sites
@@ -161,7 +161,9 @@ def posterior_draws(
     return replace(draws, sites={**draws.sites, **found})
 
 
-def _from_guide(chunks: Iterable[tuple[Sequence[ParticleRun], Layout]], *, weighted: bool) -> Draws:
+def _from_guide(
+    chunks: Iterable[tuple[Sequence[ParticleRun], PlateLayout]], *, weighted: bool
+) -> Draws:
     """Return the latents of a guide's runs, with their densities where they have any.
 
     :param weighted: whether they must have
@@ -177,7 +179,7 @@ def _from_guide(chunks: Iterable[tuple[Sequence[ParticleRun], Layout]], *, weigh
     return _joined(parts)
 
 
-def _half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> str:
+def _half_subsampled(runs: Sequence[ParticleRun], layout: PlateLayout) -> str:
     """Return why draws of a minibatch have no weights, in words, if they have none."""
     found = half_subsampled(runs[0].table, layout)
     if found is None:
@@ -191,7 +193,7 @@ def _half_subsampled(runs: Sequence[ParticleRun], layout: Layout) -> str:
 
 
 def _latents(
-    runs: Sequence[ParticleRun], layout: Layout, unweighted: str, *, weighted: bool
+    runs: Sequence[ParticleRun], layout: PlateLayout, unweighted: str, *, weighted: bool
 ) -> Draws:
     """Return the latents of one chunk of runs of a guide, with their densities.
 
@@ -213,7 +215,7 @@ def _latents(
     return replace(draws, log_p=log_p, log_q=log_q)
 
 
-def _log_densities(runs: Sequence[ParticleRun], layout: Layout) -> tuple[Tensor, Tensor]:
+def _log_densities(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[Tensor, Tensor]:
     """Return log p and log q of one chunk, ``[k, *plates]`` in float64."""
     found = densities(runs, layout)
     groups = [group for group in (found.density, found.score, found.jacobian) if group is not None]

@@ -24,7 +24,7 @@ from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
 from pyro_recursive.guides.saving import check_components
 from pyro_recursive.tracing.arguments import check_instance, check_module, is_count
-from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_strata
+from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
 __all__ = ["MixtureGuide"]
@@ -182,8 +182,8 @@ class MixtureGuide(LatentGuide):
     def _trunk(self) -> Callable[[Any], Any] | None:
         if not self._has("trunk"):
             return None
-        strata = current_strata()
-        held = strata is not None and bool(strata.frozen)
+        assignment = current_assignment()
+        held = assignment is not None and bool(assignment.frozen)
 
         def encode(rows: Any) -> Any:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
@@ -223,15 +223,15 @@ class MixtureGuide(LatentGuide):
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
-        strata = current_strata()
-        if strata is not None and len(self.groups) > 1:
+        assignment = current_assignment()
+        if assignment is not None and len(self.groups) > 1:
             raise NotImplementedError(
                 "This guide has one mixture over the global latents and one over those of each "
                 "row, and a stratified loss takes one. Use Trace_ELBO, or a loss of this package "
                 "with estimator='vimco'; or leave out plate=, for one mixture over all latents."
             )
-        members = strata.members if strata and strata.members else self.members
-        frozen = strata.frozen if strata else frozenset()
+        members = assignment.members if assignment and assignment.members else self.members
+        frozen = assignment.frozen if assignment else frozenset()
         log_weights = self.log_weights(latents, call, members)
         guides = [self.component(m) for m in members]
         if _alike(guides):
@@ -278,26 +278,32 @@ class MixtureGuide(LatentGuide):
 
     def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""
-        strata = current_strata()
-        if mixture.num_components == 1 and strata is None:
+        assignment = current_assignment()
+        if mixture.num_components == 1 and assignment is None:
             device = mixture.log_weights.device
             index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
         else:
-            index = self._draw_component(latents, mixture, strata, call)
+            index = self._draw_component(latents, mixture, assignment, call)
         shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
         index = index.expand(shape)
-        if strata is not None and strata.points is not None:
-            u = strata.points_of(shape)
+        if assignment is not None and assignment.points is not None:
+            u = assignment.points_of(shape)
         else:
-            u = mixture.draw(index, strata.components if strata else None)
-        scored = mixture.held() if strata is not None and strata.hold else mixture
-        particle = None if strata is None else strata.particle  # of this run, not of a later one
+            u = mixture.draw(index, assignment.components if assignment else None)
+        scored = (
+            mixture.held()
+            if assignment is not None and assignment.stop_density_gradient
+            else mixture
+        )
+        particle = (
+            None if assignment is None else assignment.particle
+        )  # of this run, not of a later one
 
         def density(u: Tensor) -> Tensor:
-            if strata is None or strata.reference is None:
+            if assignment is None or assignment.reference is None:
                 return scored.log_prob(u)
             table, volume = scored.table(u), latents.log_volume(u)
-            return strata.reference(table, mixture.log_weights, volume, particle)
+            return assignment.reference(table, mixture.log_weights, volume, particle)
 
         return emit(latents, call.plates, u, density)
 
@@ -305,16 +311,16 @@ class MixtureGuide(LatentGuide):
         self,
         latents: LatentBlock,
         mixture: Mixture,
-        strata: ComponentAssignment | None,
+        assignment: ComponentAssignment | None,
         call: GuideCall,
     ) -> Tensor:
-        """Sample which component each row is drawn from, or take it from the strata."""
+        """Sample which component each row is drawn from, or take it from the assignment."""
         group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
         with inside(latents.rows, call.plates):
             return pyro.sample(
                 f"{self.name}{group}_component",
                 ComponentIndex(logits=mixture.log_weights),
-                obs=None if strata is None else _assigned(strata, mixture),
+                obs=None if assignment is None else _assigned(assignment, mixture),
                 infer={"is_auxiliary": True},
             )
 
@@ -370,14 +376,14 @@ def _packed(guide: Any) -> LatentGuide:
     return guide
 
 
-def _assigned(strata: ComponentAssignment, mixture: Mixture) -> Tensor:
+def _assigned(assignment: ComponentAssignment, mixture: Mixture) -> Tensor:
     """Return the component of each particle and row."""
     device = mixture.log_weights.device
     frame = next((f for f in get_plates() if f.name == PARTICLE_PLATE), None)
     if frame is None:
-        index = torch.tensor(strata.components[strata.particle or 0], device=device)
+        index = torch.tensor(assignment.components[assignment.particle or 0], device=device)
     else:
-        index = _on_device(strata.components, device).reshape(-1, *[1] * (-frame.dim - 1))
+        index = _on_device(assignment.components, device).reshape(-1, *[1] * (-frame.dim - 1))
     return index.expand(torch.broadcast_shapes(outer_shape(), mixture.batch_shape))
 
 

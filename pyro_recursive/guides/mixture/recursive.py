@@ -14,7 +14,7 @@ from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.tracing.handlers import current_strata
+from pyro_recursive.tracing.handlers import current_assignment
 
 __all__ = ["RecursiveMixtureGuide"]
 
@@ -229,8 +229,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         """
         proposed = [m for m in members if m not in self.members]
         inside = [m for m in members if m in self.members]
-        strata = current_strata()
-        frozen = strata.frozen if strata is not None else frozenset()
+        assignment = current_assignment()
+        frozen = assignment.frozen if assignment is not None else frozenset()
         moving = {m - 1 for place, m in enumerate(inside) if place not in frozen}
         held = set(range(len(self.components) - 1)) - moving
         logits = self.weights.logits(latents, call, held)

@@ -21,7 +21,7 @@ from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.densities import log_prob_of, weighted
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import Unnoticed
-from pyro_recursive.tracing.plates import Layout, Particles
+from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites, subsample_scale
 
 __all__ = ["ESTIMATORS", "LocalBound"]
@@ -126,7 +126,7 @@ class LocalBound:
     def _by_row(self, trace: poutine.Trace, batch: torch.Size, width: int, count: int) -> Tensor:
         """Sum the log-densities of sites over all but draws and rows, ``[S J, *batch]``."""
         rows = _frames(trace, {frame.name for frame in self.latents.rows})
-        layout = Layout(Particles(1, count), width, rows)
+        layout = PlateLayout(Particles(1, count), width, rows)
         around = {dim for dim in range(-len(batch), 0) if batch[dim] != 1} | {-width - 1}
         around -= {frame.dim for frame in rows}
         kept = around | {frame.dim for frame in rows}
