@@ -3,7 +3,6 @@
 ArviZ takes seconds to import: `pyro_recursive.evaluation.arviz` is imported by itself.
 """
 
-from pyro_recursive.evaluation.calibration import Calibration, calibration, calibration_by_fits
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
 from pyro_recursive.evaluation.draws import (
     Draws,
@@ -40,6 +39,8 @@ from pyro_recursive.evaluation.plots import (
     plot_ranks,
 )
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
+from pyro_recursive.evaluation.ranks import Calibration
+from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits
 
 __all__ = [
     "PSIS",

@@ -16,15 +16,67 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide
-from pyro_recursive.evaluation.calibration import calibration, calibration_by_fits
-from pyro_recursive.evaluation.calibration.ranks import (
+from pyro_recursive.evaluation.ranks import (
+    Calibration,
     RankSums,
     ecdf_band,
     ecdf_difference,
+    holm,
     rank_histogram,
+    uniformity,
 )
-from pyro_recursive.evaluation.calibration.simulation import simulate
-from pyro_recursive.evaluation.calibration.uniformity import Calibration, holm, uniformity
+from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits, simulate
+
+HALF = 0.5**0.5  # the scale of a posterior of one observation with unit variance
+
+
+def normal(name: str, loc: Any, scale: Any = 1.0, obs: Any = None) -> Tensor:
+    return pyro.sample(name, dist.Normal(loc, scale), obs=obs)
+
+
+def rows(body: Callable[..., Any]) -> Callable[..., None]:
+    """Return a program that runs a body in the plate of the rows of its first argument."""
+
+    def program(x: Tensor, *args: Any, **options: Any) -> None:
+        with pyro.plate("data", len(x)):
+            body(x, *args, **options)
+
+    return program
+
+
+@rows
+def conjugate(x: Tensor) -> None:
+    normal("x", normal("z", 1.0), obs=x)
+
+
+@rows
+def posterior(x: Tensor, shift: float = 0.0, width: float = 1.0) -> None:
+    normal("z", (x + 1) / 2 + shift, width * HALF)
+
+
+@rows
+def two_sites(x: Tensor, y: Tensor) -> None:
+    z = normal("z", 0.0)
+    normal("x", z, obs=x)
+    normal("y", z + 5, obs=y)
+
+
+def hierarchy(x: Tensor) -> None:
+    loc = normal("loc", 0.0)
+    with pyro.plate("data", len(x)):
+        normal("x", normal("z", loc), obs=x)
+
+
+def exact_hierarchy(x: Tensor, width: float = 1.0) -> None:
+    variance = 1 / (1 + len(x) / 2)
+    loc = normal("loc", variance * x.sum(-1) / 2, width * variance**0.5)
+    with pyro.plate("data", len(x)):
+        normal("z", (loc + x) / 2, HALF)
+
+
+def value(found: Any, name: str) -> Tensor:
+    return found.trace.nodes[name]["value"]
+
 
 # --- Ranks
 
@@ -121,7 +173,7 @@ def test_difference_by_hand() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "at least 20 of them, got 19"),
+        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "at least 20 ranks, got 19"),
         (lambda: uniformity(torch.full((20, 1), 10), 9), "are 0 to 9, got 10 to 10"),
         (lambda: uniformity(torch.zeros(20, 1), 9), r"integers \[N, dims\]"),
         (lambda: uniformity(torch.zeros(20).long(), 9), r"integers \[N, dims\]"),
@@ -135,17 +187,6 @@ def test_ranks_that_cannot_be_tested(call: Callable[[], Any], message: str) -> N
 
 
 # --- Rows
-
-
-def conjugate(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(1.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def posterior(x: Tensor, shift: float = 0.0, width: float = 1.0) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal((x + 1) / 2 + shift, width * 0.5**0.5))
 
 
 @pytest.mark.parametrize(
@@ -186,38 +227,38 @@ def test_inner_plates_events_covariates_and_keywords() -> None:
         with pyro.plate("rows", len(covariate), dim=-2):
             v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             with pyro.plate("inner", 3, dim=-1):
-                w = pyro.sample("w", dist.Normal(covariate.unsqueeze(-1), 1.0))
-                pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+                normal("x", normal("w", covariate.unsqueeze(-1)), obs=x)
             pyro.sample("y", dist.Normal(v, 1.0).to_event(1), obs=y.unsqueeze(-2))
 
     def guide(covariate: Tensor, y: Tensor, x: Tensor, wrong: float = 0.0) -> None:
         with pyro.plate("rows", len(covariate), dim=-2):
             loc = y.unsqueeze(-2) / 2 + torch.tensor([0.0, wrong])
-            pyro.sample("v", dist.Normal(loc, 0.5**0.5).to_event(1))
+            pyro.sample("v", dist.Normal(loc, HALF).to_event(1))
             with pyro.plate("inner", 3, dim=-1):
-                pyro.sample("w", dist.Normal((covariate.unsqueeze(-1) + x) / 2, 0.5**0.5))
+                normal("w", (covariate.unsqueeze(-1) + x) / 2, HALF)
 
     covariate, y, x = 10 * torch.randn(300), torch.zeros(300, 2), torch.zeros(300, 3)
+    wrong = partial(guide, wrong=1.0)
     found = calibration(model, guide, covariate, y, x=x, num_draws=31)
     assert found.ranks["v"].shape == (300, 2) and found.ranks["w"].shape == (300, 3)
     assert found.is_calibrated(1e-3)
-    found = calibration(model, partial(guide, wrong=1.0), covariate, y, x=x, num_draws=31)
+    found = calibration(model, wrong, covariate, y, x=x, num_draws=31)
     assert "Not calibrated in 1 of 5" in str(found) and "v[1]: the draws are too high" in str(found)
-    only = calibration(model, partial(guide, wrong=1.0), covariate, y, x=x, names=["w"])
+    only = calibration(model, wrong, covariate, y, x=x, names=["w"])
     assert list(only.ranks) == ["w"] and only.is_calibrated(1e-3)
 
 
 def test_amortized_guide_on_a_constrained_site() -> None:
+    @rows
     def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x[:, 0])
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        normal("x", z.log(), obs=x[:, 0])
 
     guide, x = AmortizedGuide(model, nn.Linear(1, 2)), torch.zeros(200, 1)
     guide.prepare(x)
     with torch.no_grad():
         guide.encoder.weight.copy_(torch.tensor([[0.5], [0.0]]))
-        guide.encoder.bias.copy_(torch.tensor([0.0, math.log(0.5**0.5)]))
+        guide.encoder.bias.copy_(torch.tensor([0.0, math.log(HALF)]))
     before = {name: value.clone() for name, value in pyro.get_param_store().items()}
     assert calibration(model, guide, x, num_draws=63).is_calibrated(1e-3)
     assert all(torch.equal(pyro.get_param_store()[name], value) for name, value in before.items())
@@ -227,15 +268,14 @@ def test_amortized_guide_on_a_constrained_site() -> None:
 
 
 def test_discrete_latents() -> None:
+    @rows
     def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+        normal("x", 2 * pyro.sample("k", dist.Bernoulli(0.3)), obs=x)
 
+    @rows
     def guide(x: Tensor, prior: float = 0.3) -> None:
         odds = math.log(prior / (1 - prior)) + 2 * x - 2
-        with pyro.plate("data", len(x)):
-            pyro.sample("k", dist.Bernoulli(logits=odds))
+        pyro.sample("k", dist.Bernoulli(logits=odds))
 
     x = torch.zeros(600)
     assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
@@ -243,21 +283,6 @@ def test_discrete_latents() -> None:
 
 
 # --- Whole data sets
-
-
-def hierarchy(x: Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def exact_hierarchy(x: Tensor, width: float = 1.0) -> None:
-    variance = 1 / (1 + len(x) / 2)
-    loc = dist.Normal(variance * x.sum(-1) / 2, width * variance**0.5)
-    loc = pyro.sample("loc", loc)
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal((loc + x) / 2, 0.5**0.5))
 
 
 @pytest.mark.parametrize(("width", "vectorize"), [(1.0, True), (0.4, True), (1.0, False)])
@@ -280,8 +305,7 @@ def test_global_and_local_latents(vectorize: bool, width: float) -> None:
 
 def test_fits_start_afresh_and_leave_nothing() -> None:
     def model(x: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        normal("x", normal("z", pyro.param("mu", torch.tensor(0.0))), obs=x)
 
     starts: list[float] = []
     data: list[float] = []
@@ -291,16 +315,14 @@ def test_fits_start_afresh_and_leave_nothing() -> None:
         starts.append(pyro.param("mu").item())
         data.append(x.item())
         guide = AutoNormal(model, init_scale=0.5)
-        svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO())
-        svi.step(x)
+        SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO()).step(x)
         assert len(pyro.get_param_store()) == 3
         return guide
 
-    simulate(model, (torch.tensor(0.0),), {})
+    x = torch.tensor(0.0)
+    simulate(model, (x,), {})
     parameter = pyro.param("mu").unconstrained()
-    found = calibration_by_fits(
-        model, fit, torch.tensor(0.0), num_datasets=20, num_draws=15, progress=False
-    )
+    found = calibration_by_fits(model, fit, x, num_datasets=20, num_draws=15, progress=False)
     assert found.ranks["z"].shape == (20, 1)
     assert starts == [0.0] * 20 and len(set(data)) == 20
     assert list(pyro.get_param_store()) == ["mu"]
@@ -309,17 +331,6 @@ def test_fits_start_afresh_and_leave_nothing() -> None:
 
 
 # --- Where the data go
-
-
-def two_sites(x: Tensor, y: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        pyro.sample("y", dist.Normal(z + 5, 1.0), obs=y)
-
-
-def value(found: Any, name: str) -> Tensor:
-    return found.trace.nodes[name]["value"]
 
 
 def test_identity_comes_before_equality() -> None:
@@ -341,14 +352,10 @@ def test_data_in_another_shape_and_dtype() -> None:
 
 
 def test_a_mapping_and_a_function() -> None:
-    def model(pair: Tensor) -> None:
-        with pyro.plate("data", len(pair)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=pair[:, 1])
-
     def into(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (torch.stack([args[0][:, 0], simulated["x"]], -1),), kwargs
 
+    model = rows(lambda pair: normal("x", normal("z", 0.0), obs=pair[:, 1]))
     found = simulate(model, (torch.zeros(3, 2),), {}, into)
     assert torch.equal(found.args[0][:, 1], value(found, "x"))
     swapped = {"x": "y", "y": 0}
@@ -359,84 +366,73 @@ def test_a_mapping_and_a_function() -> None:
 def test_an_explicit_minibatch() -> None:
     def model(x: Tensor, index: Tensor) -> None:
         with pyro.plate("data", 100, subsample=index):
-            z = pyro.sample("z", dist.Normal(1.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            normal("x", normal("z", 1.0), obs=x)
 
     def guide(x: Tensor, index: Tensor) -> None:
         with pyro.plate("data", 100, subsample=index):
-            pyro.sample("z", dist.Normal((x + 1) / 2, 0.5**0.5))
+            normal("z", (x + 1) / 2, HALF)
 
     args = torch.zeros(50), torch.arange(50)
     assert calibration(model, guide, *args, num_rounds=4, num_draws=31).is_calibrated(1e-3)
 
 
-def factor(x: Tensor) -> None:
-    conjugate(x)
-    pyro.factor("f", x.sum())
-
-
-def autoregression(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z + x.mean(), 1.0), obs=x)
-
-
-def data_dependent_prior(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
 def transposed(x: Tensor) -> None:
     with pyro.plate("a", 3, dim=-2), pyro.plate("b", 3, dim=-1):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+        normal("x", normal("z", 0.0), obs=x.T)
 
 
 def minibatch(x: Tensor) -> None:
     with pyro.plate("data", len(x), subsample_size=2) as index:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
-
-
-def constant(x: Tensor) -> None:
-    pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.ones(()))
+        normal("x", normal("z", 0.0), obs=x[index])
 
 
 def other_sites(x: Tensor) -> None:
     conjugate(x)
     if bool((x == 0).all()):
-        pyro.sample("more", dist.Normal(0.0, 1.0))
+        normal("more", 0.0)
 
 
+@rows
 def masked(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        with poutine.mask(mask=torch.arange(len(x)) > 0):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    with poutine.mask(mask=torch.arange(len(x)) > 0):
+        z = normal("z", 0.0)
+    normal("x", z, obs=x)
+
+
+X = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
     ("model", "args", "replace", "message"),
     [
-        (factor, (torch.zeros(3),), None, "Site 'f' is a pyro.factor"),
-        (lambda x: None, (torch.zeros(3),), None, "observes nothing"),
-        (autoregression, (torch.zeros(3),), None, "distribution of site 'x' is another one"),
-        (data_dependent_prior, (torch.zeros(3),), None, "distribution of site 'z' is another one"),
-        (transposed, (torch.zeros(3, 3),), None, "does not observe at site 'x' what"),
-        (minibatch, (torch.arange(5.0),), None, "site 'x' come from is not clear: no argument"),
-        (constant, (torch.zeros(3),), None, "no argument is equal to it"),
-        (other_sites, (torch.zeros(3),), None, "Site 'more' is there with the given data or"),
-        (lambda x, y: conjugate(x + 0), (torch.zeros(3), torch.zeros(3)), None, r"\[0, 1\] are"),
-        (conjugate, (torch.zeros(3),), {"y": 0}, r"names 'y'; the observed sites are \['x'\]"),
-        (conjugate, (torch.zeros(3),), {"x": 1}, "Argument 1, for the data of site 'x', is not th"),
-        (lambda x, n: conjugate(x), (torch.zeros(3), torch.ones(2)), {"x": 1}, r"has \(2,\)"),
-        (
-            lambda x, y: two_sites(x, x),
-            (torch.zeros(3), torch.zeros(3)),
+        (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,), None, "'f' is a pyro.factor"),
+        (lambda x: None, (X,), None, "observes nothing"),
+        (  # an autoregression
+            rows(lambda x: normal("x", normal("z", 0.0) + x.mean(), obs=x)),
+            (X,),
             None,
-            "is also that of 'x'",
+            "distribution of site 'x' depends on",
         ),
+        (  # a prior that depends on the data
+            rows(lambda x: normal("x", normal("z", x), obs=x)),
+            (X,),
+            None,
+            "distribution of site 'z' depends on",
+        ),
+        (transposed, (torch.zeros(3, 3),), None, "does not observe at site 'x' what"),
+        (minibatch, (torch.arange(5.0),), None, "data of site 'x' are not found: no argument"),
+        (
+            lambda x: normal("x", normal("z", 0.0), obs=torch.ones(())),
+            (X,),
+            None,
+            "no argument is equal to it",
+        ),
+        (other_sites, (X,), None, "Site 'more' depends on the data"),
+        (lambda x, y: conjugate(x + 0), (X, torch.zeros(3)), None, r"\[0, 1\] are"),
+        (conjugate, (X,), {"y": 0}, r"names 'y'; the observed sites are \['x'\]"),
+        (conjugate, (X,), {"x": 1}, "Argument 1, for the data of site 'x', is not th"),
+        (lambda x, n: conjugate(x), (X, torch.ones(2)), {"x": 1}, r"has \(2,\)"),
+        (lambda x, y: two_sites(x, x), (X, torch.zeros(3)), None, "is also that of 'x'"),
     ],
 )
 def test_data_without_a_clear_place(
@@ -449,20 +445,18 @@ def test_data_without_a_clear_place(
 def test_computed_and_reparameterised_sites() -> None:
     """They stay what they are computed from, and are no latents of their own."""
 
+    @rows
     def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            with poutine.reparam(config={"z": LocScaleReparam(0.0)}):
-                z = pyro.sample("z", dist.Normal(1.0, 2.0))
-            pair = pyro.deterministic("pair", torch.stack([z, 2 * z], -1), event_dim=1)
-            double = pyro.deterministic("double", pair[..., 1])
-            pyro.sample("x", dist.Normal(double, 1.0), obs=x)
+        with poutine.reparam(config={"z": LocScaleReparam(0.0)}):
+            z = normal("z", 1.0, 2.0)
+        pair = pyro.deterministic("pair", torch.stack([z, 2 * z], -1), event_dim=1)
+        normal("x", pyro.deterministic("double", pair[..., 1]), obs=x)
 
-    def guide(x: Tensor, width: float = 1.0) -> None:
-        with pyro.plate("data", len(x)):  # z ~ N(1, 2), x ~ N(2 z, 1), z = 1 + 2 e
-            variance = 1 / (1 / 4 + 4)
-            loc = variance * (2 * x + 1 / 4)
-            scale = width * variance**0.5 / 2
-            pyro.sample("z_decentered", dist.Normal((loc - 1) / 2, scale))
+    @rows
+    def guide(x: Tensor, width: float = 1.0) -> None:  # z ~ N(1, 2), x ~ N(2 z, 1), z = 1 + 2 e
+        variance = 1 / (1 / 4 + 4)
+        loc = variance * (2 * x + 1 / 4)
+        normal("z_decentered", (loc - 1) / 2, width * variance**0.5 / 2)
 
     x = torch.zeros(1000)
     found = simulate(model, (x,), {})
@@ -477,54 +471,51 @@ def test_computed_and_reparameterised_sites() -> None:
 
 
 def test_a_column_of_an_argument() -> None:
-    def model(rows: Tensor) -> None:
-        with pyro.plate("data", len(rows)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z + rows[:, 0], 1.0), obs=rows[:, 2])
-
-    def exact(rows: Tensor) -> None:
-        with pyro.plate("data", len(rows)):
-            pyro.sample("z", dist.Normal((rows[:, 2] - rows[:, 0]) / 2, 0.5**0.5))
-
-    rows = torch.randn(400, 3)
+    model = rows(lambda x: normal("y", normal("z", 0.0) + x[:, 0], obs=x[:, 2]))
+    exact = rows(lambda x: normal("z", (x[:, 2] - x[:, 0]) / 2, HALF))
     found = calibration(
         model,
         exact,
-        rows,
+        torch.randn(400, 3),
         num_draws=31,
         replace=lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k),
     )
     assert found.is_calibrated(1e-3)
 
 
-def test_guides_of_whole_data_sets_are_sent_elsewhere() -> None:
-    def whole(x: Tensor) -> None:
-        pyro.sample("loc", dist.Normal(0.0, 1.0))
-
-    for guide in (whole, AutoDiagonalNormal(conjugate)):
-        with pytest.raises(ValueError, match="calibration_by_fits simulates whole data sets"):
-            calibration(conjugate, guide, torch.zeros(30))
-
-
 def test_masked_latents() -> None:
     with pytest.raises(NotImplementedError, match="Latent site 'z' is masked"):
-        simulate(masked, (torch.zeros(3),), {})
+        simulate(masked, (X,), {})
 
 
-def test_missing_sites_and_rows() -> None:
-    x = torch.zeros(30)
+local = rows(lambda x: normal("z", x / 2))
+by_fits = partial(calibration_by_fits, hierarchy, lambda x: local, progress=False)
 
-    def local(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 1.0))
 
-    with pytest.raises(ValueError, match="Site 'loc' is outside the rows' plate 'data'"):
-        calibration(hierarchy, local, x)
-    with pytest.raises(ValueError, match=r"names= has 'q'; the model's latent sites are \['z'\]"):
-        calibration(conjugate, posterior, x, names=["q"])
-    with pytest.raises(ValueError, match="does not sample the latent site 'loc'"):
-        calibration_by_fits(hierarchy, lambda x: local, x, num_datasets=20, progress=False)
-    with pytest.raises(ValueError, match="at least 20 of them, got 10"):
-        calibration(conjugate, posterior, x[:10])
-    with pytest.raises(ValueError, match="num_datasets must be an integer >= 20, got 10"):
-        calibration_by_fits(hierarchy, lambda x: local, x, num_datasets=10)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x),
+            "calibration_by_fits, which simulates whole data sets",
+        ),
+        (
+            lambda x: calibration(conjugate, AutoDiagonalNormal(conjugate), x),
+            "calibration_by_fits, which simulates whole data sets",
+        ),
+        (
+            lambda x: calibration(hierarchy, local, x),
+            "Site 'loc' is outside the rows' plate 'data'",
+        ),
+        (
+            lambda x: calibration(conjugate, posterior, x, names=["q"]),
+            r"names= has 'q'; the model's latent sites are \['z'\]",
+        ),
+        (lambda x: by_fits(x, num_datasets=20), "does not sample the latent site 'loc'"),
+        (lambda x: calibration(conjugate, posterior, x[:10]), "at least 20 ranks, got 10"),
+        (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
+    ],
+)
+def test_missing_sites_and_rows(call: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(30))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_recursive.evaluation.calibration import Calibration
 from pyro_recursive.evaluation.gaps import Gaps
 from pyro_recursive.evaluation.gradients import SNRSweep
 from pyro_recursive.evaluation.importance import ImportanceWeights
@@ -21,6 +20,7 @@ from pyro_recursive.evaluation.plots import (
     plot_pareto_k,
     plot_ranks,
 )
+from pyro_recursive.evaluation.ranks import Calibration
 from pyro_recursive.training.history import History
 
 

@@ -1,0 +1,406 @@
+"""Simulation-based calibration: whether a guide is the posterior, on data whose truth is known.
+
+Latents and data are drawn from the model; the guide is given the data. If it is the posterior, the
+rank of a true latent among L draws of the guide is uniform on 0 .. L.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_recursive.evaluation.draws.model_runs import (
+    data_of,
+    drawing_data,
+    is_factor,
+    was_observed,
+)
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable
+from pyro_recursive.evaluation.ranks import FEWEST, Calibration, RankSums
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.runs import run_particles
+from pyro_recursive.tracing.sites import Site, independent_plates_of, sites
+
+# The argument (position or keyword) of each observed site's data; or a function from the simulated
+# values by site, the positional and the keyword arguments to new (args, kwargs).
+Replace = Mapping[str, int | str] | Callable[[dict[str, Tensor], tuple, dict[str, Any]], Any]
+REMEDY = "Pass replace={site: position or keyword}, or a function."
+
+
+@torch.no_grad()
+def calibration(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_draws: int = 127,
+    num_rounds: int = 1,
+    plate: str | None = None,
+    names: Iterable[str] | None = None,
+    replace: Replace | None = None,
+    **kwargs: Any,
+) -> Calibration:
+    """Test whether an amortised guide is the posterior, with each row as a data set.
+
+    Latents and data of all B rows are drawn from the model at once, in the shapes of the data
+    given; R rounds are R B data sets. Modules stay in their mode: call ``.eval()`` first.
+
+    Args:
+        model: its sites are all inside the plate of the rows.
+        guide: reads the data from its arguments, which are those of the model.
+        num_draws: L, the draws that a true value is ranked among.
+        num_rounds: R.
+        plate: the name of the rows' plate; None is the one around all latents of the guide.
+        names: the latent sites that are ranked; None is all.
+        replace: the position or keyword of each observed site's data; None finds the argument that
+            a site has its value from. Or a function from simulated values by site, args and kwargs
+            to new (args, kwargs): for data in the last of three columns,
+            ``lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k)``.
+
+    Raises:
+        ValueError: fewer than 20 data sets; a site is outside the rows' plate; it is not clear
+            where the data are; a latent is missing in the guide; else as `mutual_information`.
+        NotImplementedError: a latent site is masked.
+
+    References: 'Validating Bayesian Inference Algorithms with Simulation-Based Calibration' (Talts
+    et al., arXiv 1804.06788); 'Yes, but Did It Work?' (Yao et al., arXiv 1802.02538).
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+    >>> def narrow(x):  # the scale of the posterior is 0.71
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.4))
+    >>> print(calibration(model, narrow, torch.zeros(500)).verdict()[:70])
+    Not calibrated in 1 of 1 numbers at level 0.01:
+    z: the draws are too n
+    """
+    check_at_least(1, num_draws=num_draws, num_rounds=num_rounds)
+    wanted = None if names is None else list(names)
+    found = []
+    for _ in range(num_rounds):
+        simulated = simulate(model, args, kwargs, replace)
+        program = Program(model, guide, simulated.args, simulated.kwargs)
+        with poutine.block():
+            found.append(_ranks_of_rows(simulated, program, plate, wanted, num_draws))
+    ranks = {name: torch.cat([own[name] for own in found]) for name in found[0]}
+    return Calibration(ranks, num_draws)
+
+
+def calibration_by_fits(
+    model: Callable,
+    fit_guide: Callable[..., Callable],
+    *args: Any,
+    num_datasets: int = 100,
+    num_draws: int = 127,
+    names: Iterable[str] | None = None,
+    replace: Replace | None = None,
+    vectorize_particles: bool = True,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Calibration:
+    """Test whether guides fitted to one simulated data set each are the posterior.
+
+    What a fit does to Pyro's parameter store is undone after it, and the seeds that it sets do not
+    reach the simulation.
+
+    Args:
+        model: as in `calibration`, but its sites may be anywhere.
+        fit_guide: ``fit_guide(*args, **kwargs)`` returns a new guide, trained on these data; or a
+            guide that is amortised over whole data sets.
+        num_datasets: the number of fits, at least 20.
+        num_draws: L, the draws that a true value is ranked among.
+        names, replace: as in `calibration`.
+        vectorize_particles: whether the guide draws in one pass, under one more plate.
+        progress: show a bar, on terminals.
+
+    Raises:
+        ValueError: as `calibration`, but for rows.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def fit_guide(x):  # "trained" by a formula
+    ...     return lambda x: pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+    >>> found = calibration_by_fits(model, fit_guide, torch.tensor(0.0), num_datasets=40)
+    >>> found.ranks["z"].shape, found.is_calibrated(level=1e-3)
+    (torch.Size([40, 1]), True)
+    """
+    check_at_least(1, num_draws=num_draws)
+    check_at_least(FEWEST, num_datasets=num_datasets)
+    wanted = None if names is None else list(names)
+    found = []
+    for _ in tqdm(range(num_datasets), disable=None if progress else True):
+        simulated = simulate(model, args, kwargs, replace)
+        with _parameters_restored():
+            with _own_seed():
+                guide = fit_guide(*simulated.args, **simulated.kwargs)
+            program = Program(model, guide, simulated.args, simulated.kwargs)
+            with poutine.block(), torch.no_grad():
+                _, runs = run_particles(program, 1, num_draws, vectorize=vectorize_particles)
+        traces = [run.guide for run in runs]
+        found.append(_ranks_of_data(simulated, traces, wanted, num_draws))
+    ranks = {name: torch.stack([own[name] for own in found]) for name in found[0]}
+    return Calibration(ranks, num_draws)
+
+
+def _ranks_of_rows(
+    simulated: "Simulated",
+    program: Program,
+    plate: str | None,
+    wanted: list[str] | None,
+    num_draws: int,
+) -> dict[str, Tensor]:
+    """Return the ranks of each site in each row, ``[B, dims]``."""
+    try:
+        table = PosteriorTable(program, plate)
+    except ValueError as error:
+        remedy = "Or use calibration_by_fits, which simulates whole data sets."
+        raise ValueError(f"{error} {remedy}") from error
+    frame = table.frame
+    for site in sites(simulated.trace):
+        if frame.name not in independent_plates_of(site):
+            raise ValueError(
+                f"Site '{site['name']}' is outside the rows' plate '{frame.name}': rows are no "
+                "data sets of their own. Use calibration_by_fits."
+            )
+    sums = {}
+    for site in simulated.ranked(wanted):
+        rows = site["value"].movedim(frame.dim - site["fn"].event_dim, 0)
+        sums[site["name"]] = RankSums(rows.reshape(len(rows), -1))
+    for draws in table.split(num_draws):
+        values = table.values(draws)
+        for name, own in sums.items():
+            _add(own, values.get(name), name)
+    return {name: own.ranks for name, own in sums.items()}
+
+
+def _ranks_of_data(
+    simulated: "Simulated", traces: list[poutine.Trace], wanted: list[str] | None, num_draws: int
+) -> dict[str, Tensor]:
+    """Return the ranks of each site, ``[dims]``."""
+    ranks = {}
+    size = num_draws // len(traces)  # one draw each, or all draws in the dim on the left
+    for site in simulated.ranked(wanted):
+        name, sums = site["name"], RankSums(site["value"].flatten())
+        parts = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
+        drawn = torch.cat([part.reshape(size, -1) for part in parts]) if parts else None
+        _add(sums, drawn, name)
+        ranks[name] = sums.ranks
+    return ranks
+
+
+def _add(sums: RankSums, drawn: Tensor | None, name: str) -> None:
+    """Count draws ``[S, *]`` of a site."""
+    if drawn is None:
+        raise ValueError(
+            f"The guide does not sample the latent site '{name}'. Leave it out with names=."
+        )
+    if drawn.shape[1:] != sums.truth.shape:
+        raise ValueError(
+            f"Site '{name}' has {tuple(drawn.shape[1:])} numbers in the guide and "
+            f"{tuple(sums.truth.shape)} in the model."
+        )
+    sums.add(drawn)
+
+
+@contextmanager
+def _parameters_restored() -> Iterator[None]:
+    """Undo afterwards what is done to Pyro's parameters."""
+    store = pyro.get_param_store()
+    # The tensors stay the same objects: modules have them, too.
+    kept = [(p, p.detach().clone(), p.grad) for _, p in store.named_parameters()]
+    with store.scope(store.get_state()):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value, grad in kept:
+                    parameter.copy_(value)
+                    parameter.grad = grad
+
+
+@contextmanager
+def _own_seed() -> Iterator[None]:
+    """Run a block with a seed of its own, and restore the random state after it."""
+    seed, state = int(torch.randint(2**62, (), device="cpu")), torch_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_torch_state(state)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Arguments with simulated data, and the trace that these are from, which observes nothing."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    trace: poutine.Trace
+
+    @property
+    def latent(self) -> list[Site]:
+        """The sites of the model's latents."""
+        return [site for site in sites(self.trace) if _is_latent(site)]
+
+    def ranked(self, names: list[str] | None) -> list[Site]:
+        """Return the sites that are ranked."""
+        known = {site["name"]: site for site in self.latent}
+        if names is None:
+            return [site for site in known.values() if not site["infer"].get("enumerate")]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"names= has '{name}'; the model's latent sites are {list(known)}."
+                )
+        return [known[name] for name in names]
+
+
+@torch.no_grad()
+def simulate(
+    model: Callable, args: tuple, kwargs: dict[str, Any], replace: Replace | None = None
+) -> Simulated:
+    """Draw latents and data from a model, and put the data where its arguments have them.
+
+    Args:
+        model: a Pyro model whose observed data are among its arguments.
+        args, kwargs: its arguments.
+        replace: as in `calibration`.
+
+    Raises:
+        ValueError: it is not clear where the data are; the model has a `pyro.factor`, or has its
+            data as inputs, too.
+        NotImplementedError: a latent site is masked.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1e-6), obs=x)
+    >>> found = simulate(model, (torch.tensor(7.0),), {})
+    >>> bool((found.args[0] - found.trace.nodes["z"]["value"]).abs() < 1e-4)
+    True
+    """
+    with poutine.block():
+        trace = poutine.trace(drawing_data(model)).get_trace(*args, **kwargs)
+        observed = {site["name"]: site for site in sites(trace) if was_observed(site)}
+        _check_generative(trace, observed)
+        if callable(replace):
+            values = {name: site["value"] for name, site in observed.items()}
+            new_args, new_kwargs = replace(values, args, dict(kwargs))
+        else:
+            new_args, new_kwargs = _replaced(observed, args, kwargs, replace or {})
+        found = Simulated(tuple(new_args), new_kwargs, trace)
+        again = poutine.trace(poutine.replay(model, trace=trace))
+        _check_same(trace, again.get_trace(*found.args, **found.kwargs))
+    return found
+
+
+def _is_latent(site: Site) -> bool:
+    """Whether a site is drawn, and not in the place of data."""
+    return not site["is_observed"] and not was_observed(site)
+
+
+def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
+    """Raise where a model has no distribution of its data."""
+    for site in sites(trace):
+        if is_factor(site):
+            raise ValueError(
+                f"Site '{site['name']}' is a pyro.factor, from which no data can be drawn. Write "
+                "it as a distribution."
+            )
+    if not observed:
+        raise ValueError("The model observes nothing: there are no data to simulate.")
+    for site in sites(trace):
+        if isinstance(site["mask"], Tensor) and _is_latent(site):
+            raise NotImplementedError(
+                f"Latent site '{site['name']}' is masked, and cannot be drawn there. Pass data "
+                "without missing entries."
+            )
+
+
+def _replaced(
+    observed: dict[str, Site], args: tuple, kwargs: dict[str, Any], replace: Mapping
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments with the simulated values of observed sites."""
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs)
+    new, taken = dict(given), dict[int | str, str]()
+    for name in replace:
+        if name not in observed:
+            raise ValueError(f"replace= names '{name}'; the observed sites are {list(observed)}.")
+    for name, site in observed.items():
+        key = replace[name] if name in replace else _argument_of(site, given)
+        if key not in given or key in taken:
+            cause = f"is also that of '{taken[key]}'" if key in taken else "is not there"
+            raise ValueError(f"Argument {key!r}, for the data of site '{name}', {cause}. {REMEDY}")
+        taken[key] = name
+        new[key] = _shaped(site, given[key], key)
+    return [new[i] for i in range(len(args))], {key: new[key] for key in kwargs}
+
+
+def _argument_of(site: Site, given: dict[int | str, Any]) -> int | str:
+    """Return the position or name of the argument that an observed site has its value from."""
+    value = data_of(site)
+    same = [key for key, argument in given.items() if argument is value]
+    same = same or [key for key, argument in given.items() if _equal(argument, value)]
+    if len(same) == 1:
+        return same[0]
+    cause = f"arguments {same} are all equal to it" if same else "no argument is equal to it"
+    raise ValueError(f"The data of site '{site['name']}' are not found: {cause}. {REMEDY}")
+
+
+def _equal(argument: Any, value: Any) -> bool:
+    """Whether an argument has the observed values, in their order."""
+    if not isinstance(argument, Tensor) or not isinstance(value, Tensor):
+        return False
+    if argument.numel() != value.numel() or argument.device != value.device:
+        return False
+    return torch.equal(argument.flatten().to(value.dtype), value.flatten())
+
+
+def _shaped(site: Site, argument: Any, key: int | str) -> Tensor:
+    """Return simulated data in the shape and dtype of the argument that they replace."""
+    drawn = site["value"]
+    if not isinstance(argument, Tensor):
+        return drawn
+    if argument.numel() != drawn.numel():
+        raise ValueError(
+            f"Site '{site['name']}' has data of shape {tuple(drawn.shape)}, and argument {key!r} "
+            f"has {tuple(argument.shape)}. {REMEDY}"
+        )
+    return drawn.reshape(argument.shape).to(argument.dtype)
+
+
+def _check_same(simulated: poutine.Trace, again: poutine.Trace) -> None:
+    """Raise where the model on simulated data is not the one that they were simulated from."""
+    expected = {site["name"]: site for site in sites(simulated)}
+    found = {site["name"]: site for site in sites(again)}
+    for name in expected.keys() ^ found.keys():
+        raise ValueError(f"Site '{name}' depends on the data: it is there for some only.")
+    for name, site in expected.items():
+        if not _close(found[name]["value"], site["value"]):
+            raise ValueError(
+                f"The model does not observe at site '{name}' what was simulated there. {REMEDY}"
+            )
+        if not _close(*(log_prob_of(s, s["fn"]) for s in (found[name], site))):
+            raise ValueError(
+                f"The distribution of site '{name}' depends on the data that are simulated, or is "
+                "random. Pass inputs as another argument, and call .eval()."
+            )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return one.numel() == other.numel() and _close(one.flatten(), other.flatten())
+    return torch.allclose(one.double(), other.double(), 1e-4, 1e-5, equal_nan=True)
