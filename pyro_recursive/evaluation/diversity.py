@@ -142,7 +142,7 @@ def mixture_diversity(
         )
     bare.prepare(*args, **kwargs)
     with poutine.block():
-        call = bare._call(args, kwargs)
+        call = bare.new_call(args, kwargs)
         latents = bare.groups[0] if shared else bare.groups[-1]
         rows = call.sizes(latents)
         size = max(1, CHUNK_ROWS // math.prod((1, *rows)))

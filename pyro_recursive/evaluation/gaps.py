@@ -179,7 +179,7 @@ def gaps(
         raise RuntimeError("gaps takes gradients: call it under torch.no_grad() at most")
     _check_guide(guide)
     runs = Unnoticed()
-    with guide.undone_if_new(), rows_needed(args, kwargs), torch.no_grad():
+    with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)
         program = Program(model, guide, args, kwargs)
         outside = runs(lambda: _outside(program, latents))
@@ -221,7 +221,7 @@ def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Late
             "has one joint distribution over all latents, and one gap."
         )
     with poutine.block():
-        return guide.groups[0], guide._call(args, kwargs)
+        return guide.groups[0], guide.new_call(args, kwargs)
 
 
 def _outside(program: Program, latents: LatentBlock) -> list[str]:

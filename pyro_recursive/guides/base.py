@@ -16,11 +16,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.guides import undone
 from pyro_recursive.guides.joint_site import drawn_from, emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.saving import check_copyable, check_prepared, note_loaded
-from pyro_recursive.guides.undone import rollback_first_call
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import rows_needed
@@ -196,16 +196,16 @@ class LatentGuide(PyroModule):
         Needed before `load_state_dict`. Draws from the model's prior under the random state.
         """
         if not self.groups:
-            with self.undone_if_new(), rows_needed(args, kwargs):
+            with self.rollback_first_call(), rows_needed(args, kwargs):
                 self.look(*args, **kwargs)
 
     @contextmanager
-    def undone_if_new(self) -> Iterator[None]:
+    def rollback_first_call(self) -> Iterator[None]:
         """Stay new where the first call fails: it may have been the data's fault."""
         if self.groups:
             yield
             return
-        with rollback_first_call(self, self.name):
+        with undone.rollback_first_call(self, self.name):
             yield
 
     def look(self, *args: Any, **kwargs: Any) -> None:
@@ -261,9 +261,9 @@ class LatentGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        with self.undone_if_new():
+        with self.rollback_first_call():
             self.get_ready(args, kwargs)
-            call = self._call(args, kwargs)
+            call = self.new_call(args, kwargs)
             for latents in self.groups:
                 call.given.update(self.sample(latents, call))
         return call.given
@@ -277,7 +277,8 @@ class LatentGuide(PyroModule):
         u = drawn_from(posterior, outer_shape())
         return emit(latents, call.plates, u, posterior.log_prob)
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
+    def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
+        """Return a call of the guide, with its plates."""
         plates: dict[str, Any] = {}
         if self.create_plates is not None:
             made = self.create_plates(*args, **kwargs)

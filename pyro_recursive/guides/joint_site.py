@@ -62,7 +62,7 @@ class JointSite(TorchDistribution):
         joint = self.density(value)
         joint = joint.reshape(joint.shape[max(joint.dim() - len(self.batch_shape), 0) :])
         entries = 1
-        for _, size in self.slot.inner:
+        for _, size in self.slot.inner_plates:
             entries *= size
         return (joint / entries).expand(self.batch_shape)
 
@@ -80,7 +80,7 @@ def emit(
     drawn = latents.unpack(u)
     values: Values = {}
     # The density stands at a site without inner plates, if there is one.
-    *others, last = sorted(latents.slots, key=lambda slot: -len(slot.inner))
+    *others, last = sorted(latents.slots, key=lambda slot: -len(slot.inner_plates))
 
     def density(value: Tensor) -> Tensor:
         current = {**values, last.name: value}

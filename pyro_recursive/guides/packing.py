@@ -27,7 +27,7 @@ Values = dict[str, Tensor]
 class PackedSite:
     """One latent site: where its plates and its event stand, and its transform.
 
-    ``inner`` are the (dim, size) of its plates that are part of the vector, left to right.
+    ``inner_plates`` are the (dim, size) of its plates that are part of the vector, left to right.
     """
 
     name: str
@@ -36,7 +36,7 @@ class PackedSite:
     transform: Transform
     event_dim: int
     event_shape: torch.Size  # in unconstrained space
-    inner: tuple[tuple[int, int], ...]
+    inner_plates: tuple[tuple[int, int], ...]
 
     @property
     def nesting(self) -> int:
@@ -46,7 +46,7 @@ class PackedSite:
     @property
     def numel(self) -> int:
         """How many numbers of the vector a row of this site takes."""
-        return math.prod(size for _, size in self.inner) * self.event_shape.numel()
+        return math.prod(size for _, size in self.inner_plates) * self.event_shape.numel()
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class LatentBlock:
         shape = [next(place) if dim in dims else 1 for dim in range(-self.nesting, 0)]
         return tensor.reshape([*shape, tensor.shape[-1]])
 
-    def spread(self, u: Tensor) -> Values:
+    def unflatten(self, u: Tensor) -> Values:
         """Return the sites' unconstrained values: ``[*batch, D]`` to the sites' own shapes."""
         parts = u.split([slot.numel for slot in self.slots], -1)
         return {
-            slot.name: self._spread(slot, part)
+            slot.name: self._unflatten(slot, part)
             for slot, part in zip(self.slots, parts, strict=True)
         }
 
     def unpack(self, u: Tensor) -> Values:
         """Return the sites' values: ``[*batch, D]`` to ``[*site's batch, *event]``."""
-        spread = self.spread(u)
-        return {slot.name: slot.transform(spread[slot.name]) for slot in self.slots}
+        unflattened = self.unflatten(u)
+        return {slot.name: slot.transform(unflattened[slot.name]) for slot in self.slots}
 
     def pack(self, values: Values) -> Tensor:
         """Return the vector of the sites' values, ``[*batch, D]``."""
@@ -96,50 +96,50 @@ class LatentBlock:
 
     def log_volume(self, u: Tensor) -> Tensor:
         """Return ``log |dz / du|`` of the whole vector, ``[*batch, D]`` to ``[*batch]``."""
-        total, unconstrained = u.new_zeros(u.shape[:-1]), self.spread(u)
+        total, unconstrained = u.new_zeros(u.shape[:-1]), self.unflatten(u)
         for slot in self.slots:
             if slot.support is not constraints.real:  # the identity
                 log_det = self.log_volume_of(slot, unconstrained[slot.name])
                 total = total + self.sum_inner(slot, log_det)
         return total
 
-    def log_volume_of(self, slot: PackedSite, spread: Tensor) -> Tensor:
+    def log_volume_of(self, slot: PackedSite, unflattened: Tensor) -> Tensor:
         """Return ``log |dz / du|`` of each entry of one site, without its event dims."""
-        log_det = slot.transform.log_abs_det_jacobian(spread, slot.transform(spread))
-        return _sum_right(log_det, spread.dim() - len(slot.event_shape))
+        log_det = slot.transform.log_abs_det_jacobian(unflattened, slot.transform(unflattened))
+        return _sum_right(log_det, unflattened.dim() - len(slot.event_shape))
 
     def sum_inner(self, slot: PackedSite, tensor: Tensor) -> Tensor:
         """Sum what each entry of a site contributes over its inner plates, to ``[*batch]``."""
         return self._gather(slot, tensor, 0).sum(-1)
 
-    def _spread(self, slot: PackedSite, part: Tensor) -> Tensor:
+    def _unflatten(self, slot: PackedSite, part: Tensor) -> Tensor:
         """``[*batch, numel]`` to ``[*batch with the inner plates, *unconstrained event]``."""
-        events, width = len(slot.event_shape), len(slot.inner)
-        inner = [dim for dim, _ in slot.inner]
+        events, width = len(slot.event_shape), len(slot.inner_plates)
+        inner = [dim for dim, _ in slot.inner_plates]
         places = range(1 - part.dim(), 0)
         batch = [n for dim, n in zip(places, part.shape[:-1], strict=True) if dim not in inner]
-        sizes = [size for _, size in slot.inner]
-        spread = part.reshape([*batch, *sizes, *slot.event_shape])
+        sizes = [size for _, size in slot.inner_plates]
+        unflattened = part.reshape([*batch, *sizes, *slot.event_shape])
         sources = [place - width - events for place in range(width)]
-        spread = spread.movedim(sources, [dim - events for dim in inner])
+        unflattened = unflattened.movedim(sources, [dim - events for dim in inner])
         lacking = part.dim() - 1 - self.nesting  # plates around the guide
         own = slot.nesting + events
-        if lacking == 0 and spread.dim() > own:  # ones, for plates of other sites
-            spread = spread.reshape(spread.shape[-own:] if own else ())
-        return spread
+        if lacking == 0 and unflattened.dim() > own:  # ones, for plates of other sites
+            unflattened = unflattened.reshape(unflattened.shape[-own:] if own else ())
+        return unflattened
 
-    def _gather(self, slot: PackedSite, spread: Tensor, events: int | None = None) -> Tensor:
-        """Undo `_spread`: bring the inner plates next to the event, leaving ones in place."""
+    def _gather(self, slot: PackedSite, unflattened: Tensor, events: int | None = None) -> Tensor:
+        """Undo `_unflatten`: bring the inner plates next to the event, leaving ones in place."""
         events = len(slot.event_shape) if events is None else events
-        lacking = self.nesting + events - spread.dim()
-        spread = spread.reshape((1,) * max(lacking, 0) + spread.shape)
-        leading = spread.dim() - self.nesting - events
-        batch = list(spread.shape[: leading + self.nesting])
-        for dim, _ in slot.inner:
+        lacking = self.nesting + events - unflattened.dim()
+        unflattened = unflattened.reshape((1,) * max(lacking, 0) + unflattened.shape)
+        leading = unflattened.dim() - self.nesting - events
+        batch = list(unflattened.shape[: leading + self.nesting])
+        for dim, _ in slot.inner_plates:
             batch[leading + self.nesting + dim] = 1
-        sources = [dim - events for dim, _ in slot.inner]
+        sources = [dim - events for dim, _ in slot.inner_plates]
         width = len(sources)
-        moved = spread.movedim(sources, [place - width - events for place in range(width)])
+        moved = unflattened.movedim(sources, [place - width - events for place in range(width)])
         return moved.reshape(*batch, -1)
 
 
@@ -202,7 +202,7 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
         transform=transform,
         event_dim=fn.event_dim,
         event_shape=unconstrained.shape[unconstrained.dim() - events :],
-        inner=tuple(sorted(inner)),
+        inner_plates=tuple(sorted(inner)),
     )
 
 

@@ -117,7 +117,7 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         if not torch.is_grad_enabled():
             return super().differentiable_loss(model, guide, *args, **kwargs)
         mixture = _recursive(guide)
-        with mixture.undone_if_new():
+        with mixture.rollback_first_call():
             return self._step(Program(model, guide, args, kwargs), mixture)
 
     def _step(self, program: Program, mixture: Any) -> Tensor:

@@ -241,7 +241,7 @@ class MAPAGuide(LatentGuide):
             self._set_rest(AmortizedGuide(poutine.block(model, hide=[self.site])))
         state = torch_state()
         with poutine.block(), torch.no_grad():
-            self._check_broadcasting(self._call(args, kwargs))
+            self._check_broadcasting(self.new_call(args, kwargs))
         set_torch_state(state)
 
     def served_model(self) -> Callable:
@@ -297,7 +297,7 @@ class MAPAGuide(LatentGuide):
         """
         self.prepare(*args, **kwargs)
         with poutine.block(), torch.no_grad():
-            call = self._call(args, kwargs)
+            call = self.new_call(args, kwargs)
             index, placed = self._neighbours(call)
             log_q = self._index_posterior(call, placed)
         plate = _plate_of(self.groups[0], call)
@@ -348,15 +348,15 @@ class MAPAGuide(LatentGuide):
         found = plates_of(trace.nodes[str(self.site)])[frame.name]
         return pyro.plate(frame.name, found.full_size, subsample_size=found.size, dim=frame.dim)
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
+    def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Sample the other latents, and return the call with plates of the same minibatch."""
         rest = self._rest()
         if rest is None:
-            return super()._call(args, kwargs)
+            return super().new_call(args, kwargs)
         trace = poutine.trace(rest).get_trace(*args, **kwargs)
         minibatch = {name: site["value"] for name, site in subsample_sites(trace).nodes.items()}
         with poutine.block(hide=list(minibatch)), SubstituteByName(minibatch):
-            call = super()._call(args, kwargs)
+            call = super().new_call(args, kwargs)
         call.given.update({s["name"]: s["value"] for s in sites(trace) if not s["is_observed"]})
         return call
 

@@ -122,7 +122,7 @@ def test_amortized_rows_meet_their_own_densities() -> None:
     torch.set_rng_state(state)
     with pyro.poutine.block(), torch.no_grad(), pyro.plate("draws", 8000, dim=-2):
         trace = pyro.poutine.trace(guide).get_trace(x)
-    latents, call = guide.groups[0], guide._call((x,), {})
+    latents, call = guide.groups[0], guide.new_call((x,), {})
     with pyro.poutine.block(), torch.no_grad():
         mixture = guide.posterior(latents, call)
         u = latents.pack({name: trace.nodes[name]["value"] for name in ("z", "w")})

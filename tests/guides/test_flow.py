@@ -273,7 +273,7 @@ def test_replayed_on_foreign_values(kind: str) -> None:
         values = {name: source.nodes[name]["value"].clone() for name in ("scale", "rate", "z")}
         again = poutine.trace(poutine.condition(guide, values)).get_trace(x)
         # By hand: the density of each group in unconstrained space, less the transforms' volume.
-        call = guide._call((x,), {})
+        call = guide.new_call((x,), {})
         total = 0.0
         for latents in guide.groups:
             u = latents.pack(values)
@@ -312,7 +312,7 @@ def test_gradient_is_that_of_the_formula(kind: str, estimator: str) -> None:
     found = [parameter.grad.clone() for parameter in parameters]
 
     pyro.set_rng_seed(7)
-    latents, call = guide.groups[0], guide._call((x,), {})
+    latents, call = guide.groups[0], guide.new_call((x,), {})
     drawn = guide.posterior(latents, call).expand([particles, 3]).rsample()
     stand_in = drawn.detach().requires_grad_()
     log_p = dist.Normal(0, 1).log_prob(stand_in).sum(-1)
@@ -443,7 +443,7 @@ def divergence(guide: AmortizedGuide | FlowGuide) -> float:
     log_p = banana(grid)
     log_p = log_p - (log_p.exp() * cell).sum().log()
     with torch.no_grad():
-        log_q = guide.posterior(guide.groups[0], guide._call((), {})).log_prob(grid)
+        log_q = guide.posterior(guide.groups[0], guide.new_call((), {})).log_prob(grid)
     assert abs((log_q.exp() * cell).sum() - 1) < 1e-2
     return float((log_q.exp() * (log_q - log_p) * cell).sum())
 

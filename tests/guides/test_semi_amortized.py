@@ -127,7 +127,7 @@ def semi(model: Callable, encoder: Any = None, **options: Any) -> SemiAmortizedG
 def numbers_in(guide: Any, *args: Any) -> Tensor:
     """Return the numbers of the rows of a call, with their graph."""
     guide.prepare(*args)
-    return guide.variational_params(guide.groups[-1], guide._call(args, {}))
+    return guide.variational_params(guide.groups[-1], guide.new_call(args, {}))
 
 
 def trained(
@@ -788,7 +788,7 @@ def test_rows_do_not_know_how_many_they_are() -> None:
     seen = set()
     for _ in range(4):
         guide.prepare(x)
-        call = guide._call((x,), {})
+        call = guide.new_call((x,), {})
         index = call.plates["data"].indices
         found = guide.variational_params(guide.groups[-1], call)
         assert_all_close([found], [expected[index]], atol=1e-12, rtol=1e-12)

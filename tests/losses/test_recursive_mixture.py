@@ -758,7 +758,7 @@ def test_conditional_encoders() -> None:
     # No component's objective moves an earlier one: even if they are not held.
     for parameter in guide.parameters():
         parameter.grad = None
-    mixture = guide.posterior(guide.groups[0], guide._call((x,), {}))
+    mixture = guide.posterior(guide.groups[0], guide.new_call((x,), {}))
     mixture.parameters[2].sum().backward()
     grads = [encoder.linear.weight.grad for encoder in encoders]
     assert grads[0] is None or not grads[0].any()

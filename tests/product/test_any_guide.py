@@ -571,7 +571,7 @@ def check_density(
     each = [site["fn"].log_prob(site["value"]).sum() for site in latents_in(again).values()]
 
     def by_hand() -> Tensor:
-        call = guide._call(s.args, {})
+        call = guide.new_call(s.args, {})
         call.given.update(values)
         packed = [(group, group.pack(values)) for group in guide.groups]
         return sum(guide.posterior(group, call).log_prob(u).sum() for group, u in packed)
@@ -911,7 +911,7 @@ ALL_SAVED = (*SAVED, "mixture_auto_normal", "recursive_encoders")
 def density_at(guide: Any, args: tuple, values: dict[str, Tensor]) -> Tensor:
     """Return the guide's log-density at values, all members of a mixture together."""
     guide.prepare(*args)
-    call = guide._call(args, {})
+    call = guide.new_call(args, {})
     call.given.update(values)
     packed = [(group, group.pack(values)) for group in guide.groups]
     return torch.stack([guide.posterior(group, call).log_prob(u).sum() for group, u in packed])

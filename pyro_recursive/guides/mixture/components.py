@@ -82,7 +82,7 @@ class RunGuide(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Run the guide on given values: ``[*batch, D]`` to ``[*batch]``."""
-        unconstrained = self.latents.spread(value)
+        unconstrained = self.latents.unflatten(value)
         given = {f"{name}{SUFFIX}": u for name, u in unconstrained.items()}
         trace = self._run({**self.latents.unpack(value), **given})
         total = value.new_zeros(value.shape[:-1])

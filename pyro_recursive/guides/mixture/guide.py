@@ -214,7 +214,7 @@ class MixtureGuide(LatentGuide):
         Those of the rows of the minibatch, where there is a mixture for each row.
         """
         self.prepare(*args, **kwargs)
-        latents, call = self.groups[-1], self._call(args, kwargs)
+        latents, call = self.groups[-1], self.new_call(args, kwargs)
         with poutine.block():
             weights = self.log_weights(latents, call, self.members).exp()
         sizes = call.sizes(latents)

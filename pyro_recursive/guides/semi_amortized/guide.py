@@ -182,7 +182,7 @@ class SemiAmortizedGuide(LatentGuide):
             return Unnoticed()(partial(self._refinement, args, kwargs, steps))
 
     def _refinement(self, args: tuple, kwargs: dict[str, Any], steps: int | None) -> Refinement:
-        call = self._call(args, kwargs)
+        call = self.new_call(args, kwargs)
         for latents in self.groups[:-1]:
             call.given.update(self.guide.sample(latents, call))
         latents = self.groups[-1]
