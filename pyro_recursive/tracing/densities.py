@@ -25,7 +25,7 @@ from pyro_recursive.tracing.compatibility import (
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import Site, is_delta, sites, subsample_scale
+from pyro_recursive.tracing.sites import Site, is_delta, own_scale, sites
 
 
 @dataclass(frozen=True)
@@ -120,23 +120,13 @@ def log_density(site: Site, layout: PlateLayout) -> Tensor:
 
 def weighted(log_prob: Tensor, site: Site, layout: PlateLayout) -> Tensor:
     """Return a log-density with the mask and the user's scale of a site."""
-    return scale_and_mask(log_prob, _own_scale(site, layout), site["mask"])
-
-
-def _own_scale(site: Site, layout: PlateLayout) -> Any:
-    """Return a site's scale without that of the shared plates."""
-    shared = {frame.name for frame in layout.plates}
-    scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
-        if frame.name in shared:
-            scale = scale / subsample_scale(frame)
-    return scale
+    return scale_and_mask(log_prob, own_scale(site, layout.names), site["mask"])
 
 
 def _is_weighted(site: Site, layout: PlateLayout) -> bool:
     """Whether a scale or a mask changes the site's density."""
     masked = site["mask"] is not None or _unmasked(site["fn"]) is not site["fn"]
-    scale = _own_scale(site, layout)
+    scale = own_scale(site, layout.names)
     return masked or isinstance(scale, Tensor) or scale != 1
 
 

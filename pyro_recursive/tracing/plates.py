@@ -84,6 +84,11 @@ class PlateLayout:
         """The subsample scale of the shared plates."""
         return math.prod(subsample_scale(frame) for frame in self.plates)
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the shared plates."""
+        return frozenset(frame.name for frame in self.plates)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the shared plates."""

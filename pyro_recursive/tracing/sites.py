@@ -1,7 +1,7 @@
 """What the sample sites of traces say: kinds, plates, shapes, and whether model and guide match."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -59,6 +59,15 @@ def independent_plates_of(site: Site) -> dict[str, Any]:
 def subsample_scale(frame: Any) -> float:
     """Return ``full_size / size`` of a plate."""
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def own_scale(site: Site, plates: Container[str] | None = None) -> Any:
+    """Return a site's scale without the subsample scales of its plates, or of those named."""
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if plates is None or frame.name in plates:
+            scale = scale / subsample_scale(frame)
+    return scale
 
 
 def nesting_of(*traces: poutine.Trace) -> int:

@@ -10,14 +10,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.tracing.sites import Site, sites, subsample_scale
+from pyro_recursive.tracing.sites import own_scale, sites
 
 __all__ = ["scaled_guide", "scaled_sites"]
 
 
 def scaled_sites(trace: poutine.Trace) -> list[str]:
     """Return the names of the sites whose own scale is not 1 everywhere."""
-    return [site["name"] for site in sites(trace) if not _is_one(_own_scale(site))]
+    return [site["name"] for site in sites(trace) if not _is_one(own_scale(site))]
 
 
 def scaled_guide(guide: poutine.Trace) -> str:
@@ -30,11 +30,6 @@ def scaled_guide(guide: poutine.Trace) -> str:
         "density that its draws come from. Take the scale off the guide for evaluation, and off "
         "the model, unless it is part of the posterior that you want."
     )
-
-
-def _own_scale(site: Site) -> Any:
-    """Return a site's scale without those of its plates."""
-    return site["scale"] / math.prod(map(subsample_scale, site["cond_indep_stack"]))
 
 
 def _is_one(scale: Any) -> bool:
