@@ -25,8 +25,7 @@ from pyro_recursive.mapa.kernels import (
     Poisson,
     StudentT,
 )
-from pyro_recursive.mapa.nearest import Finder, Neighbours, nearest
-from pyro_recursive.mapa.selection import candidates
+from pyro_recursive.mapa.nearest import Finder, Neighbours, best_of_all, nearest
 from pyro_recursive.mapa.table import Table, TableError, neighbours
 
 K = 5
@@ -180,18 +179,17 @@ def test_some_rows_have_many_ties() -> None:
     check(x, x, Gaussian(0.7), own=True)
 
 
-def test_candidates_hold_all_within_the_slack() -> None:
-    for size in (3, 33, 1000, 5000):
-        scores = torch.randn(20, size)
-        slack = torch.rand(20)
-        columns, wide = candidates(scores, 2, slack)
-        kth = scores.topk(2).values[:, -1]
-        for row, found in enumerate(columns):
-            expected = (scores[row] >= kth[row] - slack[row]).nonzero().flatten()
-            assert set(expected.tolist()) <= set(found.tolist())
-        assert not wide.any()
-        _, wide = candidates(scores, 2, slack + 10, widest=2)
-        assert wide.all()
+@pytest.mark.parametrize("values", [1, 3, 1000])
+@pytest.mark.parametrize("known", [False, True])
+def test_best_of_all_is_a_stable_sort(values: int, known: bool) -> None:
+    scores = torch.randint(values, (40, 50)).double()
+    scores[scores == 1] = -torch.inf
+    own = torch.arange(40) if known else None
+    index, best = best_of_all(scores, own, K)
+    for row, found in enumerate(index.tolist()):
+        order = sorted(range(50), key=lambda i: (-scores[row, i], -(known and i == row), i))
+        assert found == order[:K]
+    assert torch.equal(best, scores.gather(1, index))
 
 
 def test_memory_follows_the_budget() -> None:
@@ -277,13 +275,13 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(50, 2)
     assert Finder(Gaussian(1.0), x).backend == "exact"
     monkeypatch.setattr(nearest_module, "EXACT_ROWS", 49)
-    monkeypatch.setattr(nearest_module, "has_faiss", lambda: True)
+    monkeypatch.setattr(nearest_module, "find_spec", lambda name: name)
     assert nearest_module.backend_for(Gaussian(1.0), x, "auto") == "faiss"
     assert nearest_module.backend_for(laplace, x, "auto") == "exact"
-    monkeypatch.setattr(nearest_module, "has_faiss", lambda: False)
+    monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"pyro_recursive\[neighbours\]"):
         assert Finder(Gaussian(1.0), x).backend == "exact"
-    with pytest.raises(ValueError, match=r"is none .* give backend='exact'"):
+    with pytest.raises(ValueError, match=r"is none: give backend='exact'"):
         Finder(laplace, x, "faiss")
     with pytest.raises(ValueError, match="one of auto, exact, faiss; got 'fast'"):
         Finder(laplace, x, "fast")
@@ -485,7 +483,7 @@ def test_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     expected = neighbours(x, Gaussian(0.5), K, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="computed again"):
         found = neighbours(x, Gaussian(0.5), K, cache=tmp_path)
     assert torch.equal(found.index, expected.index)
     Table.uniform(3, 4).save(path)
@@ -522,7 +520,7 @@ INDEX, LOG_Q = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log()
         (lambda: Table.from_neighbours(INDEX, LOG_Q[:, :1], 2), "must be of one shape"),
         (lambda: Table.from_neighbours(INDEX, -LOG_Q * torch.inf, 2), "row 0 .* inf as its"),
         (lambda: small_table().for_data(torch.ones(2, 4)), r"shape \[4\] a row, and the"),
-        (lambda: small_table().rows(torch.ones(2)), "by integers"),
+        (lambda: small_table().rows(torch.ones(2)), "must be integers"),
         (lambda: neighbours(torch.ones(3, 1), Gaussian(1.0), 0), "k must be from 1 to the 3"),
         (lambda: neighbours(torch.ones(3, 1), Gaussian(perplexity=5.0)), "lower the perplexity"),
         (lambda: neighbours(torch.ones(3, 1) * 2, Bernoulli()), r"data in \[0, 1\]"),
@@ -545,7 +543,7 @@ def test_wrong_arguments(make: Callable, message: str) -> None:
 def test_rows_out_of_range(table: Table | None) -> None:
     table = small_table() if table is None else table
     for numbers in ([-1], [len(table)]):
-        with pytest.raises(IndexError, match="and the table has"):
+        with pytest.raises(IndexError, match="the table has"):
             table.rows(torch.tensor(numbers))
     assert table.rows(torch.tensor([], dtype=torch.long)).index.shape[0] == 0
 

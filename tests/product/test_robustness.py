@@ -54,8 +54,7 @@ from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
 from pyro_recursive.mapa import EncodedCodes, PseudoInputCodes
 from pyro_recursive.mapa.kernels import Gaussian
 from pyro_recursive.mapa.nearest import nearest
-from pyro_recursive.mapa.table import Table
-from pyro_recursive.mapa.table_files import TableError
+from pyro_recursive.mapa.table import Table, TableError
 from pyro_recursive.training import Aggressive, CheckpointError, NonFiniteError
 from tests.oracles.bitwise import same
 
