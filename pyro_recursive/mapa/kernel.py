@@ -1,8 +1,8 @@
-"""What a kernel is: how near each of some data is to each of others, in nats.
+"""Base classes of kernels: log-weights of how well one datum explains another, in nats.
 
-A kernel is any callable ``log_kernel(query [Q, *x], reference [R, *x]) -> [Q, R]``. Those of this
-package are small frozen dataclasses with two more abilities: they check their data, and where they
-are inner products they say so, which makes searches for neighbours matrix products.
+A kernel is any callable ``log_kernel(query [Q, *x], reference [R, *x]) -> [Q, R]``. The kernels of
+this package also check their data and, where they are inner products, give the features of both
+sides, which makes a search for neighbours a matrix product.
 """
 
 import math
@@ -13,19 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "Features",
-    "InnerProductKernel",
-    "Kernel",
-    "LogKernel",
-    "check_data",
-    "check_pair",
-    "check_positive",
-    "flat",
-    "origin_of",
-    "parts_of_pairs",
-]
 
 _CHUNK_NUMBERS = 2**22  # pairs times dimensions at once
 _SAMPLE = 1000
@@ -41,10 +28,10 @@ class Features(NamedTuple):
 
 
 class Kernel(ABC):
-    """``log k(x_n, x_i)``, the logarithm of how well the datum x_i speaks for x_n, in nats.
+    """``log k(x_n, x_i)``, the log-weight of the datum x_i as an explanation of x_n, in nats.
 
-    A subclass defines ``__call__``. Make it a frozen dataclass of numbers: its ``repr`` then says
-    all about it, and names it in caches.
+    A subclass defines ``__call__``. Make it a frozen dataclass of numbers: its ``repr`` then names
+    it in caches.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -61,29 +48,30 @@ class Kernel(ABC):
         """Return log k for queries ``[Q, *x]`` and references ``[R, *x]``: ``[Q, R]`` nats."""
 
     def check(self, data: Tensor) -> None:
-        """Raise ValueError for data that the kernel is not made for."""
+        """Raise ValueError for data outside the kernel's support."""
         check_data(self, data)
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return what orders each row as log k does, ``[Q, R]``; of data that were checked."""
+        """Return numbers ``[Q, R]`` with the order of log k in each row, for checked data."""
         return self(query, reference)
 
     def rescaled(self, scores: Tensor, size: int) -> Tensor:
         """Return log k for rows of scores ``[Q, k]``, by a map that keeps each row's order.
 
-        ``size`` is the number of dimensions of a datum. Kernels that look at a whole row, say to
-        find its bandwidth, do that here, where the rows are those of the nearest alone.
+        ``size`` is the number of dimensions of a datum. A bandwidth that depends on a whole row is
+        found here, from the scores of the nearest.
         """
         return scores
 
     @property
     def cache_key(self) -> str | None:
-        """A name for files; None where the kernel cannot be told from others by its ``repr``."""
+        """A name for files; None where the ``repr`` does not identify the kernel."""
         plain = (int, float, str, tuple, type(None))  # a tensor's repr is not all of it
-        values: list[object] = (
-            [getattr(self, each.name) for each in fields(self)] if is_dataclass(self) else []
-        )
-        return repr(self) if all(isinstance(value, plain) for value in values) else None
+        if is_dataclass(self) and not all(
+            isinstance(getattr(self, field.name), plain) for field in fields(self)
+        ):
+            return None
+        return repr(self)
 
     def __repr__(self) -> str:
         """Show the numbers that are given."""
@@ -94,14 +82,33 @@ class Kernel(ABC):
         return f"{type(self).__name__}({given})"
 
 
-class InnerProductKernel(Kernel):
+class ScoreKernel(Kernel):
+    """A kernel defined by its `scores`."""
+
+    @abstractmethod
+    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return numbers ``[Q, R]``, float64, with the order of log k in each row."""
+
+    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return log k, ``[Q, R]`` nats, float64."""
+        self.check(query)
+        self.check(reference)
+        if query.shape[1:] != reference.shape[1:]:
+            raise ValueError(
+                f"{self!r} got queries of shape {list(query.shape[1:])} and references of shape "
+                f"{list(reference.shape[1:])}"
+            )
+        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
+
+
+class InnerProductKernel(ScoreKernel):
     """A kernel whose scores are inner products, up to terms of one side.
 
-    ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``. Features are float64, whatever the
-    data are: such sums are often small differences of large numbers.
+    ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``. Features are float64, since the scores
+    are often small differences of large numbers.
 
-    ``origin`` ``[D]`` is a point amid the flattened data. A kernel of differences measures from it,
-    so that data far from zero lose no digits; the others leave it alone.
+    ``origin`` ``[D]`` is a central point of the flattened data. Kernels of differences measure from
+    it, so that data far from zero lose no digits; others ignore it.
     """
 
     @abstractmethod
@@ -123,11 +130,6 @@ class InnerProductKernel(Kernel):
         right = self.reference_features(reference, origin)
         return torch.addmm(right.bias, left.rows, right.rows.T) + left.bias[:, None]
 
-    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return log k, ``[Q, R]`` nats, float64."""
-        check_pair(self, query, reference)
-        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
-
 
 def flat(data: Tensor) -> Tensor:
     """Return data ``[R, *x]`` as rows of float64 numbers ``[R, D]``."""
@@ -135,7 +137,7 @@ def flat(data: Tensor) -> Tensor:
 
 
 def origin_of(data: Tensor) -> Tensor:
-    """Return a point amid flattened data, ``[D]``: the median of some, which outliers do not move.
+    """Return the median of some rows of flattened data, ``[D]``.
 
     >>> origin_of(torch.tensor([[1.0], [2.0], [1e9]]))
     tensor([2.], dtype=torch.float64)
@@ -154,7 +156,7 @@ def check_data(
     whole: bool = False,
     above: bool = False,
 ) -> None:
-    """Raise ValueError for data out of a range, for fractions, and for what is not finite.
+    """Raise ValueError for data out of a range, for fractions, nan and infinity.
 
     ``above`` leaves out ``least`` itself.
     """
@@ -165,35 +167,20 @@ def check_data(
     numbers = data if data.dtype != torch.bool else data.to(torch.uint8)
     low, high = (float(value) for value in torch.aminmax(numbers))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{kernel!r} needs finite data, and some are nan or infinite")
+        raise ValueError(f"{kernel!r} needs finite data")
     if low < least or high > most or (above and low == least):
         interval = f"{'(' if above else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
-        raise ValueError(
-            f"{kernel!r} is for data in {interval}, and these go from {low:g} to {high:g}: scale "
-            "them, or give another kernel"
-        )
+        raise ValueError(f"{kernel!r} needs data in {interval}, got {low:g} to {high:g}")
     if whole and data.is_floating_point() and (data != data.floor()).any():
-        raise ValueError(f"{kernel!r} is for whole numbers, and some of the data are fractions")
+        raise ValueError(f"{kernel!r} needs whole numbers, got fractions")
 
 
-def check_pair(kernel: Kernel, query: Tensor, reference: Tensor) -> None:
-    """Raise ValueError unless both are data of the kernel, and of one shape and device."""
-    kernel.check(query)
-    kernel.check(reference)
-    if query.shape[1:] != reference.shape[1:]:
-        raise ValueError(
-            f"{kernel!r} got queries of shape {list(query.shape[1:])} and references of shape "
-            f"{list(reference.shape[1:])}; both must be of one shape"
-        )
-
-
-def check_positive(kernel: object, **values: float | None) -> None:
-    """Raise ValueError for a number that is given and not positive and finite."""
+def check_positive(kernel: object, zero: bool = False, **values: float | None) -> None:
+    """Raise ValueError for a given number that is not positive (or ``zero``) and finite."""
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(
-                f"{type(kernel).__name__}: {name} must be positive and finite, got {value}"
-            )
+        if value is not None and not (0 < value < math.inf or (zero and value == 0)):
+            what = "finite and not negative" if zero else "positive and finite"
+            raise ValueError(f"{type(kernel).__name__}: {name} must be {what}, got {value}")
 
 
 def parts_of_pairs(left: Tensor, right: Tensor) -> list[slice]:

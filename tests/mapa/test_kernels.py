@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_recursive.mapa.distances import of_perplexity
+from pyro_recursive.mapa.distance_kernels import of_perplexity
 from pyro_recursive.mapa.kernel import InnerProductKernel, Kernel
 from pyro_recursive.mapa.kernels import (
     Bernoulli,
@@ -421,11 +421,11 @@ def test_wrong_numbers(make: Callable, message: str) -> None:
         (Gaussian(1.0), torch.tensor([[-math.inf]]), "needs finite data"),
         (Gaussian(1.0), torch.ones(0, 2), r"got shape \[0, 2\]"),
         (Gaussian(1.0), torch.ones(2, 1, dtype=torch.complex64), "real numbers"),
-        (Gaussian((1.0, 2.0)), torch.ones(2, 3), "2 scales, and a datum has 3"),
+        (Gaussian((1.0, 2.0)), torch.ones(2, 3), "2 scales for a datum of 3"),
         (
             Bernoulli(),
             torch.tensor([[0.0, 255.0]]),
-            r"data in \[0, 1\], and these go from 0 to 255",
+            r"data in \[0, 1\], got 0 to 255",
         ),
         (ContinuousBernoulli(), torch.tensor([[-0.1]]), r"in \[0, 1\]"),
         (Categorical(3), torch.tensor([[3]]), r"in \[0, 2\]"),
@@ -437,7 +437,7 @@ def test_wrong_numbers(make: Callable, message: str) -> None:
         (Gamma(2.0, 1.0, 1.0), torch.tensor([[0.0]]), r"in \(0, inf\)"),
         (Exponential(), torch.tensor([[0.0]]), r"in \(0, inf\)"),
         (Distance(lambda q, r: -torch.cdist(q, r), 1.0), torch.randn(3, 1), "negative numbers"),
-        (Distance(lambda q, r: q, 1.0), torch.randn(3, 1), r"shape \[3, 1\] .* must be \[3, 3\]"),
+        (Distance(lambda q, r: q, 1.0), torch.randn(3, 1), r"shape \[3, 1\]; it must be \[3, 3\]"),
     ],
     ids=lambda value: (
         re.sub(" at 0x[0-9a-f]+", "", repr(value)) if isinstance(value, Kernel) else ""

@@ -10,16 +10,13 @@ from torch import Tensor
 from pyro_recursive.mapa.kernel import (
     Features,
     InnerProductKernel,
-    Kernel,
-    check_pair,
+    ScoreKernel,
     check_positive,
     flat,
 )
 
-__all__ = ["Distance", "Gaussian", "StudentT", "of_perplexity"]
-
 _BISECTIONS = 60
-_WIDEST = 690.0  # logarithms of factors, nearly all that float64 has: rows may have outliers
+_WIDEST = 690.0  # log-factors, nearly all that float64 has: rows may have outliers
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,25 +24,18 @@ class Gaussian(InnerProductKernel):
     """The kernel of data with normal noise: ``log k = log N(x_n; x_i, h ** 2 I)``.
 
     For noise of a known ``scale`` the default ``h = sqrt(2) * scale`` is the posterior predictive
-    of x_n after x_i, under a flat prior on the mean: x_n and x_i have noise, both. A scale may be
-    a tuple of D numbers, one for each dimension of the flattened datum.
-
-    That is the best bandwidth where data fill their dimensions. Where a decoder of few latents
-    makes data of many, the noise that leaves its surface blurs all distances but the own, 0, and
-    wider bandwidths are nearer to the posterior, by far: with two latents 2 scales are best for 10
-    dimensions, 5 for 50 and 8 for 200 (400 data, a linear decoder). A perplexity of about that of
-    the posterior is a safe choice there.
-
-    Without a scale, ``perplexity`` gives every row a bandwidth of its own, so that its weights over
-    the nearest k (its own among them) have that perplexity, the exponential of their entropy; then
+    of x_n after x_i under a flat prior on the mean. Data of many dimensions and few latents need
+    wider bandwidths; see the page on MAPA. ``perplexity`` gives each row a bandwidth of its own, so
+    that its weights over the nearest k have that perplexity, the exponential of their entropy:
     ``log k = -|x_n - x_i| ** 2 / 2 h_n ** 2``, which is no density.
 
-    Arguments:
-        scale: the noise's standard deviation.
-        bandwidth: h, where it should not be ``sqrt(2) * scale``.
+    Args:
+        scale: the noise's standard deviation, or a tuple of one for each flattened dimension.
+        bandwidth: h, in place of ``sqrt(2) * scale``.
         perplexity: above 1, and below the number k of neighbours.
 
-    Raises ValueError unless one of the three is given, and positive; for data that are not finite.
+    Raises:
+        ValueError: not exactly one of the three is given, and positive; data are not finite.
 
     Sources: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
     Autoencoders` (Yacoby et al., arXiv 2403.08941); perplexity: `Visualizing Data using t-SNE`
@@ -69,18 +59,15 @@ class Gaussian(InnerProductKernel):
         """Check that the bandwidth is given in one way."""
         given = [self.scale, self.bandwidth, self.perplexity]
         if sum(value is not None for value in given) != 1:
-            raise ValueError(
-                f"give one of scale, bandwidth and perplexity; got {self!r}. Without the noise's "
-                "scale, perplexity=30 is a good start"
-            )
+            raise ValueError(f"give one of scale, bandwidth and perplexity; got {self!r}")
         for name in ("scale", "bandwidth"):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 check_positive(self, **{name: number})
-        _check_perplexity(self, self.perplexity)
+        _check_perplexity(self.perplexity)
 
     def query_features(self, data: Tensor, origin: Tensor) -> Features:
-        """Return ``(x - origin) / h`` and what a normal density has beside the inner product."""
+        """Return ``(x - origin) / h`` and the terms of the query in the normal density."""
         rows, log_volume = self._scaled(data, origin)
         return Features(rows, -0.5 * rows.square().sum(-1) - log_volume)
 
@@ -91,8 +78,6 @@ class Gaussian(InnerProductKernel):
 
     def rescaled(self, scores: Tensor, size: int) -> Tensor:
         """Return rows of the perplexity, where one is given."""
-        if self.perplexity is None:
-            return scores
         return of_perplexity(scores, self.perplexity)
 
     def _scaled(self, data: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +91,7 @@ class Gaussian(InnerProductKernel):
             h = math.sqrt(2) * rows.new_tensor(self.scale)
         if h.dim() and len(h) != rows.shape[1]:
             raise ValueError(
-                f"Gaussian has {len(h)} scales, and a datum has {rows.shape[1]} dimensions: give "
-                "one scale for each, or one for all"
+                f"Gaussian has {len(h)} scales for a datum of {rows.shape[1]} dimensions"
             )
         log_h = h.log().expand(rows.shape[1]).sum()
         return rows / h, 0.5 * rows.shape[1] * math.log(2 * math.pi) + log_h
@@ -115,14 +99,12 @@ class Gaussian(InnerProductKernel):
 
 @dataclass(frozen=True, repr=False)
 class StudentT(InnerProductKernel):
-    """The kernel of data with normal noise whose scale is known roughly, one for a whole datum.
+    """The kernel of data with normal noise of a roughly known scale, one for a whole datum.
 
     The posterior predictive of x_n after x_i, for a flat prior on the mean and
-    ``sigma ** 2 ~ InverseGamma(degrees / 2, degrees * scale ** 2 / 2)``: a multivariate t with that
-    many degrees of freedom around x_i, of scale ``sqrt(2) * scale``. With many degrees it is
-    ``Gaussian(scale)``; with few, far data keep more weight.
-
-    Raises ValueError for numbers that are not positive, and for data that are not finite.
+    ``sigma ** 2 ~ InverseGamma(degrees / 2, degrees * scale ** 2 / 2)``: a multivariate t around
+    x_i of scale ``sqrt(2) * scale``. With many degrees it is ``Gaussian(scale)``; with few, far
+    data keep more weight.
 
     Source: `Conjugate Bayesian analysis of the Gaussian distribution` (Murphy 2007).
 
@@ -157,15 +139,16 @@ class StudentT(InnerProductKernel):
 
 
 @dataclass(frozen=True, repr=False)
-class Distance(Kernel):
+class Distance(ScoreKernel):
     """A kernel made of any distance: ``log k = -distance(x_n, x_i) ** 2 / 2 h ** 2``.
 
     ``distance(query [Q, *x], reference [R, *x])`` returns ``[Q, R]``: dynamic time warping of time
-    series, say, or distances in the space of a trained network. It need not be symmetric. The
-    bandwidth is given, or found for each row by its ``perplexity`` as in `Gaussian`.
+    series, for example. It need not be symmetric. The bandwidth is given, or found for each row by
+    its ``perplexity`` as in `Gaussian`.
 
-    Raises ValueError unless one of the two is given; for distances that are negative, nan, or of
-    another shape.
+    Raises:
+        ValueError: not exactly one of the two is given; distances are negative, nan, or of
+            another shape.
 
     >>> def of_means(query, reference):
     ...     return torch.cdist(query.mean(1, keepdim=True), reference.mean(1, keepdim=True))
@@ -182,25 +165,24 @@ class Distance(Kernel):
     def __post_init__(self) -> None:
         """Check that the bandwidth is given in one way."""
         if (self.bandwidth is None) == (self.perplexity is None):
-            raise ValueError("Distance: give either bandwidth or perplexity (30 is a good start)")
+            raise ValueError("Distance: give either bandwidth or perplexity")
         check_positive(self, bandwidth=self.bandwidth)
-        _check_perplexity(self, self.perplexity)
+        _check_perplexity(self.perplexity)
 
     @property
     def cache_key(self) -> None:
-        """None: a function cannot be told from another by its name."""
+        """None: a function's ``repr`` does not identify it."""
 
     def check(self, data: Tensor) -> None:
-        """Leave the data to the distance."""
+        """Accept any data."""
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return minus half the squared distances, in units of the bandwidth if there is one."""
         distances = self.distance(query, reference)
-        expected = (len(query), len(reference))
-        if tuple(distances.shape) != expected:
+        expected = [len(query), len(reference)]
+        if list(distances.shape) != expected:
             raise ValueError(
-                f"distance returned shape {list(distances.shape)} for {expected[0]} queries and "
-                f"{expected[1]} references; it must be {list(expected)}"
+                f"distance returned shape {list(distances.shape)}; it must be {expected}"
             )
         if not (distances >= 0).all():
             raise ValueError("distance returned negative numbers or nan; it must be 0 or more")
@@ -208,37 +190,32 @@ class Distance(Kernel):
 
     def rescaled(self, scores: Tensor, size: int) -> Tensor:
         """Return rows of the perplexity, where one is given."""
-        if self.perplexity is None:
-            return scores
         return of_perplexity(scores, self.perplexity)
 
-    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return log k, ``[Q, R]`` nats, float64."""
-        check_pair(self, query, reference)
-        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
 
-
-def of_perplexity(scores: Tensor, perplexity: float) -> Tensor:
+def of_perplexity(scores: Tensor, perplexity: float | None) -> Tensor:
     """Return each row of ``[Q, k]`` times the factor that gives its softmax a perplexity.
 
-    By bisection of the factor's logarithm, for all rows at once. A row whose best scores are more
-    equal ones than the perplexity has the least possible, the number of these.
+    By bisection of the factor's logarithm, for all rows at once; None leaves the rows unchanged. A
+    row with more equal best scores than the perplexity gets the least possible, their number.
 
-    Raises ValueError where a row has no more entries than the perplexity.
+    Raises:
+        ValueError: a row has no more entries than the perplexity.
 
     >>> of_perplexity(torch.tensor([[0.0, -1.0, -4.0]]), 2.0).softmax(-1)
     tensor([[0.6920, 0.2874, 0.0206]])
     """
+    if perplexity is None:
+        return scores
     if perplexity >= scores.shape[-1]:
         raise ValueError(
-            f"a perplexity of {perplexity:g} needs more neighbours than that, and there are "
+            f"a perplexity of {perplexity:g} needs more neighbours, and there are "
             f"{scores.shape[-1]}: lower the perplexity, or raise k"
         )
     below = scores - scores.amax(-1, keepdim=True)
-    spread = -below.masked_fill(below.isinf(), 0).mean(-1, keepdim=True)
-    spread = spread.masked_fill(spread == 0, 1)
-    below = below / spread
-    low = torch.full_like(spread, -_WIDEST)
+    unit = -below.masked_fill(below.isinf(), 0).mean(-1, keepdim=True)
+    below = below / unit.masked_fill(unit == 0, 1)
+    low = torch.full_like(unit, -_WIDEST)
     high = -low
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
@@ -248,8 +225,6 @@ def of_perplexity(scores: Tensor, perplexity: float) -> Tensor:
     return high.exp() * below
 
 
-def _check_perplexity(kernel: object, perplexity: float | None) -> None:
+def _check_perplexity(perplexity: float | None) -> None:
     if perplexity is not None and not 1 < perplexity < math.inf:
-        raise ValueError(
-            f"{type(kernel).__name__}: perplexity must be above 1 and finite, got {perplexity}"
-        )
+        raise ValueError(f"perplexity must be above 1 and finite, got {perplexity}")
