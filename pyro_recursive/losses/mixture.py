@@ -1,25 +1,26 @@
-"""Losses for mixture guides that take every component equally often and weigh what it gives.
+"""Losses of mixture guides: every component is drawn equally often, and its samples are weighed.
 
-With components ``q_m``, weights ``w_m`` and the mixture ``Q = sum_m w_m q_m``, T samples
-``z_mt ~ q_m`` each, and ``r_mt = p(x, z_mt) / Q(z_mt)``:
+With components ``q_m``, weights ``w_m``, the mixture ``Q = sum_m w_m q_m``, T samples
+``z_mt ~ q_m`` of each and ``r_mt = p(x, z_mt) / Q(z_mt)``:
 
     Stratified_ELBO   sum_m w_m mean_t log r_mt
-    SIWAE_ELBO        log sum_m w_m mean_t r_mt
     MISELBO           sum_m w_m log mean_t r_mt
+    SIWAE_ELBO        log sum_m w_m mean_t r_mt
 
-All are lower bounds on log p(x), with gradients for the weights and no score function.
+All are lower bounds on log p(x) in nats, with gradients for the weights and no score function.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive import bounds
-from pyro_recursive.bounds.bound import Weighted
+from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.multi_sample import Evaluation, MultiSampleELBO
 from pyro_recursive.losses.surrogate import surrogate
@@ -27,37 +28,159 @@ from pyro_recursive.tracing.densities import Densities, guide_group
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import plates_of, sites
 
-__all__ = [
-    "MISELBO",
-    "SIWAE_ELBO",
-    "Stratified_ELBO",
-    "applied",
-    "log_mixture_weights",
-    "mixture_of",
-    "whole_density",
-]
+
+class Strata(NamedTuple):
+    """E estimates with K samples each, and the component of each of the E * K samples."""
+
+    num_estimates: int
+    num_particles: int
+    components: tuple[int, ...]
+
+    @classmethod
+    def one_by_one(cls, components: tuple[int, ...]) -> "Strata":
+        """Return strata with one sample inside each logarithm."""
+        return cls(len(components), 1, components)
 
 
-class MISELBO(MultiSampleELBO):
+class MixtureLoss(MultiSampleELBO):
+    """Base of the losses of mixture guides; a subclass says which samples share a logarithm.
+
+    Args:
+        num_particles: T, the samples of each component inside a logarithm.
+        num_estimates: the number of independent estimates, each with T samples of each component.
+        estimator: one of ``estimators`` of the class.
+        max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
+    """
+
+    estimators: ClassVar[tuple[str, ...]] = ("pathwise", "stl")
+
+    def __init__(self, num_particles: int = 1, **options: Any) -> None:
+        super().__init__(bounds.iwae, num_particles=num_particles, **options)
+        if self.global_latents != "joint":
+            raise ValueError("A loss of mixture guides has no global_latents='elbo'.")
+        allowed = self._allowed_estimators()
+        if self.estimator.name not in allowed:
+            raise ValueError(
+                f"{type(self).__name__} with num_particles={num_particles} has an estimator in "
+                f"{allowed}, got {self.estimator.name!r}."
+            )
+
+    def _allowed_estimators(self) -> tuple[str, ...]:
+        return self.estimators
+
+    @property
+    def draws_per_component(self) -> int:
+        """The samples of each component in all, ``num_estimates * num_particles``."""
+        return self.num_estimates * self.num_particles
+
+    @abstractmethod
+    def _strata(self, count: int) -> Strata:
+        """Return the strata for a mixture of ``count`` components."""
+
+    def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> Evaluation:
+        mixture = mixture_of(program.guide)
+        return self._evaluate_strata(
+            program, mixture, self._strata(len(mixture.members)), **options
+        )
+
+    def _evaluate_strata(
+        self,
+        program: Program,
+        mixture: MixtureLike,
+        strata: Strata,
+        *,
+        replay: str = "none",
+        cut_model: bool = False,
+        **assignment: Any,
+    ) -> Evaluation:
+        """Draw the strata; further options are those of `ComponentAssignment`."""
+        # A guide that stops the gradient in its densities itself need not run a second time.
+        stops = replay == "paths" and mixture.holds_densities
+        evaluation = super()._evaluate(
+            program,
+            shape=strata[:2],
+            replay="none" if stops else replay,
+            cut_model=cut_model,
+            assignment=ComponentAssignment(
+                strata.components, stop_density_gradient=stops, **assignment
+            ),
+        )
+        _check_rows(evaluation.runs[0], evaluation.local.layout)
+        return evaluation
+
+    def _weighed(self, densities: Densities) -> tuple[Densities, Bound, Tensor | None]:
+        """Return densities with log Q in one part, their bound, and each estimate's weight.
+
+        The weights, ``[E, *plates]`` with a mean of 1, are those of the estimates' components;
+        None where each sample is weighed inside the logarithm.
+        """
+        count = densities.layout.particles.total // self.draws_per_component
+        weights = count * log_mixture_weights(densities)[:, 0].exp()
+        weights = weights.expand(weights.shape[0], *densities.layout.shape)
+        return joined_density(densities), Weighted(self.bound, weights.detach()), weights
+
+    def _value(self, evaluation: Evaluation) -> Tensor:
+        local, bound, _ = self._weighed(evaluation.local)
+        return -local.layout.scale * bound(local.log_weights).sum()
+
+    def _surrogate(self, evaluation: Evaluation) -> Tensor:
+        local, bound, weights = self._weighed(evaluation.local)
+        estimator = remaining_estimator(self.estimator, evaluation)
+        total = surrogate(evaluation.runs, local, bound, estimator)
+        if weights is not None:
+            total = total + (weights * self.bound.estimate(local.log_weights)).mean(0).sum()
+        return local.layout.scale * total
+
+
+class Stratified_ELBO(MixtureLoss):
+    """The ELBO of a mixture guide, from S samples of each component.
+
+    ``sum_m w_m mean_s [log p(x, z_ms) - log Q(z_ms)]`` in nats: unbiased for the ELBO of the
+    mixture, with low-variance gradients for model, components and weights.
+
+    Args:
+        num_particles, num_estimates: their product is S; no sample shares a logarithm.
+        estimator: ``"pathwise"``, or ``"stl"``, which holds the parameters inside ``log Q``
+            constant: unbiased, as their gradient is zero in expectation, and without noise where
+            the mixture is exact.
+        max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `MISELBO`.
+
+    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et
+    al., arXiv 2003.01687).
+
+    >>> Stratified_ELBO(4).num_particles
+    4
+    """
+
+    def _strata(self, count: int) -> Strata:
+        return Strata.one_by_one(tuple(range(count)) * self.draws_per_component)
+
+
+class MISELBO(MixtureLoss):
     """The multiple importance sampling ELBO, ``sum_m w_m log mean_t p(x, z_mt) / Q(z_mt)``.
 
-    ``Q`` is the whole mixture in every term, so that the bound is above the weighted mean of the
-    components' own; for T = 1 the difference is the weighted Jensen-Shannon divergence between
-    them, in [0, log M] nats. The source has equal weights.
+    In nats. ``Q`` is the whole mixture in every term, so that the bound is above the weighted mean
+    of the components' own; for T = 1 the difference is the weighted Jensen-Shannon divergence
+    between them, in [0, log M] for M components. The source has equal weights.
 
-    Arguments:
-        num_particles: T, the samples of each component; M T in all, M being the guide's number.
+    Args:
+        num_particles: T, the samples of each component inside a logarithm.
+        num_estimates: the number of independent estimates, each with T samples of each component.
         estimator: ``"pathwise"``; for T = 1 also ``"stl"``, which has less variance.
         max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
 
     Raises:
-        TypeError: the guide is no mixture of this package.
+        TypeError: the guide is no mixture guide.
         ValueError: another estimator than these.
-        NotImplementedError: the guide has a mixture over global latents and another one over those
-            of each row; or a plate of the mixture does not enclose all sites.
+        NotImplementedError: the guide has two mixtures, over global latents and over those of each
+            row; or a plate of the mixture does not enclose all sites.
 
     Source: `Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations`
     (Kviman et al., arXiv 2202.10951).
@@ -71,126 +194,55 @@ class MISELBO(MultiSampleELBO):
     True
     """
 
-    estimators: tuple[str, ...] = ("pathwise", "stl")
+    def _allowed_estimators(self) -> tuple[str, ...]:
+        # Inside a logarithm a sample's coefficient depends on its component, and the gradient of
+        # the parameters in log Q is not zero in expectation.
+        return self.estimators if self.num_particles == 1 else ("pathwise",)
 
-    def __init__(self, num_particles: int = 1, **options: Any) -> None:
-        super().__init__(bounds.iwae, num_particles=num_particles, **options)
-        if self.global_latents != "joint":
-            raise ValueError("stratified losses take one mixture, and no global_latents='elbo'")
-        # Inside a logarithm, what a sample is worth depends on its component: the parameters in
-        # log Q have a gradient then that is not zero on average.
-        allowed = self.estimators if num_particles == 1 else ("pathwise",)
-        if self.estimator.name not in allowed:
-            raise ValueError(
-                f"{type(self).__name__} with {num_particles} samples of each component inside the "
-                f"logarithm has an estimator in {allowed}, got {self.estimator.name!r}"
-            )
-
-    def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> Evaluation:
-        count = len(mixture_of(program.guide).members)
-        options.setdefault("assignment", ComponentAssignment(self._components(count)))
-        options.setdefault("shape", self._shape(count))
-        if options.get("replay") == "paths" and mixture_of(program.guide).holds_densities:
-            # The guide leaves out what a second run of it would take away.
-            options["replay"], options["assignment"].stop_density_gradient = "none", True
-        evaluation = super()._evaluate(program, fresh=fresh, **options)
-        _check_rows(evaluation.runs[0], evaluation.local.layout)
-        return evaluation
-
-    def _shape(self, count: int) -> tuple[int, int]:
-        """Return how many estimates there are, and how many samples inside each logarithm."""
-        return self.num_estimates * count, self.num_particles
-
-    def _components(self, count: int) -> tuple[int, ...]:
-        """Return the component of every sample: estimates take turns."""
-        turn = [m for m in range(count) for _ in range(self.num_particles)]
-        return tuple(turn * self.num_estimates)
-
-    def _value(self, evaluation: Evaluation) -> Tensor:
-        local, weights = _weighed(evaluation.local, self.num_estimates)
-        bound = Weighted(self.bound, weights.detach())
-        return -local.layout.scale * bound(local.log_weights).sum()
-
-    def _surrogate(self, evaluation: Evaluation) -> Tensor:
-        local, weights = _weighed(evaluation.local, self.num_estimates)
-        bound = Weighted(self.bound, weights.detach())
-        total = surrogate(evaluation.runs, local, bound, applied(self.estimator, evaluation))
-        gain = self.bound.estimate(local.log_weights)
-        return local.layout.scale * (total + (weights * gain).mean(0).sum())
+    def _strata(self, count: int) -> Strata:
+        one = [m for m in range(count) for _ in range(self.num_particles)]
+        return Strata(
+            self.num_estimates * count, self.num_particles, tuple(one * self.num_estimates)
+        )
 
 
-class Stratified_ELBO(MISELBO):
-    """The ELBO of a mixture guide with S draws from each of its components.
-
-    ``sum_m w_m mean_s [log p(x, z_ms) - log Q(z_ms)]``: unbiased for the ELBO of the mixture, with
-    low-variance gradients for model, components and weights. ``estimator="stl"`` holds the
-    parameters inside ``log Q`` fixed, which is exact here, as their expected gradient there is
-    zero, and has no noise where the mixture is exact. Arguments and errors are `MISELBO`'s.
-
-    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
-    arXiv 2003.01687).
-
-    >>> Stratified_ELBO(4).num_estimates
-    4
-    """
-
-    def __init__(self, num_particles: int = 1, **options: Any) -> None:
-        super().__init__(1, num_estimates=num_particles, **options)
-
-    def _options(self) -> dict[str, Any]:
-        options = super()._options() | {"num_particles": self.num_estimates}
-        del options["num_estimates"]
-        return options
-
-
-class SIWAE_ELBO(MISELBO):
+class SIWAE_ELBO(MixtureLoss):
     """The stratified importance-weighted bound, ``log sum_m w_m mean_t p(x, z_mt) / Q(z_mt)``.
 
-    Tighter than `MISELBO` with the same samples. Arguments and errors are `MISELBO`'s; only
-    ``estimator="pathwise"``.
+    In nats; tighter than `MISELBO` with the same samples. Arguments and errors are `MISELBO`'s, but
+    ``estimator`` is ``"pathwise"``.
 
-    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
-    arXiv 2003.01687).
+    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et
+    al., arXiv 2003.01687).
 
     >>> SIWAE_ELBO(8).num_particles
     8
     """
 
-    estimators: tuple[str, ...] = ("pathwise",)
+    estimators: ClassVar[tuple[str, ...]] = ("pathwise",)
 
-    def _shape(self, count: int) -> tuple[int, int]:
-        return self.num_estimates, self.num_particles * count
+    def _strata(self, count: int) -> Strata:
+        components = tuple(range(count)) * self.draws_per_component
+        return Strata(self.num_estimates, self.num_particles * count, components)
 
-    def _components(self, count: int) -> tuple[int, ...]:
-        return tuple(list(range(count)) * self.num_particles * self.num_estimates)
-
-    def _count(self, evaluation: Evaluation) -> int:
-        return evaluation.local.layout.particles.num_particles // self.num_particles
-
-    def _value(self, evaluation: Evaluation) -> Tensor:
-        local = _proposed(evaluation.local, self._count(evaluation))
-        return -local.layout.scale * self.bound(local.log_weights).sum()
-
-    def _surrogate(self, evaluation: Evaluation) -> Tensor:
-        local = _proposed(evaluation.local, self._count(evaluation))
-        return local.layout.scale * surrogate(evaluation.runs, local, self.bound, self.estimator)
+    def _weighed(self, densities: Densities) -> tuple[Densities, Bound, Tensor | None]:
+        count = densities.layout.particles.total // self.draws_per_component
+        correction = -log_mixture_weights(densities) - math.log(count)
+        return joined_density(densities, correction), self.bound, None
 
 
-def applied(estimator: Estimator, evaluation: Evaluation) -> Estimator:
-    """Return the estimator for runs whose guide has held its densities, if it has."""
+def remaining_estimator(estimator: Estimator, evaluation: Evaluation) -> Estimator:
+    """Return the estimator for runs in which the guide may have stopped the density's gradient."""
     return estimator if evaluation.runs[0].guide_cuts else ESTIMATORS["pathwise"]
 
 
-def mixture_of(guide: Callable) -> Any:
-    """Return the mixture guide under handlers.
-
-    Raises TypeError where there is none.
-    """
+def mixture_of(guide: Callable) -> MixtureLike:
+    """Return the mixture guide under handlers; raise TypeError where there is none."""
     bare = poutine.unwrap(guide)
-    if not hasattr(bare, "members"):
+    if not isinstance(bare, MixtureLike):
         raise TypeError(
-            "A stratified loss needs a mixture guide of this package (MixtureGuide, "
-            f"RecursiveMixtureGuide), got {type(bare).__name__}"
+            "A stratified loss needs a mixture guide (MixtureGuide, RecursiveMixtureGuide), got "
+            f"{type(bare).__name__}."
         )
     return bare
 
@@ -203,42 +255,30 @@ def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
             continue
         if not (site["is_observed"] and site["infer"].get("is_auxiliary")):
             raise NotImplementedError(
-                f"Guide site '{site['name']}' is not reparameterised, and stratified losses have "
-                "no gradient for it. Use an ordinary loss with estimator='vimco'."
+                f"Guide site '{site['name']}' is not reparameterised, as a stratified loss needs. "
+                "Use another loss with estimator='vimco'."
             )
         rows = plates_of(site).keys()
         if rows != shared:
             raise NotImplementedError(
-                f"The guide has one mixture for each row of plates {sorted(rows)}, and the plates "
-                f"that enclose every site of model and guide are {sorted(shared)}, so that its "
-                "draws cannot be weighed row by row. Give the mixture plate= accordingly, or use "
-                "an ordinary loss with estimator='vimco'."
+                f"The guide's mixture is in plates {sorted(rows)}, but plates {sorted(shared)} "
+                "enclose all sites. Give it their plate=, or use estimator='vimco'."
             )
 
 
-def log_mixture_weights(local: Densities) -> Tensor:
-    """Return the logarithm of the weight of each sample's component, ``[M, K, *plates]``.
+def log_mixture_weights(densities: Densities) -> Tensor:
+    """Return the log-weight of each sample's component, ``[M, K, *plates]``.
 
-    Without the scales and masks that a user put on the guide.
+    Without a user's scale and mask of the guide.
     """
-    assert local.score is not None  # the components' site
-    return local.score if local.score_rest is None else local.score + local.score_rest
+    assert densities.score is not None  # the components' site
+    if densities.score_rest is None:
+        return densities.score
+    return densities.score + densities.score_rest
 
 
-def whole_density(local: Densities, correction: Tensor | float = 0.0) -> Densities:
+def joined_density(densities: Densities, correction: Tensor | float = 0.0) -> Densities:
     """Return densities with all of log Q in one part, plus a correction."""
-    assert local.density is not None and local.score is not None
-    density = local.density + local.score + correction
-    return replace(local, density=density, score=None, density_rest=None, score_rest=None)
-
-
-def _weighed(local: Densities, num_estimates: int) -> tuple[Densities, Tensor]:
-    """Return densities with log Q in one part, and M times each estimate's weight."""
-    count = local.layout.particles.num_estimates // num_estimates
-    weights = count * log_mixture_weights(local)[:, 0].exp()
-    return whole_density(local), weights.expand(weights.shape[0], *local.layout.shape)
-
-
-def _proposed(local: Densities, count: int) -> Densities:
-    """Return densities that weigh a sample by M times its component's weight."""
-    return whole_density(local, -log_mixture_weights(local) - math.log(count))
+    assert densities.density is not None and densities.score is not None
+    density = densities.density + densities.score + correction
+    return replace(densities, density=density, score=None, density_rest=None, score_rest=None)

@@ -1,76 +1,78 @@
-"""The loss that grows a recursive mixture guide."""
+"""The loss that grows a recursive mixture guide: one training step of the stage that it is in."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.bounds.bound import Split, Weighted, elbo
-from pyro_recursive.bounds.estimators import ESTIMATORS
+from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.bounds.mixture_objectives import (
     OBJECTIVES,
     Clamped,
     Gain,
     Objective,
-    Trial,
     corrective_weights,
     gain,
     line_search,
+    log_mixture,
+    log_others,
 )
-from pyro_recursive.losses.component_search import propose
-from pyro_recursive.losses.focus import MemberDraws, StepPlan, drawn, terms_of
-from pyro_recursive.losses.mixture import Stratified_ELBO, applied, mixture_of
+from pyro_recursive.losses.component_search import place_component
+from pyro_recursive.losses.mixture import (
+    MixtureLoss,
+    Strata,
+    joined_density,
+    log_mixture_weights,
+    mixture_of,
+    remaining_estimator,
+)
+from pyro_recursive.losses.multi_sample import Evaluation
 from pyro_recursive.losses.surrogate import surrogate
+from pyro_recursive.tracing.densities import guide_group, weighted
 from pyro_recursive.tracing.program import Program
-
-__all__ = ["RecursiveMixture_ELBO"]
+from pyro_recursive.tracing.protocols import GrowingMixture
+from pyro_recursive.tracing.sites import sites
 
 WEIGHTS = ("gradient", "line_search", "corrective")
 UPDATES = ("simultaneous", "alternating", "guide")
 
 
-class RecursiveMixture_ELBO(Stratified_ELBO):
+class RecursiveMixture_ELBO(MixtureLoss):
     """Trains a `RecursiveMixtureGuide` stage by stage, and the model with it.
 
-    Each training step serves the stage that the guide's schedule is in. The component in question
-    climbs ``E_q[log p(x, z) - log R(z)]``, with R that of its objective; the other components are
-    held. The model climbs the ELBO of the mixture, with all components in strata. `loss` is that
-    ELBO in any case. The guide grows by these steps alone: under another loss, or after fewer than
-    its `num_steps`, it has the components that it has (`members`).
-
-    Arguments:
-        num_particles: S, the draws of each component; 4 or more for a clamped objective.
-        objective: how a component is refined: ``"exact"`` (the exact gradient of the mixture's
-            ELBO), ``"skew"``, ``"relbo"`` (boosting), ``"elbo"``, or an `Objective` of
-            `bounds.mixture_objectives` such as ``Clamped(clamp=2.0)``, the paper's, whose constants
-            have no default.
-        proposal: how it is found in the first place; the same choices.
-        update: ``"simultaneous"`` gives guide and model their gradients from the same draws;
-            ``"alternating"`` trains the component in one step and the model in the next;
-            ``"guide"`` trains the component only, for a model without parameters: the cheapest.
-            A step that trains neither the model nor a weight draws from the component alone. The
-            joint stages train everything in each step.
-        weights: ``"gradient"`` learns a weight along with its component; ``"line_search"`` also
-            sets it to its optimum when a component is kept, ``"corrective"`` all weights; both
-            only where all rows share one vector of weights.
-        holdout: the model's arguments (no keywords) for the acceptance test of new components; the
-            step's own if not given, which is a test on data that were just trained on.
-        max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
-
-    Parameters that a step does not train are left with ``grad=None``, so that no optimiser moves
+    The component in training climbs ``E_q[log p(x, z) - log R(z)]`` with its objective's reference
+    R, the others are held; the model climbs the ELBO of the mixture, which is what `loss` returns,
+    in nats. Parameters that a step does not train keep ``grad=None``, so that no optimiser moves
     them by momentum; a gradient that another loss had left there is lost.
+
+    Args:
+        num_particles: S, the samples of each component; 4 or more for a clamped objective.
+        objective: how a component is refined: ``"exact"`` (the gradient of the mixture's ELBO),
+            ``"skew"``, ``"relbo"`` (boosting), ``"elbo"``, or an `Objective` of
+            `bounds.mixture_objectives`, such as the paper's ``Clamped(clamp=2.0)``.
+        proposal: how it is proposed; the same choices.
+        update: ``"simultaneous"`` trains guide and model on the same samples, ``"alternating"`` in
+            turns, ``"guide"`` the component alone (the cheapest, for a model without parameters).
+            Joint stages train everything in each step.
+        weights: ``"gradient"`` learns a weight with its component; when a component is kept,
+            ``"line_search"`` also sets its weight to the optimum, ``"corrective"`` all weights.
+            Both need one vector of weights for all rows.
+        holdout: the model's arguments for acceptance tests; by default the step's own.
+        estimator, max_plate_nesting, vectorize_particles: as in `Stratified_ELBO`.
 
     Raises:
         TypeError: the guide is no `RecursiveMixtureGuide`.
-        ValueError: an unknown option; a parameter is shared by model and guide, which climb
-            different objectives in a simultaneous step.
+        ValueError: an unknown option; model and guide share a parameter.
 
-    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
-    `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
+    `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020); `Boosting
+    Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
 
-    >>> RecursiveMixture_ELBO(4, objective="exact", proposal="skew").num_estimates
+    >>> RecursiveMixture_ELBO(4, objective="exact", proposal="skew").num_particles
     4
     """
 
@@ -87,24 +89,25 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     ) -> None:
         super().__init__(num_particles, **{"estimator": "stl", **options})
         self.objective, self.proposal = _objective(objective), _objective(proposal)
-        if not self.vectorize_particles and num_particles > 1:
-            for chosen in (self.objective, self.proposal):
-                if isinstance(chosen, Clamped):
-                    raise ValueError(
-                        "A clamped objective needs all draws of a row at once, and cannot have "
-                        "vectorize_particles=False with num_particles > 1."
-                    )
+        is_clamped = any(isinstance(o, Clamped) for o in (self.objective, self.proposal))
+        if is_clamped and not self.vectorize_particles and self.draws_per_component > 1:
+            raise ValueError(
+                "A clamped objective needs all draws of a row at once: use "
+                "vectorize_particles=True, or num_particles=1."
+            )
         if isinstance(holdout, Tensor):
-            raise TypeError("holdout is a sequence of arguments: holdout=(tensor,) for a tensor")
-        if update not in UPDATES:
-            raise ValueError(f"update must be one of {UPDATES}, got {update!r}")
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+            raise TypeError("holdout must be a sequence of arguments, got a tensor: (tensor,).")
+        for name, value, choices in (("update", update, UPDATES), ("weights", weights, WEIGHTS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
         self.update, self.weights, self.holdout = update, weights, holdout
 
     def _options(self) -> dict[str, Any]:
         own = ("objective", "proposal", "update", "weights")
         return super()._options() | {name: getattr(self, name) for name in own}
+
+    def _strata(self, count: int) -> Strata:
+        return Strata.one_by_one(tuple(range(count)) * self.draws_per_component)
 
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
@@ -116,31 +119,21 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
         """
         if not torch.is_grad_enabled():
             return super().differentiable_loss(model, guide, *args, **kwargs)
-        mixture = _recursive(guide)
+        mixture = growing_mixture_of(guide)
         with mixture.rollback_first_call():
-            return self._step(Program(model, guide, args, kwargs), mixture)
-
-    def _step(self, program: Program, mixture: Any) -> Tensor:
-        """Return the loss of a step of the stage that the mixture is in."""
-        model, guide, args, kwargs = program.model, program.guide, program.args, program.kwargs
-        mixture.prepare(*args, **kwargs)
-        if self.weights != "gradient":
-            mixture.weights.check_vector()
-        if mixture.stage.kind == "refine" and mixture.stage_steps_left == 1:
-            # The test is a step of its own: what it changes must not be moved once more.
-            value = self.loss(model, guide, *args, **kwargs)
-            self._end_trial(program, mixture)
-            device = mixture.progress.device
-            # A graph, but no parameter in it: who calls backward moves nothing.
-            return torch.tensor(value, device=device, requires_grad=True).clone()
-        if mixture.stage.component is None:
-            loss = super().differentiable_loss(model, guide, *args, **kwargs)
-        else:
-            if mixture.starts_component:
-                propose(program, mixture, vectorize=self.vectorize_particles)
-            loss = self._train_component(program, mixture)
-        mixture.count_step()
-        return loss
+            mixture.prepare(*args, **kwargs)
+            if self.weights != "gradient":
+                mixture.check_shared_weights()
+            program = Program(model, guide, args, kwargs)
+            if mixture.is_trial:
+                return self._test_component(program, mixture)
+            plan = self._plan(mixture)
+            if plan is None:
+                loss = super().differentiable_loss(model, guide, *args, **kwargs)
+            else:
+                loss = self._train_component(program, mixture, plan)
+            mixture.count_step()
+            return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return the value of `differentiable_loss`, and add its gradients to the parameters'."""
@@ -160,105 +153,275 @@ class RecursiveMixture_ELBO(Stratified_ELBO):
     def gain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Gain:
         """Return what the newest member adds to the mixture's ELBO, in nats summed over the data.
 
-        From paired draws of each component, as many as the schedule says, on ``holdout`` if there
-        is any.
+        From paired draws of each component, as many as the schedule says, on ``holdout`` if given.
         """
-        mixture = _recursive(guide)
         if self.holdout is not None:
             args, kwargs = tuple(self.holdout), {}
-        found = self._draw_all(Program(model, guide, args, kwargs), mixture)
-        return gain(
-            found.log_p,
-            found.log_q,
-            found.others,
-            found.own,
-            found.log_weights,
-            found.scale,
-            rows_are_a_sample=self.holdout is not None or found.scale != 1,
-        )
+        draws = self._draw_members(Program(model, guide, args, kwargs), growing_mixture_of(guide))
+        rows_are_a_sample = self.holdout is not None or draws.scale != 1
+        return gain(*draws[:6], rows_are_a_sample=rows_are_a_sample)
 
-    def _train_component(self, program: Program, mixture: Any) -> Tensor:
-        focus = self._focus(mixture)
-        estimator = ESTIMATORS["stl" if focus.objective.held else "pathwise"]
-        evaluation = self._evaluate(
-            program,
-            assignment=focus.assignment,
-            shape=(len(focus.components), 1),
-            replay=estimator.replay if focus.moves_guide else "none",
-            cut_model=focus.moves_guide and focus.moves_model,
-        )
-        terms = terms_of(evaluation.runs, evaluation.local, focus)
-        climbs = [Weighted(elbo, weights) for weights in terms.climbers(focus)]
-        climb = Split(*climbs) if len(climbs) > 1 else climbs[0]
-        total = surrogate(evaluation.runs, terms.local, climb, applied(estimator, evaluation))
-        if focus.moves_weights:
-            total = total + (terms.weights * terms.gains).mean(0).sum()
-        if not focus.moves_model:
-            total = _only(mixture.parameters(), total)
-        scale = terms.local.layout.scale
-        value = -scale * terms.value
-        return value - scale * (total - total.detach()) if total.requires_grad else value
-
-    def _focus(self, mixture: Any) -> StepPlan:
-        """Return what this step trains."""
+    def _plan(self, mixture: GrowingMixture) -> "StepPlan | None":
+        """Return what this step trains, None for all components together."""
         stage, part = mixture.stage, self.update
+        if stage.component is None:
+            return None
         if part == "alternating":
             part = "model" if mixture.steps_taken % 2 else "guide"
-        kinds = {"first": OBJECTIVES["elbo"], "propose": self.proposal}
+        objectives = {"first": OBJECTIVES["elbo"], "propose": self.proposal}
         return StepPlan(
-            objective=kinds.get(stage.kind, self.objective),
+            objective=objectives.get(stage.kind, self.objective),
             members=tuple(sorted({*mixture.members, stage.component})),
             component=stage.component,
-            num_draws=self.num_estimates,
-            moves_guide=part != "model",
-            moves_model=part != "guide",
-            proposing=stage.kind == "propose",
+            num_draws=self.draws_per_component,
+            trains_guide=part != "model",
+            trains_model=part != "guide",
+            is_proposed=stage.kind == "propose",
             epsilon=mixture.epsilon,
         )
 
-    def _end_trial(self, program: Program, mixture: Any) -> None:
-        """Keep or drop the component on trial."""
-        found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
-        schedule = mixture.schedule
-        is_kept = found.is_clear(schedule.confidence, schedule.min_gain)
-        mixture.trials.append(Trial(mixture.stage.component, found, is_kept))
-        if is_kept:
-            if self.weights != "gradient":
-                self._set_weights(program, mixture)
-            mixture.end_stage()
-        else:
-            mixture.drop(retry=found.ceiling > schedule.min_gain)
+    def _train_component(
+        self, program: Program, mixture: GrowingMixture, plan: "StepPlan"
+    ) -> Tensor:
+        if mixture.starts_component:
+            place_component(program, mixture, vectorize=self.vectorize_particles)
+        estimator = ESTIMATORS["stl" if plan.objective.held else "pathwise"]
+        replay = estimator.replay if plan.trains_guide else "none"
+        cut_model = plan.trains_guide and plan.trains_model
+        run = self._run(program, mixture, plan, replay=replay, cut_model=cut_model)
+        return component_loss(run, estimator, mixture.parameters())
 
-    def _set_weights(self, program: Program, mixture: Any) -> None:
-        """Set weights to their optimum for the draws of a large sample."""
-        found = self._draw_all(program, mixture)
-        log_p, table, log_weights = found.log_p, found.table, found.log_weights
-        count = log_weights.shape[-1]
-        # One vector of weights for all rows: a row's draws are more draws of the components.
-        log_p = log_p.movedim(1, -1).reshape(-1, count)
-        table = table.movedim(1, -2).reshape(-1, count, count)
-        start = log_weights.reshape(-1, count)[0]
-        if self.weights == "corrective":
-            best = corrective_weights(log_p, table, start).log_weights
-        else:
-            best = line_search(log_p, table, start, count - 1)
-        mixture.set_log_weights(best)
+    def _test_component(self, program: Program, mixture: GrowingMixture) -> Tensor:
+        """Keep or drop the component on trial; return minus the ELBO before that.
+
+        The test is a step of its own: its graph has no parameter, so that the step's backward pass
+        does not move what the test has changed.
+        """
+        with torch.no_grad():
+            value = self._value(self._evaluate(program))
+        found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
+        is_kept = mixture.end_trial(found)
+        if is_kept and self.weights != "gradient":
+            draws = self._draw_members(program, mixture)
+            mixture.set_log_weights(best_log_weights(draws, self.weights))
+        return value.requires_grad_().clone()
 
     @torch.no_grad()
-    def _draw_all(self, program: Program, mixture: Any) -> MemberDraws:
+    def _draw_members(self, program: Program, mixture: GrowingMixture) -> "MemberDraws":
         """Draw from every member, and evaluate all members' densities at all draws."""
-        focus = StepPlan.on_all(mixture.members, mixture.num_draws)
-        shape = (len(focus.components), 1)
-        evaluation = self._evaluate(program, assignment=focus.assignment, shape=shape)
-        return drawn(evaluation.runs, evaluation.local, focus)
+        members, exact = mixture.members, OBJECTIVES["exact"]
+        plan = StepPlan(exact, members, members[-1], mixture.num_draws, trains_guide=False)
+        return member_draws(self._run(program, mixture, plan))
+
+    def _run(
+        self, program: Program, mixture: GrowingMixture, plan: "StepPlan", **options: Any
+    ) -> "PlanRun":
+        """Draw what a plan asks for, and record the guide's tables of component densities."""
+        tables: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+        def reference(
+            table: Tensor, log_weights: Tensor, volume: Tensor, particle: int | None
+        ) -> Tensor:
+            # Recorded as densities of the sites' constrained values, as log p is.
+            tables[particle] = table - volume.unsqueeze(-1), log_weights
+            own = plan.own_draws if particle is None else []
+            return plan.objective(table, log_weights.detach(), plan.column, own)
+
+        evaluation = self._evaluate_strata(
+            program,
+            mixture,
+            Strata.one_by_one(plan.components),
+            reference=reference,
+            frozen=plan.frozen,
+            members=plan.members,
+            **options,
+        )
+        return PlanRun(plan, evaluation, list(tables.values()))
 
 
-def _recursive(guide: Callable) -> Any:
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step trains: ``component``, one of ``members``, by an objective; and the model.
+
+    A component that ``is_proposed`` stands beside the mixture of the others, with the weight
+    ``epsilon``.
+    """
+
+    objective: Objective
+    members: tuple[int, ...]
+    component: int
+    num_draws: int
+    trains_guide: bool = True
+    trains_model: bool = True
+    is_proposed: bool = False
+    epsilon: float = 0.0
+
+    @property
+    def column(self) -> int:
+        """The component's column among the members."""
+        return self.members.index(self.component)
+
+    @property
+    def trains_weight(self) -> bool:
+        """Whether the component's weight is learned in this step."""
+        return self.trains_guide and not self.is_proposed and len(self.members) > 1
+
+    @property
+    def frozen(self) -> frozenset[int]:
+        """The columns whose parameters are constants."""
+        return frozenset(range(len(self.members))) - ({self.column} if self.trains_guide else set())
+
+    @cached_property
+    def components(self) -> tuple[int, ...]:
+        """The column of every draw: the component's alone where nothing else needs draws."""
+        if not (self.trains_model or self.trains_weight):
+            return (self.column,) * self.num_draws
+        return tuple(range(len(self.members))) * self.num_draws
+
+    @property
+    def own_draws(self) -> list[int]:
+        """The draws that come from the component."""
+        return [draw for draw, column in enumerate(self.components) if column == self.column]
+
+    def log_mixture(self, table: Tensor, log_weights: Tensor) -> Tensor:
+        """Return the log-density of the mixture, without a component that is only proposed."""
+        if self.is_proposed:
+            return log_others(table, log_weights, self.column)
+        return log_mixture(table, log_weights)
+
+
+class PlanRun(NamedTuple):
+    """The draws of a plan, with a table of all members' log-densities and log-weights a run."""
+
+    plan: StepPlan
+    evaluation: Evaluation
+    tables: list[tuple[Tensor, Tensor]]
+
+    def gather(self, log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return a function of the tables, scaled and masked, ``[E, 1, *plates]``."""
+        layout, rows = self.evaluation.local.layout, []
+        for run, table in zip(self.evaluation.runs, self.tables, strict=True):
+            site = next(site for site in sites(run.guide) if guide_group(site) == "score")
+            rows.append([(site, weighted(log_density(*table), site, layout))])
+        gathered = layout.gather(rows)
+        assert gathered is not None
+        return gathered
+
+    def log_p(self, like: Tensor) -> Tensor:
+        """Return log p; zeros for a model without a density."""
+        model = self.evaluation.local.model
+        return torch.zeros_like(like) if model is None else model
+
+
+def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tensor]) -> Tensor:
+    """Return a scalar whose gradient is that of a step which trains one component.
+
+    Each of the E draws has the coefficients ``[E, *plates]`` of the model's and the component's
+    gradients; a weight's gradient comes from all draws' ``log p - log Q``.
+    """
+    plan, evaluation = run.plan, run.evaluation
+    local, scale = joined_density(evaluation.local), evaluation.local.layout.scale
+    count, shape = len(set(plan.components)), (len(plan.components), *local.layout.shape)
+    weights = (count * log_mixture_weights(evaluation.local)[:, 0].exp()).expand(shape)
+    own = torch.tensor([float(column == plan.column) for column in plan.components])
+    own = own.to(weights, non_blocking=True).reshape(-1, *[1] * (weights.dim() - 1)).expand(shape)
+    log_q = run.gather(plan.log_mixture)
+    gains = (run.log_p(log_q) - log_q).detach()[:, 0].expand(shape)
+    coefficients = _coefficients(plan, weights.detach(), own)
+    each = [Weighted(elbo, coefficient) for coefficient in coefficients]
+    bound = Split(*each) if len(each) > 1 else each[0]
+    total = surrogate(evaluation.runs, local, bound, remaining_estimator(estimator, evaluation))
+    if plan.trains_weight:
+        total = total + (weights * gains).mean(0).sum()
+    if plan.trains_model:
+        value = -scale * (coefficients[0] * gains).mean(0).sum()
+    else:
+        total = _restricted(total, parameters)
+        value = -scale * ((local.log_weights[:, 0] * own).sum() / plan.num_draws)
+    return value - scale * (total - total.detach()) if total.requires_grad else value
+
+
+def _coefficients(plan: StepPlan, weights: Tensor, own: Tensor) -> list[Tensor]:
+    """Return the coefficients of the model's gradient and of the component's, as far as trained.
+
+    ``weights`` are those of the draws' components, ``own`` is 1 for draws of the one in training.
+    """
+    coefficients = []
+    if plan.trains_model:
+        model = weights * (1 - own) / (1 - plan.epsilon) if plan.is_proposed else weights
+        coefficients.append(model)
+    if plan.trains_guide:
+        guide = len(set(plan.components)) * own
+        if plan.objective.held:  # a row counts as much as the component weighs in it
+            share = own * weights
+            guide = guide * share / (share.sum() / own.sum())
+        coefficients.append(guide)
+    return coefficients
+
+
+class MemberDraws(NamedTuple):
+    """Log-densities at draws of every member, in the order of `bounds.mixture_objectives.gain`.
+
+    ``log_p``, the mixture's ``log_q``, that of the ``others`` without the last member, and the
+    last member's ``own`` are ``[S, J, *rows]``, with a user's scale of the sites; ``log_weights``
+    ``[*rows, J]`` and the ``table`` ``[S, J, *rows, J]`` are without it. ``scale`` is that of the
+    subsampled rows.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    others: Tensor
+    own: Tensor
+    log_weights: Tensor
+    scale: float
+    table: Tensor
+
+
+def member_draws(run: PlanRun) -> MemberDraws:
+    """Return the log-densities of all members at the draws of each."""
+    densities, count = run.evaluation.local, len(run.plan.members)
+
+    def gathered(log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return run.gather(log_density)[:, 0].unflatten(0, (-1, count))
+
+    def of_member(j: int) -> Tensor:
+        return gathered(lambda table, _: table[..., j])
+
+    log_p = run.log_p(densities.log_weights).expand_as(densities.log_weights)
+    columns = [of_member(j) for j in range(count)]
+    weights = log_mixture_weights(densities)[:count, 0].movedim(0, -1)
+    return MemberDraws(
+        log_p=log_p[:, 0].unflatten(0, (-1, count)),
+        log_q=gathered(log_mixture),
+        others=gathered(lambda table, log_weights: log_others(table, log_weights, count - 1)),
+        own=columns[-1],
+        log_weights=weights.expand(*densities.layout.shape, count),
+        scale=densities.layout.scale,
+        table=torch.stack(columns, -1),
+    )
+
+
+def best_log_weights(draws: MemberDraws, weights: str) -> Tensor:
+    """Return the members' optimal log-weights for these draws, ``[J]``: all of them, or one share.
+
+    One vector serves all rows, so that a row's draws are further draws of the components.
+    """
+    count = draws.log_weights.shape[-1]
+    log_p = draws.log_p.movedim(1, -1).reshape(-1, count)
+    table = draws.table.movedim(1, -2).reshape(-1, count, count)
+    start = draws.log_weights.reshape(-1, count)[0]
+    if weights == "corrective":
+        return corrective_weights(log_p, table, start).log_weights
+    return line_search(log_p, table, start, count - 1)
+
+
+def growing_mixture_of(guide: Callable) -> GrowingMixture:
+    """Return the growing mixture under handlers; raise TypeError where there is none."""
     mixture = mixture_of(guide)
-    if not hasattr(mixture, "count_step"):
+    if not isinstance(mixture, GrowingMixture):
         raise TypeError(
-            "RecursiveMixture_ELBO needs a RecursiveMixtureGuide, got "
-            f"{type(mixture).__name__}; train other mixtures with Stratified_ELBO"
+            f"RecursiveMixture_ELBO needs a RecursiveMixtureGuide, got {type(mixture).__name__}; "
+            "train other mixtures with Stratified_ELBO."
         )
     return mixture
 
@@ -268,14 +431,13 @@ def _objective(objective: str | Objective) -> Objective:
         return objective
     if objective in OBJECTIVES:
         return OBJECTIVES[objective]
-    more = " 'rme' is Clamped(clamp=...), whose constant has no default." * (objective == "rme")
     raise ValueError(
-        f"objective and proposal must be one of {sorted(OBJECTIVES)} or an Objective of "
-        f"pyro_recursive.bounds.mixture_objectives, got {objective!r}.{more}"
+        f"An objective must be one of {sorted(OBJECTIVES)} or an Objective such as "
+        f"bounds.mixture_objectives.Clamped(clamp=2.0), got {objective!r}."
     )
 
 
-def _only(parameters: Iterable[Tensor], objective: Tensor) -> Tensor:
+def _restricted(objective: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Return a scalar with an objective's gradient in some parameters, and none in others."""
     leaves = [parameter for parameter in parameters if parameter.requires_grad]
     grads = torch.autograd.grad(objective, leaves, allow_unused=True)

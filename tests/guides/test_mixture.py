@@ -727,7 +727,7 @@ def test_a_trunk_runs_once_and_trains() -> None:
 
 def test_what_stratified_losses_and_mixtures_refuse() -> None:
     s = setting(2)
-    with pytest.raises(TypeError, match="needs a mixture guide of this package"):
+    with pytest.raises(TypeError, match="needs a mixture guide"):
         Stratified_ELBO(2).loss(s.model, AutoNormal(s.model))
     with pytest.raises(ValueError, match=r"in \('pathwise',\), got 'stl'"):
         MISELBO(2, estimator="stl")

@@ -22,7 +22,7 @@ from pyro_recursive import (
     Schedule,
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped, gain, stick_breaking
-from pyro_recursive.losses.component_search import propose
+from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.tracing.program import Program
 from tests.losses.test_recursive_mixture import (
     TARGETS,
@@ -103,7 +103,7 @@ def test_a_search_finds_a_narrow_mode_and_not_the_tails() -> None:
         guide.prepare()
         guide.component(0).free_global.data.copy_(torch.tensor([0.0, -0.35]))
         guide.end_stage()
-        propose(Program(as_model(parts), guide, ()), guide)
+        place_component(Program(as_model(parts), guide, ()), guide)
         found.append(guide.component(1).free_global[0].item())
     assert sum(abs(place - 5.0) < 0.7 for place in found) >= 7
 

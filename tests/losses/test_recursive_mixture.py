@@ -30,7 +30,8 @@ from pyro_recursive import (
     Stratified_ELBO,
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_breaking
-from pyro_recursive.losses.component_search import propose
+from pyro_recursive.losses.component_search import place_component
+from pyro_recursive.losses.recursive_mixture import best_log_weights
 from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.program import Program
 from tests.oracles.bitwise import same
@@ -283,12 +284,12 @@ def test_a_constrained_support_changes_nothing(progress: tuple[int, ...], object
         each = [value.detach(), *(torch.zeros(1) if g is None else g for g in grads)]
         if progress != PROPOSE:
             each.append(torch.tensor(loss.gain(model, guide)))
-            loss.weights = "corrective"
-            loss._set_weights(Program(model, guide, ()), guide)
+            draws = loss._draw_members(Program(model, guide, ()), guide)
+            guide.set_log_weights(best_log_weights(draws, "corrective"))
             each.append(guide.component_weights().detach())
         for seed in range(5 if progress == PROPOSE else 0):
             pyro.set_rng_seed(seed)
-            propose(Program(model, guide, ()), guide)
+            place_component(Program(model, guide, ()), guide)
             each.append(guide.component(1).free_global.detach().clone())
         found.append(tuple(each))
     torch.testing.assert_close(found[0], found[1], atol=1e-8, rtol=1e-8)
@@ -414,7 +415,7 @@ def test_a_proposal_scatters_all_rows_where_there_is_a_minibatch() -> None:
         guide.prepare(x, size)
         guide.end_stage()
         before = guide.component(1).free_local.detach().clone()
-        propose(Program(model, guide, (x, size)), guide)
+        place_component(Program(model, guide, (x, size)), guide)
         after = guide.component(1).free_local
         assert (after != before).any(-1).all()
         if size == 3:  # around the first component, with its scales
@@ -1094,7 +1095,7 @@ def test_a_proposal_starts_in_the_mode_that_is_missing(name: str) -> None:
         guide.prepare()
         guide.component(0).free_global.data.copy_(first)
         guide.end_stage()
-        propose(Program(as_model(parts), guide, ()), guide)
+        place_component(Program(as_model(parts), guide, ()), guide)
         places.append(guide.component(1).free_global[0].detach())
         assert torch.equal(guide.component(0).free_global, first)
     distance = (torch.stack(places) - parts[1][1]).abs()
@@ -1152,7 +1153,7 @@ def test_a_search_stays_away_from_where_the_model_overflows() -> None:
     guide.end_stage()
     with torch.no_grad():
         guide.component(0).free_global.copy_(torch.tensor([1.1, -0.5]))
-    propose(Program(model, guide), guide)
+    place_component(Program(model, guide), guide)
     assert guide.component(1).free_global[0] < 10
 
 

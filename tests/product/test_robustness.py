@@ -650,10 +650,10 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
     "num_estimates": lambda k: MIWAE_ELBO(k, 2),
     "num_particles of PIWAE": lambda k: PIWAE_ELBO(2, k),
     "num_particles of CIWAE": CIWAE_ELBO,
-    "num_estimates of a stratified loss": Stratified_ELBO,
+    "num_particles of a stratified loss": Stratified_ELBO,
     "num_particles of SIWAE": SIWAE_ELBO,
     "num_particles of MISELBO": MISELBO,
-    "num_estimates of a recursive loss": RecursiveMixture_ELBO,
+    "num_particles of a recursive loss": RecursiveMixture_ELBO,
     "num_particles of log_marginal": lambda k: log_marginal(
         local, guide_of(), numbers(), num_particles=k
     ),

@@ -636,8 +636,8 @@ REPRS = {
     "IWAE_ELBO": "num_estimates=1, num_particles=4, estimator='dreg'",
     "MIWAE_ELBO": "num_estimates=2, num_particles=2, estimator='pathwise'",
     "CIWAE_ELBO, learned": "num_particles=4, .*beta=0.5, learn_beta=True",
-    "Stratified_ELBO": r"\(num_particles=2, estimator='pathwise'",
-    "RecursiveMixture_ELBO": r"\(num_particles=2, .*objective=Exact.*update='alternating'",
+    "Stratified_ELBO": "num_estimates=1, num_particles=2, estimator='pathwise'",
+    "RecursiveMixture_ELBO": r"num_particles=2, .*objective=Exact.*update='alternating'",
 }
 
 

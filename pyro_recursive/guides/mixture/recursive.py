@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_recursive.bounds.mixture_objectives import Trial, stick_breaking
+from pyro_recursive.bounds.mixture_objectives import Gain, Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.gaussian_families import Family
@@ -173,6 +175,11 @@ class RecursiveMixtureGuide(MixtureGuide):
         """Whether this is the first step for a component other than the first."""
         return self.stage.kind == "propose" and self.steps_taken == 0
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether the next step is the acceptance test of a component."""
+        return self.stage.kind == "refine" and self.stage_steps_left == 1
+
     def count_step(self) -> None:
         """Count a training step, and go on to the next stage after the last one of this."""
         state = self._state()
@@ -187,6 +194,18 @@ class RecursiveMixtureGuide(MixtureGuide):
         state = self._state()
         # The failures are those of the component: a retry proposes it once more.
         self._enter(state, state[0] + 1, state[2] if stage.kind == "propose" else 0)
+
+    def end_trial(self, gain: Gain) -> bool:
+        """Keep or drop the component on trial, by what it gains; return whether it is kept."""
+        component, schedule = self.stage.component, self.schedule
+        assert component is not None
+        is_kept = gain.is_clear(schedule.confidence, schedule.min_gain)
+        self.trials.append(Trial(component, gain, is_kept))
+        if is_kept:
+            self.end_stage()
+        else:
+            self.drop(retry=gain.ceiling > schedule.min_gain)
+        return is_kept
 
     def drop(self, retry: bool) -> None:
         """Drop the component on trial, so that the mixture is what it was before.
@@ -261,12 +280,19 @@ class RecursiveMixtureGuide(MixtureGuide):
         logits = share[1:] - torch.log(-torch.expm1(share[1:]))
         self.weights.set_vector([m - 1 for m in self.members[1:]], logits)
 
-    def free_component(self, m: int) -> AmortizedGuide | None:
-        """Return component ``m`` if it is a Gaussian with parameters of its own."""
-        component = self.component(m)
-        if isinstance(component, AmortizedGuide) and not component.by_row:
-            return component
-        return None
+    def check_shared_weights(self) -> None:
+        """Raise ValueError where rows have weights of their own."""
+        self.weights.check_vector()
+
+    def free_component(self) -> "FreeGaussian | None":
+        """Return the component in training, if it is a Gaussian with parameters of its own.
+
+        None where there are two groups of latents.
+        """
+        component = self.component(self.stage.component or 0)
+        if not isinstance(component, AmortizedGuide) or component.by_row or len(self.groups) > 1:
+            return None
+        return FreeGaussian(component, self.component(0), self.groups[0])
 
     def _renew(self, m: int) -> None:
         """Give the encoder of a component new initial weights."""
@@ -298,6 +324,39 @@ class RecursiveMixtureGuide(MixtureGuide):
     def _write(self, state: list[int]) -> None:
         self.progress.copy_(torch.tensor(state), non_blocking=True)
         self._seen, self._read = list(state), (id(self.progress), self.progress._version)
+
+
+@dataclass(frozen=True)
+class FreeGaussian:
+    """A `tracing.protocols.FreeComponent`."""
+
+    component: AmortizedGuide
+    first: AmortizedGuide
+    latents: LatentBlock
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The frames of the row plates."""
+        return self.latents.rows
+
+    @property
+    def size(self) -> int:
+        """D, the length of a row's unconstrained vector."""
+        return self.latents.size
+
+    def pack(self, trace: poutine.Trace) -> Tensor:
+        """Return the latents of a trace, ``[particles, *rows, D]``."""
+        values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
+        sizes = (frame.size for frame in self.rows)
+        return self.latents.pack(values).reshape(-1, *sizes, self.size)
+
+    def place(self, loc: Tensor, scale: Tensor) -> None:
+        """Set locations and scales, ``[*rows, D]`` both."""
+        self.component.restart(self.latents, loc, scale)
+
+    def scatter(self, widening: float) -> None:
+        """Draw locations around the first component's, some of its scales away."""
+        self.component.scatter(self.latents, self.first, widening)
 
 
 def _check(components: Sequence[nn.Module], conditional: bool) -> None:
