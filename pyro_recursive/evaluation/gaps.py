@@ -1,5 +1,6 @@
 """What an amortised posterior loses, for each row: by its family, and by its encoder."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,8 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.evidence import particles_per_chunk
-from pyro_recursive.evaluation.scores import Scores
+from pyro_recursive.evaluation.evidence import WeightSums, particles_per_chunk
 from pyro_recursive.evaluation.search import Noise, Search
 from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.packing import LatentBlock
@@ -23,9 +23,8 @@ from pyro_recursive.tracing.program import Program, rows_needed
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import plates_of, sites
 
-__all__ = ["Gaps", "gaps"]
-
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CLEAR = 3  # standard errors by which another candidate must be better than the guide's
 
 
 class Gaps(NamedTuple):
@@ -53,34 +52,33 @@ class Gaps(NamedTuple):
 
     @property
     def approximation(self) -> Tensor:
-        """The approximation gap, log p(x) - L[q*]: what the family cannot do."""
+        """The approximation gap, log p(x) - L[q*]: the loss by the family."""
         return self.log_marginal - self.best
 
     @property
     def amortization(self) -> Tensor:
-        """The amortisation gap, L[q*] - L[q]: what the encoder does not find."""
+        """The amortisation gap, L[q*] - L[q]: the loss by the encoder."""
         return self.best - self.elbo
 
     @property
     def closed(self) -> Tensor | None:
         """The share of the encoder's amortisation gap that refinement closes, None without it.
 
-        ``(L[q] - L[q_0]) / (L[q*] - L[q_0])`` with the encoder's own q_0; wild where that is about
-        the best.
+        ``(L[q] - L[q_0]) / (L[q*] - L[q_0])`` with the encoder's own q_0; noisy where the
+        denominator is about 0.
         """
         return None if self.start is None else (self.elbo - self.start) / (self.best - self.start)
 
     @classmethod
     def join(cls, parts: Sequence["Gaps"]) -> "Gaps":
-        """Put the gaps of several minibatches together, along the first plate of the rows."""
+        """Concatenate the gaps of several minibatches along the first plate of the rows."""
         columns = zip(*parts, strict=True)
         return cls._make(None if None in column else torch.cat(column) for column in columns)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return mean over the rows, its standard error, and quantiles of each quantity.
+        """Return the mean over the rows, its standard error, and quantiles of each quantity.
 
-        The mean of ``closed`` is that of all rows together, a ratio of means. A single row has no
-        standard error (nan).
+        The mean of ``closed`` is a ratio of means. A single row has no standard error (nan).
         """
         names = ("log_marginal", "elbo", "best", "inference", "approximation", "amortization")
         table = {name: _summary(getattr(self, name)) for name in names}
@@ -116,67 +114,45 @@ def gaps(
         log p(x) - L[q]  =  (log p(x) - L[q*])  +  (L[q*] - L[q])                  (nats)
         inference gap       approximation gap      amortisation gap
 
-    L is the ELBO, q what the guide has for the row, and q* the best member of the same family for
-    it. q* is searched for from the guide's own q and from a normal around zero in unconstrained
-    space (for mixtures, from components on several sides of it), all rows at once; draws that
-    nothing else is told from choose among q and what was found: L[q*] >= L[q] but for chance.
-    Without a plate of rows the whole data set is one datum, and the result a scalar.
+    L is the ELBO, q the guide's posterior of the row, and q* the best member of the same family
+    that a search from q and from a normal around zero finds. log p(x) is estimated by importance
+    sampling from q and q* in equal parts. Both are estimates from below (docs: mathematics/gaps).
 
-    Both ends are from below: L[q*], since a search may miss the best, so that the amortisation gap
-    comes out too small and the approximation gap too large; and log p(x), by importance sampling
-    from q and q* in equal parts, ``log mean_k p(x, z_k) / (q(z_k) + q*(z_k)) * 2``: below log p(x)
-    in expectation, and about as good as the better one of the two.
+    Rows are those of one minibatch, without subsample scale; without a plate of rows the whole data
+    set is one datum, and the result a scalar. No parameter, buffer or gradient changes. Modules
+    stay in their mode: call ``.eval()`` first. Pass large data in minibatches, and `Gaps.join`.
 
-    Of a mixture, all components and weights are searched for. A flow's networks are the guide's in
-    all rows: q* may have any context, location and scale of the affine head. With a
-    `SemiAmortizedGuide` q is what refinement returns, and ``start`` the ELBO before it.
-
-    Rows are those of one minibatch, without any subsample scale. Scales and masks of the user stay,
-    as in `log_marginal`. No parameter, buffer, gradient or mode of a module changes. Modules are
-    used in the mode they are in: call ``.eval()`` first, if they have dropout or batch norm.
-
-    Arguments:
+    Args:
         model: a Pyro model.
         guide: `AmortizedGuide`, `FlowGuide`, `MixtureGuide` or `RecursiveMixtureGuide` of those, or
-            `SemiAmortizedGuide`; with rows of its own for all latents, or one joint distribution.
+            `SemiAmortizedGuide`; over the latents of the rows alone, or over all jointly.
         num_particles: the draws for each of the bounds that are reported.
         chunk_size: how many of them run at once; by default about 5,000 rows of draws.
-        search: how q* is searched for; a `pyro_recursive.evaluation.search.Search`.
+        search: the settings of the search for q*.
         args, kwargs: those of the model and the guide.
 
     Raises:
-        NotImplementedError: the model has latents that the guide does not know.
-        RuntimeError: torch.inference_mode() is on.
+        NotImplementedError: the model has latents that the guide has not.
         TypeError: the guide, or a component of it, is not one of this package.
-        ValueError: there are global and local latents; rows depend on each other; a number is out
-            of range; else as `log_marginal`.
+        ValueError: there are global and local latents; rows depend on each other.
 
-    Cost: some thousand steps of ``search.draws`` draws for all rows; memory is that of one step, so
-    pass large data in minibatches, and `Gaps.join` the results.
-
-    Source: `Inference Suboptimality in Variational Autoencoders` (Cremer et al., arXiv 1801.03558).
+    Reference: 'Inference Suboptimality in Variational Autoencoders' (Cremer et al., arXiv
+    1801.03558).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_recursive import AmortizedGuide
-    >>> from pyro_recursive.evaluation.search import Search
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-    >>> encoder = torch.nn.Linear(1, 2)
-    >>> with torch.no_grad():  # the exact posterior has location x / 2 and variance 1 / 2
-    ...     _ = encoder.weight.zero_()
-    ...     _ = encoder.bias.copy_(torch.tensor([0.0, -0.3466]))
-    >>> x = torch.tensor([[0.0], [2.0]])
-    >>> found = gaps(model, AmortizedGuide(model, encoder), x, search=Search(steps=400, lr=0.1))
-    >>> [round(gap, 1) for gap in found.amortization.tolist()]  # (x / 2) ** 2
-    [0.0, 1.0]
-    >>> bool((found.approximation.abs() < 0.1).all())
+    >>> guide = AmortizedGuide(model, torch.nn.Linear(1, 2))
+    >>> found = gaps(model, guide, torch.tensor([[0.0], [2.0]]), search=Search(steps=400, lr=0.1))
+    >>> bool((found.approximation.abs() < 0.1).all())  # the posterior is a Gaussian
     True
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("gaps takes gradients: call it under torch.no_grad() at most")
+        raise RuntimeError("gaps takes gradients: use torch.no_grad() at most.")
     _check_guide(guide)
     runs = Unnoticed()
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
@@ -199,13 +175,11 @@ def gaps(
 
 
 def _check_guide(guide: Any) -> None:
-    """Raise where a guide is none whose family for one row is known."""
     if not isinstance(guide, LatentGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
         raise TypeError(
-            f"gaps needs a guide of this package, whose family for one row it can search, and got "
-            f"{name}. Use AmortizedGuide(model, encoder), AmortizedGuide(model, plate=...) for "
-            "parameters of each row, or another guide of pyro_recursive."
+            f"gaps needs a guide of this package, got {name}. Use AmortizedGuide(model, encoder) "
+            "or AmortizedGuide(model, plate=...)."
         )
 
 
@@ -215,10 +189,8 @@ def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Late
     if len(guide.groups) > 1:
         shared, local = ([slot.name for slot in latents.slots] for latents in guide.groups)
         raise ValueError(
-            f"The rows share the latents {shared}, so that log p(x) is no sum over rows: the gaps "
-            f"of {local} are not defined row by row. Fix the shared latents in the model with "
-            "pyro.poutine.condition; or use a guide without an encoder and without plate=, which "
-            "has one joint distribution over all latents, and one gap."
+            f"The rows share the latents {shared}: the gaps of {local} are not defined row by row. "
+            "Fix them with pyro.poutine.condition, or use a joint guide, without encoder or plate=."
         )
     with poutine.block():
         return guide.groups[0], guide.new_call(args, kwargs)
@@ -235,40 +207,125 @@ def _outside(program: Program, latents: LatentBlock) -> list[str]:
 
 
 def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, runs: Unnoticed) -> Tensor:
-    """Return the guide's numbers, ``[1, *batch, P]``; ``[2, ...]`` with those before refinement."""
+    """Return the guide's parameters, ``[1, *batch, P]``; before refinement, too: ``[2, ...]``."""
     guides = [guide, guide.guide] if isinstance(guide, SemiAmortizedGuide) else [guide]
     # Each from the same random state: the encoder's dropout is the same.
     found = [runs(partial(each.variational_params, latents, call)) for each in guides]
     batch = latents.expand_rows(torch.empty(*call.sizes(latents), 1)).shape[:-1]
-    return torch.stack([numbers.detach().expand(*batch, -1) for numbers in found])
+    return torch.stack([params.detach().expand(*batch, -1) for params in found])
 
 
-def _check_rows(target: LocalBound, numbers: Tensor, noise: Noise, outside: list[str]) -> None:
+def _check_rows(target: LocalBound, params: Tensor, noise: Noise, outside: list[str]) -> None:
     """Raise where a row's density depends on another row's latents.
 
-    A weighted sum over rows has weighted derivatives, if each row has its own.
+    The derivatives of a weighted sum over independent rows are weighted, each by its own row's.
     """
-    with torch.enable_grad():  # away from the modes, where there are no derivatives
-        u = target.family.draw(numbers, noise(target, numbers, 2)).detach().requires_grad_()
+    with torch.enable_grad():  # at draws: at a mode there are no derivatives
+        u = target.family.draw(params, noise(target, params, 2)).detach().requires_grad_()
         rows = target.log_joint(u)
-        # Powers of 2, by which rows can be multiplied without any rounding.
-        number = torch.arange(rows[0, 0].numel(), device=rows.device) % 13
-        weights = (2.0**number).to(rows).view_as(rows[0, 0])
+        # Powers of 2 multiply without rounding.
+        exponent = torch.arange(rows[0, 0].numel(), device=rows.device) % 13
+        weights = (2.0**exponent).to(rows).view_as(rows[0, 0])
         plain = torch.autograd.grad(rows.sum(), u, retain_graph=True)[0]
         weighted = torch.autograd.grad((weights * rows).sum(), u)[0]
     excess = (weighted / weights.unsqueeze(-1) - plain).abs().max()
     if bool(excess > torch.finfo(u.dtype).eps ** 0.5 * plain.abs().max()):
-        cause = f" (the sites {outside} are outside of the rows' plates)" if outside else ""
+        cause = f" (the sites {outside} are outside the rows' plates)" if outside else ""
         raise ValueError(
-            f"The log-density of a row depends on the latents of other rows{cause}, so that it has "
-            "no log p(x) of its own. Put all sites into the plates; call .eval() where a batch "
-            "norm mixes rows; or use a guide without an encoder and without plate=, which has one "
-            "joint distribution over all latents, and one gap."
+            f"The log-density of a row depends on the latents of other rows{cause}. Put all sites "
+            "into the plates, call .eval(), or use a joint guide, without encoder or plate=."
         )
 
 
+class Moments:
+    """The mean of independent terms that come in chunks, ``[s, *any]``, and its standard error."""
+
+    def __init__(self) -> None:
+        self.count, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, terms: Tensor) -> None:
+        """Add a chunk."""
+        self.count += len(terms)
+        self.first = self.first.to(terms) + terms.sum(0)
+        self.second = self.second.to(terms) + terms.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, ``[*any]``."""
+        return self.first / self.count
+
+    @property
+    def error(self) -> Tensor:
+        """The standard error of the mean, ``[*any]``."""
+        variance = (self.second / self.count - self.mean.square()).clamp_min(0)
+        return (variance / max(1, self.count - 1)).sqrt()
+
+
+class ScoreDraws(NamedTuple):
+    """Draws of a candidate: ``[S, J, *batch, D]``, ``[S, J, *batch]`` twice, ``[J, *batch]``."""
+
+    u: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    log_shares: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The ELBO's estimate from each draw of all parts, ``[S, *batch]``."""
+        return (self.log_shares.exp() * (self.log_p - self.log_q)).sum(1)
+
+
+class Scores:
+    """Bounds of C candidates ``[C, *batch, P]``, all from the same noise.
+
+    ``elbo`` are their ELBOs, and ``gain`` the differences to that of the first, ``[C, *batch]``.
+    """
+
+    def __init__(self, target: LocalBound, candidates: Tensor, noise: Noise) -> None:
+        self.target, self.candidates, self.noise = target, candidates, noise
+        self.elbo, self.gain, self.weights = Moments(), Moments(), WeightSums()
+
+    def draw(self, total: int, size: int, evidence: bool = False) -> "Scores":
+        """Draw ``total`` times, ``size`` at once; for the evidence, too, from the first two."""
+        parts = self.target.family.parts
+        count, chunk = math.ceil(total / parts), max(1, size // parts)
+        for begin in range(0, count, chunk):
+            noise = self.noise(self.target, self.candidates[0], min(chunk, count - begin))
+            drawn = [self._drawn(params, noise) for params in self.candidates]
+            elbos = torch.stack([each.elbo for each in drawn], 1)
+            self.elbo.add(elbos)
+            self.gain.add(elbos - elbos[:, :1])
+            if evidence:
+                self.weights.add(self._log_weights(drawn))
+        return self
+
+    def _drawn(self, params: Tensor, noise: Tensor) -> ScoreDraws:
+        family = self.target.family
+        u, log_q = family.scored_draw(params, noise)
+        log_p = self.target.log_joint(u)
+        return ScoreDraws(u, log_p.double(), log_q.double(), family.log_weights(params).double())
+
+    def _log_weights(self, drawn: Sequence[ScoreDraws]) -> Tensor:
+        """Return log-weights for draws from q and q* in equal parts, ``[S, *batch]``."""
+        terms = []
+        for own, params in zip(drawn[:2], self.candidates[:2].flip(0), strict=True):
+            other = self.target.family.log_prob(params, own.u).double()
+            mixed = torch.logaddexp(own.log_q, other) - math.log(2)
+            terms.append((own.log_p - mixed + own.log_shares).logsumexp(1))
+        # The two share their noise, and a draw has one of each part: one term of the mean.
+        return torch.logaddexp(*terms) - math.log(2)
+
+    def best(self) -> Tensor:
+        """Return the best candidate of each row: the first, unless another is clearly better."""
+        gain, error = self.gain.mean, self.gain.error
+        gain = torch.where((gain > CLEAR * error) | gain.isposinf(), gain, 0.0)
+        most, index = gain.max(0)
+        index = torch.where(most > 0, index, 0)
+        return self.candidates.take_along_dim(index[None, ..., None], 0)[0]
+
+
 def _gaps(scores: Scores, rows: tuple[int, ...]) -> Gaps:
-    """Put together what is known of q, q* and, if there is one, the start of a refinement."""
+    """Return the gaps from the scores of q, q* and, if there is one, the start of a refinement."""
     elbo, error = scores.elbo.mean, scores.elbo.error
     evidence = scores.weights.evidence()
     found = (

@@ -168,7 +168,7 @@ class Uniformity(NamedTuple):
 def uniformity(ranks: Tensor, num_draws: int) -> Uniformity:
     """Test whether ranks ``[N, dims]`` among L draws are uniform on 0 .. L, in each dimension.
 
-    The mean and the spread detect a shift and a wrong width with far fewer ranks than the
+    The mean and the spread detect a shift and a wrong width with about half as many ranks as the
     histogram, which detects all else.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The best member of a family for each row: a search for all rows at once, each at its own pace."""
+"""The search for the best member of a family for each row, all rows at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
-from pyro_recursive.tracing.arguments import check_integers
-
-__all__ = ["Noise", "Search"]
+from pyro_recursive.tracing.arguments import check_at_least
 
 DECAYS = (0.9, 0.99)  # of Adam's moments
 EPSILON = 1e-8
@@ -22,14 +20,14 @@ class Noise:
         seed = int(torch.randint(2**62, (), device="cpu"))
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def __call__(self, target: LocalBound, numbers: Tensor, draws: int) -> Tensor:
+    def __call__(self, target: LocalBound, params: Tensor, draws: int) -> Tensor:
         """Return noise for draws of all rows and parts, ``[S, J, *batch, n]``."""
-        family, batch = target.family, numbers.shape[:-1]
+        family, batch = target.family, params.shape[:-1]
         return torch.randn(
             (draws, family.parts, *batch, family.noise_dim),
             generator=self.generator,
-            dtype=numbers.dtype,
-            device=numbers.device,
+            dtype=params.dtype,
+            device=params.device,
         )
 
 
@@ -37,25 +35,22 @@ class Noise:
 class Search:
     """Stochastic gradient ascent on the ELBO of each row, with averages over windows of steps.
 
-    Adam climbs with fresh draws in each step. After each window, the average of a row's numbers in
-    it is compared to its best so far, on 20 S draws that stay the same. Where it is no better by
-    the tolerance, the row goes back to its best, and its step size is halved; where that has
-    happened ``patience`` times in a row, the row rests. The search ends when all rows do.
+    Adam with fresh draws in each step. After each window, the average of a row's parameters in it
+    is compared to its best so far, on 20 S draws that stay the same. Where it is no better by the
+    tolerance, the row goes back to its best, and its step size is halved; after ``patience`` such
+    windows in a row, it stops. The search ends when all rows have stopped.
 
-    Arguments:
-        draws: S, the draws of z in each step (from each part, for mixtures).
-        steps: the most steps there are.
+    Args:
+        draws: S, the draws of z in each step (from each component, for mixtures).
+        steps: the largest number of steps.
         window: the steps of a window.
         patience: how many windows without improvement a row may have.
-        lr: the first step size, in units of the numbers: unconstrained latents, logarithms.
-        tolerance: what counts as an improvement, in nats.
-
-    Raises:
-        ValueError: a number is out of its range.
+        lr: the first step size, in units of the parameters: unconstrained latents, logarithms.
+        tolerance: the smallest improvement, in nats.
 
     >>> Search(draws=0)
     Traceback (most recent call last):
-    ValueError: draws must be at least 1, got 0
+    ValueError: draws must be an integer >= 1, got 0.
     """
 
     draws: int = 10
@@ -66,34 +61,31 @@ class Search:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the settings."""
         counts = ("draws", "steps", "window", "patience")
-        check_integers(**{name: getattr(self, name) for name in counts})
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        check_at_least(1, **{name: getattr(self, name) for name in counts})
         for name in ("lr", "tolerance"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
 
-    def __call__(self, target: LocalBound, numbers: Tensor, noise: Noise) -> Tensor:
-        """Return the best numbers found from a start, ``[*batch, P]`` both."""
-        judge = noise(target, numbers, 20 * self.draws).split(5 * self.draws)
-        best, value = numbers, _value(target, numbers, judge)
-        adam, lr = _Adam(numbers), torch.full_like(value, self.lr)
+    def __call__(self, target: LocalBound, params: Tensor, noise: Noise) -> Tensor:
+        """Return the best parameters found from a start, ``[*batch, P]`` both."""
+        judge = noise(target, params, 20 * self.draws).split(5 * self.draws)
+        best, value = params, _value(target, params, judge)
+        adam, lr = _Adam(params), torch.full_like(value, self.lr)
         failures = torch.zeros_like(value)
         for done in range(0, self.steps, self.window):
             window = min(self.window, self.steps - done)
-            average = torch.zeros_like(numbers)
+            average = torch.zeros_like(params)
             for _ in range(window):
-                gradient = target.gradient(numbers, noise(target, numbers, self.draws))
-                numbers = numbers + lr.unsqueeze(-1) * adam.direction(gradient)
-                average = average + numbers / window
+                gradient = target.gradient(params, noise(target, params, self.draws))
+                params = params + lr.unsqueeze(-1) * adam.direction(gradient)
+                average = average + params / window
             found = _value(target, average, judge)
             better = found > value + self.tolerance  # not where it is not a number
             best = torch.where((found > value).unsqueeze(-1), average, best)
             value = torch.where(found > value, found, value)
-            numbers = torch.where(better.unsqueeze(-1), numbers, best)
+            params = torch.where(better.unsqueeze(-1), params, best)
             failures = torch.where(better, 0.0, failures + 1)
             lr = torch.where(better, lr, lr / 2)
             lr = torch.where(failures < self.patience, lr, 0.0)
@@ -102,20 +94,20 @@ class Search:
         return best
 
 
-def _value(target: LocalBound, numbers: Tensor, noises: Sequence[Tensor]) -> Tensor:
+def _value(target: LocalBound, params: Tensor, noises: Sequence[Tensor]) -> Tensor:
     """Return the ELBO of each row on draws in equal parts, ``[*batch]``."""
-    return torch.stack([target.value(numbers, noise) for noise in noises]).mean(0)
+    return torch.stack([target.value(params, noise) for noise in noises]).mean(0)
 
 
 class _Adam:
-    """The moments of a gradient ``[*batch, P]``; rows do not see each other."""
+    """The moments of a gradient ``[*batch, P]``, each coordinate by itself."""
 
     def __init__(self, like: Tensor) -> None:
         self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
         self.count = 0
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Take a gradient; return a step of about length 1 for each number."""
+        """Add a gradient; return a step of about length 1 in each coordinate."""
         gradient = torch.where(gradient.isfinite(), gradient, 0.0)
         self.count += 1
         self.first = self.first.lerp(gradient, 1 - DECAYS[0])
