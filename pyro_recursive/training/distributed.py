@@ -76,7 +76,7 @@ class DistributedStep:
             return nullcontext()
         return Share(self.plates, self.own_rows, self.rows)
 
-    def meet(self, parameters: Tensors, buffers: Tensors, plates: frozenset[str]) -> None:
+    def sync_initial(self, parameters: Tensors, buffers: Tensors, plates: frozenset[str]) -> None:
         """Start from the first process's parameters, buffers and plates of the rows.
 
         :raises ValueError: another process has other parameters or buffers

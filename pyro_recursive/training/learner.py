@@ -228,7 +228,7 @@ class Learner:
                 plates = row_plates(self.model, self.guide, batch) if first else frozenset()
             self._zero_gradients()
             _copy(self._buffers(), buffers)
-            self.team.meet(self.parameters, self._buffers(), plates)
+            self.team.sync_initial(self.parameters, self._buffers(), plates)
         self.team.watch(self.parameters, self._buffers())
 
     def _differentiate(self, batch: Batch, part: Part | None = None) -> Tensor:
