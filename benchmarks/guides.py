@@ -37,7 +37,7 @@ from benchmarks.guide_report import plot, report
 from benchmarks.report import hardware, write_json
 from pyro_recursive import IWAE_ELBO, fit, log_marginal
 from pyro_recursive.datasets import dynamic_binarize, fixed_binarize, load
-from pyro_recursive.training.non_finite import NonFiniteError
+from pyro_recursive.training.nan_search import NonFiniteError
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from pyro_recursive.datasets import (
 )
 from pyro_recursive.evaluation.information import active_units, rate_of
 from pyro_recursive.evaluation.search import Search
-from pyro_recursive.training.non_finite import NonFiniteError
+from pyro_recursive.training.nan_search import NonFiniteError
 
 EPOCHS = {"digits": 60, "sequences": 6, "sequences-known": 6}  # 5 elsewhere
 SEQUENCES = ("sequences", "sequences-known")

@@ -3,10 +3,9 @@
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.checkpoint import CheckpointError
-from pyro_recursive.training.history import History
+from pyro_recursive.training.history import History, burda_schedule
 from pyro_recursive.training.loop import fit
-from pyro_recursive.training.non_finite import NonFiniteError
-from pyro_recursive.training.schedules import burda_schedule
+from pyro_recursive.training.nan_search import NonFiniteError
 
 __all__ = [
     "Aggressive",

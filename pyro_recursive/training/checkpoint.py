@@ -1,17 +1,20 @@
-"""Checkpoint files and random states, so that a run goes on bit for bit where it stopped.
+"""Checkpoint files: what they hold, how they are written, and whether they fit a call of `fit`.
 
-A file is written whole or not at all, holds only tensors and plain containers, and is read without
-running any code that it might contain.
+A file is replaced as a whole, holds tensors and plain containers only, and loading it runs no code.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Generator, Tensor
 from torch.optim import Optimizer
@@ -19,100 +22,87 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 
-__all__ = ["CheckpointError", "forked_rng", "load", "random_state", "save", "set_random_state"]
-
-FORMAT = 1  # raised whenever a file of the older kind could no longer be read
+FORMAT = 1  # to be raised when files of the former kind can no longer be read
+SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optimisers; same results
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint file cannot be read, or belongs to another program."""
+    """A checkpoint file cannot be read, or does not fit the call that resumes from it."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file, which holds the old or the new state whole, whatever happens.
+    """Write a state to a file; if that fails, the old file stays as it was.
 
-    The state goes to ``path + ".tmp"`` in the same folder (a rename is atomic only within one file
-    system) and from there, once on the disk, takes the place of the old file.
+    The state is written to ``path + ".tmp"``, which is then renamed. Missing folders are made.
 
-    :param path: the file; missing folders are made
-    :param state: tensors and plain containers (dict, list, tuple, str, numbers, None)
-    :raises OSError: the file cannot be written; the old one is left as it was
+    Args:
+        path: the file.
+        state: tensors and plain containers (dict, list, tuple, str, numbers, None).
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "run.pt"
-    >>> save(path, {"loc": torch.ones(2)})
-    >>> load(path)["loc"]
-    tensor([1., 1.])
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+        >>> save(path, {"loc": torch.ones(2)})
+        >>> load(path)["loc"]
+        tensor([1., 1.])
     """
     write_whole(path, {"format": FORMAT, **state}, path.with_name(path.name + ".tmp"))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, all tensors on the CPU.
+    """Read a file of `save`, with all tensors on the CPU.
 
-    :raises CheckpointError: the file is truncated, damaged, or no checkpoint of this package
+    Raises:
+        CheckpointError: the file is truncated, damaged, or no checkpoint of this package.
     """
     remedy = "Restore it from a copy, or delete it to start afresh."
     state = read_whole(path, CheckpointError, f"Checkpoint '{path}' cannot be read: {{}}. {remedy}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        got = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"'{path}' is no checkpoint of format {FORMAT} written by fit (got {got!r}). {remedy}"
-        )
+        raise CheckpointError(f"'{path}' is no checkpoint of format {FORMAT}. {remedy}")
     return state
 
 
-def check_tensors(
-    path: Path, kind: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]
-) -> None:
-    """Raise where the names, shapes or dtypes of two sets of tensors differ.
+def check_same(path: Path, saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Raise where the entries of a file differ from those of the call that resumes.
 
-    :raises CheckpointError: naming the file, and each tensor with what is there and what should be
+    Raises:
+        CheckpointError: names the file, and each entry with both values.
     """
-    problems = [
-        f"'{name}': {_outline(saved.get(name))} in the file, {_outline(live.get(name))} in the "
-        "program"
-        for name in [*saved, *(live.keys() - saved.keys())]
-        if _outline(saved.get(name)) != _outline(live.get(name))
+    differences = [
+        f"{name} is {saved.get(name, 'missing')!r} in the file, {live.get(name, 'missing')!r} here"
+        for name in dict.fromkeys([*saved, *live])
+        if saved.get(name, "missing") != live.get(name, "missing")
     ]
-    if problems:
+    if differences:
         raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the {kind} of model and guide: "
-            f"{'; '.join(problems)}. Use the model and guide that wrote it, or another file."
+            f"Checkpoint '{path}' does not fit this call: {'; '.join(differences)}. Resume with "
+            "the model, guide, data and options that wrote it, or use another file."
         )
 
 
-def check_generators(path: Path, state: Mapping[str, Any], live: Collection[Generator]) -> None:
-    """Raise where a file has another number of data orders than the program.
+def check_settings(path: Path, saved: Mapping[str, Any] | None, live: Mapping[str, Any]) -> None:
+    """Raise where settings differ; files that are older than a setting are not checked for it.
 
-    :raises CheckpointError: naming the file and both numbers
+    No seed in the call is never a difference: the file has the random states.
+
+    Raises:
+        CheckpointError: names the file, and each setting with both values.
     """
-    if len(state["generators"]) != len(live):
-        raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the data: it holds {len(state['generators'])} "
-            f"generators of their order, the program has {len(live)}. Use the data, batch_size, "
-            "shuffle and aggressive of the run that wrote it, or another file."
-        )
+    known = saved or {}
+    free = {"seed"} if live.get("seed") is None else set()
+    common = [name for name in live if name in known and name not in free]
+    check_same(path, {name: known[name] for name in common}, {name: live[name] for name in common})
 
 
-def check_processes(path: Path, state: Mapping[str, Any], count: int) -> None:
-    """Raise where a file was written by another number of processes.
-
-    :raises CheckpointError: naming the file and both numbers
-    """
-    written = 1 + len(state.get("other processes", ()))
-    if written != count:
-        raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the processes: {written} wrote it, and there are "
-            f"{count}. Random states and shares of the batches are those of each process. Start "
-            f"{written}, or use another file."
-        )
-
-
-def _outline(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "missing"
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def outline(tensors: Mapping[str, Tensor], kind: str) -> dict[str, str]:
+    """Return dtype and shape of each tensor, under ``"kind 'name'"``."""
+    return {
+        f"{kind} '{name}'": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        for name, tensor in tensors.items()
+    }
 
 
 def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
@@ -120,14 +110,14 @@ def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     state: dict[str, Any] = get_rng_state()
     kind, keys, *rest = state["numpy"]
     state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
-    # Asking an idle CUDA for its state would start it up.
+    # To read the state of a CUDA that is not in use would initialise it.
     state["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state["generators"] = [generator.get_state() for generator in generators]
     return state
 
 
 def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
-    """Set all random states from what `random_state` returned."""
+    """Set all random states from a result of `random_state`."""
     kind, keys, *rest = state["numpy"]
     numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
     set_rng_state({"torch": state["torch"], "random": state["random"], "numpy": numpy_state})
@@ -140,13 +130,14 @@ def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] =
 
 @contextmanager
 def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) -> Iterator[None]:
-    """Leave no trace of the block's random draws; start the block from a seed, if given.
+    """Restore all random states after the block, which starts from a seed if one is given.
 
-    >>> state = torch.get_rng_state()
-    >>> with forked_rng(seed=0):
-    ...     draw = torch.rand(3)
-    >>> torch.equal(torch.get_rng_state(), state)
-    True
+    Example:
+        >>> state = torch.get_rng_state()
+        >>> with forked_rng(seed=0):
+        ...     draw = torch.rand(3)
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
     """
     generators = list(generators)
     before = random_state(generators)
@@ -159,28 +150,64 @@ def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) ->
 
 
 def state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:
-    """Return the state and the class of an optimiser or scheduler."""
+    """Return the class and the state of an optimiser or a scheduler."""
     if owner is None:
         return None
     return {"class": type(owner).__name__, "state": owner.state_dict()}
 
 
-def set_state_of(
+def load_state_of(
     owner: Optimizer | LRScheduler | None, path: Path, kind: str, saved: dict[str, Any] | None
 ) -> None:
-    """Load the state of an optimiser or scheduler of the same class.
+    """Load the state of an optimiser or a scheduler of the same class.
 
-    :raises CheckpointError: it is of another class, or has other parameter groups
+    Raises:
+        CheckpointError: it is of another class, or has other parameter groups.
     """
-    got, expected = type(owner).__name__, saved["class"] if saved else "NoneType"
-    problem = f"it was {expected}, now {got}" if got != expected else None
+    names = [saved and saved["class"], owner and type(owner).__name__]
+    check_same(path, *({kind: name} for name in names))
     try:
-        if owner is not None and saved is not None and problem is None:
+        if owner is not None and saved is not None:
             owner.load_state_dict(saved["state"])
     except ValueError as error:
-        problem = str(error)
-    if problem:
         raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the {kind}: {problem}. Use the {kind} of the run "
-            "that wrote it, or another file."
-        )
+            f"Checkpoint '{path}' does not fit the {kind}: {error}. Resume with the {kind} that "
+            "wrote it, or use another file."
+        ) from error
+
+
+def optimizer_options(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the learning rate and all else that an optimiser was made with."""
+    return {k: plain(v) for k, v in optimizer.defaults.items() if k not in SPEED_OPTIONS}
+
+
+def options_of(loss: ELBO) -> dict[str, Any]:
+    """Return the attributes of a loss that are arguments of its constructors."""
+    attributes = vars(loss)
+    names = {
+        name
+        for kind in type(loss).__mro__
+        if "__init__" in vars(kind) and kind is not object
+        for name in inspect.signature(vars(kind)["__init__"]).parameters
+    }
+    # Pyro's losses set the nesting themselves, in their first call.
+    names -= {"self", "max_plate_nesting", "max_iarange_nesting"}
+    found = {name: attributes.get(name, attributes.get(f"_{name}", ...)) for name in sorted(names)}
+    return {name: plain(value) for name, value in found.items() if value is not ...}
+
+
+def plain(value: Any) -> Any:
+    """Return a value in plain types, which are the same in each process and in each run."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Real):  # NumPy's numbers too: weights_only=True does not load these
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [plain(each) for each in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        inside = ", ".join(f"{name}={each!r}" for name, each in named.items())
+        return named.get("name") or f"{type(value).__qualname__}({inside})"
+    return getattr(value, "__qualname__", type(value).__qualname__)

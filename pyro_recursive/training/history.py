@@ -1,35 +1,39 @@
-"""What `fit` records, epoch by epoch."""
+"""What `fit` records epoch by epoch, and a learning-rate schedule in epochs."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
-__all__ = ["History"]
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(repr=False)
 class History:
-    """What `fit` recorded: lists with one entry per epoch, ``json.dumps(asdict(history))`` works.
+    """The record of `fit`: lists with one entry per epoch; ``json.dumps(asdict(history))`` works.
 
-    ``loss`` is the mean over the epoch's batches of what the loss returned before each step, in
-    nats: of the full data where the model's plate knows their size (``pyro.plate("data", size,
-    subsample=batch)``), of the batch where it does not. During KL warm-up it is the weighted loss.
-    ``validation`` is the same mean over the validation batches, never weighted, None in an epoch
-    without validation. ``rows`` and ``validation_rows`` are the mean rows of a batch: where the
-    plate is the batch, ``loss / rows`` is per datum. ``learning_rate`` is the first parameter
-    group's in that epoch; ``seconds`` the epoch's duration; ``steps`` the steps since the start,
-    one for each batch.
+    Attributes:
+        epoch: 1, 2, ...
+        loss: mean over the epoch's batches of what the loss returned before each step, in nats;
+            weighted during KL warm-up. It is of the full data where the model's plate states their
+            size, of a batch where it does not; then ``loss / rows`` is per datum.
+        validation: the same mean over the validation batches, never weighted; None without.
+        rows, validation_rows: mean rows of a batch.
+        learning_rate: that of the first parameter group in the epoch.
+        seconds: duration of the epoch.
+        steps: steps since the start, one for each batch.
+        aggressive: whether the epoch was aggressive, see `Aggressive`.
+        guide_steps: steps of the guide alone since the start.
+        mutual_information: measured after an aggressive epoch, in nats; None elsewhere.
+        stopped_early: whether ``patience`` ended the training.
 
-    ``aggressive`` says whether the epoch was, see `Aggressive`: its steps were the model's alone,
-    each after some of the guide alone. ``guide_steps`` counts these since the start: what the phase
-    costs. ``mutual_information`` was measured after the epoch, in nats; None elsewhere.
-
-    >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
-    >>> history.best_epoch
-    1
-    >>> history
-    History(2 epochs; 0.0 s; loss 2.00; validation 5.00; best 4.00 in epoch 1)
+    Example:
+        >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
+        >>> history
+        History(2 epochs; 0.0 s; loss 2.00; validation 5.00; best 4.00 in epoch 1)
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -53,13 +57,13 @@ class History:
         return self.epoch[values.index(best)] if best < math.inf else None
 
     def out_of_patience(self, patience: float | None) -> bool:
-        """Whether ``patience`` epochs, up to a validation just done, brought no better one."""
+        """Return whether the last validation was the ``patience``-th epoch without a better one."""
         if patience is None or not self.validation or self.validation[-1] is None:
             return False
         return len(self.epoch) - (self.best_epoch or 0) >= patience
 
     def __repr__(self) -> str:
-        """Say in a line how it went; the fields have the rest."""
+        """Return a summary in one line."""
         if not self.epoch:
             return "History(no epochs)"
         parts = [
@@ -78,16 +82,43 @@ class History:
 
     @classmethod
     def restored(cls, recorded: Mapping[str, Any]) -> "History":
-        """Return a history from its ``asdict``, which may be older than aggressive training."""
+        """Return a history from its ``asdict``, also from one without aggressive training."""
         epochs = len(recorded["epoch"])
-        none = {
+        missing = {
             "aggressive": [False] * epochs,
             "guide_steps": [0] * epochs,
             "mutual_information": [None] * epochs,
         }
-        return cls(**{**none, **recorded})
+        return cls(**{**missing, **recorded})
 
 
 def _batches_of(rows: list[float]) -> str:
-    """Say how many rows a loss is of, where its plate is the batch."""
     return f" (batches of {rows[0]:.4g} rows)" if rows else ""
+
+
+def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
+    r"""Return a schedule that multiplies the learning rate by :math:`10^{-i/7}` in stage i.
+
+    Stage i = 0, 1, ... lasts :math:`3^i` epochs: the rate changes after epochs 1, 4, 13, 40, 121,
+    364 and 1093, and stays at its last value. Step it once per epoch, as `fit` does.
+
+    Args:
+        optimizer: any torch optimiser; the paper uses Adam(lr=1e-3, eps=1e-4).
+        num_stages: at least 1; eight take ``(3**8 - 1) / 2 = 3280`` epochs.
+
+    Reference: 'Importance Weighted Autoencoders' (Burda et al., arXiv 1509.00519).
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        >>> scheduler = burda_schedule(optimizer, num_stages=2)
+        >>> for epoch in range(2):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> [round(rate, 6) for rate in scheduler.get_last_lr()]
+        [0.00072]
+    """
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be at least 1, got {num_stages}.")
+    ends = list(accumulate(3**stage for stage in range(num_stages)))
+    return LambdaLR(optimizer, lambda epoch: 10 ** -(bisect_right(ends[:-1], epoch) / 7))

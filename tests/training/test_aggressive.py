@@ -23,8 +23,7 @@ from pyro_recursive.evaluation.information import mutual_information
 from pyro_recursive.training import Aggressive, History, NonFiniteError, fit
 from pyro_recursive.training import aggressive as module
 from pyro_recursive.training.aggressive import Blocks
-from pyro_recursive.training.held_out import HeldOut
-from pyro_recursive.training.minibatches import Minibatches
+from pyro_recursive.training.data import Minibatches
 from tests.oracles import training as ordinary
 from tests.oracles.bitwise import same
 from tests.oracles.training import interrupt_at, outcome, run, store
@@ -426,18 +425,18 @@ def test_workers_that_persist_are_refused() -> None:
 
 def test_validation_rows() -> None:
     x, y = torch.arange(10.0), torch.arange(10)
-    held_out = HeldOut((x, y), batch_size=3)
-    first = held_out.rows(4)
-    assert same(first, held_out.rows(4))
+    held_out = Minibatches((x, y), 3, shuffle=False)
+    first = held_out.choose(4)
+    assert same(first, held_out.choose(4))
     assert torch.equal(first[0].long(), first[1])
     assert len(set(first[1].tolist())) == 4
-    assert same(held_out.rows(99), (x, y))
-    batches = HeldOut(DataLoader(TensorDataset(x, y), 3), batch_size=3)
-    assert same(batches.rows(4), (x[:4], y[:4]))
-    assert same(batches.rows(99), (x, y))
-    listed = HeldOut(DataLoader([(torch.ones(2), "a")], 1), batch_size=None)
-    with pytest.raises(ValueError, match=r"batches hold a (tuple|list|str) without"):
-        listed.rows(2)
+    assert same(held_out.choose(99), (x, y))
+    batches = Minibatches(DataLoader(TensorDataset(x, y), 3))
+    assert same(batches.choose(4), (x[:4], y[:4]))
+    assert same(batches.choose(99), (x, y))
+    listed = Minibatches(DataLoader([(torch.ones(2), "a")], 1))
+    with pytest.raises(ValueError, match=r"batches of data hold a (tuple|list|str) without"):
+        listed.choose(2)
 
 
 # --- Interrupted and resumed
@@ -573,7 +572,6 @@ def fixed_guide(x: Tensor) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no validation": ({"validation": None}, ValueError, "Pass validation data"),
-    "kind": ({"aggressive": True}, TypeError, r"must be an Aggressive, got True"),
     "model": ({"model": ordinary_model}, ValueError,
               "the model has no parameters of its own.*are the guide's.*loc, log_scale"),
     "guide": ({"guide": fixed_guide}, ValueError, "the guide has no parameters of its own"),
@@ -603,8 +601,8 @@ def test_what_cannot_be_aggressive_says_so_at_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"max_steps": -1}, "max_steps must be at least 0, got -1"),
-        ({"check_every": 0}, "check_every must be at least 1, got 0"),
+        ({"max_steps": -1}, "max_steps must be an integer >= 0, got -1"),
+        ({"check_every": 0}, "check_every must be an integer >= 1, got 0"),
         ({"patience": 0}, "patience must be"),
         ({"rows": 0}, "rows must be"),
         ({"draws": 0}, "draws must be"),

@@ -8,21 +8,31 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["FirstNonFiniteSite", "NonFiniteError", "message_of", "non_finite", "non_finite_data"]
-
 
 class NonFiniteError(FloatingPointError):
-    """The loss or its gradient is NaN or infinite; the message says where that first appears."""
+    """The loss or its gradient is NaN or infinite; the message names where that first arises."""
+
+    @classmethod
+    def at(cls, places: Sequence[str], step: str) -> "NonFiniteError":
+        """Return the error of a step, with the places that `non_finite` and a site's search found.
+
+        The parameters are unchanged only if each step is checked.
+        """
+        return cls(
+            f"The loss or its gradient is not finite in {step}: "
+            f"{'; '.join(places) or 'only the sum overflows'}. "
+            "Check the data and scales near 0, lower the learning rate, or set clip_norm; "
+            "check_every=1 finds the first such step."
+        )
 
 
 class FirstNonFiniteSite(Messenger):
-    """Notes the first sample site at which something is NaN or infinite.
+    """Finds the first sample site with a NaN or an infinity.
 
-    A log-density of -inf is legal for some of many samples: it is blamed if nothing else is.
+    A log-density of -inf is reported only if nothing else is found: a sample may have it.
     """
 
     def __init__(self) -> None:
-        """Start with nothing found."""
         super().__init__()
         self._certain: str | None = None
         self._suspect: str | None = None
@@ -30,11 +40,11 @@ class FirstNonFiniteSite(Messenger):
 
     @property
     def first(self) -> str | None:
-        """Where and what it is, None for nowhere."""
+        """The site and what is not finite there; None if all is finite."""
         return self._certain or self._suspect
 
     def _pyro_sample(self, msg: Any) -> None:
-        # As the outermost handler it comes last here: what is done by now was replayed.
+        # This is the outermost handler and comes last here: a replayed value is there already.
         replayed = msg["done"] or msg["is_observed"]
         (self._replayed.add if replayed else self._replayed.discard)(msg["name"])
 
@@ -50,7 +60,7 @@ class FirstNonFiniteSite(Messenger):
 
 
 def _fault(site: Any) -> str | None:
-    """Say what is not finite at a site; what a mask hides does not count."""
+    """Return what is not finite at a site; entries under a mask do not count."""
     mask = site["mask"]
     if mask is None or mask is True:
         for name, parameter in _distribution_tensors(site["fn"]):
@@ -63,11 +73,14 @@ def _fault(site: Any) -> str | None:
     density = torch.as_tensor(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
     if isinstance(mask, Tensor):
         density = torch.where(mask, density, 0.0)
-    return None if torch.isfinite(density).all() else f"log_prob is {_worst(density)}"
+    if torch.isfinite(density).all():
+        return None
+    kinds = {"NaN": density.isnan(), "-inf": density == -torch.inf, "inf": density == torch.inf}
+    return f"log_prob is {next(kind for kind, where in kinds.items() if where.any())}"
 
 
 def _distribution_tensors(fn: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a distribution, or what it wraps, holds."""
+    """Yield the tensors of a distribution and of the distributions inside it."""
     for name, value in vars(fn).items():
         if isinstance(value, Tensor):
             yield name, value
@@ -75,14 +88,8 @@ def _distribution_tensors(fn: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _distribution_tensors(value)
 
 
-def _worst(values: Tensor) -> str:
-    if values.isnan().any():
-        return "NaN"
-    return "-inf" if (values < 0).logical_and(values.isinf()).any() else "inf"
-
-
 def non_finite(kind: str, tensors: Mapping[str, Any]) -> list[str]:
-    """Name the tensors that are not finite."""
+    """Return the names of the tensors that are not finite."""
     return [
         f"{kind} '{name}'"
         for name, tensor in tensors.items()
@@ -91,16 +98,5 @@ def non_finite(kind: str, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def non_finite_data(batch: Sequence[Any]) -> list[str]:
-    """Name the tensors of a batch that are not finite, by their place."""
-    return non_finite("data tensor", {str(number): column for number, column in enumerate(batch)})
-
-
-def message_of(places: Sequence[str], step: str) -> str:
-    """Say in which step something is not finite, where, and what to do about it."""
-    return (
-        f"The loss or its gradient is not finite in {step}. "
-        f"First NaN or infinity: {'; '.join(places) or 'only the sum overflows'}. "
-        "Clean or mask the data if the cause is there; else lower the learning rate, set "
-        "clip_norm, or keep scales away from 0. With check_every=1 no parameter has changed in "
-        "this step; without, the cause may lie some steps back."
-    )
+    """Return the positions of the tensors of a batch that are not finite."""
+    return non_finite("data tensor", {str(i): column for i, column in enumerate(batch)})

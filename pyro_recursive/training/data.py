@@ -8,35 +8,37 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
-from pyro_recursive.tracing.arguments import check_integers
-
-__all__ = ["Batch", "Data", "Minibatches"]
+from pyro_recursive.tracing.arguments import check_at_least
 
 Batch: TypeAlias = tuple[Any, ...]
 Data: TypeAlias = Tensor | Sequence[Tensor] | DataLoader
+
+CHOICE_SEED = 0  # of the rows that `Minibatches.choose` returns
 
 
 class Minibatches:
     """The batches of an epoch, anew at each iteration: tuples of the arguments of model and guide.
 
-    :param data: a tensor, a tuple of tensors with the same number of rows, or a DataLoader, whose
-        batches are used as they come
-    :param batch_size: rows per batch (the last may have fewer); None gives all rows in one, as they
-        stand
-    :param shuffle: whether to draw another order of the rows each time
-    :param transform: maps the tensors of a batch to a tensor or a tuple of tensors
-    :param name: what messages call the data
-    :param even: whether to leave out a last batch of fewer rows than the others
-    :param processes: share the rows of each batch of tensors, in the same order of the data; the
-        last batch may have no row for some, and is not transformed there. A DataLoader is each
-        process's own
-    :raises TypeError: data are of another kind
-    :raises ValueError: no data, tensors of different lengths, a batch size below 1, a DataLoader
-        with the same data in each of several processes
+    Args:
+        data: a tensor, a tuple of tensors with the same number of rows, or a DataLoader, whose
+            batches are used as they are.
+        batch_size: rows per batch (the last may have fewer); None gives all rows in order.
+        shuffle: whether to draw another order of the rows each time.
+        transform: maps the tensors of a batch to a tensor or a tuple of tensors.
+        name: what messages call the data.
+        even: whether to leave out a last batch of fewer rows than the others.
+        processes: share the rows of each batch of tensors; some may have no row of the last batch,
+            which is then not transformed. A DataLoader is each process's own.
 
-    >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
-    >>> [len(rows) for rows, _ in batches]
-    [2, 1]
+    Raises:
+        TypeError: the data are of another kind.
+        ValueError: the data are empty, their lengths differ, or a DataLoader gives the same rows
+            to several processes.
+
+    Example:
+        >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
+        >>> [len(rows) for rows, _ in batches]
+        [2, 1]
     """
 
     def __init__(
@@ -53,14 +55,12 @@ class Minibatches:
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         self.batch_size, self.transform, self.name = batch_size, transform, name
         self.even, self.processes = even, processes or ProcessGroup()
-        _check_batch_size(batch_size, self.data)
-        if self.processes.count > 1:
-            _check_sampler(self.data, name)
-        if self.count == 0:
-            raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")
+        check_at_least(1, batch_size=batch_size)
+        if isinstance(data, DataLoader):
+            _check_loader(data, batch_size, name, shared=self.processes.count > 1)
         self.order: Generator | None = None
         if shuffle and batch_size is not None:
-            # One draw, so that pyro.set_rng_seed decides the order and the order nothing else.
+            # The global random state decides the order by this one draw, and nothing else of it.
             drawn = int(torch.randint(2**62, (), device="cpu"))
             self.order = Generator("cpu").manual_seed(
                 self.processes.from_first(drawn, f"the order of {name}")
@@ -71,32 +71,26 @@ class Minibatches:
         """The generators that decide the order of the data, other than the global one."""
         if not isinstance(self.data, DataLoader):
             return [self.order] if self.order is not None else []
-        sampler, batch_sampler = self.data.sampler, self.data.batch_sampler
-        owners = (self.data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        owners = (self.data, self.data.sampler, *_samplers(self.data))
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(each): each for each in found if isinstance(each, Generator)}.values())
 
     @property
     def count(self) -> int | None:
-        """The number of batches; None where a DataLoader does not know it."""
+        """The number of batches; None where a DataLoader has no length."""
         if not isinstance(self.data, DataLoader):
-            return len(self._parts(self.data))
-        try:
-            return len(self.data)
-        except TypeError:
-            return None
+            return len(self._slices(self.data))
+        return _length(self.data)
 
     @property
     def rows(self) -> int | None:
-        """The rows of an epoch, of all processes; None where a DataLoader does not know them."""
+        """The rows of an epoch, of all processes; None where a DataLoader has no length."""
         if not isinstance(self.data, DataLoader):
             return len(self.data[0])
         sampler = self.data.sampler
         sized = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
-        try:  # a data set without a batch sampler holds batches, not rows
-            return None if self.data.batch_sampler is None else len(sized)  # type: ignore[arg-type]
-        except TypeError:
-            return None
+        # Without a batch sampler the entries of the data set are batches.
+        return None if self.data.batch_sampler is None else _length(sized)
 
     @property
     def size(self) -> int | None:
@@ -104,11 +98,12 @@ class Minibatches:
         return self.data.batch_size if isinstance(self.data, DataLoader) else self.batch_size
 
     def again(self) -> "Minibatches":
-        """Return random batches of the same data and of one size, to be drawn beside these.
+        """Return shuffled batches of the same data and of one size, independent of these.
 
-        A DataLoader stays as it is, and is iterated twice at the same time.
+        A DataLoader is iterated twice at the same time.
 
-        :raises ValueError: a DataLoader whose workers persist, and serve one iteration at a time
+        Raises:
+            ValueError: a DataLoader has workers that persist, and serve one iteration at a time.
         """
         if not isinstance(self.data, DataLoader):
             return Minibatches(
@@ -116,29 +111,59 @@ class Minibatches:
             )
         if self.data.num_workers and self.data.persistent_workers:
             raise ValueError(
-                f"The workers of DataLoader {self.name} persist, and it can be iterated only once "
-                "at a time. Set persistent_workers=False, or give the data as tensors."
+                f"The workers of DataLoader {self.name} persist, but two iterations are needed at "
+                "once. Set persistent_workers=False."
             )
         return self
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, transformed."""
         data = self.data
-        for batch in data if isinstance(data, DataLoader) else self._rows(data):
+        for batch in data if isinstance(data, DataLoader) else self._shares(data):
             if self.transform is None or (self.processes.count > 1 and not rows_of(batch)):
                 yield _as_tuple(batch)
             else:
                 yield _as_tuple(self.transform(*_as_tuple(batch)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler of several processes which order it is to draw."""
+        """Set the epoch of a DataLoader's sampler where there are several processes."""
         if self.processes.count > 1 and isinstance(self.data, DataLoader):
             for sampler in _samplers(self.data):
                 if isinstance(sampler, DistributedSampler):
                     sampler.set_epoch(epoch)
 
-    def _parts(self, columns: Batch) -> list[slice]:
-        """Return which places of the order each batch of the columns has, in this process."""
+    def choose(self, count: int) -> Batch:
+        """Return one batch of ``count`` rows, or of all rows if there are fewer.
+
+        The rows of tensors are chosen at random, the same each time; a DataLoader's are its first.
+
+        Raises:
+            ValueError: the batches of a DataLoader are not tensors with rows.
+        """
+        if isinstance(self.data, DataLoader):
+            return self._first(count)
+        if count >= len(self.data[0]):
+            return tuple(self.data)
+        generator = Generator("cpu").manual_seed(CHOICE_SEED)
+        order = torch.randperm(len(self.data[0]), generator=generator, device="cpu")
+        return tuple(column[order[:count].to(column.device)] for column in self.data)
+
+    def _first(self, count: int) -> Batch:
+        found: list[Batch] = []
+        for batch in self:
+            found.append(batch)
+            for column in batch:
+                if not isinstance(column, Tensor) or column.dim() == 0:
+                    raise ValueError(
+                        f"The batches of {self.name} hold a {type(column).__name__} without rows, "
+                        f"and many rows are needed at once. Give {self.name} as tensors."
+                    )
+            if sum(map(rows_of, found)) >= count:
+                break
+        return tuple(torch.cat(column)[:count] for column in zip(*found, strict=True))
+
+    def _slices(self, columns: Batch) -> list[slice]:
+        """Return the positions in the order that each batch has in this process."""
         rows = len(columns[0])
         size = self.batch_size or rows
         end = rows - rows % size if self.even and rows > size else rows
@@ -148,17 +173,18 @@ class Minibatches:
         own = self.processes.share(stop - start)
         return slice(start + own.start, start + own.stop)
 
-    def _rows(self, columns: Batch) -> Iterator[Batch]:
-        """Yield slices of the columns, in order or in a new random order."""
+    def _shares(self, columns: Batch) -> Iterator[Batch]:
+        """Yield this process's rows of each batch, in order or in a new random order."""
         if self.batch_size is None and self.processes.count == 1:
             yield columns
             return
+        slices = self._slices(columns)
         if self.order is None:
-            yield from (tuple(column[part] for column in columns) for part in self._parts(columns))
+            yield from (tuple(column[part] for column in columns) for part in slices)
             return
         order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
         orders = [order.to(column.device) for column in columns]  # one transfer per epoch
-        for part in self._parts(columns):
+        for part in slices:
             yield tuple(column[own[part]] for column, own in zip(columns, orders, strict=True))
 
 
@@ -178,19 +204,18 @@ def _columns(data: Any, name: str) -> Batch:
     for column in columns:
         if not isinstance(column, Tensor):
             raise TypeError(
-                f"{name} must be a tensor, a tuple of tensors or a torch DataLoader, got "
-                f"{type(column).__name__}. Convert arrays with torch.as_tensor; bind other "
-                "arguments of model and guide with functools.partial."
+                f"{name} must be tensors or a torch DataLoader, got {type(column).__name__}. "
+                "Convert arrays with torch.as_tensor, bind other arguments with functools.partial."
             )
         if column.dim() == 0:
             raise ValueError(f"{name} has a scalar tensor, which has no rows. Give it a dimension.")
-    lengths = [column.shape[0] for column in columns]
+    lengths = [len(column) for column in columns]
     if not lengths or 0 in lengths:
         raise ValueError(f"{name} is empty: lengths {lengths}. Pass at least one row.")
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"The tensors of {name} have different lengths {lengths}. Give each the same number of "
-            "rows; bind what is no data with functools.partial."
+            f"The tensors of {name} have lengths {lengths}. Give each the same number of rows; "
+            "bind other arguments with functools.partial."
         )
     return columns
 
@@ -201,24 +226,22 @@ def _samplers(loader: DataLoader) -> list[Any]:
     return [loader.sampler] if batches is None else [batches, getattr(batches, "sampler", None)]
 
 
-def _check_sampler(data: Any, name: str) -> None:
-    """Raise where a DataLoader's sampler is known to give each process all data."""
-    whole = (RandomSampler, SequentialSampler)
-    if isinstance(data, DataLoader) and type(_samplers(data)[-1]) in whole:
-        raise ValueError(
-            f"DataLoader {name} gives the same rows to each of several processes. Give it sampler="
-            "torch.utils.data.DistributedSampler(dataset) and its share of the batch as "
-            "batch_size, or pass tensors."
-        )
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:
+        return None
 
 
-def _check_batch_size(batch_size: int | None, data: Any) -> None:
-    check_integers(batch_size=batch_size)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(
-            f"batch_size must be at least 1, or None for the full batch, got {batch_size}."
-        )
-    if batch_size is not None and isinstance(data, DataLoader):
+def _check_loader(loader: DataLoader, batch_size: int | None, name: str, shared: bool) -> None:
+    if batch_size is not None:
         raise ValueError(
             f"batch_size={batch_size} has no effect on a DataLoader. Give it to the DataLoader."
         )
+    if shared and type(_samplers(loader)[-1]) in (RandomSampler, SequentialSampler):
+        raise ValueError(
+            f"DataLoader {name} gives the same rows to each process. Give it a DistributedSampler "
+            "and a process's share of the batch as batch_size, or pass tensors."
+        )
+    if _length(loader) == 0:
+        raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")
