@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.report import hardware, table, write_json
 from pyro_recursive import MIWAE_ELBO
-from pyro_recursive.evaluation.gradients.signal_to_noise import signal_to_noise
+from pyro_recursive.evaluation.snr import signal_to_noise
 
 DIM, POINTS = 20, 16
 ROWS_PER_PASS = 200_000  # copies times samples times data

@@ -13,13 +13,6 @@ from pyro_recursive.evaluation.draws import (
 )
 from pyro_recursive.evaluation.evidence import Evidence, log_marginal
 from pyro_recursive.evaluation.gaps import Gaps, gaps
-from pyro_recursive.evaluation.gradients import (
-    SignalToNoise,
-    SNRSweep,
-    gradient_snr,
-    gradient_snr_sweep,
-    signal_to_noise,
-)
 from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
 from pyro_recursive.evaluation.information import (
     ActiveUnits,
@@ -41,6 +34,13 @@ from pyro_recursive.evaluation.plots import (
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.evaluation.ranks import Calibration
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits
+from pyro_recursive.evaluation.snr import (
+    SignalToNoise,
+    SNRSweep,
+    gradient_snr,
+    gradient_snr_sweep,
+    signal_to_noise,
+)
 
 __all__ = [
     "PSIS",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_match, check_subsampling
-from pyro_recursive.tracing.isolation import Unnoticed, set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program, rows_needed
 from pyro_recursive.tracing.runs import run_particles
@@ -154,23 +153,26 @@ def gaps(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("gaps takes gradients: use torch.no_grad() at most.")
     _check_guide(guide)
-    runs = Unnoticed()
+    shared = SharedNoise()
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)
         program = Program(model, guide, args, kwargs)
-        outside = runs(lambda: _outside(program, latents))
-        size = chunk_size or runs(lambda: particles_per_chunk(program))
-        family, own = guide.row_family(latents), _own(guide, latents, call, runs)
-        target = LocalBound(model, latents, call, family, guide.nesting, runs=runs)
+        with isolated(noise=shared):
+            outside = _outside(program, latents)
+        if chunk_size is None:
+            with isolated(noise=shared):
+                chunk_size = particles_per_chunk(program)
+        family, own = guide.row_family(latents), _own(guide, latents, call, shared)
+        target = LocalBound(model, latents, call, family, guide.nesting, shared_noise=shared)
         noise, search = Noise(own.device), search or Search()
-        state = torch_state()  # runs of the model set it back
+        state = random_state()  # runs of the model set it back
         _check_rows(target, own[0], noise, outside)
         starts = (own[0], family.start(own.new_zeros(*own.shape[1:-1], latents.size)))
         found = torch.stack([*own, *(search(target, start, noise) for start in starts)])
-        best = Scores(target, found, noise).draw(num_particles, size).best()
+        best = Scores(target, found, noise).draw(num_particles, chunk_size).best()
         shown = torch.stack([own[0], best, *own[1:]])
-        scores = Scores(target, shown, noise).draw(num_particles, size, evidence=True)
-        set_torch_state(state)
+        scores = Scores(target, shown, noise).draw(num_particles, chunk_size, evidence=True)
+        set_random_state(state)
     return _gaps(scores, call.sizes(latents))
 
 
@@ -206,11 +208,14 @@ def _outside(program: Program, latents: LatentBlock) -> list[str]:
     return [site["name"] for site in sites(runs[0].model) if not rows <= set(plates_of(site))]
 
 
-def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, runs: Unnoticed) -> Tensor:
+def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, shared: SharedNoise) -> Tensor:
     """Return the guide's parameters, ``[1, *batch, P]``; before refinement, too: ``[2, ...]``."""
     guides = [guide, guide.guide] if isinstance(guide, SemiAmortizedGuide) else [guide]
     # Each from the same random state: the encoder's dropout is the same.
-    found = [runs(partial(each.variational_params, latents, call)) for each in guides]
+    found = []
+    for each in guides:
+        with isolated(noise=shared):
+            found.append(each.variational_params(latents, call))
     batch = latents.expand_rows(torch.empty(*call.sizes(latents), 1)).shape[:-1]
     return torch.stack([params.detach().expand(*batch, -1) for params in found])
 

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradients import SNRSweep
 from pyro_recursive.evaluation.importance import ImportanceWeights
 from pyro_recursive.evaluation.psis import pareto_k_threshold
 from pyro_recursive.evaluation.ranks import (
@@ -23,6 +22,7 @@ from pyro_recursive.evaluation.ranks import (
     ecdf_difference,
     rank_histogram,
 )
+from pyro_recursive.evaluation.snr import SNRSweep
 
 LARGEST_K = 0.7  # to be trusted, however many samples there are
 

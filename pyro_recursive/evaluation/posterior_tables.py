@@ -20,7 +20,7 @@ from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_match
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import RunCache
-from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
@@ -94,7 +94,7 @@ class PosteriorTable:
 
     def draw(self, count: int) -> RowDraws:
         """Draw ``count`` times for each row, in one pass."""
-        state, memory = torch_state(), RunCache()
+        state, memory = random_state(), RunCache()
         with memory:
             trace = self._run(count, self.minibatch)
         return RowDraws(count, trace, state, memory.content)
@@ -121,13 +121,13 @@ class PosteriorTable:
 
         The draws j come in the order of ``[S, B]``.
         """
-        after = torch_state()
+        after = random_state()
         for numbers in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
             given = self._given(draws, numbers)
-            set_torch_state(draws.state)
+            set_random_state(draws.state)
             with RunCache(draws.memory):
                 again = self._run(len(numbers), without(given, is_delta))
-            set_torch_state(after)
+            set_random_state(after)
             self._check_computed(again, given)
             counted = [site for site in sites(again) if _is_density(site)]
             yield self._summed([s for s in counted if self.frame.name in plates_of(s)], numbers)

@@ -25,7 +25,7 @@ from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, RankSums
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import log_prob_of
-from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import Site, independent_plates_of, sites
@@ -233,12 +233,12 @@ def _parameters_restored() -> Iterator[None]:
 @contextmanager
 def _own_seed() -> Iterator[None]:
     """Run a block with a seed of its own, and restore the random state after it."""
-    seed, state = int(torch.randint(2**62, (), device="cpu")), torch_state()
+    seed, state = int(torch.randint(2**62, (), device="cpu")), random_state()
     torch.manual_seed(seed)
     try:
         yield
     finally:
-        set_torch_state(state)
+        set_random_state(state)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from pyro_recursive.mapa.table import Rows, Table, neighbours
 from pyro_recursive.tracing.arguments import check_instance, is_count
 from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
-from pyro_recursive.tracing.isolation import outline, set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
 __all__ = ["MAPAGuide", "Passes"]
@@ -239,10 +239,8 @@ class MAPAGuide(LatentGuide):
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
         if others and self._rest() is None:
             self._set_rest(AmortizedGuide(poutine.block(model, hide=[self.site])))
-        state = torch_state()
-        with poutine.block(), torch.no_grad():
+        with isolated(), torch.no_grad():
             self._check_broadcasting(self.new_call(args, kwargs))
-        set_torch_state(state)
 
     def served_model(self) -> Callable:
         """Return the model with the latent that has codes, the others hidden."""
@@ -423,10 +421,9 @@ class MAPAGuide(LatentGuide):
         if kernel is None:
             site = str(self.site)
             kernel = _kernel_of(trace, site, raw, len(data), width)
-            state = torch_state()
-            torch.rand(8)  # for another draw of the prior
-            again = outline(self.own_model("to see its scale"), args, kwargs, grad=True)
-            set_torch_state(state)
+            with isolated():
+                torch.rand(8)  # for another draw of the prior
+                again = outline(self.own_model("to see its scale"), args, kwargs, grad=True)
             if _kernel_of(again, site, raw, len(data), width) != kernel:
                 raise ValueError(
                     "The likelihood has a scale that depends on other latents, so that it does not "

@@ -18,7 +18,7 @@ from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, index_site, with_noise
 from pyro_recursive.mapa.log_sums import IndexELBO
 from pyro_recursive.tracing.handlers import SubstituteByName
-from pyro_recursive.tracing.isolation import Unnoticed
+from pyro_recursive.tracing.isolation import SharedNoise, isolated
 
 __all__ = ["CodeMixture", "IndexPosterior"]
 
@@ -104,19 +104,17 @@ class IndexPosterior:
         nesting = max([self.nesting, *(-frame.dim for frame in outer)])
         minibatch = {name: plate.indices for name, plate in call.plates.items()}
 
-        def run() -> Tensor:
-            with (
-                torch.enable_grad(),
-                poutine.broadcast(),
-                _Around(outer),
-                SubstituteByName(minibatch),
-            ):
-                handled = OnCodes(self.site, lambda plate: placed, certain_where_masked=False)
-                known = poutine.condition(handled(self.model), data=call.given)
-                loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)
-                return loss.differentiable_loss(known, _nothing, *call.args, **call.kwargs)
-
-        return Unnoticed()(run)
+        with (
+            isolated(noise=SharedNoise()),
+            torch.enable_grad(),
+            poutine.broadcast(),
+            _Around(outer),
+            SubstituteByName(minibatch),
+        ):
+            handled = OnCodes(self.site, lambda plate: placed, certain_where_masked=False)
+            known = poutine.condition(handled(self.model), data=call.given)
+            loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)
+            return loss.differentiable_loss(known, _nothing, *call.args, **call.kwargs)
 
 
 class _Around(Messenger):

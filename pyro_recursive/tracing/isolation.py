@@ -1,7 +1,7 @@
-"""Runs of programs that leave no trace: none in handlers, random state, or modules."""
+"""Extra runs of a program that change nothing outside: no trace, random state or module."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,81 +10,124 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+RandomState = list[Tensor]
 
-def torch_state() -> list[Tensor]:
+
+def random_state() -> RandomState:
     """Return the state of the CPU's generator and, where CUDA is in use, the current device's."""
     state = [torch.get_rng_state()]
     return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
 
 
-def set_torch_state(state: list[Tensor]) -> None:
-    """Go back to what `torch_state` returned."""
+def set_random_state(state: RandomState) -> None:
+    """Go back to what `random_state` returned."""
     torch.set_rng_state(state[0])
     for cuda_state in state[1:]:
         torch.cuda.set_rng_state(cuda_state)
 
 
-def outline(
-    model: Callable, args: tuple, kwargs: dict[str, Any], *, grad: bool = False
-) -> poutine.Trace:
-    """Run a model once, leaving no trace elsewhere, and the random state alone."""
-    state = torch_state()
-    with poutine.block(), torch.set_grad_enabled(grad):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    set_torch_state(state)
-    return trace
+class SharedNoise:
+    """The random state that several runs start from: read at the first, set at the others."""
 
+    def __init__(self) -> None:
+        self._state: RandomState | None = None
 
-class Unnoticed:
-    """Runs a function several times as if it had run once, and as if nobody had.
-
-    No handler around sees its sites; what modules keep in training (the statistics of a batch norm)
-    stays as it was; and each run has the same random state, so that dropout leaves out the same.
-
-    With ``twice`` the run is to be differentiated twice. cuDNN's recurrent networks and fused
-    attention cannot be, and the former not even once in eval mode: torch's plain ones take over.
-    """
-
-    def __init__(self, twice: bool = False) -> None:
-        self.twice = twice
-        self._state: list[Tensor] | None = None
-
-    def __call__(self, run: Callable[[], Any]) -> Any:
-        """Return what a run of the function returns."""
+    def start(self) -> None:
+        """Read the random state, or set the one that was read."""
         if self._state is None:
-            self._state = torch_state()
+            self._state = random_state()
         else:
-            set_torch_state(self._state)
-        attention = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
-        with poutine.block(), _unchanged_modules(self.twice), attention:
-            return run()
+            set_random_state(self._state)
 
 
 @contextmanager
-def _unchanged_modules(twice: bool) -> Iterator[None]:
-    """Give each module that runs copies of its buffers, and back its own at the end.
+def isolated(
+    *programs: Callable, noise: SharedNoise | None = None, double_backward: bool = False
+) -> Iterator[None]:
+    """Run programs so that handlers, random state and modules are as if they had not run.
 
-    They are swapped, not overwritten: the graphs of other runs may need them.
+    Handlers outside the block do not see its sites. Modules that run in training mode have copies
+    of their buffers inside the block, so that running statistics do not move. The random state is
+    restored at the end.
+
+    Args:
+        programs: modules whose parameters and buffers are restored as well, where the block has
+            written to them, as a loss with a schedule does.
+        noise: the random state to start from; it is not restored at the end, so that all blocks
+            with one `SharedNoise` draw the numbers of a single run.
+        double_backward: avoid cuDNN's recurrent networks and fused attention, which cannot be
+            differentiated twice.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with isolated():
+    ...     _ = norm(torch.rand(4, 2))
+    >>> norm.running_mean
+    tensor([0., 0.])
     """
-    kept: dict[nn.Module, dict[str, Tensor]] = {}
+    state = random_state() if noise is None else None
+    if noise is not None:
+        noise.start()
+    with ExitStack() as stack:
+        if state is not None:
+            stack.callback(set_random_state, state)
+        if programs:
+            stack.enter_context(_restored_in_place(*programs))
+        if double_backward:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(poutine.block())
+        stack.enter_context(_copied_buffers(double_backward))
+        yield
+
+
+def outline(
+    model: Callable, args: tuple, kwargs: dict[str, Any], *, grad: bool = False
+) -> poutine.Trace:
+    """Return a trace of one isolated run of a model."""
+    with isolated(), torch.set_grad_enabled(grad):
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+@contextmanager
+def _restored_in_place(*programs: Callable) -> Iterator[None]:
+    """Restore the parameters and buffers that the block writes to."""
+    modules = [m for m in map(poutine.unwrap, programs) if isinstance(m, nn.Module)]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    before = [(t, t.detach().clone(), t._version) for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value, version in before:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+@contextmanager
+def _copied_buffers(double_backward: bool) -> Iterator[None]:
+    """Give modules in training copies of their buffers, and restore the buffers at the end.
+
+    The tensors are exchanged, not overwritten: graphs of other runs may need their values.
+    """
+    originals: dict[nn.Module, dict[str, Tensor]] = {}
     cudnn = torch.backends.cudnn.enabled
 
-    def meet(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, nn.RNNBase) and (twice or not module.training):
+    def copy(module: nn.Module, inputs: Any) -> None:
+        # cuDNN's recurrent networks have no backward pass at all in eval mode.
+        if isinstance(module, nn.RNNBase) and (double_backward or not module.training):
             torch.backends.cudnn.enabled = False
-        if module.training and module not in kept:
+        if module.training and module not in originals:
             own = dict(module.named_buffers(recurse=False))
             if own:
-                kept[module] = own
+                originals[module] = own
                 for name, buffer in own.items():
                     setattr(module, name, buffer.clone())
 
-    hook = register_module_forward_pre_hook(meet)
+    hook = register_module_forward_pre_hook(copy)
     try:
         yield
     finally:
         hook.remove()
         torch.backends.cudnn.enabled = cudnn
-        for module, own in kept.items():
+        for module, own in originals.items():
             for name, buffer in own.items():
                 setattr(module, name, buffer)

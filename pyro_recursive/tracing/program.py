@@ -19,6 +19,7 @@ from pyro_recursive.tracing.compatibility import (
     check_sizes,
 )
 from pyro_recursive.tracing.handlers import DryRun
+from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, sites
 
@@ -178,8 +179,7 @@ def _identity(function: Any) -> tuple[Any, Any]:
 
 def _discover(program: Program) -> ProgramStructure:
     """Run guide and model once, outside any particle plate, leaving the random state alone."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), poutine.block(), DryRun():
+    with isolated(), DryRun():
         guide = program.run_guide()
         model = program.run_model(guide)
         check_sizes(model, guide)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_recursive.tracing.compatibility import check_match
 from pyro_recursive.tracing.handlers import ComponentAssignment, DryRun, RunCache
-from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import isolated, random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
@@ -140,7 +140,7 @@ def run_particles(
 
 def _check_one_run(program: Program, max_plate_nesting: int) -> None:
     """Raise where model and guide do not even fit outside of one pass."""
-    with poutine.block(), DryRun():
+    with isolated(), DryRun():
         guide = program.run_guide()
         check_match(SiteTable(program.run_model(guide), guide), max_plate_nesting)
 
@@ -266,9 +266,9 @@ class _SameNoise(RunCache):
 
     def _meet(self, name: str) -> None:
         if not self.again:
-            self.states[name] = torch_state()
+            self.states[name] = random_state()
         elif name in self.states:
-            set_torch_state(self.states[name])
+            set_random_state(self.states[name])
 
 
 class _ShareWithinEstimate(Messenger):

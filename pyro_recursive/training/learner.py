@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
-from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.data import Batch, Minibatches
 from pyro_recursive.training.distributed import DistributedStep
@@ -128,7 +128,7 @@ class Learner:
             NonFiniteError: before the optimiser has changed anything.
             ValueError: there are no parameters, or none of the owner.
         """
-        before = torch_state()
+        before = random_state()
         self.group.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
         try:
             if not self.group.is_alone:
@@ -169,7 +169,7 @@ class Learner:
             NonFiniteError: names step, epoch and the place where the NaN or infinity arises.
         """
         if not math.isfinite(self.health.item()):
-            places = self._places(batch, self._first_site(batch, before or torch_state()))
+            places = self._places(batch, self._first_site(batch, before or random_state()))
             # The sums over the processes are not finite, so that all processes are here.
             gathered = self.group.processes.gather(places, "a NaN")
             if not self.group.is_alone:
@@ -386,7 +386,7 @@ class Learner:
         search = FirstNonFiniteSite()
         with self._restoring(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            set_torch_state(state)
+            set_random_state(state)
             # The run may raise as it did before; the sites up to there are known.
             with suppress(Exception), validation_enabled(False), search:
                 self._differentiate(batch)

@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.tracing.isolation import set_torch_state, torch_state
+from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import Site, plates_of, sites, subsample_scale, subsample_sites
 from pyro_recursive.training.data import Batch, rows_of
@@ -102,7 +102,7 @@ def row_plates(model: Callable, guide: Callable, batch: Batch) -> frozenset[str]
     """
     part = _part(batch)
     rows = rows_of(batch), rows_of(part)
-    run = partial(_run, model, guide, torch_state())
+    run = partial(_run, model, guide, random_state())
     with _run_failures_named(*rows):
         whole, other = run(batch), run(part)
     comparison = Comparison(whole, other, *rows)
@@ -124,13 +124,13 @@ def _run(
     """Trace guide and model, with random draws from one state and the values of given sites."""
     program = Program(model, guide, batch)
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        set_torch_state(state)
+        set_random_state(state)
         guide_trace = program.run_guide(given)
         values = guide_trace.copy()
         for name, site in given.nodes.items() if given else ():
             if name not in guide_trace:
                 values.add_node(name, **site)
-        set_torch_state(state)
+        set_random_state(state)
         return Runs(guide_trace, program.run_model(values))
 
 

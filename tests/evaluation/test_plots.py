@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.gradients import SNRSweep
 from pyro_recursive.evaluation.importance import ImportanceWeights
 from pyro_recursive.evaluation.plots import (
     plot_ecdf_difference,
@@ -21,6 +20,7 @@ from pyro_recursive.evaluation.plots import (
     plot_ranks,
 )
 from pyro_recursive.evaluation.ranks import Calibration
+from pyro_recursive.evaluation.snr import SNRSweep
 from pyro_recursive.training.history import History
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -20,7 +19,7 @@ from pyro_recursive.guides.semi_amortized.row_elbo import ESTIMATORS, LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
 from pyro_recursive.tracing.arguments import check_instance, is_count
 from pyro_recursive.tracing.handlers import is_dry_run, latent_weight, run_cache
-from pyro_recursive.tracing.isolation import Unnoticed
+from pyro_recursive.tracing.isolation import SharedNoise, isolated
 
 __all__ = ["MODES", "Refinement", "SemiAmortizedGuide"]
 
@@ -178,8 +177,8 @@ class SemiAmortizedGuide(LatentGuide):
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Refine the rows of a call, without a graph, and tell what it brings."""
         self.prepare(*args, **kwargs)
-        with torch.no_grad():
-            return Unnoticed()(partial(self._refinement, args, kwargs, steps))
+        with torch.no_grad(), isolated(noise=SharedNoise()):
+            return self._refinement(args, kwargs, steps)
 
     def _refinement(self, args: tuple, kwargs: dict[str, Any], steps: int | None) -> Refinement:
         call = self.new_call(args, kwargs)
@@ -275,7 +274,7 @@ class SemiAmortizedGuide(LatentGuide):
             max(self.nesting, len(outer_shape())),
             latent_weight=latent_weight(),
             estimator=self.estimator,
-            runs=Unnoticed(twice),
+            double_backward=twice,
         )
 
     def _refined(self, latents: LatentBlock, call: GuideCall, steps: int) -> "_Refined":

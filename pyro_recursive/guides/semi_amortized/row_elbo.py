@@ -20,7 +20,7 @@ from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.densities import log_prob_of, weighted
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
-from pyro_recursive.tracing.isolation import Unnoticed
+from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites, subsample_scale
 
@@ -42,7 +42,8 @@ class LocalBound:
         latent_weight: what KL warm-up multiplies the latents' densities with.
         estimator: of the gradient, ``"stl"`` without the score of q, whose mean is zero: exact
             where q is the posterior; or ``"pathwise"``.
-        runs: how the model is run.
+        shared_noise: the random numbers of all runs of the model.
+        double_backward: whether gradients are differentiated again.
     """
 
     model: Callable
@@ -52,7 +53,8 @@ class LocalBound:
     nesting: int
     latent_weight: float = 1.0
     estimator: str = "stl"
-    runs: Unnoticed = field(default_factory=Unnoticed)
+    shared_noise: SharedNoise = field(default_factory=SharedNoise)
+    double_backward: bool = False
 
     def noise(self, numbers: Tensor, draws: int, seed: int | None = None) -> Tensor:
         """Return standard normals ``[S, J, *batch, n]``; with a seed the same for all rows."""
@@ -101,7 +103,8 @@ class LocalBound:
         count = u.shape[0] * u.shape[1]
         wide = u.reshape(count, *[1] * (width - len(batch)), *u.shape[2:])
         point = wide if count > 1 else u[0, 0]
-        trace = self.runs(lambda: self._run(self.latents.unpack(point), count, width))
+        with isolated(noise=self.shared_noise, double_backward=self.double_backward):
+            trace = self._run(self.latents.unpack(point), count, width)
         found = nesting_of(trace)  # plates may depend on the arguments
         if found > width + (count > 1):
             raise ValueError(

@@ -1,0 +1,79 @@
+"""Small models with known posteriors, for tests of one thing: functions of the data ``x``.
+
+``*_rows`` have one latent a row in the plate "data"; ``x`` is ``[rows]`` or, where a network reads
+it, ``[rows, 1]``. ``*_global`` have one latent for all rows; a scalar ``x`` is one observation in
+no plate. `functools.partial` gives other scales, or a model without arguments.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+def plate_of(x: Tensor, size: int | None = None) -> AbstractContextManager:
+    """Return the plate "data"; where ``size`` is given, ``x`` is a minibatch of so many rows."""
+    if x.dim() == 0:
+        return nullcontext()
+    return pyro.plate("data", size or len(x), subsample_size=len(x))
+
+
+def column(x: Tensor) -> Tensor:
+    return x[:, 0] if x.dim() == 2 else x
+
+
+def normal_rows(x: Tensor, prior: float = 1.0, noise: float = 1.0, size: int | None = None) -> None:
+    """z ~ N(0, prior), x | z ~ N(z, noise): by default z | x ~ N(x / 2, sqrt(1 / 2))."""
+    with plate_of(x, size):
+        z = pyro.sample("z", dist.Normal(0.0, prior))
+        pyro.sample("x", dist.Normal(z, noise), obs=column(x))
+
+
+def vector_rows(x: Tensor, prior: float = 1.0, noise: float = 1.0) -> None:
+    """The same with vectors: ``x`` is ``[rows, dims]``."""
+    with plate_of(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[-1]), prior).to_event(1))
+        pyro.sample("x", dist.Normal(z, noise).to_event(1), obs=x)
+
+
+def normal_loop(x: Tensor) -> None:
+    """The model of `normal_rows` in a sequential plate."""
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+
+def normal_global(x: Tensor, prior: float = 2.0, noise: float = 1.0) -> None:
+    """One mean for all rows."""
+    z = pyro.sample("z", dist.Normal(0.0, prior))
+    with plate_of(x):
+        pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+
+def square_rows(x: Tensor, prior: float = 3.0, noise: float = 1.0) -> None:
+    """x | z ~ N(z ** 2, noise): two modes near +-sqrt(x) in each row."""
+    with plate_of(x):
+        z = pyro.sample("z", dist.Normal(0.0, prior))
+        pyro.sample("x", dist.Normal(z**2, noise), obs=column(x))
+
+
+def square_global(x: Tensor, prior: float = 3.0, noise: float = 1.0) -> None:
+    """The same with one latent for all rows."""
+    z = pyro.sample("z", dist.Normal(0.0, prior))
+    with plate_of(x):
+        pyro.sample("x", dist.Normal(z**2, noise), obs=x)
+
+
+def ring(x: Tensor, prior: float = 3.0, noise: float = 1.0) -> None:
+    """Two global latents, whose squared norm is observed: the posterior is a ring."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), prior).to_event(1))
+    pyro.sample("x", dist.Normal((z**2).sum(-1), noise), obs=x)
+
+
+def poisson_rows(x: Tensor, shape: float = 2.0, rate: float = 1.0) -> None:
+    """Counts with a rate each: rate | x ~ Gamma(shape + x, rate + 1)."""
+    with plate_of(x):
+        z = pyro.sample("rate", dist.Gamma(shape, rate))
+        pyro.sample("x", dist.Poisson(z), obs=column(x))
