@@ -355,7 +355,12 @@ def test_it_says_how_far_it_has_grown() -> None:
     guide = RecursiveMixtureGuide(bimodal, 3, schedule=Schedule(first=4, propose=2, refine=3))
     for _ in range(4 + 2 + 1):
         guide.count_step()
-    assert "members=(0, 1) of 3, stage='refine', steps_left=7" in repr(guide)
+    shown = "stage='refine', steps_left=7, component=1, steps_taken=1, failures=0"
+    assert f"members=(0, 1) of 3, {shown}" in repr(guide)
+    guide.prepare()
+    guide.to("meta")  # the schedule is read in each step, without waiting for a device
+    assert guide.component(0).free_global.device.type == "meta"
+    assert guide.progress.tolist() == [2, 1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("other", [Trace_ELBO(), Stratified_ELBO(1)])

@@ -18,44 +18,35 @@ from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.handlers import current_assignment
 
-__all__ = ["RecursiveMixtureGuide"]
-
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
 
 
 class RecursiveMixtureGuide(MixtureGuide):
     """A mixture guide whose components are added one by one: ``Q_m = (1 - e_m) Q_m-1 + e_m q_m``.
 
-    Each new component is trained to improve the bound where the mixture so far does not reach, and
-    kept only if it does. The guide holds all components from the start, and says which of them
-    make up the mixture (`members`, weighed by `component_weights`), which is being trained
-    (`stage`), and what the acceptance tests of this run found (`trials`);
-    `pyro_recursive.RecursiveMixture_ELBO` trains it accordingly, step by step, inside
-    `pyro.infer.SVI` or `pyro_recursive.fit`. For any other loss it is a `MixtureGuide` over its
-    members, and does not grow: it takes `num_steps` of `RecursiveMixture_ELBO`, of which
-    `steps_left` remain. At test time all encoders run side by side.
+    `pyro_recursive.RecursiveMixture_ELBO` trains each new component where the mixture so far does
+    not reach, in `pyro.infer.SVI` or `pyro_recursive.fit`, and keeps it if the bound improves. It
+    takes `num_steps` training steps, of which `steps_left` remain; under any other loss this is a
+    `MixtureGuide` over its `members` that does not grow. All parameters exist from the start.
 
-    Arguments:
+    Args:
         model: a Pyro model with continuous latents.
         components: `AmortizedGuide` or `FlowGuide` components, one encoder each; or their number,
             for Gaussians with parameters of their own.
-        schedule: how many steps each stage takes, and when a component is kept; a `Schedule`.
-        epsilon: the share ``e_m`` that a component starts from.
-        conditional: components from the second on get the parameters of the earlier ones, detached,
-            as a second input of their encoders, ``[*rows, (m - 1) n]`` for the m-th; those of
-            dropped components are zeros. Encoders must be `AmortizedGuide`'s of one family.
+        schedule: the steps of each stage, and when a component is kept; a `Schedule`.
+        epsilon: the initial weight ``e_m`` of a component.
+        conditional: the encoder of the m-th component gets the detached parameters of the earlier
+            ones as a second input, ``[*rows, (m - 1) n]``; zeros for those that were dropped.
+            Encoders must be `AmortizedGuide`'s of one family.
         weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
             `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
 
     Raises:
-        ValueError: fewer than two components, or constants out of their range; components share
-            parameters otherwise than by ``trunk``.
-        TypeError: a component has no distribution over packed latents, so that its parameters
-            cannot be held while another one is trained.
+        ValueError: fewer than two components; components share parameters other than ``trunk``'s.
+        TypeError: a component is neither `AmortizedGuide` nor `FlowGuide`.
 
-    Sources: `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020);
-    `Variational Boosting: Iteratively Refining Posterior Approximations` (Miller et al., ICML 2017)
-    for components that climb the mixture's own ELBO.
+    `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020); `Variational
+    Boosting: Iteratively Refining Posterior Approximations` (Miller et al., ICML 2017).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI
@@ -107,12 +98,13 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.schedule = schedule or Schedule()
         self.conditional = conditional
         self.stages = self.schedule.stages(len(self.components))
-        # A buffer, so that checkpoints have it: the number of the stage, the steps taken in it,
-        # the failures of its component, and which components are members.
-        self.register_buffer("progress", torch.zeros(3 + len(self.components), dtype=torch.long))
+        # The index of the stage, the steps taken in it, the failures of its component, and which
+        # components are members: a buffer for checkpoints, on the CPU as it is read in each step.
+        size = 3 + len(self.components)
+        self.progress: Tensor
+        self.register_buffer("progress", torch.zeros(size, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
-        self._read: tuple[int, int] | None = None
 
     @property
     def one_by_one(self) -> bool:
@@ -138,8 +130,8 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def stage(self) -> Stage:
         """The stage of training; after the last one, all components together."""
-        place = self._state()[0]
-        return self.stages[place] if place < len(self.stages) else Stage("joint", None, 0)
+        number = self._state()[0]
+        return self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
 
     @property
     def steps_taken(self) -> int:
@@ -164,8 +156,8 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def steps_left(self) -> int:
         """The training steps left in the schedule, if no component is dropped from here on."""
-        place, members = self._state()[0], self.members
-        later = self.stages[place + 1 :]
+        number, members = self._state()[0], self.members
+        later = self.stages[number + 1 :]
         if not self.is_growing:  # a component that was dropped is not refitted
             later = tuple(s for s in later if s.component is None or s.component in members)
         return self.stage_steps_left + sum(stage.steps for stage in later)
@@ -228,17 +220,19 @@ class RecursiveMixtureGuide(MixtureGuide):
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
         found = super().forward(*args, **kwargs)
-        # Every parameter is seen in every call: a resumed run must find those of all stages.
+        # Register every parameter with Pyro in every call, for runs that are resumed.
         for m in set(range(len(self.components))) - set(self.members):
             for name, _ in self.components[m].named_parameters():
                 getattr(self.components[m], name.split(".")[0].removesuffix("_unconstrained"))
         return found
 
     def extra_repr(self) -> str:
-        """Say how far it has grown."""
+        """Return the state of the schedule."""
+        stage, (_, taken, failures, *_) = self.stage, self._state()
         return (
-            f"members={self.members} of {len(self.components)}, stage='{self.stage.kind}', "
-            f"steps_left={self.steps_left}"
+            f"members={self.members} of {len(self.components)}, stage='{stage.kind}', "
+            f"steps_left={self.steps_left}, component={stage.component}, steps_taken={taken}, "
+            f"failures={failures}"
         )
 
     def log_weights(self, latents: LatentBlock, call: GuideCall, members: Sequence[int]) -> Tensor:
@@ -250,7 +244,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         inside = [m for m in members if m in self.members]
         assignment = current_assignment()
         frozen = assignment.frozen if assignment is not None else frozenset()
-        moving = {m - 1 for place, m in enumerate(inside) if place not in frozen}
+        moving = {m - 1 for column, m in enumerate(inside) if column not in frozen}
         held = set(range(len(self.components) - 1)) - moving
         logits = self.weights.logits(latents, call, held)
         if len(inside) < len(self.components):
@@ -269,8 +263,8 @@ class RecursiveMixtureGuide(MixtureGuide):
             return super().parameters_of(latents, call, members, frozen)
         known: dict[int, Tensor] = {}
         rows = call.sizes(latents)
-        for place, m in enumerate(members):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+        for column, m in enumerate(members):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and column not in frozen):
                 known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m, rows))
         return torch.stack(torch.broadcast_tensors(*known.values()))
 
@@ -301,29 +295,30 @@ class RecursiveMixtureGuide(MixtureGuide):
             if callable(reset):
                 reset()
 
-    def _enter(self, state: list[int], place: int, failures: int = 0) -> None:
+    def _enter(self, state: list[int], number: int, failures: int = 0) -> None:
         """Enter a stage, or the next one whose component is a member or may become one."""
-        while place < len(self.stages):
-            stage = self.stages[place]
+        while number < len(self.stages):
+            stage = self.stages[number]
             if stage.kind != "cycle" or state[3 + (stage.component or 0)]:
                 break
-            place += 1
-        state[:3] = [place, 0, failures]
-        if place < len(self.stages) and self.stages[place].kind == "refine":
-            state[3 + (self.stages[place].component or 0)] = 1  # on trial
+            number += 1
+        state[:3] = [number, 0, failures]
+        if number < len(self.stages) and self.stages[number].kind == "refine":
+            state[3 + (self.stages[number].component or 0)] = 1  # on trial
         self._write(state)
 
     def _state(self) -> list[int]:
-        """Return the progress; read from the buffer only where someone else has changed it."""
-        # Not in each step: a device would have to be waited for.
-        version = (id(self.progress), self.progress._version)
-        if self._read != version:
-            self._seen, self._read = self.progress.tolist(), version
-        return list(self._seen)
+        return self.progress.tolist()
 
     def _write(self, state: list[int]) -> None:
-        self.progress.copy_(torch.tensor(state), non_blocking=True)
-        self._seen, self._read = list(state), (id(self.progress), self.progress._version)
+        self.progress.copy_(torch.tensor(state))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move everything but the progress to another device."""
+        progress = self.progress
+        super()._apply(fn, recurse)
+        self.progress = progress
+        return self
 
 
 @dataclass(frozen=True)
