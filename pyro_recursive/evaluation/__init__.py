@@ -4,13 +4,7 @@ ArviZ takes seconds to import: `pyro_recursive.evaluation.arviz` is imported by 
 """
 
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
-from pyro_recursive.evaluation.draws import (
-    Draws,
-    log_likelihoods,
-    posterior_draws,
-    predictive_draws,
-    prior_draws,
-)
+from pyro_recursive.evaluation.draws import Draws
 from pyro_recursive.evaluation.evidence import Evidence, log_marginal
 from pyro_recursive.evaluation.gaps import Gaps, gaps
 from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
@@ -31,6 +25,8 @@ from pyro_recursive.evaluation.plots import (
     plot_pareto_k,
     plot_ranks,
 )
+from pyro_recursive.evaluation.posterior import posterior_draws
+from pyro_recursive.evaluation.predictions import log_likelihoods, predictive_draws, prior_draws
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.evaluation.ranks import Calibration
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits

@@ -1,7 +1,7 @@
 """The evidence log p(x), estimated with many samples in bounded memory."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,21 +13,18 @@ from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
-from pyro_recursive.tracing.sites import subsample_sites
-
-__all__ = ["Evidence", "WeightSums", "log_marginal", "particles_per_chunk", "runs_in_chunks"]
+from pyro_recursive.tracing.sites import Site, subsample_sites
 
 # Rows (particles times data) of one chunk: large enough for the hardware, small enough for caches.
 CHUNK_ROWS = 5000
 
 
 class Evidence(NamedTuple):
-    """Estimates per datum, ``[*plates]`` each, in float64.
+    """Estimates per datum, ``[*plates]``-dim each, in float64.
 
     ``log_marginal`` in nats; its Monte Carlo ``standard_error`` in nats by the delta method,
-    ``sqrt(1 / ess - 1 / K)``; ``ess``, the effective sample size in samples, between 1 and K, or 0
-    (and an infinite error) where no sample has any weight.
-    A small ESS means that neither of the first two can be trusted.
+    ``sqrt(1 / ess - 1 / K)``; ``ess``, the effective sample size in samples, between 1 and K. It is
+    0, with an infinite error, where all weights are 0. A small one makes the others unreliable.
     """
 
     log_marginal: Tensor
@@ -36,14 +33,14 @@ class Evidence(NamedTuple):
 
 
 class WeightSums:
-    """What is kept of log-weights that come in chunks: logarithms of sums, in float64."""
+    """Running sums of weights and squared weights that come in chunks: logarithms, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.first = self.second = torch.tensor(-math.inf, dtype=torch.float64)
 
     def add(self, log_weights: Tensor) -> None:
-        """Take a chunk, ``[k, *plates]`` in float64."""
+        """Add a chunk of log-weights, ``[k, *plates]`` in float64."""
         self.count += len(log_weights)
         self.first = torch.logaddexp(self.first.to(log_weights), log_weights.logsumexp(0))
         twice = (2 * log_weights).logsumexp(0)
@@ -58,29 +55,13 @@ class WeightSums:
 
 @overload
 def log_marginal(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_particles: int = ...,
-    chunk_size: int | None = ...,
-    max_plate_nesting: float = ...,
-    vectorize_particles: bool = ...,
-    diagnostics: Literal[False] = ...,
-    **kwargs: Any,
+    model: Callable, guide: Callable, *args: Any, diagnostics: Literal[False] = ..., **kwargs: Any
 ) -> Tensor: ...
 
 
 @overload
 def log_marginal(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_particles: int = ...,
-    chunk_size: int | None = ...,
-    max_plate_nesting: float = ...,
-    vectorize_particles: bool = ...,
-    diagnostics: Literal[True],
-    **kwargs: Any,
+    model: Callable, guide: Callable, *args: Any, diagnostics: Literal[True], **kwargs: Any
 ) -> Evidence: ...
 
 
@@ -97,20 +78,28 @@ def log_marginal(
 ) -> Tensor | Evidence:
     """Estimate log p(x) by importance sampling from the guide, in nats per datum.
 
-    ``log(mean_k w_k)`` with K = ``num_particles``, a lower bound on log p(x) in expectation:
-    report it as IWAE-5000. Returns a ``[*plates]`` tensor for the plates that enclose every sample
-    site, without any subsample scale (the values of this minibatch); a scalar where no plate
-    does. With ``diagnostics=True`` an `Evidence`, with standard error and effective sample size.
+        log(1 / K sum_k p(x, z_k) / q(z_k)),   z_k ~ q
 
-    Samples come in chunks of ``chunk_size``, all on one minibatch, so that memory does not grow
-    with K; by default a chunk has about 5,000 rows. Sums are kept in float64.
+    with K = ``num_particles``: a lower bound in expectation, to be reported as IWAE-5000. The rows
+    are those of this minibatch, without any subsample scale. A user's own scales (`poutine.scale`)
+    stay in the weights; log p(x) needs a model without them. Modules run in the mode they are in:
+    call ``.eval()`` first for dropout and batch norm. Wrap a model whose keyword has the name of
+    one here.
 
-    Modules are used in the mode they are in: call ``.eval()`` first, if they have dropout or batch
-    norm. A keyword of the model that has the name of one here cannot be passed: wrap the model.
-    Scales of the user's own (`poutine.scale`) stay in the weights: take them off for log p(x).
+    Args:
+        model, guide, *args, **kwargs: as in `pyro.infer.SVI.step`.
+        num_particles: K.
+        chunk_size: samples in one pass; memory does not grow with K. By default about 5,000 rows.
+        max_plate_nesting: the dims of plates; found by a run if infinite.
+        vectorize_particles: False runs the samples one by one.
+        diagnostics: whether to return an `Evidence`, with standard error and sample size.
 
-    Raises ValueError where a subsampled plate does not enclose every site, and as
-    `pyro_recursive.MultiSampleELBO` does.
+    Returns:
+        A ``[*plates]``-dim tensor for the plates that enclose every sample site, in float64.
+
+    Raises:
+        ValueError: a subsampled plate does not enclose every site; and as
+            `pyro_recursive.MultiSampleELBO` does.
 
     Source: `Importance Weighted Autoencoders` (Burda et al., arXiv 1509.00519).
 
@@ -129,27 +118,32 @@ def log_marginal(
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
-    options: dict[str, Any] = {
-        "max_plate_nesting": max_plate_nesting,
-        "vectorize": vectorize_particles,
-    }
+    run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     weights = WeightSums()
     with torch.no_grad():
-        size = chunk_size or particles_per_chunk(program)
-        for runs, layout in runs_in_chunks(program, num_particles, size, **options):
+        for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
             weights.add(densities(runs, layout).log_weights[0].double())
     return weights.evidence() if diagnostics else weights.evidence().log_marginal
 
 
 def runs_in_chunks(
-    program: Program, total: int, size: int, *, any_minibatch: bool = False, **options: Any
+    program: Program,
+    total: int,
+    chunk_size: int | None = None,
+    *,
+    any_minibatch: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[list[ParticleRun], PlateLayout]]:
-    """Yield runs of the program and where their plates are, until there are `total` samples.
+    """Yield runs of the program and their plates, for `total` samples on one minibatch.
 
-    All are on one minibatch. Raises where model and guide do not match, and, unless it may be
-    ``any_minibatch``, where a subsampled plate does not enclose every site.
+    Args:
+        program: model, guide and arguments.
+        total: the number of samples.
+        chunk_size: samples in one pass; by default about `CHUNK_ROWS` rows.
+        any_minibatch: whether a subsampled plate may enclose only some of the sites.
+        **options: those of `run_particles`.
     """
-    minibatch = None
+    size, minibatch = chunk_size or particles_per_chunk(program), None
     for start in range(0, total, size):
         count = min(size, total - start)
         particles, runs = run_particles(program, 1, count, subsample=minibatch, **options)
@@ -165,8 +159,13 @@ def runs_in_chunks(
 def particles_per_chunk(program: Program) -> int:
     """Return how many particles make about `CHUNK_ROWS` rows."""
     structure = structure_of(program)
+    return samples_per_chunk((*structure.model.values(), *structure.guide.values()))
+
+
+def samples_per_chunk(sites: Iterable[Site]) -> int:
+    """Return how many samples of these sites make about `CHUNK_ROWS` rows."""
     rows = [
         math.prod(frame.size for frame in site["cond_indep_stack"] if frame.vectorized)
-        for site in (*structure.model.values(), *structure.guide.values())
+        for site in sites
     ]
     return max(1, CHUNK_ROWS // max(rows, default=1))

@@ -1,4 +1,4 @@
-"""How good a guide is as a proposal: its importance weights, and what they say of each datum."""
+"""How good a guide is as a proposal: its importance weights, and a k-hat for each datum."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,31 +7,26 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.draws.collected import latent_values
-from pyro_recursive.evaluation.draws.model_runs import Run
-from pyro_recursive.evaluation.draws.own_scales import scaled_guide
-from pyro_recursive.evaluation.evidence import particles_per_chunk, runs_in_chunks
+from pyro_recursive.evaluation.evidence import runs_in_chunks
 from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import is_delta, sites
-
-__all__ = ["ImportanceWeights", "importance_weights"]
+from pyro_recursive.tracing.sites import is_delta, own_scale, sites
 
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """Log-weights ``log p(x, z) - log q(z)`` of S draws from a guide, and what they tell.
+    """Log-weights ``log p(x, z) - log q(z)`` of S draws from a guide, and diagnostics of them.
 
-    ``log_weights`` is ``[S, *plates]`` in nats, float64, one column for each entry of the plates
-    that enclose every sample site; ``plates`` are their names, none where one joint weight covers
-    everything. ``points`` names the latent sites that the guide has only point estimates of, which
-    the weights take as given. ``print`` shows a summary in words.
+    ``log_weights`` is a ``[S, *plates]``-dim tensor in nats, float64, for the ``plates`` that
+    enclose every sample site; without any, one joint weight covers all data. ``points`` names the
+    latent sites with point estimates, which the weights take as given. ``print`` shows a summary.
 
     Source: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., arXiv
     1802.02538).
@@ -55,22 +50,22 @@ class ImportanceWeights:
 
     @cached_property
     def psis(self) -> PSIS:
-        """Pareto-smoothed log-weights ``[S, *plates]``, normalised, and k-hat ``[*plates]``."""
+        """Pareto-smoothed, normalised log-weights ``[S, *plates]``, and k-hat ``[*plates]``."""
         return psis(self.log_weights)
 
     @property
     def pareto_k(self) -> Tensor:
-        """k-hat, ``[*plates]``: how heavy the tail of the weights is; see `psis`."""
+        """k-hat, ``[*plates]``, the shape of the tail of the weights; see `psis`."""
         return self.psis.pareto_k
 
     @property
     def threshold(self) -> float:
-        """The largest k-hat to be trusted with so many draws."""
+        """The largest reliable k-hat for this number of draws."""
         return pareto_k_threshold(len(self.log_weights))
 
     @cached_property
     def ess(self) -> Tensor:
-        """Effective sample size, ``[*plates]`` in samples, 0 where no sample has any weight."""
+        """Effective sample size, ``[*plates]`` in samples, 0 where all weights are 0."""
         return effective_sample_size(self.log_weights)
 
     @property
@@ -79,11 +74,9 @@ class ImportanceWeights:
         return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
 
     def joint(self) -> "ImportanceWeights":
-        """Return the weights of all entries together, ``[S]``: the products of single weights.
+        """Return the joint weights of all entries, ``[S]``: the products of their weights.
 
-        They say how good the guide is for quantities of the whole data set, and get worse with
-        its size; a mean over the data needs no more than the weights of each datum. Where there
-        are no plates, the weights are joint already.
+        They are about quantities of the whole data set, and get worse with its size.
         """
         joint = self.log_weights.reshape(len(self.log_weights), -1).sum(1)
         return ImportanceWeights(joint, (), self.points)
@@ -92,34 +85,37 @@ class ImportanceWeights:
     def join(
         cls, parts: Sequence["ImportanceWeights"], plate: str | None = None
     ) -> "ImportanceWeights":
-        """Put the weights of several minibatches together, along the plate of their rows.
+        """Concatenate the weights of several minibatches along the plate of their rows.
 
-        :param plate: its name; needed where there are several plates
-        :raises ValueError: there are no plates, or not the same ones; it is not clear along which;
-            others, or the numbers of draws, differ in size
+        Args:
+            parts: with the same plates and numbers of draws.
+            plate: its name; needed if there are several plates.
+
+        Raises:
+            ValueError: plates or sizes do not match.
         """
+        plates = parts[0].plates
         kinds = {(len(part.log_weights), part.plates) for part in parts}
-        if len(kinds) != 1 or not parts[0].plates:
+        if len(kinds) != 1 or not plates:
             raise ValueError(
-                "Weights can be joined where they have the same plates, at least one, and the same "
-                f"number of draws; got (draws, plates) {sorted(kinds)}."
+                "Weights need the same plates, at least one, and the same number of draws; got "
+                f"(draws, plates) {sorted(kinds)}."
             )
-        shapes = [part.log_weights.shape for part in parts]
-        dim = 1 + _place_of(plate, parts[0].plates)
+        plate = plates[0] if plate is None and len(plates) == 1 else plate
+        if plate not in plates:
+            cause = "plate= is needed" if plate is None else f"there is no plate '{plate}'"
+            raise ValueError(f"Cannot join the weights: {cause}, of {list(plates)}.")
+        shapes, dim = [part.log_weights.shape for part in parts], 1 + plates.index(plate)
         if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) != 1:
             raise ValueError(
-                f"Weights joined along plate '{parts[0].plates[dim - 1]}' must have the same other "
-                f"dims: got shapes {[tuple(shape) for shape in shapes]}, the draws first, then "
-                f"plates {list(parts[0].plates)}."
+                f"Weights joined along plate '{plate}' must have the same other dims; got shapes "
+                f"{[tuple(shape) for shape in shapes]} of draws and plates {list(plates)}."
             )
         log_weights = torch.cat([part.log_weights for part in parts], dim)
-        return cls(log_weights, parts[0].plates, parts[0].points)
+        return cls(log_weights, plates, parts[0].points)
 
     def summary(self) -> dict[str, float]:
-        """Return what `print` says, as numbers.
-
-        ``high_k`` counts the entries whose k-hat is above ``threshold``.
-        """
+        """Return the numbers of `print`; ``high_k`` counts the k-hats above ``threshold``."""
         return {
             "draws": len(self.log_weights),
             "entries": self.ess.numel(),
@@ -134,72 +130,37 @@ class ImportanceWeights:
     def __str__(self) -> str:
         """Return the summary in words."""
         s = self.summary()
-        lines = [
-            f"{s['draws']} draws from the guide, {self._scope()}.",
-            *(_of_one(s) if s["entries"] == 1 else self._of_many(s)),
-        ]
+        total, high, largest = int(s["entries"]), int(s["high_k"]), f"{s['largest_k']:.2f}"
+        limit = f"above {s['threshold']:.2f} (not to be trusted)"
+        limit = limit if high else f"at most {s['threshold']:.2f} (good)"
+        if total == 1:
+            k_hat = f"k-hat: {largest}, {limit}."
+            ess = f"Effective sample size: {s['smallest_ess']:.0f} of {s['draws']}."
+            evidence = f"log p(x): {s['log_marginal']:.3f} nats."
+        else:
+            place = tuple(map(int, torch.unravel_index(self.pareto_k.argmax(), self.ess.shape)))
+            where = f"{high} of {total}" if high else f"all {total}"
+            k_hat = f"k-hat: {limit} for {where}; the largest is {largest}, at {place}."
+            ess = f"median {s['median_ess']:.0f}, smallest {s['smallest_ess']:.0f}."
+            ess = f"Effective sample size of {s['draws']}: {ess}"
+            mean = s["log_marginal"] / total
+            evidence = f"log p(x): {s['log_marginal']:.3f} nats in all, {mean:.3f} per entry."
+        lines = [f"{s['draws']} draws from the guide, {self._scope()}."]
         if self.points:
-            lines.insert(1, _POINTS.format(list(self.points)))
-        return "\n".join(lines)
-
-    def _of_many(self, s: dict[str, float]) -> list[str]:
-        """Return what there is to say of several entries, a sentence a line."""
-        total, high = int(s["entries"]), int(s["high_k"])
-        place = tuple(int(i) for i in torch.unravel_index(self.pareto_k.argmax(), self.ess.shape))
-        advice = [f"Where it is higher, {_ADVICE.format('reliable there')}"] if high else []
-        return [
-            f"{_verdict(total, high, s['threshold'])}; the largest is {s['largest_k']:.2f}, at "
-            f"{place}.",
-            *advice,
-            f"Effective sample size of {s['draws']}: median {s['median_ess']:.0f}, smallest "
-            f"{s['smallest_ess']:.0f}.",
-            f"log p(x): {s['log_marginal']:.3f} nats in all, "
-            f"{s['log_marginal'] / total:.3f} per entry.",
-        ]
+            lines.append(f"The weights take the point estimates of {list(self.points)} as given.")
+        lines.append(k_hat)
+        if high:
+            lines.append(
+                "There log p(x), effective sample size and resampled draws are not reliable. Train "
+                "longer, or use a richer guide."
+            )
+        return "\n".join([*lines, ess, evidence])
 
     def _scope(self) -> str:
         if not self.plates:
             return "one joint weight (no plate encloses every site)"
         named = ", ".join(f"'{name}'" for name in self.plates)
         return f"{self.ess.numel()} entries of plate{'s' if len(self.plates) > 1 else ''} {named}"
-
-
-_POINTS = (
-    "The guide has point estimates of {}: what follows takes them as given, and does not say how "
-    "good they are."
-)
-_ADVICE = (
-    "the guide has too little of a part of the posterior: log p(x), effective sample size and "
-    "resampled draws are not {}. Train longer, or use a richer guide."
-)
-
-
-def _of_one(s: dict[str, float]) -> list[str]:
-    """Return what there is to say of one weight, a sentence a line."""
-    high, limit = bool(s["high_k"]), f"{s['threshold']:.2f}"
-    verdict = f"above {limit} (not to be trusted)" if high else f"at most {limit} (good)"
-    return [
-        f"k-hat: {s['largest_k']:.2f}, {verdict}.",
-        *([f"So {_ADVICE.format('reliable')}"] if high else []),
-        f"Effective sample size: {s['smallest_ess']:.0f} of {s['draws']}.",
-        f"log p(x): {s['log_marginal']:.3f} nats.",
-    ]
-
-
-def _place_of(plate: str | None, plates: Sequence[str]) -> int:
-    """Return the place of the plate that weights are joined along."""
-    if plate is None and len(plates) == 1:
-        return 0
-    if plate not in plates:
-        cause = "plate= is needed" if plate is None else f"there is no plate '{plate}'"
-        raise ValueError(f"Along which plate to join is not clear: {cause}, of {list(plates)}.")
-    return plates.index(plate)
-
-
-def _verdict(total: int, high: int, threshold: float) -> str:
-    if not high:
-        return f"k-hat: at most {threshold:.2f} (good) for all {total}"
-    return f"k-hat: above {threshold:.2f} (not to be trusted) for {high} of {total}"
 
 
 def importance_weights(
@@ -214,19 +175,16 @@ def importance_weights(
 ) -> ImportanceWeights:
     """Draw from a guide and weigh the draws by the model: ``log p(x, z) - log q(z)`` in nats.
 
-    The weights are ``[S, *plates]`` for the plates that enclose every sample site, so that each
-    datum has its own k-hat and effective sample size; one joint weight where no plate does. They
-    are those of this minibatch, without any subsample scale. Masks of the user stay, and scales in
-    the model: its density with them is what the guide is compared with.
+    The weights are those of this minibatch, without any subsample scale, one for each entry of the
+    plates that enclose every sample site. A user's masks, and scales of the model, stay in them.
+    Modules run in the mode they are in. Wrap a model whose keyword has the name of one here.
 
-    Draws come in chunks of ``chunk_size``, by default of about 5,000 rows; only the weights are
-    kept. Modules are used in the mode they are in: call ``.eval()`` first, if they have dropout or
-    batch norm. A keyword of the model that has the name of one here cannot be passed: wrap it.
+    Args:
+        num_particles: S, more than 20 for a k-hat.
+        chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
 
-    :param num_particles: S, more than 20 for a k-hat
-    :raises ValueError: a number is out of range; the guide has a scale of its own
-        (`poutine.scale`); a subsampled plate does not enclose every site; and as
-        `pyro_recursive.MultiSampleELBO` does
+    Raises:
+        ValueError: the guide has a `poutine.scale`; and as `pyro_recursive.log_marginal` does.
 
     Source: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., arXiv
     1802.02538).
@@ -248,33 +206,49 @@ def importance_weights(
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
-    options: dict[str, Any] = {
-        "max_plate_nesting": max_plate_nesting,
-        "vectorize": vectorize_particles,
-    }
+    run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     parts: list[Tensor] = []
-    points: tuple[str, ...] = ()
     with torch.no_grad():
-        size = chunk_size or particles_per_chunk(program)
-        for runs, layout in runs_in_chunks(program, num_particles, size, **options):
+        for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
             if not parts:
-                if reason := scaled_guide(runs[0].guide):
+                if reason := why_scaled(runs[0].guide):
                     raise ValueError(reason)
                 points = _points(runs, layout)
             parts.append(densities(runs, layout).log_weights[0].double())
-    plates = tuple(frame.name for frame in layout.plates)
-    return ImportanceWeights(torch.cat(parts), plates, points)
+    return ImportanceWeights(torch.cat(parts), tuple(f.name for f in layout.plates), points)
 
 
 def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]:
-    """Return the latent sites that the guide computes, to the same value for every draw."""
-    run = Run([run.model for run in runs], layout.particles, layout.max_plate_nesting)
+    """Return the latent sites to which the guide gives the same value in every draw."""
     if layout.particles.total == 1:
         return ()
-    values = latent_values(run)
-    computed = [site["name"] for site in sites(runs[0].guide) if is_delta(site)]
-    return tuple(
-        name
-        for name in computed
-        if name in values and bool((values[name].value == values[name].value[:1]).all())
-    )
+    latent = {site["name"] for site in runs[0].table.model if not site["is_observed"]}
+    computed = [site for site in runs[0].table.guide if is_delta(site) and site["name"] in latent]
+    return tuple(site["name"] for site in computed if _is_constant(site, runs, layout))
+
+
+def _is_constant(site: dict[str, Any], runs: Sequence[ParticleRun], layout: PlateLayout) -> bool:
+    values = [run.model.nodes[site["name"]]["value"] for run in runs]
+    if layout.particles.dim is None:
+        return all(torch.equal(value, values[0]) for value in values)
+    dim = layout.particles.dim - site["fn"].event_dim
+    return values[0].dim() < -dim or bool((values[0] == values[0].narrow(dim, 0, 1)).all())
+
+
+def scaled_sites(trace: poutine.Trace) -> list[str]:
+    """Return the sites with a scale of the user's own (`poutine.scale`) other than 1."""
+    return [site["name"] for site in sites(trace) if not _is_one(own_scale(site))]
+
+
+def _is_one(scale: Any) -> bool:
+    if isinstance(scale, Tensor):
+        return torch.allclose(scale, torch.ones_like(scale))
+    return math.isclose(scale, 1.0, rel_tol=1e-6)  # the scales of plates may round
+
+
+def why_scaled(guide: poutine.Trace) -> str:
+    """Return why draws of a guide with a `poutine.scale` have no weights; nothing without one."""
+    scaled = scaled_sites(guide)
+    if not scaled:
+        return ""
+    return f"Guide site '{scaled[0]}' has a scale of its own. Take the scale off for evaluation."

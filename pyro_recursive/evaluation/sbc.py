@@ -15,13 +15,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.draws.model_runs import (
-    data_of,
-    drawing_data,
-    is_factor,
-    was_observed,
-)
+from pyro_recursive.evaluation.draws import was_observed
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
+from pyro_recursive.evaluation.predictions import data_of, drawing_data, is_factor
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, RankSums
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import log_prob_of

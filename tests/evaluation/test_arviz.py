@@ -18,9 +18,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MAPAGuide
-from pyro_recursive.evaluation.arviz import loo, mcmc_to_arviz, to_arviz
-from pyro_recursive.evaluation.arviz.versions import az, has_group
-from pyro_recursive.evaluation.draws import posterior_draws
+from pyro_recursive.evaluation import posterior_draws
+from pyro_recursive.evaluation.arviz import az, has_group, loo, mcmc_to_arviz, to_arviz
 from tests.models import ROWS, SCALED, Row, exact_groups, joint_evidence, mask
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
@@ -198,7 +197,7 @@ def test_effective_parameters_of_a_guide_that_is_off() -> None:
 @pytest.mark.parametrize("scale", [0.1, torch.tensor(10.0)])
 def test_scaled_models_have_no_loo(scale: Any) -> None:
     programs = [poutine.scale(f, scale) for f in (local_model, local_guide)]
-    with pytest.raises(ValueError, match=r"scale of its own .* at z, x, and a tempered"):
+    with pytest.raises(ValueError, match=r"scale of its own at z, x, and a tempered"):
         loo(to_arviz(*programs, X, num_draws=30))
     with pytest.raises(ValueError, match=r"no weights to correct them.*Guide site 'z' has a scale"):
         loo(to_arviz(local_model, programs[1], X, num_draws=30))
@@ -233,7 +232,7 @@ def test_loo_of_what_has_none() -> None:
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     points = MAPAGuide(rows_model, nn.Linear(1, 1), rows)
-    with pytest.raises(ValueError, match=r"LOO is not defined. .*no density"):
+    with pytest.raises(ValueError, match=r"no weights.*no density"):
         loo(to_arviz(rows_model, points, rows, num_draws=30))
 
 

@@ -1,0 +1,390 @@
+"""A fitted guide, or a Markov chain, as one ArviZ object; and its leave-one-out cross-validation.
+
+Importing this module imports ArviZ, which takes seconds; importing `pyro_recursive` does not.
+"""
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_recursive.evaluation.arviz_labels import Labels, entries_of
+from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, on_draws
+from pyro_recursive.evaluation.posterior import Resample, posterior_draws
+from pyro_recursive.evaluation.predictions import (
+    log_likelihoods,
+    observed_data,
+    predictive_draws,
+    prior_draws,
+)
+from pyro_recursive.evaluation.psis import pareto_k_threshold, psis
+from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.sites import nesting_of, sites, subsample_sites
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces 1.0 when imported
+    import arviz as az
+
+__all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
+
+OLD = az.__version__.startswith("0.")
+ELPDData: Any = az.ELPDData if OLD else importlib.import_module("arviz_stats.utils").ELPDData
+
+# Attributes of the log-likelihoods and the statistics: sites with a scale of the user's own, and
+# why draws have no weights.
+SCALED, UNWEIGHTED = "scaled_sites", "unweighted"
+
+
+def to_arviz(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_draws: int = 1000,
+    resample: Resample | None = None,
+    num_proposals: int | None = None,
+    posterior_predictive: bool = True,
+    prior_predictive: bool = False,
+    log_likelihood: bool = True,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    chunk_size: int | None = None,
+    max_plate_nesting: float = math.inf,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Return draws from a guide as an ArviZ object: ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
+
+    Dims are (chain, draw, plates by name, event dims), with one chain. What each group holds:
+    `Is the guide any good?` of the documentation. ``sample_stats`` has ``log_p``, ``log_q`` and
+    their difference ``log_weight`` in nats, nan where draws have no weights. Pass results of `loo`,
+    not these objects, to ``az.compare``: ArviZ's own LOO is not corrected for the guide.
+
+    Args:
+        num_draws, resample, num_proposals: as in `posterior_draws`.
+        posterior_predictive, prior_predictive, log_likelihood: whether to include these groups.
+        coords: values of dims; of a plate for all its entries, or for those of the minibatch.
+        dims: names of the event dims of sites, from left to right.
+        chunk_size, max_plate_nesting, vectorize_particles: as in `posterior_draws`.
+
+    Raises:
+        ValueError: names or numbers of dims do not fit; and as `posterior_draws` does.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x):
+    ...     with pyro.plate("person", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z[..., None], torch.ones(2)).to_event(1), obs=x)
+    >>> guide = pyro.infer.autoguide.AutoNormal(model)
+    >>> names = {"person": ["Ann", "Ben", "Cem"]}
+    >>> data = to_arviz(model, guide, torch.zeros(3, 2), coords=names, dims={"x": ["side"]})
+    >>> dict(data["posterior_predictive"]["x"].sizes)
+    {'chain': 1, 'draw': 1000, 'person': 3, 'side': 2}
+    """
+    run: dict[str, Any] = {"chunk_size": chunk_size, "vectorize_particles": vectorize_particles}
+    how = {"num_draws": num_draws, "resample": resample, "num_proposals": num_proposals, **run}
+    draws = posterior_draws(
+        model, guide, *args, max_plate_nesting=max_plate_nesting, **how, **kwargs
+    )
+    labels = Labels(coords or {}, dims or {}, entries_of(draws.whole_minibatch, args, kwargs))
+    groups = _Call(model, args, kwargs, run).groups(
+        draws, labels, posterior_predictive, prior_predictive, log_likelihood
+    )
+    return container({**groups, "sample_stats": _stats(draws, labels)}, labels)
+
+
+def mcmc_to_arviz(
+    mcmc: Any,
+    model: Callable,
+    *args: Any,
+    posterior_predictive: bool = True,
+    prior_predictive: bool = False,
+    log_likelihood: bool = True,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    chunk_size: int | None = None,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Return the draws of a Pyro MCMC run in the form of `to_arviz`, to compare a guide with them.
+
+    The groups are those of `to_arviz`; ``sample_stats`` has ``diverging`` if the kernel records it.
+
+    Args:
+        mcmc: a ``pyro.infer.MCMC`` that has run.
+        model, *args, **kwargs: those of the run.
+        posterior_predictive, prior_predictive, log_likelihood, coords, dims: as in `to_arviz`.
+        chunk_size, vectorize_particles: as in `posterior_draws`.
+
+    Raises:
+        ValueError: the run has no draws of a latent site.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> kernel = pyro.infer.NUTS(model)
+    >>> mcmc = pyro.infer.MCMC(kernel, num_samples=20, warmup_steps=5, disable_progbar=True)
+    >>> mcmc.run(torch.zeros(3))
+    >>> data = mcmc_to_arviz(mcmc, model, torch.zeros(3))
+    >>> dict(data["log_likelihood"]["x"].sizes)
+    {'chain': 1, 'draw': 20, 'data': 3}
+    """
+    run: dict[str, Any] = {"chunk_size": chunk_size, "vectorize_particles": vectorize_particles}
+    draws, chains = _chain_draws(mcmc, model, args, kwargs, run)
+    labels = Labels(
+        coords or {}, dims or {}, entries_of(draws.whole_minibatch, args, kwargs), chains
+    )
+    groups = _Call(model, args, kwargs, run).groups(
+        draws, labels, posterior_predictive, prior_predictive, log_likelihood
+    )
+    diverged = mcmc.diagnostics().get("divergences")
+    if diverged is not None:
+        diverging = torch.zeros(chains, len(draws) // chains, dtype=torch.bool)
+        for chain in range(chains):
+            diverging[chain, list(diverged[f"chain {chain}"])] = True
+        groups["sample_stats"] = labels.numbers({"diverging": diverging.flatten()}, ())
+    return container(groups, labels)
+
+
+def _chain_draws(
+    mcmc: Any, model: Callable, args: tuple, kwargs: dict[str, Any], run: dict[str, Any]
+) -> tuple[Draws, int]:
+    """Return the draws of all chains, one after the other, and the number of chains."""
+    samples = mcmc.get_samples(group_by_chain=True)
+    chains, count = next(iter(samples.values())).shape[:2]
+    single = outline(model, args, kwargs)
+    nesting, latents = nesting_of(single), {}
+    for site in sites(single):
+        if site["is_observed"]:
+            continue
+        if site["name"] not in samples:
+            raise ValueError(
+                f"The MCMC run has no draws of latent site '{site['name']}', but of {[*samples]}. "
+                "Draw it with pyro.infer.infer_discrete, and condition the model on it."
+            )
+        value = samples[site["name"]].flatten(0, 1)
+        padding = (1,) * (nesting + 1 + site["fn"].event_dim - value.dim())
+        value = value.reshape(len(value), *padding, *value.shape[1:])
+        latents[site["name"]] = SiteDraws.stacked(site, [value], len(value), nesting)
+    draws = Draws(latents, chains * count, whole_minibatch=subsample_sites(single))
+    computed = on_draws(model, args, kwargs, draws.of_this_call(), ModelRuns.computed, **run)
+    return replace(draws, sites={**latents, **computed}), chains
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A model with the arguments of a call, and how its samples are run."""
+
+    model: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    run: dict[str, Any]
+
+    def groups(
+        self, draws: Draws, labels: Labels, predictive: bool, prior: bool, log_likelihood: bool
+    ) -> dict[str, xr.Dataset]:
+        """Return the groups of an ArviZ object, without the statistics of the draws."""
+        draws = draws.of_this_call()
+        found = {"posterior": labels.draws(draws.of_kind("latent", "computed"))}
+        if predictive:
+            new = predictive_draws(self.model, draws, *self.args, **self.run, **self.kwargs)
+            found["posterior_predictive"] = labels.draws(new.sites)
+        if log_likelihood:
+            new = log_likelihoods(self.model, draws, *self.args, **self.run, **self.kwargs)
+            attributes = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
+            found["log_likelihood"] = labels.draws(new.sites).assign_attrs(attributes)
+        if prior:
+            options = {"num_draws": len(draws), "minibatch": draws.minibatch, **self.run}
+            new = prior_draws(self.model, *self.args, **options, **self.kwargs)
+            found["prior"] = labels.draws(new.of_kind("latent", "computed"))
+            found["prior_predictive"] = labels.draws(new.of_kind("observed"))
+        data = observed_data(self.model, draws, *self.args, **self.kwargs)
+        found["observed_data"] = labels.first(data.sites)
+        return {name: group for name, group in found.items() if group.data_vars}
+
+
+def _stats(draws: Draws, labels: Labels) -> xr.Dataset:
+    """Return the densities of draws from a guide; nan for the weights of draws without them."""
+    if draws.log_p is None or draws.log_q is None:
+        missing = labels.numbers({"log_weight": torch.full((len(draws),), math.nan)}, ())
+        return missing.assign_attrs({UNWEIGHTED: draws.unweighted})
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q}
+    if not draws.resampled:
+        stats["log_weight"] = draws.log_weights
+    return labels.numbers(stats, draws.plates)
+
+
+# --- Leave-one-out
+
+
+def loo(data: Any, var_name: str | None = None) -> Any:
+    """Return PSIS-LOO of an ArviZ object, corrected for draws that are not from the posterior.
+
+    The expected log pointwise predictive density, for each datum i in nats,
+
+        elpd_i = log sum_s w_is p(x_i | z_s),   w_is ~ p(x, z_s) / (q(z_s) p(x_i | z_s)),
+
+    with Pareto-smoothed, normalised weights. Draws without ``sample_stats["log_weight"]``, of
+    Markov chains or resampled, count as draws from the posterior, as in ``az.loo``. Point estimates
+    of a guide are taken as given; masked data are left out. A k-hat above the threshold warns.
+
+    Args:
+        data: an object of `to_arviz` or `mcmc_to_arviz`, or another with ``log_likelihood``.
+        var_name: the observed site; needed if there are several.
+
+    Returns:
+        ArviZ's ``ELPDData`` with pointwise values, for ``az.compare({"a": loo(a), "b": loo(b)})``.
+
+    Raises:
+        ValueError: the log-likelihood is missing or not finite; the model has a `poutine.scale`; or
+            draws of a guide have no weights.
+
+    Source: `Bayesian leave-one-out cross-validation for large data` (Magnusson et al., arXiv
+    1904.10679).
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> pyro.set_rng_seed(0)
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):  # the posterior's scale is 0.71
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.9))
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> found = loo(to_arviz(model, guide, x, num_draws=4000))
+    >>> bool(abs(found.iloc[0] - dist.Normal(0.0, 2**0.5).log_prob(x).sum()) < 0.05)
+    True
+    """
+    log_lik = _log_likelihood(data, var_name)
+    matrix = _matrix(log_lik)
+    seen = _seen(matrix, str(log_lik.name))
+    weights = _log_weights(data, log_lik)
+    correction = torch.zeros(()) if weights is None else _matrix(weights)[:, seen]
+    reff = _relative_ess(data) if weights is None and has_group(data, "posterior") else 1.0
+    matrix = matrix[:, seen]
+    without = psis(correction - matrix, relative_ess=reff)
+    elpd = (without.log_weights + matrix).logsumexp(0)
+    everything = psis(correction.expand_as(matrix), relative_ess=reff).log_weights
+    p_loo = float(((everything + matrix).logsumexp(0) - elpd).sum())
+    threshold = pareto_k_threshold(len(matrix))
+    high = int((without.pareto_k > threshold).sum())
+    if high:
+        cause = "the guide is far from the posterior, or " if weights is not None else ""
+        warnings.warn(
+            f"k-hat is above {threshold:.2f} for {high} of {len(elpd)} data: {cause}these data are "
+            "surprising to the model. Their elpd is not reliable.",
+            stacklevel=2,
+        )
+    values = {
+        "elpd": float(elpd.sum()),
+        "se": float((len(elpd) * elpd.var(correction=0 if OLD else min(1, len(elpd) - 1))).sqrt()),
+        "p": p_loo,
+        "n_samples": len(matrix),
+        "n_data_points": len(elpd),
+        "warning": bool(high),
+        "elpd_i": _labelled(elpd, seen, log_lik),
+        "pareto_k": _labelled(without.pareto_k, seen, log_lik),
+        "scale": "log",
+        "good_k": threshold,
+    }
+    if not OLD:
+        return ELPDData(kind="loo", approx_posterior=weights is not None, **values)
+    former = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+    return ELPDData(data=[*values.values()], index=[former.get(name, name) for name in values])
+
+
+def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
+    if not has_group(data, "log_likelihood"):
+        raise ValueError("loo needs the group log_likelihood. Use log_likelihood=True.")
+    group = data["log_likelihood"]
+    if scaled := group.attrs.get(SCALED):
+        raise ValueError(
+            f"The model has a scale of its own at {scaled}, and a tempered posterior has no "
+            "leave-one-out. Use a model without poutine.scale."
+        )
+    names = [str(name) for name in group.data_vars]
+    if var_name is None and len(names) > 1:
+        raise ValueError(f"There are log-likelihoods of {names}: choose one with var_name=.")
+    if var_name is not None and var_name not in names:
+        raise ValueError(f"There is no log-likelihood of '{var_name}', only of {names}.")
+    found = group[names[0] if var_name is None else var_name]
+    return found.transpose("chain", "draw", ...)
+
+
+def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:
+    """Return the guide's log-weights for each datum; None for draws from the posterior.
+
+    Those of plates that the datum is not in are summed: the weight is a product over their entries.
+    """
+    if not has_group(data, "sample_stats") or "log_weight" not in data["sample_stats"]:
+        return None
+    found = data["sample_stats"]["log_weight"]
+    if bool(found.isnull().any()):
+        reason = data["sample_stats"].attrs.get(UNWEIGHTED) or "Some of them are nan."
+        raise ValueError(f"The draws have no weights to correct them. {reason}")
+    found = found.sum([dim for dim in found.dims if dim not in log_lik.dims])
+    return found.broadcast_like(log_lik).transpose(*log_lik.dims)
+
+
+def _matrix(array: xr.DataArray) -> Tensor:
+    """Return ``[S, data]``."""
+    values = torch.from_numpy(np.ascontiguousarray(array.values, dtype=np.float64))
+    return values.reshape(values.shape[0] * values.shape[1], -1)
+
+
+def _seen(matrix: Tensor, name: str) -> Tensor:
+    """Return which data are not masked; raise if their log-likelihoods are not finite."""
+    missing = matrix.isnan()
+    partly, infinite = missing.any(0) & ~missing.all(0), matrix.isinf().any(0)
+    for what, where in (("nan for a part of the draws", partly), ("infinite", infinite)):
+        if bool(where.any()):
+            raise ValueError(
+                f"The log-likelihood of '{name}' is {what}, at {int(where.sum())} of {len(where)} "
+                f"data, first at {int(where.nonzero()[0])}."
+            )
+    if bool(missing.all()):
+        raise ValueError(f"All data of '{name}' are masked.")
+    return ~missing.any(0)
+
+
+def _labelled(values: Tensor, seen: Tensor, log_lik: xr.DataArray) -> xr.DataArray:
+    """Return values of the data with their labels; in one dim if some are masked."""
+    first = log_lik.isel(chain=0, draw=0, drop=True)
+    if bool(seen.all()):
+        return first.copy(data=values.reshape(first.shape).numpy())
+    return xr.DataArray(values.numpy(), dims=("observed",), name=first.name)
+
+
+def _relative_ess(data: Any) -> float:
+    """Return the effective sample size of a posterior's mean over its draws, as ``az.loo`` does."""
+    posterior = data["posterior"]
+    chains, draws = posterior.sizes["chain"], posterior.sizes["draw"]
+    if chains == 1:
+        return 1.0
+    found = az.ess(xr.Dataset(posterior.data_vars), method="mean")
+    values = np.hstack([np.ravel(found[name].values) for name in found.data_vars])
+    return float(values.mean() / (chains * draws))
+
+
+# --- ArviZ 0.2x and 1.x
+
+
+def container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
+    """Return an ArviZ object of groups: ``InferenceData`` (0.2x) or ``DataTree`` (1.x)."""
+    labels.check_used(groups)
+    return az.InferenceData(**groups) if OLD else xr.DataTree.from_dict(dict(groups))
+
+
+def has_group(data: Any, name: str) -> bool:
+    """Whether an ArviZ object has a group; ``data[name]`` returns it in both versions."""
+    groups = data.groups() if callable(data.groups) else data.groups
+    return name in {group.strip("/") for group in groups}

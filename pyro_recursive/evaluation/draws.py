@@ -1,0 +1,348 @@
+"""Draws of the sites of a model, and runs of the model on them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_recursive.evaluation.evidence import samples_per_chunk
+from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.sites import (
+    PARTICLE_PLATE,
+    Site,
+    is_delta,
+    nesting_of,
+    plates_of,
+    sites,
+    subsample_sites,
+)
+
+Kind = Literal["latent", "computed", "observed"]
+
+
+@dataclass(frozen=True)
+class SiteDraws:
+    """Draws of one site: ``value`` is a ``[S, *plates, *event]``-dim tensor.
+
+    ``frames`` are Pyro's frames of the vectorised plates, from left to right; ``cell`` is the
+    iteration of each sequential plate around the site.
+    """
+
+    value: Tensor
+    frames: tuple[Any, ...] = ()
+    kind: Kind = "latent"
+    cell: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def stacked(
+        cls,
+        site: Site,
+        values: Sequence[Tensor],
+        total: int,
+        nesting: int,
+        kind: Kind = "latent",
+        event_dim: int | None = None,
+        frames: tuple[Any, ...] | None = None,
+    ) -> "SiteDraws":
+        """Return the draws of a site from its values in one or several runs.
+
+        Args:
+            site: the site in one of the runs.
+            values: one for each run, with the plate of samples left of the other plates.
+            total: samples in each run.
+            nesting: the number of dims of the other plates.
+            kind: of the draws.
+            event_dim, frames: by default those of the site.
+        """
+        frames = _frames(site) if frames is None else frames
+        event_dim = site["fn"].event_dim if event_dim is None else event_dim
+        sizes = {frame.dim: frame.size for frame in frames}
+        batch = (total, *(sizes.get(dim, 1) for dim in range(-nesting, 0)))
+        rows = []
+        for value in values:
+            padding = (1,) * (len(batch) + event_dim - value.dim())
+            value = value.detach().reshape(padding + value.shape)
+            event = value.shape[len(batch) :]
+            value = value.expand(*batch, *event)
+            rows.append(value.reshape(total, *(frame.size for frame in frames), *event))
+        return cls(torch.cat(rows), frames, kind, _cell(site))
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """The names of the vectorised plates."""
+        return tuple(frame.name for frame in self.frames)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The shape of one entry of the plates."""
+        return self.value.shape[1 + len(self.frames) :]
+
+    def with_batch_dims(self, nesting: int | None = None) -> Tensor:
+        """Return the values with Pyro's dims of plates, as many as the site needs by default."""
+        sizes = {frame.dim: frame.size for frame in self.frames}
+        nesting = -min(sizes, default=0) if nesting is None else nesting
+        batch = [sizes.get(dim, 1) for dim in range(-nesting, 0)]
+        return self.value.reshape(len(self.value), *batch, *self.event_shape)
+
+    def take(self, index: Tensor, plates: Sequence[str]) -> "SiteDraws":
+        """Return the draws of these indices, ``[S', *plates]``, each entry of plates its own."""
+        for name in plates:
+            if name not in self.plates:  # sequential plates, the first of a `PlateLayout`
+                index = index.select(1, self.cell[name])
+        sizes = [frame.size if frame.name in plates else 1 for frame in self.frames]
+        index = index.reshape(len(index), *sizes, *[1] * len(self.event_shape))
+        value = self.value.gather(0, index.expand(len(index), *self.value.shape[1:]))
+        return replace(self, value=value)
+
+
+def _frames(site: Site) -> tuple[Any, ...]:
+    found = [frame for frame in plates_of(site).values() if frame.vectorized]
+    return tuple(sorted(found, key=lambda frame: frame.dim))
+
+
+def _cell(site: Site) -> dict[str, int]:
+    loops = [frame for frame in plates_of(site).values() if not frame.vectorized]
+    return {frame.name: (frame.counter - 1) % frame.size for frame in loops}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """S draws of some sites of a model.
+
+    ``draws["z"]`` is a ``[S, *plates, *event]``-dim tensor, for the vectorised plates around the
+    site from left to right; ``sites["z"].plates`` are their names. ``log_p`` and ``log_q`` of
+    posterior draws are log p(x, z) and log q(z), ``[S, *plates]`` in nats, float64, for the
+    ``plates`` that enclose every sample site; where they are None, ``unweighted`` says why.
+    ``resampled`` draws were chosen by their weights.
+
+    ``minibatch`` has the subsample sites of the plates around latents, which other calls of the
+    model must share; ``whole_minibatch`` those of all plates. ``scaled`` names the sites of
+    log-likelihoods that have a scale of the user's own.
+    """
+
+    sites: dict[str, SiteDraws]
+    count: int
+    log_p: Tensor | None = None
+    log_q: Tensor | None = None
+    plates: tuple[str, ...] = ()
+    resampled: bool = False
+    minibatch: poutine.Trace = field(default_factory=poutine.Trace, repr=False)
+    whole_minibatch: poutine.Trace = field(default_factory=poutine.Trace, repr=False)
+    unweighted: str = ""
+    scaled: tuple[str, ...] = ()
+
+    @property
+    def log_densities(self) -> tuple[Tensor, Tensor]:
+        """``log_p`` and ``log_q``; raises ValueError for draws that have none."""
+        if self.log_p is None or self.log_q is None:
+            reason = self.unweighted or "Only posterior draws have them."
+            raise ValueError(f"These draws have no log p and log q. {reason}")
+        return self.log_p, self.log_q
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log_p - log_q``, ``[S, *plates]`` in nats."""
+        log_p, log_q = self.log_densities
+        return log_p - log_q
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the values of a site, ``[S, *plates, *event]``."""
+        if name not in self.sites:
+            raise KeyError(f"There are no draws of site '{name}', only of {[*self.sites]}.")
+        return self.sites[name].value
+
+    def __len__(self) -> int:
+        """Return the number of draws."""
+        return self.count
+
+    def of_this_call(self) -> "Draws":
+        """Return the draws with their whole minibatch, for another run on the same arguments."""
+        return replace(self, minibatch=self.whole_minibatch)
+
+    def of_kind(self, *kinds: Kind) -> dict[str, SiteDraws]:
+        """Return sites of kinds ``"latent"``, ``"computed"`` (deterministic), ``"observed"``."""
+        return {name: each for name, each in self.sites.items() if each.kind in kinds}
+
+
+def joined(chunks: Sequence[dict[str, SiteDraws]]) -> dict[str, SiteDraws]:
+    """Concatenate draws of the same sites."""
+    return {
+        name: replace(first, value=torch.cat([chunk[name].value for chunk in chunks]))
+        for name, first in chunks[0].items()
+    }
+
+
+@dataclass(frozen=True)
+class ModelRuns:
+    """Traces of a model for S samples: one trace of all of them, or one of each.
+
+    ``nesting`` is the number of dims of plates; ``single`` a run without a plate of samples.
+    """
+
+    traces: Sequence[poutine.Trace]
+    count: int
+    nesting: int
+    single: poutine.Trace = field(default_factory=poutine.Trace)
+
+    @property
+    def total(self) -> int:
+        """The number of samples in each trace."""
+        return self.count // len(self.traces)
+
+    def latents(self) -> dict[str, SiteDraws]:
+        """Return the draws of the latent sites."""
+        return {
+            site["name"]: self.site(site["name"])
+            for site in sites(self.traces[0])
+            if not site["is_observed"] and not was_observed(site)
+        }
+
+    def computed(self) -> dict[str, SiteDraws]:
+        """Return the values of the deterministic sites."""
+        return {
+            name: self._deterministic(name)
+            for name, site in self.traces[0].nodes.items()
+            if is_computed(site)
+        }
+
+    def site(
+        self,
+        name: str,
+        kind: Kind = "latent",
+        value_of: Callable[[Site], Tensor] = lambda site: site["value"],
+        event_dim: int | None = None,
+    ) -> SiteDraws:
+        """Return the draws of a site, or a function of them."""
+        group = self._in_all(name, self.traces)
+        values = [value_of(site) for site in group]
+        return SiteDraws.stacked(group[0], values, self.total, self.nesting, kind, event_dim)
+
+    def _in_all(self, name: str, traces: Sequence[poutine.Trace]) -> list[Site]:
+        if any(name not in trace.nodes for trace in traces):
+            raise ValueError(
+                f"Site '{name}' is in some runs of the model and not in others. Sample it in all, "
+                "under a mask."
+            )
+        return [trace.nodes[name] for trace in traces]
+
+    def _deterministic(self, name: str) -> SiteDraws:
+        """Return the values of a deterministic site; its shape in a single run gives its dims."""
+        single, *group = self._in_all(name, [self.single, *self.traces])
+        shape, depth = single["value"].shape, _plate_dims(single)
+        values = []
+        for site in group:
+            value = site["value"]
+            if value.shape == shape:  # the same for all samples, or there is only one
+                value = value.expand(self.total, *shape)
+            elif value.shape[:1] != (self.total,) or value[0].numel() != shape.numel():
+                raise ValueError(
+                    f"Deterministic site '{name}' has shape {tuple(shape)} for one sample and "
+                    f"{tuple(value.shape)} for {self.total}. Count dims from the right, or use "
+                    "vectorize_particles=False."
+                )
+            values.append(value.reshape(self.total, *(1,) * (self.nesting - depth), *shape))
+        frames = tuple(frame for frame in _frames(group[0]) if -frame.dim <= depth)
+        event_dim = len(shape) - depth
+        run = values, self.total, self.nesting
+        return SiteDraws.stacked(group[0], *run, "computed", event_dim, frames)
+
+
+def _plate_dims(site: Site) -> int:
+    """Return how many dims of a deterministic site, from the left, are those of plates."""
+    shape, event_dim = site["value"].shape, site["fn"].event_dim
+    if event_dim < len(shape):  # given by the user: by default all dims are those of an event
+        return len(shape) - event_dim
+    sizes = {frame.dim: frame.size for frame in _frames(site)}
+    depth = -min(sizes, default=0)
+    if depth > len(shape):
+        return 0
+    fits = all(shape[i] in (1, sizes.get(i - depth, 1)) for i in range(depth))
+    return depth if fits else 0
+
+
+def was_observed(site: Site) -> bool:
+    """Whether a site's value was drawn in the place of data, as by `poutine.uncondition`."""
+    return "was_observed" in site["infer"]
+
+
+def is_computed(site: Site) -> bool:
+    """Whether a site has no randomness, deterministic or reparameterised: an observed Delta."""
+    return site["type"] == "sample" and site["is_observed"] and is_delta(site)
+
+
+@torch.no_grad()
+def on_draws(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    draws: Draws,
+    collect: Callable[[ModelRuns], dict[str, SiteDraws]],
+    chunk_size: int | None = None,
+    vectorize_particles: bool = True,
+) -> dict[str, SiteDraws]:
+    """Run a model on draws of its latents and on their minibatch, in chunks.
+
+    Args:
+        model, args, kwargs: the model and a call of it.
+        draws: latents that they lack are drawn from the model.
+        collect: returns what is wanted of the runs of a chunk.
+        chunk_size, vectorize_particles: as in `posterior_draws`.
+
+    Raises:
+        ValueError: a plate has another size here than in the draws.
+    """
+    program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
+    latents = draws.of_kind("latent")
+    _check_plates(single, latents)
+    minibatch = _completed(draws.minibatch, subsample_sites(single))
+    size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
+    chunks = []
+    for start in range(0, len(draws), size):
+        rows = range(start, min(start + size, len(draws)))
+        if vectorize_particles and len(rows) > 1:
+            with pyro.plate(PARTICLE_PLATE, len(rows), dim=-nesting - 1):
+                values = {n: each.with_batch_dims(nesting) for n, each in latents.items()}
+                source = _source(minibatch, values, slice(rows.start, rows.stop))
+                traces = [program.run_model(source)]
+        else:
+            values = {name: each.with_batch_dims() for name, each in latents.items()}
+            traces = [program.run_model(_source(minibatch, values, row)) for row in rows]
+        chunks.append(collect(ModelRuns(traces, len(rows), nesting, single)))
+    return joined(chunks)
+
+
+def _source(
+    minibatch: poutine.Trace, values: Mapping[str, Tensor], rows: int | slice
+) -> poutine.Trace:
+    """Return a trace of a minibatch and some of the draws, to replay a model on."""
+    trace = minibatch.copy()
+    for name, value in values.items():
+        site: Site = {"name": name, "type": "sample", "fn": None, "is_observed": False, "infer": {}}
+        trace.add_node(name, value=value[rows], **site)
+    return trace
+
+
+def _completed(minibatch: poutine.Trace, other: poutine.Trace) -> poutine.Trace:
+    """Return a minibatch with that of other plates, unless these are complete."""
+    found = minibatch.copy()
+    for name, site in other.nodes.items():
+        if name not in found.nodes and len(site["value"]) != site["fn"].size:
+            found.add_node(name, **site)
+    return found
+
+
+def _check_plates(trace: poutine.Trace, latents: Mapping[str, SiteDraws]) -> None:
+    for site in sites(trace):
+        for frame in latents[site["name"]].frames if site["name"] in latents else ():
+            here = plates_of(site).get(frame.name)
+            if here is None or here.size != frame.size:
+                raise ValueError(
+                    f"Site '{site['name']}' was drawn in plate '{frame.name}' of {frame.size} "
+                    f"entries; this call has {0 if here is None else here.size}. Draw it for "
+                    "these data."
+                )

@@ -1,0 +1,257 @@
+"""Runs of a model on draws: predictive and prior draws, log-likelihoods of each datum."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_recursive.evaluation.draws import (
+    Draws,
+    ModelRuns,
+    SiteDraws,
+    is_computed,
+    on_draws,
+    was_observed,
+)
+from pyro_recursive.evaluation.importance import scaled_sites
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import check_batch_shape
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.sites import Site, sites, subsample_sites
+
+
+def predictive_draws(
+    model: Callable,
+    draws: Draws,
+    *args: Any,
+    chunk_size: int | None = None,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
+) -> Draws:
+    """Draw the data of a model anew for each draw of its latents: the posterior predictive.
+
+    The model is called as in training, with its data, and draws what it observes, masked entries
+    too. A site that depends on data gets the drawn data if it uses what `pyro.sample` returned, and
+    the given data if it uses the model's argument. The data may have another size where no latent
+    is in a plate of the data.
+
+    Args:
+        draws: latents that they lack are drawn from the model.
+        chunk_size, vectorize_particles: as in `posterior_draws`.
+
+    Returns:
+        The observed sites: ``draws["x"]`` is a ``[S, *plates, *event]``-dim tensor.
+
+    Raises:
+        ValueError: a plate of latents has another size than in the draws.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_recursive.evaluation import posterior_draws
+    >>> pyro.set_rng_seed(0)
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("z", dist.Normal(x.mean(), len(x) ** -0.5))
+    >>> draws = posterior_draws(model, guide, torch.tensor([4.0, 6.0]), num_draws=5000)
+    >>> new = predictive_draws(model, draws, torch.zeros(3))["x"]
+    >>> new.shape, round(new.mean().item(), 1)
+    (torch.Size([5000, 3]), 5.0)
+    """
+    check_at_least(1, chunk_size=chunk_size)
+    run = chunk_size, vectorize_particles
+    found = on_draws(drawing_data(model), args, kwargs, draws, _data, *run)
+    return Draws(found, len(draws), minibatch=draws.minibatch)
+
+
+def log_likelihoods(
+    model: Callable,
+    draws: Draws,
+    *args: Any,
+    chunk_size: int | None = None,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
+) -> Draws:
+    """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
+
+    Args:
+        draws: draws of all latents.
+        chunk_size, vectorize_particles: as in `posterior_draws`.
+
+    Returns:
+        For every observed site and factor ``found["x"]``, a ``[S, *plates]``-dim tensor without
+        scales, nan where masked. ``found.scaled`` names the sites, latent ones too, that have a
+        scale of the user's own (`poutine.scale`): their posterior is a tempered one.
+
+    Raises:
+        ValueError: the draws are those of other data, or lack a latent.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_recursive.evaluation import posterior_draws
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> draws = posterior_draws(model, guide, x, num_draws=4)
+    >>> found = log_likelihoods(model, draws, x)["x"]
+    >>> bool(torch.allclose(found, dist.Normal(draws["z"][:, None], 1.0).log_prob(x)))
+    True
+    """
+    check_at_least(1, chunk_size=chunk_size)
+    scaled: dict[str, None] = {}
+
+    def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
+        if missing := sorted(runs.latents().keys() - draws.sites.keys()):
+            raise ValueError(
+                f"There are no draws of the latent sites {missing}, only of {[*draws.sites]}."
+            )
+        scaled.update(dict.fromkeys(scaled_sites(runs.single)))
+        return {
+            site["name"]: runs.site(site["name"], "observed", _log_likelihood, event_dim=0)
+            for site in sites(runs.traces[0])
+            if site["is_observed"] and not is_computed(site)
+        }
+
+    run = chunk_size, vectorize_particles
+    found = on_draws(model, args, kwargs, draws, collect, *run)
+    return Draws(found, len(draws), minibatch=draws.minibatch, scaled=tuple(scaled))
+
+
+def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> Draws:
+    """Return the data of a model as one draw, ``[1, *plates, *event]``, for the draws' minibatch.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+    >>> observed_data(model, Draws({}, 1), torch.tensor([0.0, 1.0]))["x"].tolist()
+    [[0.0, 1.0]]
+    """
+    return Draws(on_draws(model, args, kwargs, replace(draws, count=1), _data), 1)
+
+
+def prior_draws(
+    model: Callable,
+    *args: Any,
+    num_draws: int = 1000,
+    minibatch: poutine.Trace | None = None,
+    chunk_size: int | None = None,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
+) -> Draws:
+    """Draw all sites of a model from the model: prior and prior predictive.
+
+    The model is called as in training, with its data, which are drawn instead of observed.
+
+    Args:
+        num_draws: S.
+        minibatch: subsample sites to draw for (`Draws.minibatch`); drawn by default.
+        chunk_size, vectorize_particles: as in `posterior_draws`.
+
+    Returns:
+        Draws whose ``of_kind("observed")`` are the data.
+
+    Raises:
+        ValueError: the density of one sample depends on another sample.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> pyro.set_rng_seed(0)
+    >>> def model(x):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(z, 4.0), obs=x)
+    >>> draws = prior_draws(model, torch.zeros(2), num_draws=5000)
+    >>> draws["x"].shape, round(draws["x"].std().item())
+    (torch.Size([5000, 2]), 5)
+    """
+    check_at_least(1, num_draws=num_draws, chunk_size=chunk_size)
+    drawing = drawing_data(model)
+    if vectorize_particles and num_draws > 1:
+        # Data must be observed for this check: drawn data move along with their parameters.
+        prior = poutine.block(drawing, hide_fn=_is_data_site)
+        mixing = structure_of(Program(model, prior, args, kwargs)).mixing
+        if mixing is not None:
+            raise ValueError(
+                f"The density of one sample depends on another sample's '{mixing}'. Count dims "
+                "from the right (z.sum(-1), z[..., 0]), or use vectorize_particles=False."
+            )
+    if minibatch is None:
+        with poutine.block(), torch.no_grad():
+            minibatch = subsample_sites(poutine.trace(drawing).get_trace(*args, **kwargs))
+    empty = Draws({}, num_draws, minibatch=minibatch)
+    run = chunk_size, vectorize_particles
+    return replace(empty, sites=on_draws(drawing, args, kwargs, empty, _everything, *run))
+
+
+def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
+    return {**runs.latents(), **runs.computed(), **_data(runs)}
+
+
+def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
+    """Return the data, or what the model drew in their place; factors have none."""
+    return {
+        site["name"]: runs.site(site["name"], "observed")
+        for site in sites(runs.traces[0])
+        if was_observed(site) or _can_be_drawn(site)
+    }
+
+
+def _log_likelihood(site: Site) -> Tensor:
+    """Return a site's log-density without scale, nan where a mask leaves out a whole entry."""
+    log_prob = log_prob_of(site, site["fn"])
+    check_batch_shape(site, log_prob.shape)
+    fn, masks = site["fn"], [site["mask"]]
+    while isinstance(fn, dist.MaskedDistribution):  # a mask under `Independent` is not of entries
+        fn, masks = fn.base_dist, [*masks, fn._mask]
+    for mask in masks:
+        if mask is not None:
+            seen = torch.as_tensor(mask, device=log_prob.device)
+            log_prob = torch.where(seen, log_prob, torch.nan)
+    return log_prob
+
+
+def drawing_data(model: Callable) -> Callable:
+    """Return a model that draws its data instead of observing them."""
+    return _DrawData()(model)
+
+
+class _DrawData(UnconditionMessenger):
+    """Draws data; deterministic sites, factors and minibatches stay as they are.
+
+    A deterministic site would get the dims of its plates twice, and a factor has no value.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if _can_be_drawn(msg):
+            super()._pyro_sample(msg)
+
+
+def _can_be_drawn(site: Any) -> bool:
+    """Whether a site is data: observed, and no subsample, deterministic site or factor."""
+    special = site_is_subsample(site) or is_computed(site) or is_factor(site)
+    return site["is_observed"] and not special
+
+
+def data_of(site: Site) -> Any:
+    """Return the data in whose place a site's value was drawn."""
+    return site["infer"]["obs"]
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a `pyro.factor`, which has a density and no value."""
+    return isinstance(site["fn"], dist.Unit)
+
+
+def _is_data_site(site: Any) -> bool:
+    return site["type"] == "sample" and (site["is_observed"] or was_observed(site))
