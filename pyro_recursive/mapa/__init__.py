@@ -20,7 +20,7 @@ from pyro_recursive.mapa.codes import (
 )
 from pyro_recursive.mapa.empirical_model import Empiricalized
 from pyro_recursive.mapa.recover import recover_prior
-from pyro_recursive.mapa.recovered import RecoveredPrior
+from pyro_recursive.mapa.recovered_priors import RecoveredPrior
 from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Table, neighbours
 

@@ -17,30 +17,24 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.tracing.sites import is_delta
 
-__all__ = ["ReplacedPrior", "with_prior"]
-
 
 def with_prior(
     model: Callable, site: str, prior: Distribution | Callable[[], Any]
 ) -> "ReplacedPrior":
-    """Return the same model, the prior of one of its latent sites replaced.
+    """Return the same model with the prior of one latent site replaced.
 
-    All else stays: names, plates and minibatches, scales, the shapes and the supports of values. A
-    value is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its density;
-    each entry of the site's plates has a vector of its own. The result is a model as any other, for
-    `pyro.infer.Predictive`, for `pyro_recursive.log_marginal`, for guides and losses, and it can
-    be pickled as far as its parts can.
+    A value of the site is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its
+    density; each entry of the site's plates has a vector of its own. Names, plates, scales and
+    shapes stay, so that the result works with `pyro.infer.Predictive`,
+    `pyro_recursive.log_marginal`, guides and losses, and can be pickled if its parts can.
+    Parameters of a module with gradients are registered as ``<site>_prior``.
 
-    A module's parameters, if any of them has a gradient, are registered under the site's name with
-    ``_prior``, so that an optimizer finds them.
-
-    Arguments:
-        model: any; run anew in each call.
+    Args:
+        model: any Pyro model.
         site: the name of a latent site, continuous, not a Delta.
-        prior: from `pyro_recursive.mapa.recover_prior`; or any distribution over
-            vectors, batch ``[]`` and event ``[D]`` with D numbers for an event of the site in
-            unconstrained space; or a callable that returns one, such as a
-            `pyro_recursive.priors.vamp.VampPrior`.
+        prior: from `pyro_recursive.mapa.recover_prior`; or a distribution over vectors, batch
+            ``[]`` and event ``[D]``, with D the size of the site's event in unconstrained space; or
+            a callable that returns one, such as a `pyro_recursive.VampPrior`.
 
     Raises:
         TypeError: the prior is none of these.
@@ -49,7 +43,7 @@ def with_prior(
             event has not the prior's size; the prior is no distribution over vectors.
 
     >>> from pyro.infer import Predictive
-    >>> from pyro_recursive.mapa.recover import recover_prior
+    >>> from pyro_recursive.mapa import recover_prior
     >>> def model(size):
     ...     with pyro.plate("data", size):
     ...         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -64,12 +58,12 @@ def with_prior(
 
 
 class ReplacedPrior:
-    """What `with_prior` returns: a callable with ``model``, ``site`` and ``prior``."""
+    """A model with another prior: a callable with ``model``, ``site`` and ``prior``."""
 
     def __init__(self, model: Callable, site: str, prior: Distribution | Callable[[], Any]) -> None:
         if not isinstance(prior, Distribution) and not callable(prior):
             raise TypeError(
-                f"The prior of site '{site}' must be a distribution or return one when called, got "
+                f"The prior must be a distribution or return one when called, got "
                 f"{type(prior).__name__}."
             )
         self.model, self.site, self.prior = model, site, prior
@@ -79,30 +73,27 @@ class ReplacedPrior:
         prior = self.prior
         if isinstance(prior, nn.Module) and any(p.requires_grad for p in prior.parameters()):
             pyro.module(f"{self.site}_prior", prior)
-        with _Replacing(self.site, prior):
+        with _ReplacePrior(self.site, prior):
             return self.model(*args, **kwargs)
 
 
-class _Replacing(Messenger):
-    """Gives one sample site another distribution."""
+class _ReplacePrior(Messenger):
+    """Replaces the distribution of one sample site."""
 
     def __init__(self, site: str, prior: Distribution | Callable[[], Any]) -> None:
         super().__init__()
         self.site, self.prior = site, prior
-        self.met: list[str] = []
+        self.seen: list[str] = []
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
-        if error is None and self.site not in self.met:
-            raise ValueError(
-                f"The model has no sample site '{self.site}' whose prior could be replaced; it has "
-                f"{self.met}."
-            )
+        if error is None and self.site not in self.seen:
+            raise ValueError(f"The model has no sample site '{self.site}'; it has {self.seen}.")
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
-        self.met.append(msg["name"])
+        self.seen.append(msg["name"])
         if msg["name"] != self.site:
             return
         _check_site(msg)
@@ -112,7 +103,7 @@ class _Replacing(Messenger):
 
 
 class _Supported(dist.TransformedDistribution):
-    """A transformed distribution with a given support: transforms know theirs only roughly."""
+    """A transformed distribution with the support of the site, not of its transforms."""
 
     def __init__(self, base: Any, transforms: list, support: Any) -> None:
         self.base, self.given = base, support
@@ -129,12 +120,12 @@ class _Supported(dist.TransformedDistribution):
 
 
 def _replaced(old: Any, new: Any, site: str) -> Any:
-    """Return the new distribution in the place of the old one: same batch, event and support."""
+    """Return the new distribution with the batch, event and support of the old one."""
     support = plain_support(old.support)
     transform = biject_to(support)
     whole = transform.inverse_shape(old.batch_shape + old.event_shape)  # bounds may have rows
     shape = whole[len(old.batch_shape) :]
-    _check_prior(new, math.prod(shape), old.event_shape, site)
+    _check_prior(new, math.prod(shape), site)
     new = new.expand(old.batch_shape)
     steps = []
     if shape != new.event_shape:
@@ -153,29 +144,28 @@ def _is_real(support: Any) -> bool:
 def _check_site(msg: Any) -> None:
     name, fn = msg["name"], msg["fn"]
     if msg["is_observed"]:
-        raise ValueError(f"Site '{name}' is observed in the model: only a latent has a prior.")
+        raise ValueError(f"Site '{name}' is observed; only latents have a prior.")
     if is_delta(msg):
-        raise ValueError(f"Site '{name}' is a Delta: its value is computed and has no prior.")
+        raise ValueError(f"Site '{name}' is a Delta, which has no prior.")
     if getattr(fn.support, "is_discrete", False):
         raise NotImplementedError(
-            f"Site '{name}' is discrete ({type(fn).__name__}), and recovered priors are continuous."
+            f"Site '{name}' is discrete ({type(fn).__name__}); recovered priors are continuous."
         )
     if isinstance(fn, dist.MaskedDistribution):
         raise ValueError(
-            f"The distribution of site '{name}' has a mask, which another prior would lose: write "
-            "`with poutine.mask(mask=...)` around the statement instead."
+            f"The distribution of site '{name}' has a mask: use `with poutine.mask(mask=...)`."
         )
 
 
-def _check_prior(new: Any, numbers: int, event_shape: torch.Size, site: str) -> None:
+def _check_prior(new: Any, size: int, site: str) -> None:
     batch, event = tuple(new.batch_shape), tuple(new.event_shape)
     if batch or len(event) != 1:
         raise ValueError(
-            f"The prior for site '{site}' has batch {batch} and event {event}; it must have no "
-            "batch and vectors as events, as recover_prior makes it."
+            f"The prior for site '{site}' has batch {batch} and event {event}; it must be over "
+            "vectors, without a batch."
         )
-    if event[0] != numbers:
+    if event[0] != size:
         raise ValueError(
-            f"The prior is over vectors of length {event[0]}, and an event {tuple(event_shape)} of "
-            f"site '{site}' has {numbers} numbers in unconstrained space."
+            f"The prior is over vectors of length {event[0]}; site '{site}' has {size} "
+            "unconstrained numbers."
         )

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from pyro_recursive import log_marginal
 from pyro_recursive.datasets import curve_evidence
 from pyro_recursive.mapa.recover import KINDS, recover_prior
-from pyro_recursive.mapa.recovered import RecoveredPrior
+from pyro_recursive.mapa.recovered_priors import RecoveredPrior, bandwidth, leave_one_out
 from pyro_recursive.mapa.replaced_prior import with_prior
-from pyro_recursive.mapa.windows import bandwidth, leave_one_out
 
 pytestmark = pytest.mark.slow  # fits and integrals
 
@@ -195,7 +194,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.randn(5, 1), {"knots": 1}, ValueError, "knots must be an integer >= 2"),
         (torch.randn(5, 2), {"kind": "flow", "steps": 0}, ValueError, "steps must be"),
         (torch.randn(5, 2), {"kind": "flow", "flow": "gf"}, ValueError, "flow must be one of"),
-        (torch.randn(5, 2), {"kind": "flow", "lr": -1.0}, ValueError, "lr must be"),
+        (torch.randn(5, 2), {"kind": "flow", "lr": -1.0}, ValueError, "Invalid learning rate"),
         (torch.randn(5, 1), {"steps": 3}, TypeError, "steps"),
     ],
 )
