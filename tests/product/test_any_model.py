@@ -1,15 +1,12 @@
 """Every loss, with every estimator, on every model of the table.
 
-The sharpest tool here is `Pinned`: it plays recorded samples back, so that two ways of computing
-the same thing (in one pass or in a loop, on all data or on minibatches, by the package or by hand)
-see the same noise and must agree to rounding, gradients included. Expectations are compared with
-numbers from quadrature and enumeration, or with another unbiased estimator.
+Two ways of computing the same thing play recorded samples back and must agree to rounding,
+gradients included. Expectations are compared with those of another unbiased estimator.
 """
 
 import itertools
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,10 +18,8 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.enum import get_importance_trace
 from pyro.optim import SGD
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 import pyro_recursive
@@ -38,11 +33,9 @@ from pyro_recursive import (
     log_marginal,
 )
 from pyro_recursive.bounds.estimators import ESTIMATORS
-from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.runs import run_particles
-from pyro_recursive.tracing.sites import is_delta
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
+from tests.oracles.recordings import K, M, Pinned, Recording, record, scale_of, weights_by_hand
 
 LOSSES: dict[str, Callable[..., MultiSampleELBO]] = {
     "IWAE_ELBO": lambda M, K, **options: IWAE_ELBO(K, num_estimates=M, **options),
@@ -60,7 +53,6 @@ BOUNDS = {
     "CIWAE_ELBO": bounds.ciwae(0.3),
     "MultiSampleELBO": bounds.renyi(0.5),
 }
-M, K = 2, 3
 
 UNBIASED = ("pathwise", "dreg", "score", "vimco", "dreg+score", "dreg+vimco")
 SMOOTH = [row for row in ROWS if row.sites != "discrete"]
@@ -108,92 +100,6 @@ def gradients(loss: Tensor) -> Tensor:
 
 def value_and_gradient(loss: Tensor) -> Tensor:
     return torch.cat([loss.detach().reshape(1), gradients(loss)])
-
-
-class Pinned(Messenger):
-    """Plays back recorded guide samples, ``[P, ...]`` by site, in one pass or one by one.
-
-    It acts on the first run of a guide only: whatever replays that run comes with its own values.
-    """
-
-    def __init__(self, values: dict[str, Tensor], fixed: dict[str, Tensor], total: int = 0) -> None:
-        super().__init__()
-        self.values, self.fixed, self.total = values, fixed, total
-        self.visits: Counter[str] = Counter()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if msg["done"] or msg["is_observed"] or name not in self.values | self.fixed:
-            return
-        msg["done"] = True
-        if name in self.fixed:
-            msg["value"] = self.fixed[name]
-            return
-        index = slice(None) if self.total == 0 else self.visits[name] % self.total
-        msg["value"] = self.values[name][index]
-        self.visits[name] += 1
-
-
-Recording = tuple[dict[str, Tensor], dict[str, Tensor]]
-
-
-def record(programs: Programs, args: tuple, num_estimates: int = M, size: int = K) -> Recording:
-    """Draw once; return the sampled values with their graph, and the minibatch."""
-    _, (run,) = run_particles(Program(*programs, args), num_estimates, size)
-    values = {
-        name: site["value"]
-        for name, site in run.guide.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not is_delta(site)
-    }
-    fixed = {name: site["value"] for name, site in run.model.nodes.items() if _subsample(site)}
-    values = {name: value for name, value in values.items() if name not in fixed}
-    return values, fixed
-
-
-def _subsample(site: Any) -> bool:
-    return site["type"] == "sample" and site_is_subsample(site)
-
-
-def weights_by_hand(row: Row, programs: Programs, args: tuple, recording: Recording) -> Tensor:
-    """Return ``[M * K, *plates]`` log-weights entry by entry, from Pyro's own traces."""
-    rows = []
-    with Pinned(*recording, total=M * K):
-        for _ in range(M * K):
-            traces = get_importance_trace("flat", math.inf, *programs, args, {})
-            rows.append(_add_up(row, traces))
-    return torch.stack(rows)
-
-
-def _add_up(row: Row, traces: tuple[poutine.Trace, poutine.Trace]) -> Tensor:
-    cells: Counter[tuple[int, ...]] = Counter()
-    sizes: dict[str, int] = {}
-    for trace, sign in zip(traces, (1, -1), strict=True):
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site["infer"].get("_deterministic"):
-                continue
-            frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-            shared = [frames[name] for name in row.shared]
-            sizes |= {frame.name: frame.size for frame in shared}
-            scale = math.prod(frame.full_size / frame.size for frame in shared)
-            log_prob = site["log_prob"] / scale
-            for index in itertools.product(*map(range, log_prob.shape)):
-                cell = (
-                    index[frame.dim] if frame.vectorized else (frame.counter - 1) % frame.size
-                    for frame in shared
-                )
-                cells[tuple(cell)] += sign * log_prob[index]
-    shape = tuple(sizes[name] for name in row.shared)
-    return torch.stack([cells[cell] for cell in itertools.product(*map(range, shape))]).reshape(
-        shape
-    )
-
-
-def scale_of(row: Row, programs: Programs, args: tuple) -> float:
-    """Return the subsample scale of a row's shared plates."""
-    trace = poutine.trace(programs[0]).get_trace(*args)
-    site = next(s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"])
-    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    return math.prod(frames[name].full_size / frames[name].size for name in row.shared)
 
 
 # The table of losses.

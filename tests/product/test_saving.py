@@ -47,8 +47,8 @@ from pyro_recursive import (
 )
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.mapa import EncodedCodes, FreeCodes, GridCodes, PseudoInputCodes
-from tests.models import Row
-from tests.product.test_any_guide import KINDS, Kind, Setting, density_at, no_guide, quiet
+from tests.models import Row, small
+from tests.models.guides import KINDS, Kind, Setting, density_at, no_guide, quiet
 
 ROWS, LATENTS = 4, 2
 OF_PYRO = ("mixture_auto_normal", "mixture_auto_diagonal", "mixture_auto_multivariate", "mapa_rest")
@@ -346,6 +346,24 @@ def test_a_store_loaded_under_a_running_guide(name: str, tmp_path: Path) -> None
         assert own is None or stored[own].unconstrained() is parameter, key
 
 
+@each([n for n in STORED if n not in ("recursive", "refined")], "table", "mixture_encoders")
+def test_a_new_guide_takes_what_the_store_has(name: str, tmp_path: Path) -> None:
+    """What Pyro's store saved goes to a new guide of the same name, and is trained from there."""
+    trained = program(name).train()
+    expected = trained.outcome()
+    pyro.get_param_store().save(tmp_path / "store")
+    del trained
+    forget()
+    pyro.get_param_store().load(tmp_path / "store")
+    fresh = program(name)
+    fresh.guide(fresh.x)
+    fresh.model(fresh.x)
+    same(fresh.draws(), expected["draws"])
+    before = copy.deepcopy(fresh.guide.state_dict())
+    fresh.train(1)
+    assert any((value != before[key]).any() for key, value in fresh.guide.state_dict().items())
+
+
 def test_a_store_is_read_without_running_code(tmp_path: Path) -> None:
     """Pyro's ``load`` unpickles whatever a file holds; torch reads it safely, told the classes."""
     trained = program("mixture_auto_normal").train()
@@ -459,11 +477,7 @@ def test_functions_among_the_arguments_are_named() -> None:
 def test_copies_tell_minibatches_from_all_data(how: str) -> None:
     """The scale of a minibatch is the model's to say, and no copy may do without."""
 
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", 6, subsample_size=len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
+    model = partial(small.normal_rows, size=6)
     guide = AmortizedGuide(model, nn.Linear(1, 2))
     guide.prepare(torch.randn(6, 1))
     copied = HOW[how](guide)

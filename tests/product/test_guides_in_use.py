@@ -1,0 +1,387 @@
+"""Guides of every kind in use: losses, the evidence, predictions, other data, names, growth."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.optim import Adam
+from torch import Tensor, nn
+
+from pyro_recursive import (
+    IWAE_ELBO,
+    MISELBO,
+    MIWAE_ELBO,
+    SIWAE_ELBO,
+    AmortizedGuide,
+    FlowGuide,
+    RecursiveMixture_ELBO,
+    SemiAmortizedGuide,
+    Stratified_ELBO,
+    log_marginal,
+)
+from tests import models
+from tests.models import Row, small
+from tests.models.guides import (
+    KIND,
+    KINDS,
+    ROW,
+    SMOOTH,
+    Encoder,
+    estimators_of,
+    gradients_of,
+    kinds,
+    latents_in,
+    made,
+    no_guide,
+    of,
+    quiet,
+)
+from tests.oracles.recordings import Pinned, Recorded
+
+# Losses.
+
+STRATIFIED = {
+    "stratified": partial(Stratified_ELBO, 2),
+    "stl": partial(Stratified_ELBO, 2, estimator="stl"),
+    "siwae": partial(SIWAE_ELBO, 2),
+    "miselbo": partial(MISELBO, 2),
+}
+
+
+@kinds("mixture_encoders", "mixture_unlike", "mixture_by_hand")
+@pytest.mark.parametrize("loss", STRATIFIED)
+def test_stratified_loop_equals_one_pass(loss: str, kind: str) -> None:
+    """With the same draws both give the same value, whatever the components are."""
+    s, guide = of("markov", kind)
+    with Recorded() as recorded:
+        one_pass = STRATIFIED[loss]().loss(s.model, guide, *s.args)
+    total = 2 * len(guide.members)
+    with Pinned(recorded.values, {}, total=total):
+        looped = STRATIFIED[loss](vectorize_particles=False).loss(s.model, guide, *s.args)
+    assert looped == pytest.approx(one_pass, rel=1e-8)
+
+
+@kinds("mixture", "mixture_encoders", "mixture_unlike", "mixture_auto_normal")
+@pytest.mark.parametrize("estimator", SMOOTH)
+def test_learned_weights_need_a_score(estimator: str, kind: str) -> None:
+    s, guide = of("data_plate", kind)
+    with pytest.raises(NotImplementedError, match=r"_component' is not reparam.*'vimco'"), quiet():
+        IWAE_ELBO(3, estimator=estimator).loss_and_grads(s.model, guide, *s.args)
+
+
+@kinds("mixture", "recursive")
+def test_mean_field_loss_wants_no_mixture(kind: str) -> None:
+    """Pyro's `TraceMeanField_ELBO` takes reparameterised guides; the others it scores rightly."""
+    s, guide = of("data_plate", kind)
+    if len(guide.members) > 1:
+        with pytest.raises(NotImplementedError, match="fully reparameterized"):
+            TraceMeanField_ELBO().loss_and_grads(s.model, guide, *s.args)
+
+
+@kinds("gaussian", "table", "encoder_full", "flow_encoder", "refined")
+def test_mean_field_loss_is_the_elbo(kind: str) -> None:
+    s, guide = of("data_plate", kind)
+    values = []
+    for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
+        pyro.set_rng_seed(3)
+        values.append(loss.loss(s.model, guide, *s.args))
+    assert values[0] == pytest.approx(values[1])
+
+
+# The evidence: no guide changes what its weights estimate.
+
+EVIDENCE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_unlike", "refined")
+
+
+@kinds(*EVIDENCE)
+def test_weights_estimate_the_evidence(kind: str) -> None:
+    check_evidence("exact_plate", kind)
+
+
+@pytest.mark.slow
+@kinds(*(kind.name for kind in KINDS if "recursive" not in kind.name))
+def test_weights_estimate_the_evidence_of_groups(kind: str) -> None:
+    check_evidence("exact_groups", kind)
+
+
+def check_evidence(row: str, kind: str) -> None:
+    """Wide guides, 20 000 samples: within 4 standard errors of log p(x)."""
+    s, guide = of(row, kind)
+    widen(guide)
+    with quiet():
+        found = log_marginal(s.model, guide, *s.args, num_particles=20_000, diagnostics=True)
+    expected = s.row.evidence()  # type: ignore[misc]
+    expected = expected if found.log_marginal.dim() else expected.sum()
+    error = (found.log_marginal - expected).abs() / found.standard_error
+    assert found.standard_error.max() < 0.2 and error.max() < 4
+
+
+def widen(guide: nn.Module, scale: float = 1.1) -> None:
+    """Centre every distribution at zero, with wider tails than the posterior."""
+    log_scale = math.log(scale)
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if "slope" in name or "loc" in name.split(".")[-1]:
+                parameter.mul_(0.1)
+            if name.endswith(("free_global_unconstrained", "free_local_unconstrained", "start")):
+                parameter.mul_(0.1)
+            if "scale_unconstrained" in name or "scales." in name:
+                parameter.fill_(scale)
+    for module in guide.modules():
+        if isinstance(module, AmortizedGuide):
+            _widen(module, log_scale)
+        if isinstance(module, FlowGuide):
+            for head in (m for m in module.modules() if hasattr(m, "bias") and hasattr(m, "flow")):
+                _set_halves(head.bias, log_scale)
+
+
+def _widen(module: AmortizedGuide, log_scale: float) -> None:
+    for latents in module.groups:
+        size = latents.size
+        for name, parameter in module.named_parameters():
+            if name.endswith(("_unconstrained", "start")):
+                with torch.no_grad():
+                    parameter[..., size : 2 * size] = log_scale
+
+
+@torch.no_grad()
+def _set_halves(bias: Tensor, log_scale: float) -> None:
+    half = len(bias) // 2
+    bias[:half] = 0.0
+    bias[half:] = log_scale
+
+
+# Predictions, and data of another size.
+
+PREDICTIVE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_encoders")
+
+
+@kinds(*PREDICTIVE, "recursive", "refined", "refined_table", "refined_mixture")
+@pytest.mark.parametrize("row", ["hierarchy", "supports"])
+def test_predictive(row: str, kind: str) -> None:
+    """One by one and in one pass: the latents' shapes, and draws that differ."""
+    s, guide = of(row, kind)
+    trace = poutine.trace(s.model).get_trace(*s.args)
+    for parallel in (False, True):
+        predict = Predictive(s.model, guide=guide, num_samples=5, parallel=parallel)
+        drawn = predict(*s.args)
+        for name, site in latents_in(trace).items():
+            shape = tuple(size for size in drawn[name].shape if size != 1)
+            assert shape == (5, *(size for size in site["value"].shape if size != 1))
+            assert drawn[name].std(0).min() > 0 or name == "factor"
+
+
+OTHER_DATA = ("encoder", "encoder_full", "flow_encoder", "mixture_encoders")
+
+
+@kinds(*OTHER_DATA, "recursive_conditional", "refined", "refined_by_network")
+@pytest.mark.parametrize("row", ["data_plate", "modules", "methods", "explicit_subsample"])
+def test_other_data(row: str, kind: str) -> None:
+    """A guide with encoders takes data of another size, and gives a datum what it gave before."""
+    s, guide = of(row, kind)
+    other = s.row.other_args()  # type: ignore[misc]
+    estimator = estimators_of(KIND[kind], guide)[0]
+    for args in (other, s.args):
+        assert math.isfinite(IWAE_ELBO(3, estimator=estimator).loss(s.model, guide, *args))
+    shape = (len(other[-1]),)
+    assert guide(*other)["z"].shape == shape
+    assert Predictive(s.model, guide=guide, num_samples=4)(*other)["z"].shape == (4, *shape)
+
+
+@kinds("table", "mixture_table", "recursive_table", "refined_table")
+def test_tables_are_of_one_size(kind: str) -> None:
+    _, guide = of("data_plate", kind)
+    with pytest.raises(ValueError, match=r"'data' has 7 entries.*parameters for 4.*encoder"):
+        guide(torch.zeros(7))
+
+
+@kinds("gaussian", "encoder", "mixture_encoders", "flow_encoder", "refined")
+def test_plates_that_come_later(kind: str) -> None:
+    """A model whose plates depend on its arguments is known by its first call."""
+    s, guide = of("deeper", kind)
+    with pytest.raises(ValueError, match="z"), quiet():
+        names = estimators_of(KIND[kind], guide)
+        IWAE_ELBO(3, estimator=names[0]).loss(s.model, guide, *ROW["deeper"].other_args())
+
+
+@kinds("full", "table", "encoder", "flow_encoder", "mixture_encoders", "recursive")
+def test_float32_from_the_start(kind: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    s, guide = of("nested", kind)
+    assert {p.dtype for p in guide.parameters()} == {torch.float32}
+    loss = MIWAE_ELBO(2, 3, estimator=estimators_of(KIND[kind], guide)[0])
+    with quiet():
+        assert loss.differentiable_loss(s.model, guide, *s.args).dtype == torch.float32
+
+
+def test_a_minibatch_after_all_rows_keeps_the_scale_of_the_model() -> None:
+    """The guide was prepared with all rows; the model says that fewer are a part of them."""
+    model = partial(small.normal_rows, size=6)
+    guide = AmortizedGuide(model, nn.Linear(1, 2))
+    guide.prepare(torch.randn(6, 1))
+    trace = poutine.trace(guide).get_trace(torch.randn(3, 1))
+    assert trace.nodes["z"]["scale"] == 2.0
+    assert guide(torch.randn(6, 1))["z"].shape == (6,)
+
+
+# Names.
+
+
+def named(name: str | None) -> AmortizedGuide:
+    return AmortizedGuide(models.local, Encoder(1, 2), name=name)
+
+
+def test_two_names_live_together() -> None:
+    x, guides = models.data(), [named("one"), named("two")]
+    svis = [SVI(models.local, guide, Adam({"lr": 0.1}), Trace_ELBO()) for guide in guides]
+    for svi in svis:
+        svi.step(x)
+    before = [guide.encoder.start.detach().clone() for guide in guides]
+    svis[0].step(x)
+    assert (guides[0].encoder.start != before[0]).any()
+    assert (guides[1].encoder.start == before[1]).all()
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_two_guides_of_one_name_are_told_apart(free: bool) -> None:
+    """Pyro's store would give the second guide the parameters of the first."""
+    x = models.data()
+
+    def make(**options: Any) -> AmortizedGuide:
+        encoder = None if free else Encoder(1, 2)
+        return AmortizedGuide(models.local, encoder, **options)
+
+    first, second = make(), make()
+    first(x)
+    with pytest.raises(ValueError, match=r"Another guide named 'AmortizedGuide'.*name=.*scope"):
+        second(x)
+    with pyro.get_param_store().scope():
+        second(x)
+    first(x)  # the owner of the store's entries goes on
+    make(name="other")(x)
+    pyro.clear_param_store()
+    second(x)
+    with pytest.raises(ValueError, match="Another guide named"):
+        first(x)
+    del second, first  # what nobody holds any more stands in nobody's way
+    make()(x)
+
+
+def test_guides_may_share_an_encoder() -> None:
+    encoder = Encoder(1, 2)
+    for _ in range(2):
+        AmortizedGuide(models.local, encoder)(models.data())
+
+
+# Other programs around the guides.
+
+
+def enumerated(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = models.normal("z", 0.0, 1.0)
+        k = pyro.sample("k", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+        models.observe(z + k, x)
+
+
+@kinds("gaussian", "table", "encoder", "flow_encoder")
+def test_discrete_sites_enumerated_in_the_model(kind: str) -> None:
+    row = Row("enumerated", lambda: (config_enumerate(enumerated), no_guide))
+    s, guide = made(row, KIND[kind])
+    assert guide(*s.args).keys() == {"z"}
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    for name, gradient in gradients_of(loss, s, guide).items():
+        assert gradient is not None and gradient.ne(0).any(), name
+
+
+def test_hidden_sites_have_a_guide_of_their_own() -> None:
+    """A discrete latent by hand, the others by a guide of the package, in one plate."""
+    plates: list[pyro.plate] = []
+
+    def plate(x: Tensor) -> pyro.plate:
+        plates[:] = [pyro.plate("data", len(x))]
+        return plates[0]
+
+    others = poutine.block(models.mixed, hide=["k"])
+    amortized = AmortizedGuide(others, Encoder(1, 2), create_plates=plate)
+
+    def guide(x: Tensor) -> None:
+        amortized(x)
+        with plates[0]:
+            pyro.sample("k", dist.Bernoulli(logits=models.real("b", 0.3) * x))
+
+    loss = IWAE_ELBO(4, estimator="dreg+vimco")
+    assert math.isfinite(loss.loss_and_grads(models.mixed, guide, models.data()))
+
+
+# Training.
+
+
+@kinds("encoder", "mixture_encoders", "recursive_encoders", "flow_encoder", "refined")
+@pytest.mark.slow
+def test_training_lowers_the_loss(kind: str) -> None:
+    row = Row("far", lambda: (lambda x: models.local(x + 4.0), no_guide))
+    s, guide = made(row, KIND[kind])
+    loss = Stratified_ELBO(4) if "mixture" in kind else Trace_ELBO(4)
+    evaluate = partial(Trace_ELBO(100).loss, s.model, guide, *s.args)
+    before = evaluate()
+    svi = SVI(s.model, guide, Adam({"lr": 0.05}), loss)
+    for _ in range(40):
+        svi.step(*s.args)
+    assert evaluate() < before - 1
+
+
+ELSEWHERE = ("data_plate", "markov", "inner_events")
+
+
+@kinds("recursive", "recursive_table", "recursive_encoders", "recursive_conditional")
+@pytest.mark.parametrize(
+    "row", ["nested", *(pytest.param(row, marks=pytest.mark.slow) for row in ELSEWHERE)]
+)
+def test_growing_through_all_stages(row: str, kind: str) -> None:
+    s, guide = of(row, kind)
+    svi = SVI(s.model, guide, Adam({"lr": 0.01}), RecursiveMixture_ELBO(4))
+    seen = []
+    for _ in range(guide.num_steps + 8):
+        seen.append(guide.stage.kind)
+        with quiet():
+            assert math.isfinite(svi.step(*s.args))
+    assert set(seen) == {"first", "propose", "refine", "joint"}
+    assert guide.stage.kind == "joint"
+
+
+@pytest.mark.cuda
+@kinds("mixture_encoders", "mixture_unlike", "recursive_encoders", "refined")
+def test_cuda(kind: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    s, guide = of("data_plate", kind)
+    pyro.clear_param_store()
+    guide.to("cuda")
+    x = s.args[0].to("cuda")
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), device="cuda"):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), device="cuda"), 1.0))
+            models.observe(z, x)
+
+    loss = RecursiveMixture_ELBO(4) if KIND[kind].recursive else Stratified_ELBO(4)
+    if isinstance(guide, SemiAmortizedGuide):
+        guide.attach(model)
+        loss = Trace_ELBO()
+    svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
+    for _ in range(3):
+        assert math.isfinite(svi.step(x))
+    assert guide(x)["z"].device.type == "cuda"
