@@ -7,32 +7,28 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["FAMILIES", "Diagonal", "Family", "Full", "LowRank", "family_of"]
-
 
 class Family(ABC):
-    """A family of Gaussians over vectors of any length D, given by a vector of numbers."""
+    """A family of Gaussians over vectors of any length D, given by a vector of parameters."""
 
     @abstractmethod
     def num_parameters(self, size: int) -> int:
-        """Return how many numbers describe a member over vectors of length ``size``."""
+        """Return the number of parameters of a member over vectors of length ``size``."""
 
     @abstractmethod
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the member: ``[*batch, num_parameters]`` to batch ``[*batch]``, event ``[D]``."""
 
     def noise_dim(self, size: int) -> int:
-        """Return how many standard normals make a draw."""
+        """Return the number of standard normals of a draw."""
         return size
 
     def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
-        """Return draws made of noise: ``[*batch, P]`` and ``[..., *batch, n]`` to ``[..., D]``."""
-        raise NotImplementedError(
-            f"{type(self).__name__} does not say how noise becomes a draw: define its draw()."
-        )
+        """Return draws from noise: ``[*batch, P]`` and ``[..., *batch, n]`` to ``[..., D]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define draw().")
 
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the parameters of ``N(loc, scale ** 2 I)``, ``[*batch, D]`` to its numbers."""
+        """Return the parameters of ``N(loc, scale ** 2 I)``, ``[*batch, D]`` to ``[*batch, P]``."""
         size = loc.shape[-1]
         rest = loc.new_zeros(*loc.shape[:-1], self.num_parameters(size) - 2 * size)
         return torch.cat([loc, _log(scale, loc), rest], -1)
@@ -68,7 +64,7 @@ class LowRank(Family):
         return (2 + self.rank) * size
 
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the parameters of about ``N(loc, scale ** 2 I)``; zero factors would not learn."""
+        """Return parameters of about ``N(loc, scale ** 2 I)``; zero factors have no gradient."""
         log_scale = _log(scale, loc)
         noise = torch.randn(*loc.shape, self.rank).to(loc)
         factors = (0.1 * log_scale.exp().unsqueeze(-1) * noise).flatten(-2)
@@ -131,8 +127,8 @@ def family_of(family: str | Family) -> Family:
         return family
     if family not in FAMILIES:
         raise ValueError(
-            f"family must be one of {sorted(FAMILIES)} or a Family such as LowRank(2), "
-            f"got {family!r}"
+            f"family must be one of {sorted(FAMILIES)} or a Family such as LowRank(2), got "
+            f"{family!r}."
         )
     return FAMILIES[family]
 

@@ -1,8 +1,7 @@
-"""How a distribution over a packed vector becomes the sample sites of a guide.
+"""The sample sites of a guide whose distribution is over a packed vector.
 
-The guide has the model's own sites and no others that carry a density: each site's value is part
-of one joint draw, and the last site's log-density is the joint one, at whatever values the sites
-have by then. So a guide can be replayed on foreign values, and is scored rightly.
+Each site's value is part of one joint draw. The last site carries the joint log-density, computed
+from the values that the sites have by then, so that a guide can be replayed on other values.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.sites import PACKED
-
-__all__ = ["JointSite", "drawn_from", "emit", "inside", "outer_shape"]
 
 
 class JointSite(TorchDistribution):
@@ -40,7 +37,7 @@ class JointSite(TorchDistribution):
         return self.slot.transform.codomain
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "JointSite":
-        """Expand the draw: entries of a plate that the guide did not know share it."""
+        """Expand the draw: entries of a plate that the guide does not have share it."""
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self
@@ -50,8 +47,8 @@ class JointSite(TorchDistribution):
         """Return the site's part of the joint draw."""
         if sample_shape:
             raise NotImplementedError(
-                f"Site '{self.slot.name}' is part of one joint draw. For more draws run the guide "
-                "under a pyro.plate, or in pyro.infer.Predictive."
+                f"Site '{self.slot.name}' is part of one joint draw. Run the guide under a "
+                "pyro.plate, or in Predictive."
             )
         return self.value
 
@@ -73,18 +70,18 @@ def emit(
     u: Tensor,
     log_density: Callable[[Tensor], Tensor],
 ) -> Values:
-    """Sample the sites of a group as parts of ``u``; return the values they have then.
+    """Sample the sites of a block as parts of ``u``; return their values.
 
     ``log_density`` maps a packed vector ``[*batch, D]`` to ``[*batch]``, in unconstrained space.
     """
     drawn = latents.unpack(u)
     values: Values = {}
-    # The density stands at a site without inner plates, if there is one.
+    # A site without inner plates carries the density, if there is one.
     *others, last = sorted(latents.slots, key=lambda slot: -len(slot.inner_plates))
 
     def density(value: Tensor) -> Tensor:
         current = {**values, last.name: value}
-        # Through the inverse transform only where a value is not this draw's own.
+        # The inverse transform is needed only for values other than this draw's.
         own = all(current[name] is drawn[name] for name in drawn)
         point = u if own else latents.pack(current)
         return log_density(point) - latents.log_volume(point)
@@ -98,7 +95,7 @@ def emit(
 
 
 def inside(frames: Iterable[Any], plates: Mapping[str, Any]) -> ExitStack:
-    """Enter the plates of some frames."""
+    """Enter the plates of frames."""
     stack = ExitStack()
     for frame in frames:
         stack.enter_context(plates[frame.name])

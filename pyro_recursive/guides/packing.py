@@ -10,6 +10,7 @@ vector. With sites ``z`` in constrained and ``u`` in unconstrained space,
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +19,12 @@ from torch.distributions import Transform, biject_to, constraints
 
 from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale
 
-__all__ = ["LatentBlock", "Values", "latents_of", "plain_support"]
-
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class PackedSite:
-    """One latent site: where its plates and its event stand, and its transform.
+    """One latent site: its plates, the shape of its event, and its transform.
 
     ``inner_plates`` are the (dim, size) of its plates that are part of the vector, left to right.
     """
@@ -38,24 +37,23 @@ class PackedSite:
     event_shape: torch.Size  # in unconstrained space
     inner_plates: tuple[tuple[int, int], ...]
 
-    @property
+    @cached_property
     def nesting(self) -> int:
         """How many dims the site's own plates take."""
         return max((-frame.dim for frame in self.frames), default=0)
 
-    @property
+    @cached_property
     def numel(self) -> int:
-        """How many numbers of the vector a row of this site takes."""
+        """How many entries of the vector a row of this site takes."""
         return math.prod(size for _, size in self.inner_plates) * self.event_shape.numel()
 
 
 @dataclass(frozen=True)
 class LatentBlock:
-    """A group of latent sites, packed as ``[*batch, D]``.
+    """A block of latent sites, packed as ``[*batch, D]``.
 
     ``rows`` are the frames of the plates that all sites share, left to right; ``nesting`` is how
-    many dims plates take, so that ``batch`` has the rows in their places of Pyro's, and ones
-    elsewhere.
+    many dims plates take: ``batch`` has the rows at the dims of Pyro's plates, ones elsewhere.
     """
 
     slots: tuple[PackedSite, ...]
@@ -63,25 +61,22 @@ class LatentBlock:
     nesting: int
     local: bool  # inside the plate of the data
 
-    @property
+    @cached_property
     def size(self) -> int:
         """D, the length of the vector."""
         return sum(slot.numel for slot in self.slots)
 
     def expand_rows(self, tensor: Tensor) -> Tensor:
         """Put the leading dims of ``[*rows, n]`` where Pyro has the plates: ``[*batch, n]``."""
-        place = iter(tensor.shape[:-1])
-        dims = {frame.dim for frame in self.rows}
-        shape = [next(place) if dim in dims else 1 for dim in range(-self.nesting, 0)]
-        return tensor.reshape([*shape, tensor.shape[-1]])
+        shape = [1] * self.nesting + [tensor.shape[-1]]
+        for frame, size in zip(self.rows, tensor.shape, strict=False):
+            shape[frame.dim - 1] = size
+        return tensor.reshape(shape)
 
     def unflatten(self, u: Tensor) -> Values:
         """Return the sites' unconstrained values: ``[*batch, D]`` to the sites' own shapes."""
-        parts = u.split([slot.numel for slot in self.slots], -1)
-        return {
-            slot.name: self._unflatten(slot, part)
-            for slot, part in zip(self.slots, parts, strict=True)
-        }
+        parts = zip(self.slots, u.split([slot.numel for slot in self.slots], -1), strict=True)
+        return {slot.name: self._unflatten(slot, part) for slot, part in parts}
 
     def unpack(self, u: Tensor) -> Values:
         """Return the sites' values: ``[*batch, D]`` to ``[*site's batch, *event]``."""
@@ -113,14 +108,14 @@ class LatentBlock:
         return self._gather(slot, tensor, 0).sum(-1)
 
     def _unflatten(self, slot: PackedSite, part: Tensor) -> Tensor:
-        """``[*batch, numel]`` to ``[*batch with the inner plates, *unconstrained event]``."""
+        """Map ``[*batch, numel]`` to ``[*batch with the inner plates, *unconstrained event]``."""
         events, width = len(slot.event_shape), len(slot.inner_plates)
         inner = [dim for dim, _ in slot.inner_plates]
-        places = range(1 - part.dim(), 0)
-        batch = [n for dim, n in zip(places, part.shape[:-1], strict=True) if dim not in inner]
+        dims = range(1 - part.dim(), 0)
+        batch = [n for dim, n in zip(dims, part.shape[:-1], strict=True) if dim not in inner]
         sizes = [size for _, size in slot.inner_plates]
         unflattened = part.reshape([*batch, *sizes, *slot.event_shape])
-        sources = [place - width - events for place in range(width)]
+        sources = [i - width - events for i in range(width)]
         unflattened = unflattened.movedim(sources, [dim - events for dim in inner])
         lacking = part.dim() - 1 - self.nesting  # plates around the guide
         own = slot.nesting + events
@@ -139,18 +134,18 @@ class LatentBlock:
             batch[leading + self.nesting + dim] = 1
         sources = [dim - events for dim, _ in slot.inner_plates]
         width = len(sources)
-        moved = unflattened.movedim(sources, [place - width - events for place in range(width)])
+        moved = unflattened.movedim(sources, [i - width - events for i in range(width)])
         return moved.reshape(*batch, -1)
 
 
 def latents_of(sites: Iterable[Site], local: bool) -> LatentBlock:
-    """Return a group of latent sites of a trace of the model, those with rows or those without."""
-    found = [_checked(site) for site in sites]
-    frames = [{f.name: f for f in plates_of(site).values() if f.vectorized} for site in found]
+    """Return latent sites of a trace of the model as a block, with rows where it is local."""
+    checked = [_checked(site) for site in sites]
+    frames = [{f.name: f for f in plates_of(s).values() if f.vectorized} for s in checked]
     shared = set.intersection(*map(set, frames)) if local else set()
     rows = sorted((frames[0][name] for name in shared), key=lambda frame: frame.dim)
     nesting = max((-f.dim for own in frames for f in own.values()), default=0)
-    slots = tuple(_slot(site, shared) for site in found)
+    slots = tuple(_slot(site, shared) for site in checked)
     return LatentBlock(slots, tuple(rows), nesting, local)
 
 
@@ -158,10 +153,8 @@ def _checked(site: Site) -> Site:
     fn, name = site["fn"], site["name"]
     if getattr(fn.support, "is_discrete", False):
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete ({type(fn).__name__}), and this guide is "
-            "continuous. Marginalise it in the model (infer={'enumerate': 'parallel'} and "
-            "pyro.infer.TraceEnum_ELBO), or hide it with poutine.block and add a guide of your own "
-            "for it in a pyro.infer.autoguide.AutoGuideList, with the same create_plates."
+            f"Latent site '{name}' is discrete ({type(fn).__name__}). Marginalise it "
+            "(infer={'enumerate': 'parallel'}), or block it and add a guide in an AutoGuideList."
         )
     if is_delta(site):
         raise ValueError(f"Latent site '{name}' is a Delta: make it a pyro.deterministic site.")
@@ -181,13 +174,13 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
         if not frame.vectorized:
             raise ValueError(
                 f"Plate '{name}' of latent site '{site['name']}' is a loop over a minibatch "
-                f"({frame.size} of {frame.full_size}), so that each call has other sites. Write it "
-                "as `with pyro.plate(...)`, or use the full data."
+                f"({frame.size} of {frame.full_size}). Write `with pyro.plate(...)`, or use the "
+                "full data."
             )
         raise ValueError(
             f"Plate '{name}' of latent site '{site['name']}' is subsampled ({frame.size} of "
-            f"{frame.full_size}), and this guide packs its entries into one vector. Give the plate "
-            "an encoder with plate=, or use the full data."
+            f"{frame.full_size}), and packed into one vector. Use the full data, or an encoder for "
+            "this plate with plate=."
         )
     support = plain_support(fn.support)
     if shared:
@@ -207,16 +200,15 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
 
 
 def _check_bounds(site: Site, support: Any) -> None:
-    """Raise where rows have bounds of their own: another minibatch would have others."""
+    """Raise where bounds differ between rows: another minibatch would have others."""
     bare = _bare(support)
     for bound in (getattr(bare, name, None) for name in ("lower_bound", "upper_bound")):
         if isinstance(bound, Tensor):
             batch = bound.dim() - site["fn"].event_dim
             if batch > 0 and bool((bound != bound[(0,) * batch]).any()):
                 raise NotImplementedError(
-                    f"Latent site '{site['name']}' has bounds of its own in each row, and this "
-                    "guide keeps the supports of its first call. Sample a standard variable in "
-                    "the model, and scale it there."
+                    f"Latent site '{site['name']}' has bounds of its own in each row. Sample a "
+                    "standard variable in the model, and scale it there."
                 )
 
 

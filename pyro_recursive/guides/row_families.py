@@ -1,7 +1,6 @@
-"""What distributions a row may have, as functions of the numbers that an encoder finds for it.
+"""The distributions that a row may have, as functions of its variational parameters.
 
-An encoder's output can be improved for one row at a time, and its distance from the best member of
-the family measured, without knowing what kind of guide it belongs to.
+Refinement and `pyro_recursive.gaps` optimise these parameters for any kind of guide.
 """
 
 from abc import ABC, abstractmethod
@@ -16,27 +15,25 @@ from torch import Tensor
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture_distributions import ListMixture, StackedMixture
 
-__all__ = ["START", "GaussianRows", "MixtureRows", "RowFamily"]
-
 START = 0.3  # the scale that a search starts from: a wide normal over two modes may stay there
 
 
 class RowFamily(ABC):
-    """Distributions over vectors ``[D]`` of a row, each given by P ``numbers``.
+    """Distributions over vectors ``[D]`` of a row, each given by P parameters ``params``.
 
-    A draw is a smooth function of standard normal noise; a mixture draws once from each of its J
-    parts, others have one part.
+    A draw is a smooth function of standard normal noise. A mixture draws once from each of its J
+    parts; others have one part.
     """
 
     @property
     @abstractmethod
     def blocks(self) -> tuple[int, ...]:
-        """How many numbers of each kind there are, P in all: locations, log-scales and so on."""
+        """How many parameters of each kind there are, P in all: locations, log-scales, ..."""
 
     @property
     @abstractmethod
     def noise_dim(self) -> int:
-        """How many standard normals make a draw."""
+        """The number of standard normals of a draw, n."""
 
     @property
     def parts(self) -> int:
@@ -44,30 +41,30 @@ class RowFamily(ABC):
         return 1
 
     @abstractmethod
-    def draw(self, numbers: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Draw from each part: ``[*batch, P]``, ``[S, J, *batch, n]`` to ``[S, J, *batch, D]``."""
 
     @abstractmethod
-    def log_prob(self, numbers: Tensor, u: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
         """Return ``log q``: ``[*batch, P]`` and ``[*s, *batch, D]`` to ``[*s, *batch]``."""
 
-    def scored_draw(self, numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a draw and its log-density: both functions of numbers and noise."""
-        u = self.draw(numbers, noise)
-        return u, self.log_prob(numbers, u)
+    def scored_draw(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a draw and its log-density, both functions of parameters and noise."""
+        u = self.draw(params, noise)
+        return u, self.log_prob(params, u)
 
-    def log_weights(self, numbers: Tensor) -> Tensor:
+    def log_weights(self, params: Tensor) -> Tensor:
         """Return the logarithms of the parts' weights, ``[J, *batch]``."""
-        return numbers.new_zeros(1, *numbers.shape[:-1])
+        return params.new_zeros(1, *params.shape[:-1])
 
     @abstractmethod
-    def distribution(self, numbers: Tensor) -> Any:
+    def distribution(self, params: Tensor) -> Any:
         """Return the distribution, batch ``[*batch]`` and event ``[D]``."""
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return numbers to begin a search with, ``[*batch, D]`` to ``[*batch, P]``.
+        """Return where a search starts, ``[*batch, D]`` to ``[*batch, P]``.
 
-        Those of a normal of scale `START` around a place, of several for mixtures.
+        A normal of scale `START` around a point, for mixtures several.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define start().")
 
@@ -87,30 +84,30 @@ class GaussianRows(RowFamily):
 
     @property
     def noise_dim(self) -> int:
-        """What the family needs."""
+        """As the family."""
         return self.family.noise_dim(self.size)
 
-    def draw(self, numbers: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Move and scale the noise."""
-        return self.family.draw(numbers, self.size, noise)
+        return self.family.draw(params, self.size, noise)
 
-    def log_prob(self, numbers: Tensor, u: Tensor) -> Tensor:
-        """Return the Gaussian log-density; what is not finite shows in its row alone."""
-        with pyro.validation_enabled(False):  # whose looks at the device cost, in each step
-            return self.family(numbers, self.size).log_prob(u)
+    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
+        """Return the Gaussian log-density; rows that are not finite leave the others alone."""
+        with pyro.validation_enabled(False):  # it waits for the device, in each step
+            return self.family(params, self.size).log_prob(u)
 
-    def distribution(self, numbers: Tensor) -> Any:
+    def distribution(self, params: Tensor) -> Any:
         """Return the Gaussian."""
-        return self.family(numbers, self.size)
+        return self.family(params, self.size)
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return the numbers of a normal around a place."""
+        """Return the parameters of a normal around a point."""
         return self.family.initial(loc, START)
 
 
 @dataclass(frozen=True)
 class MixtureRows(RowFamily):
-    """Mixtures: the numbers of all parts, and then the logits of their weights."""
+    """Mixtures: the parameters of all parts, then the logits of their weights."""
 
     members: tuple[RowFamily, ...]
 
@@ -121,7 +118,7 @@ class MixtureRows(RowFamily):
 
     @property
     def noise_dim(self) -> int:
-        """What the neediest part needs."""
+        """The largest of the parts'."""
         return max(member.noise_dim for member in self.members)
 
     @property
@@ -129,28 +126,28 @@ class MixtureRows(RowFamily):
         """The number of components."""
         return len(self.members)
 
-    def draw(self, numbers: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Draw from each part with noise of its own."""
-        pairs = zip(self.members, self._split(numbers), strict=True)
+        pairs = zip(self.members, self._split(params), strict=True)
         drawn = [
             member.draw(own, noise[:, j : j + 1, ..., : member.noise_dim])
             for j, (member, own) in enumerate(pairs)
         ]
         return torch.cat(drawn, 1)
 
-    def log_prob(self, numbers: Tensor, u: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
         """Return the log-density of the whole mixture."""
-        pairs = zip(self.members, self._split(numbers), strict=True)
+        pairs = zip(self.members, self._split(params), strict=True)
         table = torch.stack([member.log_prob(own, u) for member, own in pairs], -1)
-        return (table + self._logits(numbers).log_softmax(-1)).logsumexp(-1)
+        return (table + self._logits(params).log_softmax(-1)).logsumexp(-1)
 
-    def log_weights(self, numbers: Tensor) -> Tensor:
+    def log_weights(self, params: Tensor) -> Tensor:
         """Return the logarithms of the weights, ``[J, *batch]``."""
-        return self._logits(numbers).log_softmax(-1).movedim(-1, 0)
+        return self._logits(params).log_softmax(-1).movedim(-1, 0)
 
-    def distribution(self, numbers: Tensor) -> Any:
+    def distribution(self, params: Tensor) -> Any:
         """Return the mixture, evaluated at once where all parts are of one family."""
-        log_weights, own = self._logits(numbers).log_softmax(-1), self._split(numbers)
+        log_weights, own = self._logits(params).log_softmax(-1), self._split(params)
         first = self.members[0]
         if isinstance(first, GaussianRows) and len(set(self.members)) == 1:
             return StackedMixture(log_weights, torch.stack(list(own)), first.family, first.size)
@@ -158,21 +155,22 @@ class MixtureRows(RowFamily):
         return ListMixture(log_weights, [member.distribution(each) for member, each in pairs])
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return equal weights, and parts in pairs on opposite sides of a place: alike they stay.
+        """Return equal weights, and parts in pairs on opposite sides of a point.
 
-        Pairs have random corners of a cube of their own size, 1 on average.
+        Equal parts would stay equal. Each pair is at random corners of a cube of its own size, 1 on
+        average.
         """
         pairs = (len(self.members) + 1) // 2
         sizes = torch.arange(1, pairs + 1).to(loc) * (2 / (pairs + 1))
         corners = torch.randint(2, (pairs, *loc.shape), device=loc.device).to(loc) * 2 - 1
         steps = sizes.view(-1, *[1] * loc.dim()) * corners
-        places = torch.stack([loc + steps, loc - steps], 1).flatten(0, 1)
-        found = [each.start(place) for each, place in zip(self.members, places, strict=False)]
-        return torch.cat([*found, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
+        locs = torch.stack([loc + steps, loc - steps], 1).flatten(0, 1)
+        starts = [each.start(own) for each, own in zip(self.members, locs, strict=False)]
+        return torch.cat([*starts, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
 
-    def _logits(self, numbers: Tensor) -> Tensor:
-        return numbers[..., -len(self.members) :]
+    def _logits(self, params: Tensor) -> Tensor:
+        return params[..., -len(self.members) :]
 
-    def _split(self, numbers: Tensor) -> Sequence[Tensor]:
+    def _split(self, params: Tensor) -> Sequence[Tensor]:
         sizes = [sum(member.blocks) for member in self.members]
-        return numbers.split([*sizes, len(self.members)], -1)[:-1]
+        return params.split([*sizes, len(self.members)], -1)[:-1]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.guides.flow.kinds import build_flow, check_flow
-from pyro_recursive.guides.flow.zuko_adapter import AffineFlow
+from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, build_flow, check_flow
 from pyro_recursive.mapa.recovered_priors import (
     CodeMixturePrior,
     KDEPrior,

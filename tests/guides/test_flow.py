@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.flow.guide import FlowGuide
-from pyro_recursive.guides.flow.kinds import FLOWS, build_flow, check_flow
-from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, ZukoDistribution
+from pyro_recursive.guides.flow.zuko_adapter import (
+    FLOWS,
+    AffineFlow,
+    ZukoDistribution,
+    build_flow,
+    check_flow,
+)
 
 KINDS = list(FLOWS)
 CONTEXT = 3
@@ -504,7 +509,7 @@ def test_refusals(zuko: Any) -> None:
         FlowGuide(mixed_model, zuko.flows.NCSF)(x)
     with pytest.raises(TypeError, match="returned Identity; it must return a zuko"):
         FlowGuide(mixed_model, lambda size, context: nn.Identity())(x)
-    with pytest.raises(ValueError, match=r"\(3,\).*need one context for each row: \(6, 'context'"):
+    with pytest.raises(ValueError, match=r"shape \(3,\); .*need \(6, 'context'\).*inputs="):
         FlowGuide(mixed_model, encoder=nn.Flatten(0), inputs=lambda x: x[:3, 0], name="b")(x)
 
 

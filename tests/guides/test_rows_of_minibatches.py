@@ -79,7 +79,7 @@ def test_encoders_of_all_rows_in_another_order_are_unclear() -> None:
     guide = AmortizedGuide(model, Encoder(), plate="data", create_plates=plates)
     guide.prepare(x)
     order = torch.tensor([3, 1, 2, 0, 4, 6, 5])
-    with pytest.raises(ValueError, match="Plate 'data' has all 7 rows, in an order of its own"):
+    with pytest.raises(ValueError, match="Plate 'data' has all 7 rows in another order"):
         guide(x, order)
     torch.testing.assert_close(guide(x, torch.arange(7))["z"], x, atol=1e-5, rtol=0)
     torch.testing.assert_close(guide(x, order[:5])["z"], x[order[:5]], atol=1e-5, rtol=0)

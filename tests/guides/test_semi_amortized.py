@@ -46,8 +46,7 @@ from pyro_recursive import (
 from pyro_recursive.guides.gaussian_families import FAMILIES, LowRank
 from pyro_recursive.guides.row_families import GaussianRows, MixtureRows
 from pyro_recursive.guides.semi_amortized import guide as semi_amortized
-from pyro_recursive.guides.semi_amortized.guide import MODES
-from pyro_recursive.guides.semi_amortized.refinement import divergence
+from pyro_recursive.guides.semi_amortized.guide import MODES, divergence
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate, LearnedUpdate
 from pyro_recursive.tracing.handlers import KLWarmup
@@ -1005,10 +1004,10 @@ def test_features_of_inputs_that_are_no_real_numbers() -> None:
         model_of(net)(x.double())
 
     x = torch.randint(5, (ROWS, 3))
-    with pytest.raises(ValueError, match=r"inputs of type torch.int64, .*features="):
+    with pytest.raises(ValueError, match=r"inputs of type torch.int64\. .*features="):
         semi(model, Counts(4), update=LearnedUpdate())(x)
     base = AmortizedGuide(model, Counts(4), inputs=lambda x: {"codes": x})
-    with pytest.raises(ValueError, match=r"inputs of type dict, .*features="):
+    with pytest.raises(ValueError, match=r"inputs of type dict\. .*features="):
         SemiAmortizedGuide(model, base, update=LearnedUpdate())(x)
     features = Counts(2)
     guide = semi(model, Counts(4), update=LearnedUpdate((5,), features), name="counts")
@@ -1186,7 +1185,7 @@ def test_steps_in_evaluation() -> None:
 
 def test_inference_mode_is_refused() -> None:
     guide, x = semi(model_of(network()), test_steps=0), torch.randn(ROWS, 3)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad\(\)"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"Use torch\.no_grad\(\)"):
         guide(x)
     guide.eval()
     with torch.inference_mode():
@@ -1501,7 +1500,7 @@ def test_a_site_without_the_plate_of_the_draws_is_refused() -> None:
         if draws == 1:
             assert guide.refine(x).numbers.shape == (3, 2)
             continue
-        with pytest.raises(ValueError, match=r"'total' has batch shape .*no plate.*use draws=1"):
+        with pytest.raises(ValueError, match=r"'total' has batch shape .*no plate.*draws=1"):
             guide.refine(x)
 
 
@@ -1733,7 +1732,7 @@ WRONG: dict[str, tuple[Callable[[Callable], Any], type[Exception], str]] = {
     "no_rows": (
         lambda model: SemiAmortizedGuide(model, AmortizedGuide(model))(torch.randn(ROWS, 3)),
         ValueError,
-        "refines what an encoder finds for each row.*plate= for a table",
+        "refines the parameters of each row.*plate= for a table",
     ),
     "mixture_of_tables": (
         lambda model: SemiAmortizedGuide(model, MixtureGuide(model, 2, plate="data"), mode="svi")(

@@ -158,7 +158,7 @@ class Bad(NamedTuple):
 
 FED = (
     r"(The encoder|The weights' network) of latents \['z'\] in plate 'data' failed on inputs of "
-    r"shape \[{}\], {}.*Give it inputs as it was made for"
+    r"shape \[{}\], {}.*Select and convert its inputs"
 )
 NUMBERS = r"(The encoder|The weights' network) of latents \['z'\] in plate 'data' returned NaN.*"
 OF_PYRO = RuntimeError, "mat1 and mat2"  # a guide by hand: its own error, with Pyro's trace shapes
@@ -207,7 +207,7 @@ DATA = {
     ),
     "x has NaN": Bad(
         lambda: (spoiled(features(), torch.nan), numbers()), ValueError,
-        NUMBERS + r"in rows \[0\]. So are inputs. Clean the data",
+        NUMBERS + r"in rows \[0\]. So are its inputs: clean the data",
         {"hand": (ValueError, "Expected parameter loc"), "mapa": (ValueError, "needs finite data"),
          "mapa first": (ValueError, r"Site 'x' observes values that are NaN or inf.*\[\[0, 1\]\]"),
          "fit": (NonFiniteError, NOT_FINITE[1].format(0))},

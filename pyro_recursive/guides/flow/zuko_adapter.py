@@ -1,25 +1,134 @@
-"""Normalising flows of the zuko library as Pyro distributions, and with a learnt affine head."""
+"""Normalising flows of the zuko library: as Pyro distributions, by kind, with a learnt affine head.
+
+zuko is an optional dependency, imported only where a flow is built.
+"""
 
 import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.distributions import AffineTransform
 
-__all__ = ["AffineFlow", "ZukoDistribution"]
+SLOPE = 0.1
+
+
+def build_flow(
+    flow: str | Callable, size: int, context: int, transforms: int, hidden: Sequence[int]
+) -> nn.Module:
+    """Build a zuko flow over vectors of length ``size``; those with a name start as the identity.
+
+    Args:
+        flow: a name in `FLOWS`, or a function ``(size, context) -> zuko.flows.Flow``.
+        size: D.
+        context: the length of the context, 0 for none.
+        transforms: how many transforms are composed.
+        hidden: the widths of the hidden layers of each transform's network.
+
+    Raises:
+        NotImplementedError: the flow's numerical inverse is too inexact.
+        TypeError: a callable returned something else than a zuko flow.
+    """
+    zuko = _zuko()
+    if isinstance(flow, str):
+        built = FLOWS[flow](zuko, size, context, transforms=transforms, hidden_features=hidden)
+        _start_as_identity(zuko, built)
+        return built
+    built = flow(size, context)
+    if not isinstance(built, zuko.lazy.Flow):
+        raise TypeError(
+            f"flow(size={size}, context={context}) returned {type(built).__name__}; it must return "
+            "a zuko flow, such as zuko.flows.NAF(size, context)."
+        )
+    inexact = (zuko.flows.GF, zuko.flows.CNF, zuko.flows.FFJTransform)
+    for part in built.modules():
+        univariate = getattr(part, "univariate", None)
+        if isinstance(part, inexact) or univariate is zuko.transforms.GaussianizationTransform:
+            raise NotImplementedError(
+                f"{type(built).__name__} flows are inverted only to about 1e-4, which would make "
+                "bounds wrong. Use 'coupling', 'spline', 'iaf', 'maf' or another zuko flow."
+            )
+    return built
+
+
+def check_flow(flow: str | Callable) -> None:
+    """Raise where zuko is missing, or no flow has this name."""
+    _zuko()
+    if not callable(flow) and flow not in FLOWS:
+        raise ValueError(
+            f"flow must be one of {list(FLOWS)} or a function (size, context) -> zuko flow, got "
+            f"{flow!r}."
+        )
+
+
+def _zuko() -> Any:
+    try:
+        # Importing zuko turns the validation of all distributions off; this restores it.
+        with pyro.settings.context(validate_distributions_torch=False):
+            import zuko
+    except ImportError as error:
+        raise ImportError("FlowGuide needs zuko: pip install 'pyro_recursive[flows]'") from error
+    return zuko
+
+
+def _coupling(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
+    options = {"univariate": _affine(zuko), **options}
+    return _inverted(zuko, zuko.flows.NICE(size, context, activation=nn.ELU, **options))
+
+
+def _spline(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
+    univariate, shapes = zuko.transforms.MonotonicRQSTransform, [(8,), (8,), (7,)]
+    return _coupling(zuko, size, context, univariate=univariate, shapes=shapes, **options)
+
+
+def _maf(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
+    univariate = _affine(zuko)
+    return zuko.flows.MAF(size, context, activation=nn.ELU, univariate=univariate, **options)
+
+
+def _affine(zuko: Any) -> Any:
+    """Bound a transform's scales by SLOPE and 1 / SLOPE, against heavy tails in early steps."""
+    return partial(zuko.transforms.MonotonicAffineTransform, slope=SLOPE)
+
+
+def _iaf(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
+    return _inverted(zuko, _maf(zuko, size, context, **options))
+
+
+FLOWS = {"coupling": _coupling, "spline": _spline, "iaf": _iaf, "maf": _maf}
+
+
+def _inverted(zuko: Any, flow: Any) -> nn.Module:
+    """Invert a flow: zuko's cheap direction is the density, and a guide draws in each step."""
+    return zuko.lazy.Flow(flow.transform.inv, flow.base)
+
+
+def _start_as_identity(zuko: Any, flow: nn.Module) -> None:
+    """Zero the last layers: affine and spline transforms with zero parameters are identities."""
+    for part in flow.modules():
+        if isinstance(part, zuko.nn.MLP | zuko.nn.MaskedMLP):
+            last = list(part[-1].parameters())
+        elif isinstance(part, nn.ParameterList):
+            last = list(part)
+        else:
+            continue
+        for parameter in last:
+            nn.init.zeros_(parameter)
 
 
 class ZukoDistribution(TorchDistribution):
     """A zuko ``NormalizingFlow`` over real vectors: batch ``[*batch]``, event ``[D]``.
 
-    ``log_prob`` takes any values, ``[*sample, *batch, D]`` to ``[*sample, *batch]`` in nats. Of its
-    own last draw (the same tensor, not equal numbers) it returns the density that came with the
-    draw, so that no inverse is computed. That density is a function of the parameters and the
-    noise: its derivative by a parameter is the total one, through the draw as well. For the partial
-    ones pass another tensor of the same numbers, as in ``log_prob(u.view_as(u))``.
+    ``log_prob`` maps ``[*sample, *batch, D]`` to ``[*sample, *batch]`` in nats. For its own last
+    draw (the same tensor, not equal values) it returns the density that was computed with the draw,
+    without an inverse. That density is a function of the parameters and the noise: its derivative
+    by a parameter is the total one, through the draw as well. For partial derivatives pass another
+    tensor of the same values, as in ``log_prob(u.view_as(u))``.
 
     Raises:
         ValueError: the flow's base is not over all real vectors.
@@ -75,8 +184,8 @@ class ZukoDistribution(TorchDistribution):
 class AffineFlow(nn.Module):
     """Builds ``u = loc(c) + scale(c) * f(noise; c)`` from a zuko flow ``f`` and a context ``c``.
 
-    The learnt affine head gives the flow the place and the scale of the data, where splines and
-    networks want unit scale. With a context it is a linear function of it.
+    The affine head is learnt and linear in the context. It gives the flow the location and scale of
+    the data, where splines and networks need unit scale.
     """
 
     def __init__(self, flow: nn.Module, context: int, loc: Tensor, scale: float) -> None:
@@ -99,7 +208,7 @@ class AffineFlow(nn.Module):
         return self.at(context, self.head(context), batch_shape)
 
     def at(self, context: Tensor | None, head: Tensor, shape: torch.Size) -> ZukoDistribution:
-        """Return the flow given a context and what the affine head makes of one."""
+        """Return the flow given a context and the affine head's locations and log-scales."""
         from zuko.distributions import NormalizingFlow
         from zuko.transforms import ComposedTransform
 
@@ -123,6 +232,6 @@ def _check_support(flow: Any) -> None:
         support = support.base_constraint
     if support is not constraints.real:
         raise ValueError(
-            f"The flow's base has support {support}, and latents are real vectors: use a flow with "
+            f"The flow's base has support {support}, and latents are real vectors. Use a flow with "
             "a Gaussian base."
         )

@@ -22,7 +22,6 @@ from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
-from pyro_recursive.guides.saving import check_components
 from pyro_recursive.tracing.arguments import check_instance, check_module, is_count
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
@@ -115,7 +114,7 @@ class MixtureGuide(LatentGuide):
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
         self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
-        self.register_load_state_dict_pre_hook(check_components)
+        self.register_load_state_dict_pre_hook(_check_components)
 
     @property
     def one_by_one(self) -> bool:
@@ -253,11 +252,12 @@ class MixtureGuide(LatentGuide):
             rows = call.rows(latents)
             if pays(rows) and same_architecture(encoders := [g.encoder for g in guides]):
                 outputs = run_together(encoders, held, rows)
-                return torch.stack([guides[0].placed(latents, call, found) for found in outputs])
+                width = guides[0].num_parameters(latents)
+                return torch.stack([call.place(each, latents, width) for each in outputs])
         found = []
         for guide, is_held in zip(guides, held, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_held):
-                found.append(guide.parameters_of(latents, call))
+                found.append(guide.variational_params(latents, call))
         return torch.stack(torch.broadcast_tensors(*found))
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
@@ -349,6 +349,23 @@ def _check_guides(components: Sequence[Callable]) -> None:
     if any(isinstance(component, MixtureGuide) for component in components):
         raise ValueError(
             "A mixture guide cannot be a component of a mixture: list all components in one."
+        )
+
+
+def _check_components(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Raise RuntimeError where a state is of a mixture with another number of components.
+
+    A hook of torch's. The weights' start has as many logits as there are components, but for a
+    mixture that grows, which has its progress beside it: there the first one has none.
+    """
+    start, growth = f"{prefix}weights.initial", f"{prefix}progress"
+    if start not in state:
+        return
+    theirs, own = len(state[start]) + (growth in state), len(guide.components)
+    if theirs != own:
+        raise RuntimeError(
+            f"The state is of a mixture with {theirs} components, this {type(guide).__name__} has "
+            f"{own}. Build it as the one that was saved."
         )
 
 

@@ -265,7 +265,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         rows = call.sizes(latents)
         for column, m in enumerate(members):
             with torch.set_grad_enabled(torch.is_grad_enabled() and column not in frozen):
-                known[m] = self.component(m).parameters_of(latents, call, *_so_far(known, m, rows))
+                extra = _so_far(known, m, rows)
+                known[m] = self.component(m).variational_params(latents, call, *extra)
         return torch.stack(torch.broadcast_tensors(*known.values()))
 
     def set_log_weights(self, log_weights: Tensor) -> None:

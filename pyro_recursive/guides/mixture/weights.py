@@ -8,9 +8,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_recursive.guides.base import GuideCall
-from pyro_recursive.guides.encoder import check_numbers, encoding
 from pyro_recursive.guides.packing import LatentBlock
-from pyro_recursive.guides.tables import rows_of
 from pyro_recursive.tracing.arguments import check_module
 
 __all__ = ["Weights"]
@@ -74,24 +72,18 @@ class Weights(PyroModule):
         Where each has parameters of its own, they are not even part of the graph.
         """
         if latents.local and self.kind in ("module", "linear"):
-            inputs = call.rows(latents)
-            with encoding("The weights' network", latents, inputs):
-                found = self.network(inputs, *((held,) if self.kind == "linear" else ()))
-            rows = call.sizes(latents)
-            if found.shape != (*rows, len(self.initial)):
-                raise ValueError(
-                    f"The weights' module returned shape {tuple(found.shape)}, and the mixture "
-                    f"needs {(*rows, len(self.initial))}: logits for each row."
-                )
-            check_numbers("The weights' network", latents, found, inputs)
+            extra = (held,) if self.kind == "linear" else ()
+            width, name = len(self.initial), "The weights' network"
+            found = call.encode(self.network, latents, width, *extra, name=name)
         else:
             found = _joined([getattr(self, name) for name in self._names(latents)], held)
             if found.dim() > 1:
-                found = rows_of(found, latents, call)
+                found = call.table_rows(found, latents)
+            found = _place(latents, found)
         if held and self.kind == "module":
             found = _joined(list(found.split(1, -1)), held)
         found = found if self.learn else found.detach()
-        return _place(latents, LARGEST * torch.tanh(found / LARGEST))
+        return LARGEST * torch.tanh(found / LARGEST)
 
     @torch.no_grad()
     def reset(self, place: int) -> None:

@@ -1,12 +1,12 @@
-"""The ELBO of each row as a function of the numbers that its distribution is made of.
+"""The ELBO of each row as a function of its variational parameters.
 
-``elbo_i(numbers) = E[log p(x_i, z_i) - log q(z_i; numbers)]`` in nats, from runs of the model that
-nobody notices, with the rows of the minibatch, the user's scales and masks, and without the
-subsample scale: rows do not know how many they are.
+``elbo_i(params) = E[log p(x_i, z_i) - log q(z_i; params)]`` in nats, from isolated runs of the
+model on the rows of the minibatch, with the user's scales and masks, and without the subsample
+scale.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.guides.base import GuideCall
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.densities import log_prob_of, weighted
@@ -23,8 +23,6 @@ from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites, subsample_scale
-
-__all__ = ["ESTIMATORS", "LocalBound"]
 
 ESTIMATORS = ("stl", "pathwise")
 DRAWS = "refinement_draws"  # the plate of the draws
@@ -34,14 +32,14 @@ DRAWS = "refinement_draws"  # the plate of the draws
 class LocalBound:
     """The ELBO of the rows of one call of a guide.
 
-    Arguments:
+    Args:
         model: the model.
-        latents, call: the group of latents, and the call with its plates and what it has sampled.
+        latents, call: the block of latents, and the call with its plates and sampled values.
         family: the distributions that a row may have.
         nesting: how many dims the model's plates take, and the plates around the guide.
-        latent_weight: what KL warm-up multiplies the latents' densities with.
-        estimator: of the gradient, ``"stl"`` without the score of q, whose mean is zero: exact
-            where q is the posterior; or ``"pathwise"``.
+        latent_weight: KL warm-up's factor of the latents' densities.
+        estimator: of the gradient: ``"stl"`` leaves out the score of q, whose mean is zero, and is
+            exact where q is the posterior; or ``"pathwise"``.
         shared_noise: the random numbers of all runs of the model.
         double_backward: whether gradients are differentiated again.
     """
@@ -56,38 +54,38 @@ class LocalBound:
     shared_noise: SharedNoise = field(default_factory=SharedNoise)
     double_backward: bool = False
 
-    def noise(self, numbers: Tensor, draws: int, seed: int | None = None) -> Tensor:
+    def noise(self, params: Tensor, draws: int, seed: int | None = None) -> Tensor:
         """Return standard normals ``[S, J, *batch, n]``; with a seed the same for all rows."""
         shape = (draws, self.family.parts)
-        batch, n = numbers.shape[:-1], self.family.noise_dim
+        batch, n = params.shape[:-1], self.family.noise_dim
         if seed is None:
-            return torch.randn(*shape, *batch, n, dtype=numbers.dtype, device=numbers.device)
+            return torch.randn(*shape, *batch, n, dtype=params.dtype, device=params.device)
         # By the CPU's generator, whatever the default device.
-        options: dict[str, Any] = {"dtype": numbers.dtype, "device": "cpu"}
+        options: dict[str, Any] = {"dtype": params.dtype, "device": "cpu"}
         generator = torch.Generator("cpu").manual_seed(seed)
         same = torch.randn(*shape, *[1] * len(batch), n, generator=generator, **options)
-        return same.to(numbers.device).expand(*shape, *batch, n)
+        return same.to(params.device).expand(*shape, *batch, n)
 
-    def value(self, numbers: Tensor, noise: Tensor) -> Tensor:
+    def value(self, params: Tensor, noise: Tensor) -> Tensor:
         """Return the estimate for each row in nats, ``[*batch, P]`` to ``[*batch]``."""
-        u, log_q = self.family.scored_draw(numbers, noise)
-        weights = self.family.log_weights(numbers).exp()
+        u, log_q = self.family.scored_draw(params, noise)
+        weights = self.family.log_weights(params).exp()
         return (weights * (self.log_joint(u) - self.latent_weight * log_q)).sum(1).mean(0)
 
-    def gradient(self, numbers: Tensor, noise: Tensor, create_graph: bool = False) -> Tensor:
-        """Return the derivative of each row's ELBO by its numbers, ``[*batch, P]``.
+    def gradient(self, params: Tensor, noise: Tensor, create_graph: bool = False) -> Tensor:
+        """Return the gradient of each row's ELBO, ``[*batch, P]``.
 
-        With ``create_graph`` it is itself a function of the numbers and of the model's parameters.
+        With ``create_graph`` it is itself a function of ``params`` and of the model's parameters.
         """
         with torch.enable_grad():
-            if not (create_graph and numbers.requires_grad):
-                numbers = numbers.detach().requires_grad_()
-            path = numbers.view_as(numbers)
+            if not (create_graph and params.requires_grad):
+                params = params.detach().requires_grad_()
+            path = params.view_as(params)
             if self.estimator == "pathwise":
                 total = self.value(path, noise).sum()
             else:
-                # Another view of the numbers: the derivative along the path takes it as constant.
-                density = numbers.view_as(numbers) if create_graph else numbers.detach()
+                # Another view, which the derivative by ``path`` takes as constant.
+                density = params.view_as(params) if create_graph else params.detach()
                 u, weights = self.family.draw(path, noise), self.family.log_weights(path).exp()
                 gains = self.log_joint(u) - self.latent_weight * self.family.log_prob(density, u)
                 total = (weights * gains).sum() / len(u)
@@ -105,11 +103,11 @@ class LocalBound:
         point = wide if count > 1 else u[0, 0]
         with isolated(noise=self.shared_noise, double_backward=self.double_backward):
             trace = self._run(self.latents.unpack(point), count, width)
-        found = nesting_of(trace)  # plates may depend on the arguments
-        if found > width + (count > 1):
+        nesting = nesting_of(trace)  # plates may depend on the arguments
+        if nesting > width + (count > 1):
             raise ValueError(
-                f"The model's plates take {found} dims, and took {self.nesting} when the guide "
-                "first saw it. Make a new guide for a model of another form."
+                f"The model's plates take {nesting} dims, and took {self.nesting} when the guide "
+                "was prepared. Make a new guide."
             )
         total = self._by_row(trace, batch, width, count)
         volume = self.latents.log_volume(point)
@@ -121,7 +119,9 @@ class LocalBound:
         given = {name: plate.indices for name, plate in self.call.plates.items()}
         given = {**given, **self.call.given, **values}
         model = poutine.trace(SubstituteByName(given)(self.model))
-        with _draws_plate(count, -width - 1), _warmup(self.latent_weight):
+        draws = pyro.plate(DRAWS, count, dim=-width - 1) if count > 1 else nullcontext()
+        warmup = KLWarmup(self.latent_weight) if self.latent_weight != 1 else nullcontext()
+        with draws, warmup:
             trace = model.get_trace(*self.call.args, **self.call.kwargs)
         _check_latents(trace, given)
         return trace
@@ -153,22 +153,6 @@ def _frames(trace: poutine.Trace, names: set[str]) -> tuple[Any, ...]:
     return tuple(frame for name, frame in found.items() if name in names)
 
 
-@contextmanager
-def _draws_plate(count: int, dim: int) -> Iterator[None]:
-    with ExitStack() as stack:
-        if count > 1:
-            stack.enter_context(pyro.plate(DRAWS, count, dim=dim))
-        yield
-
-
-@contextmanager
-def _warmup(weight: float) -> Iterator[None]:
-    with ExitStack() as stack:
-        if weight != 1:
-            stack.enter_context(KLWarmup(weight))
-        yield
-
-
 def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) -> None:
     """Raise where a batch dim belongs to no plate of the site, nor to those around the model."""
     dims = around | {frame.dim for frame in site["cond_indep_stack"]}
@@ -177,11 +161,9 @@ def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) ->
     for dim in range(-len(shape), 0):
         if shape[dim] != 1 and dim not in dims:
             raise ValueError(
-                f"Site '{site['name']}' has batch shape {tuple(shape)} where the rows are refined, "
-                f"and dim {dim} belongs to no plate. Put the site inside a pyro.plate, or use "
-                ".to_event(...) on its distribution. Several draws, those of a mixture's "
-                "components too, are one more plate on the left: keep the dims of plates where "
-                "you sum over them (z.sum(-1, keepdim=True)), or use draws=1."
+                f"Site '{site['name']}' has batch shape {list(shape)} in refinement, and dim {dim} "
+                "is no plate's. Use a pyro.plate, .to_event(...), z.sum(-1, keepdim=True) or "
+                "draws=1."
             )
 
 
@@ -189,6 +171,6 @@ def _check_latents(trace: poutine.Trace, given: Mapping[str, Tensor]) -> None:
     for site in sites(trace):
         if not site["is_observed"] and site["name"] not in given:
             raise NotImplementedError(
-                f"Latent site '{site['name']}' is not this guide's, so that its rows have no ELBO "
-                "to climb. Marginalise it in the model, or leave the rows to their encoder."
+                f"Latent site '{site['name']}' is not this guide's, and its rows have no ELBO. "
+                "Marginalise it in the model, or use the encoder without refinement."
             )

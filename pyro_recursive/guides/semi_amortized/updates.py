@@ -1,4 +1,4 @@
-"""How the numbers of a row are improved, given the gradient of its ELBO: one step of refinement."""
+"""One step of refinement: better parameters of a row, given the gradient of its ELBO."""
 
 import itertools
 import math
@@ -11,39 +11,40 @@ from torch import Tensor, nn
 
 from pyro_recursive.tracing.arguments import check_module
 
-__all__ = ["FixedStart", "GradientUpdate", "LearnedUpdate", "Update"]
-
 
 class Update(nn.Module, ABC):
-    """One step of refinement; rows do not see each other.
+    """One step of refinement, for each row by itself.
 
-    ``direct`` is how much the ELBO at the start counts by default in the training of what finds
-    the start; with ``every_step`` the ELBO after each step does, for what makes the steps.
+    ``direct`` is the default weight of the ELBO at the start in the encoder's objective; with
+    ``every_step`` of the ELBO after each step, for updates that are trained.
     """
 
     direct: ClassVar[float] = 0.0
     every_step: ClassVar[bool] = False
 
     def features_of(self, rows: Any, row_dims: int) -> Tensor | None:
-        """Return what a step is told of the rows, ``[*rows, F]``; None for nothing."""
+        """Return features of the rows for `forward`, ``[*rows, F]``, if any."""
         return None
 
     def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
-        """Create what depends on how many numbers there are, P, and on the features."""
+        """Create modules for P parameters, ``size``, and these features."""
 
     @abstractmethod
     def forward(
         self,
-        numbers: Tensor,
+        params: Tensor,
         gradient: Tensor,
         state: Any,
         blocks: Sequence[int],
         features: Tensor | None,
     ) -> tuple[Tensor, Any]:
-        """Return better numbers, ``[*batch, P]``, and the state for the next step.
+        """Return the next parameters, ``[*batch, P]``, and the state for the next step.
 
-        ``blocks`` are the lengths of the parts of the numbers, ``features`` ``[*batch, F]``. The
-        state is None at first. A ``gradient`` without a graph is a constant.
+        Args:
+            params, gradient: ``[*batch, P]``; a gradient without a graph is a constant.
+            state: of the last step, None at first.
+            blocks: the lengths of the blocks of parameters.
+            features: ``[*batch, F]``, if any.
         """
 
     def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -52,16 +53,16 @@ class Update(nn.Module, ABC):
 
 
 class GradientUpdate(Update):
-    """Gradient ascent with momentum: ``v' = momentum v + g``, ``numbers' = numbers + rate v'``.
+    """Gradient ascent with momentum: ``v' = momentum v + g``, ``params' = params + rate v'``.
 
-    The gradient ``g`` is that of the ELBO of one row, not of a mean over a batch: a rate that is
-    published for the mean over B rows is B times too large here. It is clipped for each row and
-    each block of numbers (locations, logarithms of scales, ...) by itself.
+    The gradient ``g`` is that of the ELBO of one row, not of a mean over a batch: a published rate
+    for the mean over B rows is B times too large here. It is clipped for each row and
+    each block of parameters (locations, logarithms of scales, ...) by itself.
 
     Over a Gaussian posterior of variance v the distance of the locations from the optimum shrinks
     by ``1 - rate / v`` a step without momentum; steps are stable for ``rate < 2 (1 + momentum) v``.
 
-    Arguments:
+    Args:
         rate: the step size.
         momentum: gamma, in [0, 1).
         clip: the largest norm of a block's gradient, ``math.inf`` for any.
@@ -86,11 +87,11 @@ class GradientUpdate(Update):
     ) -> None:
         super().__init__()
         if not 0 < rate < math.inf:
-            raise ValueError(f"rate must be a number above 0, got {rate!r}")
+            raise ValueError(f"rate must be a number above 0, got {rate!r}.")
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
         if not clip > 0:
-            raise ValueError(f"clip must be above 0 (math.inf does not clip), got {clip!r}")
+            raise ValueError(f"clip must be above 0 (math.inf does not clip), got {clip!r}.")
         self.momentum, self.clip, self._rate = momentum, clip, rate
         self.log_rate = nn.Parameter(torch.tensor(math.log(rate))) if learn_rate else None
 
@@ -101,7 +102,7 @@ class GradientUpdate(Update):
 
     def forward(
         self,
-        numbers: Tensor,
+        params: Tensor,
         gradient: Tensor,
         state: Any,
         blocks: Sequence[int],
@@ -111,7 +112,7 @@ class GradientUpdate(Update):
         velocity = self._clipped(gradient, blocks)
         if state is not None:
             velocity = self.momentum * state + velocity
-        return numbers + self.rate * velocity, velocity
+        return params + self.rate * velocity, velocity
 
     def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
         """Return which rows have a block whose gradient is clipped, ``[*batch]``."""
@@ -121,7 +122,7 @@ class GradientUpdate(Update):
     def _clipped(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
         if math.isinf(self.clip):
             return gradient
-        tiny = torch.finfo(gradient.dtype).tiny  # a norm has no derivative at 0
+        tiny = torch.finfo(gradient.dtype).tiny  # the norm has no derivative at 0
         parts = []
         for part in gradient.split(list(blocks), -1):
             norm = part.square().sum(-1, keepdim=True).clamp_min(tiny).sqrt()
@@ -130,25 +131,24 @@ class GradientUpdate(Update):
 
 
 class LearnedUpdate(Update):
-    """A network that is fed with the gradient: iterative amortised inference.
+    """A network of the gradient: iterative amortised inference.
 
-    Its inputs are features of a row, the numbers, and their gradient divided by its root mean
-    square in each block, with the logarithm of that; it returns a gate s and a proposal:
-    ``numbers' = s numbers + (1 - s) proposal``. No step size, and no second derivatives: unless the
-    guide's mode is ``"second_order"`` the inputs are constants, and each step learns from the ELBO
-    that it leads to. Start it from `FixedStart`, or from an encoder.
+    Its inputs are features of a row, the parameters, and their gradient divided by its root mean
+    square in each block, with the logarithm of that. It returns a gate s and a proposal:
+    ``params' = s params + (1 - s) proposal``. Unless the guide's mode is ``"second_order"`` the
+    inputs are constants, and each step learns from the ELBO after it.
 
     After `Iterative Amortized Inference` (Marino, Yue, Mandt, arXiv 1807.09356).
 
-    Arguments:
-        hidden: the widths of the hidden layers of the network, where it is made here.
+    Args:
+        hidden: the widths of the network's hidden layers.
         features: a module from the encoder's inputs to features ``[*rows, F]``; the inputs
             themselves, flattened, if not given.
         network: a module of your own, ``[*rows, F + 2 P + number of blocks]`` to ``[*rows, 2 P]``.
 
     Raises:
         TypeError: ``features`` or ``network`` is no module.
-        ValueError: the inputs are no tensor of floating-point numbers, and ``features`` is missing.
+        ValueError: the inputs are no floating-point tensor, and ``features`` is missing.
 
     >>> update = LearnedUpdate(hidden=(8,))
     >>> update.build(2, (1, 1), torch.zeros(3, 5))
@@ -173,14 +173,14 @@ class LearnedUpdate(Update):
         self.network: Any = network
 
     def features_of(self, rows: Any, row_dims: int) -> Tensor:
-        """Return what the network is told of the rows, ``[*rows, F]``."""
+        """Return the network's features of the rows, ``[*rows, F]``."""
         if self.features is not None:
             return self.features(rows)
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
             kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(
-                f"LearnedUpdate was given inputs of type {kind}, and its network wants real "
-                "numbers: give it features=, a module from the encoder's inputs to [*rows, F]."
+                f"LearnedUpdate got inputs of type {kind}. Give it features=, a module from the "
+                "encoder's inputs to [*rows, F]."
             )
         return rows.flatten(row_dims) if rows.dim() > row_dims else rows.unsqueeze(-1)
 
@@ -193,36 +193,36 @@ class LearnedUpdate(Update):
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ELU()]
         last = nn.Linear(widths[-1], 2 * size)
-        nn.init.zeros_(last.weight)  # all rows start alike, half-way to zero
+        nn.init.zeros_(last.weight)  # the first steps go half-way to zero
         nn.init.zeros_(last.bias)
         self.network = nn.Sequential(*layers, last).to(features)
 
     def forward(
         self,
-        numbers: Tensor,
+        params: Tensor,
         gradient: Tensor,
         state: Any,
         blocks: Sequence[int],
         features: Tensor | None,
     ) -> tuple[Tensor, Any]:
-        """Ask the network; there is no state."""
+        """Return the gated step of the network, without state."""
         if not gradient.requires_grad:
-            numbers = numbers.detach()
-        told = [numbers]
+            params = params.detach()
+        inputs = [params]
         for part in gradient.split(list(blocks), -1):
-            # A row that is at its optimum, one without data, say, has a gradient of zero.
+            # A row at its optimum, such as one without data, has a gradient of zero.
             least = torch.finfo(part.dtype).eps
             size = part.square().mean(-1, keepdim=True).clamp_min(least).sqrt()
-            told += [part / size, size.log()]
-        batch = numbers.shape[:-1]
+            inputs += [part / size, size.log()]
+        batch = params.shape[:-1]
         assert features is not None
-        found = self.network(torch.cat([features.expand(*batch, -1), *told], -1))
-        gate, proposal = found.chunk(2, -1)
-        return torch.lerp(proposal, numbers, gate.sigmoid()), None
+        output = self.network(torch.cat([features.expand(*batch, -1), *inputs], -1))
+        gate, proposal = output.chunk(2, -1)
+        return torch.lerp(proposal, params, gate.sigmoid()), None
 
 
 class FixedStart(nn.Module):
-    """An encoder that sees nothing: the same numbers for all rows, zeros if not given.
+    """An encoder with the same output for all rows, zeros if not given.
 
     For a diagonal Gaussian zeros are the standard normal, in unconstrained space.
 
@@ -238,7 +238,7 @@ class FixedStart(nn.Module):
         self.register_buffer("start", torch.zeros(size) if start is None else start)
 
     def forward(self, rows: Any) -> Tensor:
-        """Return the numbers, ``[*rows, size]``."""
+        """Return the start, ``[*rows, size]``."""
         is_real = isinstance(rows, Tensor) and rows.is_floating_point()
         start = self.start.to(rows.device, rows.dtype if is_real else self.start.dtype)
         return start.expand(*rows.shape[: self.row_dims], -1)

@@ -1,0 +1,177 @@
+"""One call of a guide: its plates, and outputs of encoders and tables for its minibatch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from pyro_recursive.guides.packing import LatentBlock, Values
+
+
+@dataclass
+class GuideCall:
+    """One call of a guide: its arguments, its plates by name, and the values sampled so far.
+
+    Args:
+        args, kwargs: the arguments of the model.
+        plates: Pyro's plates by name.
+        inputs: the function from the arguments to the encoders' inputs.
+        given: the values that have been sampled, by site.
+        trunk: a function of the inputs' rows that all encoders share, None for the rows themselves.
+        created: the names of plates that a user's ``create_plates`` made, in any order.
+        input_sizes: by plate, whether the inputs have "all" of its rows or its "minibatch".
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    plates: dict[str, Any]
+    inputs: Callable[..., Any]
+    given: Values = field(default_factory=dict)
+    trunk: Callable[[Any], Any] | None = None
+    created: frozenset[str] = frozenset()
+    input_sizes: Mapping[str, str] = field(default_factory=dict)
+    _rows: Any = None
+
+    @cached_property
+    def raw(self) -> Any:
+        """The encoders' inputs, before any minibatch is taken out of them."""
+        return self.inputs(*self.args, **self.kwargs)
+
+    def sizes(self, latents: LatentBlock) -> tuple[int, ...]:
+        """Return how many rows the minibatch has, for each plate of the rows."""
+        return tuple(self.plates[frame.name].subsample_size for frame in latents.rows)
+
+    def rows(self, latents: LatentBlock) -> Any:
+        """Return the encoders' inputs, ``[*rows, ...]``, for the rows of the minibatch."""
+        if self._rows is None:  # the trunk runs once
+            rows = self.raw
+            for dim, frame in enumerate(latents.rows):
+                plate, length = self.plates[frame.name], rows.shape[dim]
+                if plate.subsample_size < plate.size and length == plate.size:
+                    rows = rows.index_select(dim, plate.indices.to(rows.device))
+                elif length == plate.size and self._is_reordered(plate):
+                    raise ValueError(
+                        f"Plate '{plate.name}' has all {length} rows in another order than the "
+                        "data. Pass the rows in order, or prepare() the guide with a minibatch."
+                    )
+            self._rows = rows if self.trunk is None else self.trunk(rows)
+        return self._rows
+
+    def _is_reordered(self, plate: Any) -> bool:
+        """Whether inputs of all rows may be in the data's order or in another one of the plate."""
+        if self.input_sizes.get(plate.name) == "minibatch" or plate.indices is self.raw:
+            return False
+        return self.order_of(plate) is not None
+
+    def order_of(self, plate: Any) -> Tensor | None:
+        """Return the order of a plate that has all rows, None where it is that of the data.
+
+        Only a user's plate can have another one. It may be given the rows' values in place of their
+        indices (``subsample=x``): they are no permutation of the indices.
+        """
+        index = plate.indices
+        if plate.name not in self.created or index.dim() != 1 or index.is_floating_point():
+            return None
+        in_order = torch.arange(len(index), device=index.device)
+        is_other = torch.equal(index.sort()[0], in_order) and not torch.equal(index, in_order)
+        return index if is_other else None
+
+    def table_rows(self, table: Tensor, latents: LatentBlock) -> Tensor:
+        """Return a table's rows for the minibatch, ``[*all rows, n]`` to ``[*rows, n]``.
+
+        Raises:
+            ValueError: the plate has another size than the table.
+        """
+        for dim, frame in enumerate(latents.rows):
+            plate = self.plates[frame.name]
+            if plate.size != table.shape[dim]:
+                raise ValueError(
+                    f"Plate '{plate.name}' has {plate.size} entries, and the guide has parameters "
+                    f"for {table.shape[dim]}. Use an encoder for data of another size."
+                )
+            whole = plate.subsample_size == plate.size
+            index = self.order_of(plate) if whole else plate.indices
+            if index is not None:
+                table = table.index_select(dim, index.to(table.device))
+        return table
+
+    def encode(
+        self,
+        network: Callable[..., Tensor],
+        latents: LatentBlock,
+        width: int | None = None,
+        *extra: Any,
+        name: str = "The encoder",
+    ) -> Tensor:
+        """Return a network's output for the rows of the minibatch, ``[*batch, width]``.
+
+        Args:
+            network: maps the rows ``[*rows, ...]``, and ``extra``, to ``[*rows, width]``.
+            latents: whose rows, and who needs the output.
+            width: None for any.
+            name: of the network, in messages.
+
+        Raises:
+            RuntimeError: the network fails on these inputs.
+            ValueError: its output has another shape, or is not finite.
+        """
+        output = run_network(network, latents, self.rows(latents), *extra, name=name)
+        return self.place(output, latents, width, name)
+
+    def place(
+        self, output: Tensor, latents: LatentBlock, width: int | None, name: str = "The encoder"
+    ) -> Tensor:
+        """Check a network's output, and put its rows where Pyro has the plates."""
+        rows = self.sizes(latents)
+        if output.shape[:-1] != rows or width not in (None, output.shape[-1]):
+            raise ValueError(
+                f"{name} returned shape {tuple(output.shape)}; {_names(latents)} need "
+                f"{(*rows, width or 'context')}. Select its inputs, rows first, by inputs=."
+            )
+        # Asking waits for the device.
+        if is_validation_enabled() and not bool(output.isfinite().all()):
+            raise ValueError(_not_finite(output, latents, self.rows(latents), name))
+        return latents.expand_rows(output)
+
+
+def run_network(
+    network: Callable[..., Tensor],
+    latents: LatentBlock,
+    inputs: Any,
+    *extra: Any,
+    name: str = "The encoder",
+) -> Tensor:
+    """Run a network; its errors name the latents, the plate and the inputs."""
+    try:
+        return network(inputs, *extra)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, a device's errors
+            raise
+        got = f"a {type(inputs).__name__}"
+        if isinstance(inputs, Tensor):
+            dtype = str(inputs.dtype).removeprefix("torch.")
+            got = f"inputs of shape {list(inputs.shape)}, {dtype} on {inputs.device}"
+        raise RuntimeError(
+            f"{name} of {_names(latents)} failed on {got}: {error}. Select and convert its inputs, "
+            "rows first, by inputs=."
+        ) from error
+
+
+def _not_finite(output: Tensor, latents: LatentBlock, inputs: Any, name: str) -> str:
+    """Return which rows are NaN or infinite, and the cause."""
+    wrong = (~output.isfinite()).flatten(len(latents.rows)).any(-1).nonzero().squeeze(-1).tolist()
+    if isinstance(inputs, Tensor) and not bool(inputs.isfinite().all()):
+        cause = "So are its inputs: clean the data, or fill gaps in inputs=."
+    else:
+        cause = "Its inputs are finite: lower the learning rate."
+    rows = f"{wrong[:5]}{'...' if len(wrong) > 5 else ''}"
+    return f"{name} of {_names(latents)} returned NaN or infinite numbers in rows {rows}. {cause}"
+
+
+def _names(latents: LatentBlock) -> str:
+    plate = f" in plate '{latents.rows[-1].name}'" if latents.rows else ""
+    return f"latents {[slot.name for slot in latents.slots]}{plate}"
