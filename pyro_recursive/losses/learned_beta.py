@@ -25,10 +25,9 @@ from torch.distributions import constraints
 
 from pyro_recursive import bounds
 from pyro_recursive.bounds.estimators import Estimator
-from pyro_recursive.tracing.densities import Densities, guide_group
+from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.param_store import evict_stale
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import sites
 
 __all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
 
@@ -112,10 +111,10 @@ def _path_derivatives(
         objective = _total(local.model) - _total(local.density) - _total(local.jacobian)
     else:
         cut = [
-            (site, number, site["value"])
+            (record.site, number, record.site["value"])
             for number, run in enumerate(runs)
-            for site in sites(run.guide)
-            if guide_group(site) == "density" and site["value"].requires_grad
+            for record in run.table.guide
+            if record.group == "density" and record.site["value"].requires_grad
         ]
         objective = _total(local.model) - _total(local.jacobian)
     cut = [entry for entry in cut if local.names is None or entry[0]["name"] in local.names]

@@ -24,13 +24,12 @@ from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.multi_sample import Evaluation, MultiSampleELBO
 from pyro_recursive.losses.surrogate import surrogate
-from pyro_recursive.tracing.densities import Densities, guide_group
+from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import plates_of, sites
 
 
 class Strata(NamedTuple):
@@ -250,15 +249,16 @@ def mixture_of(guide: Callable) -> MixtureLike:
 def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
     """Raise where the components' draws cannot be told apart by row."""
     shared = {frame.name for frame in layout.plates}
-    for site in sites(run.guide):
-        if guide_group(site) != "score":
+    for record in run.table.guide:
+        if record.group != "score":
             continue
+        site = record.site
         if not (site["is_observed"] and site["infer"].get("is_auxiliary")):
             raise NotImplementedError(
                 f"Guide site '{site['name']}' is not reparameterised, as a stratified loss needs. "
                 "Use another loss with estimator='vimco'."
             )
-        rows = plates_of(site).keys()
+        rows = record.plates.keys()
         if rows != shared:
             raise NotImplementedError(
                 f"The guide's mixture is in plates {sorted(rows)}, but plates {sorted(shared)} "

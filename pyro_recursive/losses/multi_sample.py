@@ -25,9 +25,7 @@ from pyro_recursive.losses.learned_beta import LearnedBeta, check_replicates, op
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import (
-    check_match,
-    check_subsampling,
-    warn_if_joint,
+    check_runs,
     warn_if_nothing_local,
 )
 from pyro_recursive.tracing.densities import Densities, densities
@@ -173,19 +171,16 @@ class MultiSampleELBO(ELBO):
             **options,
         )
         if structure is not None and not fresh:
-            now = structure_in(runs[0].model, runs[0].guide)
+            now = structure_in(runs[0].table)
             if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
                 # Sites depend on the arguments: look at this call's.
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         tables = [run.table for run in runs]
         layout = layout_of(particles, tables, only=local)
-        for table in tables:
-            check_match(table, layout.max_plate_nesting)
-        if not self.bound.is_linear(*shape):
-            check_subsampling(tables[0], layout)
-            warn_if_joint(tables[0], layout)
-            if structure is not None:
-                warn_if_nothing_local(structure, *shape)
+        is_linear = self.bound.is_linear(*shape)
+        check_runs(tables, layout, is_linear=is_linear)
+        if structure is not None and not is_linear:
+            warn_if_nothing_local(structure, *shape)
         shared = None
         if local is not None:
             outside = _names(runs[0]) - local

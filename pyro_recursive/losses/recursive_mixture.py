@@ -33,10 +33,9 @@ from pyro_recursive.losses.mixture import (
 )
 from pyro_recursive.losses.multi_sample import Evaluation
 from pyro_recursive.losses.surrogate import surrogate
-from pyro_recursive.tracing.densities import guide_group, weighted
+from pyro_recursive.tracing.densities import weighted
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import GrowingMixture
-from pyro_recursive.tracing.sites import sites
 
 WEIGHTS = ("gradient", "line_search", "corrective")
 UPDATES = ("simultaneous", "alternating", "guide")
@@ -301,7 +300,7 @@ class PlanRun(NamedTuple):
         """Return a function of the tables, scaled and masked, ``[E, 1, *plates]``."""
         layout, rows = self.evaluation.local.layout, []
         for run, table in zip(self.evaluation.runs, self.tables, strict=True):
-            site = next(site for site in sites(run.guide) if guide_group(site) == "score")
+            site = next(r.site for r in run.table.guide if r.group == "score")
             rows.append([(site, weighted(log_density(*table), site, layout))])
         gathered = layout.gather(rows)
         assert gathered is not None

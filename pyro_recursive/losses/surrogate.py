@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import Coefficients, Estimator
-from pyro_recursive.tracing.densities import Densities, guide_group
+from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
 
@@ -156,7 +156,7 @@ def _belongs(path: GradientCut, dens: Densities) -> bool:
 
 
 def _score_sites(runs: Sequence[ParticleRun]) -> list[str]:
-    return [site["name"] for site in sites(runs[0].guide) if guide_group(site) == "score"]
+    return [record.name for record in runs[0].table.guide if record.group == "score"]
 
 
 def _refuse_score_sites(

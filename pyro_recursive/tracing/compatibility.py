@@ -1,6 +1,7 @@
 """Whether model, guide and plates fit: every refusal and warning that follows from their sites."""
 
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -11,68 +12,72 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, local_sites, plates_of_data
-from pyro_recursive.tracing.sites import (
-    Site,
-    SiteTable,
-    is_delta,
-    layers,
-    plates_of,
-    sites,
-    subsample_scale,
-)
+from pyro_recursive.tracing.sites import Site, SiteRecord, SiteTable, is_delta, layers
+
+
+def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: bool) -> None:
+    """Raise where the sites of runs do not fit together or, under a nonlinear bound, the plates.
+
+    Args:
+        tables: the sites of each run.
+        layout: their plates.
+        is_linear: whether the bound is linear in the log-weights, as for one sample.
+
+    Raises:
+        ValueError, NotImplementedError: naming site, plate and remedy.
+    """
+    for table in tables:
+        check_match(table, layout.max_plate_nesting)
+    if not is_linear:
+        check_subsampling(tables[0], layout)
+        if not layout.plates:
+            _warn_if_joint(tables[0])
 
 
 def check_match(table: SiteTable, max_plate_nesting: int) -> None:
-    """Raise where model and guide do not fit together, naming site and remedy."""
-    model, guide = table.traces
-    latent = {site["name"]: site for site in table.model if not site["is_observed"]}
-    guided = {site["name"]: site for site in table.guide if not site["is_observed"]}
-    for name, site in guided.items():
-        if site["infer"].get("enumerate"):
+    """Raise where the sites of model and guide do not fit together."""
+    latent = {record.name: record for record in table.model if not record.site["is_observed"]}
+    guided = {record.name: record for record in table.guide if not record.site["is_observed"]}
+    for name, record in guided.items():
+        infer = record.site["infer"]
+        if infer.get("enumerate"):
             raise NotImplementedError(
                 f"Guide site '{name}' asks for enumeration, which multi-sample bounds do not do. "
-                "Drop its infer={'enumerate': ...} (estimator='vimco' handles discrete sites), or "
-                "use pyro.infer.TraceEnum_ELBO."
+                "Use estimator='vimco' without it, or TraceEnum_ELBO."
             )
-        if name not in latent and not site["infer"].get("is_auxiliary"):
+        if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
-                f"Guide site '{name}' is no latent site of the model. Sample it in the model too, "
-                "or mark it infer={'is_auxiliary': True}."
+                f"Guide site '{name}' is no latent site of the model. Sample it there too, or mark "
+                "it infer={'is_auxiliary': True}."
             )
     for name in latent.keys() - guided.keys():
-        if latent[name]["infer"].get("enumerate"):
+        if latent[name].site["infer"].get("enumerate"):
             raise NotImplementedError(
                 f"Model site '{name}' is to be enumerated, which multi-sample bounds do not do. "
-                "Use pyro.infer.TraceEnum_ELBO, or sample the site in the guide "
-                "(estimator='vimco')."
+                "Use TraceEnum_ELBO, or sample it in the guide (estimator='vimco')."
             )
         raise ValueError(
-            f"Model site '{name}' is latent and the guide does not sample it: the bound would be "
-            "wrong. Sample it in the guide, or observe it."
+            f"Model site '{name}' is latent and the guide does not sample it. Sample it in the "
+            "guide, or observe it."
         )
-    check_latent(guide)
-    check_sizes(model, guide)
+    check_latent(record.site for record in table.guide)
+    check_sizes(table)
     for name in latent.keys() & guided.keys():
-        if _masked(latent[name]) and not _masked(guided[name]):
+        if latent[name].is_masked and _leaves_out(latent[name]) and not _leaves_out(guided[name]):
             raise ValueError(
-                f"Model site '{name}' is masked and the guide's is not: its log q would stand in "
-                "the weights without a log p. Sample it under the same poutine.mask in the guide. "
-                "An autoguide cannot: block the site there, and add a guide of your own for it "
-                "with pyro.infer.autoguide.AutoGuideList."
+                f"Model site '{name}' is masked and the guide's is not. Sample it there under the "
+                "same poutine.mask; beside an autoguide, by AutoGuideList with the site blocked."
             )
     if is_validation_enabled():
-        padded = (_with_batch_dims(trace, max_plate_nesting) for trace in (model, guide))
-        try:
-            check_model_guide_match(*padded, max_plate_nesting)
-        except ValueError as error:
-            raise ValueError(f"{error}. {_other_plates(latent, guided)}") from error
+        _check_shapes(table, latent, guided, max_plate_nesting)
 
 
-def check_latent(guide: poutine.Trace) -> None:
+def check_latent(guide: Iterable[Site]) -> None:
     """Raise where a guide observes a site: its density would be part of log q."""
-    for site in sites(guide):
-        is_own = site["infer"].get("is_auxiliary") or isinstance(site["fn"], dist.Unit)
-        if site["is_observed"] and not is_own:
+    for site in guide:
+        if not site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if not isinstance(site["fn"], dist.Unit):
             remedy = "Drop its obs=: data are observed in the model."
             if is_delta(site):
                 remedy = "If it is computed by poutine.reparam, put that around the model."
@@ -82,55 +87,63 @@ def check_latent(guide: poutine.Trace) -> None:
             )
 
 
-def check_sizes(model: poutine.Trace, guide: poutine.Trace) -> None:
+def check_sizes(table: SiteTable) -> None:
     """Raise where a plate has one size in the model and another in the guide."""
-    found: dict[str, tuple[int, int]] = {}
-    for trace in (model, guide):
-        for site in sites(trace):
-            for name, frame in plates_of(site).items():
-                size = frame.size, frame.full_size or frame.size
-                if found.setdefault(name, size) != size:
-                    raise ValueError(
-                        f"Plate '{name}' has {_entries(*found[name])} where it is met first and "
-                        f"{_entries(*size)} at site '{site['name']}'. Make it of the same size, "
-                        "full and subsampled, in model and guide: what the guide draws decides "
-                        "which entries the model has, and both densities are scaled by it."
-                    )
+    sizes: dict[str, tuple[int, int]] = {}
+    for record in table.records:
+        for name, frame in record.plates.items():
+            size = frame.size, frame.full_size or frame.size
+            if sizes.setdefault(name, size) != size:
+                raise ValueError(
+                    f"Plate '{name}' has {_entries(*sizes[name])} where it is met first and "
+                    f"{_entries(*size)} at site '{record.name}'. Make it of the same size, full "
+                    "and subsampled, in model and guide."
+                )
 
 
 def _entries(size: int, full_size: int) -> str:
     return f"{size} entries" if size == full_size else f"{size} of {full_size} entries"
 
 
-def _other_plates(latent: dict[str, Site], guided: dict[str, Site]) -> str:
-    """Say which sites are in other plates in the guide than in the model."""
-    pairs = {
-        name: (sorted(plates_of(latent[name])), sorted(plates_of(guided[name])))
-        for name in latent.keys() & guided.keys()
-    }
-    others = [
-        f"Site '{name}' is in plates {one} in the model and {other} in the guide."
-        for name, (one, other) in pairs.items()
-        if one != other
-    ]
-    remedy = "Give model and guide the same plates at the same dims, and distributions of one shape"
-    return " ".join([*others, f"{remedy}."])
+def _check_shapes(
+    table: SiteTable,
+    latent: dict[str, SiteRecord],
+    guided: dict[str, SiteRecord],
+    max_plate_nesting: int,
+) -> None:
+    """Run Pyro's own check of names, plates and shapes."""
+    padded = (_with_batch_dims(trace, table, max_plate_nesting) for trace in table.traces)
+    try:
+        check_model_guide_match(*padded, max_plate_nesting)
+    except ValueError as error:
+        differ = [
+            f"Site '{name}' is in plates {one} in the model and {other} in the guide."
+            for name in latent.keys() & guided.keys()
+            if (one := sorted(latent[name].plates)) != (other := sorted(guided[name].plates))
+        ]
+        remedy = "Give model and guide the same plates, dims and shapes."
+        raise ValueError(" ".join([f"{error}.", *differ, remedy])) from error
 
 
-def _with_batch_dims(trace: poutine.Trace, max_plate_nesting: int) -> poutine.Trace:
+def _with_batch_dims(
+    trace: poutine.Trace, table: SiteTable, max_plate_nesting: int
+) -> poutine.Trace:
     """Give all batch dims to events of two dims or more, which Pyro's check would cut into."""
     padded = trace
-    for site in sites(trace):
-        batch, event_dim = site["fn"].batch_shape, site["fn"].event_dim
-        if max_plate_nesting - event_dim < len(batch) < max_plate_nesting and event_dim > 1:
-            padded = trace.copy() if padded is trace else padded
-            shape = (1,) * (max_plate_nesting - len(batch)) + tuple(batch)
-            padded.nodes[site["name"]] = {**site, "fn": site["fn"].expand(shape)}
+    for record in table.model if trace is table.traces[0] else table.guide:
+        fn = record.site["fn"]
+        if (event_dim := fn.event_dim) > 1:
+            batch = fn.batch_shape
+            if max_plate_nesting - event_dim < len(batch) < max_plate_nesting:
+                padded = trace.copy() if padded is trace else padded
+                shape = (1,) * (max_plate_nesting - len(batch)) + tuple(batch)
+                padded.nodes[record.name] = {**record.site, "fn": fn.expand(shape)}
     return padded
 
 
-def _masked(site: Site) -> bool:
+def _leaves_out(record: SiteRecord) -> bool:
     """Whether a mask leaves out any of a site's density."""
+    site = record.site
     masks = [site["mask"], *(getattr(layer, "_mask", None) for layer in layers(site["fn"]))]
     return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)
 
@@ -150,9 +163,8 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
             if shape[dim] != 1 and frame is None:
                 raise ValueError(
                     f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
-                    "to no plate. Put the site inside a pyro.plate, or use .to_event(...) on its "
-                    "distribution. If it is right without the plate of samples on the left, use "
-                    "vectorize_particles=False."
+                    "to no plate. Put it inside a pyro.plate, use .to_event(...), or, if it is "
+                    "right as it is, vectorize_particles=False."
                 )
 
 
@@ -182,8 +194,8 @@ def check_finite(site: Site) -> None:
     where = (~finite).nonzero().tolist()
     raise ValueError(
         f"Site '{site['name']}' observes values that are NaN or infinite: {len(where)} of "
-        f"{value.numel()}, at {where[:5]}{'...' if len(where) > 5 else ''}. Clean the data, or put "
-        "any finite value there and leave it out with pyro.poutine.mask."
+        f"{value.numel()}, at {where[:5]}{'...' if len(where) > 5 else ''}. Clean the data, or "
+        "leave them out with pyro.poutine.mask."
     )
 
 
@@ -194,20 +206,18 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
         frame, outside = found
         raise ValueError(
             f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-            f"not enclose site '{outside}'. The logarithm of a mean over '{outside}' has "
-            "no unbiased estimate from a minibatch. Use global_latents='elbo' (ELBO for "
-            "the global latents, this bound for the local ones), full data, or Trace_ELBO."
+            f"not enclose site '{outside}', so that the bound has no unbiased estimate. Use "
+            "global_latents='elbo', full data, or Trace_ELBO."
         )
 
 
 def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | None:
     """Return the frame of a subsampled plate that does not enclose every site, and such a site."""
-    shared = {frame.name for frame in layout.plates}
-    everything = [*table.model, *table.guide]
-    for site in everything:
-        for name, frame in plates_of(site).items():
-            if name not in shared and subsample_scale(frame) != 1:
-                return frame, next(s["name"] for s in everything if name not in plates_of(s))
+    for record in table.records:
+        if record.is_subsampled:
+            for name, frame in record.plates.items():
+                if name not in layout.names and frame.full_size not in (None, frame.size):
+                    return frame, next(r.name for r in table.records if name not in r.plates)
     return None
 
 
@@ -221,24 +231,21 @@ def warn_if_nothing_local(
         return
     plates = ", ".join(f"'{name}'" for name in sorted(plates_of_data(structure)))
     warnings.warn(
-        f"No latent site is inside plate {plates}, so that under global_latents='elbo' the "
-        f"{num_particles} samples inside a logarithm are one: this is the ELBO with "
-        f"{num_estimates} sample{'s' * (num_estimates > 1)}. Trace_ELBO is the same for less; "
-        "global_latents='joint', with all data in each step, is tighter.",
+        f"No latent site is inside plate {plates}: under global_latents='elbo' the "
+        f"{num_particles} samples of a logarithm are one, and this is the ELBO with "
+        f"{num_estimates} sample{'s' * (num_estimates > 1)}. Use Trace_ELBO, or 'joint'.",
         stacklevel=4,
     )
 
 
-def warn_if_joint(table: SiteTable, layout: PlateLayout) -> None:
+def _warn_if_joint(table: SiteTable) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
-    if layout.plates:
-        return
-    latent = [site for site in table.model if not site["is_observed"]]
-    for site in table.model:
-        for name, frame in plates_of(site).items():
-            local = next((s["name"] for s in latent if name in plates_of(s)), None)
-            if site["is_observed"] and local and frame.size > 1:
-                outside = next((s["name"] for s in latent if name not in plates_of(s)), None)
+    latent = [record for record in table.model if not record.site["is_observed"]]
+    for record in table.model:
+        for name, frame in record.plates.items():
+            local = next((other.name for other in latent if name in other.plates), None)
+            if record.site["is_observed"] and local and frame.size > 1:
+                outside = next((other.name for other in latent if name not in other.plates), None)
                 if outside is None:
                     cause = ", and the guide has one joint density over its entries"
                     remedy = "A guide with plate= or an encoder gives each entry its own."
@@ -246,9 +253,9 @@ def warn_if_joint(table: SiteTable, layout: PlateLayout) -> None:
                     cause = f" but not '{outside}'"
                     remedy = "global_latents='elbo' gives each entry its own."
                 warnings.warn(
-                    f"Plate '{name}' encloses latent site '{local}'{cause}, so that all its "
-                    f"{frame.size} entries share one joint weight: a valid bound, but the more "
-                    f"entries the looser. {remedy}",
-                    stacklevel=4,
+                    f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
+                    "entries share one joint weight, and the more entries, the looser the bound. "
+                    f"{remedy}",
+                    stacklevel=5,
                 )
                 return

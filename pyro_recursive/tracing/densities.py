@@ -5,12 +5,11 @@ the bound: inside a logarithm of a mean it would be a power of the weights. A us
 masks stay.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -25,7 +24,7 @@ from pyro_recursive.tracing.compatibility import (
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import Site, is_delta, own_scale, sites
+from pyro_recursive.tracing.sites import Site, SiteRecord, own_scale, unmasked
 
 
 @dataclass(frozen=True)
@@ -68,80 +67,51 @@ class Densities:
         return total.expand(shape)
 
 
+GROUPS = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
+Terms = dict[str, list[list[tuple[Site, Tensor]]]]  # by group and run: sites' log-densities
+
+
 def densities(
     runs: Sequence[ParticleRun], layout: PlateLayout, only: frozenset[str] | None = None
 ) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
-    names = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
-    groups: dict[str, list[list[tuple[Site, Tensor]]]] = {
-        name: [[] for _ in runs] for name in names
-    }
+    terms: Terms = {group: [[] for _ in runs] for group in GROUPS}
     for number, run in enumerate(runs):
-        for trace, group_of in ((run.model, lambda site: "model"), (run.guide, guide_group)):
-            for site in sites(trace):
-                if only is None or site["name"] in only:
-                    for group, log_prob, rest in _parts(site, group_of(site), layout):
-                        groups[group][number].append((site, log_prob))
-                        if rest is not None:
-                            groups[f"{group}_rest"][number].append((site, rest))
-    tensors = {name: layout.gather(group) for name, group in groups.items()}
+        for record in run.table.records:
+            if only is None or record.name in only:
+                _add(record, layout, terms, number)
+    tensors = {name: layout.gather(group) if any(group) else None for name, group in terms.items()}
     return Densities(layout, **tensors, names=only)
 
 
-def guide_group(site: Site) -> str:
-    """Return which part of log q a guide site belongs to; see `Densities`."""
-    if is_delta(site) or (site["is_observed"] and site["fn"].has_rsample):
-        return "jacobian"
-    return "density" if site["fn"].has_rsample else "score"
-
-
-def _parts(
-    site: Site, group: str, layout: PlateLayout
-) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield the groups that a site adds to: a log-density, and what weights took away from it."""
-    is_weighted = group in ("density", "score") and _is_weighted(site, layout)
+def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> None:
+    """Add a site's log-density to its group, and what scale and mask took away from it."""
+    site, group, scale = record.site, record.group, record.site["scale"]
+    if record.is_subsampled:
+        scale = own_scale(site, layout.names)
+    is_weighted = record.is_masked or isinstance(scale, Tensor) or scale != 1
     if isinstance(site["fn"], ComponentIndex):
         # The mixture's density, without the choice, is what the components are drawn from.
         whole = site["fn"].log_choice(site["value"])
-        own = weighted(whole, site, layout)
+        own = scale_and_mask(whole, scale, site["mask"])
         for name, sign in (("score", 1), ("density", -1)):
-            yield name, sign * own, sign * (whole - own) if is_weighted else None
+            terms[name][run].append((site, sign * own))
+            if is_weighted:
+                terms[f"{name}_rest"][run].append((site, sign * (whole - own)))
         return
-    log_prob = log_density(site, layout)
-    yield group, log_prob, _whole_density(site) - log_prob if is_weighted else None
-
-
-def log_density(site: Site, layout: PlateLayout) -> Tensor:
-    """Return a site's log-density with mask and user's scale, without the shared plates' scale."""
-    log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
-    check_batch_shape(site, log_prob.shape)
-    return log_prob
+    own = scale_and_mask(log_prob_of(site, site["fn"]), scale, site["mask"])
+    sizes, dim = record.sizes, own.dim()
+    if any(n != 1 and sizes.get(d - dim) != n for d, n in enumerate(own.shape)):
+        check_batch_shape(site, own.shape)
+    terms[group][run].append((site, own))
+    if is_weighted and group in ("density", "score"):
+        whole = log_prob_of(site, unmasked(site["fn"]))
+        terms[f"{group}_rest"][run].append((site, whole - own))
 
 
 def weighted(log_prob: Tensor, site: Site, layout: PlateLayout) -> Tensor:
     """Return a log-density with the mask and the user's scale of a site."""
     return scale_and_mask(log_prob, own_scale(site, layout.names), site["mask"])
-
-
-def _is_weighted(site: Site, layout: PlateLayout) -> bool:
-    """Whether a scale or a mask changes the site's density."""
-    masked = site["mask"] is not None or _unmasked(site["fn"]) is not site["fn"]
-    scale = own_scale(site, layout.names)
-    return masked or isinstance(scale, Tensor) or scale != 1
-
-
-def _whole_density(site: Site) -> Tensor:
-    """Return the log-density that a guide site is sampled from, whatever its scale and mask."""
-    return log_prob_of(site, _unmasked(site["fn"]))
-
-
-def _unmasked(fn: Any) -> Any:
-    if isinstance(fn, dist.MaskedDistribution):
-        return _unmasked(fn.base_dist)
-    if isinstance(fn, dist.Independent):
-        base = _unmasked(fn.base_dist)
-        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
-    return fn
 
 
 def log_prob_of(site: Site, fn: Any) -> Tensor:

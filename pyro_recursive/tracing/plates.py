@@ -12,16 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.tracing.sites import (
     Site,
     SiteTable,
-    independent_plates_of,
-    nesting_of,
     plates_of,
-    sites,
     subsample_scale,
 )
 
@@ -53,12 +49,12 @@ class ProgramStructure:
     mixing: str | None = None
 
 
-def structure_in(model: poutine.Trace, guide: poutine.Trace) -> ProgramStructure:
-    """Return the structure that the traces of one run show."""
+def structure_in(table: SiteTable) -> ProgramStructure:
+    """Return the structure that the sites of one run show."""
     return ProgramStructure(
-        max_plate_nesting=nesting_of(model, guide),
-        model={site["name"]: _outline(site) for site in sites(model)},
-        guide={site["name"]: _outline(site) for site in sites(guide)},
+        max_plate_nesting=table.nesting,
+        model={record.name: _outline(record.site) for record in table.model},
+        guide={record.name: _outline(record.site) for record in table.guide},
     )
 
 
@@ -89,7 +85,7 @@ class PlateLayout:
         """The names of the shared plates."""
         return frozenset(frame.name for frame in self.plates)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the shared plates."""
         return tuple(frame.size for frame in self.plates)
@@ -123,10 +119,15 @@ class PlateLayout:
         return stacked.unflatten(0, (self.particles.num_estimates, self.particles.num_particles))
 
     def _gather_run(self, run: Sequence[tuple[Site, Tensor]]) -> Tensor:
+        """Sum over all plates that are not shared: to ``[particles, *plates]``."""
+        width = self.max_plate_nesting + 1
+        others = [dim for dim in range(-width + 1, 0) if dim not in self.dims]
         cells: dict[tuple[int, ...], Tensor] = {}
         for site, log_prob in run:
-            cell = self.cell(site)
-            reduced = self._reduce(site, log_prob)
+            if log_prob.dim() != width:
+                log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
+            reduced = log_prob.sum(others) if others else log_prob
+            cell = self.cell(site) if self.sequential else ()
             cells[cell] = cells[cell] + reduced if cell in cells else reduced
         total = 1 if self.particles.dim is None else self.particles.total
         target = (total, *self.shape[len(self.sequential) :])
@@ -139,14 +140,6 @@ class PlateLayout:
             return rows[0]
         return torch.stack(rows, 1).reshape(total, *self.shape)
 
-    def _reduce(self, site: Site, log_prob: Tensor) -> Tensor:
-        """Sum over all plates that are not shared: to ``[particles, *vectorised plates]``."""
-        width = self.max_plate_nesting + 1
-        if log_prob.dim() != width:
-            log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
-        others = [dim for dim in range(-width + 1, 0) if dim not in self.dims]
-        return log_prob.sum(others) if others else log_prob
-
     def at_site(self, tensor: Tensor, site: Site, particle: int = 0) -> Tensor:
         """Broadcast an ``[M, K, *plates]`` tensor against the value of one site.
 
@@ -154,8 +147,9 @@ class PlateLayout:
         """
         rows = tensor.flatten(0, 1)
         rows = rows[particle : particle + 1] if self.particles.dim is None else rows
-        for index in self.cell(site):
-            rows = rows.select(1, index)
+        if self.sequential:
+            for index in self.cell(site):
+                rows = rows.select(1, index)
         event_dim = site["fn"].event_dim
         shape = [1] * (self.max_plate_nesting + 1 + event_dim)
         shape[0] = rows.shape[0]
@@ -168,12 +162,12 @@ def layout_of(
     particles: Particles, tables: Sequence[SiteTable], only: frozenset[str] | None = None
 ) -> PlateLayout:
     """Return the layout of runs: the plates that enclose every site, or every one of `only`."""
-    traces = [trace for table in tables for trace in table.traces]
-    nesting = nesting_of(*traces) if particles.dim is None else -particles.dim - 1
+    nesting = -particles.dim - 1 if particles.dim else max(table.nesting for table in tables)
     stacks = [
-        independent_plates_of(site)
-        for site in sites(*traces)
-        if only is None or site["name"] in only
+        record.row_plates
+        for table in tables
+        for record in table.records
+        if only is None or record.name in only
     ]
     if not stacks:
         return PlateLayout(particles, nesting, ())

@@ -21,7 +21,7 @@ from pyro_recursive.tracing.compatibility import (
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
-from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, sites
+from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, SiteTable, sites
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Program:
     def run_guide(self, replayed: poutine.Trace | None = None) -> poutine.Trace:
         """Trace the guide, with the values of another trace where there is one."""
         handled = self.guide if replayed is None else _Substitute(replayed)(self.guide)
-        with rows_needed(self.args, self.kwargs):
+        try:
             trace = poutine.trace(handled).get_trace(*self.args, **self.kwargs)
+        except ZeroDivisionError:
+            _check_rows(self.args, self.kwargs)
+            raise
         if isinstance(poutine.unwrap(self.guide), Messenger):
             # A guide messenger runs the model too, and what the model observes is not the guide's.
             trace = without(trace, lambda site: site["is_observed"])
@@ -47,31 +50,38 @@ class Program:
         """Trace the model on the guide's values."""
         model = _KeepMinibatch()(self.model) if _draws_minibatch(guide) else self.model
         replayed = poutine.replay(model, trace=guide)
-        with rows_needed(self.args, self.kwargs):
-            try:
-                return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
-            except RuntimeError:
-                check_latent(guide)  # of a latent that the guide observes Pyro says less
-                raise
+        try:
+            return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
+        except ZeroDivisionError:
+            _check_rows(self.args, self.kwargs)
+            raise
+        except RuntimeError:
+            check_latent(sites(guide))  # Pyro's error is less clear
+            raise
 
 
 @contextmanager
 def rows_needed(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Name the argument without rows where a plate of size 0 is what a run fails at."""
+    """Raise ValueError with the name of the argument without rows, where a plate has size 0."""
     try:
         yield
-    except ZeroDivisionError as error:  # Pyro's, without a name
-        named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
-        empty = [
-            f"{name} has shape {list(value.shape)}"
-            for name, value in named.items()
-            if isinstance(value, torch.Tensor) and not value.numel()
-        ]
-        if not empty:
-            raise
+    except ZeroDivisionError:
+        _check_rows(args, kwargs)
+        raise
+
+
+def _check_rows(args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise where an argument has no rows; Pyro's error about a plate of size 0 has no name."""
+    named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
+    empty = [
+        f"{name} has shape {list(value.shape)}"
+        for name, value in named.items()
+        if isinstance(value, torch.Tensor) and not value.numel()
+    ]
+    if empty:
         raise ValueError(
             f"A plate cannot be empty, and {', '.join(empty)}. Leave out batches without rows."
-        ) from error
+        )
 
 
 def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:
@@ -182,11 +192,12 @@ def _discover(program: Program) -> ProgramStructure:
     with isolated(), DryRun():
         guide = program.run_guide()
         model = program.run_model(guide)
-        check_sizes(model, guide)
+        table = SiteTable(model, guide)
+        check_sizes(table)
         # Later a dim of size M * K could pass for the particle plate.
         for site in sites(model, guide):
             check_batch_shape(site, *batch_shapes(site))
-        found = structure_in(model, guide)
+        found = structure_in(table)
         return replace(found, mixing=_mixed_site(program, found.max_plate_nesting))
 
 

@@ -27,7 +27,6 @@ from pyro_recursive.tracing.sites import (
     Site,
     SiteTable,
     is_delta,
-    nesting_of,
     sites,
     subsample_sites,
 )
@@ -120,7 +119,7 @@ def run_particles(
     particles = Particles(num_estimates, num_particles, dim=-assumed - 1)
     try:
         runs = _draw(program, particles, **options)
-        if nesting_of(runs[0].model, runs[0].guide) <= assumed:
+        if runs[0].table.nesting <= assumed:
             return particles, runs
         problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
     except Exception as error:
@@ -176,7 +175,7 @@ def _draw(
             with noise:
                 guide, cuts = _replayed(program, guide, particle, replay)
             run = _continue(program, guide, cuts, particle, cut_model, subsample)
-        if subsample is None:
+        if subsample is None and particles.dim is None:
             subsample = subsample_sites(run.guide, run.model)
         runs.append(run)
     return runs

@@ -1,7 +1,8 @@
-"""What the sample sites of traces say: kinds, plates, shapes, and whether model and guide match."""
+"""The sample sites of traces: their kinds, plates, scales and masks."""
 
 import itertools
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +16,89 @@ PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses u
 PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
 
 
+@dataclass(slots=True)
+class SiteRecord:
+    """A sample site that has a density.
+
+    Args:
+        site: the site of the trace.
+        group: "model" for the model's sites; those of the guide are "density" where they are
+            reparameterised, "score" where they are sampled otherwise, and "jacobian" where they
+            are computed from other sites.
+        plates: the frames of its plates by name, the particle plate aside.
+        row_plates: those plates whose entries have densities of their own.
+        sizes: the sizes of its plates by dim, the particle plate included.
+        is_masked: whether the site or its distribution has a mask.
+        is_subsampled: whether one of its plates is.
+    """
+
+    name: str
+    site: Site
+    group: str
+    plates: dict[str, Any]
+    row_plates: dict[str, Any]
+    sizes: dict[int, int]
+    is_masked: bool
+    is_subsampled: bool
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the site is not observed."""
+        return not self.site["is_observed"]
+
+
+class SiteTable:
+    """The sites of a pair of traces, found in one pass.
+
+    ``model`` and ``guide`` have the sites with a density; ``nesting`` is how many dims to the right
+    the plates of both traces use, the particle plate aside.
+    """
+
+    def __init__(self, model: poutine.Trace, guide: poutine.Trace) -> None:
+        self.traces = model, guide
+        self.model: list[SiteRecord] = []
+        self.guide: list[SiteRecord] = []
+        self.nesting = 0
+        self._read(model, self.model)
+        self._read(guide, self.guide, is_guide=True)
+        self.records = [*self.model, *self.guide]
+
+    def _read(
+        self, trace: poutine.Trace, records: list[SiteRecord], is_guide: bool = False
+    ) -> None:
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            plates, sizes, is_subsampled = {}, {}, False
+            for frame in site["cond_indep_stack"]:
+                sizes[frame.dim] = frame.size
+                if frame.name == PARTICLE_PLATE:
+                    continue
+                plates[frame.name] = frame
+                is_subsampled |= frame.full_size not in (None, frame.size)
+                if frame.vectorized:  # deterministic sites too: their plates take dims
+                    self.nesting = max(self.nesting, -frame.dim)
+            infer = site["infer"]
+            if site_is_subsample(site) or infer.get("_deterministic"):
+                continue
+            fn, base, is_masked = site["fn"], site["fn"], site["mask"] is not None
+            while isinstance(base, dist.Independent | dist.MaskedDistribution):
+                is_masked |= isinstance(base, dist.MaskedDistribution)
+                base = base.base_dist
+            if not is_guide:
+                group = "model"
+            elif isinstance(base, dist.Delta) or (site["is_observed"] and fn.has_rsample):
+                group = "jacobian"
+            else:
+                group = "density" if fn.has_rsample else "score"
+            rows = plates
+            if packed := infer.get(PACKED):
+                rows = {name: frame for name, frame in plates.items() if name not in packed}
+            records.append(
+                SiteRecord(name, site, group, plates, rows, sizes, is_masked, is_subsampled)
+            )
+
+
 def sites(*traces: poutine.Trace) -> Iterator[Site]:
     """Yield the sample sites that carry a density: no subsample and no deterministic sites."""
     for site in itertools.chain.from_iterable(trace.nodes.values() for trace in traces):
@@ -22,14 +106,6 @@ def sites(*traces: poutine.Trace) -> Iterator[Site]:
             continue
         if not site["infer"].get("_deterministic"):
             yield site
-
-
-class SiteTable:
-    """The sample sites of a pair of traces."""
-
-    def __init__(self, model: poutine.Trace, guide: poutine.Trace) -> None:
-        self.traces = model, guide
-        self.model, self.guide = list(sites(model)), list(sites(guide))
 
 
 def is_delta(site: Site) -> bool:
@@ -43,6 +119,16 @@ def layers(fn: Any) -> Iterator[Any]:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
         yield fn
+
+
+def unmasked(fn: Any) -> Any:
+    """Return a distribution without the masks under its event dims."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, dist.Independent):
+        base = unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def plates_of(site: Site) -> dict[str, Any]:
