@@ -222,8 +222,9 @@ def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]
     """Return the latent sites to which the guide gives the same value in every draw."""
     if layout.particles.total == 1:
         return ()
-    latent = {site["name"] for site in runs[0].table.model if not site["is_observed"]}
-    computed = [site for site in runs[0].table.guide if is_delta(site) and site["name"] in latent]
+    table = runs[0].table
+    latent = {record.name for record in table.model if record.is_latent}
+    computed = [r.site for r in table.guide if r.name in latent and is_delta(r.site)]
     return tuple(site["name"] for site in computed if _is_constant(site, runs, layout))
 
 
