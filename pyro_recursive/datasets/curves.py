@@ -1,4 +1,4 @@
-"""Points around curves in the plane: one latent each, and a decoder of a known form."""
+"""Points around curves in the plane, with one latent each, and their exact log p(x)."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.datasets.quadrature import check_scale, curve_evidence
-
-__all__ = ["CURVES", "Curve", "curve"]
+FINER = 20  # points at which a curve's length is measured, for each node
+CHUNK_PAIRS = 2**21  # of a node and a row at once
 
 
 def _absolute_value(z: Tensor) -> Tensor:
@@ -44,13 +43,13 @@ def _spiral_dots(z: Tensor) -> Tensor:
 
 
 def _stairs(u: Tensor) -> Tensor:
-    """Return a smooth staircase: level 2 k from 2 k - 1 to 2 k + 1, with a width of 0.1 a step."""
+    """Return a smooth staircase: level 2 k from 2 k - 1 to 2 k + 1, with steps 0.1 wide."""
     stair = (u / 2).floor()
     return torch.tanh(10 * (u - 2 * stair - 1)) + 2 * stair + 1
 
 
 class _Formula(NamedTuple):
-    """The variance of the noise, and the curve: latents ``[..., 1]`` to points ``[..., 2]``."""
+    """The variance of the noise, and the curve from latents ``[..., 1]`` to points ``[..., 2]``."""
 
     variance: float
     decoder: Callable[[Tensor], Tensor]
@@ -109,75 +108,172 @@ def curve(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Curve:
-    """Draw points around one of five curves in the plane, with one latent each.
+    """Draw points around a curve in the plane, ``z ~ N(0, 1)`` and ``x ~ N(f(z), s2 I)``.
 
-    ``z ~ N(0, 1)`` and ``x ~ N(f(z), s2 I)``, with ``f`` of a known form. Phi is the normal
-    distribution function, ``sg`` the logistic sigmoid:
+    With Phi the normal distribution function, sg the logistic sigmoid and the smooth staircase
+    ``t(u) = tanh(10 u - 20 floor(u / 2) - 10) + 2 floor(u / 2) + 1``, f and s2 are
 
-    - ``"absolute-value"`` (s2 = 0.01): ``|2 Phi(z) - 1| (1, 1)``, a segment covered twice, by z and
-      by -z;
-    - ``"circle"`` (0.01): ``(cos u, sin u)``, ``u = 2 pi Phi(z)``, which z covers once, so that the
-      two ends of the latent's line meet;
-    - ``"clusters"`` (0.2): ``(cos 2t, sin 2t)``, with ``u = 2 pi sg(pi z / 2)`` and a smooth
-      staircase ``t = tanh(10 u - 20 floor(u / 2) - 10) + 2 floor(u / 2) + 1``: four places on a
-      circle, at angles of 0, 4, 8 and 12, steps as wide as 0.04 in z, and so much noise that the
-      first and the last of the clusters look like one;
-    - ``"figure-8"`` (0.02): ``sqrt(2) cos u / (sin(u)**2 + 1) (1/2, sin u)`` and
-      ``u = pi (0.6 + 1.8 Phi(z))``: nine tenths of a lemniscate, which crosses itself;
-    - ``"spiral-dots"`` (0.01): ``(t cos t, t sin t)``, with the staircase t of
-      ``u = 4 pi sg(pi z / 2)``: seven dots on a spiral, at t = 0, 2, ..., 12, and some points on
-      their way from one to the next.
+    - ``"absolute-value"``: ``|2 Phi(z) - 1| (1, 1)``, 0.01; z and -z have the same point;
+    - ``"circle"``: ``(cos u, sin u)``, ``u = 2 pi Phi(z)``, 0.01;
+    - ``"clusters"``: ``(cos 2t, sin 2t)``, ``u = 2 pi sg(pi z / 2)``, 0.2; four places;
+    - ``"figure-8"``: ``sqrt(2) cos u / (sin(u)**2 + 1) (1/2, sin u)``,
+      ``u = pi (0.6 + 1.8 Phi(z))``, 0.02; nine tenths of a lemniscate;
+    - ``"spiral-dots"``: ``(t cos t, t sin t)``, ``u = 4 pi sg(pi z / 2)``, 0.01; seven dots;
+    - ``"absolute-value-unbounded"``: ``(|z|, |z|)``, 0.01; not in ``CURVES``.
 
-    ``CURVES`` has these names. ``"absolute-value-unbounded"`` (0.01) is ``(|z|, |z|)``.
+    Formulas, variances and sizes follow the sources below, unverified. The draws are the same for
+    the same ``seed``, whatever dtype and device; torch's global generator is not used.
 
-    The curves are those of the source below as far as we know: formulas, variances and numbers of
-    rows are all unverified. Clusters and spiral dots are the least certain. The absolute value is
-    certainly not what we remember, ``(|Phi(z)|, |Phi(z)|)``, which is no absolute value of
-    anything; both readings here map z and -z to the same point.
-
-    The same for the same ``seed``: all is drawn on the CPU in float64, by a generator of its own,
-    and moved to ``dtype`` and ``device`` then. Torch's global generator is left alone. Test points
-    do not depend on the other numbers of rows, nor validation points on ``rows``; another ``scale``
-    has the same latents and the same noise, of another size.
-
-    Arguments:
+    Args:
         name: one of the above.
-        rows, validation_rows, test_rows: how many points, 0 or more.
-        scale: the noise's standard deviation, the root of the variance above if not given.
-        seed: of the draws.
-        dtype, device: of the tensors.
+        rows, validation_rows, test_rows: how many points; those of ``test`` depend on no others.
+        scale: the noise's standard deviation; the root of s2 if None.
+        seed, dtype, device: of the draws and of the tensors.
 
-    Raises ValueError for an unknown name, negative numbers of rows, and a ``scale`` that is not
-    finite and positive.
+    Raises:
+        ValueError: an unknown name, a negative size, or no positive finite ``scale``.
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941), and `Failure Modes of Variational
-    Autoencoders and Their Effects on Downstream Tasks` (of the same, arXiv 2007.07124). There, a
-    network fitted to ``f`` takes its place.
+    Reference: 'Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
+    Autoencoders' (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941); 'Failure Modes of Variational
+    Autoencoders and Their Effects on Downstream Tasks' (arXiv 2007.07124).
 
-    >>> data = curve("figure-8", 100)
-    >>> data
-    Curve('figure-8', train=[100, 2], validation=[500, 2], test=[5000, 2])
-    >>> noise = data.test - data.decoder(data.test_latents)
-    >>> bool(abs(noise.square().mean() / data.scale**2 - 1) < 0.05)
-    True
-    >>> data.evidence(data.test[:3]).dtype
-    torch.float64
+    Example:
+        >>> curve("figure-8", 100)
+        Curve('figure-8', train=[100, 2], validation=[500, 2], test=[5000, 2])
     """
     if name not in _FORMULAS:
-        raise ValueError(f"name must be one of {list(_FORMULAS)}, got {name!r}")
+        raise ValueError(f"name must be one of {list(_FORMULAS)}, got {name!r}.")
     if scale is None:
         scale = math.sqrt(_FORMULAS[name].variance)
-    check_scale(scale)
+    _check_positive(scale=scale)
+    sizes = {"test_rows": test_rows, "validation_rows": validation_rows, "rows": rows}
+    check_at_least(0, **sizes)
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = {}
-    sizes = {"test_rows": test_rows, "validation_rows": validation_rows, "rows": rows}
     for part, count in sizes.items():  # in this order the test rows do not depend on `rows`
-        if not isinstance(count, int) or count < 0:
-            raise ValueError(f"{part} must be an integer >= 0, got {count!r}")
         numbers = torch.randn(count, 3, generator=generator, dtype=torch.float64, device="cpu")
         z, noise = numbers[:, :1], numbers[:, 1:]
         x = _FORMULAS[name].decoder(z) + scale * noise
         drawn[part] = x.to(device, dtype), z.to(device, dtype)
     test, validation, train = drawn.values()
     return Curve(name, train[0], validation[0], test[0], train[1], validation[1], test[1], scale)
+
+
+@torch.no_grad()
+def curve_evidence(
+    decoder: Callable[[Tensor], Tensor],
+    x: Tensor,
+    scale: float | Tensor,
+    *,
+    nodes: int = 4001,
+    bound: float = 8.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return log p(x) of each row in nats, float64 ``[rows]``, without Monte Carlo error.
+
+    ``p(x) = int N(x; decoder(z), scale**2 I) N(z; 0, 1) dz`` by the trapezoid rule from ``-bound``
+    to ``bound``. Half of the nodes are even in z, half along the curve, so that a steep part has
+    as many nodes as it needs. The error falls with the square of ``nodes``: with the defaults it is
+    below 2e-4 nats a row for the points of `curve` (5e-3 for the spiral dots and the unbounded
+    absolute value) and below 3e-5 in the mean. For another decoder, compare with more nodes.
+
+    Args:
+        decoder: true or learned, from latents ``[n, 1]``, in the dtype of ``x``, to ``[n, D]``;
+            each row for itself, so that a module should be in eval mode.
+        x: floating-point ``[rows, D]``.
+        scale: the standard deviation of the noise, one positive number.
+        nodes: at least 2.
+        bound: where the grid ends; beyond 8 the prior has mass 1e-15.
+        chunk_size: pairs of a node and a row at once, two millions if None.
+
+    Cost: ``21 * nodes`` decodes and ``nodes * rows`` densities, half a second for 5000 rows on one
+    CPU core; memory does not grow with rows.
+
+    Raises:
+        TypeError: ``x`` has no floating-point numbers.
+        ValueError: a shape is wrong, a point is not finite, or a number is out of range.
+
+    Example:
+        >>> x = torch.tensor([[0.3, -0.2], [2.0, 1.0]])
+        >>> line = torch.tensor([[2.0, 1.0]])  # a linear decoder: x is normal
+        >>> covariance = line.T @ line + 0.1**2 * torch.eye(2)
+        >>> exact = torch.distributions.MultivariateNormal(torch.zeros(2), covariance).log_prob(x)
+        >>> found = curve_evidence(lambda z: z @ line, x, 0.1)
+        >>> bool(torch.allclose(found.to(exact), exact, atol=1e-4))
+        True
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point numbers, got {x.dtype}.")
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"x must be [rows, D >= 1], got {list(x.shape)}.")
+    scale = float(scale)
+    _check_positive(scale=scale, bound=bound)
+    check_at_least(2, nodes=nodes)
+    check_at_least(1, chunk_size=CHUNK_PAIRS if chunk_size is None else chunk_size)
+    z = _nodes(decoder, x, nodes, bound)
+    points = _decoded(decoder, z, x)
+    log_weights = _log_weights(z) - x.shape[1] * math.log(scale * math.sqrt(2 * math.pi))
+    rows = max(1, (chunk_size or CHUNK_PAIRS) // nodes)
+    parts = [_integral(part, points, scale, log_weights) for part in x.double().split(rows)]
+    return torch.cat(parts)
+
+
+def _nodes(decoder: Callable[[Tensor], Tensor], x: Tensor, nodes: int, bound: float) -> Tensor:
+    """Return nodes, float64 ``[nodes]``, half of them even in z and half along the curve.
+
+    They are rounded to the dtype of ``x``, in which they are decoded.
+    """
+    fine = torch.linspace(-bound, bound, FINER * nodes, dtype=torch.float64, device=x.device)
+    steps = _decoded(decoder, fine, x).diff(dim=0).norm(dim=-1)
+    share = torch.full_like(steps, 1 / len(steps))
+    if (length := steps.sum()) > 0:
+        share = (share + steps / length) / 2
+    # The inverse of the cumulated share, which is piecewise linear, at even steps.
+    reached = torch.cat([share.new_zeros(1), share.cumsum(0)])
+    wanted = torch.linspace(0, 1, nodes, dtype=torch.float64, device=x.device) * reached[-1]
+    after = torch.searchsorted(reached, wanted).clamp(1, len(share))
+    part = (wanted - reached[after - 1]) / share[after - 1]
+    z = fine[after - 1] + part * (fine[after] - fine[after - 1])
+    return z.to(x.dtype).double()
+
+
+def _log_weights(z: Tensor) -> Tensor:
+    """Return the logarithms of the trapezoid rule's weights times the prior, ``[nodes]``."""
+    gaps = z.diff()
+    width = torch.cat([gaps[:1], gaps[1:] + gaps[:-1], gaps[-1:]]) / 2
+    return width.log() - 0.5 * z**2 - 0.5 * math.log(2 * math.pi)
+
+
+def _integral(x: Tensor, points: Tensor, scale: float, log_weights: Tensor) -> Tensor:
+    """Return the logarithm of the weighted sum of normal densities over the nodes."""
+    distance = torch.cdist(x, points, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distance.div_(scale).square_().mul_(-0.5).add_(log_weights)).logsumexp(1)
+
+
+def _decoded(decoder: Callable[[Tensor], Tensor], z: Tensor, x: Tensor) -> Tensor:
+    """Return the points of the curve in float64, ``[n, D]``."""
+    points = decoder(z[:, None].to(x.dtype))
+    if points.shape != (len(z), x.shape[1]):
+        raise ValueError(
+            f"The decoder returned {list(points.shape)} for latents {[len(z), 1]}. For x "
+            f"{list(x.shape)} it must return {[len(z), x.shape[1]]}."
+        )
+    if not points.isfinite().all():
+        raise ValueError(
+            f"The decoder is not finite for latents from {z[0]:g} to {z[-1]:g}. Choose a smaller "
+            "bound, or check its parameters."
+        )
+    return points.double()
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Raise where a number is no integer of at least ``least``."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and positive, got {value}.")

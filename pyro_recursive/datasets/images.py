@@ -1,9 +1,7 @@
-"""Real images behind one function, checksummed, and the two ways to make them binary.
+"""Images as rows of intensities, which are Bernoulli means, and two ways to make them binary.
 
-:func:`load` returns grey intensities, which are Bernoulli means. Training draws binary images anew
-at every step with :func:`dynamic_binarize`; a test set is drawn once with :func:`fixed_binarize`.
-The extra ``pip install 'pyro_recursive[data]'`` brings the digits and the downloads; IDX files in
-a folder need neither.
+The extra ``pip install 'pyro_recursive[data]'`` has the digits and the downloads; IDX files in a
+folder need neither.
 """
 
 import os
@@ -14,10 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_recursive.datasets.folders import FILES, SHAPE, find_folder, import_extra, split
-from pyro_recursive.datasets.idx import Array, DatasetError, read_idx
-
-__all__ = ["Dataset", "dynamic_binarize", "fixed_binarize", "load"]
+from pyro_recursive.datasets.image_files import (
+    FILES,
+    SHAPE,
+    Array,
+    DatasetError,
+    find_folder,
+    import_extra,
+    read_idx,
+    split,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,16 +42,19 @@ class Dataset:
     def split_validation(self, size: int) -> "Dataset":
         """Return the training rows as a data set of their own, the last ``size`` as its ``test``.
 
-        Choices made on the result never see the real test rows; a size of 400 leaves 59,600 rows
-        of MNIST to train on. Raises ValueError unless ``0 < size < len(train)``.
+        A size of 400 leaves 59,600 rows of MNIST to train on.
 
-        >>> load("digits").split_validation(100)
-        Dataset('digits-validation', train=[1337, 64], test=[100, 64], shape=(8, 8))
+        Raises:
+            ValueError: ``size`` is not in ``0 < size < len(train)``.
+
+        Example:
+            >>> load("digits").split_validation(100)
+            Dataset('digits-validation', train=[1337, 64], test=[100, 64], shape=(8, 8))
         """
         if not 0 < size < len(self.train):
             raise ValueError(
-                f"split_validation got size={size}; {self.name} has {len(self.train)} training "
-                f"rows, so give a size from 1 to {len(self.train) - 1}"
+                f"split_validation got size={size}, but {self.name} has {len(self.train)} training "
+                f"rows. Give a size from 1 to {len(self.train) - 1}."
             )
         return replace(
             self,
@@ -70,24 +77,31 @@ def load(
     """Load a data set: ``digits``, ``mnist``, ``fashion_mnist`` or ``omniglot``.
 
     The digits are scikit-learn's (8x8, a fixed 1,437 + 360 split) and need no file. The others are
-    IDX files in ``root/name``, by default in the folder that the environment variable
-    ``PYRO_RECURSIVE_DATA`` names, else in pooch's cache, which ``download=True`` fills and
-    uses where the folder does not hold all four files. A ``SHA256SUMS`` in the folder is obeyed.
+    IDX files in ``root/name``; a ``SHA256SUMS`` in ``root`` is checked.
 
     Omniglot is downloaded as drawings, box-averaged from 105x105 to 28x28 and split at random with
-    a fixed seed into 24,345 + 8,115. This is not the 28x28 file of Burda et al. (arXiv:1509.00519):
-    compare methods on it side by side, not with published nats.
+    a fixed seed into 24,345 + 8,115. This is not the 28x28 file of Burda et al. (arXiv 1509.00519):
+    its nats are not comparable with published ones.
 
-    Raises ValueError for an unknown name, :class:`DatasetError` for a missing, damaged or wrong
-    file, and ImportError where the ``data`` extra is needed.
+    Args:
+        name: one of the four.
+        root: by default the folder that the environment variable ``PYRO_RECURSIVE_DATA`` names,
+            else pooch's cache.
+        download: whether to fill pooch's cache, and use it, where ``root`` lacks a file.
 
-    >>> load("digits")
-    Dataset('digits', train=[1437, 64], test=[360, 64], shape=(8, 8))
+    Raises:
+        ValueError: the name is unknown.
+        DatasetError: a file is missing, damaged or wrong.
+        ImportError: the ``data`` extra is needed.
+
+    Example:
+        >>> load("digits")
+        Dataset('digits', train=[1437, 64], test=[360, 64], shape=(8, 8))
     """
     if name == "digits":
         return _load_digits()
     if name not in FILES:
-        raise ValueError(f"load got {name!r}; give one of {', '.join(['digits', *FILES])}")
+        raise ValueError(f"load got {name!r}. Give one of {', '.join(['digits', *FILES])}.")
     folder = find_folder(name, root, download)
     images, labels, test_images, test_labels = (folder / file for file in FILES[name])
     train, test = _read_split(images, labels), _read_split(test_images, test_labels)
@@ -97,51 +111,47 @@ def load(
 def dynamic_binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw binary images anew from Bernoulli(``x``), of the same shape and dtype.
 
-    Without a ``generator`` this consumes torch's global one, so that a run that restores the
-    global state resumes bit for bit. Raises ValueError for intensities outside [0, 1] or NaN where
-    ``x`` is on the CPU; elsewhere reading the answer back would stall every training step, so the
-    check is left to ``torch.bernoulli``, which on CUDA stops with a device-side assertion.
+    Without a ``generator`` the draws are of torch's global one.
 
-    >>> dynamic_binarize(torch.tensor([0.0, 1.0]))
-    tensor([0., 1.])
+    Raises:
+        ValueError: intensities outside [0, 1] or NaN, on the CPU; on CUDA `torch.bernoulli` stops
+            with a device-side assertion, as a check would make each step wait for the device.
+
+    Example:
+        >>> dynamic_binarize(torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
     """
-    _require_float(x)
-    if x.device.type == "cpu":
-        _require_intensities(x)
+    _check_intensities(x, values=x.device.type == "cpu")
     return torch.bernoulli(x, generator=generator)
 
 
 def fixed_binarize(x: Tensor, seed: int = 0) -> Tensor:
     """Draw binary images from Bernoulli(``x``), the same for the same ``seed`` on any device.
 
-    Keeps shape and dtype and leaves the global generator alone. Raises ValueError for intensities
-    outside [0, 1] or NaN.
+    Keeps shape and dtype; the global generator is not used.
 
-    >>> x = torch.full((2, 3), 0.5)
-    >>> bool((fixed_binarize(x, seed=1) == fixed_binarize(x, seed=1)).all())
-    True
+    Raises:
+        ValueError: intensities outside [0, 1] or NaN.
+
+    Example:
+        >>> x = torch.full((2, 3), 0.5)
+        >>> bool((fixed_binarize(x, seed=1) == fixed_binarize(x, seed=1)).all())
+        True
     """
-    _require_float(x)
-    _require_intensities(x)
-    # Uniforms from the CPU, because each kind of device has a random stream of its own.
+    _check_intensities(x)
+    # Uniforms from the CPU: each kind of device has a random stream of its own.
     generator = torch.Generator("cpu").manual_seed(seed)
     uniform = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu")
     return (uniform.to(x.device) < x).to(x.dtype)
 
 
-def _require_float(x: Tensor) -> None:
+def _check_intensities(x: Tensor, values: bool = True) -> None:
     if not x.is_floating_point():
+        raise ValueError(f"Intensities must be floating point, got {x.dtype}. Divide by white.")
+    if values and not ((x >= 0) & (x <= 1)).all():  # NaN fails, an empty tensor passes
         raise ValueError(
-            f"intensities must be floating point, got {x.dtype}; divide the grey values by white"
-        )
-
-
-def _require_intensities(x: Tensor) -> None:
-    # Written so that NaN fails, and so that no rows at all pass.
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(
-            f"intensities must lie in [0, 1], got values from {x.min().item():g} to "
-            f"{x.max().item():g}; scale them first"
+            f"Intensities must lie in [0, 1], got values from {x.min().item():g} to "
+            f"{x.max().item():g}. Scale them."
         )
 
 
@@ -157,12 +167,12 @@ def _read_split(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
     if images.shape[1:] != SHAPE:
         raise DatasetError(
-            f"{images_path}: images of {images.shape[1:]} pixels, not {SHAPE}; fetch the original"
+            f"{images_path}: images of {images.shape[1:]} pixels, not {SHAPE}. Fetch it again."
         )
     if len(images) != len(labels):
         raise DatasetError(
             f"{images_path}: {len(images)} images, but {len(labels)} labels in "
-            f"{labels_path.name}; take both files from one source"
+            f"{labels_path.name}. Take both files from one source."
         )
     return _as_tensors(images, labels, white=255)
 

@@ -1,19 +1,102 @@
-"""Synthetic sequences of which everything is known: latents, decoder and the exact log p(x)."""
+"""Synthetic sequences with known latents and decoder, and the exact log p(x)."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_recursive.datasets.sequence_decoder import SequenceDecoder
+from pyro_recursive.datasets.curves import check_at_least
 
-__all__ = ["Sequences", "lstm_sequences", "sequence_evidence"]
+LATENT = 2
+LSTM_GAIN = 2.0
+STATE_GAIN = 3.0  # states and latents then contribute about equally
+CHUNK_NUMBERS = 2**22  # logits of one chunk
 
-_LATENT = 2
-_LSTM_GAIN = 2.0
-_STATE_GAIN = 3.0  # what came before then weighs about as much as the latents do
-_CHUNK_NUMBERS = 2**22  # logits of one chunk
+
+class SequenceDecoder(nn.Module):
+    """p(x | z) of sequences of symbols: an LSTM, and a network over its states and the latents.
+
+    ``h_t = LSTM(h_{t-1}, embedding(x_{t-1}))``, with a start symbol in place of ``x_0``, and
+    ``p(x_t | x_{<t}, z) = softmax(W tanh(A h_t + B z + b) + c)``. The LSTM does not depend on the
+    latents and runs once for each row of ``x``, however many latents a row has.
+
+    Args:
+        vocabulary: the number of symbols, V; they are 0, ..., V - 1.
+        hidden: the size of embeddings, of the LSTM's state and of the hidden layer.
+        latent: the length of ``z``.
+        dtype, device: of the parameters, as in PyTorch's modules.
+
+    Reference: in the manner of 'Semi-Amortized Variational Autoencoders' (Kim et al., arXiv
+    1802.02550); sizes and the hidden layer are our choice.
+
+    Example:
+        >>> decoder = SequenceDecoder(vocabulary=7, hidden=4)
+        >>> x = torch.tensor([[3, 1, 4], [1, 5, 6]])
+        >>> decoder(torch.randn(10, 2, 2), x).shape  # ten latents for each of two rows
+        torch.Size([10, 2, 3, 7])
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int = 100,
+        latent: int = 2,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.vocabulary, self.latent = vocabulary, latent
+        self.embedding = nn.Embedding(vocabulary + 1, hidden, **options)  # the last: start
+        self.lstm = nn.LSTM(hidden, hidden, batch_first=True, **options)
+        self.from_state = nn.Linear(hidden, hidden, **options)
+        self.from_latents = nn.Linear(latent, hidden, bias=False, **options)
+        self.to_symbols = nn.Linear(hidden, vocabulary, **options)
+        for layer in (self.from_state, self.from_latents, self.to_symbols):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return logits ``[..., rows, length, V]`` for latents ``[..., rows, latent]``.
+
+        ``x`` are integers ``[rows, length]``; the logits at t depend on those before t.
+        """
+        return self.logits(z, self.states(x))
+
+    def states(self, x: Tensor) -> Tensor:
+        """Return the LSTM's states ``[rows, length, hidden]`` before each symbol of ``x``."""
+        before = torch.cat([x.new_full((len(x), 1), self.vocabulary), x[:, :-1]], 1)
+        return self.lstm(self.embedding(before))[0]
+
+    def logits(self, z: Tensor, states: Tensor) -> Tensor:
+        """Return logits ``[..., rows, length, V]`` for states ``[rows, length, hidden]``."""
+        layer = torch.tanh(self.from_state(states) + self.from_latents(z).unsqueeze(-2))
+        return self.to_symbols(layer)
+
+    def log_prob(self, z: Tensor, x: Tensor, states: Tensor | None = None) -> Tensor:
+        """Return log p(x | z) in nats, ``[..., rows]``, from given ``states(x)`` if there are."""
+        logits = self.logits(z, self.states(x) if states is None else states)
+        symbols = x.expand(logits.shape[:-1]).unsqueeze(-1)
+        return (logits.gather(-1, symbols).squeeze(-1) - logits.logsumexp(-1)).sum(-1)
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw sequences, int64 ``[rows, length]``, for latents ``[rows, latent]``.
+
+        The ``generator`` is of the parameters' device; torch's global one if not given.
+        """
+        symbol = torch.full((len(z), 1), self.vocabulary, device=z.device)
+        state, drawn = None, []
+        for _ in range(length):
+            output, state = self.lstm(self.embedding(symbol), state)
+            probabilities = self.logits(z, output).softmax(-1).squeeze(1)
+            symbol = torch.multinomial(probabilities, 1, generator=generator)
+            drawn.append(symbol)
+        return torch.cat(drawn, 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,45 +140,38 @@ def lstm_sequences(
     """Draw sequences from an LSTM decoder with random, known parameters, and two latents each.
 
     ``z ~ N(0, I_2)`` and ``x_t ~ Categorical(softmax(MLP([h_t, z])))``, see `SequenceDecoder`. The
-    same for the same ``seed``: all is drawn on the CPU in float64, by a generator of its own, and
-    moved to ``dtype`` and ``device`` then. Torch's global generator is left alone.
+    draws are the same for the same ``seed``, whatever dtype and device; torch's global generator is
+    not used. Sizes follow the paper as far as we know; test rows and the scale of the parameters
+    are our choice. All parameters are normal with mean 0 and standard deviation
+    ``g / sqrt(hidden)``: g is 2 in the LSTM, 3 from its state to the hidden layer, ``gain`` to the
+    logits; weights from the latents have ``latent_gain``, embeddings 1, and biases are 0.
 
-    The sizes (5000 training rows of 5 symbols out of 1000, an LSTM of size 100, two latents) are
-    those of the paper as far as we know. The number of test rows and the scale of the
-    parameters are our choice: all are normal, with mean 0 and standard deviation
-    ``g / sqrt(hidden)``, where ``g`` is 2 in the LSTM, 3 from its state to the hidden layer and
-    ``gain`` to the logits; weights from the latents have ``latent_gain``, embeddings 1, and biases
-    are 0. On the default test rows the latents' mutual information with a sequence, the mean of
-    ``log p(x | z) - log p(x)``, is 2.65 nats (standard error 0.05), and log p(x) is -21.7 (0.2);
-    of symbols drawn evenly it would be -34.5. Larger gains: more information, and posteriors that
-    are harder to fit.
+    With the defaults the mutual information of latents and sequence is 2.65 nats (standard error
+    0.05), and log p(x) is -21.7 (0.2); of uniform symbols it would be -34.5. Larger gains mean more
+    information, and posteriors that are harder to fit.
 
-    Raises ValueError for sizes below 1 (2 for ``vocabulary``), and for gains that are negative or
-    not finite.
+    Raises:
+        ValueError: sizes below 1 (2 for ``vocabulary``), gains that are negative or not finite.
 
-    Source: `Semi-Amortized Variational Autoencoders` (Kim et al., arXiv 1802.02550).
+    Reference: 'Semi-Amortized Variational Autoencoders' (Kim et al., arXiv 1802.02550).
 
-    >>> data = lstm_sequences(20, test_rows=5, vocabulary=10, hidden=8)
-    >>> data
-    Sequences(train=[20, 5], test=[5, 5], vocabulary=10)
-    >>> information = data.decoder.log_prob(data.test_latents, data.test) - sequence_evidence(
-    ...     data.decoder, data.test
-    ... )
-    >>> information.shape
-    torch.Size([5])
+    Example:
+        >>> data = lstm_sequences(20, test_rows=5, vocabulary=10, hidden=8)
+        >>> data
+        Sequences(train=[20, 5], test=[5, 5], vocabulary=10)
+        >>> sequence_evidence(data.decoder, data.test).shape
+        torch.Size([5])
     """
-    sizes = {"rows": rows, "test_rows": test_rows, "length": length, "hidden": hidden}
-    for name, size in sizes.items():
-        _require_at_least(1, name, size)
-    _require_at_least(2, "vocabulary", vocabulary)
+    check_at_least(1, rows=rows, test_rows=test_rows, length=length, hidden=hidden)
+    check_at_least(2, vocabulary=vocabulary)
     for name, value in (("latent_gain", latent_gain), ("gain", gain)):
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+            raise ValueError(f"{name} must be finite and not negative, got {value}.")
     generator = torch.Generator("cpu").manual_seed(seed)
     decoder = _random_decoder(vocabulary, hidden, latent_gain, gain, generator)
     drawn = []
     for count in (test_rows, rows):  # in this order the test rows do not depend on `rows`
-        z = _normal((count, _LATENT), generator)
+        z = _normal((count, LATENT), generator)
         drawn.append((decoder.sample(z, length, generator).to(device), z.to(device, dtype)))
     (test, test_latents), (train, train_latents) = drawn
     return Sequences(train, test, train_latents, test_latents, decoder.to(device, dtype))
@@ -112,32 +188,32 @@ def sequence_evidence(
 ) -> Tensor:
     """Return log p(x) of each sequence in nats, float64 ``[rows]``, without Monte Carlo error.
 
-    The trapezoid rule on a grid of ``nodes`` points for each of one or two latents, from
-    ``-bound`` to ``bound``, for ``z ~ N(0, I)`` and any decoder, true or learned. Its error falls
-    exponentially with the number of nodes once they are closer than a posterior is wide. For the
-    sequences of `lstm_sequences`, default sizes, it is below 1e-6 nats (1e-5 in float32); 61 nodes
-    are enough for 1e-2. For another decoder, see what more nodes change.
+    The trapezoid rule on a grid of ``nodes`` points for each of one or two latents ``z ~ N(0, I)``,
+    from ``-bound`` to ``bound``. Its error falls exponentially with the number of nodes once they
+    are closer than a posterior is wide: for `lstm_sequences` it is below 1e-6 nats (1e-5 in
+    float32), with 61 nodes below 1e-2. For another decoder, compare with more nodes.
 
-    Arguments:
-        decoder: p(x | z); its dtype is that of the densities, and sums are kept in float64.
+    Args:
+        decoder: p(x | z), true or learned; its dtype is that of the densities.
         x: int64 ``[rows, length]``.
         nodes: for each latent, at least 2.
-        bound: where the grid ends; beyond 7 lie 3e-12 of the prior of one latent.
-        chunk_size: pairs of a node and a row at once; by default they have four million logits.
+        bound: where the grid ends; beyond 7 the prior of one latent has mass 3e-12.
+        chunk_size: pairs of a node and a row at once; if None, they have four million logits.
 
     Cost: ``nodes**2 * rows * length`` softmaxes over the vocabulary, two minutes for the 500 test
     rows of `lstm_sequences` on one CPU core; memory does not grow with rows or nodes.
 
-    Raises ValueError where ``x`` is no sequence of symbols of the vocabulary, the decoder has more
-    than two latents, or a number is out of range.
+    Raises:
+        ValueError: ``x`` is no sequence of the vocabulary's symbols, the decoder has more than two
+            latents, or a number is out of range.
     """
     _check_sequences(decoder, x)
-    _require_at_least(2, "nodes", nodes)
+    check_at_least(2, nodes=nodes)
     if not 0 < bound < math.inf:
-        raise ValueError(f"bound must be finite and positive, got {bound}")
+        raise ValueError(f"bound must be finite and positive, got {bound}.")
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_NUMBERS // (x.shape[1] * decoder.vocabulary))
-    _require_at_least(1, "chunk_size", chunk_size)
+        chunk_size = max(1, CHUNK_NUMBERS // (x.shape[1] * decoder.vocabulary))
+    check_at_least(1, chunk_size=chunk_size)
     z, log_weights = _grid(decoder, nodes, bound)
     parts = [_integral(decoder, part, z, log_weights, chunk_size) for part in x.split(chunk_size)]
     return torch.cat(parts)
@@ -171,43 +247,38 @@ def _random_decoder(
     vocabulary: int, hidden: int, latent_gain: float, gain: float, generator: torch.Generator
 ) -> SequenceDecoder:
     """Return a decoder in float64 on the CPU, its parameters drawn from the generator and fixed."""
-    with torch.random.fork_rng(devices=[]):  # PyTorch's own initial values are drawn in vain
+    with torch.random.fork_rng(devices=[]):  # PyTorch's initial values are not used
         decoder = SequenceDecoder(
-            vocabulary, hidden, _LATENT, dtype=torch.float64, device=torch.device("cpu")
+            vocabulary, hidden, LATENT, dtype=torch.float64, device=torch.device("cpu")
         )
     scales = {
         "embedding.weight": 1.0,
-        "lstm.weight_ih_l0": _LSTM_GAIN / math.sqrt(hidden),
-        "lstm.weight_hh_l0": _LSTM_GAIN / math.sqrt(hidden),
-        "from_state.weight": _STATE_GAIN / math.sqrt(hidden),
+        "lstm.weight_ih_l0": LSTM_GAIN / math.sqrt(hidden),
+        "lstm.weight_hh_l0": LSTM_GAIN / math.sqrt(hidden),
+        "from_state.weight": STATE_GAIN / math.sqrt(hidden),
         "from_latents.weight": latent_gain,
         "to_symbols.weight": gain / math.sqrt(hidden),
     }
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(False)
         parameter.copy_(scales.get(name, 0.0) * _normal(parameter.shape, generator))
-    return decoder.eval()  # in training mode Pyro would warn that nothing is to be trained
+    return decoder.eval()  # Pyro warns of modules in training mode without trainable parameters
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _require_at_least(least: int, name: str, value: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
 def _check_sequences(decoder: SequenceDecoder, x: Tensor) -> None:
     if decoder.latent > 2:
         raise ValueError(
-            f"quadrature is for one or two latents, and the decoder has {decoder.latent}; estimate "
-            "its log p(x) with pyro_recursive.log_marginal"
+            f"Quadrature is for one or two latents, and the decoder has {decoder.latent}. Use "
+            "pyro_recursive.log_marginal."
         )
     if x.dim() != 2 or not x.shape[1] or x.dtype != torch.int64:
-        raise ValueError(f"x must be int64 [rows, length >= 1], got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"x must be int64 [rows, length >= 1], got {x.dtype} {list(x.shape)}.")
     if len(x) and not 0 <= x.min() <= x.max() < decoder.vocabulary:
         raise ValueError(
             f"x has symbols from {x.min()} to {x.max()}, and the decoder's are 0 to "
-            f"{decoder.vocabulary - 1}"
+            f"{decoder.vocabulary - 1}."
         )

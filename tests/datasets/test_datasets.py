@@ -22,12 +22,11 @@ from pyro_recursive.datasets import (
     DatasetError,
     dynamic_binarize,
     fixed_binarize,
-    folders,
+    image_files,
     load,
 )
-from pyro_recursive.datasets import idx as idx_files
 
-TRAIN, LABELS, TEST, TEST_LABELS = folders.FILES["mnist"]
+TRAIN, LABELS, TEST, TEST_LABELS = image_files.FILES["mnist"]
 REAL = os.environ.get("PYRO_RECURSIVE_DATA")  # read before the fixture below clears it
 Array = npt.NDArray[Any]
 
@@ -62,14 +61,14 @@ def small_arrays() -> tuple[Array, Array, Array, Array]:
 
 
 def write_small(folder: Path) -> None:
-    for file, array in zip(folders.FILES["mnist"], small_arrays(), strict=True):
+    for file, array in zip(image_files.FILES["mnist"], small_arrays(), strict=True):
         write(folder / file, idx(array, 0x08))
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with eight images in place of MNIST, whose checksums are then not asked for."""
-    monkeypatch.setattr(idx_files, "_CONTENT_MD5", {})
+    monkeypatch.setattr(image_files, "CONTENT_MD5", {})
     write_small(tmp_path / "mnist")
     return tmp_path
 
@@ -104,7 +103,7 @@ def test_omniglot_labels_are_big_endian_int32(tmp_path: Path) -> None:
     labels, test_labels = np.array([0, 1622, 300, 2, 7], ">i4"), np.array([1, 258, 3], ">i4")
     arrays = (train, labels, test, test_labels)
     codes = (0x08, 0x0C, 0x08, 0x0C)
-    for file, array, code in zip(folders.FILES["omniglot"], arrays, codes, strict=True):
+    for file, array, code in zip(image_files.FILES["omniglot"], arrays, codes, strict=True):
         write(tmp_path / "omniglot" / file, idx(array, code))
     data = load("omniglot", root=tmp_path)
     assert data.train_labels.tolist() == [0, 1622, 300, 2, 7]
@@ -118,7 +117,7 @@ def test_an_unknown_name_lists_the_known() -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "omniglot"])
 def test_nothing_anywhere_says_what_to_do(name: str) -> None:
-    advice = rf"no such file; set PYRO_RECURSIVE_DATA .*{name}/.*load\('{name}', download=True\)"
+    advice = rf"no such file. Set PYRO_RECURSIVE_DATA .*{name}/.*load\('{name}', download=True\)"
     with pytest.raises(DatasetError, match=advice):
         load(name)
 
@@ -129,7 +128,7 @@ def test_nothing_anywhere_says_what_to_do(name: str) -> None:
 IMAGES = idx(small_arrays()[0], 0x08)
 PACKED = gzip.compress(IMAGES)
 DAMAGE = {
-    "truncated": (TRAIN, PACKED[: len(PACKED) // 2], "the gzip file is truncated; fetch it"),
+    "truncated": (TRAIN, PACKED[: len(PACKED) // 2], "the gzip file is truncated. Fetch it"),
     "not gzip": (TRAIN, IMAGES, r"not a sound gzip file \(Not a gzipped file"),
     "bad stream": (
         TRAIN,
@@ -140,30 +139,30 @@ DAMAGE = {
     "labels for images": (
         TRAIN,
         gzip.compress(idx(np.zeros(900, "u1"), 0x08)),
-        r"header is '00000801.*16 bytes that begin with the magic number 00000803; check",
+        r"header is '00000801.*16 bytes that begin with the magic number 00000803. Check",
     ),
     "images for labels": (
         LABELS,
         PACKED,
-        r"header is '00000803.*magic number 00000801 or 00000c01; check",
+        r"header is '00000803.*magic number 00000801 or 00000c01. Check",
     ),
     "empty": (TRAIN, gzip.compress(b""), "header is ''"),
-    "half a header": (TRAIN, gzip.compress(IMAGES[:10]), "header is '00000803.*has 16 bytes"),
+    "half a header": (TRAIN, gzip.compress(IMAGES[:10]), "header is '00000803.*not 16 bytes"),
     "too short": (
         TRAIN,
         gzip.compress(IMAGES[:-1]),
-        r"promises 3920 bytes for shape \[5, 28, 28\], but 3919 follow; fetch",
+        r"promises 3920 bytes for shape \[5, 28, 28\], but 3919 follow. Fetch",
     ),
     "too long": (TRAIN, gzip.compress(IMAGES + b"\0"), "promises 3920 bytes.*3921 follow"),
     "other size": (
         TRAIN,
         gzip.compress(idx(np.zeros((5, 4, 6), "u1"), 0x08)),
-        r"images of \(4, 6\) pixels, not \(28, 28\); fetch",
+        r"images of \(4, 6\) pixels, not \(28, 28\). Fetch",
     ),
     "other count": (
         TEST,
         PACKED,
-        "5 images, but 3 labels in t10k-labels-idx1-ubyte.gz; take both",
+        "5 images, but 3 labels in t10k-labels-idx1-ubyte.gz. Take both",
     ),
 }
 
@@ -177,11 +176,11 @@ def test_damage_is_named(small: Path, kind: str) -> None:
         load("mnist", root=small)
 
 
-@pytest.mark.parametrize("file", folders.FILES["mnist"])
+@pytest.mark.parametrize("file", image_files.FILES["mnist"])
 def test_each_missing_file_is_named(small: Path, file: str) -> None:
     path = small / "mnist" / file
     path.unlink()
-    with pytest.raises(DatasetError, match=re.escape(f"{path}: no such file; set PYRO_RECURSIVE")):
+    with pytest.raises(DatasetError, match=re.escape(f"{path}: no such file. Set PYRO_RECURSIVE")):
         load("mnist", root=small)
 
 
@@ -197,11 +196,11 @@ def test_other_images_are_not_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for file, md5 in published.items():
         content = gzip.decompress((tmp_path / "mnist" / file).read_bytes())
         message = (
-            rf"{file}: the MD5 of the uncomp.* is {hashlib.md5(content).hexdigest()}, not {md5};"
+            rf"{file}: the MD5 of the uncomp.* is {hashlib.md5(content).hexdigest()}, not {md5}."
         )
         with pytest.raises(DatasetError, match=message):
             load("mnist", root=tmp_path)
-        monkeypatch.delitem(idx_files._CONTENT_MD5, f"mnist/{file}")
+        monkeypatch.delitem(image_files.CONTENT_MD5, f"mnist/{file}")
     assert len(load("mnist", root=tmp_path).train) == 5
 
 
@@ -213,7 +212,7 @@ def test_sha256sums_is_obeyed(small: Path) -> None:
         load("mnist", root=small)
     for line in (f"{'0' * 64}  mnist/{LABELS}", f"{'0' * 64} *./mnist/{LABELS}"):
         (small / "SHA256SUMS").write_text(f"\n{line}\n")
-        with pytest.raises(DatasetError, match=rf"{LABELS}: the SHA-256 is {right}, not 0{{64}};"):
+        with pytest.raises(DatasetError, match=rf"{LABELS}: the SHA-256 is {right}, not 0{{64}}."):
             load("mnist", root=small)
 
 
@@ -235,7 +234,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, write_file: Any) -> list[tuple[str, s
 
 
 def write_one(path: Path) -> None:
-    arrays = dict(zip(folders.FILES["mnist"], small_arrays(), strict=True))
+    arrays = dict(zip(image_files.FILES["mnist"], small_arrays(), strict=True))
     write(path, idx(arrays[path.name], 0x08))
 
 
@@ -255,13 +254,13 @@ HASHES = {
 
 @pytest.mark.parametrize("name", HASHES)
 def test_a_download_is_checksummed_and_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idx_files, "_CONTENT_MD5", {})
+    monkeypatch.setattr(image_files, "CONTENT_MD5", {})
     asked = serve(monkeypatch, write_one)
     assert len(load(name, download=True).train) == 5
     url, hashes = HASHES[name]
     assert asked == [
         (url + file, f"md5:{md5}")
-        for file, md5 in zip(folders.FILES["mnist"], hashes.split(), strict=True)
+        for file, md5 in zip(image_files.FILES["mnist"], hashes.split(), strict=True)
     ]
     asked.clear()
     assert len(load(name).test) == 3
@@ -352,7 +351,7 @@ def test_omniglot_is_split_the_same_each_time_and_converted_once(
     serve(monkeypatch, write_drawings)
     first = load("omniglot", download=True)
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_convert_omniglot", lambda folder: pytest.fail("converted again"))
+        patch.setattr(image_files, "_convert_omniglot", lambda _: pytest.fail("again"))
         assert torch.equal(load("omniglot").train, first.train)
         assert torch.equal(load("omniglot", download=True).train, first.train)
     serve(monkeypatch, lambda path: write_drawings(path, step=-1))
@@ -369,7 +368,7 @@ def test_a_grey_edge_is_averaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     image.fromarray(paper).convert("1").save(buffer, "png")
     with zipfile.ZipFile(tmp_path / "images_background.zip", "w") as file:
         file.writestr("images_background/A/character01/0001_01.png", buffer.getvalue())
-    ((character, cells),) = folders._drawings(tmp_path / "images_background.zip")
+    ((character, cells),) = image_files._drawings(tmp_path / "images_background.zip")
     assert character == "images_background/A/character01"
     assert np.abs(cells[0, :4].astype(int) - 127.5).max() <= 1 and cells[1:].max() == 0
 
@@ -441,7 +440,7 @@ def test_validation_is_the_end_of_train(small: Path) -> None:
 
 @pytest.mark.parametrize("size", [-1, 0, 5, 6])
 def test_validation_leaves_rows_on_both_sides(small: Path, size: int) -> None:
-    with pytest.raises(ValueError, match=rf"size={size}; mnist has 5 training rows.*from 1 to 4"):
+    with pytest.raises(ValueError, match=rf"size={size}, but mnist has 5 training.*from 1 to 4"):
         load("mnist", root=small).split_validation(size)
 
 
@@ -492,13 +491,13 @@ def test_shape_and_dtype_are_kept(kind: str, dtype: torch.dtype, shape: tuple[in
 def test_what_is_no_intensity_is_refused(kind: str, bad: float) -> None:
     x = torch.full((3, 4), 0.5)
     x[1, 2] = bad
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from .* scale them"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from .* Scale them"):
         BINARIZE[kind](x)
 
 
 @pytest.mark.parametrize("kind", BINARIZE)
 def test_whole_numbers_are_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match=r"floating point, got torch.uint8; divide"):
+    with pytest.raises(ValueError, match=r"floating point, got torch.uint8. Divide"):
         BINARIZE[kind](torch.zeros(3, dtype=torch.uint8))
 
 
