@@ -47,7 +47,7 @@ from pyro_recursive import (
     gaps,
     log_marginal,
 )
-from pyro_recursive.datasets import folders, load
+from pyro_recursive.datasets import image_files, load
 from pyro_recursive.evaluation.plots import plot_pareto_k
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
@@ -743,7 +743,7 @@ def test_no_file_runs_code(kind: str, disguise: str, tmp_path: Path) -> None:
 
 
 def drawings() -> None:
-    next(folders._drawings(Path("images_background.zip")))
+    next(image_files._drawings(Path("images_background.zip")))
 
 
 def flow() -> None:
