@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_recursive.priors.bounded import bounded, freed
+from pyro_recursive.priors.vamp import squash, unsquash
 from pyro_recursive.tracing.arguments import check_instance
 
 __all__ = ["Codes", "EncodedCodes", "FreeCodes", "GridCodes", "PseudoInputCodes"]
@@ -217,12 +217,12 @@ class PseudoInputCodes(Codes):
             raise TypeError(f"pseudo_inputs are learned: floats, not {pseudo_inputs.dtype}")
         super().__init__(len(pseudo_inputs), **options)
         self.encoder, self.bounds = encoder, bounds
-        self.raw_inputs = nn.Parameter(freed(pseudo_inputs.detach(), bounds))
+        self.raw_inputs = nn.Parameter(unsquash(pseudo_inputs.detach(), bounds))
 
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs ``[M, *input]``, in the range of the data."""
-        return bounded(self.raw_inputs, self.bounds)
+        return squash(self.raw_inputs, self.bounds)
 
     def place(self, index: Tensor) -> Tensor:
         """Encode some of the pseudo-inputs."""

@@ -1,4 +1,4 @@
-"""What an encoder makes of its inputs: the components of a mixture, shared by all rows."""
+"""Mixtures of an encoder's posteriors, whose components all rows share."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,8 +11,6 @@ from torch.distributions import Independent, MixtureSameFamily, Normal
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.priors.pairwise import normal_pairs
-
-__all__ = ["EncodedMixture", "encoded"]
 
 
 class EncodedMixture(Mixture):
@@ -52,8 +50,8 @@ class EncodedMixture(Mixture):
         """Return every component's log-density: ``[*batch, D]`` to ``[*batch, J]``."""
         if u.shape[-1:] != self.event_shape:
             raise ValueError(
-                f"The prior's components are over vectors of length {self.event_shape[0]}, got a "
-                f"value of shape {tuple(u.shape)}: the encoder and the latent site disagree."
+                f"The prior is over vectors of length {self.event_shape[0]}, got a value of shape "
+                f"{tuple(u.shape)}: the encoder and the latent site disagree."
             )
         normals = _diagonal_normals(self.components)
         if normals is not None:
@@ -82,14 +80,14 @@ class EncodedMixture(Mixture):
 
 def encoded(encoder: Callable[..., Any], inputs: Tensor, family: Family) -> tuple[Tensor, Any]:
     """Return log-weights ``[K, M]`` and components with K * M entries, event ``[D]``."""
-    found, rows = encoder(inputs), len(inputs)
-    pair = found if isinstance(found, tuple) else (None, found)
+    output, rows = encoder(inputs), len(inputs)
+    pair = output if isinstance(output, tuple) else (None, output)
     if not isinstance(pair[-1], Tensor) and pair[0] is None:
-        return _of_distribution(found, inputs)
-    if isinstance(found, Tensor) and found.dim() == 2:
-        pair = found.new_zeros(rows, 1), found[:, None]
+        return _of_distribution(output, inputs)
+    if isinstance(output, Tensor) and output.dim() == 2:
+        pair = output.new_zeros(rows, 1), output[:, None]
     if not _fit(pair, rows):
-        raise _wrong_output(found, rows)
+        raise _wrong_output(output, rows)
     logits, parameters = pair
     return logits.log_softmax(-1), family(parameters, _size(family, parameters.shape[-1]))
 
@@ -102,24 +100,23 @@ def _fit(pair: tuple, rows: int) -> bool:
     return parameters.dim() == 3 and logits.shape == parameters.shape[:2] and len(logits) == rows
 
 
-def _of_distribution(found: Any, inputs: Tensor) -> tuple[Tensor, Any]:
+def _of_distribution(output: Any, inputs: Tensor) -> tuple[Tensor, Any]:
     rows = len(inputs)
-    shape, event = getattr(found, "batch_shape", None), getattr(found, "event_shape", ())
+    shape, event = getattr(output, "batch_shape", None), getattr(output, "event_shape", ())
     if shape != (rows,) or len(event) != 1:
-        raise _wrong_output(found, rows)
-    if isinstance(found, MixtureSameFamily):
-        return found.mixture_distribution.logits.log_softmax(-1), found.component_distribution
+        raise _wrong_output(output, rows)
+    if isinstance(output, MixtureSameFamily):
+        return output.mixture_distribution.logits.log_softmax(-1), output.component_distribution
     dtype = inputs.dtype if inputs.is_floating_point() else None
-    return torch.zeros(rows, 1, dtype=dtype, device=inputs.device), found
+    return torch.zeros(rows, 1, dtype=dtype, device=inputs.device), output
 
 
-def _wrong_output(found: Any, rows: int) -> ValueError:
-    parts = found if isinstance(found, tuple) else (found,)
+def _wrong_output(output: Any, rows: int) -> ValueError:
+    parts = output if isinstance(output, tuple) else (output,)
     return ValueError(
-        f"For {rows} inputs the encoder returned {' and '.join(map(_outline, parts))}; a prior "
-        f"needs parameters [{rows}, n], or logits [{rows}, M] with parameters [{rows}, M, n], or a "
-        f"distribution with batch [{rows}] and event [D]. An encoder that returns loc and scale "
-        "becomes one by `lambda u: dist.Normal(*encoder(u)).to_event(1)`."
+        f"For {rows} inputs the encoder returned {' and '.join(map(_outline, parts))}. Return "
+        f"parameters [{rows}, n], logits [{rows}, M] with parameters [{rows}, M, n], or a "
+        "distribution: lambda u: dist.Normal(*encoder(u)).to_event(1)."
     )
 
 
@@ -132,16 +129,16 @@ def _outline(part: Any) -> str:
     return f"a {type(part).__name__}"
 
 
-def _size(family: Family, numbers: int) -> int:
-    """Return the length of the vectors that a family describes by so many numbers."""
+def _size(family: Family, count: int) -> int:
+    """Return the length of the vectors for which a family has so many parameters."""
     for size in itertools.count(1):
         needed = family.num_parameters(size)
-        if needed == numbers:
+        if needed == count:
             return size
-        if needed > numbers:
+        if needed > count:
             break
     raise ValueError(
-        f"The encoder returned {numbers} parameters a row, and {family} has "
+        f"The encoder returned {count} parameters a row; {family} has "
         f"{family.num_parameters(size - 1)} for vectors of length {size - 1}, {needed} for {size}."
     )
 

@@ -13,41 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from pyro_recursive.guides.gaussian_families import Family, family_of
-from pyro_recursive.priors.bounded import bounded, freed
 from pyro_recursive.priors.encoded_mixture import EncodedMixture, encoded
 from pyro_recursive.tracing.arguments import check_instance
 
-__all__ = ["ExemplarPrior", "VampPrior"]
+_MARGIN = 0.01  # of the bounds' width: at the bounds themselves the sigmoid has no gradient
 
 
 class VampPrior(nn.Module):
     """A mixture of the encoder's posteriors at K learned pseudo-inputs.
 
-    ``p(z) = sum_k w_k q(z | u_k)``: the variational mixture of posteriors, a prior that can take
-    the shape of the aggregate posterior. Calling the module runs the encoder on the pseudo-inputs
-    and returns the distribution: batch ``[]``, event ``[D]``; plates expand it. Its density has
-    gradients to the pseudo-inputs, weights and encoder; its samples have none.
+    ``p(z) = sum_k w_k q(z | u_k)``. Calling the module runs the encoder on the pseudo-inputs and
+    returns a distribution: batch ``[]``, event ``[D]``; plates expand it. Its density has gradients
+    to the pseudo-inputs, weights and encoder; its samples have none. Which losses may share the
+    encoder between guide and prior, and the cost: the documentation's page on priors.
 
-    The encoder is a module, or any callable, from inputs ``[K, *input]`` to one of
-
-    - parameters ``[K, n]`` of the ``family``, from which D follows;
-    - for an encoder that is itself a mixture, a pair: logits ``[K, M]`` of its weights and
-      parameters ``[K, M, n]``, for a prior of K * M components;
-    - a distribution with batch ``[K]`` and event ``[D]``; a `MixtureSameFamily` too gives K * M.
-
-    As a rule it is the guide's own encoder, whose parameters then belong to model and guide. The
-    ELBO and the IWAE, MIWAE and CIWAE bounds have one objective for both, and add the gradients.
-    PIWAE, wake-phase estimators and `RecursiveMixture_ELBO` have two, and raise ValueError: give
-    the prior an encoder of its own, say ``copy.deepcopy(encoder)``. In Pyro's store the shared
-    parameters have a name from each program; ``load_state_dict`` keeps them one, the store's
-    ``save`` and ``load`` only where both programs register them by the same `pyro.module` line.
-    Copy or pickle model and guide together. The parameters of a callable that is no module must be
-    registered by the guide.
-
-    Arguments:
-        encoder: see above.
+    Args:
+        encoder: a module, or any callable, from inputs ``[K, *input]`` to parameters ``[K, n]`` of
+            the ``family``; or to a pair of logits ``[K, M]`` and parameters ``[K, M, n]``, for a
+            prior of K * M components; or to a distribution with batch ``[K]`` and event ``[D]``.
         pseudo_inputs: where they start, ``[K, *input]``: data, or draws around them.
-        num_components: K; that many rows of ``pseudo_inputs``, at random, all if not given.
+        num_components: K; that many random rows of ``pseudo_inputs``, all if None.
         bounds: the range of the data, ``(low, high)``: keeps the pseudo-inputs in it by a sigmoid.
             Those that start within 1% of a bound start at 1%.
         learn_weights: learn the weights, which otherwise stay equal.
@@ -55,36 +40,21 @@ class VampPrior(nn.Module):
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
 
     Raises:
-        TypeError: the pseudo-inputs are not floating-point numbers; the encoder is a class.
+        TypeError: the pseudo-inputs are no floating-point tensor; the encoder is a class.
         ValueError: there are fewer than one or than K pseudo-inputs, or some are out of bounds;
-            the encoder's output has the wrong shape or size; a value is not of length D.
+            the encoder's output has the wrong shape; a value is not of length D.
 
-    Cost: one encoder pass over K inputs, K densities for each value. K = 500, 100 values, D = 50:
-    4 ms forward and backward on one CPU core, a tenth of a `MixtureSameFamily`.
+    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120).
 
-    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120). There the weights are
-    equal.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> from pyro_recursive import IWAE_ELBO
-    >>> encoder, decoder = nn.Linear(5, 4), nn.Linear(2, 5)
-    >>> x = torch.rand(20, 5)
+    >>> import pyro
+    >>> encoder, x = nn.Linear(5, 4), torch.rand(20, 5)
     >>> prior = VampPrior(encoder, x, num_components=3, bounds=(0, 1))
     >>> def model(x):
-    ...     pyro.module("prior", prior), pyro.module("decoder", decoder)
+    ...     pyro.module("prior", prior)
     ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", prior())
-    ...         pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
-    >>> def guide(x):
-    ...     pyro.module("prior", prior)  # the encoder is part of it
-    ...     loc, log_scale = prior.encoder(x).chunk(2, -1)
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-    >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), IWAE_ELBO(8))
-    >>> svi.step(x) > 0
-    True
-    >>> prior.pseudo_inputs.shape, prior().mean.shape
-    (torch.Size([3, 5]), torch.Size([2]))
+    ...         return pyro.sample("z", prior())
+    >>> model(x).shape, prior.pseudo_inputs.shape
+    (torch.Size([20, 2]), torch.Size([3, 5]))
     """
 
     def __init__(
@@ -101,12 +71,12 @@ class VampPrior(nn.Module):
         check_instance("encoder", encoder)
         if not pseudo_inputs.is_floating_point():
             raise TypeError(
-                f"pseudo_inputs are learned, so that they must be floating-point numbers; got "
-                f"{pseudo_inputs.dtype}. Convert them as the encoder's inputs are."
+                f"pseudo_inputs must be floating-point numbers, got {pseudo_inputs.dtype}. Convert "
+                "them as the encoder's inputs are."
             )
         start = _rows(pseudo_inputs.detach(), num_components, "pseudo_inputs", "num_components")
         self.encoder, self.family, self.bounds = encoder, family_of(family), bounds
-        self.raw_inputs = nn.Parameter(freed(start, bounds))
+        self.raw_inputs = nn.Parameter(unsquash(start, bounds))
         logits = start.new_zeros(len(start))
         self.logits: Tensor
         if learn_weights:
@@ -117,7 +87,7 @@ class VampPrior(nn.Module):
     @property
     def pseudo_inputs(self) -> Tensor:
         """The pseudo-inputs ``[K, *input]``, in the range of the data."""
-        return bounded(self.raw_inputs, self.bounds)
+        return squash(self.raw_inputs, self.bounds)
 
     def forward(self) -> EncodedMixture:
         """Return the prior for the present parameters."""
@@ -127,30 +97,18 @@ class VampPrior(nn.Module):
 
 
 class ExemplarPrior(nn.Module):
-    """A mixture of equal normals at the encoder's means of the training data themselves.
+    """A mixture of equal normals at the encoder's means of the training data.
 
-    ``p(z) = 1/N sum_n N(z; mu(x_n), s ** 2 I)`` with one learned scale ``s``: a Parzen window in
-    the latent space. Calling the module returns the distribution: event ``[D]``, batch ``[]`` or
-    that of ``leave_out``. For the encoder, and for what it means to share it with the guide, see
-    `VampPrior`; its means are used, and a mixture's means and weights. Outside training, call the
-    prior once and use the distribution often: each call encodes the exemplars.
+    ``p(z) = 1/N sum_n N(z; mu(x_n), s ** 2 I)`` with one learned scale ``s``. Calling the module
+    encodes the exemplars and returns a distribution: event ``[D]``, batch ``[]`` or that of
+    ``leave_out``, the indices of the minibatch, which leaves out each row's own datum. With
+    ``num_exemplars``, calls in training mode use that many random exemplars. The bounds that result
+    are valid: see the documentation's page on priors.
 
-    ``prior(leave_out=indices)``, with the indices of the minibatch, leaves out each row's own
-    datum, which would otherwise pull the encoder to isolated spikes. Row n then has
-    ``p_n(z) = 1/(N-1) sum_{m != n} N(z; mu(x_m), s ** 2 I)``; as ``p >= (N-1)/N p_n``, every bound
-    of a row's evidence with ``p_n``, less ``log(N / (N-1))`` nats, is one with ``p``.
-
-    With ``num_exemplars``, calls in training mode use that many exemplars, drawn anew without
-    replacement, each with weight one over their number (the row's own not counted if left out).
-    The subset's density has mean ``p(z)`` (``p_n(z)``), and logarithms are concave: the ELBO, and
-    IWAE and MIWAE bounds, have means over subsets that are not above their values with all
-    exemplars, and rise to them with ``num_exemplars``. So training climbs a valid, looser bound,
-    without bias. `eval` mode uses all exemplars.
-
-    Arguments:
-        encoder: as in `VampPrior`.
+    Args:
+        encoder: as in `VampPrior`; its means are used, and a mixture's means and weights.
         exemplars: the training data, ``[N, *input]``, of any dtype that the encoder takes. They are
-            kept as they are, and not in the `state_dict`.
+            not in the `state_dict`.
         num_exemplars: the size of the random subset.
         init_scale: where ``s`` starts.
         family: as in `VampPrior`.
@@ -159,32 +117,20 @@ class ExemplarPrior(nn.Module):
         IndexError: ``leave_out`` has an index out of range.
         TypeError: ``leave_out`` has no integers; the encoder is a class.
         ValueError: there are fewer than one or than ``num_exemplars`` exemplars, or only one and it
-            may be left out; the encoder's output has the wrong shape or size.
+            may be left out; the encoder's output has the wrong shape.
 
     Source: `Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data
-    Augmentation` (Norouzi, Fleet & Norouzi, arXiv 2004.04795). There the subset may also be of
-    near neighbours.
+    Augmentation` (Norouzi, Fleet & Norouzi, arXiv 2004.04795).
 
-    >>> import pyro, pyro.distributions as dist
-    >>> encoder, decoder = nn.Linear(5, 4), nn.Linear(2, 5)
-    >>> x = torch.rand(20, 5)
+    >>> import pyro
+    >>> encoder, x = nn.Linear(5, 4), torch.rand(20, 5)
     >>> prior = ExemplarPrior(encoder, x, num_exemplars=10)
-    >>> def model(x):
-    ...     pyro.module("prior", prior), pyro.module("decoder", decoder)
-    ...     with pyro.plate("data", len(x), subsample_size=4) as indices:
-    ...         z = pyro.sample("z", prior(leave_out=indices))
-    ...         pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x[indices])
-    >>> def guide(x):
+    >>> def model():
     ...     pyro.module("prior", prior)
-    ...     with pyro.plate("data", len(x), subsample_size=4) as indices:
-    ...         loc, log_scale = prior.encoder(x[indices]).chunk(2, -1)
-    ...         pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-    >>> loss = pyro.infer.Trace_ELBO()
-    >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
-    >>> svi.step(x) > 0
-    True
-    >>> prior.eval()().num_components
-    20
+    ...     with pyro.plate("data", 20, subsample_size=4) as indices:
+    ...         return pyro.sample("z", prior(leave_out=indices))
+    >>> model().shape, prior.eval()().num_components
+    (torch.Size([4, 2]), 20)
     """
 
     exemplars: Tensor
@@ -202,7 +148,7 @@ class ExemplarPrior(nn.Module):
         check_instance("encoder", encoder)
         _check_count(exemplars, num_exemplars, "exemplars", "num_exemplars")
         if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive, got {init_scale}")
+            raise ValueError(f"init_scale must be positive, got {init_scale}.")
         self.encoder, self.family, self.num_exemplars = encoder, family_of(family), num_exemplars
         self.register_buffer("exemplars", exemplars, persistent=False)
         dtype = exemplars.dtype if exemplars.is_floating_point() else torch.get_default_dtype()
@@ -212,7 +158,7 @@ class ExemplarPrior(nn.Module):
     def forward(self, leave_out: Tensor | None = None) -> EncodedMixture:
         """Return the prior for the present parameters.
 
-        ``leave_out`` are the indices of the data ``[*batch]`` whose rows must not see themselves.
+        ``leave_out`` are the indices of the rows' own data, ``[*batch]``.
         """
         chosen = self._chosen()
         exemplars = self.exemplars if chosen is None else self.exemplars[chosen]
@@ -243,16 +189,14 @@ class ExemplarPrior(nn.Module):
 
     def _check_indices(self, leave_out: Tensor, number: int) -> None:
         if leave_out.is_floating_point() or leave_out.is_complex() or leave_out.dtype == torch.bool:
-            raise TypeError(f"leave_out must be indices of exemplars, got {leave_out.dtype}")
+            raise TypeError(f"leave_out must be indices of exemplars, got {leave_out.dtype}.")
         if number < 2:
-            raise ValueError(
-                "leave_out needs at least 2 exemplars at a time: with one, nothing may be left."
-            )
+            raise ValueError(f"leave_out needs at least 2 exemplars at a time, got {number}.")
         size = len(self.exemplars)
         if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
             raise IndexError(
                 f"leave_out has indices from {leave_out.min()} to {leave_out.max()}, and there are "
-                f"{size} exemplars. Data that are no exemplars need no leave_out."
+                f"{size} exemplars. Other data need no leave_out."
             )
 
 
@@ -266,6 +210,35 @@ def _rows(data: Tensor, number: int | None, what: str, how_many: str) -> Tensor:
 
 def _check_count(data: Tensor, number: int | None, what: str, how_many: str) -> None:
     if data.dim() < 1 or not len(data):
-        raise ValueError(f"{what} must be rows of inputs, [K, *input]; got {tuple(data.shape)}")
+        raise ValueError(f"{what} must be rows of inputs [K, *input], got {tuple(data.shape)}.")
     if number is not None and not 1 <= number <= len(data):
-        raise ValueError(f"{how_many} must be from 1 to the {len(data)} {what}, got {number}")
+        raise ValueError(f"{how_many} must be from 1 to the {len(data)} {what}, got {number}.")
+
+
+def unsquash(inputs: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Return the real numbers that `squash` maps to given inputs; copies without bounds.
+
+    Inputs that are within 1% of a bound are moved to 1% from it.
+
+    Raises:
+        ValueError: the bounds are in the wrong order, or inputs are out of them.
+    """
+    if bounds is None:
+        return inputs.clone()
+    low, high = bounds
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")
+    if inputs.min() < low or inputs.max() > high:
+        raise ValueError(
+            f"pseudo_inputs go from {inputs.min():g} to {inputs.max():g}, out of their bounds "
+            f"{(low, high)}."
+        )
+    return ((inputs - low) / (high - low)).clamp(_MARGIN, 1 - _MARGIN).logit()
+
+
+def squash(raw: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Return inputs of real numbers, by a sigmoid between the bounds, if there are some."""
+    if bounds is None:
+        return raw
+    low, high = bounds
+    return low + (high - low) * torch.sigmoid(raw)

@@ -600,7 +600,7 @@ def test_wrong_arguments(make: Callable, error: type[Exception], message: str) -
         ),
         (nn.Linear(INPUTS, 1, dtype=torch.float64), "0 for vectors of length 0, 2 for 1"),
         (nn.Flatten(0), r"returned a tensor of shape \(12,\)"),
-        (lambda u: (u, u), r"shape \(4, 3\) and a tensor of shape \(4, 3\);.*lambda u"),
+        (lambda u: (u, u), r"shape \(4, 3\) and a tensor of shape \(4, 3\)\..*lambda u"),
         (lambda u: (u, GOOD(u)[:, None]), r"\(4, 3\) and a tensor of shape \(4, 1, 4\)"),
         (lambda u: (u, u, u), "tensor .* and a tensor .* and a tensor"),
         (lambda u: dist.Normal(u, 1.0), r"Normal with batch \(4, 3\) and event \(\)"),
