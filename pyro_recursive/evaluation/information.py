@@ -1,14 +1,12 @@
 """The aggregate posterior of a guide, ``q(z) = mean_i q(z | x_i)`` over the rows of a batch.
 
 With z_j drawn from the posterior of row j, the table ``log q(z_j | x_i)`` tells how much the
-latents know about the data, and how far their distribution over all data is from the prior:
+latents depend on the data, and how far their distribution over all data is from the prior:
 
     mean KL(q(z | x) || p(z))  =  I_q(x; z)  +  KL(q(z) || p(z))
 
-For the local latents of any guide: those inside the plate of the data. Latents outside of it keep
-one value in each draw. All is in nats, and of the posterior itself: a user's scales, KL warm-up and
-subsample scales are no part of it. Modules are used in the mode they are in: call ``.eval()``
-first, if they have dropout or batch norm.
+For the local latents of any guide: those inside the plate of the data. All is in nats, and of the
+posterior itself, without scales and KL warm-up. Modules stay in their mode: call ``.eval()`` first.
 """
 
 import math
@@ -18,31 +16,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.evaluation.active_units import ActiveUnits, active_units
-from pyro_recursive.evaluation.posterior_tables import PosteriorTable, RowDraws, alone
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, RowDraws, table_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.program import Program
 
-__all__ = [
-    "ActiveUnits",
-    "Rate",
-    "active_units",
-    "mutual_information",
-    "posterior_table",
-    "rate_of",
-]
-
 
 class Rate(NamedTuple):
-    """How far a guide's posteriors are from the prior, and what that is made of.
+    """How far a guide's posteriors are from the prior, in two parts: float64 scalars in nats.
 
-    Float64 scalars in nats: ``kl``, the mean over the rows of KL(q(z | x) || p(z)), is
-    ``mutual_information`` plus ``aggregate_kl``, KL(q(z) || p(z)).
+    ``kl``, the mean over the rows of KL(q(z | x) || p(z)), is ``mutual_information`` plus
+    ``aggregate_kl``, KL(q(z) || p(z)).
     """
 
     kl: Tensor
     mutual_information: Tensor
     aggregate_kl: Tensor
+
+
+class ActiveUnits(NamedTuple):
+    """How many latent dimensions depend on the data, and how much.
+
+    ``number`` of them have a variance over the data, of their posterior mean, above the threshold;
+    ``variances`` are these by site, float64 ``[units]``: the site's event dims (and plates inside a
+    row) flattened, in the square of the latent's own unit.
+    """
+
+    number: int
+    variances: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def posterior_table(
 ) -> Tensor:
     """Return log q(z_j | x_i), with one draw z_j for each row: ``[B, B]`` nats, float64.
 
-    The draw j is the first dim, the row i whose posterior is asked the second. Arguments, errors
-    and cost are those of `mutual_information`.
+    The draw j is the first dim, the row i of the posterior the second. Arguments and errors are
+    those of `mutual_information`.
 
     >>> import pyro, pyro.distributions as dist
     >>> def guide(x):
@@ -65,8 +65,8 @@ def posterior_table(
     >>> posterior_table(guide, torch.tensor([0.0, 50.0])).argmax(1)
     tensor([0, 1])
     """
-    exchange = PosteriorTable(alone(guide, args, kwargs), plate, chunk_size)
-    return torch.cat(list(exchange.strips(exchange.draw(1))))
+    table = table_of(guide, args, kwargs, plate, chunk_size)
+    return torch.cat(list(table.blocks(table.draw(1))))
 
 
 @torch.no_grad()
@@ -80,25 +80,24 @@ def mutual_information(
 ) -> Tensor:
     """Estimate ``I_q = E[log q(z | x)] - E[log q(z)]`` over a batch, a float64 scalar in nats.
 
-    q(z) is the mixture of the B posteriors of the batch, so that the estimate never exceeds log B,
-    whatever the guide: where it comes near, pass more rows. It is unbiased for this batch, and for
-    data drawn at random a lower bound in expectation. 0 is a collapsed posterior.
+    q(z) is the mixture of the B posteriors of the batch: the estimate never exceeds log B, and
+    where it is near, pass more rows. It is unbiased for this batch, and for data drawn at random a
+    lower bound in expectation. 0 is a collapsed posterior. Costs S * B**2 densities, in chunks.
 
-    Cost: each of S * B draws under the posteriors of all B rows, so S * B**2 densities in chunks.
+    Args:
+        guide: samples the latents of a row inside the plate of the rows, from distributions; called
+            as ``guide(*args, **kwargs)``.
+        num_draws: S, the draws for each row.
+        plate: the name of the rows' plate; None is the one around all latents that are in any.
+        chunk_size: how many draws one pass evaluates under all rows; None is about 50,000 / B.
 
-    :param guide: any guide that samples the latents of a row inside the plate of the rows, from
-        distributions (not as points); called as ``guide(*args, **kwargs)``. A keyword with the name
-        of one here cannot be passed on
-    :param num_draws: S, the draws for each row
-    :param plate: the name of the rows' plate; None is the one around all latents that are in any
-    :param chunk_size: how many draws one pass evaluates under all rows; None is about 50,000 / B
-    :raises ValueError: a number is below 1; the rows' plate is not there, not clear or a loop; the
-        latents have a joint density over the rows, or none: an auxiliary site, a Delta. Names the
-        site and what to do
+    Raises:
+        ValueError: the rows' plate is not there, not clear or a loop; the latents have a joint
+            density over the rows, or none (an auxiliary site, a Delta).
 
-    Sources: 'Lagging Inference Networks and Posterior Collapse in Variational Autoencoders' (He et
-    al., arXiv 1901.05534); the bound: 'On Variational Bounds of Mutual Information' (Poole et al.,
-    arXiv 1905.06922).
+    References: 'Lagging Inference Networks and Posterior Collapse in Variational Autoencoders' (He
+    et al., arXiv 1901.05534); 'On Variational Bounds of Mutual Information' (Poole et al., arXiv
+    1905.06922).
 
     >>> import pyro, pyro.distributions as dist
     >>> def guide(x):
@@ -108,8 +107,8 @@ def mutual_information(
     3.0
     """
     check_at_least(1, num_draws=num_draws)
-    exchange = PosteriorTable(alone(guide, args, kwargs), plate, chunk_size)
-    found = [_information(exchange, draws).mutual for draws in exchange.split(num_draws)]
+    table = table_of(guide, args, kwargs, plate, chunk_size)
+    found = [_information(table, draws)[1] for draws in table.split(num_draws)]
     return torch.cat(found).mean()
 
 
@@ -123,26 +122,26 @@ def rate_of(
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Rate:
-    """Estimate the mean KL(q(z | x) || p(z)) over a batch, and its two parts, as a `Rate`.
+    """Estimate the mean KL(q(z | x) || p(z)) over a batch, and its two parts, from the same draws.
 
-    All three from the same draws, so that the parts add up. p(z) is the model's density of the
-    rows' latents, given the latents outside of the rows; where it depends on the data (a
-    conditional prior), so does the KL, and ``aggregate_kl`` is just the difference. Parts of a
-    collapsed posterior are 0. As the mutual information is at most log B, ``aggregate_kl`` of few
-    rows is that of a mixture with few components: large.
+    p(z) is the model's density of the rows' latents, given the latents outside of the rows; where
+    it depends on the data, ``aggregate_kl`` is just the difference. With few rows ``aggregate_kl``
+    is that of a mixture with few components: large.
 
-    :param model: called as ``model(*args, **kwargs)``, like the guide; the rest is as in
-        `mutual_information`
-    :raises ValueError: as there; a latent site is inside the rows' plate in one of the programs
-        only, or missing in the guide
+    Args:
+        model: called as ``model(*args, **kwargs)``, like the guide.
+        guide, num_draws, plate, chunk_size: as in `mutual_information`.
 
-    Source: the parts are those of 'ELBO surgery' (Hoffman & Johnson, NIPS workshop 2016).
+    Raises:
+        ValueError: as there; a latent site is inside the rows' plate in one of the programs only,
+            or missing in the guide.
+
+    Reference: 'ELBO surgery' (Hoffman & Johnson, NIPS workshop 2016).
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
     >>> def collapsed(x):
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -150,30 +149,94 @@ def rate_of(
     0.0
     """
     check_at_least(1, num_draws=num_draws)
-    exchange = PosteriorTable(Program(model, guide, args, kwargs), plate, chunk_size)
+    table = PosteriorTable(Program(model, guide, args, kwargs), plate, chunk_size)
     parts = [
-        (information.own, information.mutual, exchange.log_prior(draws).flatten())
-        for draws in exchange.split(num_draws)
-        for information in [_information(exchange, draws)]
+        (*_information(table, draws), table.log_prior(draws).flatten())
+        for draws in table.split(num_draws)
     ]
     own, mutual, prior = (torch.cat(column) for column in zip(*parts, strict=True))
     return Rate((own - prior).mean(), mutual.mean(), (own - mutual - prior).mean())
 
 
-class _Information(NamedTuple):
-    """Of each draw: log q(z_j | x_j), and what it tells about its row; ``[S * B]`` nats."""
-
-    own: Tensor
-    mutual: Tensor
-
-
-def _information(exchange: PosteriorTable, draws: RowDraws) -> _Information:
+def _information(table: PosteriorTable, draws: RowDraws) -> tuple[Tensor, Tensor]:
+    """Return log q(z_j | x_j), and the same minus log q(z_j): ``[S * B]`` nats both."""
     own: list[Tensor] = []
     mixture: list[Tensor] = []
-    rows = exchange.num_rows
-    for strip in exchange.strips(draws):
+    rows = table.num_rows
+    for block in table.blocks(draws):
         start = sum(len(part) for part in own)
-        number = torch.arange(start, start + len(strip), device=strip.device) % rows
-        own.append(strip.gather(1, number.unsqueeze(1)).squeeze(1))
-        mixture.append(strip.logsumexp(1) - math.log(rows))
-    return _Information(torch.cat(own), torch.cat(own) - torch.cat(mixture))
+        row = torch.arange(start, start + len(block), device=block.device) % rows
+        own.append(block.gather(1, row.unsqueeze(1)).squeeze(1))
+        mixture.append(block.logsumexp(1) - math.log(rows))
+    return torch.cat(own), torch.cat(own) - torch.cat(mixture)
+
+
+@torch.no_grad()
+def active_units(
+    guide: Callable,
+    *args: Any,
+    threshold: float = 0.01,
+    num_draws: int = 100,
+    plate: str | None = None,
+    **kwargs: Any,
+) -> ActiveUnits:
+    """Count the latent dimensions whose posterior mean varies over the data.
+
+    The variance over B rows of a mean that S draws estimate, without the noise of the estimate;
+    with d the draws minus each draw's mean over the rows:
+
+        sum_i (mean_s d_si ** 2 - var_s d_si / S) / (B - 1)
+
+    which is unbiased, also where latents outside the rows move all rows at once, and may be a
+    little below 0 for an inactive unit.
+
+    Args:
+        guide, plate: as in `mutual_information`, as are errors.
+        threshold: in the square of the latent's own unit; the paper's 0.01 is for N(0, 1) priors.
+        num_draws: S, at least 2.
+
+    Reference: 'Importance Weighted Autoencoders' (Burda et al., arXiv 1509.00519).
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         loc = torch.stack([x, torch.zeros(len(x))], -1)
+    ...         pyro.sample("z", dist.Normal(loc, 0.1).to_event(1))
+    >>> active_units(guide, torch.tensor([-1.0, 0.0, 1.0])).number
+    1
+    """
+    check_at_least(2, num_draws=num_draws)
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}.")
+    table = table_of(guide, args, kwargs, plate)
+    if table.num_rows < 2:
+        raise ValueError("A variance over the data needs at least 2 rows, got 1.")
+    moments: dict[str, _Moments] = {}
+    for draws in table.split(num_draws):
+        for name, value in table.values(draws).items():
+            moments.setdefault(name, _Moments()).add(value.double())
+    variances = {name: each.variance_of_means() for name, each in moments.items()}
+    return ActiveUnits(sum(int((v > threshold).sum()) for v in variances.values()), variances)
+
+
+class _Moments:
+    """Mean and sum of squares over draws, each taken relative to its mean over the rows."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Add draws ``[S, B, units]``."""
+        centred = values - values.mean(1, keepdim=True)
+        mean, count = centred.mean(0), len(values)
+        shift = mean - self.mean.to(mean)
+        between = shift**2 * self.count * count / (self.count + count)
+        self.squares = self.squares.to(mean) + ((centred - mean) ** 2).sum(0) + between
+        self.count += count
+        self.mean = self.mean.to(mean) + shift * count / self.count
+
+    def variance_of_means(self) -> Tensor:
+        """Return the unbiased variance over the rows of their means, ``[units]``."""
+        noise = self.squares / (self.count - 1) / self.count
+        return (self.mean**2 - noise).sum(0) / (len(self.mean) - 1)

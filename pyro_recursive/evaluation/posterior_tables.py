@@ -4,7 +4,7 @@ A guide draws once for all rows of a batch. Then it runs again, under a plate of
 latents of one row given to all rows: each particle holds the draw of another row.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,10 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_recursive.evaluation.row_plate import check_density, latent, no_density, rows_plate
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_match
 from pyro_recursive.tracing.densities import log_prob_of
-from pyro_recursive.tracing.handlers import RunCache
+from pyro_recursive.tracing.handlers import ComponentIndex, RunCache
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.program import Program, structure_of, without
@@ -27,24 +26,23 @@ from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
     SiteTable,
+    independent_plates_of,
     is_delta,
     plates_of,
     sites,
     subsample_sites,
 )
 
-__all__ = ["PosteriorTable", "RowDraws", "alone"]
-
 DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
-CHUNK_ROWS = 50_000  # the same where draws are exchanged: networks see the rows once in each pass
+CHUNK_ROWS = 50_000  # entries of the table in one pass: networks read the rows once in each
 
 
 @dataclass(frozen=True)
 class RowDraws:
-    """S draws of a guide for all rows, in one run, and what other runs of it start from.
+    """S draws of a guide for all rows, in one run, and what its other runs start from.
 
     ``state`` is the random state before the run: noise outside the sites, of dropout say, is the
-    same in all runs. ``memory`` is what the guide need not compute twice.
+    same in all runs. ``memory`` is the guide's `RunCache`.
     """
 
     count: int
@@ -57,33 +55,34 @@ class PosteriorTable:
     """A guide's draws for the B rows of one batch, and their densities in each other's rows.
 
     The rows are the entries of the plate around the local latents, those of the minibatch where it
-    is subsampled. Latents outside of it keep one value a draw, for all rows, and do not count.
+    is subsampled. Latents outside of it have one value a draw, for all rows, and do not count.
 
-    :param program: the guide and its arguments, with the model where that is to run, too
-    :param plate: the rows' plate; None finds the one around all latents that are in any
-    :param chunk_size: how many rows' draws one pass gives to all rows; None is about 50,000 / B
-    :raises ValueError: there is no such plate, or no density of a row at another row's draw; names
-        the site. ``chunk_size`` is below 1
+    Args:
+        program: the guide and its arguments, with the model where `log_prior` is called.
+        plate: the rows' plate; None is the one around all latents that are in any.
+        chunk_size: how many rows' draws one pass gives to all rows; None is about 50,000 / B.
+
+    Raises:
+        ValueError: there is no such plate, or no density of a row at another row's draw.
     """
 
     def __init__(
         self, program: Program, plate: str | None = None, chunk_size: int | None = None
     ) -> None:
-        """Look at one run of the guide, which decides the minibatch of all others."""
+        """Run the guide once; all other runs have the minibatch of this one."""
         check_at_least(1, chunk_size=chunk_size)
         structure = structure_of(program, fresh=True)
         if structure.mixing is not None:
             raise ValueError(
-                f"The density of one sample depends on the value of '{structure.mixing}' in "
-                "another, when all run in one pass: the program sums over a dim or indexes it from "
-                "the left, where the samples are. Count dims from the right (z.sum(-1), z[..., 0])."
+                f"One sample's density depends on the value of '{structure.mixing}' in another. "
+                "Count dims from the right (z.sum(-1), z[..., 0])."
             )
         self.program, self.nesting = program, structure.max_plate_nesting
         trace = self._run(2, None)
         self.minibatch = subsample_sites(trace)
-        self.frame = rows_plate(latent(trace), plate)
-        local = [site for site in latent(trace) if self.frame.name in plates_of(site)]
-        check_density(local)
+        self.frame = _rows_frame(latent_sites(trace), plate)
+        local = [site for site in latent_sites(trace) if self.frame.name in plates_of(site)]
+        _check_density(local)
         self.local = frozenset(site["name"] for site in local)
         self.chunk_size = chunk_size or max(1, CHUNK_ROWS // self.num_rows)
 
@@ -112,43 +111,44 @@ class PosteriorTable:
         """
         return {
             site["name"]: self._by_row(site, draws.count).reshape(draws.count, self.num_rows, -1)
-            for site in latent(draws.trace)
+            for site in latent_sites(draws.trace)
             if site["name"] in self.local and not site["infer"].get("is_auxiliary")
         }
 
-    def strips(self, draws: RowDraws) -> Iterator[Tensor]:
+    def blocks(self, draws: RowDraws) -> Iterator[Tensor]:
         """Yield the table ``log q(z_j | x_i)`` in nats, ``[C, B]`` float64, for C draws at a time.
 
-        The draws j come in the order of ``[S, B]``.
+        The draws j are in the order of ``[S, B]``.
         """
         after = random_state()
-        for numbers in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
-            given = self._given(draws, numbers)
+        for index in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
+            given = self._given(draws, index)
             set_random_state(draws.state)
             with RunCache(draws.memory):
-                again = self._run(len(numbers), without(given, is_delta))
+                again = self._run(len(index), without(given, is_delta))
             set_random_state(after)
             self._check_computed(again, given)
             counted = [site for site in sites(again) if _is_density(site)]
-            yield self._summed([s for s in counted if self.frame.name in plates_of(s)], numbers)
+            yield self._summed([s for s in counted if self.frame.name in plates_of(s)], index)
 
     def log_prior(self, draws: RowDraws) -> Tensor:
         """Run the model on the draws; return its log-density of the rows' latents.
 
         ``[S, B]`` in nats, float64, given the latents outside the rows.
 
-        :raises ValueError: a site is inside the rows' plate in one of the programs only
+        Raises:
+            ValueError: a site is inside the rows' plate in one of the programs only.
         """
         with self._particles(draws.count):
             model = self.program.run_model(draws.trace)
         check_match(SiteTable(model, draws.trace), self.nesting)
-        found = [site for site in latent(model) if self.frame.name in plates_of(site)]
+        found = [site for site in latent_sites(model) if self.frame.name in plates_of(site)]
         names = {site["name"] for site in found}
         for name in sorted(names ^ (self.local & set(model.nodes))):
             inside, outside = ("model", "guide") if name in names else ("guide", "model")
             raise ValueError(
                 f"Site '{name}' is inside the rows' plate '{self.frame.name}' in the {inside}, and "
-                f"not in the {outside}. Put it there in both, or name other rows with plate=."
+                f"not in the {outside}. Put it there in both."
             )
         return self._summed(found, range(draws.count))
 
@@ -172,16 +172,16 @@ class PosteriorTable:
         value = value.movedim(self.frame.dim - event_dim, 1)
         return value.expand(count, self.num_rows, *value.shape[2:])
 
-    def _given(self, draws: RowDraws, numbers: Tensor) -> poutine.Trace:
+    def _given(self, draws: RowDraws, index: Tensor) -> poutine.Trace:
         """Copy the trace: each particle holds one draw of one row, in all rows."""
         copy = draws.trace.copy()
-        draw, row = numbers // self.num_rows, numbers % self.num_rows
-        for site in latent(draws.trace):
+        draw, row = index // self.num_rows, index % self.num_rows
+        for site in latent_sites(draws.trace):
             if site["name"] in self.local:
-                place = self.frame.dim - site["fn"].event_dim
-                taken = self._by_row(site, draws.count)[draw, row].unsqueeze(place)
+                dim = self.frame.dim - site["fn"].event_dim
+                taken = self._by_row(site, draws.count)[draw, row].unsqueeze(dim)
                 shape = list(taken.shape)
-                shape[place] = self.num_rows
+                shape[dim] = self.num_rows
                 value = taken.expand(shape)
             else:
                 value = site["value"][draw]
@@ -190,29 +190,36 @@ class PosteriorTable:
 
     def _check_computed(self, again: poutine.Trace, given: poutine.Trace) -> None:
         """Raise where rows compute different values from the same draws."""
-        for site in latent(again):
+        for site in latent_sites(again):
             if site["name"] in self.local and is_delta(site):
                 expected = given.nodes[site["name"]]["value"]
                 if not torch.allclose(site["value"], expected, 1e-4, 1e-6, equal_nan=True):
-                    raise no_density(site)
+                    raise _no_density(site)
 
-    def _summed(self, found: list[Site], numbers: Collection) -> Tensor:
+    def _summed(self, found: list[Site], index: Collection) -> Tensor:
         """Sum log-densities over all but particles and rows, ``[particles, B]``."""
         frame = plates_of(found[0])[self.frame.name]
-        particles = Particles(1, len(numbers), -self.nesting - 1)
+        particles = Particles(1, len(index), -self.nesting - 1)
         layout = PlateLayout(particles, self.nesting, (frame,))
         summed = layout.gather([[(site, _log_prob(site, frame)) for site in found]])
         assert summed is not None
         return summed[0].double()
 
 
-def alone(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
-    """Return the program of a guide that is looked at without its model."""
-    return Program(_nothing, guide, args, kwargs)
+def table_of(
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plate: str | None = None,
+    chunk_size: int | None = None,
+) -> PosteriorTable:
+    """Return the table of a guide without its model."""
+    return PosteriorTable(Program(lambda *_, **__: None, guide, args, kwargs), plate, chunk_size)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for the model."""
+def latent_sites(trace: poutine.Trace) -> list[Site]:
+    """Return the latent sites of a trace, auxiliary ones included."""
+    return [site for site in sites(trace) if not site["is_observed"]]
 
 
 def _is_density(site: Site) -> bool:
@@ -221,16 +228,78 @@ def _is_density(site: Site) -> bool:
 
 
 def _log_prob(site: Site, frame: Any) -> Tensor:
-    """Return a site's log-density with its mask; scales are no part of a density."""
+    """Return a site's log-density with its mask and without its scale."""
     masks = (site["mask"], getattr(site["fn"], "_mask", None))
     if any(isinstance(mask, Tensor) and _varies(mask, frame.dim) for mask in masks):
         raise ValueError(
             f"Site '{site['name']}' has a mask that differs between the rows of plate "
-            f"'{frame.name}', whose latents are then not the same variables. Pass rows of one mask "
-            "at a time."
+            f"'{frame.name}'. Pass rows of one mask at a time."
         )
     return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
 
 def _varies(mask: Tensor, dim: int) -> bool:
     return mask.dim() >= -dim and bool((mask != mask.narrow(dim, 0, 1)).any())
+
+
+def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
+    """Return the frame of the rows' plate, whose entries have densities of their own."""
+    if plate is None:
+        plate = _shared_plate(found)
+    inside = [site for site in found if plate in plates_of(site)]
+    if not inside:
+        known = sorted({name for site in found for name in plates_of(site)})
+        raise ValueError(f"No latent site of the guide is in plate '{plate}'; there are {known}.")
+    for site in inside:
+        if plate not in independent_plates_of(site):
+            raise ValueError(
+                f"Guide site '{site['name']}' has one joint density over the entries of plate "
+                f"'{plate}'. Give the guide an encoder, or plate='{plate}'."
+            )
+    frame = plates_of(inside[0])[plate]
+    if not frame.vectorized:
+        raise ValueError(
+            f"Plate '{plate}' of guide site '{inside[0]['name']}' is a loop. Write it as `with "
+            "pyro.plate(...)`, or name another plate with plate=."
+        )
+    return frame
+
+
+def _shared_plate(found: Sequence[Site]) -> str:
+    """Return the name of the one plate around all latents that are in any."""
+    if not found:
+        raise ValueError("The guide has no latent sites.")
+    plates = {site["name"]: set(plates_of(site)) for site in found if plates_of(site)}
+    if not plates:
+        raise ValueError(
+            f"Guide site '{found[0]['name']}' is in no plate. Sample the latents of the data "
+            "inside the data's pyro.plate."
+        )
+    shared = set.intersection(*plates.values())
+    own = shared.intersection(*(independent_plates_of(site) for site in found if plates_of(site)))
+    candidates = own or shared
+    if len(candidates) != 1:
+        listed = ", ".join(f"'{name}' in {sorted(names)}" for name, names in plates.items())
+        raise ValueError(f"The rows' plate is not clear: {listed}. Name it with plate=.")
+    return candidates.pop()
+
+
+def _check_density(local: Sequence[Site]) -> None:
+    """Raise where all latents of the rows are computed, or sampled after an auxiliary one."""
+    sampled = [s for s in local if not is_delta(s) and not isinstance(s["fn"], ComponentIndex)]
+    if not sampled:
+        raise _no_density(local[-1])
+    auxiliary = [site for site in sampled if site["infer"].get("is_auxiliary")]
+    # A value computed from an auxiliary draw has the draw's density; one sampled after it has not.
+    if auxiliary and not any(is_delta(site) for site in local):
+        raise ValueError(
+            f"Guide site '{auxiliary[0]['name']}' is auxiliary: the density of the latents is an "
+            "integral over it. Use a MixtureGuide, or a distribution such as MixtureSameFamily."
+        )
+
+
+def _no_density(site: Site) -> ValueError:
+    return ValueError(
+        f"Guide site '{site['name']}' is computed (a Delta), and has no density at other rows' "
+        "values. Sample it from a distribution, as AutoNormal and AmortizedGuide do."
+    )

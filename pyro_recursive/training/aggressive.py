@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from pyro_recursive.evaluation.information import mutual_information
-from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
+from pyro_recursive.evaluation.posterior_tables import table_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.training.data import Batch, Minibatches
 from pyro_recursive.training.learner import Learner
@@ -133,7 +133,7 @@ class Phase:
         """Raise after the first step, not the first epoch, if I_q cannot be measured."""
         with self.learner.evaluating(self.held_out):
             batch = self.held_out.choose(self.options.rows)
-            PosteriorTable(alone(self.learner.guide, batch, {}), self.options.plate)
+            table_of(self.learner.guide, batch, {}, self.options.plate)
 
     def measure(self) -> float:
         """Return the mutual information on validation data in nats."""

@@ -14,16 +14,15 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoNormal, 
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide
-from pyro_recursive.evaluation.active_units import _Moments
 from pyro_recursive.evaluation.information import (
     Rate,
+    _Moments,
     active_units,
     mutual_information,
     posterior_table,
     rate_of,
 )
-from pyro_recursive.evaluation.posterior_tables import PosteriorTable, alone
-from pyro_recursive.evaluation.row_plate import latent
+from pyro_recursive.evaluation.posterior_tables import PosteriorTable, latent_sites, table_of
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.sites import is_delta
 from tests.models import ROWS, Row
@@ -201,15 +200,15 @@ def shaken(guide: Callable, x: Tensor) -> Callable:
     return guide
 
 
-def table_row_by_row(guide: Callable, x: Tensor, exchange: PosteriorTable, draws: Any) -> Tensor:
+def table_row_by_row(guide: Callable, x: Tensor, rows_table: PosteriorTable, draws: Any) -> Tensor:
     """Return the table [B, B] of one draw: each entry from a run of the guide for a single row."""
     table = torch.empty(len(x), len(x))
     for j in range(len(x)):
         given = poutine.Trace()
-        for site in latent(draws.trace):
+        for site in latent_sites(draws.trace):
             value = site["value"][0]
-            if site["name"] in exchange.local:
-                value = value.narrow(exchange.frame.dim - site["fn"].event_dim, j, 1)
+            if site["name"] in rows_table.local:
+                value = value.narrow(rows_table.frame.dim - site["fn"].event_dim, j, 1)
             if not is_delta(site):
                 given.add_node(site["name"], **{**site, "value": value})
         for i in range(len(x)):
@@ -218,7 +217,7 @@ def table_row_by_row(guide: Callable, x: Tensor, exchange: PosteriorTable, draws
             table[j, i] = sum(
                 site["log_prob"].sum()
                 for name, site in trace.nodes.items()
-                if name in exchange.local or name == "jacobian"
+                if name in rows_table.local or name == "jacobian"
             )
     return table
 
@@ -228,10 +227,10 @@ def test_table_is_that_of_rows_one_by_one(name: str) -> None:
     x = torch.randn(5, 2)
     guide = shaken(GUIDES[name](), x)
     with torch.no_grad():
-        exchange = PosteriorTable(alone(guide, (x,), {}), chunk_size=2)
-        draws = exchange.draw(1)
-        table = torch.cat(list(exchange.strips(draws)))
-        expected = table_row_by_row(guide, x, exchange, draws)
+        rows_table = table_of(guide, (x,), {}, chunk_size=2)
+        draws = rows_table.draw(1)
+        table = torch.cat(list(rows_table.blocks(draws)))
+        expected = table_row_by_row(guide, x, rows_table, draws)
     torch.testing.assert_close(table, expected, rtol=1e-9, atol=1e-9)
     assert table.std(1).min() > 0.01  # rows differ
     pyro.set_rng_seed(3)
@@ -244,17 +243,17 @@ def test_table_is_that_of_rows_one_by_one(name: str) -> None:
 def test_global_latents_are_those_of_the_draw() -> None:
     """With several draws, each has its own: the diagonal is the density of the draws."""
     x = torch.randn(4, 2)
-    exchange = PosteriorTable(alone(global_guide, (x,), {}), chunk_size=3)
-    draws = exchange.draw(3)
-    table = torch.cat(list(exchange.strips(draws))).unflatten(0, (3, 4))
+    rows_table = table_of(global_guide, (x,), {}, chunk_size=3)
+    draws = rows_table.draw(3)
+    table = torch.cat(list(rows_table.blocks(draws))).unflatten(0, (3, 4))
     draws.trace.compute_log_prob()
     own = sum(
         site["log_prob"].flatten(2).sum(-1) if site["log_prob"].dim() > 2 else site["log_prob"]
         for name, site in draws.trace.nodes.items()
-        if name in exchange.local
+        if name in rows_table.local
     )
     torch.testing.assert_close(table.diagonal(dim1=1, dim2=2), own)
-    assert exchange.local == {"a", "b", "c0", "c1"}
+    assert rows_table.local == {"a", "b", "c0", "c1"}
 
 
 def test_autoguides_with_a_plate() -> None:
@@ -300,7 +299,7 @@ def test_any_model(row: Row) -> None:
             rate_of(model, guide, *row.args())
         return
     found = rate_of(model, guide, *row.args(), num_draws=2, chunk_size=3)
-    rows_in_all = PosteriorTable(alone(guide, row.args(), {})).num_rows
+    rows_in_all = table_of(guide, row.args(), {}).num_rows
     assert found.mutual_information <= math.log(rows_in_all) + 1e-12
     assert (found.mutual_information + found.aggregate_kl).item() == pytest.approx(found.kl.item())
 
@@ -331,12 +330,12 @@ def minibatch(program: str) -> Callable:
 
 def test_all_runs_share_one_minibatch_and_its_scale_is_left_out() -> None:
     x = rows(20)
-    exchange = PosteriorTable(alone(minibatch("guide"), (x,), {}))
-    (index,) = (site["value"] for site in exchange.minibatch.nodes.values())
-    for draws in (exchange.draw(2), exchange.draw(1)):
+    rows_table = table_of(minibatch("guide"), (x,), {})
+    (index,) = (site["value"] for site in rows_table.minibatch.nodes.values())
+    for draws in (rows_table.draw(2), rows_table.draw(1)):
         z = draws.trace.nodes["z"]["value"].flatten()
         expected = dist.Normal(SLOPE * x[index], 1.0).log_prob(z[:, None])
-        torch.testing.assert_close(torch.cat(list(exchange.strips(draws))), expected)
+        torch.testing.assert_close(torch.cat(list(rows_table.blocks(draws))), expected)
     found = rate_of(minibatch("model"), minibatch("guide"), x, num_draws=2)
     assert found.mutual_information < math.log(3)
     assert active_units(minibatch("guide"), x).variances["z"].shape == (1,)
@@ -375,10 +374,10 @@ def test_dropout_is_the_same_in_all_runs() -> None:
             pyro.sample("z", dist.Normal(loc, 0.1))
 
     seen: list[Tensor] = []
-    exchange = PosteriorTable(alone(guide, (rows(),), {}), chunk_size=2)
-    draws = exchange.draw(1)
+    rows_table = table_of(guide, (rows(),), {}, chunk_size=2)
+    draws = rows_table.draw(1)
     after, first = torch.get_rng_state(), len(seen)
-    list(exchange.strips(draws))
+    list(rows_table.blocks(draws))
     assert all(torch.equal(loc, seen[first - 1]) for loc in seen[first:])
     assert torch.equal(torch.get_rng_state(), after)
     encoder.eval()
