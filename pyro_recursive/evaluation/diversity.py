@@ -15,19 +15,17 @@ from pyro_recursive.guides.base import GuideCall, LatentGuide
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
-
-__all__ = ["Diversity", "jensen_shannon", "mixture_diversity"]
 
 
 class Diversity(NamedTuple):
-    """How different the M components of mixtures are: float64, in nats, one entry a mixture.
+    """How different the M components of mixtures are: float64, in nats.
 
-    ``divergence`` ``[*batch]`` is ``sum_m a_m KL(q_m || sum_j a_j q_j)`` for weights a: 0 where all
-    components are the same, and ``entropy`` ``[*batch]``, that of the weights, where they do not
-    overlap, which is at most ``log M``. ``error`` is the standard error of the divergence, whose
-    estimate may be a little below 0. ``pairwise`` ``[*batch, M, M]`` is the same divergence of two
-    components alone, with equal weights whatever theirs are: between 0 and ``log 2``.
+    ``divergence`` ``[*batch]`` is ``sum_m a_m KL(q_m || sum_j a_j q_j)`` for weights a: between 0,
+    of equal components, and ``entropy`` ``[*batch]``, that of the weights, without overlap.
+    ``error`` is the standard error of the divergence. ``pairwise`` ``[*batch, M, M]`` is the
+    divergence of two components with equal weights: between 0 and ``log 2``.
     """
 
     divergence: Tensor
@@ -37,7 +35,7 @@ class Diversity(NamedTuple):
 
     @property
     def effective_components(self) -> Tensor:
-        """How many components without overlap and of equal weight would be as diverse: 1 to M."""
+        """The number of equally weighted components without overlap that are as diverse: 1 to M."""
         return self.divergence.exp()
 
     def __str__(self) -> str:
@@ -56,18 +54,21 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
 
         sum_m a_m mean_s [log q_m(z_ms) - log sum_j a_j q_j(z_ms)],   z_ms ~ q_m
 
-    unbiased, and never above the entropy of the weights. A component with no weight is left out;
-    in ``pairwise`` it is not.
+    unbiased, and never above the entropy of the weights. A component with no weight is left out of
+    all but ``pairwise``.
 
-    :param log_densities: ``[M, S, *batch, M]`` nats: of draw s from the component of the first dim,
-        under that of the last
-    :param log_weights: ``[*batch, M]`` nats, normalised
-    :raises ValueError: the shapes do not fit; fewer than 2 draws; a draw has no density under the
-        component that it is from, or a density is not a number
+    Args:
+        log_densities: ``[M, S, *batch, M]`` nats: of draw s from the component of the first dim,
+            under that of the last.
+        log_weights: ``[*batch, M]`` nats, normalised.
 
-    Sources: 'Divergence Measures Based on the Shannon Entropy' (Lin, 1991); as a diagnostic of
-    mixtures in variational inference: 'Multiple Importance Sampling ELBO and Deep Ensembles of
-    Variational Approximations' (Kviman et al., arXiv 2202.10951).
+    Raises:
+        ValueError: the shapes do not fit; fewer than 2 draws; a density is not a number, or a draw
+            has none under its own component.
+
+    References: 'Divergence Measures Based on the Shannon Entropy' (Lin, 1991); 'Multiple Importance
+    Sampling ELBO and Deep Ensembles of Variational Approximations' (Kviman et al., arXiv
+    2202.10951).
 
     >>> import torch.distributions as dist
     >>> parts = dist.Normal(torch.tensor([-50.0, 50.0]), 1.0)
@@ -103,26 +104,21 @@ def mixture_diversity(
 ) -> Diversity:
     """Estimate how different the components of a mixture guide are, for each datum.
 
-    The entries of the `Diversity` are the rows of the data, ``[*plates]``, where the guide has a
-    mixture for each row; a scalar where it has one for all. The rows are those of one minibatch.
-    Nothing is trained, and no handler around sees the guide's sites. Modules are used in the mode
-    they are in: call ``.eval()`` first, if they have dropout or batch norm.
+    The entries of the `Diversity` are the rows of one minibatch, ``[*plates]``, where the guide has
+    a mixture for each row; a scalar where it has one for all. Modules stay in their mode: call
+    ``.eval()`` first. A divergence far below the entropy means that fewer components would do.
 
-    A `RecursiveMixtureGuide` has the components that it has kept so far (`members`). A divergence
-    far below the entropy says that components are copies of each other: fewer would do.
+    Args:
+        guide: a `MixtureGuide`; or a `RecursiveMixtureGuide`, with the components kept so far.
+            Called as ``guide(*args, **kwargs)``.
+        num_draws: S, the draws from each component, at least 2. Each is evaluated under all
+            components: ``[M, S, *plates, M]``.
+        shared: of a guide with two mixtures, take that of the latents outside the rows. The other
+            is averaged over draws of those.
 
-    :param guide: a `MixtureGuide` or `RecursiveMixtureGuide`, called as ``guide(*args, **kwargs)``.
-        A keyword with the name of one here cannot be passed on
-    :param num_draws: S, the draws from each component, at least 2
-    :param shared: of a guide that has two mixtures, take the one over the latents outside the
-        rows. The one over the rows' latents is averaged over draws of those
-    :raises TypeError: the guide has no mixture
-    :raises ValueError: ``num_draws`` is below 2; else as `jensen_shannon`
-
-    Cost: S draws of M components, each under all M; the tables, ``[M, S, *plates, M]``, are kept.
-
-    Source: 'Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations'
-    (Kviman et al., arXiv 2202.10951).
+    Raises:
+        TypeError: the guide has no mixture.
+        ValueError: as `jensen_shannon`, which also has the references.
 
     >>> import pyro.distributions as dist
     >>> from pyro_recursive import MixtureGuide
@@ -135,11 +131,9 @@ def mixture_diversity(
     """
     check_at_least(2, num_draws=num_draws)
     bare = poutine.unwrap(guide)
-    if not isinstance(bare, LatentGuide) or not hasattr(bare, "members"):
-        raise TypeError(
-            f"mixture_diversity needs a MixtureGuide or a RecursiveMixtureGuide, got "
-            f"{getattr(bare, '__name__', type(bare).__name__)}."
-        )
+    if not isinstance(bare, LatentGuide) or not isinstance(bare, MixtureLike):
+        name = getattr(bare, "__name__", type(bare).__name__)
+        raise TypeError(f"Got {name}: needs a MixtureGuide or a RecursiveMixtureGuide.")
     bare.prepare(*args, **kwargs)
     with poutine.block():
         call = bare.new_call(args, kwargs)
@@ -177,7 +171,7 @@ def _by_row(tensor: Tensor, lead: int, latents: LatentBlock, rows: tuple[int, ..
 
 
 def _checked(table: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in float64, after a look at their shapes and at what must be finite."""
+    """Return both in float64, after checks of their shapes and values."""
     count = log_weights.shape[-1]
     if table.dim() < 3 or (len(table), *table.shape[2:]) != (count, *log_weights.shape):
         raise ValueError(
@@ -189,7 +183,7 @@ def _checked(table: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     own = torch.einsum("ms...m->ms...", table)
     if not bool(own.isfinite().all()) or bool(table.isnan().any()):
         raise ValueError(
-            "A draw has no finite log-density under the component that it is from, or a density is "
-            "not a number: look for degenerate scales in the guide."
+            "A draw has no finite log-density under its own component. Look for degenerate scales "
+            "in the guide."
         )
     return table.double(), log_weights.double()

@@ -195,7 +195,7 @@ def test_parameters_and_buffers_stay() -> None:
 
 @pytest.mark.parametrize("guide", [AmortizedGuide(quartic), handwritten])
 def test_other_guides(guide: Any) -> None:
-    with pytest.raises(TypeError, match="needs a MixtureGuide or a RecursiveMixtureGuide, got"):
+    with pytest.raises(TypeError, match=r"Got \w+: needs a MixtureGuide or"):
         mixture_diversity(guide, torch.ones(()))
     with pytest.raises(ValueError, match="num_draws must be an integer >= 2"):
         mixture_diversity(guide, torch.ones(()), num_draws=1)
