@@ -29,7 +29,7 @@ COMMANDS = {
     "snr": snr.main,
     "speed": speed.main,
 }
-OF_ONE = ("--methods", "--output", "--seed", "--seeds", "--train-points", "--merge")
+OF_ONE = ("--methods", "--output", "--train-points", "--merge")
 
 
 def main(arguments: list[str]) -> None:
@@ -54,7 +54,7 @@ def main_jobs(arguments: list[str]) -> None:
     wrong = [option for option in OF_ONE if option in arguments]
     if wrong:
         sys.exit(f"{wrong[0]} needs the name of a benchmark: choose one of {', '.join(COMMANDS)}")
-    guides.parse(arguments)  # what is wrong with the options should be known before an hour is over
+    guides.parse_options(arguments)  # refuses wrong options before an hour of training
     bounds.main(arguments)
     guides.main(arguments)
 

@@ -1,211 +1,234 @@
 """The benchmark of guides: one VAE with each kind of posterior, on equal budgets.
 
 Every method trains the same decoder from the same initial weights, with 4 samples per image and
-step. Each is judged by what it learned, on test and training images: log p(x) by IWAE-5000, also in
-bits per dimension, and the ELBO, whose distance from it is the divergence that the guide leaves.
-Beside that: parameters, the cost of training and the latency of inference, timed side by side.
+step. Each is evaluated on test and training images by log p(x) (IWAE-5000), also in bits per
+dimension, and by the ELBO, whose distance from it is the divergence that the guide leaves; and by
+the number of parameters, the cost of training and the latency of inference, timed side by side.
 """
 
-import argparse
-import json
-import time
-from dataclasses import asdict, dataclass
-from functools import partial
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.experiment import (
-    EPOCHS,
-    OPTIMIZER,
-    Data,
-    binarized,
-    check_settings,
-    elbo_of,
-    held_out,
-    parser_of,
-    sizes,
-    stored,
+from benchmarks.methods.guides import BASELINE, METHODS, Setup, build, mixture
+from benchmarks.report import (
+    Results,
+    draw_learning,
+    draw_ratios,
+    draw_values,
+    figure,
+    finish,
+    means,
+    method_table,
+    name_rows,
+    ratio,
+    spread,
+    table,
+    training_ratio,
+    versus,
 )
-from benchmarks.guide_costs import time_inference, time_steps
-from benchmarks.guide_methods import METHODS, Method, Setup, build, count
-from benchmarks.guide_report import plot, report
-from benchmarks.report import hardware, write_json
-from pyro_recursive import IWAE_ELBO, fit, log_marginal
-from pyro_recursive.datasets import dynamic_binarize, fixed_binarize, load
-from pyro_recursive.training.nan_search import NonFiniteError
+from benchmarks.run import (
+    Experiment,
+    Method,
+    Settings,
+    Task,
+    count,
+    elbo_of,
+    evidence,
+    parse,
+    time_steps,
+    training_parser,
+)
+from benchmarks.tasks.images import image_task, sizes
+from benchmarks.timing import time_inference
+from pyro_recursive.datasets import fixed_binarize
+
+PIXELS = {"digits": 64}  # 784 elsewhere
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What determines a result, beside its seed; a run can be resumed only with the same."""
+class GuideSettings(Settings):
+    """What determines a result, beside method and seed."""
 
-    dataset: str
-    epochs: int
-    batch_size: int
-    hidden: int
-    latent: int
     pseudo_inputs: int
-    eval_points: int
     train_points: int
-    eval_samples: int
     elbo_samples: int
 
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
-    options = parse(arguments)
-    settings, folder = _settings(options), Path(options.output)
-    images = load(settings.dataset, download=options.download)
-    rows = held_out(settings.dataset)
-    data = binarized(images, rows, settings.eval_points, settings.train_points)
-    results = stored(folder, asdict(settings), options.resume, "runs")
-    _merge(results, options.merge)
-    _time({"runs": {}}, settings, data, repeats=1)  # what the first step of a process sets up
-    pairs = [(name, seed) for seed in options.seeds for name in options.methods]
-    for name, seed in tqdm(pairs, desc="runs"):
-        runs = results["runs"].setdefault(name, {})
-        failures = results.setdefault("diverged", {}).setdefault(name, {})
-        if str(seed) not in runs | failures:
-            try:
-                runs[str(seed)] = _run(name, seed, settings, data, folder, options.resume)
-            except NonFiniteError as error:  # a result, too
-                failures[str(seed)] = str(error)
-            write_json(folder / "results.json", results)
-    for key in ("runs", "diverged"):
-        results[key] = {name: results[key][name] for name in METHODS if results[key].get(name)}
-    _time(results, settings, data, options.timing_repeats)
-    write_json(folder / "results.json", results)
-    print(f"\n{report(results)}\n")
-    plot(results, folder / "results.png")
-    print(f"Wrote {folder / 'results.json'} and {folder / 'results.png'}")
+    options = parse_options(arguments)
+    small = options.dataset == "digits"
+    settings = GuideSettings.of(
+        options,
+        epochs=options.epochs or (60 if small else 8),
+        pseudo_inputs=100 if small else 200,
+        elbo_samples=min(100, options.eval_samples),
+        **sizes(options.dataset),
+    )
+    task = image_task(settings, options, settings.train_points)
+    experiment = Experiment(settings, task, options)
+    experiment.merge(options.merge)
+    _time({"runs": {}}, settings, task, repeats=1)  # what the first step of a process sets up
+    results = experiment.run(
+        lambda name: build(name, _setup(settings, task)),
+        lambda method: _evaluate(method, settings, task),
+        options.methods,
+        options.seeds,
+    )
+    experiment.sort(METHODS)
+    _time(results, settings, task, options.timing_repeats)
+    picture = experiment.folder / "results.png"
+    plot(results, picture)
+    finish(results, experiment.path, report(results), [picture])
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse_options(arguments: list[str]) -> Any:
     """Return the options; a smoke run has its own."""
-    parser = parser_of("guides", __doc__, METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = training_parser("guides", __doc__, METHODS)
     parser.add_argument("--train-points", type=int, default=100, help="training images")
     parser.add_argument("--merge", nargs="+", default=[], help="take in other results.json, too")
-    options = parser.parse_args(arguments)
-    kind = "guides-smoke" if options.smoke else "guides"
-    options.output = options.output or f"runs/{kind}-{options.dataset}"
-    if options.smoke:
-        options.epochs, options.eval_points, options.train_points = 1, 20, 20
-        options.eval_samples, options.timing_repeats = 100, 1
-    return options
+    smoke = {"epochs": 1, "eval_points": 20, "train_points": 20}
+    return parse(parser, arguments, **smoke, eval_samples=100, timing_repeats=1)
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    small = options.dataset == "digits"
-    return Settings(
-        dataset=options.dataset,
-        epochs=options.epochs or EPOCHS.get(options.dataset, 8),
-        batch_size=options.batch_size,
-        **sizes(options.dataset),
-        pseudo_inputs=100 if small else 200,
-        eval_points=options.eval_points,
-        train_points=options.train_points,
-        eval_samples=options.eval_samples,
-        elbo_samples=min(100, options.eval_samples),
-    )
-
-
-def _merge(results: dict[str, Any], paths: list[str]) -> None:
-    """Take in the runs of other files with the same settings."""
-    for path in paths:
-        other = json.loads(Path(path).read_text())
-        check_settings(Path(path), other["settings"], results["settings"])
-        for key in ("runs", "diverged"):
-            for name, runs in other.get(key, {}).items():
-                known = results.setdefault(key, {})
-                known[name] = runs | known.get(name, {})
-
-
-def _setup(settings: Settings, data: Data, name: str = "") -> Setup:
+def _setup(settings: GuideSettings, task: Task, name: str = "") -> Setup:
     return Setup(
-        images=data.train,
-        holdout=data.validation[:100],
+        make_vae=task.make_vae,
+        images=task.train,
+        holdout=task.validation[:100],
         hidden=settings.hidden,
         latent=settings.latent,
-        steps=settings.epochs * -(-len(data.train) // settings.batch_size),
+        steps=settings.epochs * -(-len(task.train) // settings.batch_size),
         pseudo_inputs=settings.pseudo_inputs,
         name=name,
     )
 
 
-def _run(
-    name: str, seed: int, settings: Settings, data: Data, folder: Path, resume: bool
-) -> dict[str, Any]:
-    """Train and evaluate one method with one seed."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    method = build(name, _setup(settings, data))
-    method.guide.prepare(data.validation[:2])  # a checkpoint finds all parameters in place
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{name.replace(' ', '-')}-{seed}.pt"
-    begun, start = resume and checkpoint.exists(), time.process_time()
-    history = fit(
-        method.vae.model,
-        method.guide,
-        data.train,
-        loss=method.loss,
-        epochs=settings.epochs,
-        optimizer=OPTIMIZER,
-        batch_size=settings.batch_size,
-        transform=dynamic_binarize,
-        validation=data.validation,
-        validation_loss=IWAE_ELBO(16),
-        checkpoint=checkpoint,
-        resume=resume,
-        seed=seed,
-    )
-    result = _describe(method) | {"history": asdict(history)}
-    if not begun:  # else the time before the interrupt is not known
-        result["processor_seconds"] = time.process_time() - start
-    result["test"] = _evaluate(method, data.test_binary, settings)
-    result["train"] = _evaluate(method, data.train_binary, settings)
-    return result
-
-
-def _describe(method: Method) -> dict[str, Any]:
-    """Return the sizes of what was trained; what guide and prior share counts as the guide's."""
+def _evaluate(method: Method, settings: GuideSettings, task: Task) -> dict[str, Any]:
+    """Return scores and sizes; parameters that guide and prior share count as the guide's."""
+    assert task.train_sample is not None
     guide, every = count(method.guide), count(*method.modules())
-    result: dict[str, Any] = {"guide_parameters": guide, "model_parameters": every - guide}
+    found: dict[str, Any] = {"guide_parameters": guide, "model_parameters": every - guide}
     if hasattr(method.guide, "stage"):
-        result["members"] = len(method.guide.members)
-        result["stage"] = method.guide.stage.kind
-    return result
+        found["members"] = len(method.guide.members)
+        found["stage"] = method.guide.stage.kind
+    for split, images in (("test", task.test), ("train", task.train_sample)):
+        found[split] = _scores(method, images, settings)
+    return found
 
 
-def _evaluate(method: Method, images: Tensor, settings: Settings) -> dict[str, Any]:
+def _scores(method: Method, images: Tensor, settings: GuideSettings) -> dict[str, Any]:
     """Return log p(x) and ELBO per image, in nats, and the mean effective sample size."""
     pyro.set_rng_seed(64)
-    model, guide, draws = method.vae.model, method.guide, settings.elbo_samples
-    evidence, elbo, ess = [], [], []
-    for batch in tqdm(images.split(100), desc="log p(x)", leave=False):
-        found = log_marginal(
-            model, guide, batch, num_particles=settings.eval_samples, diagnostics=True
+    model, guide = method.vae.model, method.guide
+    log_p, ess = evidence(model, guide, images, settings.eval_samples)
+    elbo = elbo_of(model, guide, images, settings.elbo_samples)
+    return {"log_p": log_p, "elbo": elbo, "ess": ess.mean().item()}
+
+
+def _time(results: Results, settings: GuideSettings, task: Task, repeats: int) -> None:
+    """Time steps and inference of the methods that have runs, and of mixtures of 1 to 4."""
+    pyro.clear_param_store()
+    batch = fixed_binarize(task.train[: settings.batch_size], seed=0)
+    names = dict.fromkeys([BASELINE, *results["runs"]])
+    methods = {name: build(name, _setup(settings, task, name)) for name in names}
+    results["steps"] = time_steps(methods, batch, repeats, BASELINE)
+    mixtures = {
+        f"{number} {kind}": mixture(
+            _setup(settings, task, f"{number} {kind}"), number, kind == "shared trunk"
         )
-        evidence.append(found.log_marginal)
-        ess.append(found.ess)
-        elbo.append(elbo_of(model, guide, batch, draws))
-    return {
-        "log_p": torch.cat(evidence).tolist(),
-        "elbo": torch.cat(elbo).tolist(),
-        "ess": torch.cat(ess).mean().item(),
+        for kind in ("encoders", "shared trunk")
+        for number in (1, 2, 3, 4)
     }
+    guides = {name: method.guide for name, method in methods.items()}
+    results["inference"] = time_inference(guides, batch, repeats, BASELINE, "methods")
+    results["inference"] |= time_inference(mixtures, batch, repeats, "1 encoders", "mixtures")
 
 
-def _time(results: dict[str, Any], settings: Settings, data: Data, repeats: int) -> None:
-    """Time steps and inference of the methods that have runs."""
-    batch = fixed_binarize(data.train[: settings.batch_size], seed=0)
-    setup = partial(_setup, settings, data)
-    names = list(results["runs"])
-    results["steps"] = time_steps(names, setup, batch, OPTIMIZER, repeats)
-    results["inference"] = time_inference(names, setup, batch, repeats)
-    results["hardware"] = hardware()
+# The report.
+
+
+def report(results: Results) -> str:
+    """Return the tables: of all methods, and of inference in mixtures of 1 to 4 components.
+
+    In nats per image, mean ± standard deviation over seeds; costs are ratios to the VAE.
+    """
+    mixtures = {k: v for k, v in results["inference"].items() if k.startswith("mixtures")}
+    latency = [
+        [n, *(f"{t['ms'][n]:.2f} ({t['ratio'][n]:.2f})" for t in mixtures.values())]
+        for n in next(iter(mixtures.values()))["ms"]
+    ]
+    methods = method_table("guide", COLUMNS, results)
+    return f"{methods}\n\n{table(['inference: ms (ratio)', *mixtures], latency)}"
+
+
+def _bits(name: str, results: Results) -> str:
+    pixels = PIXELS.get(results["settings"]["dataset"], 784)
+    log_p = means(results["runs"][name], "test", "log_p").mean().item()
+    return f"{-log_p / (pixels * math.log(2)):.4f}"
+
+
+def _missed(name: str, results: Results) -> Tensor:
+    """Return log p(x) less the ELBO for each seed."""
+    runs = results["runs"][name]
+    return means(runs, "test", "log_p") - means(runs, "test", "elbo")
+
+
+def _parameters(name: str, results: Results) -> str:
+    first = next(iter(results["runs"][name].values()))
+    return f"{first['guide_parameters']:,}, {first['model_parameters']:,}"
+
+
+def _members(name: str, results: Results) -> str:
+    runs = results["runs"][name].values()
+    return ", ".join(str(run["members"]) for run in runs if "members" in run)
+
+
+def _latency(results: Results, rows: int) -> dict[str, float]:
+    """Return the ratios of inference of a batch (the first entry) or of a row (the second)."""
+    found = [costs for key, costs in results["inference"].items() if key.startswith("methods")]
+    return found[rows]["ratio"]
+
+
+COLUMNS = {
+    "test log p": lambda n, r: spread(means(r["runs"][n], "test", "log_p")),
+    "vs VAE": lambda n, r: spread(versus(n, r, BASELINE, "test", "log_p"), sign=True),
+    "bits/dim": _bits,
+    "ELBO": lambda n, r: spread(means(r["runs"][n], "test", "elbo")),
+    "ELBO - log p": lambda n, r: spread(-_missed(n, r), sign=True),
+    "train log p": lambda n, r: spread(means(r["runs"][n], "train", "log_p")),
+    "ESS": lambda n, r: f"{means(r['runs'][n], 'test', 'ess').mean().item():.0f}",
+    "guide, model parameters": _parameters,
+    "members": _members,
+    "training": lambda n, r: ratio(training_ratio(n, r, BASELINE)),
+    "step": lambda n, r: f"{r['steps']['ratio'][n]:.2f}",
+    "inference of 100": lambda n, r: f"{_latency(r, 0)[n]:.2f}",
+    "of 1": lambda n, r: f"{_latency(r, 1)[n]:.2f}",
+}
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw log p(x) and ELBO of every seed, the gap between them, learning curves, and cost."""
+    settings, names = results["settings"], list(results["runs"])
+    with figure(path, 2, 2, figsize=(15, 11)) as (drawn, ((bounds, gaps), (curves, costs))):
+        draw_values(bounds, results, {"o": ("test", "log_p"), "|": ("test", "elbo")})
+        title = f"IWAE-{settings['eval_samples']} (dots) and ELBO (bars), by seed"
+        bounds.set(xlabel="nats per test image", title=title)
+        for number, name in enumerate(names):
+            gap = _missed(name, results)
+            error = gap.std().item() if len(gap) > 1 else 0.0
+            gaps.barh(number, gap.mean().item(), xerr=error, color=f"C{number % 10}")
+        name_rows(gaps, names)
+        gaps.set(xlabel="nats per test image", title="log p(x) - ELBO: what the guide misses")
+        draw_learning(curves, results, "IWAE-16")
+        training = {name: training_ratio(name, results, BASELINE) for name in names}
+        step = results["steps"]["ratio"]
+        kinds = {"training": training, "a step of all components": step}
+        draw_ratios(costs, names, kinds | {"inference": _latency(results, 0)})
+        costs.set(xlabel="time / VAE", title="cost, equal samples")
+        drawn.suptitle(f"{settings['dataset']}, {settings['epochs']} epochs, 4 samples per image")

@@ -39,13 +39,13 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from benchmarks.experiment import stored
-from benchmarks.mapa_methods import KDE, METHODS, Learner, build
 from benchmarks.mapa_plots import plot, state_path
 from benchmarks.mapa_report import report
-from benchmarks.mapa_scores import density_estimate, score, validation
-from benchmarks.mapa_training import Cost, Diverged, Training, train
-from benchmarks.report import hardware, write_json
+from benchmarks.methods.curves import METHODS, learner_of
+from benchmarks.methods.mapa import KDE, Cost, Diverged, Learner, Training, train
+from benchmarks.report import finish, hardware, write_json
+from benchmarks.run import base_parser, parse, stored
+from benchmarks.tasks.curves import density_estimate, score, validation
 from pyro_recursive.datasets import CURVES, Curve, curve
 
 SEEDS_OF_A_DRAW = 100  # initial networks of one draw are not those of another
@@ -65,11 +65,6 @@ class Settings:
     hidden: int = 50
     bound_repeats: int = 5
 
-    @property
-    def training(self) -> Training:
-        """What training needs of this."""
-        return Training(self.epochs, self.batch_size, self.rate, self.hidden)
-
 
 @dataclass(frozen=True)
 class Block:
@@ -84,25 +79,24 @@ class Block:
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, print tables and verdicts, write JSON and pictures."""
-    options = parse(arguments)
-    settings, folder = _settings(options), Path(options.output)
-    results = stored(folder, _plain(settings), options.resume, "draws")
+    options = parse_options(arguments)
+    few = {"rows": 40, "validation_rows": 30, "test_rows": 60, "batch_size": 20, "hidden": 8}
+    settings = Settings(options.restarts, options.epochs, **(few if options.smoke else {}))
+    folder = Path(options.output)
+    results = stored(folder, json.loads(json.dumps(asdict(settings))), options.resume, "draws")
     results["hardware"] = {**hardware(), "threads": 1, "workers": options.workers}
-    draws = range(options.seed_offset, options.seed_offset + options.draws)
-    blocks = _missing(results, options, settings, draws, folder)
+    blocks = _missing(results, options, settings, folder)
     for block, found in tqdm(_all(blocks, options.workers), total=len(blocks), desc="blocks"):
         of_data = results["draws"].setdefault(block.dataset, {})
         of_data.setdefault(str(block.draw), {}).update(found)
         write_json(folder / "results.json", results)
-    write_json(folder / "results.json", results)
-    print(f"\n{report(results)}\n")
     pictures = plot(results, draw_of(settings), folder)
-    print(f"Wrote {folder / 'results.json'} and {', '.join(map(str, pictures))}")
+    finish(results, folder / "results.json", report(results), pictures)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Return the options; a smoke run has its own."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks mapa", description=__doc__)
+    parser = base_parser("mapa", __doc__)
     parser.add_argument("--datasets", nargs="+", default=list(CURVES), choices=list(CURVES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--draws", type=int, default=10, help="data sets of each kind")
@@ -110,27 +104,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed-offset", type=int, default=0, help="the first draw's seed")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", help="folder; default: runs/mapa")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, epochs=2)
     for name in ("draws", "restarts", "epochs", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.smoke:
-        options.draws, options.epochs = min(options.draws, 2), 2
-    options.output = options.output or f"runs/mapa{'-smoke' * options.smoke}"
+        options.draws = min(options.draws, 2)
     return options
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    few = {"rows": 40, "validation_rows": 30, "test_rows": 60, "batch_size": 20, "hidden": 8}
-    return Settings(options.restarts, options.epochs, **(few if options.smoke else {}))
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return found
 
 
 def draw_of(settings: Settings) -> Callable[..., Curve]:
@@ -144,14 +125,10 @@ def draw_of(settings: Settings) -> Callable[..., Curve]:
 
 
 def _missing(
-    results: dict[str, Any],
-    options: argparse.Namespace,
-    settings: Settings,
-    draws: range,
-    folder: Path,
+    results: dict[str, Any], options: argparse.Namespace, settings: Settings, folder: Path
 ) -> list[Block]:
     """Return what there is to do: draws outermost, so that an interrupted run has whole ones."""
-    blocks = []
+    blocks, draws = [], range(options.seed_offset, options.seed_offset + options.draws)
     for draw in draws:
         for name in options.datasets:
             known = results["draws"].get(name, {}).get(str(draw), {})
@@ -203,32 +180,31 @@ def _one_thread() -> Iterator[None]:
 
 
 def _of_method(name: str, data: Curve, truth: torch.Tensor, block: Block) -> dict[str, Any]:
-    """Train each restart, keep the best on validation, and judge it on the test points."""
+    """Train each restart, and evaluate the one that is best on validation on the test points."""
+    settings, failures = block.settings, []
+    training = Training(settings.epochs, settings.batch_size, settings.rate)
     runs: list[tuple[float, Learner, Cost]] = []
-    failures = []
-    for restart in range(block.settings.restarts):
+    for restart in range(settings.restarts):
         seed = SEEDS_OF_A_DRAW * block.draw + restart
         try:
-            learner = build(METHODS[name], data, block.settings.hidden, seed)
-            cost = train(learner, block.settings.training, seed)
+            learner = learner_of(name, data, settings.hidden, seed)
+            cost = train(learner, training, seed)
             runs.append((validation(learner), learner, cost))
         except Diverged as error:
             failures.append(f"restart {restart}: {error}")
     if not runs:
         return {"failures": failures}
-    best = max(runs, key=lambda found: found[0])
-    settings = block.settings
-    scores = score(best[1], truth, settings.batch_size, settings.bound_repeats)
+    best, learner, cost = max(runs, key=lambda found: found[0])
     if block.folder is not None:
         path = state_path(block.folder, block.dataset, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        learned = {"encoder": best[1].encoder, "decoder": best[1].decoder}
+        learned = {"encoder": learner.encoder, "decoder": learner.decoder}
         torch.save({part: net.state_dict() for part, net in learned.items()}, path)
     return {
-        **scores,
-        "validation": best[0],
+        **score(learner, truth, settings.batch_size, settings.bound_repeats),
+        "validation": best,
         "validations": [found[0] for found in runs],
-        "passes": best[2].passes,
+        "passes": cost.passes,
         "seconds": min(found[2].seconds for found in runs),
         "processor_seconds": min(found[2].processor_seconds for found in runs),
         "failures": failures,

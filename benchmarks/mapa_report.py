@@ -1,34 +1,25 @@
 """The benchmark of MAPA as tables, one for each data set, and as verdicts on the paper's claims."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.mapa_methods import BASELINE, METHODS
-from benchmarks.report import spread, table
+from benchmarks.methods.curves import METHODS
+from benchmarks.methods.mapa import BASELINE
+from benchmarks.report import Results, spread, table, with_error
 
-HEADER = [
-    "method",
-    "test KL",
-    "median",
-    "vs VAE",
-    "KL of codes",
-    "passes/point",
-    "seconds",
-    "processor",
-]
-HEADER += ["gap"]
 SIZES = (5, 10, 20)
 ERRORS = 2.0  # standard errors that count as a difference
 LEAST = 2  # draws: one has no standard error, and would agree with everything
-Runs = dict[str, dict[str, Any]]  # of the methods of one draw
+Draws = dict[str, dict[str, Any]]  # of one data set: draw to method to scores
 
 TRUE_POSTERIOR = "MAPA true 5"  # the paper's MAPA-GT, as we read it
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Return a table for each data set, and the verdicts. All in nats per point but the costs.
 
     KL, gap: mean ± standard deviation over draws; "vs VAE": mean of the differences within a draw ±
@@ -38,51 +29,57 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, verdicts(results)])
 
 
-def _of_data(name: str, draws: dict[str, Runs]) -> str:
+def _of_data(name: str, draws: Draws) -> str:
     methods = [method for method in METHODS if any(method in runs for runs in draws.values())]
-    rows = [_row(method, draws) for method in methods]
-    lines = [f"{name}, {len(draws)} draws", table(HEADER, rows)]
+    rows = [[method, *(cell(draws, method) for cell in COLUMNS.values())] for method in methods]
     failed = [
         f"{method}, draw {draw}: {failure}"
         for draw, runs in draws.items()
         for method in methods
         for failure in runs.get(method, {}).get("failures", [])
     ]
-    return "\n".join([*lines, *failed])
+    return "\n".join([f"{name}, {len(draws)} draws", table(["method", *COLUMNS], rows), *failed])
 
 
-def _row(method: str, draws: dict[str, Runs]) -> list[str]:
-    versus = difference(draws, method, BASELINE)
-    return [
-        method,
-        spread(values(draws, method, "kl"), digits=3),
-        spread(_median(values(draws, method, "kl")), digits=3),
-        "" if method == BASELINE or not len(versus) else _with_error(versus),
-        spread(values(draws, method, "kl_of_codes"), digits=3),
-        spread(_mean(values(draws, method, "passes"))),
-        spread(_mean(values(draws, method, "seconds")), digits=1),
-        spread(_mean(values(draws, method, "processor_seconds")), digits=1),
-        spread(values(draws, method, "gap"), digits=3),
-    ]
+def _versus(draws: Draws, method: str) -> str:
+    found = difference(draws, method, BASELINE)
+    return "" if method == BASELINE or not len(found) else with_error(found, sign=True, digits=3)
 
 
-def _mean(found: Tensor) -> Tensor:
-    """Return the mean, ``[1]``, or none."""
-    return found.mean(0, keepdim=True) if len(found) else found
+def _all(draws: Draws, method: str, key: str) -> str:
+    return spread(values(draws, method, key), digits=3)
 
 
-def _median(found: Tensor) -> Tensor:
-    """Return the median, ``[1]``, which a run that stayed on a plateau does not move; or none."""
-    return found.quantile(0.5)[None] if len(found) else found
+def _mean(draws: Draws, method: str, key: str, digits: int) -> str:
+    found = values(draws, method, key)
+    return spread(found.mean(0, keepdim=True), digits=digits) if len(found) else ""
 
 
-def values(draws: dict[str, Runs], method: str, key: str) -> Tensor:
+def _median(draws: Draws, method: str) -> str:
+    """Return the median, which a run that stayed on a plateau does not move."""
+    found = values(draws, method, "kl")
+    return spread(found.quantile(0.5)[None], digits=3) if len(found) else ""
+
+
+COLUMNS: dict[str, Callable[[Draws, str], str]] = {
+    "test KL": partial(_all, key="kl"),
+    "median": _median,
+    "vs VAE": _versus,
+    "KL of codes": partial(_all, key="kl_of_codes"),
+    "passes/point": partial(_mean, key="passes", digits=2),
+    "seconds": partial(_mean, key="seconds", digits=1),
+    "processor": partial(_mean, key="processor_seconds", digits=1),
+    "gap": partial(_all, key="gap"),
+}
+
+
+def values(draws: Draws, method: str, key: str) -> Tensor:
     """Return the numbers of a method, one for each draw that has one: ``[draws]``."""
     found = (runs.get(method, {}).get(key) for runs in draws.values())
     return torch.tensor([x for x in found if x is not None], dtype=torch.float64)
 
 
-def difference(draws: dict[str, Runs], first: str, second: str) -> Tensor:
+def difference(draws: Draws, first: str, second: str) -> Tensor:
     """Return the first method's test KL less the second's, for each draw that has both."""
     pairs = ([runs.get(name, {}).get("kl") for name in (first, second)] for runs in draws.values())
     both = [a - b for a, b in pairs if a is not None and b is not None]
@@ -96,36 +93,45 @@ def standard_error(differences: Tensor) -> float:
     return differences.std().item() / len(differences) ** 0.5
 
 
-def _with_error(differences: Tensor) -> str:
-    mean = f"{differences.mean().item():+.3f}"
-    return mean if len(differences) < LEAST else f"{mean} ± {standard_error(differences):.3f}"
+# The claims.
 
 
-def verdicts(results: dict[str, Any]) -> str:
-    """Return what the draws say of the paper's four claims, with the numbers that say so."""
+def verdicts(results: Results) -> str:
+    """Return what the draws say of the paper's four claims, with the numbers."""
     draws = {name: found for name, found in results["draws"].items() if found}
-    claims: list[Callable[[dict[str, dict[str, Runs]]], str]] = [_wins, _like_gt, _poor, _cheap]
-    lines = [f"{place}. {claim(draws)}" for place, claim in enumerate(claims, 1)]
-    return "\n".join([f"Claims of the paper (differences beyond {ERRORS:g} errors count):", *lines])
+    lines = [
+        _wins(draws),
+        _compare(
+            "MAPA is close to MAPA-GT:",
+            draws,
+            ("MAPA 5", TRUE_POSTERIOR),
+            0,
+            "no difference beyond errors",
+        ),
+        _compare("Uniform proposals are poor:", draws, ("uniform 5", "MAPA 5"), 1, "uniform worse"),
+        _cheap(draws),
+    ]
+    title = f"Claims of the paper (differences beyond {ERRORS:g} errors count):"
+    return "\n".join([title, *(f"{number}. {line}" for number, line in enumerate(lines, 1))])
 
 
-def _wins(draws: dict[str, dict[str, Runs]]) -> str:
+def _wins(draws: dict[str, Draws]) -> str:
     text = "MAPA below VAE and IWAE for every S, on 4 of 5 sets and not on the clusters:"
     pairs = [("MAPA 1", BASELINE), *((f"MAPA {s}", BASELINE) for s in SIZES)]
     pairs += [(f"MAPA {s}", f"IWAE {s}") for s in SIZES]
-    measured = {name: found for name, found in draws.items() if _have(found, pairs)}
+    measured = _measured(draws, pairs)
     if not measured:
         return f"{text} not measured in {LEAST} draws."
     signs = {name: [_sign(found, *pair) for pair in pairs] for name, found in measured.items()}
-    means = {
-        name: [difference(found, *pair).mean().item() for pair in pairs]
+    below = [
+        name
         for name, found in measured.items()
-    }
-    below = [name for name in measured if max(means[name]) < 0]
+        if all(difference(found, *pair).mean() < 0 for pair in pairs)
+    ]
     clearly = [name for name in measured if set(signs[name]) == {-1}]
     counts = "; ".join(
-        f"{name}: below in {signs[name].count(-1)}, above in {signs[name].count(1)}"
-        for name in measured
+        f"{name}: below in {found.count(-1)}, above in {found.count(1)}"
+        for name, found in signs.items()
     )
     return (
         f"{text} in all means on {_of(below, measured)}; in all beyond errors on "
@@ -133,58 +139,46 @@ def _wins(draws: dict[str, dict[str, Runs]]) -> str:
     )
 
 
-def _like_gt(draws: dict[str, dict[str, Runs]]) -> str:
-    return _two(
-        "MAPA is close to MAPA-GT:",
-        draws,
-        "MAPA 5",
-        TRUE_POSTERIOR,
-        0,
-        "no difference beyond errors",
-    )
-
-
-def _poor(draws: dict[str, dict[str, Runs]]) -> str:
-    return _two("Uniform proposals are poor:", draws, "uniform 5", "MAPA 5", 1, "uniform worse")
-
-
-def _two(
-    text: str, draws: dict[str, dict[str, Runs]], first: str, second: str, sign: int, name: str
+def _compare(
+    text: str, draws: dict[str, Draws], pair: tuple[str, str], sign: int, name: str
 ) -> str:
     """Compare two methods: on which data sets the difference is as claimed."""
-    measured = {data: found for data, found in draws.items() if _have(found, [(first, second)])}
+    measured = _measured(draws, [pair])
     if not measured:
         return f"{text} not measured in {LEAST} draws."
-    agree = [data for data, found in measured.items() if _sign(found, first, second) == sign]
+    agree = [data for data, found in measured.items() if _sign(found, *pair) == sign]
     each = "; ".join(
-        f"{data} {_with_error(difference(found, first, second))}"
+        f"{data} {with_error(difference(found, *pair), sign=True, digits=3)}"
         for data, found in measured.items()
     )
-    return f"{text} {name} on {_of(agree, measured)}. {first} less {second}: {each}."
+    return f"{text} {name} on {_of(agree, measured)}. {pair[0]} less {pair[1]}: {each}."
 
 
-def _cheap(draws: dict[str, dict[str, Runs]]) -> str:
+def _cheap(draws: dict[str, Draws]) -> str:
     text = "Decoder passes at a large S are about an IWAE's at a small S:"
-    runs = [found for of_data in draws.values() for found in of_data.values()]
-    passes = {
-        name: [run[name]["passes"] for run in runs if "passes" in run.get(name, {})]
-        for name in ("MAPA 1", "MAPA 5", "MAPA 20", "exact sum")
-    }
-    if not all(passes.values()):
+    runs = {f"{name} {draw}": run for name, found in draws.items() for draw, run in found.items()}
+    names = ("MAPA 1", "MAPA 5", "MAPA 20", "exact sum")
+    passes = [values(runs, name, "passes") for name in names]
+    if not all(len(found) for found in passes):
         return f"{text} not measured."
-    mean = {name: sum(found) / len(found) for name, found in passes.items()}
+    one, five, twenty, every = (found.mean().item() for found in passes)
     return (
-        f"{text} MAPA 1, 5, 20 take {mean['MAPA 1']:.2f}, {mean['MAPA 5']:.2f} and "
-        f"{mean['MAPA 20']:.2f} per point, IWAE 5 and 20 take 5 and 20. The limit, all codes, is "
-        f"{mean['exact sum']:.2f}: it is what bounds them, and grows with the number of data."
+        f"{text} MAPA 1, 5, 20 take {one:.2f}, {five:.2f} and {twenty:.2f} per point, IWAE 5 and "
+        f"20 take 5 and 20. The limit, all codes, is {every:.2f} and grows with the number of data."
     )
 
 
-def _have(draws: dict[str, Runs], pairs: Iterable[tuple[str, str]]) -> bool:
-    return all(len(difference(draws, *pair)) >= LEAST for pair in pairs)
+def _measured(draws: dict[str, Draws], pairs: Iterable[tuple[str, str]]) -> dict[str, Draws]:
+    """Return the data sets on which all pairs of methods can be compared."""
+    pairs = list(pairs)
+    return {
+        name: found
+        for name, found in draws.items()
+        if all(len(difference(found, *pair)) >= LEAST for pair in pairs)
+    }
 
 
-def _sign(draws: dict[str, Runs], first: str, second: str) -> int:
+def _sign(draws: Draws, first: str, second: str) -> int:
     """Return -1 or 1 where the first method is better or worse beyond errors, else 0."""
     differences = difference(draws, first, second)
     mean = differences.mean().item()
@@ -193,7 +187,6 @@ def _sign(draws: dict[str, Runs], first: str, second: str) -> int:
     return 1 if mean > 0 else -1
 
 
-def _of(names: Iterable[str], total: Iterable[str]) -> str:
-    names = list(names)
+def _of(names: list[str], total: Iterable[str]) -> str:
     listed = f" ({', '.join(names)})" if names else ""
     return f"{len(names)} of {len(list(total))} sets{listed}"

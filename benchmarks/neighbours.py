@@ -8,7 +8,6 @@ exact neighbours that a method finds.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,12 +16,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import hardware, table, write_json
+from benchmarks.report import Results, finish, hardware, table, write_json
+from benchmarks.run import base_parser, parse
+from benchmarks.timing import peak_megabytes
 from pyro_recursive.datasets import load
 from pyro_recursive.mapa.kernels import Bernoulli, Gaussian
 from pyro_recursive.mapa.nearest import nearest
@@ -33,33 +33,26 @@ SCALE = 0.3  # of the Gaussian kernel: it does not change the order of neighbour
 
 def main(arguments: list[str]) -> None:
     """Run each method in a fresh process, print the table, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks neighbours", description=__doc__)
+    parser = base_parser("neighbours", __doc__)
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--neighbours", type=int, default=64)
     others = [method for method in methods() if method != OURS]
     parser.add_argument("--beside", nargs="*", default=others, choices=others)
-    parser.add_argument("--output", default="runs/neighbours")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
     parser.add_argument("--method", help=argparse.SUPPRESS)  # in the child processes
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, dataset="digits", rows=500, neighbours=8)
+    folder = Path(options.output)
     if options.method is not None:
-        run_one(options.method, Path(options.output), options.neighbours)
-        return
-    if options.smoke:
-        options.dataset, options.rows, options.neighbours = "digits", 500, 8
-        options.output += "-smoke"
-    results = measure(options)
-    print(f"\n{report(results)}\n")
-    path = Path(options.output) / "results.json"
-    write_json(path, results)
-    print(f"Wrote {path}")
+        run_one(options.method, folder, options.neighbours)
+    else:
+        results = measure(options)
+        finish(results, folder / "results.json", report(results))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> Results:
     """Return what each method took, and how far it agrees with ours."""
     x = load(options.dataset).train[: options.rows].contiguous()
-    results: dict[str, Any] = {
+    results: Results = {
         "settings": {key: value for key, value in vars(options).items() if key != "method"},
         "hardware": hardware(),
         "data": {"shape": list(x.shape), "megabytes": x.nbytes / 2**20},
@@ -131,7 +124,7 @@ def run_one(method: str, folder: Path, k: int) -> None:
     """Time one method, and write the indices and the measurements beside the data."""
     x = torch.load(folder / "data.pt", weights_only=True)
     search = methods()[method]
-    search(x[:1000], min(k, 10))  # libraries load, and threads start
+    search(x[:1000], min(k, 10))  # loads libraries and starts threads
     before = peak_megabytes()
     start, processor = time.perf_counter(), time.process_time()
     index = search(x, k)
@@ -145,10 +138,6 @@ def run_one(method: str, folder: Path, k: int) -> None:
     write_json(folder / f"{method}.json", measured)
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def agreement(expected: Tensor, found: Tensor) -> float:
     """Return the share of expected neighbours that were found, in any order."""
     total = 0
@@ -158,7 +147,7 @@ def agreement(expected: Tensor, found: Tensor) -> float:
     return total / expected.numel()
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Return seconds, memory and agreement as a table."""
     first = results["methods"][OURS]["seconds"]
     rows = [

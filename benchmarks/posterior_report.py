@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.posterior_models import Draws, Problem
-from benchmarks.report import table
+from benchmarks.report import figure, spread, table
+from benchmarks.tasks.posteriors import Draws, Problem
 
 REFERENCE = "NUTS"
 
@@ -43,9 +43,7 @@ def _row(name: str, runs: list[dict[str, Any]], problem: Problem) -> list[str]:
 
 
 def _over_seeds(runs: list[dict[str, Any]], key: str) -> str:
-    values = torch.tensor([run[key] for run in runs])
-    spread = f" ± {values.std().item():.3f}" if len(runs) > 1 else ""
-    return f"{values.mean().item():.3f}{spread}"
+    return spread(torch.tensor([run[key] for run in runs]), digits=3)
 
 
 def _covered(shares: list[float], problem: Problem) -> int:
@@ -54,27 +52,18 @@ def _covered(shares: list[float], problem: Problem) -> int:
 
 def plot(problem: Problem, found: dict[str, Any], draws: dict[str, Draws], path: Path) -> None:
     """Draw the posterior, and over it the draws of NUTS and of each guide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [REFERENCE, *(name for name in draws if name != REFERENCE)]
-    columns = 4
+    names, columns = [REFERENCE, *(name for name in draws if name != REFERENCE)], 4
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(13, 3.1 * rows), sharex=True, sharey=True, layout="constrained"
-    )
-    for number, (panel, name) in enumerate(zip(axes.flat, names, strict=False)):
-        _panel(panel, problem, problem.view(draws[name]), f"C{number}")
-        modes = "" if problem.modes == 1 else f", modes {_modes(name, found, problem)}"
-        kl = "" if name == REFERENCE else f": KL {found['guides'][name][0]['kl']:.2f}"
-        panel.set_title(f"{name}{kl}{modes}", fontsize=10)
-    for panel in axes.flat[len(names) :]:
-        panel.set_visible(False)
-    figure.suptitle(f"{problem.title}: the posterior by quadrature (grey) and draws")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    options = {"figsize": (13, 3.1 * rows), "sharex": True, "sharey": True}
+    with figure(path, rows, columns, 80, **options) as (drawn, axes):
+        for number, (panel, name) in enumerate(zip(axes.flat, names, strict=False)):
+            _panel(panel, problem, problem.view(draws[name]), f"C{number}")
+            modes = "" if problem.modes == 1 else f", modes {_modes(name, found, problem)}"
+            kl = "" if name == REFERENCE else f": KL {found['guides'][name][0]['kl']:.2f}"
+            panel.set_title(f"{name}{kl}{modes}", fontsize=10)
+        for panel in axes.flat[len(names) :]:
+            panel.set_visible(False)
+        drawn.suptitle(f"{problem.title}: the posterior by quadrature (grey) and draws")
 
 
 def _modes(name: str, found: dict[str, Any], problem: Problem) -> str:

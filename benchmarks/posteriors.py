@@ -14,7 +14,6 @@ from starts as dispersed as the prior. ``modes`` counts the modes with at least 
 share of the draws, ``parts`` the components.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,9 +27,10 @@ from pyro.infer import ELBO, MCMC, NUTS, Trace_ELBO
 from torch.distributions import biject_to
 from tqdm import tqdm
 
-from benchmarks.posterior_models import PROBLEMS, Draws, Problem, sample_sites
 from benchmarks.posterior_report import REFERENCE, plot, report
-from benchmarks.report import hardware, write_json
+from benchmarks.report import Results, finish, hardware, write_json
+from benchmarks.run import base_parser, parse
+from benchmarks.tasks.posteriors import PROBLEMS, Draws, Problem, sample_sites
 from pyro_recursive import (
     AmortizedGuide,
     FlowGuide,
@@ -106,37 +106,27 @@ METHODS: dict[str, Method] = {
 
 def main(arguments: list[str]) -> None:
     """Fit every guide to every model, run NUTS; print tables, write JSON and pictures."""
-    options = _parse(arguments)
-    settings, folder = _settings(options), Path(options.output)
-    results: dict[str, Any] = {"settings": asdict(settings), "hardware": hardware(), "models": {}}
+    parser = base_parser("posteriors", __doc__)
+    parser.add_argument("--models", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each guide")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pictures: the first")
+    options = parse(parser, arguments)
+    if options.smoke:
+        settings = Settings(12, 100, 200, chains=2, warmup=5, kept=5, seeds=(options.seeds[0],))
+    else:
+        settings = Settings(options.steps, 5000, 20_000, 4, 200, 300, tuple(options.seeds))
+    folder, reports, pictures = Path(options.output), [], []
+    results: Results = {"settings": asdict(settings), "hardware": hardware(), "models": {}}
     for name in options.models:
         problem = PROBLEMS[name]()
         found, draws = _run(problem, options.methods, settings)
         results["models"][name] = found
         write_json(folder / "results.json", results)
-        print(f"\n{report(found, problem)}\n")
-        plot(problem, found, draws, folder / f"{name}.png")
-    print(f"Wrote {folder / 'results.json'} and {', '.join(f'{n}.png' for n in options.models)}")
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks posteriors", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each guide")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pictures: the first")
-    parser.add_argument("--output", help="folder; default: runs/posteriors")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
-    options = parser.parse_args(arguments)
-    options.output = options.output or f"runs/posteriors{'-smoke' * options.smoke}"
-    return options
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    if options.smoke:
-        return Settings(12, 100, 200, chains=2, warmup=5, kept=5, seeds=(options.seeds[0],))
-    seeds = tuple(options.seeds)
-    return Settings(options.steps, 5000, 20_000, chains=4, warmup=200, kept=300, seeds=seeds)
+        reports.append(report(found, problem))
+        pictures.append(folder / f"{name}.png")
+        plot(problem, found, draws, pictures[-1])
+    finish(results, folder / "results.json", "\n\n".join(reports), pictures)
 
 
 def _run(problem: Problem, methods: list[str], settings: Settings) -> tuple[dict, dict]:
@@ -177,7 +167,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
 
 
 def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: float) -> None:
-    """Climb with Adam, afresh in each stage; in its second half the rate falls to a twentieth."""
+    """Train with a new Adam in each stage; in its second half the rate falls to a twentieth."""
     guide.prepare()
     stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=rate)
     for step in range(steps):

@@ -1,16 +1,13 @@
 """The benchmark of refinement: amortised, semi-amortised and free inference of one VAE.
 
 On images; and on synthetic sequences, with a decoder to learn ("sequences") or with the true one,
-for inference alone ("sequences-known"). Each method is judged by what it learned, on test rows:
-log p(x) by IWAE-5000, the ELBO, and the divergence between them in two parts, the approximation and
-the amortisation gap; by what the latents carry, KL, mutual information and active units; and by
-what it costs: training, a step, and inference for a row.
+for inference alone ("sequences-known"). Each method is evaluated on test rows by log p(x)
+(IWAE-5000), the ELBO, and the two parts of their difference, the approximation and the amortisation
+gap; by KL, mutual information and active units; and by the cost of training, of a step, and of
+inference for a row.
 """
 
-import argparse
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,164 +15,92 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.experiment import (
-    OPTIMIZER,
-    binarized,
+from benchmarks.methods.refinement import BASELINE, METHODS, Setup, build
+from benchmarks.report import (
+    Column,
+    Results,
+    Runs,
+    color,
+    draw_values,
+    figure,
+    finish,
+    means,
+    method_table,
+    name_rows,
+    spread,
+    training_ratio,
+    versus,
+)
+from benchmarks.run import (
+    Experiment,
+    Method,
+    Settings,
+    Task,
     elbo_of,
-    held_out,
-    parser_of,
-    sizes,
-    stored,
+    evidence,
+    parse,
+    time_steps,
+    training_parser,
 )
-from benchmarks.guide_costs import costs_of, grow, infer, step_of
-from benchmarks.refinement_methods import BASELINE, METHODS, Method, Setup, build
-from benchmarks.refinement_report import plot, report
-from benchmarks.report import hardware, write_json
-from benchmarks.sequence_vae import SequenceVAE
-from benchmarks.vae import VAE
-from pyro_recursive import IWAE_ELBO, fit, gaps, log_marginal
-from pyro_recursive.datasets import (
-    dynamic_binarize,
-    fixed_binarize,
-    load,
-    lstm_sequences,
-    sequence_evidence,
-)
-from pyro_recursive.evaluation.information import active_units, rate_of
+from benchmarks.tasks import sequences
+from benchmarks.tasks.images import image_task, sizes
+from benchmarks.timing import time_inference
+from pyro_recursive import gaps
+from pyro_recursive.datasets import fixed_binarize
+from pyro_recursive.evaluation import active_units, rate_of
 from pyro_recursive.evaluation.search import Search
-from pyro_recursive.training.nan_search import NonFiniteError
 
 EPOCHS = {"digits": 60, "sequences": 6, "sequences-known": 6}  # 5 elsewhere
-SEQUENCES = ("sequences", "sequences-known")
-VOCABULARY = 200  # a fifth of the default, and half of its hidden units: minutes, not hours
-ROWS = 25_000  # of 5,000 sequences, a decoder soon knows each by heart
-VALIDATION_ROWS = 400
-NODES = 61  # an error of about 0.002 nats
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What determines a result, beside its seed; a run can be resumed only with the same."""
+class RefinementSettings(Settings):
+    """What determines a result, beside method and seed."""
 
-    dataset: str
-    epochs: int
-    batch_size: int
-    hidden: int
-    latent: int
     refinements: int
-    eval_points: int
     gap_points: int
-    eval_samples: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """Rows to train on and to evaluate on, and how a VAE for them is made."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    make_vae: Callable[[str], Any]
-    transform: Callable | None = None
-    exact: Tensor | None = None  # log p(x) of the test rows under the true model, where known
 
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
-    options = parse(arguments)
-    settings, folder = _settings(options), Path(options.output)
-    task = _task(settings, options.download)
-    results = stored(folder, asdict(settings), options.resume, "runs")
+    options = parse_options(arguments)
+    of_sequences = options.dataset in sequences.DATASETS
+    settings = RefinementSettings.of(
+        options,
+        epochs=options.epochs or EPOCHS.get(options.dataset, 5),
+        **(sequences.SIZES if of_sequences else sizes(options.dataset)),
+    )
+    task = sequences.sequence_task(settings) if of_sequences else image_task(settings, options)
+    experiment = Experiment(settings, task, options, evaluated="log_p")
+    results = experiment.run(
+        lambda name: build(name, _setup(settings, task)),
+        lambda method: _evaluate(method, task.test, settings),
+        options.methods,
+        options.seeds,
+    )
     if task.exact is not None:
         results["true model"] = task.exact.mean().item()
-    pairs = [(name, seed) for seed in options.seeds for name in options.methods]
-    for name, seed in tqdm(pairs, desc="runs"):
-        runs = results["runs"].setdefault(name, {})
-        failures = results.setdefault("diverged", {}).setdefault(name, {})
-        if "log_p" not in runs.get(str(seed), {}) and str(seed) not in failures:
-            try:
-                known = runs.setdefault(str(seed), {})
-                method = _trained(name, seed, settings, task, folder, options.resume, known)
-                write_json(folder / "results.json", results)
-                known.update(_evaluate(method, task.test, settings))
-            except NonFiniteError as error:  # a result, too
-                failures[str(seed)] = str(error)
-                del runs[str(seed)]
-            write_json(folder / "results.json", results)
-    for key in ("runs", "diverged"):
-        results[key] = {name: results[key][name] for name in METHODS if results[key].get(name)}
+    experiment.sort(METHODS)
     _time(results, settings, task, options.timing_repeats)
-    write_json(folder / "results.json", results)
-    print(f"\n{report(results)}\n")
-    plot(results, folder / "results.png")
-    print(f"Wrote {folder / 'results.json'} and {folder / 'results.png'}")
+    picture = experiment.folder / "results.png"
+    plot(results, picture)
+    finish(results, experiment.path, report(results), [picture])
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse_options(arguments: list[str]) -> Any:
     """Return the options; a smoke run has its own."""
-    parser = parser_of("refinement", __doc__, METHODS, more_data=SEQUENCES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser = training_parser("refinement", __doc__, METHODS, sequences.DATASETS)
     parser.add_argument("--refinements", type=int, default=10, help="steps of each refinement")
     parser.add_argument("--gap-points", type=int, default=100, help="rows to measure gaps on")
-    options = parser.parse_args(arguments)
+    smoke = {"epochs": 1, "eval_points": 20, "gap_points": 10}
+    options = parse(parser, arguments, **smoke, eval_samples=100, timing_repeats=1)
     if options.dataset == "sequences-known":  # no steps of the model to hold back
         options.methods = [name for name in options.methods if name != "aggressive"]
-    kind = "refinement-smoke" if options.smoke else "refinement"
-    options.output = options.output or f"runs/{kind}-{options.dataset}"
-    if options.smoke:
-        options.epochs, options.eval_points, options.gap_points = 1, 20, 10
-        options.eval_samples, options.timing_repeats = 100, 1
     return options
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    sequences = options.dataset in SEQUENCES
-    return Settings(
-        dataset=options.dataset,
-        epochs=options.epochs or EPOCHS.get(options.dataset, 5),
-        batch_size=options.batch_size,
-        **({"hidden": 50, "latent": 2} if sequences else sizes(options.dataset)),
-        refinements=options.refinements,
-        eval_points=options.eval_points,
-        gap_points=options.gap_points,
-        eval_samples=options.eval_samples,
-    )
-
-
-def _task(settings: Settings, download: bool) -> Task:
-    if settings.dataset in SEQUENCES:
-        return _sequences(settings)
-    images = load(settings.dataset, download=download)
-    data = binarized(images, held_out(settings.dataset), settings.eval_points, 1)
-
-    def make_vae(name: str) -> VAE:
-        return VAE(data.train.mean(0), settings.hidden, settings.latent, name=name)
-
-    return Task(data.train, data.validation, data.test_binary, make_vae, dynamic_binarize)
-
-
-def _sequences(settings: Settings) -> Task:
-    data = lstm_sequences(
-        VALIDATION_ROWS + ROWS,
-        test_rows=settings.eval_points,
-        vocabulary=VOCABULARY,
-        hidden=settings.hidden,
-    )
-
-    def make_vae(name: str) -> SequenceVAE:
-        vae = SequenceVAE(data.vocabulary, settings.hidden, settings.latent, name=name)
-        if settings.dataset == "sequences-known":
-            vae.decoder = data.decoder
-        return vae
-
-    exact = sequence_evidence(data.decoder, data.test, nodes=NODES)
-    validation, train = data.train.split([VALIDATION_ROWS, ROWS])
-    return Task(train, validation, data.test, make_vae, exact=exact)
-
-
-def _setup(settings: Settings, task: Task, name: str = "") -> Setup:
+def _setup(settings: RefinementSettings, task: Task, name: str = "") -> Setup:
     return Setup(
         make_vae=task.make_vae,
         holdout=task.validation[:100],
@@ -187,92 +112,143 @@ def _setup(settings: Settings, task: Task, name: str = "") -> Setup:
     )
 
 
-def _trained(
-    name: str,
-    seed: int,
-    settings: Settings,
-    task: Task,
-    folder: Path,
-    resume: bool,
-    known: Any,
-) -> Method:
-    """Train one method with one seed, and note how that went."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    method = build(name, _setup(settings, task))
-    method.guide.prepare(task.validation[:2])  # a checkpoint finds all parameters in place
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{name.replace(' ', '-')}-{seed}.pt"
-    begun, start = resume and checkpoint.exists(), time.process_time()
-    history = fit(
-        method.vae.model,
-        method.guide,
-        task.train,
-        loss=method.loss,
-        epochs=settings.epochs,
-        optimizer=OPTIMIZER,
-        batch_size=settings.batch_size,
-        transform=task.transform,
-        validation=task.validation,
-        validation_loss=IWAE_ELBO(16),
-        aggressive=method.aggressive,
-        checkpoint=checkpoint,
-        resume=resume,
-        seed=seed,
-    )
-    known["history"] = asdict(history)
-    if not begun:  # else the time before the interrupt is not known
-        known["processor_seconds"] = time.process_time() - start
-    return method
-
-
-def _evaluate(method: Method, rows: Tensor, settings: Settings) -> dict[str, Any]:
+def _evaluate(method: Method, rows: Tensor, settings: RefinementSettings) -> dict[str, Any]:
     """Return what the method learned, in nats: lists are over rows."""
     pyro.set_rng_seed(64)
-    model, guide = method.vae.model, method.guide
-    samples = settings.eval_samples
-    log_p = [
-        log_marginal(model, guide, batch, num_particles=samples)
-        for batch in tqdm(rows.split(100), desc="log p(x)", leave=False)
-    ]
-    elbo = [elbo_of(model, guide, batch, min(100, samples)) for batch in rows.split(100)]
+    model, guide, samples = method.vae.model, method.guide, settings.eval_samples
+    log_p, _ = evidence(model, guide, rows, samples)
+    elbo = elbo_of(model, guide, rows, min(100, samples))
     rate = rate_of(model, guide, rows)
-    units = active_units(guide, rows)
-    result: dict[str, Any] = {
-        "log_p": torch.cat(log_p).tolist(),
-        "elbo": torch.cat(elbo).tolist(),
-        "kl": rate.kl.item(),
-        "mutual_information": rate.mutual_information.item(),
-        "active_units": units.number,
-    }
     search = Search(draws=10, steps=min(1000, samples), window=50, patience=3)
+    units = active_units(guide, rows).number
     gap_rows = rows[: settings.gap_points]
     found = gaps(model, guide, gap_rows, num_particles=samples, search=search)
-    names = ("log_marginal", "elbo", "best", "start")
-    values = {name: getattr(found, name) for name in names}
-    result["gaps"] = {n: v.tolist() for n, v in values.items() if v is not None}
-    return result
+    parts = {name: getattr(found, name) for name in ("log_marginal", "elbo", "best", "start")}
+    return {
+        "log_p": log_p,
+        "elbo": elbo,
+        "kl": rate.kl.item(),
+        "mutual_information": rate.mutual_information.item(),
+        "active_units": units,
+        "gaps": {name: v.tolist() for name, v in parts.items() if v is not None},
+    }
 
 
-def _time(results: dict[str, Any], settings: Settings, task: Task, repeats: int) -> None:
+def _time(results: Results, settings: RefinementSettings, task: Task, repeats: int) -> None:
     """Time a step of training and the inference of a batch and of a row, side by side."""
     pyro.clear_param_store()
     batch = task.train[: settings.batch_size]
     if task.transform is not None:
         batch = fixed_binarize(batch, seed=0)
-    names = list(dict.fromkeys([BASELINE, *results["runs"]]))
+    names = dict.fromkeys([BASELINE, *results["runs"]])
     methods = {name: build(name, _setup(settings, task, name)) for name in names}
-    for method in methods.values():
-        grow(method.guide, batch)
-    steps = {name: step_of(method, batch, OPTIMIZER) for name, method in methods.items()}
-    results["steps"] = costs_of(steps, repeats, calls=2, baseline=BASELINE)
-    results["inference"] = {
-        f"{rows} rows": costs_of(
-            {name: partial(infer, method.guide, batch[:rows]) for name, method in methods.items()},
-            repeats,
-            calls=5,
-            baseline=BASELINE,
+    results["steps"] = time_steps(methods, batch, repeats, BASELINE, calls=2)
+    guides = {name: method.guide for name, method in methods.items()}
+    results["inference"] = time_inference(guides, batch, repeats, BASELINE, "methods")
+
+
+# The report.
+
+
+def report(results: Results) -> str:
+    """Return the table, in nats per row: mean ± standard deviation over seeds.
+
+    Training (processor time) and step are ratios to the VAE's; "closed" is the share of the
+    amortisation gap that refinement closes.
+    """
+    text = method_table("method", COLUMNS, results)
+    if "true model" in results:
+        text += f"\n\nThe true model's log p(x): {results['true model']:.2f} nats per row."
+    return text
+
+
+GAPS = {
+    "approximation": lambda g: g["log_marginal"] - g["best"],
+    "amortisation": lambda g: g["best"] - g["elbo"],
+    "closed": lambda g: (g["elbo"] - g["start"]) / (g["best"] - g["start"]),
+}
+
+
+def _gap(runs: Runs, kind: str) -> Tensor:
+    """Return a gap for each seed, of the means over rows; NaN where it has no meaning."""
+    found = []
+    for run in runs.values():
+        mean = {name: torch.tensor(v).mean() for name, v in run["gaps"].items()}
+        known = kind != "closed" or "start" in mean
+        found.append(GAPS[kind](mean) if known else torch.tensor(torch.nan))
+    return torch.stack(found)
+
+
+def _closed(name: str, results: Results) -> str:
+    share = _gap(results["runs"][name], "closed")
+    return "" if share.isnan().all() else f"{100 * share.mean().item():.0f} %"
+
+
+def _microseconds(name: str, results: Results, alone: bool) -> str:
+    batch, one = (costs["ms"][name] * 1e3 for costs in results["inference"].values())
+    return f"{one:.0f}" if alone else f"{batch / results['settings']['batch_size']:.1f}"
+
+
+COLUMNS: dict[str, Column] = {
+    "test log p": lambda n, r: spread(means(r["runs"][n], "log_p")),
+    "vs VAE": lambda n, r: spread(versus(n, r, BASELINE, "log_p"), sign=True),
+    "ELBO": lambda n, r: spread(means(r["runs"][n], "elbo")),
+    "approximation gap": lambda n, r: spread(_gap(r["runs"][n], "approximation")),
+    "amortisation gap": lambda n, r: spread(_gap(r["runs"][n], "amortisation")),
+    "closed": _closed,
+    "KL": lambda n, r: spread(means(r["runs"][n], "kl")),
+    "mutual information": lambda n, r: spread(means(r["runs"][n], "mutual_information")),
+    "active units": lambda n, r: ", ".join(str(v["active_units"]) for v in r["runs"][n].values()),
+    "training": lambda n, r: f"{training_ratio(n, r, BASELINE):.2f}",
+    "step": lambda n, r: f"{r['steps']['ratio'][n]:.2f}",
+    "inference, us a row of a batch": partial(_microseconds, alone=False),
+    "us alone": partial(_microseconds, alone=True),
+}
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw log p(x), the gaps, KL and mutual information, and cost against gain."""
+    settings = results["settings"]
+    with figure(path, 2, 2, figsize=(14, 9)) as (drawn, ((bounds, gap_axes), (rate, costs))):
+        draw_values(bounds, results, {"o": ("log_p",), "|": ("elbo",)})
+        if "true model" in results:
+            bounds.axvline(results["true model"], color="black", linewidth=0.8)
+        title = f"IWAE-{settings['eval_samples']} (dots) and ELBO (bars), by seed"
+        bounds.set(xlabel="nats per test row", title=title)
+        _draw_bars(gap_axes, results)
+        gap_axes.set(xlabel="nats per test row", title="log p(x) - ELBO, in its two parts")
+        _draw_rate(rate, results)
+        for number, name in enumerate(results["runs"]):
+            gain = versus(name, results, BASELINE, "log_p")
+            if len(gain):
+                point = (training_ratio(name, results, BASELINE), gain.mean().item())
+                costs.plot(*point, "o", color=color(number))
+                costs.annotate(name, point, xytext=(4, 4), textcoords="offset points")
+        costs.set(xlabel="training time / VAE", ylabel="log p(x) - VAE's", title="gain and cost")
+        costs.set_xscale("log")
+        drawn.suptitle(
+            f"{settings['dataset']}, {settings['epochs']} epochs, "
+            f"{settings['refinements']} refinements"
         )
-        for rows in (len(batch), 1)
-    }
-    results["hardware"] = hardware()
+
+
+def _draw_bars(axes: Any, results: Results) -> None:
+    for number, runs in enumerate(results["runs"].values()):
+        left = 0.0
+        for kind, shade in (("approximation", "C0"), ("amortisation", "C1")):
+            width = _gap(runs, kind).mean().item()
+            axes.barh(number, width, left=left, color=shade, label=None if number else kind)
+            left += width
+    name_rows(axes, results["runs"])
+    axes.legend()
+
+
+def _draw_rate(axes: Any, results: Results) -> None:
+    for number, runs in enumerate(results["runs"].values()):
+        for offset, key, shade in ((-0.2, "kl", "C2"), (0.2, "mutual_information", "C3")):
+            label = None if number else key.replace("_", " ")
+            value = means(runs, key).mean().item()
+            axes.barh(number + offset, value, height=0.38, color=shade, label=label)
+    name_rows(axes, results["runs"])
+    axes.legend()
+    axes.set(xlabel="nats per test row", title="KL and mutual information of the latents")

@@ -1,24 +1,30 @@
-"""What every benchmark shares: where it ran, tables, JSON files."""
+"""What the reports of all benchmarks share: tables, figures, statistics over seeds, JSON files."""
 
 import json
+import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+Results = dict[str, Any]
+Runs = dict[str, Any]  # of one method, by seed
+Column = Callable[[str, Results], str]  # a method's name and all results to the cell of a table
 
 
 def hardware() -> dict[str, Any]:
     """Return what a reader needs to judge a timing."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": device,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": version("pyro-ppl"),
@@ -26,7 +32,6 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name, where the system tells."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -35,40 +40,120 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, aligned to be read in a terminal as well."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [_line(header, widths), _line(["-" * width for width in widths], widths)]
-    return "\n".join([*lines, *(_line(row, widths) for row in rows)])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(width) if place == 0 else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "| " + " | ".join([first, *rest]) + " |"
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece: an interrupted run leaves the old one."""
+    """Write a JSON file atomically: an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
 
 
-def spread(values: torch.Tensor, sign: bool = False, digits: int = 2) -> str:
-    """Return mean ± standard deviation over seeds, ``[seeds]``; the mean alone of one seed."""
+def finish(results: Results, path: Path, report: str, pictures: Iterable[Path] = ()) -> None:
+    """Write the results and print the report and the names of the files."""
+    write_json(path, results)
+    print(f"\n{report}\n\nWrote {', '.join(map(str, [path, *pictures]))}")
+
+
+# Tables.
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [_line(header, widths), _line(["-" * width for width in widths], widths)]
+    return "\n".join([*lines, *(_line(row, widths) for row in rows)])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "| " + " | ".join([cells[0].ljust(widths[0]), *padded]) + " |"
+
+
+def method_table(title: str, columns: Mapping[str, Column], results: Results) -> str:
+    """Return a row for each method, the seeds above, and the runs that diverged below."""
+    rows = [[name, *(cell(name, results) for cell in columns.values())] for name in results["runs"]]
+    seeds = sorted({seed for runs in results["runs"].values() for seed in runs})
+    diverged = [
+        f"{name}, seeds {', '.join(runs)}: diverged. {next(iter(runs.values())).split('. ')[0]}."
+        for name, runs in results.get("diverged", {}).items()
+    ]
+    return "\n\n".join([f"seeds {', '.join(seeds)}", table([title, *columns], rows), *diverged])
+
+
+def spread(values: Tensor, sign: bool = False, digits: int = 2) -> str:
+    """Return mean ± standard deviation over seeds ``[seeds]``; the mean alone for one seed."""
     if not len(values):
         return ""
     mean = f"{values.mean().item():{'+' if sign else ''}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {values.std().item():.{digits}f}"
 
 
-def color(place: int) -> str:
+def with_error(values: Tensor, sign: bool = False, digits: int = 2) -> str:
+    """Return mean ± standard error of values ``[rows]``; the mean alone of one value."""
+    mean = f"{values.mean().item():{'+' if sign else ''}.{digits}f}"
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean if math.isnan(error) else f"{mean} ± {error:.{digits}f}"
+
+
+def ratio(value: float) -> str:
+    """Return a ratio of costs, or nothing where it is not known."""
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+# Statistics of stored results.
+
+
+def at(run: Mapping[str, Any], *keys: str) -> Any:
+    """Return an entry of nested dictionaries."""
+    found: Any = run
+    for key in keys:
+        found = found[key]
+    return found
+
+
+def means(runs: Runs, *keys: str) -> Tensor:
+    """Return an entry for each seed ``[seeds]``; of a list over rows, its mean."""
+    found = [at(run, *keys) for run in runs.values()]
+    return torch.tensor([sum(v) / len(v) if isinstance(v, list) else v for v in found])
+
+
+def versus(name: str, results: Results, baseline: str, *keys: str) -> Tensor:
+    """Return the differences to the baseline's means, one for each seed that both have."""
+    base, runs = results["runs"].get(baseline, {}), results["runs"][name]
+    mine, other = ({seed: which[seed] for seed in runs if seed in base} for which in (runs, base))
+    return means(mine, *keys) - means(other, *keys)
+
+
+def training_ratio(name: str, results: Results, baseline: str) -> float:
+    """Return the processor time of training over the baseline's, NaN where it is not known."""
+    base, runs = results["runs"].get(baseline, {}), results["runs"][name]
+    key = "processor_seconds"
+    both = [s for s in runs if s in base and key in runs[s] and key in base[s]]
+    mine, other = (sum(which[seed][key] for seed in both) for which in (runs, base))
+    return mine / other if both else math.nan
+
+
+# Figures.
+
+
+@contextmanager
+def figure(path: Path, rows: int, columns: int, dpi: int = 110, **options: Any) -> Iterator[Any]:
+    """Give a figure and its axes ``[rows, columns]``, and write it to a file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+    yield drawn, axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=dpi)
+    plt.close(drawn)
+
+
+def color(number: int) -> str:
     """Return the colour of a method in all plots of a benchmark."""
-    return f"C{place % 10}"
+    return f"C{number % 10}"
 
 
 def name_rows(axes: Any, names: Iterable[str]) -> None:
@@ -76,3 +161,40 @@ def name_rows(axes: Any, names: Iterable[str]) -> None:
     names = list(names)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+
+
+def draw_values(axes: Any, results: Results, marked: Mapping[str, tuple[str, ...]]) -> None:
+    """Draw entries of every run, one line a method; ``marked`` has the entry of each marker."""
+    for number, runs in enumerate(results["runs"].values()):
+        for marker, keys in marked.items():
+            values = means(runs, *keys)
+            axes.plot(values, [number] * len(values), marker, color=color(number), alpha=0.7)
+    name_rows(axes, results["runs"])
+
+
+def draw_learning(axes: Any, results: Results, label: str, rows: float | None = None) -> None:
+    """Draw the validation bound in nats per row, its mean over seeds, against epochs."""
+    lowest = []
+    for number, (name, runs) in enumerate(results["runs"].items()):
+        histories = [run["history"] for run in runs.values()]
+        curves = torch.tensor(
+            [[-v / (rows or h["validation_rows"]) for v in h["validation"]] for h in histories]
+        )
+        mean, style = curves.mean(0), "-" if number < 10 else "--"
+        axes.plot(histories[0]["epoch"], mean, f".{style}", color=color(number), label=name)
+        lowest.append(mean[len(mean) // 5 :].min().item())
+    axes.set_ylim(bottom=min(lowest))
+    axes.set(xlabel="epoch", ylabel=f"validation {label} (nats per row)", title="learning")
+    axes.legend(fontsize=7, ncols=2)
+
+
+def draw_ratios(axes: Any, names: Sequence[str], kinds: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw costs as ratios to the baseline: a bar of each kind for every method."""
+    height = 0.8 / len(kinds)
+    for number, (label, ratios) in enumerate(kinds.items()):
+        offset = height * (number - (len(kinds) - 1) / 2)
+        heights = [index + offset for index in range(len(names))]
+        axes.barh(heights, [ratios[name] for name in names], height=0.9 * height, label=label)
+    name_rows(axes, names)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.legend(fontsize=8)

@@ -7,7 +7,6 @@ fewer data. Theory, near the optimum: the model's ratio grows as sqrt(M K), the 
 sqrt(M / K), and that of DReG grows with K.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import hardware, table, write_json
+from benchmarks.report import Results, color, figure, finish, hardware, table
+from benchmarks.run import base_parser, parse
 from pyro_recursive import MIWAE_ELBO
 from pyro_recursive.evaluation.snr import signal_to_noise
 
@@ -39,24 +39,17 @@ CURVES = {  # label: (estimator, parameter, the slope in K that theory gives)
 
 def main(arguments: list[str]) -> None:
     """Measure all curves, print their slopes; write JSON and a plot."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks snr", description=__doc__)
+    parser = base_parser("snr", __doc__)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/snr")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.output += "-smoke"
-        options.draws = 20
+    options = parse(parser, arguments, draws=20)
     pyro.set_rng_seed(options.seed)
-    results: dict[str, Any] = {"settings": vars(options), "hardware": hardware()}
-    for place, perturbation in (("near", 0.01), ("far", 0.5)):
-        results[place] = measure(perturbation, options.draws)
-    folder = Path(options.output)
-    write_json(folder / "snr.json", results)
-    print(f"\n{report(results)}\n")
-    plot(results, folder / "snr.png")
-    print(f"Wrote {folder / 'snr.json'} and {folder / 'snr.png'}")
+    results: Results = {"settings": vars(options), "hardware": hardware()}
+    for distance, perturbation in (("near", 0.01), ("far", 0.5)):
+        results[distance] = measure(perturbation, options.draws)
+    picture = Path(options.output) / "snr.png"
+    plot(results, picture)
+    finish(results, picture.with_suffix(".json"), report(results), [picture])
 
 
 def measure(perturbation: float, draws: int) -> dict[str, dict[str, list[float]]]:
@@ -137,48 +130,43 @@ def slope(axis: str, ratios: list[float]) -> float:
     return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Return the slopes as a table."""
     header = ["gradient", "near: slope in K", "theory", "near: slope in M", "theory"]
     header += ["far: slope in K", "far: slope in M"]
     rows, draws = [], results["settings"]["draws"]
     for name, (_, _, theory) in CURVES.items():
         near, far = (
-            {axis: measurable(r, draws) for axis, r in results[place][name].items()}
-            for place in ("near", "far")
+            {axis: measurable(r, draws) for axis, r in results[distance][name].items()}
+            for distance in ("near", "far")
         )
         expected = "> 0" if theory is None else f"{theory:+.1f}"
-        slopes = [f"{slope(axis, place[axis]):+.2f}" for place in (near, far) for axis in SIZES]
+        slopes = [f"{slope(axis, found[axis]):+.2f}" for found in (near, far) for axis in SIZES]
         rows.append([name, slopes[0], expected, slopes[1], "+0.5", *slopes[2:]])
     return table(header, rows)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """Draw the ratios against K and M, with the slopes of theory."""
-    import matplotlib
+    with figure(path, 1, 3, 120, figsize=(15, 4.5)) as (drawn, axes):
+        panels = [("near", "K"), ("near", "M"), ("far", "K")]
+        for panel, (distance, axis) in zip(axes[0], panels, strict=True):
+            _draw_curves(panel, results, distance, axis)
+        drawn.suptitle("Gradient signal-to-noise, linear Gaussian model (dotted: theory)")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    panels = [("near", "K"), ("near", "M"), ("far", "K")]
-    for panel, (place, axis) in zip(axes, panels, strict=True):
-        sizes = SIZES[axis]
-        for number, name in enumerate(CURVES):
-            ratios = measurable(results[place][name][axis], results["settings"]["draws"])
-            label = f"{name}: slope {slope(axis, ratios):+.2f}"
-            panel.loglog(sizes, ratios, "o-", color=f"C{number}", label=label)
-            theory = 0.5 if axis == "M" else CURVES[name][2]
-            known = [pair for pair in zip(sizes, ratios, strict=True) if not math.isnan(pair[1])]
-            if place == "near" and theory is not None and known:
-                line = [known[-1][1] * (size / known[-1][0]) ** theory for size in sizes]
-                panel.loglog(sizes, line, ":", color=f"C{number}", linewidth=1)
-        other = f"K = {PARTICLES_OF_ESTIMATES}" if axis == "M" else "M = 1"
-        panel.set(
-            xlabel=axis, ylabel="signal-to-noise ratio", title=f"{place} the optimum, {other}"
-        )
-        panel.legend(fontsize=8)
-    axes[2].set_title("far from the optimum, M = 1")
-    figure.suptitle("Gradient signal-to-noise, linear Gaussian model (dotted: theory)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _draw_curves(panel: Any, results: Results, distance: str, axis: str) -> None:
+    sizes = SIZES[axis]
+    for number, name in enumerate(CURVES):
+        ratios = measurable(results[distance][name][axis], results["settings"]["draws"])
+        label = f"{name}: slope {slope(axis, ratios):+.2f}"
+        panel.loglog(sizes, ratios, "o-", color=color(number), label=label)
+        theory = 0.5 if axis == "M" else CURVES[name][2]
+        known = [pair for pair in zip(sizes, ratios, strict=True) if not math.isnan(pair[1])]
+        if distance == "near" and theory is not None and known:
+            line = [known[-1][1] * (size / known[-1][0]) ** theory for size in sizes]
+            panel.loglog(sizes, line, ":", color=color(number), linewidth=1)
+    held = f"K = {PARTICLES_OF_ESTIMATES}" if axis == "M" else "M = 1"
+    where = "near" if distance == "near" else "far from"
+    panel.set(xlabel=axis, ylabel="signal-to-noise ratio", title=f"{where} the optimum, {held}")
+    panel.legend(fontsize=8)

@@ -6,13 +6,10 @@ interleaved; a ratio is the median of per-repeat ratios. ``--validation`` leaves
 checks on, as they are by default; hand-written code has none, so they are off unless asked for.
 """
 
-import argparse
 import math
-import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -20,9 +17,10 @@ from pyro.infer import ELBO, SVI, RenyiELBO, Trace_ELBO
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.report import hardware, table, write_json
-from benchmarks.timing import interleaved, medians, ratios
-from benchmarks.vae import VAE
+from benchmarks.report import Results, finish, hardware, table
+from benchmarks.run import base_parser, parse
+from benchmarks.tasks.images import VAE
+from benchmarks.timing import Costs, costs_of, peak_megabytes
 from pyro_recursive import IWAE_ELBO, PIWAE_ELBO, log_marginal
 
 HAND = "hand-written"
@@ -32,17 +30,12 @@ PIXELS = 784
 
 def main(arguments: list[str]) -> None:
     """Time every size, measure the memory of an evaluation, print tables; write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
+    parser = base_parser("speed", __doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--validation", action="store_true", help="leave Pyro's checks on")
-    parser.add_argument("--output", default="runs/speed")
-    parser.add_argument("--smoke", action="store_true", help="seconds: does everything run?")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.output += "-smoke"
-        options.repeats = 1
-    results: dict[str, Any] = {"settings": vars(options), "hardware": hardware()}
-    # The memory first: the process remembers only its highest mark.
+    options = parse(parser, arguments, repeats=1)
+    results: Results = {"settings": vars(options), "hardware": hardware()}
+    # The memory first: the process knows only its peak.
     results["evaluation"] = evaluation_memory(100 if options.smoke else 5000)
     pyro.enable_validation(options.validation)
     results["steps"] = {
@@ -50,13 +43,11 @@ def main(arguments: list[str]) -> None:
         for batch, particles in (SIZES[:2] if options.smoke else SIZES)
     }
     pyro.enable_validation(True)
-    print(f"\n{report(results)}\n")
     path = Path(options.output) / f"speed{'-validation' if options.validation else ''}.json"
-    write_json(path, results)
-    print(f"Wrote {path}")
+    finish(results, path, report(results))
 
 
-def time_steps(batch: int, particles: int, repeats: int) -> dict[str, dict[str, float]]:
+def time_steps(batch: int, particles: int, repeats: int) -> Costs:
     """Return median milliseconds and ratios to the hand-written step, for every variant."""
     x = torch.bernoulli(torch.full((batch, PIXELS), 0.3))
     pyro.clear_param_store()
@@ -70,8 +61,7 @@ def time_steps(batch: int, particles: int, repeats: int) -> dict[str, dict[str, 
     for step in steps.values():
         step()
     calls = max(1, 200 // (batch * particles))
-    timings = interleaved(steps, repeats, calls, title=f"{batch} x {particles}")
-    return {"ms": medians(timings), "ratio": ratios(timings, HAND)}
+    return costs_of(steps, repeats, calls, HAND, title=f"{batch} x {particles}")
 
 
 def losses(particles: int) -> dict[str, ELBO]:
@@ -139,16 +129,12 @@ def evaluation_memory(samples: int, points: int = 100) -> dict[str, float]:
     x = torch.bernoulli(torch.full((points, PIXELS), 0.3))
     vae = VAE(x.mean(0))
     log_marginal(vae.model, vae.guide, x, num_particles=1)
-    before = _peak_megabytes()
+    before = peak_megabytes()
     log_marginal(vae.model, vae.guide, x, num_particles=samples)
-    return {"points": points, "samples": samples, "megabytes": _peak_megabytes() - before}
+    return {"points": points, "samples": samples, "megabytes": peak_megabytes() - before}
 
 
-def _peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Return the ratios of all sizes as one table, and a line about memory."""
     steps = results["steps"]
     variants = list(dict.fromkeys(name for size in steps.values() for name in size["ms"]))

@@ -11,10 +11,16 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import mapa
-from benchmarks.mapa_methods import METHODS, build, true_table
 from benchmarks.mapa_report import difference, report, standard_error, values, verdicts
-from benchmarks.mapa_scores import density_estimate, mixture_evidence, score
-from benchmarks.mapa_training import Diverged, Training, train
+from benchmarks.methods.curves import learner_of
+from benchmarks.methods.mapa import Diverged, Training, train
+from benchmarks.tasks.curves import (
+    CurveData,
+    density_estimate,
+    mixture_evidence,
+    score,
+    true_table,
+)
 from pyro_recursive.datasets import curve, curve_evidence
 
 pytestmark = pytest.mark.slow  # they train
@@ -92,12 +98,12 @@ def test_what_diverges_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
-    learner = build(METHODS["VAE"], curve("circle", 20, test_rows=1), 4, seed=0)
+    learner = learner_of("VAE", curve("circle", 20, test_rows=1), 4, seed=0)
     with torch.no_grad():
         learner.decoder[-1].bias.fill_(math.nan)
     refused = pytest.raises(Diverged, match="nan after epoch 1")
     with refused, pyro.validation_enabled(False):
-        train(learner, Training(1, 10, 1e-3, 4), seed=0)
+        train(learner, Training(1, 10, 1e-3), seed=0)
 
 
 # Scores.
@@ -106,8 +112,8 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
 def test_the_true_decoder_has_no_divergence() -> None:
     data = curve("figure-8", 50, validation_rows=10, test_rows=200)
     truth = data.evidence(data.test)
-    learner = build(METHODS["VAE"], data, 4, seed=0)
-    learner.generator = lambda: data.decoder  # type: ignore[method-assign]
+    learner = learner_of("VAE", data, 4, seed=0)
+    learner.decoder = data.decoder
     assert score(learner, truth, 50, 1)["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -120,7 +126,7 @@ def test_mixtures_are_sums_of_normals() -> None:
 
 def test_recovered_models_are_near_their_mixture() -> None:
     data = curve("figure-8", 500, validation_rows=10, test_rows=200)
-    learner = build(METHODS["MAPA 5"], data, 20, seed=0)
+    learner = learner_of("MAPA 5", data, 20, seed=0)
     found = score(learner, data.evidence(data.test), 100, 1)
     assert found["kl"] == pytest.approx(found["kl_of_codes"], rel=0.02)
     assert found["kl"] > 1  # it has learned nothing
@@ -130,11 +136,11 @@ def test_exact_sums_have_no_gap_and_autoencoders_have() -> None:
     data = curve("circle", 40, validation_rows=10, test_rows=20)
     truth = data.evidence(data.test)
     gap = {
-        name: score(build(METHODS[name], data, 8, seed=0), truth, 20, 2)["gap"]
+        name: score(learner_of(name, data, 8, seed=0), truth, 20, 2)["gap"]
         for name in ("exact sum", "AE")
     }
     assert gap["exact sum"] == pytest.approx(0, abs=1e-4)
-    learner = build(METHODS["AE"], data, 8, seed=0)
+    learner = learner_of("AE", data, 8, seed=0)
     own = -0.5 * ((data.train - learner.points()) / data.scale).square().sum(-1).double()  # type: ignore[attr-defined]
     volume = math.log(2 * math.pi * data.scale**2)
     all_codes = mixture_evidence(learner.points(), data.train, data.scale)  # type: ignore[attr-defined]
@@ -147,7 +153,7 @@ def test_the_true_table_is_bayes() -> None:
     means = data.decoder(data.train_latents).double()
     normal = torch.distributions.Normal(means, data.scale)
     expected = normal.log_prob(data.train.double()[:, None]).sum(-1).softmax(1)
-    rows = true_table(data).rows(torch.arange(30))
+    rows = true_table(CurveData(data, 4)).rows(torch.arange(30))
     found = torch.zeros(30, 30, dtype=torch.float64)
     found.scatter_(1, rows.index, rows.log_q.double().exp())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)

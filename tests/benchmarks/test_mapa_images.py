@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import mapa_images
-from benchmarks.mapa_images import Images, build, code_evidence, grid_evidence, sampled
+from benchmarks.mapa_images import learner_of
 from benchmarks.mapa_images_report import report
-from benchmarks.mapa_training import Diverged, Training, train
+from benchmarks.methods.mapa import Diverged, Training, train
+from benchmarks.tasks.code_images import ImageData, code_evidence, grid_evidence, sampled
 
 pytestmark = pytest.mark.slow  # they train
 
@@ -37,15 +38,17 @@ def lasting(run: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in run.items() if "seconds" not in key and key != "ms_per_step"}
 
 
-def small(rows: int = 60) -> Images:
+def small(rows: int = 60) -> ImageData:
     """Return images with some structure: noisy copies of three."""
     means = torch.rand(3, PIXELS)[torch.arange(rows) % 3] * 0.9
-    return Images(torch.bernoulli(means), torch.bernoulli(means[:8]), torch.arange(rows) % 3)
+    return ImageData(
+        torch.bernoulli(means), torch.bernoulli(means[:8]), torch.arange(rows) % 3, 8, 2
+    )
 
 
-def learned(name: str, latents: int = 2, epochs: int = 20) -> Any:
-    learner = build(name, small(), latents, hidden=8, seed=0)
-    train(learner, Training(epochs, 20, 1e-2, 8), seed=0)
+def learned(name: str, epochs: int = 20) -> Any:
+    learner = learner_of(name, small(), seed=0)
+    train(learner, Training(epochs, 20, 1e-2), seed=0)
     return learner
 
 
@@ -91,10 +94,10 @@ def test_what_diverges_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_methods_share_decoder_and_table() -> None:
     images = small()
-    first = build("MAPA 5", images, 2, hidden=8, seed=3)
+    first = learner_of("MAPA 5", images, seed=3)
     first.start(20)
     assert images.table is not None
-    second, vae = (build(name, images, 2, hidden=8, seed=3) for name in ("pooled 5", "VAE"))
+    second, vae = (learner_of(name, images, seed=3) for name in ("pooled 5", "VAE"))
     second.start(20)
     assert second.guide.table is images.table is first.guide.table
     for other in (second, vae):
@@ -108,7 +111,7 @@ def test_methods_share_decoder_and_table() -> None:
 def test_codes_are_a_mixture() -> None:
     learner = learned("AE")
     with torch.no_grad():
-        logits = learner.decoder(learner.vae.encoder(learner.data.train)).double()
+        logits = learner.decoder(learner.encoder(learner.data.train)).double()
     one = dist.Bernoulli(logits=logits).to_event(1).log_prob(learner.data.test.double()[:, None])
     expected = one.logsumexp(1) - math.log(60)
     torch.testing.assert_close(code_evidence(learner, learner.data.test), expected)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from benchmarks.guide_methods import schedule
+from benchmarks.methods.guides import schedule
+from benchmarks.run import Method
 from pyro_recursive import (
     MIWAE_ELBO,
     AmortizedGuide,
@@ -48,22 +48,6 @@ class Setup:
     updates: int
     refinements: int
     name: str = ""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What `fit` takes."""
-
-    vae: Any
-    guide: Any
-    loss: ELBO
-    aggressive: Aggressive | None = None
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained, each parameter once."""
-        modules = [self.guide, self.vae.decoder]
-        parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
-        return list(parameters.values())
 
 
 def _plain(setup: Setup, vae: Any, aggressive: bool = False) -> Method:

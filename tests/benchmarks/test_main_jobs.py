@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bounds, guides, refinement, refinement_report
-from benchmarks.guide_methods import Setup, build, count, schedule
-from benchmarks.guide_report import report
+from benchmarks import bounds, guides, refinement
+from benchmarks import run as experiment
+from benchmarks.methods.guides import Setup, build, schedule
 from benchmarks.report import table
+from benchmarks.run import count
+from benchmarks.tasks import images, sequences
 from pyro_recursive.datasets import dynamic_binarize
 
 METHODS = ["Trace_ELBO", "IWAE dreg"]
@@ -37,20 +39,20 @@ def test_interrupt_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return dynamic_binarize(x)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bounds, "dynamic_binarize", interrupted)
+        patch.setattr(images, "dynamic_binarize", interrupted)
         with pytest.raises(SystemExit, match="--resume"):
             run(tmp_path / "parts")
     kept = json.loads((tmp_path / "parts" / "results.json").read_text())
-    assert list(kept["methods"]) == METHODS[:1]
+    assert list(kept["runs"]) == METHODS[:1]
 
     resumed = run(tmp_path / "parts", "--resume")
     assert (tmp_path / "parts" / "results.png").stat().st_size > 10_000
     for name in METHODS:
         for split in ("test", "train"):
-            assert resumed["methods"][name][split] == whole["methods"][name][split]
+            assert resumed["runs"][name]["0"][split] == whole["runs"][name]["0"][split]
 
     with pytest.raises(SystemExit, match="give the same options to resume"):
-        run(tmp_path / "parts", "--resume", "--seed", "1")
+        run(tmp_path / "parts", "--resume", "--batch-size", "50")
 
 
 def test_unknown_benchmark() -> None:
@@ -88,7 +90,7 @@ def test_guides_resume_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for split in ("test", "train"):
             assert merged["runs"][name]["0"][split] == runs["0"][split]
     assert set(merged["steps"]["ms"]) == set(GUIDES)
-    assert "recursive 2" in report(merged)
+    assert "recursive 2" in guides.report(merged)
     with pytest.raises(SystemExit, match="give the same options to resume"):
         run(tmp_path / "parts", "--resume", "--batch-size", "50", of="guides", methods=GUIDES)
 
@@ -99,7 +101,7 @@ REFINEMENT = ["VAE", "first order", "aggressive"]
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["digits", "sequences-known"])
 def test_refinement_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
-    monkeypatch.setattr(refinement, "ROWS", 200)
+    monkeypatch.setattr(sequences, "ROWS", 200)
     options = ["--dataset", dataset]
     whole = run(tmp_path / "whole", *options, of="refinement", methods=REFINEMENT)
 
@@ -107,7 +109,7 @@ def test_refinement_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(refinement, "log_marginal", fails)
+        patch.setattr(experiment, "log_marginal", fails)
         with pytest.raises(SystemExit, match="--resume"):
             run(tmp_path / "parts", *options, of="refinement", methods=REFINEMENT)
     kept = json.loads((tmp_path / "parts" / "results.json").read_text())
@@ -123,14 +125,22 @@ def test_refinement_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dat
             assert mine[key] == pytest.approx(theirs[key], rel=1e-6)
         for key, values in theirs["gaps"].items():
             assert mine["gaps"][key] == pytest.approx(values, rel=1e-6)
-        assert name in refinement_report.report(resumed)
+        assert name in refinement.report(resumed)
 
 
 def test_guides_are_of_equal_budgets() -> None:
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float32)
-    images = torch.rand(30, 64)
-    setup = Setup(images, images, hidden=100, latent=10, steps=1000, pseudo_inputs=5)
+    rows = torch.rand(30, 64)
+    sizes = {"hidden": 100, "latent": 10}
+    setup = Setup(
+        lambda name: images.VAE(rows.mean(0), **sizes, name=name),
+        rows,
+        rows,
+        **sizes,
+        steps=1000,
+        pseudo_inputs=5,
+    )
     separate = 4 * count(setup.encoder())
     assert abs(count(setup.encoder(setup.width_of(4))) - separate) < 0.01 * separate
     first, *rest = [build(name, setup).vae for name in ("VAE", "VAE wide", "recursive 4", "IAF")]

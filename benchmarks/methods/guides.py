@@ -12,22 +12,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from benchmarks.vae import VAE, tanh_network
+from benchmarks.run import Method, count
+from benchmarks.tasks.images import VAE, tanh_network
 from pyro_recursive import (
     MIWAE_ELBO,
     AmortizedGuide,
+    FlowGuide,
     MixtureGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
     Schedule,
     Stratified_ELBO,
+    VampPrior,
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped
-from pyro_recursive.guides.flow.guide import FlowGuide
-from pyro_recursive.priors.vamp import VampPrior
 
 BASELINE = "VAE"
 DRAWS = 4
@@ -38,6 +38,7 @@ CLAMP = 5.0  # nats: the constant of the paper's objective, for which no value i
 class Setup:
     """What all methods share: data, sizes of the networks, and the length of training in steps."""
 
+    make_vae: Callable[[str], VAE]
     images: Tensor
     holdout: Tensor
     hidden: int
@@ -58,24 +59,6 @@ class Setup:
         return round(((linear**2 / 4 + goal - outputs) ** 0.5) - linear / 2)
 
 
-@dataclass(frozen=True)
-class Method:
-    """What `fit` takes."""
-
-    vae: VAE
-    guide: Any
-    loss: ELBO
-
-    def modules(self) -> list[nn.Module]:
-        """Return everything that is trained."""
-        prior = [] if self.vae.prior is None else [self.vae.prior]
-        return [self.guide, self.vae.decoder, *prior]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained, each parameter once."""
-        return list({id(p): p for m in self.modules() for p in m.parameters()}.values())
-
-
 class EqualDraws(RecursiveMixture_ELBO):
     """The loss of recursive mixtures, with as many draws in all as the other methods take."""
 
@@ -85,11 +68,6 @@ class EqualDraws(RecursiveMixture_ELBO):
         components = {*guide.members, guide.stage.component} - {None}
         self.num_estimates = max(1, DRAWS // len(components))
         return super().differentiable_loss(model, guide, *args, **kwargs)
-
-
-def count(*modules: nn.Module) -> int:
-    """Return the number of parameters, those that are shared counted once."""
-    return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
 
 
 def _plain(setup: Setup, vae: VAE, estimator: str = "stl", hidden: int | None = None) -> Method:
@@ -102,8 +80,11 @@ def _wide(setup: Setup, vae: VAE) -> Method:
     return _plain(setup, vae, hidden=setup.width_of(4))
 
 
-def mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> MixtureGuide:
+def mixture(
+    setup: Setup, number: int, shared: bool = False, vae: VAE | None = None
+) -> MixtureGuide:
     """Return a mixture of Gaussians with an encoder each, or with a head each on one trunk."""
+    vae = vae or setup.make_vae(setup.name)
     networks = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
     trunk = vae.encoder[:-1] if shared else None
     parts = [AmortizedGuide(vae.model, net[-1] if shared else net) for net in networks]
@@ -112,7 +93,7 @@ def mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Mixtur
 
 
 def _mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Method:
-    guide = mixture(setup, vae, number, shared)
+    guide = mixture(setup, number, shared, vae)
     return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
 
 
@@ -191,5 +172,4 @@ METHODS: dict[str, Callable[[Setup, VAE], Method]] = {
 
 def build(name: str, setup: Setup) -> Method:
     """Return a method with new networks."""
-    vae = VAE(setup.images.mean(0), setup.hidden, setup.latent, name=setup.name)
-    return METHODS[name](setup, vae)
+    return METHODS[name](setup, setup.make_vae(setup.name))

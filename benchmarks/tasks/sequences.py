@@ -1,4 +1,4 @@
-"""The variational autoencoder of sequences of symbols: a plain Pyro model, and an encoder."""
+"""Sequences from a known decoder, and a variational autoencoder of them: a plain Pyro model."""
 
 from typing import Any
 
@@ -6,24 +6,50 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_recursive.datasets import SequenceDecoder
+from benchmarks.run import Settings, Task
+from pyro_recursive.datasets import SequenceDecoder, lstm_sequences, sequence_evidence
+
+DATASETS = ("sequences", "sequences-known")  # with a decoder to learn; with the true one
+SIZES = {"hidden": 50, "latent": 2}
+VOCABULARY = 200  # a fifth of the data set's default: minutes, not hours
+ROWS = 25_000  # a decoder memorises 5,000 sequences
+VALIDATION_ROWS = 400
+NODES = 61  # an error of about 0.002 nats
+
+
+def sequence_task(settings: Settings) -> Task:
+    """Draw the sequences; ``exact`` is log p(x) of the test rows under the true decoder."""
+    data = lstm_sequences(
+        VALIDATION_ROWS + ROWS,
+        test_rows=settings.eval_points,
+        vocabulary=VOCABULARY,
+        hidden=settings.hidden,
+    )
+
+    def make_vae(name: str) -> SequenceVAE:
+        vae = SequenceVAE(data.vocabulary, settings.hidden, settings.latent, name=name)
+        if settings.dataset == "sequences-known":
+            vae.decoder = data.decoder
+        return vae
+
+    exact = sequence_evidence(data.decoder, data.test, nodes=NODES)
+    validation, train = data.train.split([VALIDATION_ROWS, ROWS])
+    return Task(train, validation, data.test, make_vae, exact=exact)
 
 
 class SequenceVAE(nn.Module):
-    """Two latents a sequence, an LSTM to decode them by, and one to encode sequences.
+    """Two latents a sequence, an LSTM as decoder, and one as encoder.
 
     The decoder has the form of the true one of `pyro_recursive.datasets.lstm_sequences`, after
-    `Semi-Amortized Variational Autoencoders` (Kim et al., arXiv 1802.02550): what it does not
-    learn is the fault of the training or of inference. `pyro_recursive.datasets.sequence_evidence`
-    knows its exact log p(x). With ``vae.decoder = data.decoder``, the true one, only inference is
-    left to learn.
+    `Semi-Amortized Variational Autoencoders` (Kim et al., arXiv 1802.02550), so that training and
+    inference alone limit it. With ``vae.decoder = data.decoder`` only inference is left to learn.
     """
 
     def __init__(
         self, vocabulary: int = 1000, hidden: int = 100, latent: int = 2, name: str = ""
     ) -> None:
         super().__init__()
-        self.name = name  # tells its parameters in Pyro's store from those of other models
+        self.name = name  # a prefix of its parameters in Pyro's store
         self.latent = latent
         self.encoder = SequenceEncoder(vocabulary, hidden, 2 * latent)
         self.decoder = SequenceDecoder(vocabulary, hidden, latent)
@@ -34,7 +60,7 @@ class SequenceVAE(nn.Module):
         with pyro.plate("sequences", len(x)):
             zeros = self.decoder.to_symbols.weight.new_zeros(self.latent)
             z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
-            # The LSTM sees x alone, which no particles share out: it runs once for each row.
+            # The LSTM depends on x alone: it runs once for each row, whatever the particles.
             symbols: Any = dist.Categorical(logits=self.decoder(z, x), validate_args=False)
             pyro.sample("x", symbols.to_event(1), obs=x)
 

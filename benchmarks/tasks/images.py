@@ -1,5 +1,6 @@
-"""The variational autoencoder of the benchmarks, written as a plain Pyro model and guide."""
+"""Binary images, and a variational autoencoder of them: a plain Pyro model and guide."""
 
+import argparse
 import math
 from typing import Any
 
@@ -7,6 +8,35 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from benchmarks.run import Settings, Task
+from pyro_recursive.datasets import dynamic_binarize, fixed_binarize, load
+
+HELD_OUT = {"digits": 137}  # validation rows; 400 for larger sets
+
+
+def sizes(dataset: str) -> dict[str, int]:
+    """Return the widths of the networks."""
+    small = dataset == "digits"
+    return {"hidden": 100 if small else 200, "latent": 10 if small else 50}
+
+
+def image_task(settings: Settings, options: argparse.Namespace, train_points: int = 1) -> Task:
+    """Hold out validation rows, and binarise once what is evaluated on."""
+    found = load(settings.dataset, download=options.download)
+    split = found.split_validation(HELD_OUT.get(settings.dataset, 400))
+
+    def make_vae(name: str) -> VAE:
+        return VAE(split.train.mean(0), settings.hidden, settings.latent, name=name)
+
+    return Task(
+        train=split.train,
+        validation=fixed_binarize(split.test, seed=1),
+        test=fixed_binarize(found.test[: settings.eval_points], seed=3),
+        make_vae=make_vae,
+        transform=dynamic_binarize,
+        train_sample=fixed_binarize(split.train[:train_points], seed=2),
+    )
 
 
 class VAE(nn.Module):
@@ -20,7 +50,7 @@ class VAE(nn.Module):
         self, mean_image: Tensor, hidden: int = 200, latent: int = 50, name: str = ""
     ) -> None:
         super().__init__()
-        self.name = name  # tells its parameters in Pyro's store from those of other models
+        self.name = name  # a prefix of its parameters in Pyro's store
         pixels = mean_image.numel()
         self.latent = latent
         self.prior: nn.Module | None = None  # builds p(z), where it is not the standard normal

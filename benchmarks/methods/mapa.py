@@ -1,0 +1,218 @@
+"""The methods of the MAPA benchmarks, on curves and on images, and the loop that trains them."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide
+from pyro_recursive.mapa import Plan, Table
+
+BASELINE = "VAE"
+KDE = "KDE"
+ALL = 500  # codes: as many as there are training points of a curve, or more
+WARM_UP = 0.1  # of the epochs, in which MAPA is an autoencoder; not counted in decoder passes
+REFRESH = 10  # epochs between the tables of the current model's posterior
+
+
+@dataclass(frozen=True)
+class Method:
+    """A VAE or IWAE with some ``particles``, or MAPA with the ``options`` of its guide."""
+
+    particles: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    table: Callable[[Any], Table] | None = None  # from the data, in place of the kernel's
+    refresh: bool = False  # whether the table is that of the current model
+
+
+def independent(samples: int, top: int = 1, **more: Any) -> Method:
+    """Return the paper's bound: independent draws, each row for itself."""
+    options = {"top": top, "samples": samples, "share": "shared", "replace": True}
+    return Method(options=options, **more)
+
+
+def pooled(samples: float, top: int = 1) -> Method:
+    """Return the bound whose draws are shared among the rows of a minibatch."""
+    return Method(options={"top": top, "samples": samples, "share": "pooled", "replace": False})
+
+
+AUTOENCODER = Method(options={"top": 1, "samples": 0, "share": "shared"})
+
+
+class Learner:
+    """A VAE, or an IWAE, with the posterior of an encoder; `Empirical` is the same for MAPA.
+
+    ``data`` has the training rows, ``train``, and makes networks of them with a plain model and
+    guide, ``vae(empirical)``, whose encoder returns codes where ``empirical``.
+    """
+
+    guide: Any
+    loss: ELBO
+
+    def __init__(self, data: Any, method: Method, estimator: str = "pathwise") -> None:
+        self.data, self.method = data, method
+        self.vae = data.vae(empirical=not method.particles)
+        self.decoder, self.encoder = self.vae.decoder, self.vae.encoder
+        if method.particles:
+            self.guide = self._guide
+            one = method.particles == 1
+            self.loss = Trace_ELBO() if one else IWAE_ELBO(method.particles, estimator=estimator)
+            self.loss.max_plate_nesting = 1
+
+    def model(self, x: Tensor, rows: Tensor | None = None) -> None:
+        """p(z) p(x | z) for a minibatch."""
+        self.vae.model(x)
+
+    def _guide(self, x: Tensor, rows: Tensor | None = None) -> None:
+        self.vae.guide(x)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, those of the decoder first."""
+        return [*self.decoder.parameters(), *self.encoder.parameters()]
+
+    def start(self, batch_size: int) -> None:
+        """Create all parameters and the table."""
+
+    def begin(self, epoch: int, epochs: int) -> bool:
+        """Begin an epoch; return whether it is one of warming up."""
+        return epoch < WARM_UP * epochs
+
+    def passes(self) -> float:
+        """Return the decoder passes for each row of the last step."""
+        return float(self.method.particles)
+
+    def codes(self) -> Tensor:
+        """Return the posterior means of the training data, ``[N, D]``."""
+        return self.encoder(self.data.train).chunk(2, -1)[0]
+
+
+class Empirical(Learner):
+    """A decoder of codes of the training data, trained by MAPA."""
+
+    def __init__(self, data: Any, method: Method, neighbours: int) -> None:
+        super().__init__(data, method)
+        self.loss = MAPA_ELBO(max_plate_nesting=1)
+        self.guide = MAPAGuide(
+            self.model,
+            self.encoder,
+            data.train,
+            table=method.table(data) if method.table else data.table,
+            neighbours=neighbours,
+            rows=lambda x, rows: rows,
+            **method.options,
+        )
+        self.plan = self.guide.plan
+
+    def start(self, batch_size: int) -> None:
+        """Build the table from distances, if there is no other, and note how long that took."""
+        start = time.perf_counter()
+        self.guide.prepare(self.data.train[:batch_size], torch.arange(batch_size))
+        if self.data.shares_table and self.data.table is None:
+            self.data.table = self.guide.table
+            self.data.table_seconds = time.perf_counter() - start
+
+    def begin(self, epoch: int, epochs: int) -> bool:
+        """Begin as an autoencoder: with a constant decoder the gradient of the sums is small."""
+        warming = super().begin(epoch, epochs)
+        self.guide.plan = Plan(1, 0, "shared") if warming else self.plan
+        if self.method.refresh and epoch % REFRESH == 0:
+            self.guide.table = self.data.index_posterior(self.points())
+        return warming
+
+    def passes(self) -> float:
+        """Return the different codes of the last step for each of its rows."""
+        return self.guide.passes.codes / self.guide.passes.rows
+
+    def codes(self) -> Tensor:
+        """Return the codes of the training data, ``[N, D]``."""
+        return self.encoder(self.data.train)
+
+    @torch.no_grad()
+    def points(self) -> Tensor:
+        """Return the decoded codes."""
+        return self.decoder(self.codes())
+
+
+def build(
+    method: Method, data: Any, seed: int, neighbours: int, estimator: str = "pathwise"
+) -> Learner:
+    """Return a method with the initial networks of a seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    if method.particles:
+        return Learner(data, method, estimator)
+    return Empirical(data, method, neighbours)
+
+
+# Training.
+
+
+class Diverged(ArithmeticError):
+    """A run that ended in numbers that are not finite: a result, too."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all methods share: the same steps of the same optimiser on the same minibatches."""
+
+    epochs: int
+    batch_size: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training took, and decoder passes per row, the mean over its steps.
+
+    Processor time is that of one thread, and does not depend on what else runs on a machine.
+    """
+
+    seconds: float
+    processor_seconds: float
+    passes: float
+
+
+def train(learner: Learner, training: Training, seed: int) -> Cost:
+    """Train with Adam, on minibatches that depend on the seed alone; the rate falls to 0.
+
+    Raises Diverged where the loss is not finite at the end of an epoch.
+    """
+    x, passes, steps = learner.data.train, 0.0, 0
+    order = torch.Generator().manual_seed(seed)
+    learner.start(training.batch_size)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=training.rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
+    start, processor = time.perf_counter(), time.process_time()
+    for epoch in range(training.epochs):
+        warming = learner.begin(epoch, training.epochs)
+        for rows in torch.randperm(len(x), generator=order).split(training.batch_size):
+            optimizer.zero_grad()
+            loss = learner.loss.differentiable_loss(learner.model, learner.guide, x[rows], rows)
+            loss.backward()
+            optimizer.step()
+            if not warming:
+                passes, steps = passes + learner.passes(), steps + 1
+        scheduler.step()
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"the loss is {loss.item()} after epoch {epoch + 1}")
+    seconds = time.perf_counter() - start
+    return Cost(seconds, time.process_time() - processor, passes / steps)
+
+
+@torch.no_grad()
+def bound(learner: Learner, batch_size: int, repeats: int) -> float:
+    """Return the bound of the training data, in nats per row: the mean over fresh draws."""
+    pyro.clear_param_store()  # of another restart
+    x, total = learner.data.train, 0.0
+    value = partial(learner.loss.loss, learner.model, learner.guide)
+    for _ in range(repeats):
+        for rows in torch.randperm(len(x)).split(batch_size):
+            total -= value(x[rows], rows)
+    return total / (repeats * len(x))
