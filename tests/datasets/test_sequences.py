@@ -10,7 +10,7 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from benchmarks.sequence_vae import SequenceVAE
+from benchmarks.tasks.sequences import SequenceVAE
 from pyro_recursive import IWAE_ELBO, AmortizedGuide, fit, log_marginal
 from pyro_recursive.datasets import (
     SequenceDecoder,
