@@ -7,7 +7,14 @@ from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixtu
 from pyro_recursive.evaluation.draws import Draws
 from pyro_recursive.evaluation.evidence import Evidence, log_marginal
 from pyro_recursive.evaluation.gaps import Gaps, gaps
-from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
+from pyro_recursive.evaluation.importance import (
+    PSIS,
+    ImportanceWeights,
+    effective_sample_size,
+    importance_weights,
+    pareto_k_threshold,
+    psis,
+)
 from pyro_recursive.evaluation.information import (
     ActiveUnits,
     Rate,
@@ -27,7 +34,6 @@ from pyro_recursive.evaluation.plots import (
 )
 from pyro_recursive.evaluation.posterior import posterior_draws
 from pyro_recursive.evaluation.predictions import log_likelihoods, predictive_draws, prior_draws
-from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.evaluation.ranks import Calibration
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits
 from pyro_recursive.evaluation.snr import (

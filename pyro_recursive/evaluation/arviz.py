@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.arviz_labels import Labels, entries_of
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, on_draws
+from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
 from pyro_recursive.evaluation.posterior import Resample, posterior_draws
 from pyro_recursive.evaluation.predictions import (
     log_likelihoods,
@@ -24,7 +25,6 @@ from pyro_recursive.evaluation.predictions import (
     predictive_draws,
     prior_draws,
 )
-from pyro_recursive.evaluation.psis import pareto_k_threshold, psis
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import nesting_of, sites, subsample_sites
 

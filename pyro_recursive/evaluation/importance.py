@@ -1,23 +1,157 @@
 """How good a guide is as a proposal: its importance weights, and a k-hat for each datum."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import runs_in_chunks
-from pyro_recursive.evaluation.psis import PSIS, effective_sample_size, pareto_k_threshold, psis
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import is_delta, own_scale, sites
+
+# A fit needs more than this many weights in the tail, so more than 20 samples in all.
+SMALLEST_TAIL = 4
+# Largest weights that differ by less than this, in nats, have no tail: the rest may be rounding.
+NO_TAIL = 1e-4
+
+
+class PSIS(NamedTuple):
+    """Smoothed weights and their diagnostic, both float64.
+
+    ``log_weights``, ``[S, *batch]`` in nats, are normalised: their logsumexp over S is 0.
+    ``pareto_k``, ``[*batch]``, is k-hat, reliable below `pareto_k_threshold`.
+    """
+
+    log_weights: Tensor
+    pareto_k: Tensor
+
+
+def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
+    """Smooth the largest of S importance weights, and estimate the shape k of their tail.
+
+    The min(S / 5, 3 sqrt(S / relative_ess)) largest weights are replaced by quantiles of a
+    generalised Pareto distribution fitted to them, by ``psislw`` of ArviZ. k-hat is 0 if the tail's
+    weights are equal to 0.01 % (an exact guide), and infinite if S is 20 or less, if the tail has
+    no more than 4 different weights, or if the fit fails; the weights are not smoothed then.
+
+    Args:
+        log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0.
+        relative_ess: effective sample size of the draws before weighting over S, 1 for independent
+            draws.
+
+    Raises:
+        ValueError: log_weights has nan or +inf, or no samples; relative_ess is not positive.
+
+    Source: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> z = torch.randn(4000, 2, dtype=torch.float64)
+    >>> light, heavy = 0.1 * z[:, 0], 2.0 * z[:, 1] ** 2  # the second has no mean: k = 4
+    >>> result = psis(torch.stack([light, heavy], -1))
+    >>> (result.pareto_k < pareto_k_threshold(4000)).tolist()
+    [True, False]
+    """
+    if not 0 < relative_ess < math.inf:
+        raise ValueError(f"relative_ess must be a positive number, got {relative_ess!r}.")
+    raw = _centred(log_weights)
+    columns = raw.reshape(len(raw), -1)
+    smoothed, k = columns.clone(), torch.full_like(columns[0], math.inf)
+    size = math.ceil(min(len(raw) / 5, 3 * (len(raw) / relative_ess) ** 0.5))
+    if size > SMALLEST_TAIL:
+        tail = columns.topk(size + 1, dim=0).values
+        cutoff = tail[-1].clamp_min(math.log(torch.finfo(raw.dtype).tiny))
+        flat = (tail[0] - cutoff < NO_TAIL) & (tail[0] > -math.inf)
+        fitted = ~flat & ((tail > cutoff).sum(0) > SMALLEST_TAIL)
+        rows, shapes = _psislw(columns[:, fitted].T.cpu().numpy(), relative_ess)
+        smoothed[:, fitted] = torch.from_numpy(rows).to(raw).T
+        k[fitted] = torch.from_numpy(shapes).to(raw)
+        k = torch.where(k.isfinite(), k, math.inf).masked_fill(flat, 0.0)
+    normalized = smoothed - smoothed.logsumexp(0).nan_to_num(neginf=0.0)
+    return PSIS(normalized.reshape(raw.shape), k.reshape(raw.shape[1:]))
+
+
+def _psislw(rows: np.ndarray, relative_ess: float) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth each row by ArviZ 0.2x or 1.x, which takes seconds to import; return its k, too."""
+    shapes = np.full(len(rows), np.inf)
+    if not len(rows):
+        return rows, shapes
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        if version("arviz").startswith("0."):
+            import arviz
+
+            return arviz.psislw(rows, relative_ess)
+        from arviz_stats.base import array_stats
+
+        smoothed = rows.copy()
+        for i, row in enumerate(rows):
+            try:
+                smoothed[i], shapes[i] = array_stats.psislw(-row, r_eff=relative_ess)
+            except ValueError:  # fewer than 5 weights in its tail, or all of them equal
+                continue
+    return smoothed, shapes
+
+
+def _centred(log_weights: Tensor) -> Tensor:
+    """Return the weights in float64 with a maximum of 0, checked."""
+    raw = log_weights.detach().double()
+    if raw.dim() < 1 or len(raw) < 1:
+        raise ValueError(f"log_weights must be [S, *batch] with S >= 1, got {tuple(raw.shape)}.")
+    wrong = raw.isnan() | (raw == math.inf)
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"log_weights has {int(wrong.sum())} entries that are nan or +inf, the first at "
+            f"{place}. Use -inf for a weight of 0."
+        )
+    return raw - raw.amax(0).nan_to_num(neginf=0.0)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """Return Kish's effective sample size ``(sum w)^2 / sum w^2``, in samples.
+
+    It is between 1 and S, 0 if all weights are 0, and overlooks parts of the posterior that have no
+    sample.
+
+    Args:
+        log_weights: ``[S, *batch]`` in nats, normalised or not.
+
+    Returns:
+        A ``[*batch]``-dim tensor, float64.
+
+    Raises:
+        ValueError: log_weights has nan or +inf, or no samples.
+
+    >>> import torch
+    >>> round(effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -float("inf")])).item(), 3)
+    3.0
+    """
+    raw = _centred(log_weights)
+    return torch.exp(2 * raw.logsumexp(0) - (2 * raw).logsumexp(0)).nan_to_num(nan=0.0)
+
+
+def pareto_k_threshold(num_samples: int) -> float:
+    """Return the largest reliable k-hat for S samples, ``min(1 - 1 / log10(S), 0.7)``.
+
+    >>> [round(pareto_k_threshold(S), 2) for S in (100, 1000, 5000)]
+    [0.5, 0.67, 0.7]
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+    return 0.0 if num_samples <= 10 else min(1 - 1 / math.log10(num_samples), 0.7)
 
 
 @dataclass(frozen=True)

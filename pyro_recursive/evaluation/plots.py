@@ -13,8 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_recursive.evaluation.gaps import Gaps
-from pyro_recursive.evaluation.importance import ImportanceWeights
-from pyro_recursive.evaluation.psis import pareto_k_threshold
+from pyro_recursive.evaluation.importance import ImportanceWeights, pareto_k_threshold
 from pyro_recursive.evaluation.ranks import (
     Calibration,
     binomial_interval,

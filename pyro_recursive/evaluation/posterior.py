@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, joined, on_draws
 from pyro_recursive.evaluation.evidence import runs_in_chunks
-from pyro_recursive.evaluation.importance import why_scaled
-from pyro_recursive.evaluation.psis import psis
+from pyro_recursive.evaluation.importance import psis, why_scaled
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import half_subsampled
 from pyro_recursive.tracing.densities import densities

@@ -13,8 +13,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive import log_marginal
-from pyro_recursive.evaluation.importance import ImportanceWeights, importance_weights
-from pyro_recursive.evaluation.psis import effective_sample_size, pareto_k_threshold, psis
+from pyro_recursive.evaluation import (
+    ImportanceWeights,
+    effective_sample_size,
+    importance_weights,
+    pareto_k_threshold,
+    psis,
+)
 from tests.models import ROWS, SCALED, Row
 
 INF = math.inf
