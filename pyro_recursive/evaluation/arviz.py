@@ -3,7 +3,7 @@
 Importing this module imports ArviZ, which takes seconds; importing `pyro_recursive` does not.
 """
 
-import importlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,6 @@ with warnings.catch_warnings():
 __all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
 
 OLD = az.__version__.startswith("0.")
-ELPDData: Any = az.ELPDData if OLD else importlib.import_module("arviz_stats.utils").ELPDData
 
 # Attributes of the log-likelihoods and the statistics: sites with a scale of the user's own, and
 # why draws have no weights.
@@ -168,7 +167,7 @@ def _chain_draws(
         if site["name"] not in samples:
             raise ValueError(
                 f"The MCMC run has no draws of latent site '{site['name']}', but of {[*samples]}. "
-                "Draw it with pyro.infer.infer_discrete, and condition the model on it."
+                "Draw it with infer_discrete."
             )
         value = samples[site["name"]].flatten(0, 1)
         padding = (1,) * (nesting + 1 + site["fn"].event_dim - value.dim())
@@ -275,18 +274,19 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     elpd = (without.log_weights + matrix).logsumexp(0)
     everything = psis(correction.expand_as(matrix), relative_ess=reff).log_weights
     p_loo = float(((everything + matrix).logsumexp(0) - elpd).sum())
-    threshold = pareto_k_threshold(len(matrix))
+    threshold, corrected = pareto_k_threshold(len(matrix)), weights is not None
     high = int((without.pareto_k > threshold).sum())
     if high:
-        cause = "the guide is far from the posterior, or " if weights is not None else ""
+        cause = "the guide is far from the posterior, or " if corrected else ""
         warnings.warn(
             f"k-hat is above {threshold:.2f} for {high} of {len(elpd)} data: {cause}these data are "
             "surprising to the model. Their elpd is not reliable.",
             stacklevel=2,
         )
+    variance = elpd.var(correction=0 if OLD else min(1, len(elpd) - 1))
     values = {
         "elpd": float(elpd.sum()),
-        "se": float((len(elpd) * elpd.var(correction=0 if OLD else min(1, len(elpd) - 1))).sqrt()),
+        "se": float((len(elpd) * variance).sqrt()),
         "p": p_loo,
         "n_samples": len(matrix),
         "n_data_points": len(elpd),
@@ -296,10 +296,7 @@ def loo(data: Any, var_name: str | None = None) -> Any:
         "scale": "log",
         "good_k": threshold,
     }
-    if not OLD:
-        return ELPDData(kind="loo", approx_posterior=weights is not None, **values)
-    former = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-    return ELPDData(data=[*values.values()], index=[former.get(name, name) for name in values])
+    return _elpd_data(values, corrected=corrected)
 
 
 def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
@@ -308,8 +305,8 @@ def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
     group = data["log_likelihood"]
     if scaled := group.attrs.get(SCALED):
         raise ValueError(
-            f"The model has a scale of its own at {scaled}, and a tempered posterior has no "
-            "leave-one-out. Use a model without poutine.scale."
+            f"The model has a scale of its own at {scaled}: a tempered posterior has no "
+            "leave-one-out. Drop poutine.scale."
         )
     names = [str(name) for name in group.data_vars]
     if var_name is None and len(names) > 1:
@@ -376,6 +373,22 @@ def _relative_ess(data: Any) -> float:
 
 
 # --- ArviZ 0.2x and 1.x
+
+
+def _elpd_data(values: dict[str, Any], *, corrected: bool) -> Any:
+    """Return the result of LOO as ArviZ's own function returns it in this version."""
+    if OLD:
+        names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+        return az.ELPDData([*values.values()], [names.get(name, name) for name in values])
+    noise = np.random.default_rng(0).normal(size=(1, 100, 2))
+    draws = xr.Dataset({"x": (("chain", "draw", "x_dim"), noise)})
+    data = xr.DataTree.from_dict({"posterior": draws, "log_likelihood": draws})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = az.loo(data, pointwise=True)  # its class and fields differ between releases
+    fields = {field.name for field in dataclasses.fields(result)}
+    values = {**values, "approx_posterior": corrected}
+    return dataclasses.replace(result, **{n: v for n, v in values.items() if n in fields})
 
 
 def container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
