@@ -21,19 +21,13 @@ from pyro_recursive import AmortizedGuide, MAPAGuide
 from pyro_recursive.evaluation import posterior_draws
 from pyro_recursive.evaluation.arviz import az, has_group, loo, mcmc_to_arviz, to_arviz
 from tests.models import ROWS, SCALED, Row, exact_groups, joint_evidence, mask
+from tests.models.small import normal_global, normal_loop, normal_rows, vector_rows
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
 
 
-def mean_model(x: Tensor) -> None:
-    """z ~ N(0, 2), x_i ~ N(z, 1)."""
-    z = pyro.sample("z", dist.Normal(0.0, 2.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
 def posterior_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return location and scale of the posterior of `mean_model`."""
+    """Return location and scale of the posterior of `normal_global`."""
     precision = len(x) + 1 / 4
     return x.sum() / precision, torch.tensor(precision**-0.5)
 
@@ -49,7 +43,7 @@ def shifted_guide(shift: float, width: float) -> Callable:
 
 
 def exact_loo(x: Tensor) -> Tensor:
-    """Return log p(x_i | the others) of `mean_model`, each from the posterior without it."""
+    """Return log p(x_i | the others) of `normal_global`, each from the posterior without it."""
     rows = []
     for i in range(len(x)):
         loc, scale = posterior_of(torch.cat([x[:i], x[i + 1 :]]))
@@ -61,12 +55,6 @@ def pointwise(result: Any) -> Tensor:
     """Return elpd_i of ArviZ's result, by its names in both versions."""
     found = result["loo_i"] if "loo_i" in dir(result) else result.elpd_i
     return torch.from_numpy(np.array(found.values))
-
-
-def local_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def local_guide(x: Tensor) -> None:
@@ -99,16 +87,16 @@ def loo_of(model: Callable, guide: Callable, x: Tensor, var_name: str | None = N
 def test_loo_knows_that_the_guide_is_off(shift: float, width: float) -> None:
     """Within standard errors of the exact value, where ArviZ's own is many of them away."""
     guide, exact = shifted_guide(shift, width), exact_loo(X)
-    mean, error = repeated(lambda: loo_of(mean_model, guide, X))
+    mean, error = repeated(lambda: loo_of(normal_global, guide, X))
     assert ((mean - exact).abs() < 4.5 * error + 0.002).all()  # the ratio's bias is of order 1 / S
     assert error.max() < 0.02
-    data = to_arviz(mean_model, guide, X, num_draws=4000)
+    data = to_arviz(normal_global, guide, X, num_draws=4000)
     uncorrected = pointwise(az.loo(data, pointwise=True))
     assert ((uncorrected - exact).abs() > 6 * error + 0.03).any()
 
 
 def test_loo_of_an_exact_guide_is_that_of_arviz() -> None:
-    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=2000)
+    data = to_arviz(normal_global, shifted_guide(0.0, 1.0), X, num_draws=2000)
     ours, theirs = loo(data), az.loo(data, pointwise=True)
     torch.testing.assert_close(pointwise(ours), pointwise(theirs), rtol=0, atol=1e-6)
     assert type(ours) is type(theirs)
@@ -120,7 +108,7 @@ def test_loo_of_an_exact_guide_is_that_of_arviz() -> None:
 
 def test_loo_of_local_latents_is_the_evidence() -> None:
     exact = dist.Normal(0.0, 2**0.5).log_prob(X)
-    mean, error = repeated(lambda: loo_of(local_model, local_guide, X))
+    mean, error = repeated(lambda: loo_of(normal_rows, local_guide, X))
     assert ((mean - exact).abs() < 4.5 * error + 0.003).all()
     assert error.max() < 0.03
 
@@ -145,22 +133,17 @@ def test_loo_of_groups_leaves_out_one_item() -> None:
 def test_loo_of_a_loop() -> None:
     """The weights of other iterations are multiplied on, and change nothing in expectation."""
 
-    def model(x: Tensor) -> None:
-        for i in pyro.plate("data", 2):
-            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
-            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
-
     def guide(x: Tensor) -> None:
         for i in pyro.plate("data", 2):
             pyro.sample(f"z{i}", dist.Normal(x[i] / 2 + 0.3, 0.8))
 
-    mean, error = repeated(lambda: loo_of(model, guide, X, "x1"))
+    mean, error = repeated(lambda: loo_of(normal_loop, guide, X[:2], "x1"))
     exact = dist.Normal(0.0, 2**0.5).log_prob(X[1])
     assert abs(mean - exact) < 4.5 * error + 0.005
     with pytest.raises(ValueError, match=r"\['x0', 'x1'\]: choose one with var_name="):
-        loo_of(model, guide, X)
+        loo_of(normal_loop, guide, X[:2])
     with pytest.raises(ValueError, match=r"no log-likelihood of 'y'"):
-        loo_of(model, guide, X, "y")
+        loo_of(normal_loop, guide, X[:2], "y")
 
 
 def test_masked_data_are_left_out() -> None:
@@ -184,7 +167,7 @@ def test_effective_parameters_of_a_guide_that_is_off() -> None:
     whole = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(X)
     exact = (whole - exact_loo(X)).sum()
     options = {"num_draws": 2000, "posterior_predictive": False}
-    made = partial(to_arviz, mean_model, shifted_guide(0.2, 1.5), X, **options)
+    made = partial(to_arviz, normal_global, shifted_guide(0.2, 1.5), X, **options)
     mean, error = repeated(lambda: torch.tensor(float(loo(made())["p_loo"])), 10)
     assert abs(mean - exact) < 4.5 * error + 0.005
     assert error < 0.02
@@ -196,24 +179,24 @@ def test_effective_parameters_of_a_guide_that_is_off() -> None:
 
 @pytest.mark.parametrize("scale", [0.1, torch.tensor(10.0)])
 def test_scaled_models_have_no_loo(scale: Any) -> None:
-    programs = [poutine.scale(f, scale) for f in (local_model, local_guide)]
-    with pytest.raises(ValueError, match=r"scale of its own at z, x, and a tempered"):
+    programs = [poutine.scale(f, scale) for f in (normal_rows, local_guide)]
+    with pytest.raises(ValueError, match=r"scale of its own at z, x: a tempered"):
         loo(to_arviz(*programs, X, num_draws=30))
     with pytest.raises(ValueError, match=r"no weights to correct them.*Guide site 'z' has a scale"):
-        loo(to_arviz(local_model, programs[1], X, num_draws=30))
+        loo(to_arviz(normal_rows, programs[1], X, num_draws=30))
     mcmc = Chains({"z": torch.randn(2, 5)})
     with pytest.raises(ValueError, match="scale of its own"):
-        loo(mcmc_to_arviz(mcmc, poutine.scale(mean_model, scale), X))
+        loo(mcmc_to_arviz(mcmc, poutine.scale(normal_global, scale), X))
 
 
 def test_a_hopeless_guide_warns() -> None:
-    data = to_arviz(mean_model, shifted_guide(8.0, 0.1), X)
+    data = to_arviz(normal_global, shifted_guide(8.0, 0.1), X)
     with pytest.warns(UserWarning, match=r"above 0\.67 for 8 of 8 data.*guide is far from"):
         assert loo(data)["warning"]
 
 
 def test_loo_of_what_has_none() -> None:
-    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, log_likelihood=False)
+    data = to_arviz(normal_global, shifted_guide(0.0, 1.0), X, log_likelihood=False)
     with pytest.raises(ValueError, match="needs the group log_likelihood"):
         loo(data)
 
@@ -226,14 +209,9 @@ def test_loo_of_what_has_none() -> None:
         loo(to_arviz(hard_edge, shifted_guide(0.0, 1.0), X))
     rows = X[:, None]
 
-    def rows_model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    points = MAPAGuide(rows_model, nn.Linear(1, 1), rows)
+    points = MAPAGuide(vector_rows, nn.Linear(1, 1), rows)
     with pytest.raises(ValueError, match=r"no weights.*no density"):
-        loo(to_arviz(rows_model, points, rows, num_draws=30))
+        loo(to_arviz(vector_rows, points, rows, num_draws=30))
 
 
 # --- Guides and chains compared
@@ -264,15 +242,15 @@ class Chains:
 def test_draws_of_chains() -> None:
     z = torch.randn(2, 5)
     mcmc = Chains({"z": z}, {"chain 0": [1, 3], "chain 1": [4]})
-    data = mcmc_to_arviz(mcmc, mean_model, X, chunk_size=3)
+    data = mcmc_to_arviz(mcmc, normal_global, X, chunk_size=3)
     np.testing.assert_array_equal(data["posterior"]["z"], z)
     expected = dist.Normal(z[..., None], 1.0).log_prob(X)
     np.testing.assert_allclose(data["log_likelihood"]["x"], expected)
     diverging = data["sample_stats"]["diverging"].values
     assert [tuple(place) for place in np.argwhere(diverging)] == [(0, 1), (0, 3), (1, 4)]
-    assert not has_group(mcmc_to_arviz(Chains({"z": z}), mean_model, X), "sample_stats")
+    assert not has_group(mcmc_to_arviz(Chains({"z": z}), normal_global, X), "sample_stats")
     with pytest.raises(ValueError, match=r"no draws of latent site 'z', but of \['w'\]"):
-        mcmc_to_arviz(Chains({"w": z}), mean_model, X)
+        mcmc_to_arviz(Chains({"w": z}), normal_global, X)
 
 
 @pytest.mark.slow
@@ -312,9 +290,9 @@ def test_chains_have_the_shape_of_guides() -> None:
 
 @pytest.mark.slow
 def test_guides_are_compared_with_chains() -> None:
-    data = mcmc_to_arviz(chain(mean_model, X, 400), mean_model, X)
+    data = mcmc_to_arviz(chain(normal_global, X, 400), normal_global, X)
     guides = {"off": shifted_guide(0.8, 1.2), "exact": shifted_guide(0.0, 1.0)}
-    found = {name: loo(to_arviz(mean_model, guide, X)) for name, guide in guides.items()}
+    found = {name: loo(to_arviz(normal_global, guide, X)) for name, guide in guides.items()}
     table = compared({**found, "nuts": loo(data), "arviz": az.loo(data, pointwise=True)})
     assert set(table.index) == {"off", "exact", "nuts", "arviz"}
     assert float(table["elpd_loo"].max() - table["elpd_loo"].min()) < 0.15
@@ -336,16 +314,16 @@ def test_two_models_are_compared() -> None:
             pyro.sample("x", dist.Normal(3.0, 1.0), obs=x)
 
     guide = shifted_guide(0.3, 1.1)
-    found = {m.__name__: loo(to_arviz(m, guide, X)) for m in (far, mean_model)}
-    assert list(compared(found).index) == ["mean_model", "far"]
+    found = {m.__name__: loo(to_arviz(m, guide, X)) for m in (far, normal_global)}
+    assert list(compared(found).index) == ["normal_global", "far"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:num_chains=2 is more than")
 def test_several_chains() -> None:
     """Their efficiency comes from ArviZ, as in its own LOO."""
-    mcmc = chain(mean_model, X, 150, chains=2)
-    data = mcmc_to_arviz(mcmc, mean_model, X)
+    mcmc = chain(normal_global, X, 150, chains=2)
+    data = mcmc_to_arviz(mcmc, normal_global, X)
     assert dict(data["log_likelihood"]["x"].sizes) == {"chain": 2, "draw": 150, "data": 8}
     np.testing.assert_array_equal(
         data["posterior"]["z"], mcmc.get_samples(group_by_chain=True)["z"]
@@ -493,21 +471,21 @@ def test_one_minibatch_of_global_latents() -> None:
 )
 def test_names_that_name_nothing(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=3, **options)
+        to_arviz(normal_global, shifted_guide(0.0, 1.0), X, num_draws=3, **options)
     with pytest.raises(ValueError, match=message):
-        mcmc_to_arviz(Chains({"z": torch.randn(1, 5)}), mean_model, X, **options)
+        mcmc_to_arviz(Chains({"z": torch.randn(1, 5)}), normal_global, X, **options)
 
 
 def test_resampled_draws_have_no_weights_left() -> None:
     guide = shifted_guide(0.8, 1.4)
-    data = to_arviz(mean_model, guide, X, num_draws=4000, num_proposals=40_000, resample="psis")
+    data = to_arviz(normal_global, guide, X, num_draws=4000, num_proposals=40_000, resample="psis")
     assert "log_weight" not in data["sample_stats"] and "log_p" in data["sample_stats"]
     assert float(abs(loo(data)["elpd_loo"] - exact_loo(X).sum())) < 0.1
 
 
 def test_groups_can_be_left_out() -> None:
     options = {"posterior_predictive": False, "log_likelihood": False, "num_draws": 3}
-    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, **options)
+    data = to_arviz(normal_global, shifted_guide(0.0, 1.0), X, **options)
     groups = ("posterior", "sample_stats", "observed_data")
     assert all(has_group(data, group) for group in groups)
     assert not any(
@@ -517,7 +495,7 @@ def test_groups_can_be_left_out() -> None:
 
 
 def test_objects_are_saved(tmp_path: Path) -> None:
-    data = to_arviz(mean_model, shifted_guide(0.0, 1.0), X, num_draws=5)
+    data = to_arviz(normal_global, shifted_guide(0.0, 1.0), X, num_draws=5)
     data.to_netcdf(str(tmp_path / "draws.nc"))
     again = az.from_netcdf(str(tmp_path / "draws.nc"))
     np.testing.assert_array_equal(again["posterior"]["z"], data["posterior"]["z"])

@@ -31,9 +31,11 @@ from pyro_recursive.evaluation import (
 )
 from pyro_recursive.evaluation.posterior import resampled_index
 from pyro_recursive.mapa import EncodedCodes
+from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.sites import is_delta, sites, subsample_scale
 from tests import models
 from tests.models import ROWS, SCALED, Row
+from tests.models.small import normal_global, normal_loop, normal_rows, vector_rows
 
 QUICK = {
     "no_plate", "far_dim", "explicit_subsample", "obs_mask", "events", "deterministic", "factor",
@@ -58,41 +60,26 @@ def made(row: Row) -> tuple[Callable, Callable, tuple]:
 
 def single_run(model: Callable, args: tuple, draws: Draws, number: int) -> poutine.Trace:
     """Run the model on the values of one draw, which are found by their names."""
-
-    def value_at(msg: dict) -> None:
-        if msg["type"] == "sample" and msg["name"] in draws.minibatch.nodes:
-            return draws.minibatch.nodes[msg["name"]]["value"]
-        drawn = draws.sites.get(msg["name"])
-        if drawn is None or drawn.kind != "latent":
-            return None
+    values = {name: site["value"] for name, site in draws.minibatch.nodes.items()}
+    for name, drawn in draws.of_kind("latent").items():
         dims = {frame.dim: frame.size for frame in drawn.frames}
         batch = [dims.get(dim, 1) for dim in range(min(dims, default=0), 0)]
-        return drawn.value[number].reshape((*batch, *drawn.event_shape))
-
-    class Given(poutine.messenger.Messenger):
-        def _pyro_sample(self, msg: Any) -> None:
-            value = value_at(msg)
-            if value is not None and not msg["is_observed"]:
-                msg["value"], msg["done"] = value, True
-
-    with Given():
+        values[name] = drawn.value[number].reshape((*batch, *drawn.event_shape))
+    with SubstituteByName(values):
         trace = poutine.trace(model).get_trace(*args)
     trace.compute_log_prob()
     return trace
 
 
-def scale_of(model_site: dict, plates: tuple[str, ...]) -> float:
-    """Return the subsample scale of the shared plates."""
-    frames = [f for f in model_site["cond_indep_stack"] if f.name in plates]
-    return math.prod(subsample_scale(frame) for frame in frames)
-
-
 def check_draw(model: Callable, args: tuple, draws: Draws, number: int) -> None:
     trace = single_run(model, args, draws, number)
-    with torch.no_grad():
-        total = sum(site["log_prob"].sum() / scale_of(site, draws.plates) for site in sites(trace))
+    total = torch.zeros(())
+    for site in sites(trace):
+        shared = [frame for frame in site["cond_indep_stack"] if frame.name in draws.plates]
+        scale = math.prod(subsample_scale(frame) for frame in shared)
+        total = total + site["log_prob"].sum().detach() / scale
     if draws.log_p is not None:
-        torch.testing.assert_close(torch.as_tensor(total), draws.log_p[number].sum())
+        torch.testing.assert_close(total, draws.log_p[number].sum())
     for name, drawn in draws.of_kind("computed").items():
         expected = trace.nodes[name]["value"]
         torch.testing.assert_close(drawn.value[number], expected.reshape(drawn.value[0].shape))
@@ -105,15 +92,10 @@ def check_likelihood(model: Callable, args: tuple, draws: Draws, found: Draws, n
     for site in seen:
         drawn = found.sites[site["name"]]
         missing = drawn.value[number].isnan()
-        masked = poutine.trace(poutine.mask(model, mask=True)) and site["mask"]
-        if masked is not None and masked is not False:
-            assert missing.any() == (not torch.as_tensor(masked).all())
-        expected = (
-            site["fn"]
-            .log_prob(site["value"])
-            .expand(torch.broadcast_shapes(site["fn"].batch_shape, site["log_prob"].shape))
-        )
-        expected = expected.reshape(missing.shape)
+        if site["mask"] is not None and site["mask"] is not False:
+            assert missing.any() == (not torch.as_tensor(site["mask"]).all())
+        shape = torch.broadcast_shapes(site["fn"].batch_shape, site["log_prob"].shape)
+        expected = site["fn"].log_prob(site["value"]).expand(shape).reshape(missing.shape)
         torch.testing.assert_close(drawn.value[number][~missing], expected[~missing])
 
 
@@ -176,21 +158,9 @@ def test_simulated_data_have_the_shape_of_the_data(row: Row, vectorize: bool) ->
 # --- Conjugate models
 
 
-def normal_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
 def wide_guide(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(0.2 + 0 * x, 1.3))
-
-
-def mean_model(x: Tensor) -> None:
-    z = pyro.sample("z", dist.Normal(0.0, 2.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def mean_guide(x: Tensor) -> None:
@@ -203,8 +173,8 @@ def test_resampled_draws_are_those_of_the_posterior(resample: str) -> None:
     x = torch.tensor([1.5, -0.5, 0.0])
     options = {"num_draws": 4000, "num_proposals": 60_000, "resample": resample}
     for model, guide, mean, variance in (
-        (normal_model, wide_guide, x / 2, torch.tensor(0.5)),
-        (mean_model, mean_guide, x.sum() / 3.25, torch.tensor(1 / 3.25)),
+        (normal_rows, wide_guide, x / 2, torch.tensor(0.5)),
+        (normal_global, mean_guide, x.sum() / 3.25, torch.tensor(1 / 3.25)),
     ):
         z = posterior_draws(model, guide, x, **options)["z"]
         error = (variance / 4000) ** 0.5
@@ -213,7 +183,7 @@ def test_resampled_draws_are_those_of_the_posterior(resample: str) -> None:
 
 
 def test_rows_choose_on_their_own() -> None:
-    draws = posterior_draws(normal_model, wide_guide, torch.zeros(400), num_draws=50)
+    draws = posterior_draws(normal_rows, wide_guide, torch.zeros(400), num_draws=50)
     index = resampled_index(draws.log_weights, 1000, draws.plates, smooth=False)
     assert index.shape == (1000, 400)
     agree = (index[:, 0] == index[:, 1]).double().mean()
@@ -240,10 +210,10 @@ def test_proposals_without_weight_are_refused() -> None:
 def test_predictive_distribution() -> None:
     """x' ~ N(m, v + 1) in each case; data of another size for a global latent."""
     x = torch.tensor([1.5, -0.5, 0.0])
-    exact = partial(posterior_draws, mean_model, num_draws=20_000)
+    exact = partial(posterior_draws, normal_global, num_draws=20_000)
     draws = exact(lambda x: pyro.sample("z", dist.Normal(x.sum() / 3.25, 3.25**-0.5)), x)
     for data in (x, torch.zeros(7)):
-        new = predictive_draws(mean_model, draws, data)["x"]
+        new = predictive_draws(normal_global, draws, data)["x"]
         assert new.shape == (20_000, len(data))
         variance = 1 + 1 / 3.25
         assert ((new.mean(0) - x.sum() / 3.25).abs() < 4.5 * (variance / 20_000) ** 0.5).all()
@@ -253,7 +223,7 @@ def test_predictive_distribution() -> None:
 
 
 def test_prior_predictive_distribution() -> None:
-    draws = prior_draws(mean_model, torch.zeros(2), num_draws=20_000)
+    draws = prior_draws(normal_global, torch.zeros(2), num_draws=20_000)
     joint = torch.cat([draws["z"][:, None], draws["x"]], 1)
     exact = torch.full((3, 3), 4.0)
     exact[1, 1] = exact[2, 2] = 5.0
@@ -348,18 +318,13 @@ def test_computed_values_of_any_shape(vectorize: bool) -> None:
 def test_sequential_plates_choose_their_own_cell() -> None:
     """Two columns of a loop, one with a guide that is right: its draws stay, the other's move."""
 
-    def model(x: Tensor) -> None:
-        for i in pyro.plate("data", 2):
-            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
-            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
-
     def guide(x: Tensor) -> None:
         for i in pyro.plate("data", 2):
             pyro.sample(f"z{i}", dist.Normal(x[i] / 2 + i, 0.5**0.5))
 
     x = torch.tensor([0.4, -1.0])
     options = {"num_draws": 2000, "num_proposals": 40_000, "resample": "plain"}
-    draws = posterior_draws(model, guide, x, **options)
+    draws = posterior_draws(normal_loop, guide, x, **options)
     for i in range(2):
         assert abs(draws[f"z{i}"].mean() - x[i] / 2) < 0.08
 
@@ -367,10 +332,7 @@ def test_sequential_plates_choose_their_own_cell() -> None:
 # --- This package's guides
 
 
-def rows_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+rows_model = partial(vector_rows, noise=0.5)
 
 
 def amortized() -> AmortizedGuide:
@@ -432,7 +394,7 @@ def test_scales_are_told_apart_from_those_of_subsamples() -> None:
     x = torch.zeros(7)
     draws = posterior_draws(scaled_data, wide_guide, x, num_draws=3)
     assert log_likelihoods(scaled_data, draws, x).scaled == ("x",)
-    prior = poutine.scale(normal_model, 0.2)
+    prior = poutine.scale(normal_rows, 0.2)
     assert log_likelihoods(prior, draws, x).scaled == ("z", "x")
     for count in range(1, 8):  # 7 / 3, say, is no number of floats
 
@@ -481,15 +443,15 @@ def test_draws_need_no_full_data() -> None:
 
 
 def test_draws_of_other_data_are_refused() -> None:
-    draws = posterior_draws(normal_model, wide_guide, torch.zeros(3), num_draws=5)
+    draws = posterior_draws(normal_rows, wide_guide, torch.zeros(3), num_draws=5)
     with pytest.raises(ValueError, match=r"'z' was drawn in plate 'data' of 3 entries; .*has 4"):
-        predictive_draws(normal_model, draws, torch.zeros(4))
+        predictive_draws(normal_rows, draws, torch.zeros(4))
     with pytest.raises(ValueError, match=r"no draws of the latent sites \['z'\]"):
-        log_likelihoods(normal_model, Draws({}, 5), torch.zeros(3))
+        log_likelihoods(normal_rows, Draws({}, 5), torch.zeros(3))
     with pytest.raises(KeyError, match=r"no draws of site 'y', only of \['z'\]"):
         draws["y"]
     with pytest.raises(ValueError, match="Only posterior draws have"):
-        predictive_draws(normal_model, draws, torch.zeros(3)).log_weights  # noqa: B018
+        predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -505,7 +467,7 @@ def test_draws_of_other_data_are_refused() -> None:
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        posterior_draws(normal_model, wide_guide, torch.zeros(2), **options)
+        posterior_draws(normal_rows, wide_guide, torch.zeros(2), **options)
 
 
 def mixing_model(x: Tensor) -> None:

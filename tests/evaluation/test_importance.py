@@ -1,6 +1,8 @@
-"""Pareto-smoothed importance sampling beside ArviZ's, and the weights of models and guides."""
+"""The adapter of ArviZ's Pareto smoothing, and the weights of models and guides."""
 
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable
 
@@ -21,6 +23,7 @@ from pyro_recursive.evaluation import (
     psis,
 )
 from tests.models import ROWS, SCALED, Row
+from tests.models.small import normal_rows
 
 INF = math.inf
 
@@ -38,32 +41,48 @@ TAILS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def arviz_psis(log_weights: Tensor, relative_ess: float) -> tuple[Tensor, Tensor]:
-    """Return ArviZ's smoothed weights and k-hat, with nan, which it has for failures, as inf."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        import arviz
-
-        smoothed, k = arviz.psislw(log_weights.movedim(0, -1).numpy().copy(), relative_ess)
-    k = torch.as_tensor(np.asarray(k))
-    return torch.as_tensor(smoothed).movedim(-1, 0), torch.where(k.isnan(), INF, k)
-
-
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(
     ("count", "relative_ess"),
     [(2, 1.0), (20, 1.0), (21, 0.3), (100, 0.3), (1000, 1.0), (1000, 3.0)],
 )
-def test_numbers_are_those_of_arviz(tail: str, count: int, relative_ess: float) -> None:
-    """Of ties, which get different quantiles in either order, the sorted weights."""
+def test_columns_are_those_of_arviz(tail: str, count: int, relative_ess: float) -> None:
+    """For any batch; a failed fit has an infinite k-hat, nan in ArviZ."""
     log_weights = TAILS[tail](torch.randn(count, 2, 3))
     log_weights[0, log_weights.amax(0) == -INF] = 0.0
     found = psis(log_weights, relative_ess=relative_ess)
-    smoothed, k = arviz_psis(log_weights, relative_ess)
-    torch.testing.assert_close(found.pareto_k, k, rtol=1e-9, atol=1e-8)
-    order = (lambda w: w.sort(0).values) if tail == "ties" else (lambda w: w)
-    torch.testing.assert_close(order(found.log_weights), order(smoothed), rtol=0, atol=1e-8)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        import arviz
+
+        smoothed, k = arviz.psislw(log_weights.movedim(0, -1).numpy(), relative_ess)
+    k = torch.as_tensor(np.asarray(k)).nan_to_num(nan=INF, posinf=INF)
+    torch.testing.assert_close(found.pareto_k, k)
+    torch.testing.assert_close(found.log_weights, torch.as_tensor(smoothed).movedim(-1, 0))
     torch.testing.assert_close(found.log_weights.logsumexp(0), torch.zeros(2, 3))
+
+
+def test_arviz_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its psislw takes log-likelihoods, one column at a time, and refuses short or equal tails."""
+
+    class ArrayStats:
+        @staticmethod
+        def psislw(log_likelihood: np.ndarray, r_eff: float) -> tuple[np.ndarray, float]:
+            if log_likelihood[0] == 0:
+                raise ValueError("n_draws_tail must be at least 5")
+            return -2 * log_likelihood, r_eff
+
+    base = types.SimpleNamespace(array_stats=ArrayStats)
+    monkeypatch.setitem(sys.modules, "arviz_stats", types.ModuleType("arviz_stats"))
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", base)
+    monkeypatch.setattr("pyro_recursive.evaluation.importance.version", lambda name: "1.2.0")
+    log_weights = -torch.rand(100, 3)
+    log_weights[0] = torch.tensor([0.0, -1.0, -1.0])
+    log_weights[1, 1:] = 0.0
+    found = psis(log_weights, relative_ess=0.5)
+    assert found.pareto_k.tolist() == [INF, 0.5, 0.5]
+    expected = torch.cat([log_weights[:, :1], 2 * log_weights[:, 1:]], 1).log_softmax(0)
+    torch.testing.assert_close(found.log_weights, expected)
 
 
 @pytest.mark.parametrize("k", [-0.5, 0.0, 0.3, 0.6, 1.2])
@@ -165,12 +184,6 @@ def test_weights_of_any_model(row: Row) -> None:
     torch.testing.assert_close(found.ess, expected.ess)
 
 
-def model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
 def guide_with(scale: Tensor) -> Callable:
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -183,7 +196,7 @@ def test_too_narrow_rows_are_told() -> None:
     """For normals of variance v and q, the weights w = p / q have k = 1 - q / v in the limit."""
     x = torch.linspace(-1.0, 2.0, 6)
     scale = torch.tensor([0.5**0.5, 0.8, 0.1, 1.0, 0.15, 0.5**0.5])
-    found = importance_weights(model, guide_with(scale), x, num_particles=4000)
+    found = importance_weights(normal_rows, guide_with(scale), x, num_particles=4000)
     high = found.pareto_k > found.threshold
     assert high.tolist() == [False, False, True, False, True, False]
     assert found.pareto_k[0] == found.pareto_k[5] == 0.0
@@ -198,7 +211,7 @@ def test_too_narrow_rows_are_told() -> None:
 
 def test_joint_weights_are_worse() -> None:
     x = torch.linspace(-1.0, 2.0, 40)
-    found = importance_weights(model, guide_with(torch.tensor(0.6)), x, num_particles=2000)
+    found = importance_weights(normal_rows, guide_with(torch.tensor(0.6)), x, num_particles=2000)
     joint = found.joint()
     assert joint.log_weights.shape == (2000,) and joint.plates == ()
     torch.testing.assert_close(joint.log_weights, found.log_weights.sum(1))
@@ -206,44 +219,38 @@ def test_joint_weights_are_worse() -> None:
     assert joint.ess < found.ess.min()
     assert "one joint weight" in str(joint)
     assert f"k-hat: {joint.pareto_k:.2f}, above 0.70 (not to be trusted)." in str(joint)
+    assert torch.equal(joint.joint().log_weights, joint.log_weights)
 
 
 def test_minibatches_are_joined() -> None:
     x, guide = torch.linspace(-1.0, 2.0, 5), guide_with(torch.tensor(0.6))
-    parts = [importance_weights(model, guide, rows, num_particles=30) for rows in x.split(3)]
+    parts = [importance_weights(normal_rows, guide, rows, num_particles=30) for rows in x.split(3)]
     joined = ImportanceWeights.join(parts)
     assert joined.log_weights.shape == (30, 5) and joined.plates == ("data",)
-    with pytest.raises(ValueError, match="same plates"):
-        ImportanceWeights.join([joined, importance_weights(model, guide, x, num_particles=31)])
-    with pytest.raises(ValueError, match="same plates"):
-        ImportanceWeights.join([joined.joint()])
-
-
-def test_minibatches_of_a_plate_that_is_not_the_leftmost() -> None:
+    other = importance_weights(normal_rows, guide, x, num_particles=31)
+    for wrong in ([joined, other], [joined.joint()]):
+        with pytest.raises(ValueError, match="same plates"):
+            ImportanceWeights.join(wrong)
     first, second = torch.randn(30, 3, 4), torch.randn(30, 3, 2)
     parts = [ImportanceWeights(each, ("cols", "data")) for each in (first, second)]
     joined = ImportanceWeights.join(parts, plate="data")
     assert torch.equal(joined.log_weights, torch.cat([first, second], 2))
-    with pytest.raises(ValueError, match=r"plate= is needed, of \['cols', 'data'\]"):
-        ImportanceWeights.join(parts)
-    with pytest.raises(ValueError, match="there is no plate 'rows'"):
-        ImportanceWeights.join(parts, plate="rows")
-    with pytest.raises(ValueError, match=r"along plate 'cols' must have the same other dims"):
-        ImportanceWeights.join(parts, plate="cols")
-
-
-def test_a_joint_weight_is_its_own() -> None:
-    weights = torch.randn(50)
-    assert torch.equal(ImportanceWeights(weights).joint().log_weights, weights)
+    for plate, message in {
+        None: r"plate= is needed, of \['cols', 'data'\]",
+        "rows": "there is no plate 'rows'",
+        "cols": "along plate 'cols' must have the same other dims",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ImportanceWeights.join(parts, plate=plate)
 
 
 def test_a_scale_of_the_guide_is_refused() -> None:
     """Draws come from q, and log q would be 0.1 log q: k-hat was "good" for any guide."""
-    scaled = [poutine.scale(f, 0.1) for f in (model, guide_with(torch.tensor(0.05)))]
+    scaled = [poutine.scale(f, 0.1) for f in (normal_rows, guide_with(torch.tensor(0.05)))]
     with pytest.raises(ValueError, match=r"'z' has a scale of its own.*Take the scale off"):
         importance_weights(*scaled, torch.zeros(3))
     ones = poutine.scale(guide_with(torch.tensor(0.5**0.5)), torch.ones(()))
-    assert importance_weights(model, ones, torch.zeros(3)).pareto_k.max() == 0
+    assert importance_weights(normal_rows, ones, torch.zeros(3)).pareto_k.max() == 0
 
 
 def test_a_scale_of_the_model_is_part_of_its_density() -> None:
@@ -282,13 +289,8 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
 @pytest.mark.parametrize("name", ["num_particles", "chunk_size"])
 @pytest.mark.parametrize("number", [0, 2.5, "3", True])
 def test_counts(name: str, number: object) -> None:
+    programs = normal_rows, guide_with(torch.tensor(1.0)), torch.zeros(2)
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
-        importance_weights(model, guide_with(torch.tensor(1.0)), torch.zeros(2), **{name: number})
-
-
-def test_counts_of_numpy() -> None:
-    count, size = np.int64(7), np.int32(3)
-    found = importance_weights(
-        model, guide_with(torch.tensor(1.0)), torch.zeros(2), num_particles=count, chunk_size=size
-    )
-    assert found.log_weights.shape == (7, 2)
+        importance_weights(*programs, **{name: number})
+    counts = {"num_particles": np.int64(7), "chunk_size": np.int32(3)}
+    assert importance_weights(*programs, **counts).log_weights.shape == (7, 2)
