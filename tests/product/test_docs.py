@@ -12,14 +12,26 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "repos
 REFERENCE = "\n".join(path.read_text() for path in sorted((DOCS / "api").glob("*.rst")))
 
 
-def names_of(module: str) -> list[str]:
-    """Return a module's ``__all__``, read and not imported: some take seconds."""
+def syntax(module: str) -> ast.Module:
+    """Return a module's syntax tree, without importing it: some imports take seconds."""
     path = DOCS.parent.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    for node in ast.parse(path.read_text()).body:
+    return ast.parse(path.read_text())
+
+
+def names_of(module: str) -> list[str]:
+    """Return a module's ``__all__``."""
+    for node in syntax(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     return []
+
+
+def members_of(module: str) -> list[str]:
+    """Return the names that a module exports, or without ``__all__`` what it defines in public."""
+    definitions = (ast.ClassDef, ast.FunctionDef)
+    defined = [node.name for node in syntax(module).body if isinstance(node, definitions)]
+    return names_of(module) or [name for name in defined if not name.startswith("_")]
 
 
 FACES = ["pyro_recursive"] + [
@@ -39,7 +51,7 @@ def documented() -> set[str]:
         if named and named[1]:
             found |= set(named[1].split(", "))
         elif named:
-            found |= set(names_of(module))
+            found |= set(members_of(module))
         found.add(module.rsplit(".", 1)[-1])
     return found
 
