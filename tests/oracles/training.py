@@ -209,3 +209,42 @@ def interrupt_at(call: int) -> Callable:
         return noisy(*batch)
 
     return transform
+
+
+# --- Models whose plates state the size of the data, or of a batch
+
+
+def few_rows(rows: int = 7) -> Tensor:
+    return torch.linspace(-1.0, 3.0, rows).cos() * 2
+
+
+def known_size(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("data", 7, subsample=x):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def rows_of_batch(x: Tensor) -> None:
+    """A global latent, and a plate that is the batch: a mean of losses would be wrong."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("four", 4):  # as large as a share of the first batch
+        w = pyro.sample("w", dist.Normal(mean, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean + w.sum(), 1.0), obs=x)
+
+
+def loop_over_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
+
+
+def prior_factor(x: Tensor) -> None:
+    """A density outside the rows that is none of them: each process has it whole."""
+    rows_of_batch(x)
+    pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
+
+
+def factor_of_rows(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.factor("all", dist.Normal(mean, 1.0).log_prob(x).sum())

@@ -23,7 +23,6 @@ from pyro_recursive.evaluation.information import mutual_information
 from pyro_recursive.training import Aggressive, History, NonFiniteError, fit
 from pyro_recursive.training import aggressive as module
 from pyro_recursive.training.aggressive import Blocks
-from pyro_recursive.training.data import Minibatches
 from tests.oracles import training as ordinary
 from tests.oracles.bitwise import same
 from tests.oracles.training import interrupt_at, outcome, run, store
@@ -387,16 +386,6 @@ def test_fresh_minibatches_leave_the_order_of_the_data_alone() -> None:
     assert len(set(kept)) == 10  # a pass has each row once
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "sizes"), [(5, [5, 5]), (12, [12]), (20, [12]), (4, [4] * 3)]
-)
-def test_even_minibatches(batch_size: int, sizes: list[int]) -> None:
-    batches = Minibatches(rows(), batch_size, shuffle=False).again()
-    assert [len(x) for (x,) in batches] == sizes
-    assert batches.count == len(sizes)
-    assert batches.generators
-
-
 def loader(**options: Any) -> dict[str, Any]:
     data = DataLoader(TensorDataset(rows()), 4, **options)
     return {**linear(), "data": data, "batch_size": None}
@@ -421,22 +410,6 @@ def test_a_loader_is_read_by_a_second_iterator() -> None:
 def test_workers_that_persist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"workers of DataLoader data persist.*=False"):
         train(partial(loader, num_workers=1, persistent_workers=True))
-
-
-def test_validation_rows() -> None:
-    x, y = torch.arange(10.0), torch.arange(10)
-    held_out = Minibatches((x, y), 3, shuffle=False)
-    first = held_out.choose(4)
-    assert same(first, held_out.choose(4))
-    assert torch.equal(first[0].long(), first[1])
-    assert len(set(first[1].tolist())) == 4
-    assert same(held_out.choose(99), (x, y))
-    batches = Minibatches(DataLoader(TensorDataset(x, y), 3))
-    assert same(batches.choose(4), (x[:4], y[:4]))
-    assert same(batches.choose(99), (x, y))
-    listed = Minibatches(DataLoader([(torch.ones(2), "a")], 1))
-    with pytest.raises(ValueError, match=r"batches of data hold a (tuple|list|str) without"):
-        listed.choose(2)
 
 
 # --- Interrupted and resumed
@@ -497,15 +470,6 @@ def epochs_done(path: Path) -> int:
     from pyro_recursive.training.checkpoint import load
 
     return len(load(path)["history"]["epoch"]) if path.exists() else 0
-
-
-def test_a_checkpoint_from_before_can_be_read() -> None:
-    old = {"epoch": [1, 2], "loss": [2.0, 1.0], "steps": [3, 6]}
-    history = History.restored(old)
-    assert history.aggressive == [False, False]
-    assert history.guide_steps == [0, 0]
-    assert history.mutual_information == [None, None]
-    assert History.restored(asdict(history)) == history
 
 
 # --- Warm-up, NaN

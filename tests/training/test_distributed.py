@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -34,51 +34,27 @@ from pyro_recursive import (
 )
 from pyro_recursive.evaluation.parallel import ProcessGroup, evaluate_in_parallel
 from pyro_recursive.training import Aggressive, CheckpointError, fit
-from pyro_recursive.training.row_plates import Share, row_plates
 from tests.oracles.bitwise import same
+from tests.oracles.training import (
+    factor_of_rows,
+    few_rows,
+    known_size,
+    loop_over_rows,
+    prior_factor,
+    rows_of_batch,
+)
 
 WORLD = 2
 PATIENCE = 60  # seconds that a process waits for the others before it fails
 sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.5)
 
 
-def data(rows: int = 7) -> Tensor:
-    return torch.linspace(-1.0, 3.0, rows).cos() * 2
-
-
 # --- Programs without noise: the whole batch's gradient is known
-
-
-def known_size(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    with pyro.plate("data", 7, subsample=x):
-        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-
-def rows_of_batch(x: Tensor) -> None:
-    """A global latent, and a plate that is the batch: a mean of losses would be wrong."""
-    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    with pyro.plate("four", 4):  # as large as a share of the first batch
-        w = pyro.sample("w", dist.Normal(mean, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mean + w.sum(), 1.0), obs=x)
-
-
-def loop_over_rows(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    for i in pyro.plate("data", len(x)):
-        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
 
 
 def own_constant_scale(x: Tensor) -> None:
     with poutine.scale(scale=0.1):
         known_size(x)
-
-
-def prior_factor(x: Tensor) -> None:
-    """A density outside the rows that is none of them: each process has it whole."""
-    rows_of_batch(x)
-    pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
 
 
 class Given(dist.Normal):
@@ -121,13 +97,13 @@ class VAE(nn.Module):
 def vae_with_noise() -> dict[str, Any]:
     torch.manual_seed(3)
     vae, noise = VAE(), torch.randn(7, 5)
-    program = {"model": vae.model, "guide": vae.guide, "data": (data(), noise)}
+    program = {"model": vae.model, "guide": vae.guide, "data": (few_rows(), noise)}
     return {**program, "loss": IWAE_ELBO(5)}
 
 
 def point(model: Callable) -> dict[str, Any]:
     guide = AutoDelta(model, init_loc_fn=lambda site: torch.full(site["fn"].shape(), 0.3))
-    return {"model": model, "guide": guide, "data": data(), "loss": Trace_ELBO()}
+    return {"model": model, "guide": guide, "data": few_rows(), "loss": Trace_ELBO()}
 
 
 NOISELESS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -142,7 +118,7 @@ NOISELESS: dict[str, Callable[[], dict[str, Any]]] = {
     "in order": lambda: {**point(known_size), "shuffle": False, "batch_size": 3},
     "clipped": lambda: {**vae_with_noise(), "clip_norm": 0.1, "optimizer": sgd},
     "warm-up": lambda: {**vae_with_noise(), "kl_warmup": 3},
-    "early": lambda: {**point(known_size), "validation": data(5) + 1, "patience": 1},
+    "early": lambda: {**point(known_size), "validation": few_rows(5) + 1, "patience": 1},
 }  # fmt: skip
 
 
@@ -276,14 +252,9 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def nan_row() -> dict[str, Any]:
-    x = data()
+    x = few_rows()
     x[3] = torch.nan  # of the first batch in order, 5 rows, the last but one
     return {**point(known_size), "data": x, "shuffle": False}
-
-
-def factor_of_rows(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    pyro.factor("all", dist.Normal(mean, 1.0).log_prob(x).sum())
 
 
 def bug_in(rank: int) -> dict[str, Any]:
@@ -445,7 +416,7 @@ def states_and_draws() -> dict[str, Any]:
         draws.append(torch.rand(()).item())
         return x
 
-    program = {**point(known_size), "guide": guide, "data": data(6), "transform": draw}
+    program = {**point(known_size), "guide": guide, "data": few_rows(6), "transform": draw}
     run(lambda: program, batch_size=2, epochs=1)
     return {"states": guide.seen[-3:], "draws": draws}
 
@@ -506,7 +477,7 @@ def test_what_the_programs_did(found: Any) -> None:
 @pytest.mark.slow
 def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
     """Its loss and its gradient are those of 4 of 7 rows at 0.3; the other has 3 at 1.3."""
-    x, start = data()[:4], torch.tensor(0.3)
+    x, start = few_rows()[:4], torch.tensor(0.3)
     prior, likelihood = dist.Normal(0.0, 0.5), dist.Normal(start, 1.0)
     loss = -prior.log_prob(start) - 7 / 4 * likelihood.log_prob(x).sum()
     gradient = start / 0.25 + 7 / 4 * (start - x).sum()
@@ -575,171 +546,6 @@ def test_shares_are_all_rows_in_order() -> None:
             parts = [range(rows)[ProcessGroup(rank, count).share(rows)] for rank in range(count)]
             assert [row for part in parts for row in part] == list(range(rows))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize("model", [known_size, rows_of_batch, loop_over_rows])
-def test_plates_of_the_rows(model: Callable) -> None:
-    expected = set() if model is known_size else {"data"}
-    for rows in (1, 2, 4):
-        assert row_plates(model, AutoNormal(model), (data(rows),)) == expected
-
-
-def subsample(x: Tensor) -> None:
-    with pyro.plate("data", len(x), subsample_size=2) as index:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[index])
-
-
-def test_a_plate_that_draws_its_own_rows_follows_them() -> None:
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x), subsample_size=2):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    assert row_plates(subsample, guide, (data(6),)) == {"data"}
-    with poutine.trace() as traced, Share({"data"}, rows=6, total=12):
-        subsample(data(6))
-    assert traced.trace.nodes["x"]["scale"] == 6.0
-    assert traced.trace.nodes["x"]["cond_indep_stack"][0].full_size == 12
-
-
-def test_a_share_leaves_other_plates_alone() -> None:
-    with poutine.trace() as traced, Share({"data"}, rows=4, total=8):
-        rows_of_batch(data(4))
-    with Share({"data"}, rows=3, total=8):
-        known_size_again = poutine.trace(known_size).get_trace(data(4))
-    nodes = traced.trace.nodes
-    assert [nodes[name]["scale"] for name in ("mean", "w", "x")] == [1.0, 1.0, 2.0]
-    assert known_size_again.nodes["x"]["scale"] == 7 / 4
-
-
-def in_no_plate(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    pyro.sample("x", dist.Normal(mean, 1.0).expand([len(x)]).to_event(1), obs=x)
-
-
-def mean_over_rows(x: Tensor) -> None:
-    with poutine.scale(scale=1 / len(x)):
-        rows_of_batch(x)
-
-
-def latent_rows(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def rows_of_guide_stay(x: Tensor) -> None:
-    with pyro.plate("data", 4):
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-
-def four_rows(x: Tensor) -> None:
-    for i in pyro.plate("data", 4):
-        pyro.sample(f"x{i}", dist.Normal(0.0, 1.0), obs=x[i])
-
-
-def statistics(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    pyro.sample("average", dist.Normal(mean, len(x) ** -0.5), obs=x.mean())
-
-
-def prior_of_rows(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(x.mean(), 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-
-def loop_without_plate(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    for i, row in enumerate(x):
-        pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=row)
-
-
-def two_for_each_row(x: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("twice", 2 * len(x)):
-        pyro.sample("x", dist.Normal(mean, 1.0), obs=x.repeat(2))
-
-
-def factor_in_guide(x: Tensor) -> None:
-    pyro.sample("mean", dist.Delta(pyro.param("loc", torch.tensor(0.3))))
-    pyro.factor("guided", -x.sum(), has_rsample=True)
-
-
-def factor_of_latent_rows(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.factor("all", z.sum())
-
-
-def draws(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-
-REFUSED = {
-    "event": (in_no_plate, AutoNormal(in_no_plate),
-              r"site 'x', in no plate .* shape \(4,\) with 4, shape \(2,\) with 2"),
-    "scale": (mean_over_rows, AutoNormal(mean_over_rows),
-              "the scale of site '(w|x|mean)' depends .* 0.25 with 4, 0.5 with 2"),
-    "rows": (latent_rows, AutoNormal(latent_rows), "plate 'data' of site 'z.*' keeps its 4 rows"),
-    "guide": (latent_rows, rows_of_guide_stay, "plate 'data' of site 'z' keeps its 4 rows"),
-    "fixed": (four_rows, AutoNormal(four_rows), "do not run with 2 rows after 4.*IndexError"),
-    "dict": (known_size, AutoNormal(known_size), "it begins with dict"),
-    "factor": (factor_of_rows, AutoDelta(factor_of_rows), "model site 'all', in no plate .* with "
-               "4, .*nats with 2"),
-    "statistics": (statistics, AutoNormal(statistics), "model site 'average', in no plate"),
-    "prior": (prior_of_rows, AutoNormal(prior_of_rows), "model site 'mean', in no plate"),
-    "no plate": (loop_without_plate, AutoNormal(loop_without_plate),
-                 "model site 'x2', in no plate .*nats with 4, no site with 2"),
-    "twice": (two_for_each_row, AutoNormal(two_for_each_row),
-              r"'x', in no plate of the rows, .* shape \(8,\) with 4, shape \(4,\) with 2"),
-    "guide's factor": (known_size, factor_in_guide, "guide site 'guided', in no plate"),
-    "latent rows": (factor_of_latent_rows, draws, "model site 'all', in no plate"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_batches_that_cannot_be_shared_are_refused(name: str) -> None:
-    model, guide, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        row_plates(model, guide, ({},) if name == "dict" else (data(4),))
-
-
-def test_few_rows_are_seen_too() -> None:
-    for model in (factor_of_rows, statistics, prior_of_rows, loop_without_plate):
-        for rows in (2, 3):
-            with pytest.raises(ValueError, match="in no plate of the rows, depends on its rows"):
-                row_plates(model, AutoDelta(model), (data(rows),))
-
-
-def other_minibatch(x: Tensor) -> None:
-    """Data of no row, of which minibatches are drawn, and a latent of the model alone."""
-    noise = torch.randn(len(x))  # so that what comes after is another draw
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    kinds = dist.Categorical(torch.ones(50))
-    scale = 1.0 + pyro.sample("kind", kinds, infer={"enumerate": "parallel"})
-    with pyro.plate("others", 50, subsample_size=6) as index:
-        bias = pyro.sample("bias", dist.Normal(mean, 1.0))
-        pyro.sample("other", dist.Normal(bias, scale), obs=index.double())
-    with pyro.plate("rest", 50, subsample_size=3) as index:
-        pyro.sample("more", dist.Normal(mean, scale), obs=index.double())
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mean + noise, scale), obs=x)
-
-
-def amortized(x: Tensor) -> None:
-    """Its latents outside the rows are functions of them, with noise of their own."""
-    noise = torch.randn(len(x))
-    pyro.sample("mean", dist.Normal((x + noise).mean(), 1.0))
-    with pyro.plate("others", 50, subsample_size=6) as index:
-        pyro.sample("bias", dist.Normal(index.double(), 1.0))
-
-
-def test_what_is_of_no_row_may_be_outside_of_their_plates() -> None:
-    for rows in (2, 8):
-        assert row_plates(other_minibatch, amortized, (data(rows),)) == {"data"}
-        assert row_plates(prior_factor, AutoNormal(prior_factor), (data(rows),)) == {"data"}
 
 
 def test_evaluation_by_one_process() -> None:

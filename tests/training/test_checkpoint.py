@@ -1,0 +1,263 @@
+"""Interrupted, killed and resumed runs, and files that do not fit."""
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+from pyro_recursive import IWAE_ELBO
+from pyro_recursive.training import (
+    Aggressive,
+    CheckpointError,
+    burda_schedule,
+    fit,
+)
+from pyro_recursive.training import checkpoint as checkpoints
+from tests.oracles.bitwise import same
+from tests.oracles.training import (
+    PROGRAMS,
+    ROWS,
+    auto_normal,
+    early,
+    interrupt_at,
+    noisy,
+    normal_data,
+    outcome,
+    run,
+    sgd,
+    store,
+    vae,
+    vae_loader,
+)
+
+QUICK = {"auto_normal", "vae", "late parameters", "loss with parameters"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS],
+)
+def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> None:
+    program, path, other = PROGRAMS[name], tmp_path / "whole.pt", tmp_path / "broken.pt"
+    expected = outcome(run(program, checkpoint=path), path)
+    last = expected["history"]["steps"][-1]
+    for call in random.Random(name).sample(range(last), 2):
+        other.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(program, checkpoint=other, transform=interrupt_at(call))
+        pyro.set_rng_seed(99)  # another process starts elsewhere
+        resumed = run(program, checkpoint=other, resume=True, seed=None if call >= 3 else 1)
+        assert same(outcome(resumed, other), expected), f"interrupted in call {call}"
+
+
+@pytest.mark.parametrize("call", range(12))
+@pytest.mark.slow
+def test_every_kill_point(call: int, tmp_path: Path) -> None:
+    path, other = tmp_path / "whole.pt", tmp_path / "broken.pt"
+    expected = outcome(run(vae, checkpoint=path), path)
+    with pytest.raises(KeyboardInterrupt):
+        run(vae, checkpoint=other, transform=interrupt_at(call))
+    assert same(outcome(run(vae, checkpoint=other, resume=True), other), expected)
+
+
+def test_resume_in_the_same_process(tmp_path: Path) -> None:
+    path, arguments = tmp_path / "run.pt", vae()
+    expected = outcome(run(vae, checkpoint=path), path)["history"]
+    common = {"epochs": 4, "batch_size": 4, "seed": 1, "progress": False, "checkpoint": path}
+    pyro.clear_param_store()
+    with pytest.raises(KeyboardInterrupt):
+        fit(**arguments, **common, transform=interrupt_at(8))
+    assert same(asdict(fit(**arguments, **common, transform=noisy, resume=True)), expected)
+
+
+@pytest.mark.slow
+def test_a_finished_run_returns_at_once_and_goes_on_with_more_epochs(tmp_path: Path) -> None:
+    path, other = tmp_path / "long.pt", tmp_path / "short.pt"
+    whole = partial(early, patience=float("inf"))
+    expected = outcome(run(whole, epochs=5, checkpoint=path), path)
+    short = run(whole, epochs=2, checkpoint=other)
+    best = store()
+    written = other.read_bytes()
+    again = run(whole, epochs=2, checkpoint=other, resume=True)
+    assert asdict(again) == asdict(short)
+    assert same(store(), best)
+    assert other.read_bytes() == written
+    longer = run(whole, epochs=5, checkpoint=other, resume=True)
+    assert same(outcome(longer, other), expected)
+
+
+def test_random_states_come_back() -> None:
+    pyro.set_rng_seed(5)
+    np.random.standard_normal()  # noqa: NPY002 - leaves half a pair behind
+    state = checkpoints.random_state()
+    first = (torch.rand(2), random.random(), np.random.standard_normal())  # noqa: NPY002
+    checkpoints.set_random_state(state)
+    assert same(first, (torch.rand(2), random.random(), np.random.standard_normal()))  # noqa: NPY002
+
+
+# --- Files
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new folder" / "run.pt"
+    history = run(auto_normal, epochs=1, checkpoint=path)
+    before = path.read_bytes()
+
+    def full_disk(state: Any, file: Any) -> None:
+        file.write(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(auto_normal, epochs=2, checkpoint=path, resume=True)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["run.pt"]
+    assert checkpoints.load(path)["history"]["loss"] == history.loss
+
+
+def other_kind(path: Path) -> None:
+    torch.save({"parameters": {}}, path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    state = checkpoints.load(path)["random"]["torch"].numpy().tobytes()
+    content[content.find(state) + 100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [other_kind, truncate, flip_a_byte])
+def test_a_damaged_file_is_named(damage: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    run(auto_normal, checkpoint=path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=r"run\.pt'.*delete it to start afresh"):
+        run(auto_normal, checkpoint=path, resume=True)
+
+
+def wide_normal() -> dict[str, Any]:
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", ROWS, subsample=x):
+            pyro.sample("x", dist.Normal(mean.sum(), 1.0), obs=x)
+
+    return {**auto_normal(), "model": model, "guide": AutoNormal(model)}
+
+
+def without_norm() -> dict[str, Any]:
+    arguments = vae_loader(generator=True)
+    arguments["model"].__self__.encoder[1] = nn.LayerNorm(4)
+    return arguments
+
+
+def bound_of(count: int, **options: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {**vae(), "loss": IWAE_ELBO(count, **options)}
+
+
+def lingering(max_steps: int) -> dict[str, Any]:
+    options = Aggressive(max_steps=max_steps, check_every=1)
+    return {**vae(), "validation": torch.ones(5, 2), "aggressive": options}
+
+
+MISFITS = {
+    "parameters": (auto_normal, wide_normal, {}, r"locs.mean' is 'float64\[\]' in the file, "
+                   r"'float64\[3\]' here;.* 'AutoNormal.locs.extra' is 'missing' in the file"),
+    "buffers": (without_norm, partial(vae_loader, generator=True), {},
+                r"'0.encoder.1.running_mean' is 'missing' in the file, 'float64\[4\]' here"),
+    "order": (partial(vae_loader, generator=True), partial(vae_loader, generator=False), {},
+              "generators is 1 in the file, 0 here"),
+    "loss": (vae, vae, {"loss": IWAE_ELBO(4)}, "loss is 'TraceMeanField_ELBO' in the file, "
+             "'IWAE_ELBO' here; loss.num_particles is 1 in the file, 4 here"),
+    "samples": (bound_of(4), bound_of(8), {},
+                ": loss.num_particles is 4 in the file, 8 here. Resume"),
+    "estimator": (bound_of(4), bound_of(4, estimator="dreg"), {},
+                  ": loss.estimator is 'pathwise' in the file, 'dreg' here. Resume"),
+    "learning rate": (auto_normal, auto_normal, {"optimizer": partial(torch.optim.Adam, lr=0.5)},
+                      ": lr is 0.001 in the file, 0.5 here. Resume"),
+    "alpha": (auto_normal, auto_normal, {"loss": RenyiELBO(alpha=0.5)},
+              "loss is 'Trace_ELBO' in the file, 'RenyiELBO' here"),
+    "aggressive": (partial(lingering, 3), partial(lingering, 4), {},
+                   "aggressive.max_steps is 3 in the file, 4 here"),
+    **{" ".join(changes): (auto_normal, auto_normal, changes, message) for changes, message in (
+        ({"optimizer": sgd}, "optimizer is 'Adam' in the file, 'SGD' here"),
+        ({"scheduler": burda_schedule}, "scheduler is None in the file, 'LambdaLR' here"),
+        ({"shuffle": False}, "shuffle is True in the file, False here"),
+        ({"batch_size": 8}, "batch_size is 4 in the file, 8 here"),
+        ({"data": torch.ones(8)}, "rows of data is 12 in the file, 8 here"),
+        ({"clip_norm": 3.0}, "clip_norm is inf in the file, 3.0 here"),
+        ({"kl_warmup": 3}, "kl_warmup is 0 in the file, 3 here"),
+        ({"seed": 2}, "seed is 1 in the file, 2 here"),
+        ({"batch_size": 8, "clip_norm": 1.0}, "clip_norm is inf in the file, 1.0 here; batch_size "
+                                              "is 4 in the file, 8 here. Resume"),
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) -> None:
+    one, other, changes, message = MISFITS[kind]
+    path = tmp_path / "run.pt"
+    run(one, checkpoint=path)
+    arguments = other()
+    run(lambda: arguments, epochs=1, **changes)
+
+    def everything() -> tuple[Any, ...]:
+        module = getattr(arguments["model"], "__self__", nn.Module())
+        order = getattr(arguments["data"], "generator", None) or torch.Generator().manual_seed(0)
+        grads = [site.unconstrained().grad is None for site in pyro.get_param_store().values()]
+        buffers = {name: tensor.clone() for name, tensor in module.named_buffers()}
+        return store(), buffers, order.get_state(), grads
+
+    before = everything()
+    arguments = {"batch_size": 4, **arguments, "transform": noisy, **changes}
+    with pytest.raises(CheckpointError, match=rf"run\.pt'.*{message}"):
+        fit(**arguments, epochs=9, checkpoint=path, resume=True, progress=False)
+    assert same(everything(), before)
+    assert all(before[-1])
+
+
+class Counting(Trace_ELBO):
+    """A loss that counts its calls: that is no setting."""
+
+    calls = 0
+
+    def differentiable_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().differentiable_loss(*args, **kwargs)
+
+
+def test_what_may_differ_and_files_of_before(tmp_path: Path) -> None:
+    path, program = (
+        tmp_path / "run.pt",
+        {**auto_normal(), "loss": Counting(num_particles=2, vectorize_particles=True)},
+    )
+    options = {"validation": normal_data(), "checkpoint": path}
+    run(lambda: program, **options, clip_norm=np.float64(5.0), batch_size=np.int64(4))
+    options["clip_norm"] = 5
+    changes = {"epochs": 6, "patience": 9.0, "validate_every": 2, "check_every": 3, "seed": None}
+    assert len(run(lambda: program, **options, **changes, resume=True).epoch) == 6
+    with pytest.raises(CheckpointError, match="seed is 1 in the file, 2 here"):
+        run(lambda: program, **options, seed=2, resume=True)
+    state = checkpoints.load(path)
+    del state["settings"], state["learner"]["optimizer options"]
+    checkpoints.save(path, state)
+    assert len(run(lambda: program, **options, epochs=7, seed=2, resume=True).epoch) == 7

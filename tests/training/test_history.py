@@ -1,0 +1,77 @@
+"""The record of `fit`, and schedules in epochs."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from pyro_recursive.training import (
+    History,
+    burda_schedule,
+)
+from tests.oracles.training import (
+    auto_normal,
+    normal_data,
+    run,
+    sgd,
+)
+
+
+def test_history_tells_what_happened() -> None:
+    step = partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch)
+    history = run(auto_normal, scheduler=step, validation=normal_data(), validate_every=2)
+    assert history.epoch == [1, 2, 3, 4]
+    assert history.steps == [3, 6, 9, 12]
+    assert history.learning_rate == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
+    assert [value is None for value in history.validation] == [True, False, True, False]
+    assert all(seconds > 0 for seconds in history.seconds)
+    assert json.loads(json.dumps(asdict(history))) == asdict(history)
+
+
+def test_a_history_is_read_at_a_glance() -> None:
+    assert repr(History()) == "History(no epochs)"
+    history = run(auto_normal, epochs=30, validation=normal_data()[:4], validate_every=7)
+    best = min(value for value in history.validation if value is not None)
+    shown = repr(history)
+    assert len(shown) < 200
+    for part in (
+        "30 epochs; ",
+        f" s; loss {history.loss[-1]:.2f} (batches of 4 rows); ",
+        f"validation {history.validation[27]:.2f} (batches of 4 rows); ",
+        f"best {best:.2f} in epoch {history.best_epoch})",
+    ):
+        assert part in shown
+    history.stopped_early = True
+    assert "30 epochs, stopped early" in str(history)
+
+
+def test_a_checkpoint_from_before_can_be_read() -> None:
+    old = {"epoch": [1, 2], "loss": [2.0, 1.0], "steps": [3, 6]}
+    history = History.restored(old)
+    assert history.aggressive == [False, False]
+    assert history.guide_steps == [0, 0]
+    assert history.mutual_information == [None, None]
+    assert History.restored(asdict(history)) == history
+
+
+def test_burda_schedule_changes_after_the_epochs_of_the_paper() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = burda_schedule(optimizer)
+    rates = []
+    for _ in range(3280):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    changes = [epoch for epoch in range(1, 3280) if rates[epoch] != rates[epoch - 1]]
+    assert changes == [1, 4, 13, 40, 121, 364, 1093]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_number_of_stages_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
+        burda_schedule(sgd([torch.ones(1, requires_grad=True)]), num_stages=0)

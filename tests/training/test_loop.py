@@ -1,0 +1,368 @@
+"""What `fit` learns: loops by hand, `SVI` and closed forms are the oracles."""
+
+import io
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pyro_recursive.training import (
+    Aggressive,
+    KLWarmup,
+    fit,
+)
+from pyro_recursive.training import checkpoint as checkpoints
+from tests.oracles.bitwise import same
+from tests.oracles.training import (
+    ROWS,
+    auto_normal,
+    late_parameters,
+    normal_data,
+    normal_model,
+    run,
+    sgd,
+    store,
+    vae,
+)
+
+
+@pytest.mark.slow
+def test_conjugate_model_reaches_the_posterior() -> None:
+    x = normal_data()
+    optimizer = partial(torch.optim.Adam, lr=0.05)
+    decay = partial(LambdaLR, lr_lambda=lambda epoch: 0.99**epoch)
+    arguments = {**auto_normal(), "optimizer": optimizer, "scheduler": decay}
+    arguments["loss"] = Trace_ELBO(num_particles=20, vectorize_particles=True)
+    fit(**arguments, epochs=500, progress=False)
+    precision = 1 / 2.0**2 + ROWS
+    posterior = arguments["guide"].quantiles([0.5, 0.8413447], x)["mean"]
+    assert posterior[0].item() == pytest.approx(x.sum().item() / precision, abs=0.02)
+    assert (posterior[1] - posterior[0]).item() == pytest.approx(precision**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_equals_a_loop_by_hand_bit_for_bit(batch_size: int | None) -> None:
+    def by_hand() -> list[float]:
+        pyro.set_rng_seed(7)
+        x, guide, elbo = normal_data(), AutoNormal(normal_model), Trace_ELBO()
+        order = torch.Generator()
+        if batch_size:
+            order.manual_seed(int(torch.randint(2**62, ())))
+        optimizer, losses = None, []
+        for _ in range(3):
+            rows = torch.randperm(ROWS, generator=order) if batch_size else torch.arange(ROWS)
+            total = 0.0
+            for part in rows.split(batch_size or ROWS):
+                loss = elbo.differentiable_loss(normal_model, guide, x[part])
+                if optimizer is None:
+                    optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
+            losses.append(total / -(-ROWS // (batch_size or ROWS)))
+        return losses
+
+    expected, parameters = by_hand(), store()
+    pyro.clear_param_store()
+    history = fit(
+        **auto_normal(),
+        epochs=3,
+        batch_size=batch_size,
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+        seed=7,
+        progress=False,
+    )
+    assert history.loss == expected
+    assert same(store(), parameters)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), RenyiELBO(alpha=0.5, num_particles=2)])
+def test_equals_svi(loss: Any) -> None:
+    pyro.set_rng_seed(7)
+    svi = SVI(normal_model, AutoNormal(normal_model), pyro.optim.Adam({"lr": 0.01}), loss)
+    expected = [svi.step(normal_data()) for _ in range(5)]
+    pyro.clear_param_store()
+    arguments = {**auto_normal(), "loss": loss, "optimizer": partial(torch.optim.Adam, lr=0.01)}
+    assert fit(**arguments, epochs=5, seed=7, progress=False).loss == pytest.approx(expected)
+
+
+def test_late_parameters_share_the_optimiser_and_its_schedule() -> None:
+    run(late_parameters, epochs=1)
+    assert list(store()) == ["loc_0", "scale", "loc_1"]
+    assert store()["loc_1"] != 0.1
+    made = []
+
+    def sgd_at_zero(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        made.append(torch.optim.SGD(parameters, lr=0.0))
+        return made[-1]
+
+    run(late_parameters, optimizer=sgd_at_zero)
+    (group,) = made[0].param_groups
+    assert len(group["params"]) == 3
+    assert store()["loc_1"] == 0.1
+
+
+def test_float32_stays_float32() -> None:
+    torch.set_default_dtype(torch.float32)
+    history = run(auto_normal, epochs=1)
+    assert {tensor.dtype for tensor in store().values()} == {torch.float32}
+    assert history.loss[0] > 0
+
+
+def test_clip_norm_bounds_the_step() -> None:
+    program = partial(run, auto_normal, epochs=1, batch_size=None)
+    program(optimizer=partial(sgd, lr=0.0))
+    start = store()
+    program(optimizer=partial(sgd, lr=1.0), clip_norm=0.25)
+    moved = torch.stack([store()[name] - start[name] for name in start]).norm()
+    assert moved.item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_warmup_weights_the_latents_of_model_and_guide() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.LogNormal(0.5, 2.0))
+        with pyro.plate("data", 2 * len(x), subsample=x):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, guide = normal_data(), AutoMultivariateNormal(model)
+    guide(x)  # creates its parameters
+    still = {"optimizer": partial(sgd, lr=0.0), "epochs": 5, "seed": 6, "progress": False}
+    history = fit(model, guide, x, loss=Trace_ELBO(), kl_warmup=4, validation=x, **still)
+    pyro.set_rng_seed(6)
+    for loss, weight in zip(history.loss, [0.25, 0.5, 0.75, 1.0, 1.0], strict=True):
+        # The guide is a normal for log z; by hand, z has its density divided by z.
+        base = dist.Normal(guide.loc, guide.scale * guide.scale_tril.squeeze())
+        log_z = base.rsample()
+        log_q = base.log_prob(log_z) - log_z
+        log_prior = dist.LogNormal(0.5, 2.0).log_prob(log_z.exp())
+        log_likelihood = 2 * dist.Normal(log_z.exp(), 1.0).log_prob(x).sum()
+        expected = -(log_likelihood + weight * (log_prior - log_q))
+        assert loss == pytest.approx(expected.item())
+    with checkpoints.forked_rng(0):
+        assert set(history.validation) == {Trace_ELBO().loss(model, guide, x)}
+
+
+@pytest.mark.parametrize("make", [lambda: KLWarmup(0.0), lambda: KLWarmup(float("nan"))])
+def test_weight_of_latents_must_be_positive(make: Callable) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        make()
+
+
+def local_vae() -> dict[str, Any]:
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(1, 1)
+            self.width = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                mean = self.decoder(z[:, None])[:, 0]
+                pyro.sample("x", dist.Normal(mean, self.width), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc * x, 0.5))
+
+    data = {"data": normal_data(), "validation": normal_data()}
+    return {"model": Model(), "guide": Guide(), "loss": Trace_ELBO(), **data}
+
+
+@pytest.mark.parametrize("aggressive", [None, Aggressive(max_steps=3, check_every=1)])
+def test_module_local_parameters_are_trained_the_same(aggressive: Aggressive | None) -> None:
+    def trained() -> list[Tensor]:
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        program = local_vae()
+        fit(**program, epochs=3, batch_size=4, seed=1, progress=False, aggressive=aggressive)
+        return [*program["guide"].parameters(), *program["model"].parameters()]
+
+    expected = trained()
+    with pyro.settings.context(module_local_params=True):
+        assert same(trained(), expected)
+        assert not pyro.get_param_store().keys()
+
+
+# --- Validation
+
+
+def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
+    frozen = partial(sgd, lr=0.0)
+    loader = DataLoader(
+        TensorDataset(torch.ones(6, 2)), 2, shuffle=True, generator=torch.Generator()
+    )
+    plain = run(vae, optimizer=frozen)
+    random_after = checkpoints.random_state()
+    arguments = vae()
+    program = arguments["model"].__self__
+    program.decoder.eval()  # a module's own mode is put back, not just train mode
+    watched = run(lambda: arguments, optimizer=frozen, validation=loader, epochs=3)
+    assert not program.decoder.training
+    assert program.encoder[1].training
+    program.eval()
+    with checkpoints.forked_rng(0, [loader.generator]):
+        batches = [TraceMeanField_ELBO().loss(program.model, program.guide, x) for (x,) in loader]
+    program.train()
+    # Batch norm moves from epoch to epoch; with its statistics of the end the last one is met.
+    assert watched.validation[-1] == pytest.approx(np.mean(batches))
+    again = run(vae, optimizer=frozen, validation=torch.ones(6, 2))
+    assert again.loss == plain.loss
+    assert same(checkpoints.random_state(), random_after)
+    fixed = run(auto_normal, optimizer=frozen, validation=normal_data())
+    assert len(set(fixed.validation)) == 1
+
+
+def test_stops_early_and_puts_the_best_back() -> None:
+    values = iter([5.0, 3.0, float("nan"), 4.0, 3.0, 1.0])
+
+    class Scripted(Trace_ELBO):
+        def loss(self, *args: Any, **kwargs: Any) -> float:
+            seen.append(store())
+            return next(values)
+
+    seen: list[dict[str, Tensor]] = []
+    changes = {"validation": normal_data()[:4], "validation_loss": Scripted(), "epochs": 9}
+    history = run(auto_normal, patience=3, **changes)
+    assert history.epoch == [1, 2, 3, 4, 5]
+    assert history.stopped_early
+    assert history.best_epoch == 2
+    assert same(store(), seen[1])
+    assert not same(seen[1], seen[4])
+
+
+def test_without_patience_nothing_is_put_back() -> None:
+    rising = iter(range(9))
+
+    class Scripted(Trace_ELBO):
+        def loss(self, *args: Any, **kwargs: Any) -> float:
+            seen.append(store())
+            return float(next(rising))
+
+    seen: list[dict[str, Tensor]] = []
+    history = run(auto_normal, validation=normal_data()[:4], validation_loss=Scripted())
+    assert (history.best_epoch, history.stopped_early) == (1, False)
+    assert same(store(), seen[-1])
+
+
+# --- What is shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["terminal", "notebook", "file"])
+def test_progress_is_shown_to_those_who_watch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Notebook = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    stream = {"terminal": Terminal, "notebook": Notebook, "file": io.StringIO}[kind]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    run(auto_normal, progress=False)
+    assert stream.getvalue() == ""
+    history = run(auto_normal, progress=True, validation=normal_data())
+    if kind == "file":
+        assert stream.getvalue() == ""
+        return
+    assert "12/12" in stream.getvalue()
+    last = f"loss={history.loss[-1]:.2f}, validation={history.validation[-1]:.2f}"
+    assert last in stream.getvalue()
+
+
+class Growing(PyroModule):
+    """The face of a guide that grows, and a plain parameter."""
+
+    def __init__(self, steps_left: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.1))
+        self.scale = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+        self.steps_left, self.members, self.components = steps_left, (0,), [1, 2]
+
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(self.loc, self.scale))
+
+
+def test_a_guide_that_has_not_grown_is_told() -> None:
+    message = "Growing has ended with 1 of 2 components: 1970 steps"
+    with pytest.warns(UserWarning, match=message) as caught:
+        run(auto_normal, epochs=1, guide=Growing(1970))
+    assert caught[0].filename == run.__code__.co_filename
+    run(auto_normal, epochs=1, guide=Growing(0))
+
+
+# --- What is refused
+
+
+class Nothing(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+WRONG = {
+    "epochs": ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
+    "validate_every": ({"validate_every": 0}, ValueError, "validate_every must be an integer >= 1"),
+    "check_every": ({"check_every": 0}, ValueError, "check_every must be an integer >= 1"),
+    "batch_size": ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+    "kl_warmup": ({"kl_warmup": -1}, ValueError, "kl_warmup must be an integer >= 0, got -1"),
+    "patience": ({"patience": 0, "validation": torch.ones(2)}, ValueError, "patience must be"),
+    "no validation": ({"patience": 2}, ValueError, "patience=2 needs a validation loss"),
+    "no file": ({"resume": True}, ValueError, "resume=True needs a file"),
+    "empty": ({"data": torch.ones(0, 2)}, ValueError, r"data is empty: lengths \[0\]"),
+    "nothing": ({"data": ()}, ValueError, r"data is empty: lengths \[\]"),
+    "lengths": ({"data": (torch.ones(2), torch.ones(3))}, ValueError, r"lengths \[2, 3\]"),
+    "scalar": ({"data": torch.tensor(1.0)}, ValueError, "data has a scalar tensor"),
+    "kind": ({"data": np.ones(3)}, TypeError, "got ndarray.*torch.as_tensor"),
+    "validation": ({"validation": torch.ones(0)}, ValueError, "validation is empty"),
+    "loader and size": ({"data": DataLoader([1])}, ValueError, "batch_size=4 has no effect"),
+    "empty loader": ({"data": DataLoader([]), "batch_size": None}, ValueError, "without batches"),
+    "silent loader": ({"data": DataLoader(Nothing()), "batch_size": None}, ValueError,
+                      "no batches"),
+    "loss": ({"loss": Trace_ELBO}, TypeError, "loss must be a pyro.infer.ELBO, got.*an instance"),
+    "validation loss": ({"validation_loss": print}, TypeError, "must be a pyro.infer.ELBO"),
+    "PyroOptim": ({"optimizer": pyro.optim.Adam({})}, TypeError, "got a PyroOptim.*SVI.step"),
+    "made": ({"optimizer": sgd([torch.ones(1)])}, TypeError, "got a SGD"),
+    "pyro.optim": ({"optimizer": pyro.optim.Adam}, TypeError, "got a function.*SVI.step"),
+    "no optimiser": ({"optimizer": list}, TypeError, "must return a torch.optim.Opt.*got list"),
+    "no parameters": ({"guide": lambda x: pyro.sample("mean", dist.Normal(0.0, 1.0))}, ValueError,
+                      "no parameters to train"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_before_anything_changes(name: str) -> None:
+    changes, kind, message = WRONG[name]
+    arguments = auto_normal()
+    run(lambda: arguments, epochs=1)
+    before = store()
+    defaults: dict[str, Any] = {"epochs": 2, "batch_size": 4, "progress": False}
+    with pytest.raises(kind, match=message):
+        fit(**{**arguments, **defaults, **changes})
+    assert same(store(), before)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    def broken(x: Tensor) -> None:
+        normal_model(x)
+        raise ValueError("not about numbers")
+
+    with pytest.raises(ValueError, match="not about numbers"):
+        run(lambda: {**auto_normal(), "model": broken})
