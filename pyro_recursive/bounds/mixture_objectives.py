@@ -1,9 +1,9 @@
-"""The mathematics of growing a mixture: objectives for a new component, gains, weights; pure torch.
+"""Objectives for a new component of a mixture, its gain, and optimal weights; pure torch.
 
-A mixture ``Q`` takes in a component ``q``: ``Q' = (1 - e) Q + e q``. Each objective for ``q`` is
-``E_q[log p(x, z) - log R(z)]`` with a reference density ``R`` of its own. References are computed
-from the table of all components' log-densities at the same draws, ``[*batch, J]``, and the
-logarithms of their weights; ``m`` is the column of ``q``.
+A component ``q`` is added to a mixture ``Q``: ``Q' = (1 - e) Q + e q``. Each objective for ``q`` is
+``E_q[log p(x, z) - log R(z)]`` in nats, with a reference density ``R`` of its own. References are
+functions of the table of all components' log-densities at the same draws, ``[*batch, J]``, and of
+their log-weights; ``m`` is the column of ``q``.
 """
 
 import math
@@ -13,25 +13,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "OBJECTIVES",
-    "Alone",
-    "Clamped",
-    "Exact",
-    "Gain",
-    "Objective",
-    "Relbo",
-    "Skew",
-    "Trial",
-    "best_gain",
-    "corrective_weights",
-    "gain",
-    "line_search",
-    "log_mixture",
-    "log_others",
-    "stick_breaking",
-]
 
 
 def log_mixture(table: Tensor, log_weights: Tensor) -> Tensor:
@@ -48,17 +29,17 @@ def log_others(table: Tensor, log_weights: Tensor, m: int) -> Tensor:
 def stick_breaking(logits: Tensor) -> Tensor:
     """Return log-weights of ``Q_m = (1 - e_m) Q_{m-1} + e_m q_m``, ``[*batch, J - 1]`` to J.
 
-    ``e_m`` is the sigmoid of its logit; the first component takes what the others leave.
+    ``e_m`` is the sigmoid of its logit; the first component has the remaining weight.
     """
     log_share = torch.nn.functional.logsigmoid(logits)
     log_rest = torch.nn.functional.logsigmoid(-logits)
-    after = log_rest.flip(-1).cumsum(-1).flip(-1) - log_rest  # what the components after m leave
+    after = log_rest.flip(-1).cumsum(-1).flip(-1) - log_rest  # left by the components after m
     return torch.cat([log_rest.sum(-1, keepdim=True), log_share + after], -1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a new component climbs; ``held`` says that parameters inside R count as constants."""
+    """The objective of a new component; with ``held`` the parameters inside R are constants."""
 
     held: ClassVar[bool] = False
 
@@ -104,7 +85,7 @@ class Skew(Objective):
     def __post_init__(self) -> None:
         """Check that epsilon is inside (0, 1)."""
         if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon must lie in (0, 1), got {self.epsilon}")
+            raise ValueError(f"epsilon must lie in (0, 1), got {self.epsilon}.")
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         """Return the logarithm of the skewed reference."""
@@ -116,9 +97,9 @@ class Skew(Objective):
 class Clamped(Objective):
     """``ELBO(q) + strength * min(KL(q || Q), clamp)``, clamped for each row.
 
-    The objective of `Recursive Inference for Variational Autoencoders` as far as its abstract and
-    public reviews tell; no published value of ``clamp`` (in nats) is known to us, and a good one
-    depends on the posterior: too small, and the component stays beside Q, too large, and it flees.
+    The objective of `Recursive Inference for Variational Autoencoders`, reconstructed from its
+    abstract and public reviews. A good value of ``clamp`` (in nats) depends on the posterior: with
+    a small one the component stays near Q, with a large one it moves into the tails.
     """
 
     clamp: float
@@ -127,7 +108,7 @@ class Clamped(Objective):
     def __post_init__(self) -> None:
         """Check that both constants are positive."""
         if not (self.clamp > 0 and self.strength > 0):
-            raise ValueError(f"clamp and strength must be positive, got {self}")
+            raise ValueError(f"clamp and strength must be positive, got {self}.")
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         """Return log q, less the log-ratio to the others where its mean is below the clamp."""
@@ -142,8 +123,8 @@ class Clamped(Objective):
 class Relbo(Objective):
     """``E_q[log p] - E_q[log Q] + regularization * H(q)``, the residual ELBO of boosting.
 
-    `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185). It pays in full
-    for leaving Q, and has no optimum where Q has thinner tails than p.
+    `Boosting Black Box Variational Inference` (Locatello et al., arXiv 1806.02185). It has no
+    optimum where Q has thinner tails than p.
     """
 
     regularization: float = 1.0
@@ -151,7 +132,7 @@ class Relbo(Objective):
     def __post_init__(self) -> None:
         """Check that the regularisation is positive."""
         if not self.regularization > 0:
-            raise ValueError(f"regularization must be positive, got {self.regularization}")
+            raise ValueError(f"regularization must be positive, got {self.regularization}.")
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         """Return ``log Q + regularization * log q``."""
@@ -162,10 +143,10 @@ OBJECTIVES = {"exact": Exact(), "skew": Skew(), "relbo": Relbo(), "elbo": Alone(
 
 
 class Gain(NamedTuple):
-    """What a component adds to the mixture's bound, in nats summed over the data.
+    """The gain in a mixture's bound by a component, in nats summed over the data.
 
-    ``standard_error`` is over paired draws; ``ceiling`` is ``log(1 + exp(ELBO(q) - L(Q)))``, the
-    most that any weight could gain.
+    ``standard_error`` is over paired draws; ``ceiling`` is ``log(1 + exp(ELBO(q) - L(Q)))``, an
+    upper bound on the gain at any weight.
     """
 
     mean: float
@@ -178,7 +159,7 @@ class Gain(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """The acceptance test of a component: what it gained, and whether it was kept."""
+    """The acceptance test of a component: its gain, and whether it was kept."""
 
     component: int
     gain: Gain
@@ -194,17 +175,18 @@ def gain(
     scale: float = 1.0,
     rows_are_a_sample: bool = False,
 ) -> Gain:
-    """Return what the last of J components adds, from S draws of each.
+    """Return the gain by the last of J components, from S draws of each.
 
     ``log_p``, the log-densities of the mixture, of the ``others`` and of the last component
-    (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. The mixture
-    without the last one is judged on the same draws. Where the rows stand for more data, their
-    spread counts in the standard error.
+    (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. Both bounds use
+    the same draws. Where the rows are a sample of the data, their spread is part of the standard
+    error.
 
-    Raises ValueError for a single component.
+    Raises:
+        ValueError: there is one component only.
     """
     if log_weights.shape[-1] < 2:
-        raise ValueError("There is one component only, and it cannot be added to nothing.")
+        raise ValueError("The gain of a component needs at least 2 components, got 1.")
     after = _stratified(log_p - log_q, log_weights)
     rest = log_weights[..., :-1].log_softmax(-1)
     before = _stratified((log_p - others)[:, :-1], rest)
@@ -224,7 +206,7 @@ def _stratified(terms: Tensor, log_weights: Tensor) -> Tensor:
 
 
 class Weighing(NamedTuple):
-    """Optimal weights for fixed components, and how far they may be from it.
+    """Optimal weights for fixed components, and a bound on what they miss.
 
     ``log_weights`` are ``[*rows, J]``; ``gap`` is ``max_m E_m[log p - log Q] - L(Q)`` in nats per
     row, an upper bound on what other weights could gain.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_recursive.guides.gaussian_families import Family
 
-__all__ = ["ListMixture", "Mixture", "StackedMixture"]
-
 
 class Mixture(TorchDistribution):
     """``Q(u) = sum_m w_m q_m(u)`` with weights ``[*batch, M]``, over vectors ``[D]``.
@@ -45,11 +43,8 @@ class Mixture(TorchDistribution):
         """
 
     def held(self) -> "Mixture":
-        """Return the same mixture with constant parameters: the derivative by the vector is left.
-
-        Raises NotImplementedError where parameters cannot be told from vectors.
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot hold its parameters")
+        """Return the same mixture with constant parameters."""
+        raise NotImplementedError(f"{type(self).__name__} cannot hold its parameters.")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return ``log Q``, ``[*batch, D]`` to ``[*batch]``."""

@@ -1,7 +1,6 @@
 """The mathematics of growing a mixture, against integrals on a fine grid and by brute force."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from pyro_recursive.bounds.mixture_objectives import (
     log_others,
     stick_breaking,
 )
-from tests.oracles.quadrature import log_normal
+from tests.oracles.quadrature import log_normal, minimise
 
 GRID = torch.arange(-12.0, 12.0, 0.01, dtype=torch.float64)
 
@@ -167,19 +166,10 @@ def bound_of(log_p: Tensor, table: Tensor, log_weights: Tensor) -> Tensor:
     return (log_weights.exp() * terms).sum(-1)
 
 
-def by_gradient(objective: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """Maximise over the simplex by an optimiser of another kind; return the maximum."""
-    logits = torch.zeros(size, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([logits], max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        lbfgs.zero_grad()
-        loss = -objective(logits.log_softmax(-1))
-        loss.backward()
-        return loss
-
-    lbfgs.step(closure)
-    return objective(logits.detach().log_softmax(-1))
+def best_bound(log_p: Tensor, table: Tensor, size: int) -> float:
+    """Maximise over the simplex by an optimiser of another kind."""
+    bound = lambda logits: -bound_of(log_p, table, logits.log_softmax(-1))  # noqa: E731
+    return -minimise(bound, [torch.zeros(size)])[0]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -188,7 +178,7 @@ def test_corrective_weights_are_optimal(count: int) -> None:
     start = torch.zeros(count).log_softmax(-1)
     found = corrective_weights(log_p, table, start, tolerance=1e-6, max_steps=20_000)
     assert found.gap < 1e-6
-    best = by_gradient(lambda weights: bound_of(log_p, table, weights), count)
+    best = best_bound(log_p, table, count)
     reached = bound_of(log_p, table, found.log_weights)
     # A finite sample's slopes are those of its bound up to the sample's own error.
     assert best - 1e-5 <= reached <= best
@@ -197,7 +187,7 @@ def test_corrective_weights_are_optimal(count: int) -> None:
 
 def test_the_gap_bounds_what_is_missing() -> None:
     log_p, table = fixed(3)
-    best = by_gradient(lambda weights: bound_of(log_p, table, weights), 3)
+    best = best_bound(log_p, table, 3)
     start = torch.tensor([0.05, 0.05, 0.9]).log()
     gaps = []
     for steps in (1, 3, 10, 100):
@@ -297,6 +287,25 @@ def test_standard_error_of_the_gain_is_its_spread() -> None:
     assert spread.item() == pytest.approx(mean_error.item(), rel=0.15)
 
 
+def test_rows_of_a_sample_count_in_the_standard_error_of_a_gain() -> None:
+    """Other rows would have gained something else: their spread, by many samples of rows."""
+    shift = 1.5 * torch.randn(400, 1, 1, 20)  # samples of 20 rows
+    z = torch.tensor([-1.0, 1.0])[:, None] + torch.randn(400, 64, 2, 20)
+    first, second = (log_normal(z, loc, 1.0) for loc in (-1.0, 1.0))
+    log_p = torch.logaddexp(first, second + shift)
+    log_q = torch.logaddexp(first, second) - math.log(2)
+    log_weights = torch.full((20, 2), -math.log(2))
+
+    def gains(is_sample: bool) -> Tensor:
+        parts = zip(log_p, log_q, first, second, strict=True)
+        found = [gain(*part, log_weights, 3.0, is_sample)[:2] for part in parts]
+        return torch.tensor(found)
+
+    spread = gains(True)[:, 0].std()
+    assert gains(True)[:, 1].mean().item() == pytest.approx(spread.item(), rel=0.15)
+    assert gains(False)[:, 1].mean() < 0.6 * spread
+
+
 def test_a_duplicate_gains_nothing() -> None:
     """No draw of the pair's makes a difference, as the density of the mixture is the same."""
     places = PLACES[[0, 0]]
@@ -324,14 +333,7 @@ def test_gain_of_rows_is_their_sum() -> None:
     log_weights = torch.tensor([[0.6, 0.4], [0.2, 0.8]]).log()
     z = PLACES[:2, 0, None] + torch.randn(40, 2, 2)  # [S, J, rows]
     rows = [gain_at(PLACES[:2], log_weights[r], z[..., r]) for r in range(2)]
-    table = densities(PLACES[:2], z)
-    both = gain(
-        log_target(z),
-        log_mixture(table, log_weights),
-        log_others(table, log_weights, 1),
-        table[..., 1],
-        log_weights,
-    )
+    both = gain_at(PLACES[:2], log_weights, z)
     assert both.mean == pytest.approx(rows[0].mean + rows[1].mean)
     assert both.ceiling == pytest.approx(rows[0].ceiling + rows[1].ceiling)
 

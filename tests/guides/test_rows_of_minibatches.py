@@ -114,3 +114,20 @@ def test_encoders_of_whole_numbers() -> None:
     guide = AmortizedGuide(counts, Rate(), create_plates=of_values)
     x = torch.tensor([2, 0, 1])
     torch.testing.assert_close(guide(x)["rate"].log(), x.double(), atol=1e-6, rtol=0)
+
+
+def test_all_rows_in_another_order_have_their_own_parameters() -> None:
+    def shuffled(x: Tensor, rows: Tensor) -> None:
+        with plate(x, rows):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def plate(x: Tensor, rows: Tensor) -> pyro.plate:
+        return pyro.plate("data", len(x), subsample=rows)
+
+    guide = AmortizedGuide(shuffled, plate="data", create_plates=plate)
+    x, order = torch.zeros(4), torch.tensor([2, 0, 3, 1])
+    guide.prepare(x, order)
+    numbers = torch.stack([torch.arange(4.0), torch.full((4,), -30.0)], -1)
+    guide.free_local.data.copy_(numbers)
+    torch.testing.assert_close(guide(x, order)["z"].detach(), order.to(x))

@@ -8,6 +8,7 @@ expectations.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
+from tests.models.small import square_global
 from tests.oracles.quadrature import Grid, log_normal
 
 THETA = torch.tensor(0.2, dtype=torch.float64)
@@ -24,6 +26,7 @@ PLACES = torch.tensor([[0.9, math.log(0.5)], [-0.6, math.log(0.7)]], dtype=torch
 LOGITS = torch.tensor([0.3, -0.4], dtype=torch.float64)
 FINE = torch.arange(-9.0, 9.0, 0.01, dtype=torch.float64)
 ALIKE, UNLIKE = ("diagonal", "diagonal"), ("diagonal", "full")  # the same normals in one dimension
+bimodal = partial(square_global, torch.tensor(4.0, dtype=torch.float64))  # modes near -2 and 2
 
 
 def grid(size: int) -> Grid:
@@ -86,6 +89,13 @@ class Derivatives(NamedTuple):
     logits: Tensor | None
 
 
+def assert_same(found: Derivatives, expected: Sequence[Tensor | None]) -> None:
+    for name, one, other in zip(Derivatives._fields, found, expected, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=name)
+
+
 def derivatives(
     function: Callable[[Tensor, Tensor, Tensor], Tensor], logits: Tensor = LOGITS
 ) -> Derivatives:
@@ -145,15 +155,36 @@ def setting(
     guide = kind(model, components, plate="data", **options)
     guide.prepare()
     found = Setting(model, guide, theta)
+    put(guide, PLACES)
     with torch.no_grad():
-        for m in range(2):
-            guide.component(m).free_local.copy_(PLACES[m].expand(rows, 2))
-        found.logits().copy_(
-            unbounded(LOGITS[: found.logits().shape[-1]]).expand_as(found.logits())
-        )
+        found.logits().copy_(unbounded(LOGITS)[: found.logits().shape[-1]])
     if progress is not None:
         guide.progress.copy_(torch.tensor(progress))
     return found
+
+
+def put(guide: Any, places: Any) -> None:
+    """Set the ``(locations, log scales)`` of Gaussian components, the same in all rows."""
+    with torch.no_grad():
+        for m, place in enumerate(places):
+            component = guide.component(m)
+            free = component.free_local if guide.groups[-1].local else component.free_global
+            free.copy_(torch.as_tensor(place))
+
+
+def two_modes(parts: Sequence[Sequence[float]], prior: float = 4.0) -> Callable:
+    """Return a model whose posterior is a mixture of normals ``(mass, location, scale)``."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, prior))
+        pyro.factor("f", log_mixture_of(parts, z) - log_normal(z, 0.0, prior))
+
+    return model
+
+
+def log_mixture_of(parts: Sequence[Sequence[float]], z: Tensor) -> Tensor:
+    masses, locs, scales = torch.tensor(parts).T
+    return (log_normal(z[..., None], locs, scales) + masses.log()).logsumexp(-1)
 
 
 def unbounded(logits: Tensor) -> Tensor:

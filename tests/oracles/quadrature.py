@@ -5,7 +5,8 @@
 has no Monte Carlo error; two programs of separate authorship agreed on the tables in the tests.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,3 +58,23 @@ def conjugate(eps: Tensor) -> Conjugate:
     d_value = torch.stack([torch.ones_like(eps), eps])
     d_density = torch.stack([(z - LOC) / SCALE**2, (eps**2 - 1) / SCALE])
     return Conjugate(log_w[None], path[None], d_value[:, None], d_density[:, None], (z - MU)[None])
+
+
+def minimise(
+    function: Callable[[Tensor], Tensor], starts: Sequence[Tensor]
+) -> tuple[float, Tensor]:
+    """Return the lowest of the minima that a deterministic optimiser finds, and where it is."""
+    found = []
+    for start in starts:
+        point = start.clone().requires_grad_()
+        lbfgs = torch.optim.LBFGS([point], max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure(point: Tensor = point, lbfgs: Any = lbfgs) -> Tensor:
+            lbfgs.zero_grad()
+            value = function(point)
+            value.backward()
+            return value
+
+        lbfgs.step(closure)
+        found.append((function(point).item(), point.detach()))
+    return min(found, key=lambda pair: pair[0])

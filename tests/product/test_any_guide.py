@@ -96,7 +96,7 @@ def loss_refusal(row: Row) -> Refused | None:
 
 def stratified_refusal(row: Row, guide: LatentGuide) -> Refused | None:
     if isinstance(guide, SemiAmortizedGuide):
-        return TypeError, "needs a mixture guide of this package.*got SemiAmortizedGuide"
+        return TypeError, "needs a mixture guide.*got SemiAmortizedGuide"
     if loss_refusal(row):
         return loss_refusal(row)
     if len(guide.groups) > 1:

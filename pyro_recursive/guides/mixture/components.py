@@ -1,8 +1,8 @@
 """Any guide as a component of a mixture: a distribution over the packed vector of a group.
 
 A mixture needs the density of every component at the draws of the others. Guides of this package
-and Pyro's `AutoContinuous` have a distribution over the packed vector. Other guides, those whose
-sample sites are the model's, are run again on the values in question.
+and Pyro's `AutoContinuous` have a distribution over the packed vector; other guides, which sample
+the model's own sites, are run again on given values.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, MaskedDistribution, TorchDistribution, constraints
+from pyro.distributions import MaskedDistribution, TorchDistribution, constraints
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -21,9 +21,7 @@ from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
-from pyro_recursive.tracing.sites import Site, is_delta, sites
-
-__all__ = ["RunGuide", "component_of"]
+from pyro_recursive.tracing.sites import Site, is_delta, layers, sites
 
 
 def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
@@ -36,7 +34,7 @@ def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
 
 
 def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) -> Any:
-    """Return an autoguide's posterior, after a look whether it packs the same sites."""
+    """Return an autoguide's posterior, if it packs the same sites."""
     if guide.prototype_trace is None:
         with poutine.block():
             guide(*call.args, **call.kwargs)
@@ -45,8 +43,7 @@ def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) 
     if names != expected:
         raise ValueError(
             f"{type(guide).__name__} has one joint density over {names}, and this mixture needs "
-            f"one over {expected}: leave out plate=, so that all latents have one joint mixture, "
-            "or use AmortizedGuide components."
+            f"one over {expected}: leave out plate=, or use AmortizedGuide components."
         )
     posterior = guide.get_posterior(*call.args, **call.kwargs)
     return posterior.expand([1] * latents.nesting) if latents.nesting else posterior
@@ -98,7 +95,7 @@ class RunGuide(TorchDistribution):
         given = {name: plate.indices for name, plate in self.call.plates.items()}
         given.update(self.call.given)
         given.update(values)
-        # Only parameters are seen outside: the samples belong to the mixture.
+        # Handlers outside see only parameters: the samples belong to the mixture.
         hidden = poutine.block(hide_types=["sample"])
         with hidden, poutine.trace() as traced, _Widen(self.outer), SubstituteByName(given):
             self.guide(*self.call.args, **self.call.kwargs)
@@ -109,8 +106,8 @@ class RunGuide(TorchDistribution):
                 wanted.discard(site["name"])
         if wanted:
             raise ValueError(
-                f"A component of the mixture, {self._name()}, does not sample {sorted(wanted)}. "
-                "Every component must sample all latent sites of the model."
+                f"A component, {self._name()}, does not sample {sorted(wanted)}: every component "
+                "must sample all latent sites of the model."
             )
         return traced.trace
 
@@ -119,26 +116,20 @@ class RunGuide(TorchDistribution):
         computed = is_delta(site) and f"{name}{SUFFIX}" not in trace.nodes
         if computed or (site["infer"].get("is_auxiliary") and not name.endswith(SUFFIX)):
             raise NotImplementedError(
-                f"A component of the mixture, {self._name()}, does not sample site '{name}' "
-                "of the model itself, so that it has no density at the draws of the others. Use "
-                "AmortizedGuide, FlowGuide, AutoNormal, an AutoContinuous guide, or a guide "
-                "that samples the model's own sites."
+                f"A component, {self._name()}, does not sample site '{name}' of the model itself, "
+                "and has no density there. Use AmortizedGuide, FlowGuide, AutoNormal, or an "
+                "AutoContinuous guide."
             )
-        if site["mask"] is not None or _is_masked(site["fn"]):
+        if site["mask"] is not None or any(
+            isinstance(layer, MaskedDistribution) for layer in layers(site["fn"])
+        ):
             raise NotImplementedError(
-                f"A component of the mixture, {self._name()}, masks site '{name}'; a "
-                "mixture of partly masked densities is not defined. Leave out the mask."
+                f"A component, {self._name()}, masks site '{name}', and a mixture of masked "
+                "densities is not defined. Leave out the mask."
             )
 
     def _name(self) -> str:
         return getattr(self.guide, "__name__", type(self.guide).__name__)
-
-
-def _is_masked(fn: Any) -> bool:
-    """Whether a mask stands under the event dims of a distribution."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, MaskedDistribution)
 
 
 class _Widen(Messenger):

@@ -1,7 +1,7 @@
 """Mixtures of guides."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import pyro
@@ -11,13 +11,13 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import GuideCall, LatentGuide, first_argument
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.mixture.components import component_of
-from pyro_recursive.guides.mixture.parallel import pays, run_together, same_architecture
 from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packing import LatentBlock, Values
@@ -26,57 +26,49 @@ from pyro_recursive.tracing.arguments import check_instance, check_module, is_co
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
-__all__ = ["MixtureGuide"]
+# Components are drawn at random where no loss assigns them.
+AT_RANDOM = ComponentAssignment(())
 
 
 class MixtureGuide(LatentGuide):
-    """A mixture of guides, with the exact log-density over all components and all latent sites.
+    """A mixture of guides with its exact log-density, over all components and latent sites.
 
-    ``q(z | x) = sum_m w_m(x) q_m(z | x)``. Latents inside the data's plate have one mixture for
-    each row, with weights of its own; the others have one mixture over all of them together.
+    ``q(z | x) = sum_m w_m(x) q_m(z | x)``. Latents inside the data's plate have a mixture and
+    weights for each row, the others one mixture jointly. An auxiliary site ``<name>_component``
+    draws the component. Train with `Stratified_ELBO`, `SIWAE_ELBO` or `MISELBO`: under ordinary
+    losses the weights have a score-function gradient (use ``estimator="vimco"``).
 
-    An auxiliary site ``<name>_component`` draws the component. Its probabilities have a
-    score-function gradient in ordinary losses: use ``estimator="vimco"`` or ``"dreg+vimco"`` with
-    this package's; the stratified losses (`Stratified_ELBO`, `SIWAE_ELBO`, `MISELBO`) need none,
-    and are the ones to train with.
-
-    Arguments:
+    Args:
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
-            samples the model's own sites; or a number, for that many Gaussians with parameters of
-            their own. Components should differ from the start: copies never separate. The
-            parameters of a plain function are in Pyro's store alone, and not in the `state_dict`.
-        weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, which are bounded
-            by ``8 tanh(l / 8)``; ``"linear"`` for a
-            linear one (the default where a component has an encoder), or ``"shared"`` for the same
-            weights in all rows. Where no component has an encoder each row has its own.
+            samples the model's own sites; or a number, for Gaussians with parameters of their own.
+            They must differ from the start: copies never separate. Parameters of plain functions
+            are in Pyro's store alone, not in the `state_dict`.
+        weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, bounded by
+            ``8 tanh(l / 8)``; ``"linear"`` for a linear one (the default with an encoder), or
+            ``"shared"`` for the same weights in all rows. By default each row has its own.
         learn_weights: False keeps the weights where they start.
-        trunk: a module that is applied once to the rows of the inputs; encoders and weights get
-            what it returns. While single components are held, it is held, too.
+        trunk: a module that all encoders and weights share: applied once to the rows of the inputs,
+            and held while single components are trained.
         family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
             component has an encoder or is written by hand; else all latents are one group.
 
     Raises:
-        NotImplementedError: a latent site is discrete; a component has no density at given values.
-        TypeError: ``trunk`` or ``weights`` is a function or a class; a component is a class.
-        ValueError: a component does not sample all latent sites, or packs them otherwise.
+        NotImplementedError: a latent is discrete; a component has no density at given values.
+        TypeError, ValueError: an argument or a component does not fit.
 
-    Sources: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et al.,
-    arXiv 2003.01687); `Multiple Importance Sampling ELBO and Deep Ensembles of Variational
-    Approximations` (Kviman et al., arXiv 2202.10951).
+    `Automatic Differentiation Variational Inference with Mixtures` (arXiv 2003.01687); `Multiple
+    Importance Sampling ELBO and Deep Ensembles of Variational Approximations` (arXiv 2202.10951).
 
     >>> import pyro, torch, pyro.distributions as dist
-    >>> from pyro.infer import SVI, Predictive
     >>> from pyro_recursive import Stratified_ELBO
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
     ...     pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
     >>> guide = MixtureGuide(model, 2)
-    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Stratified_ELBO(8))
+    >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Stratified_ELBO(8))
     >>> losses = [svi.step() for _ in range(10)]
-    >>> Predictive(model, guide=guide, num_samples=5)()["z"].shape
-    torch.Size([5])
     """
 
     def __init__(
@@ -105,8 +97,8 @@ class MixtureGuide(LatentGuide):
             self.components = PyroModule[nn.ModuleList](modules)
         except AssertionError as error:  # Pyro's own check
             raise ValueError(
-                "A component has run on its own before, and Pyro cannot rename its parameters: "
-                "make a new guide of its kind, and copy the state with load_state_dict."
+                "A component has run on its own before, and its parameters cannot be renamed: "
+                "copy its state_dict into a new guide."
             ) from error
         self.trunk: Any = trunk
         with_encoder = [c for c in components if isinstance(c, LatentGuide) and c.by_row]
@@ -155,8 +147,8 @@ class MixtureGuide(LatentGuide):
                 continue
             if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
                 raise ValueError(
-                    "A component has inputs= of its own, and a mixture feeds all encoders with the "
-                    "same: give inputs= to the mixture, and let each encoder select from them."
+                    "A component has inputs= of its own, and all encoders of a mixture get the "
+                    "same: give inputs= to the mixture."
                 )
 
     def adopt(
@@ -168,8 +160,8 @@ class MixtureGuide(LatentGuide):
             if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
-                        f"A component has plate='{component.plate}', and the mixture has none for "
-                        "its rows: give plate= to the mixture, so that each row has one."
+                        f"A component has plate='{component.plate}', and the mixture has none: "
+                        "give plate= to the mixture."
                     )
                 component.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
@@ -181,18 +173,17 @@ class MixtureGuide(LatentGuide):
     def _trunk(self) -> Callable[[Any], Any] | None:
         if not self._has("trunk"):
             return None
-        assignment = current_assignment()
-        held = assignment is not None and bool(assignment.frozen)
+        is_frozen = bool((current_assignment() or AT_RANDOM).frozen)
 
         def encode(rows: Any) -> Any:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
+            with _gradients(not is_frozen):
                 return self.trunk(rows)
 
         return encode
 
     @property
     def holds_densities(self) -> bool:
-        """Whether parameters inside the density can be constants while those of draws are not."""
+        """Whether it can stop the gradient of parameters in densities, not in draws."""
         return _alike([self.component(m) for m in range(len(self.components))])
 
     @property
@@ -222,54 +213,56 @@ class MixtureGuide(LatentGuide):
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Mixture:
         """Return the mixture over a group: batch ``[*batch]``, event ``[D]``."""
-        assignment = current_assignment()
-        if assignment is not None and len(self.groups) > 1:
+        assignment = current_assignment() or AT_RANDOM
+        if assignment.components and len(self.groups) > 1:
             raise NotImplementedError(
                 "This guide has one mixture over the global latents and one over those of each "
-                "row, and a stratified loss takes one. Use Trace_ELBO, or a loss of this package "
-                "with estimator='vimco'; or leave out plate=, for one mixture over all latents."
+                "row. Use Trace_ELBO or estimator='vimco', or leave out plate=."
             )
-        members = assignment.members if assignment and assignment.members else self.members
-        frozen = assignment.frozen if assignment else frozenset()
+        members, frozen = assignment.members or self.members, assignment.frozen
         log_weights = self.log_weights(latents, call, members)
         guides = [self.component(m) for m in members]
         if _alike(guides):
             parameters = self.parameters_of(latents, call, members, frozen)
             return StackedMixture(log_weights, parameters, guides[0].family, latents.size)
         components = []
-        for place, guide in enumerate(guides):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and place not in frozen):
+        for column, guide in enumerate(guides):
+            with _gradients(column not in frozen):
                 components.append(component_of(guide, latents, call))
         return ListMixture(log_weights, components)
 
     def parameters_of(
         self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: frozenset[int]
     ) -> Tensor:
-        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
+        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``.
+
+        ``frozen`` are columns among the members.
+        """
         guides = [self.component(m) for m in members]
-        held = [place in frozen for place in range(len(members))]
         if latents.local and all(guide.by_row for guide in guides):
-            rows = call.rows(latents)
-            if pays(rows) and same_architecture(encoders := [g.encoder for g in guides]):
-                outputs = run_together(encoders, held, rows)
+            rows, encoders = call.rows(latents), [guide.encoder for guide in guides]
+            # On a CPU one encoder after the other is faster, as kernels cost little to launch.
+            is_accelerated = isinstance(rows, Tensor) and rows.device.type != "cpu"
+            if is_accelerated and same_architecture(encoders):
+                outputs = run_together(encoders, frozen, rows)
                 width = guides[0].num_parameters(latents)
                 return torch.stack([call.place(each, latents, width) for each in outputs])
         found = []
-        for guide, is_held in zip(guides, held, strict=True):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_held):
+        for column, guide in enumerate(guides):
+            with _gradients(column not in frozen):
                 found.append(guide.variational_params(latents, call))
         return torch.stack(torch.broadcast_tensors(*found))
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
-        """Return the numbers of all members, and the logits of their weights, ``[*batch, P]``."""
+        """Return the parameters of all members and their log-weights, ``[*batch, P]``."""
         guides = [self.component(m) for m in self.members]
         if _alike(guides):
-            numbers = list(self.parameters_of(latents, call, self.members, frozenset()))
+            params = list(self.parameters_of(latents, call, self.members, frozenset()))
         else:
-            numbers = [_packed(guide).variational_params(latents, call) for guide in guides]
-        numbers.append(self.log_weights(latents, call, self.members))
-        batch = torch.broadcast_shapes(*(own.shape[:-1] for own in numbers))
-        return torch.cat([own.expand(*batch, -1) for own in numbers], -1)
+            params = [_packed(guide).variational_params(latents, call) for guide in guides]
+        params.append(self.log_weights(latents, call, self.members))
+        batch = torch.broadcast_shapes(*(own.shape[:-1] for own in params))
+        return torch.cat([own.expand(*batch, -1) for own in params], -1)
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the mixtures that a row may have."""
@@ -278,29 +271,22 @@ class MixtureGuide(LatentGuide):
 
     def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""
-        assignment = current_assignment()
-        if mixture.num_components == 1 and assignment is None:
+        assignment = current_assignment() or AT_RANDOM
+        if mixture.num_components == 1 and not assignment.components:
             device = mixture.log_weights.device
             index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
         else:
             index = self._draw_component(latents, mixture, assignment, call)
         shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
-        index = index.expand(shape)
-        if assignment is not None and assignment.points is not None:
-            u = assignment.points_of(shape)
+        if assignment.points is None:
+            u = mixture.draw(index.expand(shape), assignment.components or None)
         else:
-            u = mixture.draw(index, assignment.components if assignment else None)
-        scored = (
-            mixture.held()
-            if assignment is not None and assignment.stop_density_gradient
-            else mixture
-        )
-        particle = (
-            None if assignment is None else assignment.particle
-        )  # of this run, not of a later one
+            u = assignment.points_of(shape)
+        scored = mixture.held() if assignment.stop_density_gradient else mixture
+        particle = assignment.particle  # of this run: another one may follow before the density
 
         def density(u: Tensor) -> Tensor:
-            if assignment is None or assignment.reference is None:
+            if assignment.reference is None:
                 return scored.log_prob(u)
             table, volume = scored.table(u), latents.log_volume(u)
             return assignment.reference(table, mixture.log_weights, volume, particle)
@@ -311,7 +297,7 @@ class MixtureGuide(LatentGuide):
         self,
         latents: LatentBlock,
         mixture: Mixture,
-        assignment: ComponentAssignment | None,
+        assignment: ComponentAssignment,
         call: GuideCall,
     ) -> Tensor:
         """Sample which component each row is drawn from, or take it from the assignment."""
@@ -320,36 +306,29 @@ class MixtureGuide(LatentGuide):
             return pyro.sample(
                 f"{self.name}{group}_component",
                 ComponentIndex(logits=mixture.log_weights),
-                obs=None if assignment is None else _assigned(assignment, mixture),
+                obs=_assigned(assignment, mixture) if assignment.components else None,
                 infer={"is_auxiliary": True},
             )
 
 
 def _check(components: Any) -> None:
-    listed = range(components) if is_count(components) else components
-    if not hasattr(listed, "__len__") or (listed is components and not all(map(callable, listed))):
+    listed: Any = range(components) if is_count(components) else components
+    is_number = isinstance(listed, range)
+    if not hasattr(listed, "__len__") or not (is_number or all(map(callable, listed))):
         raise ValueError(
-            f"components must be a number of Gaussians or a sequence of guides, got {components!r}"
+            f"components must be a number of Gaussians or a sequence of guides, got {components!r}."
         )
     if not len(listed):
         raise ValueError("A mixture needs at least one component, got none.")
-    if not is_count(components):
-        _check_guides(components)
-
-
-def _check_guides(components: Sequence[Callable]) -> None:
-    for component in components:
+    for component in () if is_number else listed:
         check_instance("A component of a mixture", component, "guide")
+        if isinstance(component, MixtureGuide):
+            raise ValueError("A mixture cannot be a component of a mixture: list all components.")
         if isinstance(component, LatentGuide) and not component.can_be_component:
             raise ValueError(
-                f"{type(component).__name__} cannot be a component of a mixture: its encoder "
-                "learns from more than its distribution. Refine the mixture as a whole: "
-                "SemiAmortizedGuide(model, MixtureGuide(model, [...]))."
+                f"{type(component).__name__} cannot be a component of a mixture. Refine the "
+                "mixture as a whole: SemiAmortizedGuide(model, MixtureGuide(model, [...]))."
             )
-    if any(isinstance(component, MixtureGuide) for component in components):
-        raise ValueError(
-            "A mixture guide cannot be a component of a mixture: list all components in one."
-        )
 
 
 def _check_components(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -387,10 +366,51 @@ def _alike(guides: Sequence[Any]) -> bool:
 def _packed(guide: Any) -> LatentGuide:
     if not isinstance(guide, LatentGuide):
         raise TypeError(
-            f"A component of the mixture is {type(guide).__name__}, whose distribution for one row "
-            "is not known as a function of numbers. Use AmortizedGuide or FlowGuide components."
+            f"Component {type(guide).__name__} has no variational parameters of a row: use "
+            "AmortizedGuide or FlowGuide components."
         )
     return guide
+
+
+def _gradients(enabled: bool) -> torch.set_grad_enabled:
+    """Return a context with or without gradients; without where it already is."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and enabled)
+
+
+def same_architecture(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules differ in nothing but their parameters.
+
+    Only for torch's own layers without buffers, as their descriptions are complete.
+    """
+
+    def description(module: nn.Module) -> tuple[Any, ...]:
+        shapes = [(name, parameter.shape) for name, parameter in module.named_parameters()]
+        return str(module), module.training, *shapes
+
+    return len({description(module) for module in modules}) == 1 and all(
+        type(part).__module__.startswith("torch.nn.modules") and not list(part.buffers())
+        for part in modules[0].modules()
+    )
+
+
+def run_together(modules: Sequence[nn.Module], frozen: Container[int], inputs: Tensor) -> Tensor:
+    """Return the outputs of modules of one architecture in one pass, ``[M, *output]``.
+
+    Parameters of ``frozen`` modules are constants. They are stacked in each call, so that
+    optimisers and checkpoints have those of each module.
+    """
+
+    def value(m: int, name: str) -> Tensor:
+        parameter = modules[m].get_parameter(name)
+        return parameter.detach() if m in frozen else parameter
+
+    names = [name for name, _ in modules[0].named_parameters()]
+    stacked = {name: torch.stack([value(m, name) for m in range(len(modules))]) for name in names}
+
+    def run(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(modules[0], parameters, (inputs,))
+
+    return vmap(run, randomness="different")(stacked)
 
 
 def _assigned(assignment: ComponentAssignment, mixture: Mixture) -> Tensor:

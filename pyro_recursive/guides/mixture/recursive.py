@@ -200,10 +200,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         return is_kept
 
     def drop(self, retry: bool) -> None:
-        """Drop the component on trial, so that the mixture is what it was before.
-
-        With ``retry`` it starts anew, while the schedule's patience lasts; else growth ends.
-        """
+        """Drop the component on trial; with ``retry`` propose it again, as patience allows."""
         stage, state = self.stage, self._state()
         assert stage.component is not None
         state[3 + stage.component] = 0
@@ -357,37 +354,35 @@ class FreeGaussian:
 
 def _check(components: Sequence[nn.Module], conditional: bool) -> None:
     if len(components) < 2:
-        raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}")
+        raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}.")
     for component in components:
         if not isinstance(component, LatentGuide):
             raise TypeError(
-                "The components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
-                f"{type(component).__name__}: another guide's parameters cannot be held while one "
-                "component is trained. Other guides can be components of a MixtureGuide."
+                "Components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
+                f"{type(component).__name__}: use a MixtureGuide for other guides."
             )
     if conditional and not all(isinstance(c, AmortizedGuide) and c.by_row for c in components):
-        raise ValueError("conditional=True needs AmortizedGuide components with encoders")
+        raise ValueError("conditional=True needs AmortizedGuide components with encoders.")
 
 
 def _check_apart(parts: Sequence[nn.Module]) -> None:
-    """Raise where parts share a parameter: training one would change what others have become."""
+    """Raise where parts share a parameter: training one would change the others."""
     seen: set[nn.Parameter] = set()
     for part in parts:
         own = dict(part.named_parameters())
         for name, parameter in own.items():
             if parameter in seen:
                 raise ValueError(
-                    f"Two parts of a recursive mixture share parameter '{name}', and a component "
-                    "that is held would change while another one is trained. Give each encoder "
-                    "networks of its own, and put what all share into trunk=."
+                    f"Two parts of a recursive mixture share parameter '{name}'. Give each encoder "
+                    "networks of its own, or put what all share into trunk=."
                 )
         seen.update(own.values())
 
 
 def _so_far(known: dict[int, Tensor], m: int, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Return what a conditional component is told: the parameters of all before it, or nothing."""
+    """Return a conditional component's second input: the parameters of all earlier ones."""
     if m == 0:
         return ()
-    nothing = torch.zeros_like(known[0])
-    told = torch.cat([known.get(j, nothing).detach() for j in range(m)], -1)
-    return (told.reshape(*rows, -1),)
+    zeros = torch.zeros_like(known[0])
+    earlier = torch.cat([known.get(j, zeros).detach() for j in range(m)], -1)
+    return (earlier.reshape(*rows, -1),)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from pyro_recursive.tracing.arguments import check_integers
 
-__all__ = ["Schedule", "Stage"]
-
 
 class Stage(NamedTuple):
     """A stretch of training: ``component`` is None where all are trained together.
@@ -25,21 +23,22 @@ class Schedule:
     """How a mixture grows, in training steps.
 
     The ``first`` component is trained alone. Each further one is found with the proposal objective
-    (``propose`` steps, the mixture left as it is), then refined as part of the mixture together
-    with its weight (``refine``, the last step of which is the acceptance test). After that come
-    ``cycles`` rounds of refitting each component in turn (``cycle`` steps each), and ``joint``
-    steps of all together; training that goes on stays joint.
+    (``propose`` steps, the mixture fixed), then refined in the mixture together with its weight
+    (``refine`` steps, the last of which is the acceptance test). Then follow ``cycles`` rounds of
+    refitting each component in turn (``cycle`` steps each), and ``joint`` steps of all together;
+    training that goes on stays joint.
 
-    Arguments:
+    Args:
         confidence: a component is kept if its gain is more than so many standard errors.
-        patience: how often a dropped component is tried anew before growth ends. A new try has new
-            initial weights in torch's own layers; what an optimiser remembers of them stays.
+        patience: how often a dropped component is proposed again, with new initial weights in
+            torch's own layers, before growth ends.
         min_gain: a component is kept only if it gains more than this, in nats over the data, and
             growth ends where a proposal could not.
         draws: the draws of each component in the acceptance test, over all rows together; at least
             32 for each row.
 
-    Raises ValueError for negative numbers.
+    Raises:
+        ValueError: a negative number, or a stage of growth without steps.
 
     >>> [stage.kind for stage in Schedule(first=10, propose=5, refine=5, joint=10).stages(2)]
     ['first', 'propose', 'refine', 'joint']

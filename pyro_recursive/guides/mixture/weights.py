@@ -1,4 +1,4 @@
-"""Where a mixture's weights come from: a network, a table with a row for each datum, a vector."""
+"""The weights of a mixture: from a network, a table with a row for each datum, or one vector."""
 
 from collections.abc import Container
 from typing import Any
@@ -11,21 +11,17 @@ from pyro_recursive.guides.base import GuideCall
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.arguments import check_module
 
-__all__ = ["Weights"]
-
 KINDS = ("linear", "shared", "table")
-LARGEST = 8.0  # logits stay inside: beyond, a component would hardly have a gradient any more
+LARGEST = 8.0  # logits stay inside: beyond, a component has hardly any gradient
 
 
 class Weights(PyroModule):
     """Logits ``[*batch, n]`` of a mixture's weights, for each group of latents.
 
-    ``kind`` is a module from the rows of the inputs to ``[*rows, n]``, or ``"linear"`` for a linear
-    one, ``"table"`` for a row of its own for each entry of the plate, ``"shared"`` for one vector.
-    A group outside the data's plate has one vector in any case. All start at ``initial``.
-
-    With ``separate`` each logit has parameters of its own (but for a module), so that an optimiser
-    leaves one alone while it moves another.
+    ``kind`` is a module from the rows of the inputs to ``[*rows, n]``, ``"linear"`` for a linear
+    one, ``"table"`` for a row for each entry of the plate, or ``"shared"`` for one vector, which a
+    group outside the data's plate always has. All start at ``initial``. With ``separate`` each
+    logit has parameters of its own (not in a module), which an optimiser can leave alone.
     """
 
     def __init__(
@@ -35,18 +31,18 @@ class Weights(PyroModule):
         if callable(kind):
             check_module("weights", kind)
         elif kind not in KINDS:
-            raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}")
+            raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}.")
         self.kind = "module" if isinstance(kind, nn.Module) else kind
         self.network: Any = kind if isinstance(kind, nn.Module) else None
         self.learn = learn
         self.initial: Tensor
         if bool((initial.abs() >= LARGEST).any()):
-            raise ValueError(f"Logits must start between -{LARGEST} and {LARGEST}, got {initial}")
+            raise ValueError(f"Logits must start inside (-{LARGEST}, {LARGEST}), got {initial}.")
         self.register_buffer("initial", _unsquashed(initial))
         self.separate = separate
 
     def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
-        """Create the weights of a group, of the kind and on the device of a draw ``place``."""
+        """Create the weights of a group, with dtype and device of a draw ``place``."""
         self.initial = self.initial.to(place)
         if latents.local and self.kind == "module":
             return
@@ -67,10 +63,7 @@ class Weights(PyroModule):
                 self.register_buffer(name, logits)
 
     def logits(self, latents: LatentBlock, call: GuideCall, held: Container[int] = ()) -> Tensor:
-        """Return the logits, ``[*batch, n]``, between -8 and 8; those ``held`` are constants.
-
-        Where each has parameters of its own, they are not even part of the graph.
-        """
+        """Return the logits, ``[*batch, n]``, between -8 and 8; those ``held`` are constants."""
         if latents.local and self.kind in ("module", "linear"):
             extra = (held,) if self.kind == "linear" else ()
             width, name = len(self.initial), "The weights' network"
@@ -78,40 +71,41 @@ class Weights(PyroModule):
         else:
             found = _joined([getattr(self, name) for name in self._names(latents)], held)
             if found.dim() > 1:
-                found = call.table_rows(found, latents)
-            found = _place(latents, found)
+                found = latents.expand_rows(call.table_rows(found, latents))
+            else:
+                found = found.expand(*[1] * latents.nesting, -1)
         if held and self.kind == "module":
             found = _joined(list(found.split(1, -1)), held)
         found = found if self.learn else found.detach()
         return LARGEST * torch.tanh(found / LARGEST)
 
     @torch.no_grad()
-    def reset(self, place: int) -> None:
-        """Let one logit start anew, where it has parameters of its own."""
+    def reset(self, index: int) -> None:
+        """Reset one logit to its start, where it has parameters of its own."""
         if not self.separate or self.kind == "module":
             return
         if self.kind == "linear":
-            self.network.reset(place, self.initial[place])
-        for name in (f"{kind}_{place}" for kind in ("local", "overall")):
+            self.network.reset(index, self.initial[index])
+        for name in (f"local_{index}", f"overall_{index}"):
             if hasattr(self, name):
-                getattr(self, name).copy_(self.initial[place].expand_as(getattr(self, name)))
+                getattr(self, name).fill_(self.initial[index])
 
     @torch.no_grad()
-    def set_vector(self, places: list[int], logits: Tensor) -> None:
+    def set_vector(self, indices: list[int], logits: Tensor) -> None:
         """Set some of the logits that all rows share, each with a parameter of its own."""
         self.check_vector()
         kind = "overall" if hasattr(self, "overall_0") else "local"
         limit = LARGEST * (1 - 1e-3)
-        for place, logit in zip(places, logits.clamp(-limit, limit), strict=True):
-            getattr(self, f"{kind}_{place}").copy_(_unsquashed(logit))
+        for index, logit in zip(indices, logits.clamp(-limit, limit), strict=True):
+            getattr(self, f"{kind}_{index}").copy_(_unsquashed(logit))
 
     def check_vector(self) -> None:
         """Raise ValueError where rows have weights of their own."""
         vectors = [getattr(self, f"{kind}_0", None) for kind in ("local", "overall")]
         if not any(vector is not None and vector.dim() == 1 for vector in vectors):
             raise ValueError(
-                "Weights can be set only where all rows share one vector; with weights of their "
-                "own use weights='gradient' in the loss, or weights='shared' in the guide."
+                "Weights can be set only where all rows share one vector. Use weights='gradient' "
+                "in the loss, or weights='shared' in the guide."
             )
 
     def _initial_parts(self) -> list[Tensor]:
@@ -121,7 +115,7 @@ class Weights(PyroModule):
         kind = "local" if latents.local else "overall"
         if not self.separate:
             return [kind]
-        return [f"{kind}_{place}" for place in range(len(self.initial))]
+        return [f"{kind}_{index}" for index in range(len(self.initial))]
 
 
 class _Linear(nn.Module):
@@ -131,13 +125,13 @@ class _Linear(nn.Module):
         super().__init__()
         self.row_dims = row_dims
         self.parts = nn.ModuleList(nn.Linear(features, len(part)).to(part) for part in initial)
-        for place, part in enumerate(initial):
-            self.reset(place, part)
+        for index, part in enumerate(initial):
+            self.reset(index, part)
 
     @torch.no_grad()
-    def reset(self, place: int, initial: Tensor) -> None:
+    def reset(self, index: int, initial: Tensor) -> None:
         """Give all rows the same initial logits."""
-        part = self.parts[place]
+        part = self.parts[index]
         assert isinstance(part, nn.Linear)
         part.weight.zero_()
         part.bias.copy_(initial)
@@ -150,16 +144,15 @@ class _Linear(nn.Module):
 
 def _joined(parts: list[Tensor], held: Container[int]) -> Tensor:
     """Join logits, without the graph of those that are held."""
-    parts = [part.detach() if place in held else part for place, part in enumerate(parts)]
+    parts = [part.detach() if index in held else part for index, part in enumerate(parts)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _features(latents: LatentBlock, raw: Any) -> int:
     if not isinstance(raw, Tensor) or raw.dim() <= len(latents.rows):
         raise ValueError(
-            "weights='linear' needs inputs that are one tensor with the rows first and features "
-            "behind; inputs= makes one of the model's arguments. Or use weights='shared', or a "
-            "module."
+            "weights='linear' needs inputs that are one tensor, with the rows first and features "
+            "behind. Give inputs=, a module, or weights='shared'."
         )
     return raw[(0,) * len(latents.rows)].numel()
 
@@ -167,9 +160,3 @@ def _features(latents: LatentBlock, raw: Any) -> int:
 def _unsquashed(logits: Tensor) -> Tensor:
     """Return what the bounded logits are made of."""
     return LARGEST * torch.atanh(logits / LARGEST)
-
-
-def _place(latents: LatentBlock, found: Tensor) -> Tensor:
-    if found.dim() == 1:
-        return found.expand(*[1] * latents.nesting, -1)
-    return latents.expand_rows(found)

@@ -1,0 +1,321 @@
+"""Guides that grow: stages, members and their weights, what is dropped, conditional encoders."""
+
+import copy
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+from pyro_recursive import (
+    AmortizedGuide,
+    FlowGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+)
+from pyro_recursive.bounds.mixture_objectives import Gain
+from tests.models.small import square_rows
+from tests.oracles.mixtures import bimodal
+from tests.oracles.quadrature import log_normal
+
+X = torch.tensor([[1.3, 0.2], [-0.4, 1.1], [2.0, -0.5], [0.6, 0.3], [-1.2, 0.7]]).double()
+
+
+def guide_of(count: int, **options: Any) -> RecursiveMixtureGuide:
+    """Return a growing mixture of linear encoders over two features."""
+    components = [AmortizedGuide(square_rows, nn.Linear(2, 2)) for _ in range(count)]
+    return RecursiveMixtureGuide(square_rows, components, **options)
+
+
+@pytest.fixture
+def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every component."""
+    monkeypatch.setattr(Gain, "is_clear", lambda gain, *limits: True)
+
+
+# --- The stages
+
+
+def kinds(guide: RecursiveMixtureGuide) -> list[tuple[str, int | None, tuple[int, ...]]]:
+    """Count steps to the end; return the stages met, and the members in them."""
+    met = []
+    while guide.stage.steps:
+        met.append((guide.stage.kind, guide.stage.component, guide.members))
+        for _ in range(guide.stage.steps):
+            guide.count_step()
+    return met
+
+
+def test_stages_and_members() -> None:
+    schedule = Schedule(first=2, propose=1, refine=3, cycles=2, cycle=1, joint=4)
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    assert guide.num_steps == 2 + 2 * (1 + 3) + 2 * 3 + 4
+    assert kinds(guide) == [
+        ("first", 0, (0,)),
+        ("propose", 1, (0,)),
+        ("refine", 1, (0, 1)),
+        ("propose", 2, (0, 1)),
+        ("refine", 2, (0, 1, 2)),
+        *[("cycle", m, (0, 1, 2)) for _ in range(2) for m in range(3)],
+        ("joint", None, (0, 1, 2)),
+    ]
+    assert guide.stage == ("joint", None, 0)
+    guide.count_step()  # goes on for ever
+    assert guide.stage == ("joint", None, 0) and guide.members == (0, 1, 2)
+
+
+def test_steps_left() -> None:
+    """Those of the schedule, counted down, less those that a dropped component had before it."""
+    schedule = Schedule(first=2, propose=1, refine=3, cycles=2, cycle=5, joint=4, patience=0)
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    for taken in range(guide.num_steps):
+        assert guide.steps_left == guide.num_steps - taken
+        assert guide.is_growing == (taken < 2 + 2 * (1 + 3))
+        guide.count_step()
+    guide.count_step()
+    assert guide.steps_left == guide.stage_steps_left == 0
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    for _ in range(2 + 1):
+        guide.count_step()
+    guide.drop(retry=False)
+    for taken in range(2 * 5 + 4):
+        assert (guide.steps_left, guide.is_growing) == (2 * 5 + 4 - taken, False)
+        guide.count_step()
+    assert guide.steps_left == 0 and guide.stage.kind == "joint"
+
+
+def test_it_says_how_far_it_has_grown() -> None:
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=Schedule(first=4, propose=2, refine=3))
+    for _ in range(4 + 2 + 1):
+        guide.count_step()
+    shown = "stage='refine', steps_left=7, component=1, steps_taken=1, failures=0"
+    assert f"members=(0, 1) of 3, {shown}" in repr(guide)
+    guide.prepare()
+    guide.to("meta")  # the schedule is read in each step, without waiting for a device
+    assert guide.component(0).free_global.device.type == "meta"
+    assert guide.progress.tolist() == [2, 1, 0, 1, 1, 0]
+
+
+def test_a_dropped_component_is_tried_again_and_skipped_by_cycles() -> None:
+    schedule = Schedule(first=1, propose=2, refine=2, cycles=1, cycle=1, joint=1, patience=2)
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=schedule)
+    guide.prepare()
+    guide.end_stage()
+    for failures in range(3):
+        assert guide.stage[:2] == ("propose", 1) and guide.progress[2] == failures
+        assert guide.starts_component and guide.members == (0,)
+        guide.end_stage()
+        assert guide.stage[:2] == ("refine", 1) and guide.members == (0, 1)
+        guide.drop(retry=True)
+    # Growth has ended: nothing proposes the third one, and cycles are over the first alone.
+    assert [stage[:2] for stage in kinds(guide)] == [("cycle", 0), ("joint", None)]
+    assert guide.members == (0,)
+
+
+def test_without_a_hope_growth_ends_at_once() -> None:
+    guide = RecursiveMixtureGuide(bimodal, 3, schedule=Schedule(patience=5))
+    for _ in range(4):
+        guide.end_stage()
+    assert guide.stage[:2] == ("refine", 2)
+    guide.drop(retry=False)
+    assert guide.stage.kind == "joint" and guide.members == (0, 1)
+
+
+# --- Members and weights
+
+
+def test_the_guide_is_a_mixture_of_its_members() -> None:
+    """A component on trial starts from the share epsilon; one being proposed has none."""
+    guide = RecursiveMixtureGuide(bimodal, 3, epsilon=0.2)
+    guide.prepare()
+    z = torch.tensor(0.7)
+    shares = {(0,): [1.0], (0, 1): [0.8, 0.2], (0, 2): [0.8, 0.2], (0, 1, 2): [0.64, 0.16, 0.2]}
+    for members, expected in shares.items():
+        guide.progress[3:] = torch.tensor([float(m in members) for m in range(3)])
+        assert guide.members == members
+        torch.testing.assert_close(guide.component_weights().detach(), torch.tensor(expected))
+        places = torch.stack([guide.component(m).free_global.detach() for m in members])
+        density = log_normal(z, places[:, 0], places[:, 1].exp())
+        trace = poutine.trace(poutine.condition(guide, data={"z": z})).get_trace()
+        exact = (density + torch.tensor(expected).log()).logsumexp(-1)
+        torch.testing.assert_close(trace.log_prob_sum(), exact)
+
+
+def test_weights_stay_where_they_have_a_gradient() -> None:
+    guide = RecursiveMixtureGuide(bimodal, 3)
+    guide.prepare()
+    guide.progress[3:] = 1
+    for weights in ([0.5, 0.3, 0.2], [1.0, 1e-30, 1e-30], [1e-30, 1e-30, 1.0]):
+        guide.set_log_weights(torch.tensor(weights).log())
+        found = guide.component_weights().detach()
+        torch.testing.assert_close(found, torch.tensor(weights), atol=1e-3, rtol=0)
+        guide.component_weights().log().sum().backward()
+        for parameter in guide.weights.parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all()
+            parameter.grad = None
+    with torch.no_grad():
+        for parameter in guide.weights.parameters():
+            parameter.fill_(1e6)
+    assert guide.component_weights().min() > 1e-8
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", ["shared", "linear"])
+def test_a_dropped_component_loses_its_weight(count: int, kind: str) -> None:
+    guide = guide_of(count, weights=kind)
+    guide.prepare(X)
+    start = [parameter.detach().clone() for parameter in guide.weights.parameters()]
+    for parameter in guide.weights.parameters():
+        parameter.data.add_(1.0)
+    guide.end_stage(), guide.end_stage()
+    guide.drop(retry=True)
+    per_logit = len(start) // (count - 1)
+    for index, parameter in enumerate(guide.weights.parameters()):
+        moved = 0.0 if index < per_logit else 1.0
+        torch.testing.assert_close(parameter.detach(), start[index] + moved)
+
+
+def test_a_retry_gives_an_encoder_new_weights() -> None:
+    guide = guide_of(2)
+    guide.prepare(X)
+    guide.end_stage(), guide.end_stage()
+    before = [component.encoder.weight.clone() for component in guide.components]
+    guide.drop(retry=True)
+    after = [component.encoder.weight for component in guide.components]
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+
+
+# --- Encoders
+
+
+class Told(nn.Module):
+    """An encoder that records what it is told of earlier components."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.linear, self.told = nn.Linear(2 + extra, 2), []
+
+    def forward(self, x: Tensor, *extra: Tensor) -> Tensor:
+        self.told.append(extra)
+        return self.linear(torch.cat([x, *extra], -1))
+
+
+@pytest.mark.usefixtures("accepting")
+def test_conditional_encoders() -> None:
+    encoders = [Told(2 * m) for m in range(3)]
+    components = [AmortizedGuide(square_rows, encoder) for encoder in encoders]
+    schedule = Schedule(first=2, propose=2, refine=2, joint=9)
+    guide = RecursiveMixtureGuide(square_rows, components, conditional=True, schedule=schedule)
+    svi = SVI(square_rows, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(2))
+    for _ in range(10):
+        svi.step(X)
+    assert guide.stage.kind == "joint"
+    guide(X)
+    first, second, third = (encoder.told[-1] for encoder in encoders)
+    assert first == () and second[0].shape == (5, 2) and third[0].shape == (5, 4)
+    assert not second[0].requires_grad and not third[0].requires_grad
+    outputs = [encoders[0](X), encoders[1](X, *second)]
+    torch.testing.assert_close(third[0], torch.cat(outputs, -1))
+    # No component's objective moves an earlier one: even if they are not held.
+    guide.zero_grad()
+    mixture = guide.posterior(guide.groups[0], guide.new_call((X,), {}))
+    mixture.parameters[2].sum().backward()
+    grads = [encoder.linear.weight.grad for encoder in encoders]
+    assert all(grad is None or not grad.any() for grad in grads[:2])
+    assert grads[2].abs().sum() > 0
+    # A dropped component's parameters are replaced by zeros.
+    guide.progress[4] = 0
+    guide(X)
+    torch.testing.assert_close(encoders[2].told[-1][0], torch.cat([outputs[0], 0 * outputs[0]], -1))
+
+
+@pytest.mark.usefixtures("accepting")
+def test_a_trunk_trains_first_and_jointly_only() -> None:
+    trunk = nn.Linear(2, 2)
+    schedule = Schedule(first=3, propose=3, refine=3, cycles=1, cycle=2, joint=3)
+    guide = guide_of(2, trunk=trunk, schedule=schedule)
+    guide.prepare(X)
+    calls: list[int] = []
+    hook = trunk.register_forward_hook(lambda *_: calls.append(1))
+    guide(X)
+    assert calls == [1]
+    hook.remove()
+    svi = SVI(square_rows, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(2))
+    for _ in range(guide.num_steps):
+        kind, before = guide.stage.kind, trunk.weight.detach().clone()
+        svi.step(X)
+        assert torch.equal(before, trunk.weight) == (kind not in ("first", "joint")), kind
+
+
+@pytest.mark.usefixtures("accepting")
+def test_flows_grow_too() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        pyro.sample("x", dist.Normal((z**2).sum(-1), 1.0), obs=torch.tensor(4.0))
+
+    flows = [FlowGuide(model, "coupling", hidden=(8,)) for _ in range(2)]
+    schedule = Schedule(first=2, propose=2, refine=4)
+    guide = RecursiveMixtureGuide(model, flows, schedule=schedule)
+    guide.prepare()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(4))
+    for _ in range(8):
+        stage, test = guide.stage, guide.is_trial
+        before = [copy.deepcopy(flow.state_dict()) for flow in flows]
+        svi.step()
+        moved = [
+            any(not torch.equal(value, old[name]) for name, value in flow.state_dict().items())
+            for flow, old in zip(flows, before, strict=True)
+        ]
+        assert moved == [m == stage.component and not test for m in range(2)]
+    assert guide.members == (0, 1)
+
+
+# --- Refusals
+
+
+def test_components_must_not_share_parameters() -> None:
+    rows, body, heads = square_rows, nn.Linear(2, 4), [nn.Linear(4, 2) for _ in range(2)]
+    shared = [AmortizedGuide(rows, nn.Sequential(body, head)) for head in heads]
+    with pytest.raises(ValueError, match=r"share parameter 'encoder.0.weight'.*trunk="):
+        RecursiveMixtureGuide(rows, shared)
+    apart = [AmortizedGuide(rows, head) for head in heads]
+    with pytest.raises(ValueError, match=r"share parameter '0.weight'"):
+        RecursiveMixtureGuide(rows, apart, weights=nn.Sequential(heads[0], nn.Linear(2, 1)))
+    apart = [AmortizedGuide(rows, nn.Linear(4, 2)) for _ in range(2)]
+    RecursiveMixtureGuide(rows, apart, trunk=body)(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda: Schedule(first=0), ValueError, "first must be positive"),
+        (lambda: Schedule(propose=0), ValueError, "propose must be positive"),
+        (lambda: Schedule(refine=0), ValueError, "refine must be positive"),
+        (lambda: Schedule(draws=-1), ValueError, "draws must not be negative"),
+        (lambda: RecursiveMixtureGuide(bimodal, 1), ValueError, "at least 2 components, got 1"),
+        (
+            lambda: RecursiveMixtureGuide(bimodal, 2, epsilon=1.0),
+            ValueError,
+            r"epsilon must lie in \[0.001, 0.999\]",
+        ),
+        (
+            lambda: RecursiveMixtureGuide(bimodal, [AutoNormal(bimodal), AutoNormal(bimodal)]),
+            TypeError,
+            "AmortizedGuide or FlowGuide, got AutoNormal",
+        ),
+        (
+            lambda: RecursiveMixtureGuide(bimodal, 2, conditional=True),
+            ValueError,
+            "conditional=True needs AmortizedGuide",
+        ),
+    ],
+)
+def test_what_growing_guides_refuse(wrong: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrong()

@@ -1,0 +1,396 @@
+"""Stratified losses of mixture guides: values and gradients by quadrature.
+
+Where draws are pinned to nodes, equality is to rounding; statistical checks allow 4.5 standard
+errors.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_recursive import (
+    IWAE_ELBO,
+    MISELBO,
+    SIWAE_ELBO,
+    MixtureGuide,
+    MultiSampleELBO,
+    Stratified_ELBO,
+    bounds,
+)
+from tests.models.small import normal_rows
+from tests.oracles.mixtures import (
+    ALIKE,
+    LOGITS,
+    PLACES,
+    THETA,
+    UNLIKE,
+    assert_same,
+    bimodal,
+    derivatives,
+    expectation,
+    grid,
+    log_component,
+    log_joint,
+    log_q,
+    mixture_elbo,
+    pinned,
+    put,
+    setting,
+)
+from tests.oracles.quadrature import log_normal
+
+SIGMAS = 4.5
+LOG_WEIGHTS = LOGITS.log_softmax(-1)
+
+
+def softmax_elbo(theta: Tensor, places: Tensor, logits: Tensor) -> Tensor:
+    return mixture_elbo(theta, places, logits.log_softmax(-1))
+
+
+def selbo(log_ratio: Tensor, log_weights: Tensor) -> Tensor:
+    return (log_weights.exp()[:, None] * log_ratio.mean(0)).sum(0)
+
+
+def siwae(log_ratio: Tensor, log_weights: Tensor) -> Tensor:
+    return (log_ratio + log_weights[:, None]).logsumexp((0, 1)) - math.log(len(log_ratio))
+
+
+def miselbo(log_ratio: Tensor, log_weights: Tensor) -> Tensor:
+    means = log_ratio.logsumexp(0) - math.log(len(log_ratio))
+    return (log_weights.exp()[:, None] * means).sum(0)
+
+
+def at_nodes(bound: Callable, eps: Tensor, *inputs: Tensor) -> Tensor:
+    """Return a bound at each node for noise ``eps``, ``[T, M, nodes]``."""
+    theta, places, logits = inputs
+    log_weights = logits.log_softmax(-1)
+    z = places[:, :1] + places[:, 1:].exp() * eps
+    return bound(log_joint(z, theta) - log_q(z, places, log_weights), log_weights)
+
+
+# The loss; its bound; [T, M] numbers of independent noises; the order of the draws in the loss.
+BOUNDS = {
+    "SELBO": (lambda e: Stratified_ELBO(1, estimator=e), selbo, [[0, 0]], [0, 0]),
+    "SELBO-2": (lambda e: Stratified_ELBO(2, estimator=e), selbo, [[0, 1], [1, 0]], [0, 1, 1, 0]),
+    "SIWAE": (lambda e: SIWAE_ELBO(1, estimator=e), siwae, [[0, 1]], [0, 1]),
+    "SIWAE-2": (lambda e: SIWAE_ELBO(2, estimator=e), siwae, [[0, 1], [1, 0]], [0, 1, 1, 0]),
+    "MISELBO": (lambda e: MISELBO(1, estimator=e), miselbo, [[0, 0]], [0, 0]),
+    "MISELBO-2": (lambda e: MISELBO(2, estimator=e), miselbo, [[0, 0], [1, 1]], [0, 1, 0, 1]),
+}
+ROWS = [(name, "pathwise") for name in BOUNDS] + [("SELBO", "stl"), ("MISELBO", "stl")]
+
+
+@pytest.mark.parametrize("families", [ALIKE, UNLIKE], ids=["alike", "unlike"])
+@pytest.mark.parametrize(("name", "estimator"), ROWS)
+def test_value_and_gradients(name: str, estimator: str, families: tuple[str, str]) -> None:
+    """Gaussians of one family are evaluated at once, others one by one: the numbers are the same.
+
+    The estimator "stl" leaves out what is zero on average only.
+    """
+    loss, bound, columns, order = BOUNDS[name]
+    eps, weight = grid(1 + max(order))
+    noises = eps[torch.tensor(columns)]
+    expected = derivatives(lambda *inputs: (weight * at_nodes(bound, noises, *inputs)).sum())
+    s = setting(len(weight), families=families)
+    assert_same(s.gradients(loss(estimator), eps[order], weight), expected)
+    with pinned(eps[order]):
+        value = loss(estimator).loss(s.model, s.guide)
+    at_each = at_nodes(bound, noises, THETA, PLACES, LOGITS)
+    assert -value == pytest.approx(at_each.sum().item(), rel=1e-10)
+
+
+def test_stratified_elbo_is_the_elbo_of_the_mixture() -> None:
+    eps, weight = grid(1)
+    expected = derivatives(softmax_elbo)
+    for estimator in ("pathwise", "stl"):
+        loss = Stratified_ELBO(1, estimator=estimator)
+        assert_same(setting(len(weight)).gradients(loss, eps[0], weight), expected)
+    nodes = at_nodes(selbo, eps[torch.tensor([[0, 0]])], THETA, PLACES, LOGITS)
+    exact = mixture_elbo(THETA, PLACES, LOG_WEIGHTS)
+    torch.testing.assert_close((weight * nodes).sum(), exact, atol=1e-8, rtol=0)
+
+
+def test_stl_has_no_noise_where_the_mixture_is_exact() -> None:
+    x = torch.ones(5)
+    guide = MixtureGuide(normal_rows, 2, plate="data")
+    guide.prepare(x)
+    put(guide, [[0.5, -0.5 * math.log(2)]] * 2)
+    sizes = []
+    for estimator in ("stl", "pathwise"):
+        loss = Stratified_ELBO(1, estimator=estimator)
+        value = loss.differentiable_loss(normal_rows, guide, x)
+        places = [guide.component(m).free_local for m in range(2)]
+        sizes.append(max(g.abs().max() for g in torch.autograd.grad(value, places)))
+    assert sizes[0] < 1e-14 < 0.1 < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "estimator", "count"),
+    [
+        (Stratified_ELBO, "pathwise", 3),
+        (Stratified_ELBO, "stl", 3),
+        (SIWAE_ELBO, "pathwise", 3),
+        (MISELBO, "pathwise", 3),
+        (MISELBO, "stl", 1),
+    ],
+)
+def test_looped_equals_vectorised(loss: type, estimator: str, count: int) -> None:
+    noise = torch.randn(2 * count, 5)
+    s = setting(5)
+    results = []
+    for vectorize in (True, False):
+        chosen = loss(count, estimator=estimator, vectorize_particles=vectorize)
+        chosen.loss(s.model, s.guide)  # has a look at the plates
+        runs = iter([noise] if vectorize else noise)  # looped particles ask one by one
+
+        def standard(shape: Any, dtype: Any, device: Any, runs: Any = runs) -> Tensor:
+            return next(runs).unsqueeze(-1).reshape(shape)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributions.normal, "_standard_normal", standard)
+            value = chosen.differentiable_loss(s.model, s.guide)
+        results.append((value.detach(), *torch.autograd.grad(value, s.parameters())))
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)
+
+
+# --- What the bounds are worth
+
+
+def gaussians(seed: int) -> tuple[Tensor, Tensor]:
+    """Return three random normals and the logarithms of random weights."""
+    torch.manual_seed(seed)
+    return torch.randn(3, 2) * torch.tensor([1.5, 0.4]), torch.randn(3).log_softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_exceeds_those_of_the_components_by_their_divergence(seed: int) -> None:
+    places, log_weights = gaussians(seed)
+
+    def alone(place: Tensor) -> Tensor:
+        return expectation(place, lambda z: log_joint(z, THETA) - log_component(z, place))
+
+    whole = mixture_elbo(THETA, places, log_weights)
+    single = torch.stack([alone(place) for place in places])
+    divergence = whole - (log_weights.exp() * single).sum()
+    entropy = -(log_weights.exp() * log_weights).sum()
+    assert 0 <= divergence <= entropy
+    assert whole <= single.logsumexp(0)
+    by_definition = torch.stack(
+        [
+            expectation(q, lambda z, q=q: log_component(z, q) - log_q(z, places, log_weights))
+            for q in places
+        ]
+    )
+    expected = (log_weights.exp() * by_definition).sum()
+    torch.testing.assert_close(divergence, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("apart", "expected"), [(0.0, 0.0), (1.0, None), (40.0, math.log(2))], ids=["0", "1", "40"]
+)
+def test_diversity_of_two_components(apart: float, expected: float | None) -> None:
+    """MISELBO(1) less the components' ELBOs: nothing for copies, log 2 for strangers."""
+    eps, weight = grid(1)
+    s = setting(len(weight))
+    put(s.guide, [[-apart / 2, 0.0], [apart / 2, 0.0]])
+    s.logits().data.zero_()
+    # A scale for each row on model and guide weighs the rows.
+    model, guide = (poutine.scale(program, scale=weight) for program in (s.model, s.guide))
+    with pinned(eps[0]):
+        whole = -MISELBO(1).loss(model, guide)
+        components = [poutine.scale(s.guide.component(m), scale=weight) for m in range(2)]
+        singles = [-MultiSampleELBO(bounds.elbo).loss(model, each) for each in components]
+    found = whole - sum(singles) / 2
+    if expected is None:
+        assert 0.05 < found < math.log(2) - 0.05
+    else:
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_tighter_bounds_are_ordered() -> None:
+    eps, weight = grid(2)
+    inputs = (THETA, PLACES, LOGITS)
+    values = [
+        (weight * at_nodes(bound, eps[torch.tensor(columns)], *inputs)).sum()
+        for bound, columns in ((selbo, [[0, 0]]), (miselbo, [[0, 0], [1, 1]]), (siwae, [[0, 1]]))
+    ]
+    evidence = log_joint(torch.arange(-9, 9, 0.01), THETA).logsumexp(0) + math.log(0.01)
+    assert values[0] < values[1] < evidence
+    assert values[0] < values[2] < evidence
+
+
+@pytest.mark.slow
+def test_unbiased_for_a_mixture_density_of_torch() -> None:
+    """Pyro's own mixture of diagonal normals, on a grid in two dimensions."""
+    locs, scales = torch.randn(3, 2), torch.rand(3, 2) + 0.4
+    logits = torch.randn(3)
+
+    def log_target(z: Tensor) -> Tensor:
+        banana = torch.stack([z[..., 0], z[..., 1] - 0.5 * z[..., 0] ** 2], -1)
+        return log_normal(banana, 0.3, 1.2).sum(-1)
+
+    points = torch.arange(-8, 8, 0.05)
+    plane = torch.stack(torch.meshgrid(points, points, indexing="ij"), -1)
+    density = dist.MixtureOfDiagNormals(locs, scales, logits).log_prob(plane)
+    exact = (density.exp() * (log_target(plane) - density)).sum() * 0.05**2
+    rows = 4000
+
+    def model() -> None:
+        with pyro.plate("data", rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).expand([rows]))
+            pyro.factor("f", log_target(z) - dist.Normal(torch.zeros(2), 1.0).log_prob(z).sum(-1))
+
+    guide = MixtureGuide(model, 3, plate="data")
+    guide.prepare()
+    put(guide, torch.cat([locs, scales.log()], 1))
+    guide.weights.local.data.copy_(8 * torch.atanh(logits / 8))
+    for loss in (Stratified_ELBO(1), Stratified_ELBO(4), MISELBO(1), Trace_ELBO()):
+        values = -torch.tensor([loss.loss(model, guide) for _ in range(25)]) / rows
+        z = (values.mean() - exact) / (values.std() / len(values) ** 0.5)
+        assert abs(z) < SIGMAS, type(loss).__name__
+
+
+# --- Gradients of ordinary losses
+
+
+def drawn_gradients(loss: Any, rows: int) -> tuple[Tensor, Tensor]:
+    """Return each row's gradients, of the second component and of the logits."""
+    s = setting(rows)
+    loss.loss_and_grads(s.model, s.guide)
+    return -s.guide.component(1).free_local.grad, -s.logits().grad
+
+
+def assert_unbiased(rows: Tensor, expected: Tensor) -> None:
+    z = (rows.mean(0) - expected) / (rows.std(0) / len(rows) ** 0.5)
+    assert (z.abs() < SIGMAS).all(), f"z = {z.tolist()}"
+
+
+def iwae_2(theta: Tensor, places: Tensor, logits: Tensor) -> Tensor:
+    """IWAE-2 of the mixture: a sum over the components of both samples."""
+    eps, weight = grid(2)
+    log_weights = logits.log_softmax(-1)
+    total = torch.zeros(())
+    for i in range(2):
+        for j in range(2):
+            pair = places[[i, j]]
+            z = pair[:, :1] + pair[:, 1:].exp() * eps
+            ratio = log_joint(z, theta) - log_q(z, places, log_weights)
+            share = (log_weights[i] + log_weights[j]).exp()
+            total = total + share * (weight * (ratio.logsumexp(0) - math.log(2))).sum()
+    return total
+
+
+@pytest.mark.parametrize("estimator", ["vimco", "dreg+vimco"])
+def test_importance_weighted_gradients_of_components_and_weights(estimator: str) -> None:
+    expected = derivatives(iwae_2)
+    second, logits = drawn_gradients(IWAE_ELBO(2, estimator=estimator), 40_000)
+    assert_unbiased(second, expected.second)
+    # In a row the softmax makes the two gradients opposite.
+    assert_unbiased(logits[:, :1], expected.logits[:1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(),
+        TraceGraph_ELBO(),
+        MultiSampleELBO(bounds.elbo, estimator="score"),
+        MultiSampleELBO(bounds.elbo, estimator="vimco", num_particles=2),
+        Stratified_ELBO(1),
+    ],
+    ids=lambda loss: type(loss).__name__ + getattr(getattr(loss, "estimator", None), "name", ""),
+)
+def test_gradients_of_the_elbo(loss: Any) -> None:
+    expected = derivatives(softmax_elbo)
+    second, logits = drawn_gradients(loss, 40_000)
+    assert_unbiased(second, expected.second)
+    assert_unbiased(logits[:, :1], expected.logits[:1])
+
+
+def test_strata_have_less_noise_than_a_score_function() -> None:
+    """Two model runs each."""
+    vimco = MultiSampleELBO(bounds.elbo, estimator="vimco", num_particles=2)
+    losses = (vimco, Stratified_ELBO(1))
+    noise = [drawn_gradients(loss, 20_000)[1][:, 0].std() for loss in losses]
+    assert noise[1] < 0.7 * noise[0]
+
+
+# --- Copies
+
+
+def test_copies_never_separate_and_different_components_do() -> None:
+    for copies in (True, False):
+        pyro.clear_param_store()
+        guide = MixtureGuide(bimodal, 2)
+        guide.prepare()
+        places = [guide.component(m).free_global for m in range(2)]
+        if copies:
+            places[1].data.copy_(places[0].data)
+        loss = Stratified_ELBO(4)
+        noise = torch.randn(4, 1).repeat_interleave(2, 0)  # the strata share their noise
+        with pinned(noise):
+            loss.loss_and_grads(bimodal, guide)
+        first, second = (place.grad for place in places)
+        assert torch.equal(first, second) == copies
+        svi = SVI(bimodal, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+        for place in places:
+            place.grad = None
+        for _ in range(20 if copies else 150):
+            with pinned(torch.randn(4, 1).repeat_interleave(2, 0)):
+                svi.step()
+        distance = (places[0] - places[1]).detach().abs().max()
+        assert distance == 0 if copies else distance > 3
+
+
+def test_the_relative_direction_of_a_copied_pair_has_no_gradient() -> None:
+    """For any weights: the pair's gradients are in the ratio of the weights, on average."""
+    eps, weight = grid(1)
+    s = setting(len(weight))
+    put(s.guide, PLACES[[0, 0]])
+    found = s.gradients(Stratified_ELBO(1), eps[0], weight)
+    shares = LOG_WEIGHTS.exp()
+    torch.testing.assert_close(found.first / shares[0], found.second / shares[1])
+    torch.testing.assert_close(found.logits, torch.zeros(2), atol=1e-8, rtol=0)
+
+
+# --- Refusals and options
+
+
+def test_what_stratified_losses_refuse() -> None:
+    s = setting(2)
+    with pytest.raises(TypeError, match="needs a mixture guide"):
+        Stratified_ELBO(2).loss(s.model, AutoNormal(s.model))
+    for wrong in (lambda: MISELBO(2, estimator="stl"), lambda: SIWAE_ELBO(1, estimator="stl")):
+        with pytest.raises(ValueError, match=r"in \('pathwise',\), got 'stl'"):
+            wrong()
+
+
+@pytest.mark.parametrize("loss", [Stratified_ELBO, SIWAE_ELBO, MISELBO])
+def test_estimates_are_independent_and_samples_share_a_logarithm(loss: type) -> None:
+    """M estimates of K samples are those of M calls; for a linear bound M K samples do the same."""
+    chosen, s = loss(2, num_estimates=3), setting(4)
+    assert (chosen.num_particles, chosen.num_estimates) == (2, 3)
+    noise = torch.randn(12, 4)  # estimate by estimate
+    with pinned(noise):
+        whole = chosen.loss(s.model, s.guide)
+    each = []
+    for part in noise.split(4):
+        with pinned(part):
+            each.append(loss(2).loss(s.model, s.guide))
+    assert whole == pytest.approx(sum(each) / 3, rel=1e-12)
+
+
+def test_evaluation_in_inference_mode_leaves_training_alone() -> None:
+    guide = MixtureGuide(bimodal, 2)
+    with torch.inference_mode():
+        Stratified_ELBO(2).loss(bimodal, guide)
+    assert Stratified_ELBO(2).loss_and_grads(bimodal, guide) > -1e9
