@@ -32,8 +32,12 @@ from pyro_recursive.evaluation.plots import (
     plot_pareto_k,
     plot_ranks,
 )
-from pyro_recursive.evaluation.posterior import posterior_draws
-from pyro_recursive.evaluation.predictions import log_likelihoods, predictive_draws, prior_draws
+from pyro_recursive.evaluation.predictions import (
+    log_likelihoods,
+    posterior_draws,
+    predictive_draws,
+    prior_draws,
+)
 from pyro_recursive.evaluation.ranks import Calibration
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits
 from pyro_recursive.evaluation.snr import (

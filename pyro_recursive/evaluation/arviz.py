@@ -18,10 +18,11 @@ from torch import Tensor
 from pyro_recursive.evaluation.arviz_labels import Labels, entries_of
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, on_draws
 from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
-from pyro_recursive.evaluation.posterior import Resample, posterior_draws
 from pyro_recursive.evaluation.predictions import (
+    Resample,
     log_likelihoods,
     observed_data,
+    posterior_draws,
     predictive_draws,
     prior_draws,
 )

@@ -160,6 +160,13 @@ class Draws:
         """Return the number of draws."""
         return self.count
 
+    def take(self, index: Tensor) -> "Draws":
+        """Return the draws of these indices, ``[S', *plates]``."""
+        taken = {name: each.take(index, self.plates) for name, each in self.sites.items()}
+        log_p, log_q = (log_density.gather(0, index) for log_density in self.log_densities)
+        draws = replace(self, sites=taken, count=len(index), resampled=True)
+        return replace(draws, log_p=log_p, log_q=log_q)
+
     def of_this_call(self) -> "Draws":
         """Return the draws with their whole minibatch, for another run on the same arguments."""
         return replace(self, minibatch=self.whole_minibatch)

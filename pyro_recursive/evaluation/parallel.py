@@ -6,8 +6,9 @@ therefore raises in all of them instead of blocking the others.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -137,32 +138,30 @@ class ProcessGroup:
     @torch.no_grad()
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Copy the first process's tensors into these, in place; call `barrier_at` before."""
-        for indices in self._by_device_and_dtype(tensors):
-            flat = torch.cat([tensors[i].flatten() for i in indices])
-            dist.broadcast(flat, 0, self._group(flat))
-            for i, part in _unflattened(flat, tensors, indices):
-                tensors[i].copy_(part)
+        for i, part in self._collective(tensors, partial(dist.broadcast, src=0)):
+            tensors[i].copy_(part)
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], weight: float = 1.0) -> list[Tensor]:
         """Return weighted sums of dense tensors over the processes; call `barrier_at` before."""
         found = list(tensors)
-        for indices in self._by_device_and_dtype(tensors):
-            flat = torch.cat([tensors[i].flatten() for i in indices]) * weight
-            dist.all_reduce(flat, group=self._group(flat))
-            for i, part in _unflattened(flat, tensors, indices):
-                found[i] = part
+        for i, part in self._collective(tensors, dist.all_reduce, weight):
+            found[i] = part
         return found
 
-    def _by_device_and_dtype(self, tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    def _collective(
+        self, tensors: Sequence[Tensor], operation: Callable, weight: float = 1.0
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield each tensor's index and value after an operation on all of its device and dtype."""
         groups: dict[Any, list[int]] = {}
         for i, tensor in enumerate(tensors if self.count > 1 else ()):
             groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-        return groups.values()
-
-    def _group(self, tensor: Tensor) -> Any:
-        # NCCL has no operations on CPU tensors.
-        return self.control if tensor.device.type == "cpu" else None
+        for (device, _), indices in groups.items():
+            flat = torch.cat([tensors[i].flatten() for i in indices])
+            flat = flat if weight == 1 else flat * weight
+            operation(flat, group=self.control if device.type == "cpu" else None)  # no CPU in NCCL
+            parts = flat.split([tensors[i].numel() for i in indices])
+            yield from ((i, p.view_as(tensors[i])) for i, p in zip(indices, parts, strict=True))
 
     def _send(self, *values: int) -> list[list[int]]:
         message = torch.zeros(2 + WIDTH, dtype=torch.long, device="cpu")
@@ -185,15 +184,6 @@ class ProcessGroup:
             for rank, (kind, message) in enumerate(reports):
                 if kind and rank != self.rank:
                     error.add_note(f"Process {rank} failed, too: {kind}: {message}")
-
-
-def _unflattened(
-    flat: Tensor, tensors: Sequence[Tensor], indices: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the parts of a flat tensor in the shapes of the tensors that it was made of."""
-    parts = flat.split([tensors[i].numel() for i in indices])
-    for i, part in zip(indices, parts, strict=True):
-        yield i, part.view_as(tensors[i])
 
 
 def evaluate_in_parallel(
@@ -232,54 +222,47 @@ def evaluate_in_parallel(
         own = processes.share(len(rows[0]))
         starts = range(own.start, own.stop, batch_size or len(rows[0]))
         parts = [slice(start, min(start + starts.step, own.stop)) for start in starts]
-        found = [_on_cpu(function, [column[part] for column in rows]) for part in parts]
+        found = [_of_rows(function, [column[part] for column in rows]) for part in parts]
         by_process = processes.gather(found, "an evaluation")
-    joined = _joined([part for parts in by_process for part in parts])
-    return _mapped(joined, lambda tensor: tensor.to(rows[0].device))
+    joined = _mapped(_joined, *(part for parts in by_process for part in parts))
+    device = rows[0].device
+    return _mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, joined)
 
 
-def _on_cpu(function: Callable, rows: Sequence[Tensor]) -> Any:
+def _of_rows(function: Callable, rows: Sequence[Tensor]) -> Any:
     """Return a result on the CPU, whose tensors must have the rows as their first dim."""
     count = len(rows[0])
 
-    def check(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or len(tensor) != count:
+    def check(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not leaf.dim() or len(leaf) != count:
             raise ValueError(
-                f"The function returned a tensor of shape {tuple(tensor.shape)} for {count} rows. "
+                f"The function returned a tensor of shape {tuple(leaf.shape)} for {count} rows. "
                 "Return a value for each row, in the first dim."
             )
-        return tensor.detach().cpu()
+        return leaf.detach().cpu()
 
-    return _mapped(function(*rows), check)
-
-
-def _mapped(found: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to all tensors of a result."""
-    if isinstance(found, Tensor):
-        return function(found)
-    if isinstance(found, dict):
-        return {key: _mapped(value, function) for key, value in found.items()}
-    if isinstance(found, tuple):
-        return _like(found, [_mapped(value, function) for value in found])
-    return found
+    return _mapped(check, function(*rows))
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    """Concatenate the tensors of results; other values must be the same in all."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
+def _mapped(function: Callable, *results: Any) -> Any:
+    """Apply a function to the corresponding leaves of results: nested tuples and dicts."""
+    first = results[0]
     if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts]) for key in first}
+        return {key: _mapped(function, *(each[key] for each in results)) for key in first}
     if isinstance(first, tuple):
-        return _like(first, [_joined(column) for column in zip(*parts, strict=True)])
-    if any(part != first for part in parts):
+        values = [_mapped(function, *leaves) for leaves in zip(*results, strict=True)]
+        return first._make(values) if hasattr(first, "_make") else tuple(values)
+    return function(*results)
+
+
+def _joined(*parts: Any) -> Any:
+    """Concatenate tensors; other values must be the same in all parts."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if any(part != parts[0] for part in parts):
         raise ValueError(
             f"Values other than tensors differ between the parts of the rows: {parts}."
         )
-    return first
-
-
-def _like(found: tuple, values: list[Any]) -> tuple:
-    """Return a tuple, or a NamedTuple of the same class."""
-    return found._make(values) if hasattr(found, "_make") else tuple(values)
+    return parts[0]

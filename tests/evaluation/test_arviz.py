@@ -21,7 +21,7 @@ from pyro_recursive import AmortizedGuide, MAPAGuide
 from pyro_recursive.evaluation import posterior_draws
 from pyro_recursive.evaluation.arviz import az, has_group, loo, mcmc_to_arviz, to_arviz
 from tests.models import ROWS, SCALED, Row, exact_groups, joint_evidence, mask
-from tests.models.small import normal_global, normal_loop, normal_rows, vector_rows
+from tests.models.small import normal_global, normal_loop, normal_rows, prior_of, vector_rows
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
 
@@ -392,15 +392,13 @@ def test_values_dims_and_coordinates() -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_coordinates_of_a_minibatch(labelled: bool) -> None:
-    def program(x: Tensor, observe: bool) -> None:
+    def model(x: Tensor) -> None:
         with pyro.plate("data", 50, subsample_size=4) as index:
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([4]))
-            if observe:
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
     names = {"data": [f"n{number}" for number in range(50)]} if labelled else None
-    model, guide = (lambda x: program(x, True)), (lambda x: program(x, False))
-    data = to_arviz(model, guide, torch.arange(50.0), num_draws=3, coords=names)
+    data = to_arviz(model, prior_of(model), torch.arange(50.0), num_draws=3, coords=names)
     observed = data["observed_data"]["x"]
     told = observed["data"].values
     values = observed.values.astype(int)
@@ -411,15 +409,13 @@ def test_coordinates_of_a_minibatch(labelled: bool) -> None:
 def test_data_are_no_coordinates() -> None:
     """`pyro.plate(..., subsample=x)`: the data may be indices, for all that one sees of them."""
 
-    def program(x: Any, index: Any, observe: bool) -> None:
-        with pyro.plate("data", 50, subsample=index(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
-            if observe:
+    def coordinates(x: Any, index: Callable = lambda x: x, **options: Any) -> list:
+        def model(x: Any) -> None:
+            with pyro.plate("data", 50, subsample=index(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
                 pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
 
-    def coordinates(x: Any, index: Callable = lambda x: x, **options: Any) -> list:
-        model, guide = (partial(program, index=index, observe=each) for each in (True, False))
-        data = to_arviz(model, guide, x, num_draws=3, **options)
+        data = to_arviz(model, prior_of(model), x, num_draws=3, **options)
         return list(data["posterior"]["data"].values)
 
     counts = torch.tensor([3, 1, 2, 7])

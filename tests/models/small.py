@@ -5,11 +5,13 @@ it, ``[rows, 1]``. ``*_global`` have one latent for all rows; a scalar ``x`` is 
 no plate. `functools.partial` gives other scales, or a model without arguments.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 
 
@@ -22,6 +24,11 @@ def plate_of(x: Tensor, size: int | None = None) -> AbstractContextManager:
 
 def column(x: Tensor) -> Tensor:
     return x[:, 0] if x.dim() == 2 else x
+
+
+def prior_of(model: Callable) -> Callable:
+    """Return a guide that draws the latents of a model from their priors."""
+    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
 
 
 def normal_rows(x: Tensor, prior: float = 1.0, noise: float = 1.0, size: int | None = None) -> None:
