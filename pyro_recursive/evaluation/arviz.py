@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_recursive.evaluation.arviz_labels import Labels, entries_of
-from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, on_draws
+from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws
 from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
 from pyro_recursive.evaluation.predictions import (
     Resample,
@@ -175,7 +175,7 @@ def _chain_draws(
         value = value.reshape(len(value), *padding, *value.shape[1:])
         latents[site["name"]] = SiteDraws.stacked(site, [value], len(value), nesting)
     draws = Draws(latents, chains * count, whole_minibatch=subsample_sites(single))
-    computed = on_draws(model, args, kwargs, draws.of_this_call(), ModelRuns.computed, **run)
+    computed = run_on_draws(model, args, kwargs, draws.of_this_call(), ModelRuns.computed, **run)
     return replace(draws, sites={**latents, **computed}), chains
 
 

@@ -283,7 +283,7 @@ def is_computed(site: Site) -> bool:
 
 
 @torch.no_grad()
-def on_draws(
+def run_on_draws(
     model: Callable,
     args: tuple,
     kwargs: dict[str, Any],

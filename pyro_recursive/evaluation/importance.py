@@ -345,7 +345,7 @@ def importance_weights(
     with torch.no_grad():
         for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
             if not parts:
-                if reason := why_scaled(runs[0].guide):
+                if reason := scale_problem(runs[0].guide):
                     raise ValueError(reason)
                 points = _points(runs, layout)
             parts.append(densities(runs, layout).log_weights[0].double())
@@ -381,7 +381,7 @@ def _is_one(scale: Any) -> bool:
     return math.isclose(scale, 1.0, rel_tol=1e-6)  # the scales of plates may round
 
 
-def why_scaled(guide: poutine.Trace) -> str:
+def scale_problem(guide: poutine.Trace) -> str:
     """Return why draws of a guide with a `poutine.scale` have no weights; nothing without one."""
     scaled = scaled_sites(guide)
     if not scaled:

@@ -18,11 +18,11 @@ from pyro_recursive.evaluation.draws import (
     SiteDraws,
     is_computed,
     joined,
-    on_draws,
+    run_on_draws,
     was_observed,
 )
 from pyro_recursive.evaluation.evidence import runs_in_chunks
-from pyro_recursive.evaluation.importance import psis, scaled_sites, why_scaled
+from pyro_recursive.evaluation.importance import psis, scale_problem, scaled_sites
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_batch_shape, half_subsampled
 from pyro_recursive.tracing.densities import densities, log_prob_of
@@ -92,7 +92,7 @@ def posterior_draws(
             index = resampled_index(draws.log_weights, num_draws, draws.plates, smooth=smooth)
             draws = draws.take(index)
     call = model, args, kwargs, draws.of_this_call()
-    computed = on_draws(*call, ModelRuns.computed, chunk_size, vectorize_particles)
+    computed = run_on_draws(*call, ModelRuns.computed, chunk_size, vectorize_particles)
     return replace(draws, sites={**draws.sites, **computed})
 
 
@@ -105,7 +105,7 @@ def _from_guide(
     for runs, layout in chunks:
         if not parts:
             whole = subsample_sites(runs[0].guide, runs[0].model)
-            unweighted = why_scaled(runs[0].guide) or _why_subsampled(runs[0], layout)
+            unweighted = scale_problem(runs[0].guide) or _subsampling_problem(runs[0], layout)
             if unweighted and weighted:
                 raise ValueError(unweighted)
         size, nesting = layout.particles.total, layout.max_plate_nesting
@@ -128,7 +128,7 @@ def _from_guide(
     return Draws(latents, count, log_p, log_q, plates, False, minibatch, whole, unweighted)
 
 
-def _why_subsampled(run: ParticleRun, layout: PlateLayout) -> str:
+def _subsampling_problem(run: ParticleRun, layout: PlateLayout) -> str:
     """Return why a minibatch has no weights; nothing if it has."""
     found = half_subsampled(run.table, layout)
     if found is None:
@@ -213,7 +213,7 @@ def predictive_draws(
     """
     check_at_least(1, chunk_size=chunk_size)
     run = chunk_size, vectorize_particles
-    found = on_draws(drawing_data(model), args, kwargs, draws, _data, *run)
+    found = run_on_draws(drawing_data(model), args, kwargs, draws, _data, *run)
     return Draws(found, len(draws), minibatch=draws.minibatch)
 
 
@@ -269,7 +269,7 @@ def log_likelihoods(
         }
 
     run = chunk_size, vectorize_particles
-    found = on_draws(model, args, kwargs, draws, collect, *run)
+    found = run_on_draws(model, args, kwargs, draws, collect, *run)
     return Draws(found, len(draws), minibatch=draws.minibatch, scaled=tuple(scaled))
 
 
@@ -283,7 +283,7 @@ def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> D
     >>> observed_data(model, Draws({}, 1), torch.tensor([0.0, 1.0]))["x"].tolist()
     [[0.0, 1.0]]
     """
-    return Draws(on_draws(model, args, kwargs, replace(draws, count=1), _data), 1)
+    return Draws(run_on_draws(model, args, kwargs, replace(draws, count=1), _data), 1)
 
 
 def prior_draws(
@@ -336,7 +336,7 @@ def prior_draws(
             minibatch = subsample_sites(poutine.trace(drawing).get_trace(*args, **kwargs))
     empty = Draws({}, num_draws, minibatch=minibatch)
     run = chunk_size, vectorize_particles
-    return replace(empty, sites=on_draws(drawing, args, kwargs, empty, _everything, *run))
+    return replace(empty, sites=run_on_draws(drawing, args, kwargs, empty, _everything, *run))
 
 
 def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
