@@ -105,7 +105,7 @@ def outline(tensors: Mapping[str, Tensor], kind: str) -> dict[str, str]:
     }
 
 
-def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+def random_states(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     """Return the states of torch (CPU and CUDA), numpy, ``random`` and of the generators given."""
     state: dict[str, Any] = get_rng_state()
     kind, keys, *rest = state["numpy"]
@@ -116,8 +116,8 @@ def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
-    """Set all random states from a result of `random_state`."""
+def set_random_states(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
+    """Set all random states from a result of `random_states`."""
     kind, keys, *rest = state["numpy"]
     numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
     set_rng_state({"torch": state["torch"], "random": state["random"], "numpy": numpy_state})
@@ -140,13 +140,13 @@ def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) ->
         True
     """
     generators = list(generators)
-    before = random_state(generators)
+    before = random_states(generators)
     try:
         if seed is not None:
             pyro.set_rng_seed(seed)
         yield
     finally:
-        set_random_state(before, generators)
+        set_random_states(before, generators)
 
 
 def state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:

@@ -303,7 +303,7 @@ class _Run:
             self.processes.barrier_at("a checkpoint")
 
     def _state(self) -> dict[str, Any]:
-        own = checkpoints.random_state(self.generators)
+        own = checkpoints.random_states(self.generators)
         random, *others = self.processes.gather(own, "random states")
         return {
             "settings": self.settings,
@@ -333,5 +333,5 @@ class _Run:
         checkpoints.check_same(path, counts, {"number of data generators": len(self.generators)})
         self.learner.set_state(path, state["learner"], self.batches)
         self.history, self.best = History.restored(state["history"]), state["best"]
-        checkpoints.set_random_state(random[self.processes.rank], self.generators)
+        checkpoints.set_random_states(random[self.processes.rank], self.generators)
         self.settings |= state.get("settings", {})

@@ -1,7 +1,7 @@
 """Small programs that `fit` trains, and everything that a run of one leaves behind."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
@@ -45,15 +46,21 @@ class VAE(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3))
         self.decoder = nn.Linear(1, 2)
 
+    def plate(self, x: Tensor) -> Any:
+        return pyro.plate("data", ROWS, subsample=x)
+
+    def mean(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
     def model(self, x: Tensor) -> None:
         pyro.module("decoder", self.decoder)
-        with pyro.plate("data", ROWS, subsample=x):
+        with self.plate(x):
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(self.mean(z), 1.0).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         pyro.module("encoder", self.encoder)
-        with pyro.plate("data", ROWS, subsample=x):
+        with self.plate(x):
             loc, scale = self.encoder(x).view(-1, 2, 2).mean(-1, keepdim=True).unbind(1)
             pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
 
@@ -194,9 +201,45 @@ def outcome(history: History, path: Path) -> dict[str, Any]:
     return {
         "history": asdict(history),
         "store": store(),
-        "random": checkpoint.random_state(),
+        "random": checkpoint.random_states(),
         "file": checkpoint.load(path),
     }
+
+
+class Noting(TraceMeanField_ELBO):
+    """A loss that keeps the batches of its calls, and the scales of the latent in the guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[Tensor] = []
+        self.scales: list[float] = []
+
+    def differentiable_loss(self, model: Callable, guide: Callable, x: Tensor) -> Tensor:
+        self.batches.append(x)
+        self.scales.append(poutine.trace(guide).get_trace(x).nodes["z"]["scale"])
+        return super().differentiable_loss(model, guide, x)
+
+
+class Counted(torch.optim.Adam):
+    """An optimiser whose class counts the steps of all its instances."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        Counted.steps += 1
+
+
+class Scripted(Trace_ELBO):
+    """A loss for validation with given values; it keeps the parameters at each call."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        super().__init__()
+        self.values, self.seen = iter(values), list[dict[str, Tensor]]()
+
+    def loss(self, *args: Any, **kwargs: Any) -> float:
+        self.seen.append(store())
+        return next(self.values)
 
 
 def interrupt_at(call: int) -> Callable:

@@ -156,7 +156,7 @@ def live(name: str, path: Path, tell: Callable[[str], None]) -> None:
         "history": {k: v for k, v in asdict(history).items() if k != "seconds"},
         "store": {key: store[key].unconstrained().detach() for key in store},
         "guide": dict(program["guide"].state_dict()),
-        "random": checkpoints.random_state(),
+        "random": checkpoints.random_states(),
     }
     torch.save(left, path.with_suffix(".left"))
 

@@ -162,8 +162,8 @@ FED = (
 )
 NUMBERS = r"(The encoder|The weights' network) of latents \['z'\] in plate 'data' returned NaN.*"
 OF_PYRO = RuntimeError, "mat1 and mat2"  # a guide by hand: its own error, with Pyro's trace shapes
-LENGTHS = ValueError, r"The tensors of data have different lengths \[4, {}\]"
-NO_TENSOR = TypeError, "data must be a tensor, a tuple of tensors.*got {}.*torch.as_tensor"
+LENGTHS = ValueError, r"The tensors of data have lengths \[4, {}\]"
+NO_TENSOR = TypeError, "data must be tensors or a torch DataLoader, got {}.*torch.as_tensor"
 NOT_FINITE = NonFiniteError, r"step 3.*data tensor '{}'"
 CODES = ValueError, "queries have shape .* a row, and the references"
 

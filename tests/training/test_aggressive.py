@@ -23,6 +23,7 @@ from pyro_recursive.evaluation.information import mutual_information
 from pyro_recursive.training import Aggressive, History, NonFiniteError, fit
 from pyro_recursive.training import aggressive as module
 from pyro_recursive.training.aggressive import Blocks
+from pyro_recursive.training.checkpoint import load
 from tests.oracles import training as ordinary
 from tests.oracles.bitwise import same
 from tests.oracles.training import interrupt_at, outcome, run, store
@@ -368,16 +369,10 @@ def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fresh_minibatches_leave_the_order_of_the_data_alone() -> None:
     seen: dict[bool, list[Tensor]] = {}
     for aggressive in (True, False):
-        batches: list[Tensor] = []
-
-        class Noting(Trace_ELBO):
-            def differentiable_loss(self, model: Any, guide: Any, x: Tensor) -> Tensor:
-                batches.append(x)  # noqa: B023
-                return super().differentiable_loss(model, guide, x)
-
         options = Aggressive(max_steps=2, check_every=99) if aggressive else None
-        train(loss=Noting(), aggressive=options, batch_size=5)
-        seen[aggressive] = batches
+        loss = ordinary.Noting()
+        train(loss=loss, aggressive=options, batch_size=5)
+        seen[aggressive] = loss.batches
     assert same(seen[True][2::3], seen[False])
     fresh = [batch for i, batch in enumerate(seen[True]) if i % 3 != 2]
     assert [len(batch) for batch in fresh] == [5] * 12  # never the rest of 2 rows
@@ -392,15 +387,9 @@ def loader(**options: Any) -> dict[str, Any]:
 
 
 def test_a_loader_is_read_by_a_second_iterator() -> None:
-    seen: list[Tensor] = []
-
-    class Noting(Trace_ELBO):
-        def differentiable_loss(self, model: Any, guide: Any, x: Tensor) -> Tensor:
-            seen.append(x)
-            return super().differentiable_loss(model, guide, x)
-
-    options = Aggressive(max_steps=2, check_every=99)
-    train(loader, loss=Noting(), aggressive=options)
+    loss = ordinary.Noting()
+    train(loader, loss=loss, aggressive=Aggressive(max_steps=2, check_every=99))
+    seen = loss.batches
     parts = rows().split(4)
     assert same(seen[2::3], [*parts, *parts])
     fresh = [batch for i, batch in enumerate(seen) if i % 3 != 2]
@@ -467,8 +456,6 @@ def test_interrupt_and_resume_equals_no_interrupt(
 
 
 def epochs_done(path: Path) -> int:
-    from pyro_recursive.training.checkpoint import load
-
     return len(load(path)["history"]["epoch"]) if path.exists() else 0
 
 
@@ -476,16 +463,9 @@ def epochs_done(path: Path) -> int:
 
 
 def test_warm_up_weights_the_guide_s_steps_too() -> None:
-    weights = []
-
-    class Noting(TraceMeanField_ELBO):
-        def differentiable_loss(self, model: Any, guide: Any, *args: Any) -> Tensor:
-            trace = pyro.poutine.trace(guide).get_trace(*args)
-            weights.append(trace.nodes["z"]["scale"])
-            return super().differentiable_loss(model, guide, *args)
-
-    train(loss=Noting(), kl_warmup=2, batch_size=None, aggressive=Aggressive(max_steps=2))
-    assert weights == [0.5] * 3 + [1.0] * 3
+    loss = ordinary.Noting()
+    train(loss=loss, kl_warmup=2, batch_size=None, aggressive=Aggressive(max_steps=2))
+    assert loss.scales == [0.5] * 3 + [1.0] * 3
 
 
 @ordinary.quiet
@@ -548,18 +528,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_aggressive_says_so_at_once(name: str) -> None:
     changes, kind, message = REFUSED[name]
-    steps = []
-
-    class Counted(torch.optim.Adam):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            steps.append(super().step(closure))
-
+    taken = ordinary.Counted.steps
     make = {"messenger": AutoNormalMessenger, "points": AutoDelta}.get(changes.get("guide", ""))
     if make is not None:
         changes = {"guide": make(linear_model), "validation": rows()}
     with pytest.raises(kind, match=message):
-        train(**{"batch_size": None, "optimizer": Counted, **changes})
-    assert len(steps) <= few.max_steps + 1  # before the second step of the model
+        train(**{"batch_size": None, "optimizer": ordinary.Counted, **changes})
+    assert (
+        ordinary.Counted.steps - taken <= few.max_steps + 1
+    )  # before the second step of the model
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ def test_a_finished_run_returns_at_once_and_goes_on_with_more_epochs(tmp_path: P
 def test_random_states_come_back() -> None:
     pyro.set_rng_seed(5)
     np.random.standard_normal()  # noqa: NPY002 - leaves half a pair behind
-    state = checkpoints.random_state()
+    state = checkpoints.random_states()
     first = (torch.rand(2), random.random(), np.random.standard_normal())  # noqa: NPY002
-    checkpoints.set_random_state(state)
+    checkpoints.set_random_states(state)
     assert same(first, (torch.rand(2), random.random(), np.random.standard_normal()))  # noqa: NPY002
 
 

@@ -34,6 +34,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.evaluation.parallel import ProcessGroup, evaluate_in_parallel
 from pyro_recursive.training import Aggressive, CheckpointError, fit
+from tests.oracles import training as ordinary
 from tests.oracles.bitwise import same
 from tests.oracles.training import (
     factor_of_rows,
@@ -140,27 +141,18 @@ def run(program: Callable[[], dict[str, Any]], **changes: Any) -> dict[str, Any]
 # --- Programs with noise: all processes must stay the same
 
 
-class Noisy(nn.Module):
+class Noisy(ordinary.VAE):
     """Batch norm and dropout, with initial parameters that differ between the processes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3))
-        self.decoder = nn.Linear(1, 2)
         self.register_buffer("offset", torch.randn(()))
 
-    def model(self, x: Tensor) -> None:
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
-            mean = self.decoder(z) + self.offset
-            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+    def plate(self, x: Tensor) -> Any:
+        return pyro.plate("data", len(x))
 
-    def guide(self, x: Tensor) -> None:
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            loc, scale = self.encoder(x).view(-1, 2, 2).mean(-1, keepdim=True).unbind(1)
-            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+    def mean(self, z: Tensor) -> Tensor:
+        return super().mean(z) + self.offset
 
 
 def noisy(*batch: Tensor) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from pyro_recursive.training import checkpoint as checkpoints
 from tests.oracles.bitwise import same
 from tests.oracles.training import (
     ROWS,
+    Scripted,
     auto_normal,
     late_parameters,
     normal_data,
@@ -212,7 +213,7 @@ def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
         TensorDataset(torch.ones(6, 2)), 2, shuffle=True, generator=torch.Generator()
     )
     plain = run(vae, optimizer=frozen)
-    random_after = checkpoints.random_state()
+    random_after = checkpoints.random_states()
     arguments = vae()
     program = arguments["model"].__self__
     program.decoder.eval()  # a module's own mode is put back, not just train mode
@@ -227,41 +228,27 @@ def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
     assert watched.validation[-1] == pytest.approx(np.mean(batches))
     again = run(vae, optimizer=frozen, validation=torch.ones(6, 2))
     assert again.loss == plain.loss
-    assert same(checkpoints.random_state(), random_after)
+    assert same(checkpoints.random_states(), random_after)
     fixed = run(auto_normal, optimizer=frozen, validation=normal_data())
     assert len(set(fixed.validation)) == 1
 
 
 def test_stops_early_and_puts_the_best_back() -> None:
-    values = iter([5.0, 3.0, float("nan"), 4.0, 3.0, 1.0])
-
-    class Scripted(Trace_ELBO):
-        def loss(self, *args: Any, **kwargs: Any) -> float:
-            seen.append(store())
-            return next(values)
-
-    seen: list[dict[str, Tensor]] = []
-    changes = {"validation": normal_data()[:4], "validation_loss": Scripted(), "epochs": 9}
+    scripted = Scripted([5.0, 3.0, float("nan"), 4.0, 3.0, 1.0])
+    changes = {"validation": normal_data()[:4], "validation_loss": scripted, "epochs": 9}
     history = run(auto_normal, patience=3, **changes)
     assert history.epoch == [1, 2, 3, 4, 5]
     assert history.stopped_early
     assert history.best_epoch == 2
-    assert same(store(), seen[1])
-    assert not same(seen[1], seen[4])
+    assert same(store(), scripted.seen[1])
+    assert not same(scripted.seen[1], scripted.seen[4])
 
 
 def test_without_patience_nothing_is_put_back() -> None:
-    rising = iter(range(9))
-
-    class Scripted(Trace_ELBO):
-        def loss(self, *args: Any, **kwargs: Any) -> float:
-            seen.append(store())
-            return float(next(rising))
-
-    seen: list[dict[str, Tensor]] = []
-    history = run(auto_normal, validation=normal_data()[:4], validation_loss=Scripted())
+    scripted = Scripted(range(9))
+    history = run(auto_normal, validation=normal_data()[:4], validation_loss=scripted)
     assert (history.best_epoch, history.stopped_early) == (1, False)
-    assert same(store(), seen[-1])
+    assert same(store(), scripted.seen[-1])
 
 
 # --- What is shown
