@@ -261,7 +261,7 @@ def _decoded(decoder: Callable[[Tensor], Tensor], z: Tensor, x: Tensor) -> Tenso
     if not points.isfinite().all():
         raise ValueError(
             f"The decoder is not finite for latents from {z[0]:g} to {z[-1]:g}. Choose a smaller "
-            "bound, or check its parameters."
+            "bound."
         )
     return points.double()
 

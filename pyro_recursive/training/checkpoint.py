@@ -79,7 +79,7 @@ def check_same(path: Path, saved: Mapping[str, Any], live: Mapping[str, Any]) ->
     if differences:
         raise CheckpointError(
             f"Checkpoint '{path}' does not fit this call: {'; '.join(differences)}. Resume with "
-            "the model, guide, data and options that wrote it, or use another file."
+            "what wrote it, or use another file."
         )
 
 
@@ -171,8 +171,7 @@ def load_state_of(
             owner.load_state_dict(saved["state"])
     except ValueError as error:
         raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the {kind}: {error}. Resume with the {kind} that "
-            "wrote it, or use another file."
+            f"Checkpoint '{path}' does not fit the {kind}: {error}. Use the {kind} that wrote it."
         ) from error
 
 

@@ -111,8 +111,8 @@ class Minibatches:
             )
         if self.data.num_workers and self.data.persistent_workers:
             raise ValueError(
-                f"The workers of DataLoader {self.name} persist, but two iterations are needed at "
-                "once. Set persistent_workers=False."
+                f"The workers of DataLoader {self.name} persist and serve one iteration at a time. "
+                "Set persistent_workers=False."
             )
         return self
 
@@ -155,8 +155,8 @@ class Minibatches:
             for column in batch:
                 if not isinstance(column, Tensor) or column.dim() == 0:
                     raise ValueError(
-                        f"The batches of {self.name} hold a {type(column).__name__} without rows, "
-                        f"and many rows are needed at once. Give {self.name} as tensors."
+                        f"The batches of {self.name} hold a {type(column).__name__} without rows. "
+                        f"Give {self.name} as tensors."
                     )
             if sum(map(rows_of, found)) >= count:
                 break
@@ -205,7 +205,7 @@ def _columns(data: Any, name: str) -> Batch:
         if not isinstance(column, Tensor):
             raise TypeError(
                 f"{name} must be tensors or a torch DataLoader, got {type(column).__name__}. "
-                "Convert arrays with torch.as_tensor, bind other arguments with functools.partial."
+                "Convert arrays with torch.as_tensor."
             )
         if column.dim() == 0:
             raise ValueError(f"{name} has a scalar tensor, which has no rows. Give it a dimension.")
@@ -214,8 +214,7 @@ def _columns(data: Any, name: str) -> Batch:
         raise ValueError(f"{name} is empty: lengths {lengths}. Pass at least one row.")
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"The tensors of {name} have lengths {lengths}. Give each the same number of rows; "
-            "bind other arguments with functools.partial."
+            f"The tensors of {name} have lengths {lengths}. Give each the same number of rows."
         )
     return columns
 
@@ -240,8 +239,8 @@ def _check_loader(loader: DataLoader, batch_size: int | None, name: str, shared:
         )
     if shared and type(_samplers(loader)[-1]) in (RandomSampler, SequentialSampler):
         raise ValueError(
-            f"DataLoader {name} gives the same rows to each process. Give it a DistributedSampler "
-            "and a process's share of the batch as batch_size, or pass tensors."
+            f"DataLoader {name} gives the same rows to each process. Give it a DistributedSampler, "
+            "or pass tensors."
         )
     if _length(loader) == 0:
         raise ValueError(f"{name} is a DataLoader without batches. Check its data set.")

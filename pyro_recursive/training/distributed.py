@@ -63,8 +63,8 @@ class DistributedStep:
         self.rows = sum(counts)
         if self.is_new and not all(counts):
             raise ValueError(
-                f"The first batch has {self.rows} rows for {self.processes.count} processes, and "
-                "each needs one. Use a larger batch_size."
+                f"The first batch has {self.rows} rows for {self.processes.count} processes. Use a "
+                "larger batch_size."
             )
 
     def share(self) -> AbstractContextManager:
@@ -135,7 +135,7 @@ class DistributedStep:
                 differing = sorted(set(other) ^ set(gathered[0])) or ["their order"]
                 raise ValueError(
                     f"Process {rank} has other parameters or buffers than process 0: "
-                    f"{'; '.join(differing)}. Create all of them in each process before fit."
+                    f"{'; '.join(differing)}. Create all of them before fit."
                 )
 
 

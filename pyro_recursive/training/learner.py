@@ -66,8 +66,8 @@ class ParameterOwners:
         if not self.of_guide or len(self.of_guide) == len(parameters):
             owner, other = ("model", "guide") if self.of_guide else ("guide", "model")
             raise ValueError(
-                f"Aggressive training needs parameters of both, but the {owner} has no parameters "
-                f"of its own: all are the {other}'s ({', '.join(parameters)})."
+                f"In aggressive training the {owner} has no parameters of its own: all are the "
+                f"{other}'s ({', '.join(parameters)})."
             )
 
     def others(self, parameters: Mapping[str, Tensor], owner: Owner) -> dict[str, Tensor]:
@@ -354,8 +354,8 @@ class Learner:
         parameters = list(self.parameters.values())
         if not parameters:
             raise ValueError(
-                "Model and guide have no parameters to train. Register them with pyro.param, "
-                "pyro.module or a PyroModule."
+                "Model and guide have no parameters to train. Register them with pyro.param or "
+                "pyro.module."
             )
         self.num_initial = len(parameters) if num_initial is None else num_initial
         optimizer = self.make_optimizer(parameters[: self.num_initial])

@@ -57,9 +57,6 @@ def fit(
 ) -> History:
     """Minimise a loss over the parameters of model and guide; resumes bit for bit.
 
-    Under `torch.distributed` all processes train one model, each on its share of every batch. The
-    pages on training and on several processes have the details.
-
     Args:
         model, guide: called as ``model(*batch)``.
         data: a tensor, a tuple of tensors whose rows go together, or a torch DataLoader.
@@ -68,7 +65,7 @@ def fit(
         optimizer: makes a torch optimiser from the list of (unconstrained) parameters.
         scheduler: makes a torch schedule from that optimiser; stepped after each epoch.
         clip_norm: the largest norm of the gradient over all parameters.
-        batch_size: rows per batch of tensors; None is the full batch.
+        batch_size: rows per batch of tensors, which processes share; None is the full batch.
         shuffle: whether each epoch has the rows of tensors in a new order.
         transform: maps the tensors of each training batch to a tensor or a tuple.
         kl_warmup: latents have weight ``min(1, epoch / kl_warmup)``, see `KLWarmup`; 0 is none.
@@ -76,12 +73,11 @@ def fit(
         validation: held-out data, evaluated in eval mode with the same draws each time.
         validation_loss: the loss for validation; the training loss if None.
         validate_every: epochs from one validation to the next.
-        patience: epochs without a better validation loss, after which training stops with the
-            best parameters; ``math.inf`` only restores the best, None only records.
+        patience: epochs without a better validation before training stops with the best weights.
         checkpoint: a file, written after each epoch.
         resume: whether to continue from that file, if it exists.
         modules: those with buffers or an eval mode that model and guide do not show.
-        seed: sets all global random states at the start; process r takes ``seed + r``.
+        seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
         progress: whether to show a bar, in a terminal or a notebook.
 
@@ -95,10 +91,9 @@ def fit(
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", 100, subsample=x):
         ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-        >>> guide = pyro.infer.autoguide.AutoNormal(model)
-        >>> options = {"epochs": 3, "batch_size": 20, "seed": 0, "progress": False}
-        >>> fit(model, guide, torch.randn(100) + 3, loss=pyro.infer.Trace_ELBO(), **options).steps
-        [5, 10, 15]
+        >>> guide, loss = pyro.infer.autoguide.AutoNormal(model), pyro.infer.Trace_ELBO()
+        >>> fit(model, guide, torch.randn(100), loss=loss, epochs=2, batch_size=20).steps
+        [5, 10]
     """
     _check_kinds(optimizer, loss, validation_loss)
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
@@ -141,15 +136,12 @@ def _check_kinds(optimizer: Any, *losses: ELBO | None) -> None:
     """Raise where a loss is no ELBO, or an optimiser is Pyro's or is made already."""
     for loss in losses:
         if loss is not None and not isinstance(loss, ELBO):
-            raise TypeError(
-                f"loss must be a pyro.infer.ELBO, got {loss!r}. Pass an instance of one."
-            )
+            raise TypeError(f"loss must be a pyro.infer.ELBO, got {loss!r}. Pass an instance.")
     of_pyro = str(getattr(optimizer, "__module__", None)).startswith("pyro.optim")
     if of_pyro or isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer must make a torch optimiser from parameters, got a "
-            f"{type(optimizer).__name__}. Pass e.g. partial(torch.optim.Adam, lr=1e-3); pyro.optim "
-            "needs a loop of SVI.step."
+            f"optimizer must make a torch optimiser, got a {type(optimizer).__name__}. Pass e.g. "
+            "partial(torch.optim.Adam, lr=1e-3); pyro.optim needs SVI.step."
         )
 
 

@@ -141,8 +141,8 @@ def _run_failures_named(rows: int, part_rows: int) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"Model or guide do not run with {part_rows} rows after {rows} "
-            f"({type(error).__name__}: {error}). On several processes use an AmortizedGuide, or a "
-            "plate of all N rows, pyro.plate(name, N, subsample=index)."
+            f"({type(error).__name__}: {error}). Use an AmortizedGuide, or pyro.plate(name, N, "
+            "subsample=index)."
         ) from error
 
 
@@ -151,8 +151,8 @@ def _part(batch: Batch) -> Batch:
     rows = rows_of(batch)
     if not batch or not isinstance(batch[0], Tensor) or not batch[0].dim():
         raise ValueError(
-            "Several processes share the rows of a batch's first tensor, but it begins with "
-            f"{type(batch[0]).__name__ if batch else 'nothing'}. Return a tuple of tensors."
+            "Processes share the rows of a batch, but it begins with "
+            f"{type(batch[0]).__name__ if batch else 'nothing'}. Return tensors."
         )
 
     def cut(column: Any) -> Any:
@@ -202,9 +202,8 @@ class Comparison:
         for name in sorted(self.row_plates & before.keys() & after.keys()):
             if full_size(before[name]) == full_size(after[name]):
                 raise ValueError(
-                    f"Several processes share a batch, but plate '{name}' of site "
-                    f"'{whole['name']}' keeps its {full_size(before[name])} rows. Use an "
-                    "AmortizedGuide, or the same plate in model and guide."
+                    f"Processes cannot share a batch: plate '{name}' of site '{whole['name']}' "
+                    f"keeps its {full_size(before[name])} rows. Use an AmortizedGuide."
                 )
 
     def common_values(self) -> poutine.Trace:
@@ -244,9 +243,8 @@ class Comparison:
 
     def _refuse(self, what: str, one: str, two: str) -> None:
         raise ValueError(
-            f"Several processes share a batch, but {what} depends on its rows: {one} with "
-            f"{self.rows}, {two} with {self.part_rows}. Use a pyro.plate of the rows, or one "
-            "process."
+            f"Processes cannot share a batch: {what} depends on its rows: {one} with {self.rows}, "
+            f"{two} with {self.part_rows}. Add a pyro.plate of the rows."
         )
 
 

@@ -1,4 +1,4 @@
-"""Points around curves: what their formulas say, and log p(x) against other rules."""
+"""Points around curves: their formulas, and log p(x) against other quadrature rules."""
 
 import math
 import pickle
@@ -150,7 +150,6 @@ def test_wrong_arguments_of_the_draws(options: dict, message: str) -> None:
 # The exact evidence
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_evidence_is_that_of_a_finer_even_grid(name: str) -> None:
     data = small(name, test_rows=60)
@@ -159,7 +158,6 @@ def test_evidence_is_that_of_a_finer_even_grid(name: str) -> None:
     assert (found - expected).mean().abs() < ROW_ERROR[name] / 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_evidence_is_as_accurate_as_stated(name: str) -> None:
     data = curve(name, 0, validation_rows=0, dtype=torch.float64)

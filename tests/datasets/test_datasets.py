@@ -1,4 +1,4 @@
-"""Files are made here, a few 28x28 images each; the real ones are read where they are at hand."""
+"""Data sets: small files are made here; the real ones are read if their folder is set."""
 
 import gzip
 import hashlib
@@ -67,7 +67,7 @@ def write_small(folder: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root with eight images in place of MNIST, whose checksums are then not asked for."""
+    """A root with eight images in place of MNIST, whose checksums are not verified."""
     monkeypatch.setattr(image_files, "CONTENT_MD5", {})
     write_small(tmp_path / "mnist")
     return tmp_path
@@ -220,7 +220,7 @@ def test_sha256sums_is_obeyed(small: Path) -> None:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, write_file: Any) -> list[tuple[str, str]]:
-    """Let ``write_file(path)`` stand for the network; return the list of what was asked for."""
+    """Replace downloads by ``write_file(path)``; return the list of their addresses and hashes."""
     asked: list[tuple[str, str]] = []
 
     def retrieve(url: str, known_hash: str, fname: str, path: Path) -> str:

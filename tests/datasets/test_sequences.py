@@ -1,4 +1,4 @@
-"""Sequences from a known decoder: drawn as their exact log p(x) says, and a VAE of its form."""
+"""Sequences: draws against their exact log p(x), and a VAE with the same decoder."""
 
 import itertools
 import math

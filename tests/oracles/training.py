@@ -1,4 +1,4 @@
-"""Small programs that `fit` trains, and everything that a run of one leaves behind."""
+"""Small programs for `fit`, and all that a run of one changes."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ def normal_data() -> Tensor:
 
 
 class VAE(nn.Module):
-    """Batch norm and dropout: a state beside the parameters, and draws beside the sites."""
+    """Batch norm and dropout: buffers, and draws that are no sites."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def run(program: Callable[[], dict[str, Any]], **changes: Any) -> History:
-    """Fit a program as a new process would: new objects, an empty parameter store."""
+    """Fit a program with new objects and an empty parameter store, as in a new process."""
     pyro.clear_param_store()
     defaults = {"batch_size": 4, "epochs": 4, "transform": noisy, "progress": False, "seed": 1}
     return fit(**{**defaults, **program(), **changes})
@@ -197,7 +197,7 @@ def store() -> dict[str, Tensor]:
 
 
 def outcome(history: History, path: Path) -> dict[str, Any]:
-    """All that a run leaves behind: the record, parameters, random states and its file."""
+    """Return the record, the parameters, the random states and the file of a run."""
     return {
         "history": asdict(history),
         "store": store(),
@@ -268,7 +268,7 @@ def known_size(x: Tensor) -> None:
 
 
 def rows_of_batch(x: Tensor) -> None:
-    """A global latent, and a plate that is the batch: a mean of losses would be wrong."""
+    """A global latent and a plate of the batch: the mean of the shares' losses would be wrong."""
     mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
     with pyro.plate("four", 4):  # as large as a share of the first batch
         w = pyro.sample("w", dist.Normal(mean, 1.0))
@@ -283,7 +283,7 @@ def loop_over_rows(x: Tensor) -> None:
 
 
 def prior_factor(x: Tensor) -> None:
-    """A density outside the rows that is none of them: each process has it whole."""
+    """A density outside the plate of the rows, which each process has whole."""
     rows_of_batch(x)
     pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
 

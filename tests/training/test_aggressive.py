@@ -1,4 +1,4 @@
-"""Aggressive training: who moves when, when it stops, and runs interrupted anywhere in it."""
+"""Aggressive training: which parameters move, when it stops, and interrupted runs."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def rows(count: int = ROWS, seed: int = 0) -> Tensor:
 
 
 def linear_model(x: Tensor) -> None:
-    """A decoder that can do without its latent: the second number knows the first."""
+    """A decoder that does not need its latent: x[1] depends on x[0]."""
     weight = pyro.param("weight", torch.tensor(1.0))
     slope = pyro.param("slope", torch.tensor(0.0))
     scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
@@ -48,7 +48,7 @@ def linear_model(x: Tensor) -> None:
 
 
 def linear_guide(x: Tensor) -> None:
-    """Slow: its numbers count for a twentieth."""
+    """A guide that learns slowly: its parameters are multiplied by 0.05."""
     loc = pyro.param("loc", torch.tensor(0.0))
     log_scale = pyro.param("log_scale", torch.tensor(0.0))
     with pyro.plate("data", len(x)):
@@ -77,7 +77,7 @@ def train(program: Callable[[], dict[str, Any]] = linear, **changes: Any) -> His
 
 
 class Watched(torch.optim.Adam):
-    """Notes the names of the parameters that each step moves."""
+    """Records the names of the parameters that each step moves."""
 
     moved: list[set[str]]
 
@@ -89,7 +89,7 @@ class Watched(torch.optim.Adam):
 
 
 def movements(**changes: Any) -> tuple[History, list[set[str]]]:
-    """Train with momentum and weight decay, which move whatever takes part in a step."""
+    """Train with momentum and weight decay, which move all parameters with a gradient."""
     Watched.moved = []
     history = train(**{"optimizer": partial(Watched, lr=0.1, weight_decay=0.1), **changes})
     return history, Watched.moved
@@ -123,7 +123,7 @@ def test_all_move_together_when_the_phase_is_over(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_steps_are_those_of_two_optimisers(fused: bool) -> None:
-    """What is left alone keeps its own count of steps: as with an Adam for each part."""
+    """Parameters that are held keep their own number of steps, as with an Adam for each owner."""
     make = partial(torch.optim.Adam, lr=0.05, fused=fused, weight_decay=0.01)
     options = Aggressive(max_steps=2, check_every=99)
     train(optimizer=make, batch_size=None, aggressive=options, epochs=3, loss=TraceMeanField_ELBO())
@@ -198,7 +198,7 @@ def test_what_is_the_loss_s_own_moves_with_the_model() -> None:
 
 
 def late_guide(x: Tensor) -> None:
-    """A parameter that the first minibatches do not meet."""
+    """A parameter that the first minibatches do not create."""
     shift = pyro.param("late", torch.tensor(0.1)) if x[0, 0] > 1 else 0.0
     loc = pyro.param("loc", torch.tensor(0.0)) + shift
     with pyro.plate("data", len(x)):
@@ -268,7 +268,7 @@ def test_blocks_compare_means_per_row() -> None:
 
 
 class Scripted(Trace_ELBO):
-    """A loss that reports given values, whatever the programs do."""
+    """A loss with given values."""
 
     def __init__(self, values: list[float]) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ def script(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> Iterator[flo
     ("patience", "values", "epochs"),
     [
         (1, [0.5, 0.8, 0.7], 3),
-        (1, [0.5, 0.5], 2),  # at the cap, for instance
+        (1, [0.5, 0.5], 2),  # no growth
         (2, [0.5, 0.8, 0.7, 0.9, 0.8, 0.9], 6),
         (2, [0.5, 0.4, 0.45], 3),
         (1, [0.5, math.nan], 2),
@@ -353,7 +353,7 @@ def test_information_is_that_of_the_validation_data() -> None:
 
 
 def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without: the same training."""
+    """Training is the same without the measurement."""
     found = []
     for measure in (True, False):
         if not measure:
@@ -378,7 +378,7 @@ def test_fresh_minibatches_leave_the_order_of_the_data_alone() -> None:
     assert [len(batch) for batch in fresh] == [5] * 12  # never the rest of 2 rows
     assert len({tuple(batch[:, 0].tolist()) for batch in fresh}) == 12
     kept = torch.cat(fresh[:2])[:, 0].tolist()
-    assert len(set(kept)) == 10  # a pass has each row once
+    assert len(set(kept)) == 10  # each row once in a pass
 
 
 def loader(**options: Any) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def test_a_loader_is_read_by_a_second_iterator() -> None:
     parts = rows().split(4)
     assert same(seen[2::3], [*parts, *parts])
     fresh = [batch for i, batch in enumerate(seen) if i % 3 != 2]
-    assert same(fresh, [*parts, *parts] * 2)  # anew at its end, and in each epoch
+    assert same(fresh, [*parts, *parts] * 2)  # it starts again at its end, and in each epoch
 
 
 def test_workers_that_persist_are_refused() -> None:
@@ -475,7 +475,9 @@ def test_a_nan_in_a_step_of_the_guide_is_named(check_every: int | None) -> None:
 
     def guide(x: Tensor) -> None:
         loc = pyro.param("loc", torch.tensor(0.0))
-        scale = torch.tensor(math.nan if next(calls) >= 3 else 1.0)  # the split runs it once
+        scale = torch.tensor(
+            math.nan if next(calls) >= 3 else 1.0
+        )  # ParameterOwners.sort runs it once
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc * x.sum(-1), scale))
 
@@ -565,7 +567,7 @@ def collapsing(rows_in_all: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_lagging_guide_keeps_its_latent(seed: int) -> None:
-    """The decoder explains the data without it, and in ordinary training learns to."""
+    """In ordinary training the decoder learns to explain the data without its latent."""
     found = {}
     for options in (None, Aggressive(check_every=10)):
         pyro.clear_param_store()
@@ -592,7 +594,7 @@ def test_a_lagging_guide_keeps_its_latent(seed: int) -> None:
 
 
 def test_guides_of_the_package() -> None:
-    """Their own runs of the model do not make its parameters theirs."""
+    """Parameters of the model that their own runs of it use remain the model's."""
     torch.manual_seed(0)
     guide = AmortizedGuide(linear_model, nn.Linear(2, 2))
     _, moved = movements(guide=guide, aggressive=Aggressive(max_steps=1), batch_size=None)

@@ -57,7 +57,7 @@ def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> 
         other.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
             run(program, checkpoint=other, transform=interrupt_at(call))
-        pyro.set_rng_seed(99)  # another process starts elsewhere
+        pyro.set_rng_seed(99)  # another process has another random state
         resumed = run(program, checkpoint=other, resume=True, seed=None if call >= 3 else 1)
         assert same(outcome(resumed, other), expected), f"interrupted in call {call}"
 
@@ -236,7 +236,7 @@ def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) ->
 
 
 class Counting(Trace_ELBO):
-    """A loss that counts its calls: that is no setting."""
+    """A loss that counts its calls, which is no setting."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""Several processes: what one process does with the whole batch is the oracle.
+"""Several processes: one process with the whole batch is the oracle.
 
 Two processes run all of the programs below, one after the other, and leave what they found in
 files; the tests read these.
@@ -207,18 +207,18 @@ def late_parameters() -> dict[str, Any]:
     calls: list[int] = []
 
     def guide(x: Tensor) -> None:
-        calls.extend([0] * torch.is_grad_enabled())  # runs without a gradient are one process's
+        calls.extend([0] * torch.is_grad_enabled())  # only the first process runs without gradients
         loc = pyro.param(f"loc_{int(len(calls) > 4)}", torch.randn(()))
         pyro.sample("mean", dist.Normal(loc, 0.5))
 
     return {**point(known_size), "guide": guide}
 
 
-LATE = 3  # the step in which a parameter is new, where the guide's first run is none of them
+LATE = 3  # the step in which a parameter is new, not counting the first run of the guide
 
 
 def late_and_different() -> dict[str, Any]:
-    """In the last step a point that is new, and not the same in each process; no noise."""
+    """A parameter that is new in the last step, with another value in each process; no noise."""
     runs: list[int] = []
 
     def guide(x: Tensor) -> None:
@@ -352,7 +352,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
 
 
 def work(rank: int, folder: Path) -> None:
-    """What a process does; each part is timed."""
+    """Run all parts in one process, and time them."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -377,7 +377,7 @@ def work(rank: int, folder: Path) -> None:
         start = time.perf_counter()
         try:
             found[name] = part()
-        except Exception as error:  # for the test of this part alone
+        except Exception as error:  # only the test of this part fails
             found[name] = repr(error)
         found[f"{name} seconds"] = time.perf_counter() - start
     torch.save(found, folder / f"found_{rank}.pt")
@@ -385,7 +385,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 class Wandering(nn.Module):
-    """A guide with a state of its own, which decides what it does and is drawn anew."""
+    """A guide that depends on a buffer, which it changes by a random draw."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,7 +401,7 @@ class Wandering(nn.Module):
 
 
 def states_and_draws() -> dict[str, Any]:
-    """What processes see in the steps of one epoch, the first step's runs aside, and draw."""
+    """Return buffers and draws of the steps of one epoch, without the extra runs of the first."""
     guide, draws = Wandering(), []
 
     def draw(x: Tensor) -> Tensor:
@@ -468,7 +468,7 @@ def test_what_the_programs_did(found: Any) -> None:
 
 @pytest.mark.slow
 def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
-    """Its loss and its gradient are those of 4 of 7 rows at 0.3; the other has 3 at 1.3."""
+    """Loss and gradient are the first process's: 4 of 7 rows at 0.3; the other has 3 at 1.3."""
     x, start = few_rows()[:4], torch.tensor(0.3)
     prior, likelihood = dist.Normal(0.0, 0.5), dist.Normal(start, 1.0)
     loss = -prior.log_prob(start) - 7 / 4 * likelihood.log_prob(x).sum()

@@ -216,7 +216,7 @@ def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
     random_after = checkpoints.random_states()
     arguments = vae()
     program = arguments["model"].__self__
-    program.decoder.eval()  # a module's own mode is put back, not just train mode
+    program.decoder.eval()  # the mode of each module is restored, not just train mode
     watched = run(lambda: arguments, optimizer=frozen, validation=loader, epochs=3)
     assert not program.decoder.training
     assert program.encoder[1].training
@@ -224,7 +224,7 @@ def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
     with checkpoints.forked_rng(0, [loader.generator]):
         batches = [TraceMeanField_ELBO().loss(program.model, program.guide, x) for (x,) in loader]
     program.train()
-    # Batch norm moves from epoch to epoch; with its statistics of the end the last one is met.
+    # The last validation is with the final statistics of the batch norm.
     assert watched.validation[-1] == pytest.approx(np.mean(batches))
     again = run(vae, optimizer=frozen, validation=torch.ones(6, 2))
     assert again.loss == plain.loss
@@ -276,7 +276,7 @@ def test_progress_is_shown_to_those_who_watch(kind: str, monkeypatch: pytest.Mon
 
 
 class Growing(PyroModule):
-    """The face of a guide that grows, and a plain parameter."""
+    """A guide with the attributes of one that grows, and a plain parameter."""
 
     def __init__(self, steps_left: int) -> None:
         super().__init__()

@@ -129,7 +129,7 @@ def test_a_nan_is_found_under_the_draws_of_its_step(validate: bool) -> None:
     def model(x: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
         seen.append(f"draw {mean.item():.8f}")
-        # Nothing but this step's own draw shows the fault.
+        # Only the draw of this step shows the fault.
         pyro.factor(seen[-1], torch.where(mean > 1.5, torch.nan, 0.0))
 
     def guide(x: Tensor) -> None:

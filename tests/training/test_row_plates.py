@@ -128,7 +128,7 @@ def test_a_batch_taken_for_all_data_is_told(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_remedy_gives_the_posterior_of_all_rows() -> None:
-    """In closed form for a mean of normal data: 12 rows, and 4 with the plate of the batch."""
+    """The posterior of a normal mean in closed form: of 12 rows, and of 4 for `of_batch`."""
     x, widths = normal_data(), []
     for plate in (of_all, of_batch):
         pyro.clear_param_store()
@@ -281,8 +281,8 @@ def test_few_rows_are_seen_too() -> None:
 
 
 def other_minibatch(x: Tensor) -> None:
-    """Data of no row, of which minibatches are drawn, and a latent of the model alone."""
-    noise = torch.randn(len(x))  # so that what comes after is another draw
+    """Other data with minibatches of their own, and a latent that the guide does not have."""
+    noise = torch.randn(len(x))  # later draws differ between batches
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     kinds = dist.Categorical(torch.ones(50))
     scale = 1.0 + pyro.sample("kind", kinds, infer={"enumerate": "parallel"})
@@ -296,7 +296,7 @@ def other_minibatch(x: Tensor) -> None:
 
 
 def amortized(x: Tensor) -> None:
-    """Its latents outside the rows are functions of them, with noise of their own."""
+    """Its latents outside the plate of the rows are amortised."""
     noise = torch.randn(len(x))
     pyro.sample("mean", dist.Normal((x + noise).mean(), 1.0))
     with pyro.plate("others", 50, subsample_size=6) as index:
