@@ -475,9 +475,8 @@ def test_a_nan_in_a_step_of_the_guide_is_named(check_every: int | None) -> None:
 
     def guide(x: Tensor) -> None:
         loc = pyro.param("loc", torch.tensor(0.0))
-        scale = torch.tensor(
-            math.nan if next(calls) >= 3 else 1.0
-        )  # ParameterOwners.sort runs it once
+        # ParameterOwners.sort runs the guide once more.
+        scale = torch.tensor(math.nan if next(calls) >= 3 else 1.0)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc * x.sum(-1), scale))
 
@@ -536,9 +535,8 @@ def test_what_cannot_be_aggressive_says_so_at_once(name: str) -> None:
         changes = {"guide": make(linear_model), "validation": rows()}
     with pytest.raises(kind, match=message):
         train(**{"batch_size": None, "optimizer": ordinary.Counted, **changes})
-    assert (
-        ordinary.Counted.steps - taken <= few.max_steps + 1
-    )  # before the second step of the model
+    # Before the second step of the model.
+    assert ordinary.Counted.steps - taken <= few.max_steps + 1
 
 
 @pytest.mark.parametrize(
