@@ -1,11 +1,9 @@
-"""Empirical priors: models whose latents come from codes of the data themselves.
+"""MAPA: models whose latents are codes of the data, guessed from distances between data.
 
-What `pyro_recursive.MAPAGuide` is made of, to use with it or without:
-
-- where the codes come from: `EncodedCodes`, `FreeCodes`, `GridCodes`, `PseudoInputCodes`; a model
-  on all of them: `Empiricalized`;
-- how near two data are: `kernels`; which codes may explain a datum: `neighbours`, `Table`; which of
-  them are decoded: `Plan`;
+- guide and loss: `MAPAGuide`, `MAPA_ELBO`;
+- codes: `EncodedCodes`, `FreeCodes`, `GridCodes`, `PseudoInputCodes`; a model on all of them:
+  `Empiricalized`;
+- neighbours: `kernels`, `neighbours`, `Table`; which of them a step decodes: `Plan`;
 - back to a continuous prior: `recover_prior`, `with_prior`.
 """
 
@@ -19,17 +17,21 @@ from pyro_recursive.mapa.codes import (
     PseudoInputCodes,
 )
 from pyro_recursive.mapa.empirical_model import Empiricalized
+from pyro_recursive.mapa.guide import MAPAGuide
+from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.mapa.recover import recover_prior
 from pyro_recursive.mapa.recovered_priors import RecoveredPrior
 from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Table, neighbours
 
 __all__ = [
+    "MAPA_ELBO",
     "Codes",
     "Empiricalized",
     "EncodedCodes",
     "FreeCodes",
     "GridCodes",
+    "MAPAGuide",
     "Plan",
     "PseudoInputCodes",
     "RecoveredPrior",

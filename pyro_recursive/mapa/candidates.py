@@ -1,13 +1,13 @@
-"""Which codes are decoded for a minibatch, and what each is worth: pure torch.
+"""The codes to decode for a minibatch, and their log-weights: pure torch.
 
-The likelihood of row n under the empiricalised model is a sum over M codes,
+The likelihood of row n under the empirical prior is a sum over M codes,
 ``p(x_n) = sum_i w_i p(x_n | z_i)``. Given a proposal q(i | n) on k of them, some terms are summed
 exactly and the rest is estimated without bias, so that the logarithm of
 
     sum_j exp(log_weights[n, j]) w_{codes[j]} p(x_n | z_{codes[j]})
 
-is a lower bound of log p(x_n) in expectation. The log-weights are 0 where a term is summed, and
-minus the logarithm of how often it was to be expected where it was drawn; they have no gradient.
+is a lower bound of log p(x_n) in expectation. The log-weights are 0 for summed terms and minus the
+logarithm of the expected number of draws for drawn ones; they have no gradient.
 """
 
 import math
@@ -17,16 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SHARES", "Candidates", "Plan", "inclusion", "systematic"]
-
 SHARES = ("pooled", "shared", "pair")
 
 
 class Candidates(NamedTuple):
-    """What to decode: component indices and log-weights in nats, float64.
+    """Component indices to decode and their log-weights in nats, float64.
 
-    Shared by all rows: ``codes`` ``[U]``, all different, and ``log_weights`` ``[B, U]``, -inf where
-    a row does not use a code. Of each row by itself: ``codes`` and ``log_weights`` ``[B, K]``.
+    Shared by all rows, ``codes`` are ``[U]``, all different, and ``log_weights`` ``[B, U]``, -inf
+    where a row does not use a code. For each row, both are ``[B, K]``.
     """
 
     codes: Tensor
@@ -42,21 +40,21 @@ class Candidates(NamedTuple):
 class Plan:
     """How the codes of a minibatch are chosen: the ``top`` of each row, and ``samples`` draws.
 
-    How rows see each other's codes is ``share``:
+    ``share`` is one of:
 
-    - ``"pair"``: not at all. Row n has its own ``top + samples`` codes, and the draws are from q~,
-      the rest of q(i | n) without its top.
-    - ``"shared"``: the same weights, and each code that occurs is listed once.
-    - ``"pooled"``: the tops of all rows are summed by all rows, and so are all draws: each comes
-      from the mixture of the rows' q~ (without all tops), which is what its weight is made of (the
-      balance heuristic).
+    - ``"pair"``: row n has its own ``top + samples`` codes. Draws are from q~, the rest of q(i | n)
+      without its top.
+    - ``"shared"``: the same weights, and each code is listed once.
+    - ``"pooled"``: all rows use the tops and draws of all rows. Draws are from the mixture of the
+      rows' q~ (without all tops), which gives their weights (the balance heuristic).
 
-    Draws are systematic, with inclusion probabilities in proportion to q~ (or to the mixture) and
-    no code twice; all that is left is summed where there is no more than that. With ``replace``
-    they are independent, as in the paper. A fraction of a draw a row, rounded up for all of them
-    together, is possible in a pool without replacement.
+    Draws are systematic, without replacement, with inclusion probabilities in proportion to q~ (or
+    to the mixture); if no more codes are left than draws, all are summed. With ``replace`` draws
+    are independent, as in the paper. In a pool without replacement ``samples`` may be a fraction,
+    rounded up over all rows.
 
-    Raises ValueError for numbers out of range.
+    Raises:
+        ValueError: a number is out of range.
     """
 
     top: int
@@ -76,7 +74,7 @@ class Plan:
             )
         if int(samples) != samples and (self.share != "pooled" or self.replace):
             raise ValueError(
-                f"samples={samples} is a fraction, which only a pool without replacement can draw"
+                f"samples={samples} is a fraction: only a pool without replacement can draw it"
             )
 
     def __call__(self, index: Tensor, log_q: Tensor, num_components: int) -> Candidates:
@@ -88,38 +86,38 @@ class Plan:
         if self.share == "pooled":
             return _pooled(index, log_q, num_components, top, self.samples, self.replace)
         own = _own(index, log_q, top, int(self.samples), self.replace)
-        return own if self.share == "pair" else _listed_once(own)
+        return own if self.share == "pair" else _unique(own)
 
 
 def _own(index: Tensor, log_q: Tensor, top: int, samples: int, replace: bool) -> Candidates:
-    """Return the codes of each row by itself, ``[B, top + samples]``."""
+    """Return codes of each row, ``[B, top + samples]``."""
     rest = _normalised(log_q[:, top:])
     samples = samples if replace else min(samples, rest.shape[-1])
     exact = log_q[:, :top]
     exact = exact.new_zeros(exact.shape).masked_fill(exact.isneginf(), -math.inf)
     if samples == 0 or rest.shape[-1] == 0:
         return Candidates(index[:, :top], exact)
-    place, log_weights = (_replaced if replace else _without)(rest, samples)
-    drawn = index[:, top:].gather(1, place)
+    position, log_weights = (_replaced if replace else _without)(rest, samples)
+    drawn = index[:, top:].gather(1, position)
     return Candidates(torch.cat([index[:, :top], drawn], 1), torch.cat([exact, log_weights], 1))
 
 
 def _replaced(rest: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Draw places from each row independently; a draw is worth ``1 / (S q~)``."""
+    """Draw positions of each row independently, with weights ``1 / (S q~)``."""
     empty = rest.isneginf().all(-1, keepdim=True)
-    place = torch.multinomial(rest.exp().masked_fill(empty, 1.0), samples, replacement=True)
-    log_weights = -rest.gather(1, place) - math.log(samples)
-    return place, log_weights.masked_fill(empty, -math.inf)
+    position = torch.multinomial(rest.exp().masked_fill(empty, 1.0), samples, replacement=True)
+    log_weights = -rest.gather(1, position) - math.log(samples)
+    return position, log_weights.masked_fill(empty, -math.inf)
 
 
 def _without(rest: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Draw different places from each row; a draw is worth one over its inclusion probability."""
+    """Draw different positions of each row, with weights of one over the inclusion probability."""
     chances = inclusion(rest.exp(), samples)
     chosen = systematic(chances, *_random_pass(chances))
-    # The chosen ones first, in no order that matters; rows with fewer have places left over.
-    place = chosen.to(torch.uint8).topk(samples, -1).indices
-    log_weights = -chances.gather(1, place).log()
-    return place, log_weights.masked_fill(~chosen.gather(1, place), -math.inf)
+    # The chosen ones first, in any order; rows with fewer have positions left over.
+    position = chosen.to(torch.uint8).topk(samples, -1).indices
+    log_weights = -chances.gather(1, position).log()
+    return position, log_weights.masked_fill(~chosen.gather(1, position), -math.inf)
 
 
 def _pooled(
@@ -143,8 +141,8 @@ def _pool_replaced(
     """Draw from each row independently; equal draws are merged, their weights added."""
     if samples == 0:
         return index.new_empty(0), rest.new_empty(0)
-    place, log_weights = _replaced(rest, int(samples))
-    drawn = index.gather(1, place)[~log_weights.isneginf()]
+    position, log_weights = _replaced(rest, int(samples))
+    drawn = index.gather(1, position)[~log_weights.isneginf()]
     codes, counts = drawn.unique(return_counts=True)
     return codes, counts.log() - math.log(samples) - total[codes].log()
 
@@ -152,7 +150,7 @@ def _pool_replaced(
 def _pool_without(
     index: Tensor, rest: Tensor, total: Tensor, samples: float
 ) -> tuple[Tensor, Tensor]:
-    """Draw as many different codes from the mixture as the rows would draw together."""
+    """Draw different codes from the mixture, as many as the rows would draw together."""
     codes = total.nonzero()[:, 0]
     number = math.ceil(samples * int((~rest.isneginf().all(-1)).sum()) - 1e-9)
     chances = inclusion(total[codes][None], number)
@@ -162,15 +160,15 @@ def _pool_without(
 
 
 def _by_owner(index: Tensor, rest: Tensor, codes: Tensor, num_components: int) -> Tensor:
-    """Return a random order ``[1, n]`` in which codes near the same row stand together.
+    """Return a random order ``[1, n]`` in which codes nearest to the same row are adjacent.
 
-    So the points of a systematic draw are spread over the rows as evenly as their masses allow.
+    A systematic draw in this order is spread over the rows in proportion to their masses.
     """
     best = rest.new_full((num_components,), -math.inf)
     best = best.scatter_reduce(0, index.flatten(), rest.flatten(), "amax")
     owner = torch.zeros(num_components, dtype=torch.long, device=index.device)
-    row, place = ((rest == best[index]) & ~rest.isneginf()).nonzero(as_tuple=True)
-    owner[index[row, place]] = row
+    row, position = ((rest == best[index]) & ~rest.isneginf()).nonzero(as_tuple=True)
+    owner[index[row, position]] = row
     rank = torch.randperm(len(index), device=index.device)
     return (rank[owner[codes]] + torch.rand_like(best[codes])).argsort()[None]
 
@@ -178,36 +176,35 @@ def _by_owner(index: Tensor, rest: Tensor, codes: Tensor, num_components: int) -
 def inclusion(weights: Tensor, number: int) -> Tensor:
     """Return inclusion probabilities in proportion to ``weights``, at most 1, ``[R, k]``.
 
-    Each row sums to ``number``, or to how many positive weights it has, if these are fewer. What
-    would be drawn more often than once is certain, and the others share what is left.
+    Each row sums to ``number``, or to the number of its positive weights, if that is less. Codes
+    that would be drawn more than once have probability 1; the others share the rest.
     """
     if not weights.shape[-1]:
         return weights
     ordered, order = weights.sort(-1, descending=True)
     size = (ordered > 0).sum(-1, keepdim=True).clamp(max=number)
-    place = torch.arange(ordered.shape[-1], device=weights.device)
+    position = torch.arange(ordered.shape[-1], device=weights.device)
     tail = ordered.flip(-1).cumsum(-1).flip(-1)  # from small to large, for precision
-    left = size - place
+    left = size - position
     fits = (ordered * left <= tail) | (left <= 0)
-    certain = fits.int().argmax(-1, keepdim=True)  # the first place from which all fit
+    certain = fits.int().argmax(-1, keepdim=True)  # the first position from which all fit
     certain = torch.where(fits.any(-1, keepdim=True), certain, size)
     slack = tail.gather(-1, certain.clamp(max=tail.shape[-1] - 1))
     factor = torch.where(certain < size, (size - certain) / slack, 0.0)
-    chances = torch.where(place < certain, 1.0, ordered * factor).clamp(max=1.0)
+    chances = torch.where(position < certain, 1.0, ordered * factor).clamp(max=1.0)
     return torch.empty_like(chances).scatter(-1, order, chances)
 
 
 def systematic(chances: Tensor, order: Tensor, start: Tensor) -> Tensor:
-    """Choose places with given inclusion probabilities: ``[R, k]`` to bool ``[R, k]``.
+    """Choose positions with given inclusion probabilities: ``[R, k]`` to bool ``[R, k]``.
 
-    The places of a row stand on a line in ``order`` ``[R, k]``, each as long as its probability,
-    and those are chosen that contain one of the points ``start, start + 1, ...``; ``start``
-    ``[R, 1]`` is uniform on [0, 1). A row whose probabilities sum to a whole number always has that
-    many places (Madow 1949).
+    Laid out on a line in ``order`` ``[R, k]``, each as long as its probability, those are chosen
+    that contain one of the points ``start, start + 1, ...``; ``start`` ``[R, 1]`` is uniform on
+    [0, 1). A row whose probabilities sum to a whole number has exactly that many (Madow 1949).
     """
     ends = chances.gather(-1, order).cumsum(-1)
     whole = ends[..., -1:].round()
-    # Sums that should be whole are, whatever the rounding of those before.
+    # The total is whole, whatever the rounding of the sums before.
     ends = torch.cat([torch.minimum(ends[..., :-1], whole), whole], -1)
     counts = (ends - start).ceil().clamp(min=0)
     chosen = counts.diff(dim=-1, prepend=torch.zeros_like(whole)) > 0
@@ -220,19 +217,19 @@ def _random_pass(chances: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.rand_like(chances[:, :1])
 
 
-def _listed_once(own: Candidates) -> Candidates:
-    """Return the codes of all rows once each, with the weights of those that drew them."""
-    codes, place = own.codes.unique(return_inverse=True)
+def _unique(own: Candidates) -> Candidates:
+    """Return the codes of all rows once each, with the weights of each row."""
+    codes, position = own.codes.unique(return_inverse=True)
     log_weights = own.log_weights.new_full((len(own.codes), len(codes)), -math.inf)
     # A row may have drawn a code several times: its weights add.
-    highest = log_weights.scatter_reduce(1, place, own.log_weights, "amax")
+    highest = log_weights.scatter_reduce(1, position, own.log_weights, "amax")
     safe = highest.masked_fill(highest.isneginf(), 0.0)
-    parts = (own.log_weights - safe.gather(1, place)).exp()
-    return Candidates(codes, torch.zeros_like(safe).scatter_add(1, place, parts).log() + safe)
+    parts = (own.log_weights - safe.gather(1, position)).exp()
+    return Candidates(codes, torch.zeros_like(safe).scatter_add(1, position, parts).log() + safe)
 
 
 def _normalised(log_q: Tensor) -> Tensor:
-    """Return log-probabilities of the places that are left; -inf in rows where none is."""
+    """Return normalised rows; rows of -inf stay."""
     if not log_q.shape[-1]:
         return log_q
     total = log_q.logsumexp(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Where the codes of an empiricalised prior come from.
+"""The codes of an empirical prior: encoded data, parameters, a grid, or encoded pseudo-inputs.
 
 ``p(z) = sum_i w_i N(z; c_i, s ** 2 I)`` over M codes ``c_i``, each an unconstrained vector ``[D]``;
-with ``s = 0``, the default, a sum of points. All kinds are modules: called with component indices
-``[n]`` they return the codes ``[n, D]``, so that only those are computed that a minibatch needs.
+``s = 0``, the default, is a sum of points. Each kind is a module that maps component indices
+``[n]`` to their codes ``[n, D]``, so that a minibatch computes only its own.
 """
 
 import math
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from pyro_recursive.priors.vamp import squash, unsquash
 from pyro_recursive.tracing.arguments import check_instance
 
-__all__ = ["Codes", "EncodedCodes", "FreeCodes", "GridCodes", "PseudoInputCodes"]
-
 
 class Codes(nn.Module):
     """M codes with their weights and, around each, a normal of scale ``s``.
 
-    Arguments:
-        weights: M numbers that are not negative, counts of prototypes say; equal if not given.
-        learn_weights: learn them, from there.
-        scale: s; None for points. A number is fixed; ``learn_scale`` learns it from there.
+    A kind of codes defines `select_codes`.
 
-    A kind of codes defines `place`.
+    Args:
+        num_components: M.
+        weights: M numbers that are not negative, such as counts of prototypes; equal by default.
+        learn_weights: learn them, from there.
+        scale: s; None for points. A number is fixed, or learned from there by ``learn_scale``.
     """
 
     logits: Tensor
@@ -43,14 +42,11 @@ class Codes(nn.Module):
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        logits = _logits(num_components, weights)
-        self._keep("logits", logits, learn_weights)
+        self._keep("logits", _logits(num_components, weights), learn_weights)
         self.has_scale = scale is not None
         if scale is not None:
             if not 0 < scale < math.inf:
-                raise ValueError(
-                    f"scale must be positive and finite, or None for points; got {scale}"
-                )
+                raise ValueError(f"scale must be positive and finite, or None; got {scale}")
             self._keep("log_scale", torch.tensor(math.log(scale)), learn_scale)
         elif learn_scale:
             raise ValueError("learn_scale needs a scale to start from")
@@ -60,21 +56,21 @@ class Codes(nn.Module):
         return len(self.logits)
 
     @abstractmethod
-    def place(self, index: Tensor) -> Tensor:
+    def select_codes(self, index: Tensor) -> Tensor:
         """Return the codes of components ``[n]``, ``[n, D]``."""
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Return the codes of components ``[n]``, of all if not given: ``[n, D]``."""
         if index is None:
             index = torch.arange(len(self), device=self.logits.device)
-        found = self.place(index)
-        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(index):
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        codes = self.select_codes(index)
+        if not isinstance(codes, Tensor) or codes.dim() != 2 or len(codes) != len(index):
+            got = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(
-                f"{type(self).__name__} has to return one vector for each of {len(index)} codes, "
-                f"[{len(index)}, D]; got {got}. An encoder maps rows of data to codes alone."
+                f"{type(self).__name__} must return one vector for each of {len(index)} codes, "
+                f"[{len(index)}, D]; got {got}."
             )
-        return found
+        return codes
 
     @property
     def log_weights(self) -> Tensor:
@@ -94,13 +90,12 @@ class Codes(nn.Module):
 
 
 class EncodedCodes(Codes):
-    """An encoder of the training data, ``c_i = g(x_i)``: an amortised prior.
+    """Codes of the training data by an encoder, ``c_i = g(x_i)``.
 
-    With prototypes in place of the data and ``weights`` their counts, a coreset of them. The inputs
-    stay where they are, on the CPU say, and out of the `state_dict`; those that are encoded are
-    moved to the encoder.
+    Prototypes with ``weights`` of their counts are a coreset of the data. The inputs stay on their
+    device and out of the `state_dict`; a minibatch's are moved to the encoder.
 
-    Arguments:
+    Args:
         encoder: a module, or any callable, from rows of inputs ``[n, *input]`` to ``[n, D]``.
         inputs: ``[M, *input]``, of any dtype that the encoder takes.
 
@@ -118,17 +113,17 @@ class EncodedCodes(Codes):
 
     @property
     def inputs(self) -> Tensor:
-        """What the encoder is fed with, ``[M, *input]``."""
+        """The encoder's inputs, ``[M, *input]``."""
         return self._inputs[0]
 
-    def place(self, index: Tensor) -> Tensor:
+    def select_codes(self, index: Tensor) -> Tensor:
         """Encode the inputs of some components."""
         rows = self.inputs[index.to(self.inputs.device)]
         return self.encoder(rows.to(self.logits.device, non_blocking=True))
 
 
 class FreeCodes(Codes):
-    """Codes that are parameters of their own, ``[M, D]``; each learns where it is decoded.
+    """Codes that are free parameters, ``[M, D]``; a step trains those that it decodes.
 
     >>> len(FreeCodes(torch.randn(20, 2)))
     20
@@ -141,7 +136,7 @@ class FreeCodes(Codes):
         super().__init__(len(start), **options)
         self.codes: Tensor = nn.Parameter(start.detach().clone())
 
-    def place(self, index: Tensor) -> Tensor:
+    def select_codes(self, index: Tensor) -> Tensor:
         """Return some of the codes."""
         return self.codes[index]
 
@@ -172,8 +167,8 @@ class GridCodes(Codes):
     ) -> None:
         if points < 2 or dims < 1 or not 0 < bound < math.inf:
             raise ValueError(
-                "a grid needs at least 2 points, 1 dim and a positive bound; got "
-                f"points={points}, dims={dims}, bound={bound}"
+                f"a grid needs at least 2 points, 1 dim and a positive bound; got {points=}, "
+                f"{dims=}, {bound=}"
             )
         axis = torch.linspace(-bound, bound, points)
         codes = torch.cartesian_prod(*[axis] * dims).reshape(-1, dims)
@@ -182,21 +177,21 @@ class GridCodes(Codes):
         super().__init__(len(codes), **options)
         self.register_buffer("codes", codes)
 
-    def place(self, index: Tensor) -> Tensor:
+    def select_codes(self, index: Tensor) -> Tensor:
         """Return some of the grid's points."""
         return self.codes[index]
 
 
 class PseudoInputCodes(Codes):
-    """An encoder of learned pseudo-inputs, ``c_k = g(u_k)``, as those of a VampPrior.
+    """Codes of learned pseudo-inputs by an encoder, ``c_k = g(u_k)``.
 
-    Arguments:
+    Args:
         encoder: as in `EncodedCodes`.
-        pseudo_inputs: where they start, floats ``[M, *input]``: data, or draws around them.
-        bounds: the range of the data, ``(low, high)``, which a sigmoid keeps them in.
+        pseudo_inputs: their initial values, floats ``[M, *input]``: data, or draws around them.
+        bounds: the range of the data, ``(low, high)``, enforced by a sigmoid.
 
-    Source of the pseudo-inputs: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120), where
-    each has a normal of its own scale; `pyro_recursive.VampPrior` is that.
+    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120), where each pseudo-input
+    has a normal of its own scale, as in `pyro_recursive.VampPrior`.
 
     >>> codes = PseudoInputCodes(nn.Linear(3, 2), torch.rand(10, 3), bounds=(0, 1))
     >>> codes().shape
@@ -224,7 +219,7 @@ class PseudoInputCodes(Codes):
         """The pseudo-inputs ``[M, *input]``, in the range of the data."""
         return squash(self.raw_inputs, self.bounds)
 
-    def place(self, index: Tensor) -> Tensor:
+    def select_codes(self, index: Tensor) -> Tensor:
         """Encode some of the pseudo-inputs."""
         return self.encoder(self.pseudo_inputs[index])
 
@@ -233,16 +228,15 @@ def _logits(number: int, weights: Tensor | Sequence[float] | None) -> Tensor:
     if weights is None:
         return torch.zeros(number)
     weights = torch.as_tensor(weights)
-    ok = weights.shape == (number,) and bool((weights >= 0).all()) and bool(weights.sum() > 0)
-    if not ok or not bool(weights.isfinite().all()):
+    valid = weights.shape == (number,) and (weights.isfinite() & (weights >= 0)).all()
+    if not valid or not weights.sum() > 0:
         raise ValueError(
-            f"weights must be {number} finite numbers that are not negative, not all 0; got shape "
+            f"weights must be {number} finite numbers, not negative and not all 0; got shape "
             f"{tuple(weights.shape)}"
         )
     return weights.to(torch.get_default_dtype()).log()
 
 
 def _check_rows(rows: Tensor, what: str) -> None:
-    if not isinstance(rows, Tensor) or rows.dim() < 1 or not len(rows):
-        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"{what} must be a tensor with a row for each code, [M, ...]; got {got}")
+    if rows.dim() < 1 or not len(rows):
+        raise ValueError(f"{what} must have a row for each code, got shape {tuple(rows.shape)}")

@@ -1,18 +1,20 @@
-"""The effect handler: a latent site whose prior is a choice among codes.
+"""The effect handler that replaces a latent site's prior by a choice among codes.
 
-At the site, inside its plate, a model that runs under `OnCodes` gets an index to enumerate,
-``<site>_index``, and the value of its code; its own prior is gone. So `pyro.infer.TraceEnum_ELBO`
-takes the logarithm of a sum over codes for each row, beside whatever else is enumerated, and inside
-of any subsample scale.
+At the site, inside its plate, a model under `OnCodes` samples an index to enumerate,
+``<site>_index``, and gets the value of its code. `pyro.infer.TraceEnum_ELBO` then takes the
+logarithm of a sum over codes for each row, beside other enumerated sites, and inside of any
+subsample scale.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution, constraints
+from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,26 +22,13 @@ from torch.distributions import biject_to
 
 from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.codes import Codes
-from pyro_recursive.mapa.slots import CodeIndex
 from pyro_recursive.priors.pairwise import pairwise
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites
 
-__all__ = [
-    "DecodedCodes",
-    "Empiricalized",
-    "OnCodes",
-    "Plate",
-    "all_of",
-    "check_latent",
-    "index_site",
-    "local_site",
-    "with_noise",
-]
-
 
 class Plate(NamedTuple):
-    """The plate of the site: its full size, its size in this run, and the indices of its rows."""
+    """The site's plate in one run: its full size, its size, and the indices of its rows."""
 
     full_size: int
     size: int
@@ -47,39 +36,90 @@ class Plate(NamedTuple):
 
 
 class DecodedCodes(NamedTuple):
-    """Codes that are decoded, and the log-weights of the terms they stand for, in nats.
+    """Codes to decode, and the log-weights of their terms in nats.
 
-    For all rows ``codes`` ``[U, D]`` and ``log_weights`` ``[B, U]`` (or ``[U]``); or for each row
-    of its own ``codes`` ``[B, K, D]`` and ``log_weights`` ``[B, K]``. Log-weights may also stand
-    where Pyro has the plates, and have those around the model too: ``[*batch, K]``.
+    Codes shared by all rows are ``[U, D]``, with log-weights ``[B, U]`` (or ``[U]``); codes of each
+    row ``[B, K, D]``, with log-weights ``[B, K]``. Log-weights may also be ``[*batch, K]`` in
+    Pyro's order of plates, including those around the model.
     """
 
     codes: Tensor
     log_weights: Tensor
 
 
+class CodeIndex(TorchDistribution):
+    """An index of K codes with unnormalised log-weights ``logits`` ``[*batch, K]``.
+
+    Its log-density is the log-weight itself, so that a sum over K indices can estimate a sum over
+    many more codes. Samples are in proportion to the weights.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+    has_enumerate_support = True
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """0 to K - 1."""
+        return constraints.integer_interval(0, self.logits.shape[-1] - 1)
+
+    @property
+    def probs(self) -> Tensor:
+        """The normalised weights, ``[*batch, K]``."""
+        return self.logits.softmax(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "CodeIndex":
+        """Expand the batch."""
+        return CodeIndex(self.logits.expand(*batch_shape, -1))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw in proportion to the weights."""
+        shape = (*sample_shape, *self.batch_shape)
+        probs = self.probs.expand(*shape, -1).reshape(-1, self.logits.shape[-1])
+        return torch.multinomial(probs, 1).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-weight of an index."""
+        return Vindex(self.logits)[..., value]
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all indices, ``[K, *batch]``, or ``[K, 1, ...]``."""
+        index = torch.arange(self.logits.shape[-1], device=self.logits.device)
+        index = index.reshape(-1, *[1] * len(self.batch_shape))
+        return index.expand(-1, *self.batch_shape) if expand else index
+
+
 def index_site(site: str) -> str:
-    """Return the name of the site that chooses among codes."""
+    """Return the name of the index's site."""
     return f"{site}_index"
 
 
 class OnCodes(Messenger):
-    """Replaces the prior of a latent site by a choice among codes.
+    """Replaces the prior of a latent site by a choice among codes: the model's innermost handler.
 
-    The innermost handler of the model. ``place`` says for the rows of a plate which codes there
-    are. Rows that a mask takes out of the model get a choice of total weight one, so that they
-    count nothing whatever was drawn; ``certain_where_masked=False`` leaves their weights alone.
+    Args:
+        site: the latent site.
+        select_codes: the codes for a plate of the site.
+        normalise_masked: normalise the weights of rows that a mask leaves out, so that they
+            contribute nothing.
 
-    Raises NotImplementedError for a discrete site, and for one that is not in exactly one
-    vectorised plate; ValueError where codes have another length than the site.
+    Raises:
+        NotImplementedError: the site is discrete, or not in exactly one vectorised plate.
+        ValueError: codes have another length than the site.
     """
 
     def __init__(
-        self, site: str, place: Callable[[Plate], DecodedCodes], certain_where_masked: bool = True
+        self,
+        site: str,
+        select_codes: Callable[[Plate], DecodedCodes],
+        normalise_masked: bool = True,
     ) -> None:
         super().__init__()
-        self.site, self.place = site, place
-        self.certain_where_masked = certain_where_masked
+        self.site, self.select_codes = site, select_codes
+        self.normalise_masked = normalise_masked
         self._rows: dict[str, Tensor] = {}
         self._shared_dim: int | None = None  # the plate's, once the rows share codes
 
@@ -96,27 +136,25 @@ class OnCodes(Messenger):
         frame = check_site(msg)
         if "_markov_scope" in msg["infer"]:
             raise NotImplementedError(
-                f"Latent site '{self.site}' is inside pyro.markov, where no site can be enumerated "
-                "in its place. Sample the latent of the whole series before the loop."
+                f"Latent site '{self.site}' is inside pyro.markov: sample the latent of the whole "
+                "series before the loop."
             )
         plate = Plate(frame.full_size or frame.size, frame.size, self._rows.get(frame.name))
-        placed = self.place(plate)
-        log_weights = _at_plate(placed.log_weights, frame.dim)
-        if self.certain_where_masked:
-            log_weights = _certain(log_weights, msg["mask"])
-        slot = pyro.sample(
-            index_site(self.site),
-            CodeIndex(log_weights),
-            infer={"enumerate": "parallel"},
+        decoded = self.select_codes(plate)
+        log_weights = _at_plate(decoded.log_weights, frame.dim)
+        if self.normalise_masked:
+            log_weights = _normalised_where_masked(log_weights, msg["mask"])
+        index = pyro.sample(
+            index_site(self.site), CodeIndex(log_weights), infer={"enumerate": "parallel"}
         )
-        value = _value(msg["fn"], _chosen(placed.codes, slot, frame.dim), self.site)
+        value = _value(msg["fn"], _at_index(decoded.codes, index, frame.dim), self.site)
         event_dim = msg["fn"].event_dim
         batch = torch.broadcast_shapes(
             value.shape[: value.dim() - event_dim], msg["fn"].batch_shape
         )
         msg["fn"] = _Known(value, event_dim=event_dim).expand(batch)
         msg["value"], msg["is_observed"] = value, True
-        self._shared_dim = frame.dim if placed.codes.dim() == 2 else None
+        self._shared_dim = frame.dim if decoded.codes.dim() == 2 else None
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
@@ -124,7 +162,7 @@ class OnCodes(Messenger):
 
 
 class _Known(dist.Delta):
-    """A value with density 1, without a look at it: the prior is in the weights of the index."""
+    """A value of log-density 0: the prior is in the weights of the index."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zeros."""
@@ -134,18 +172,19 @@ class _Known(dist.Delta):
 class Empiricalized:
     """A model whose local latent site has an empirical prior: ``p(z) = sum_i w_i delta(z - c_i)``.
 
-    Called like the model. The choice is a discrete site ``<site>_index`` inside the site's plate,
+    Called like the model. The index is a discrete site ``<site>_index`` inside the site's plate,
     marked for enumeration: `pyro.infer.TraceEnum_ELBO` with an empty guide gives the exact sum over
     all codes (with `GridCodes`, a generative topographic mapping), its ``compute_marginals`` the
-    posterior of the index, and `pyro.infer.Predictive` draws from the codes. Codes with a scale are
-    points with noise, one draw for each code and run, so that the ELBO is a bound of its evidence.
+    posterior of the index, and `pyro.infer.Predictive` draws from the codes. Codes with a scale
+    have one draw of noise for each code and run, so that the ELBO is a bound of the evidence.
 
-    Arguments:
+    Args:
         model: any Pyro model.
         codes: `pyro_recursive.mapa.Codes`; they are registered under ``name``.
-        site: the latent site; not needed where only one is inside a plate.
+        site: the latent site; optional where only one is inside a plate.
 
-    Raises as `OnCodes` does, and ValueError where it is not clear which site is meant.
+    Raises:
+        ValueError: several sites could be meant; and as `OnCodes` does.
 
     Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
     Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
@@ -185,47 +224,44 @@ def all_of(codes: Codes) -> DecodedCodes:
     return DecodedCodes(with_noise(codes(), codes.scale), codes.log_weights)
 
 
-def with_noise(places: Tensor, scale: Tensor | None) -> Tensor:
-    """Return draws around codes ``[..., D]``, the codes themselves without a scale."""
-    return places if scale is None else places + scale * torch.randn_like(places)
+def with_noise(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Return draws around codes ``[..., D]``, or the codes if there is no scale."""
+    return codes if scale is None else codes + scale * torch.randn_like(codes)
 
 
 def local_site(trace: poutine.Trace) -> str:
-    """Return the name of the one latent site of a model's trace that is inside a plate.
+    """Return the name of the one continuous latent site of a model's trace inside a plate.
 
     Raises ValueError where there is none, or several.
     """
-    found = [
+    names = [
         site["name"]
         for site in sites(trace)
         if not site["is_observed"]
         and not site["infer"].get("enumerate")
         and any(frame.vectorized for frame in plates_of(site).values())
-        and not _discrete(site)
+        and not _is_discrete(site)
     ]
-    if len(found) != 1:
-        which = (
-            "no continuous latent site inside a vectorised pyro.plate" if not found else f"{found}"
-        )
-        raise ValueError(f"Which site gets the codes? The model has {which}; name one with site=.")
-    return found[0]
+    if len(names) != 1:
+        got = f"{names}" if names else "no continuous latent site inside a vectorised pyro.plate"
+        raise ValueError(f"The model has {got}; name one with site=.")
+    return names[0]
 
 
 def check_site(site: Site) -> Any:
     """Return the frame of the one plate that a site is in, or raise."""
     name = site["name"]
-    if _discrete(site):
+    if _is_discrete(site):
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete ({type(site['fn']).__name__}), and codes are "
-            "vectors of real numbers: choose a continuous site, and enumerate the discrete one."
+            f"Latent site '{name}' is discrete ({type(site['fn']).__name__}): give codes to a "
+            "continuous site, and enumerate the discrete one."
         )
-    frames = list(plates_of(site).values())  # the model's own: others are around its handlers
+    frames = list(plates_of(site).values())  # the model's own, not those around its handlers
     if len(frames) != 1 or not frames[0].vectorized:
         where = ", ".join(f"'{frame.name}'" for frame in frames) or "no plate"
         raise NotImplementedError(
-            f"Latent site '{name}' is in {where}, and a code stands for one row of the data: the "
-            "site has to be in one vectorised plate. Entries of inner plates belong into the "
-            "site's event, with .to_event()."
+            f"Latent site '{name}' is in {where}; it must be in one vectorised plate. Move inner "
+            "plates into its event with .to_event()."
         )
     return frames[0]
 
@@ -233,7 +269,7 @@ def check_site(site: Site) -> Any:
 def check_latent(trace: poutine.Trace, name: str) -> None:
     """Raise where a site of a model's trace cannot have codes.
 
-    In addition to `check_site`: where the model has no such latent, or its scale is not that of the
+    Beyond `check_site`: where the model has no such latent, or its scale is not that of the
     observations in its plate.
     """
     latent = {site["name"]: site for site in sites(trace) if not site["is_observed"]}
@@ -241,32 +277,30 @@ def check_latent(trace: poutine.Trace, name: str) -> None:
         raise ValueError(f"The model has no latent site '{name}'; there are {sorted(latent)}.")
     frame, own = check_site(latent[name]), latent[name]
     for site in sites(trace):
-        seen = site["is_observed"] and frame.name in plates_of(site)
-        if seen and not same_scale(own, site):
+        if site["is_observed"] and frame.name in plates_of(site) and not same_scale(own, site):
             raise ValueError(
                 f"Latent site '{name}' has scale {own['scale']}, and '{site['name']}' has "
-                f"{site['scale']}. The prior of '{name}' is replaced by codes, so that there is "
-                "nothing to scale: leave poutine.scale out, or put it around the whole model."
+                f"{site['scale']}: leave poutine.scale out, or put it around the whole model."
             )
 
 
-def _discrete(site: Site) -> bool:
+def _is_discrete(site: Site) -> bool:
     return bool(getattr(site["fn"].support, "is_discrete", False))
 
 
 def _at_plate(log_weights: Tensor, dim: int) -> Tensor:
-    """Put rows where Pyro has the plate: ``[B, K]`` to ``[B, 1, ..., K]``; others stay."""
+    """Move rows to the plate's dim, ``[B, K]`` to ``[B, 1, ..., K]``."""
     if log_weights.dim() != 2:
         return log_weights
     return log_weights.reshape(len(log_weights), *[1] * (-dim - 1), log_weights.shape[-1])
 
 
-def _chosen(codes: Tensor, slot: Tensor, dim: int) -> Tensor:
-    """Return the code of each slot, ``[*slots, D]``."""
+def _at_index(codes: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return the code of each index, ``[*index, D]``."""
     if codes.dim() == 2:
-        return codes[slot]
+        return codes[index]
     rows = torch.arange(len(codes), device=codes.device).reshape(-1, *[1] * (-dim - 1))
-    return codes[rows, slot]
+    return codes[rows, index]
 
 
 def _value(fn: Any, u: Tensor, name: str) -> Tensor:
@@ -275,15 +309,17 @@ def _value(fn: Any, u: Tensor, name: str) -> Tensor:
     shape = transform.inverse_shape(fn.event_shape)
     if u.shape[-1] != shape.numel():
         raise ValueError(
-            f"Codes are vectors of length {u.shape[-1]}, and latent site '{name}' has event shape "
+            f"Codes have length {u.shape[-1]}, and latent site '{name}' has event shape "
             f"{tuple(fn.event_shape)}: {shape.numel()} unconstrained numbers."
         )
     return transform(u.reshape(u.shape[:-1] + shape))
 
 
-def _certain(log_weights: Tensor, mask: Any) -> Tensor:
+def _normalised_where_masked(log_weights: Tensor, mask: Any) -> Tensor:
     """Normalise the weights of the rows that a mask leaves out."""
     if mask is None or mask is True:
         return log_weights
-    ones = log_weights.log_softmax(-1)
-    return ones if mask is False else torch.where(mask[..., None], log_weights, ones)
+    total_one = log_weights.log_softmax(-1)
+    if mask is False:
+        return total_one
+    return torch.where(mask[..., None], log_weights, total_one)

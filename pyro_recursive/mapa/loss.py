@@ -1,36 +1,38 @@
-"""The loss of MAPA: a bound of the evidence under an empirical prior."""
+"""The loss of MAPA, and sums over codes that do not underflow."""
 
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from pyro.ops import packed
+from torch import Tensor
 
 from pyro_recursive.mapa.empirical_model import index_site
-from pyro_recursive.mapa.log_sums import merge_factors
 from pyro_recursive.tracing.program import Program, structure_of
-
-__all__ = ["MAPA_ELBO"]
+from pyro_recursive.tracing.protocols import CodeGuide
+from pyro_recursive.tracing.sites import Site, same_scale, sites
 
 
 class MAPA_ELBO(TraceEnum_ELBO):
-    """The bound that trains a `pyro_recursive.MAPAGuide`: sums over codes, row by row.
+    """The loss of a `pyro_recursive.MAPAGuide`: minus a lower bound of log p(x) over codes.
 
-    Minus the sum over rows of ``log sum_j exp(log_weights[n, j]) w_j p(x_n | c_j)`` over the codes
-    that the guide chose for this step, and the ELBO in the latents beside them, in nats. Everything
-    else is Pyro's `TraceEnum_ELBO`: other discrete sites of the model that are marked for
-    enumeration are summed, too; subsample scales and masks stand where they belong;
-    ``num_particles`` draws the other latents (all on the same codes when vectorised). Unlike
-    Pyro's, an instance keeps nothing of the models that it meets.
+    For each row n the bound is ``log sum_j exp(log_weights[n, j]) w_j p(x_n | c_j)`` over the codes
+    of the step, in nats, and beside it the ELBO of the other latents. As in Pyro's `TraceEnum_ELBO`
+    other discrete sites can be enumerated, subsample scales and masks apply outside the logarithm,
+    and ``num_particles`` draws the other latents (all on the same codes when vectorised).
+    ``compute_marginals`` returns the posterior of the index among the step's codes. Unlike Pyro's,
+    one instance serves several models.
 
-    ``compute_marginals`` returns the posterior of the index among the codes of the step.
-
-    Arguments: those of `pyro.infer.TraceEnum_ELBO`.
+    Args: those of `pyro.infer.TraceEnum_ELBO`.
 
     Raises:
-        TypeError: the guide is no `MAPAGuide`.
-        ValueError: sites that depend on the code have different scales (Pyro's own check).
+        TypeError: the guide is no `pyro_recursive.tracing.protocols.CodeGuide`.
+        ValueError: sites that depend on the code have different scales.
 
     Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
     Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
@@ -57,7 +59,7 @@ class MAPA_ELBO(TraceEnum_ELBO):
         return f"{type(self).__name__}(num_particles={self.num_particles})"
 
     def loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Return minus the bound, without a graph: no step of training."""
+        """Return minus the bound, without a graph; not counted as a training step."""
         with torch.no_grad():
             return super().loss(model, guide, *args, **kwargs)
 
@@ -65,22 +67,113 @@ class MAPA_ELBO(TraceEnum_ELBO):
         self, model: Callable, guide: Any, args: Any, kwargs: Any
     ) -> Iterator[tuple[Any, Any]]:
         """Run the guide of the other latents, and the model on codes."""
-        empiricalized = getattr(guide, "empiricalized", None)
-        if empiricalized is None:
+        if not isinstance(guide, CodeGuide):
             raise TypeError(
-                f"MAPA_ELBO trains a MAPAGuide, which says what the codes are; got a "
-                f"{type(guide).__name__}. Other guides have other losses: Trace_ELBO, IWAE_ELBO."
+                f"MAPA_ELBO trains a MAPAGuide, got a {type(guide).__name__}: use another loss."
             )
         guessed = math.isinf(self.max_plate_nesting)
         if guessed:
-            found = structure_of(Program(model, guide.others, args, kwargs)).max_plate_nesting
-            self.max_plate_nesting = found + (self.vectorize_particles and self.num_particles > 1)
+            nesting = structure_of(Program(model, guide.others, args, kwargs)).max_plate_nesting
+            self.max_plate_nesting = nesting + (self.vectorize_particles and self.num_particles > 1)
         try:
-            for traces in super()._get_traces(empiricalized(model), guide.others, args, kwargs):
-                merge_factors(traces[0], index_site(guide.site))
+            for traces in super()._get_traces(
+                guide.empiricalized(model), guide.others, args, kwargs
+            ):
+                merge_factors(traces[0], index_site(str(guide.site)))
                 yield traces
             if torch.is_grad_enabled():
                 guide.end_step()
         finally:
             if guessed:
                 self.max_plate_nesting = math.inf
+
+
+class IndexELBO(TraceEnum_ELBO):
+    """`pyro.infer.TraceEnum_ELBO` of a model with an index of codes, without underflow."""
+
+    def __init__(self, index: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.index = index
+
+    def _get_traces(
+        self, model: Callable, guide: Callable, args: Any, kwargs: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        """Merge the factors of the index in each pair of traces."""
+        for model_trace, guide_trace in super()._get_traces(model, guide, args, kwargs):
+            merge_factors(model_trace, self.index)
+            yield model_trace, guide_trace
+
+
+def merge_factors(trace: poutine.Trace, index: str) -> None:
+    """Add up the factors that depend on an enumerated index, in place, in a packed model trace.
+
+    Pyro sums products of factors, each divided by its own largest entry. Where two factors prefer
+    different codes, all products underflow to -inf, from 88 nats on in float32. Added as logarithms
+    they have one largest entry.
+
+    The sum, over inner plates too, becomes the index's own factor. Factors of other enumerated
+    sites stay, and those with dims that the largest has not, as the sum would grow.
+    """
+    own = trace.nodes[index]
+    symbol, plates = own["infer"].get("_enumerate_symbol"), _plates(trace, own)
+    terms = {}
+    for site in sites(trace):
+        enumerated = site["infer"].get("_enumerate_dim") is not None and site is not own
+        term = _log_prob(site)
+        if symbol in _dims(term) and not enumerated and same_scale(site, own):
+            inner = _plates(trace, site) - plates
+            if _plates(trace, site) >= plates and not _enumerates_in(trace, inner):
+                terms[site["name"]] = _summed(term, inner)
+    if not terms:
+        return  # one code: nothing is summed
+    dims = max((_dims(term) for term in terms.values()), key=len)
+    fitting = [name for name, term in terms.items() if set(_dims(term)) <= set(dims)]
+    merged = reduce(add, packed.broadcast_all(*(terms[name] for name in fitting), dims=dims))
+    for name in fitting:
+        _set(trace.nodes[name], _named(merged.new_zeros(()), ""))
+    _set(own, _named(merged, dims))
+
+
+def _enumerates_in(trace: poutine.Trace, plates: frozenset[str]) -> bool:
+    """Whether another site is enumerated for each entry of some plates."""
+    return any(
+        site["infer"].get("_enumerate_dim") is not None and plates & _plates(trace, site)
+        for site in sites(trace)
+    )
+
+
+def _plates(trace: poutine.Trace, site: Site) -> frozenset[str]:
+    """Return the symbols of a site's plates."""
+    frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
+    return frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
+
+
+def _log_prob(site: Site) -> Tensor:
+    """Return what stands inside of the logarithm: the density with its mask, without its scale."""
+    tensors = site["packed"]
+    if site["infer"].get("_enumerate_dim") is not None:
+        return tensors["unscaled_log_prob"]
+    return packed.scale_and_mask(tensors["unscaled_log_prob"], mask=tensors["mask"])
+
+
+def _summed(term: Tensor, inner: frozenset[str]) -> Tensor:
+    """Sum a factor over inner plates."""
+    dims = _dims(term)
+    places = [place for place, symbol in enumerate(dims) if symbol in inner]
+    left = "".join(symbol for symbol in dims if symbol not in inner)
+    return _named(term.sum(places), left) if places else term
+
+
+def _set(site: Site, term: Tensor) -> None:
+    tensors = site["packed"]
+    tensors["log_prob"] = tensors["unscaled_log_prob"] = tensors["masked_log_prob"] = term
+    tensors["mask"] = None
+
+
+def _dims(term: Tensor) -> str:
+    return term._pyro_dims  # type: ignore[attr-defined]  # how Pyro names packed dims
+
+
+def _named(term: Tensor, dims: str) -> Tensor:
+    term._pyro_dims = dims  # type: ignore[attr-defined]
+    return term

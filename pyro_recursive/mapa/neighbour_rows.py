@@ -1,81 +1,68 @@
-"""Which rows of a table of neighbours belong to the data of a call."""
+"""The kernel of a model's likelihood, and the rows of a table for the data of a call."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.mapa.empirical_model import Plate
+from pyro_recursive.mapa.kernels import Kernel, kernel_for
 from pyro_recursive.mapa.table import Rows, Table
-
-__all__ = ["NeighbourRows"]
+from pyro_recursive.tracing.compatibility import check_finite
+from pyro_recursive.tracing.sites import plates_of, sites
 
 
 class NeighbourRows:
     """Finds the rows of a table for the rows of a plate.
 
-    By the numbers that ``numbers`` returns for a call's arguments, if any; else by the plate's
-    indices, where the inputs are the ``data`` of the table (or the model takes none); else anew, by
-    the table's kernel.
+    By the indices that ``indices_of`` returns for a call's arguments, if any; else by the plate's
+    indices, where the inputs are the ``data`` of the table (or the model takes none); else by the
+    table's kernel.
 
-    Raises ValueError where there is nothing to tell rows by.
+    Raises:
+        ValueError: there is neither data nor a function.
     """
 
     def __init__(
-        self, table: Table, data: Tensor | None, numbers: Callable[..., Tensor] | None
+        self, table: Table, data: Tensor | None, indices_of: Callable[..., Tensor] | None
     ) -> None:
-        self.table, self.numbers = table, numbers
+        self.table, self.indices_of = table, indices_of
         self.data = table.reference if data is None else data
-        self._compared: tuple[Any, ...] = ()  # the inputs last compared with the data, and how
-        if self.data is None and numbers is None:
+        if self.data is None and indices_of is None:
             raise ValueError(
-                "Which rows of the table a call has is not known: give the data of the table, to "
-                "compare inputs with, or rows=, a function from the model's arguments to numbers."
+                "A table alone does not identify rows: give the data of the table, or rows=, a "
+                "function from the model's arguments to indices."
             )
 
     def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
-        """Return the rows for inputs ``raw`` ``[B, *x]``, or those of all data."""
-        if self.numbers is not None:
-            numbers = self.numbers(*args, **kwargs)
-            if numbers is not None:
-                rows = _of_minibatch(torch.as_tensor(numbers), plate, "rows=")
-                return self.table.rows(rows)
+        """Return the rows for inputs ``raw``, those of the minibatch or of all data."""
+        if self.indices_of is not None:
+            indices = self.indices_of(*args, **kwargs)
+            if indices is not None:
+                return self.table.rows(_of_minibatch(torch.as_tensor(indices), plate, "rows="))
         if self._is_data(raw, plate):
             return self.table.rows(_indices(plate))
         return self.table.for_data(_of_minibatch(raw, plate, "inputs="))
 
     def _is_data(self, raw: Any, plate: Plate) -> bool:
-        """Whether the plate's indices say which rows of the data these are."""
+        """Whether the inputs are the rows of the data at the plate's indices."""
         data = self.data
         if plate.full_size != len(self.table):
             return False
-        if raw is None or raw is data:  # without arguments, a model has its own data
+        if raw is None or raw is data:  # a model without arguments has its own data
             return True
         if data is None or not isinstance(raw, Tensor):
             raise ValueError(
-                f"inputs= gives a {type(raw).__name__}, and rows are told by comparing tensors: "
-                "let it return one, or give rows=."
+                f"inputs= gives a {type(raw).__name__}: return a tensor, or give rows=."
             )
-        if raw.shape == data.shape:
-            return self._is_all_data(raw, data)
         if len(data) != len(self.table):
             return False
-        chosen = data[_indices(plate).to(data.device)]
-        return raw.shape == chosen.shape and bool((raw.to(data) == chosen).all())
-
-    def _is_all_data(self, raw: Tensor, data: Tensor) -> bool:
-        """Compare all data once, until they change."""
-        known = self._compared
-        if not known or known[0]() is not raw or known[1] != raw._version:
-            same = bool((raw.to(data) == data).all())
-            self._compared = (weakref.ref(raw), raw._version, same)
-        return self._compared[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one process."""
-        return {**self.__dict__, "_compared": ()}
+        indices = _indices(plate)
+        chosen = data[indices.to(data.device)]
+        rows = raw[indices.to(raw.device)] if raw.shape == data.shape else raw
+        return rows.shape == chosen.shape and bool((rows.to(data) == chosen).all())
 
 
 def _indices(plate: Plate) -> Tensor:
@@ -91,6 +78,34 @@ def _of_minibatch(rows: Any, plate: Plate, what: str) -> Tensor:
         return rows[_indices(plate).to(rows.device)]
     got = type(rows).__name__ if length is None else f"{length} rows"
     raise ValueError(
-        f"{what} gives {got}, and the plate of the latent site has {plate.size} (of "
-        f"{plate.full_size}): a function of the model's arguments, it has to return a row for each."
+        f"{what} gives {got}; it must give {plate.size}, the plate's, or all {plate.full_size}."
     )
+
+
+def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: int) -> Kernel:
+    """Return the kernel of the one observed site of a model's trace, if it observes the inputs."""
+    observed = [each for each in sites(trace) if each["is_observed"]]
+    if len(observed) != 1:
+        raise ValueError(
+            f"The model observes {[each['name'] for each in observed]}, not one site: give kernel= "
+            "or table=."
+        )
+    (seen,) = observed
+    check_finite(seen)
+    (frame,) = plates_of(trace.nodes[site]).values()
+    value = seen["value"].detach()
+    rows = raw
+    if isinstance(raw, Tensor) and frame.name in trace.nodes and len(raw) != frame.size:
+        rows = raw[trace.nodes[frame.name]["value"].to(raw.device)]
+    flat = value.reshape(frame.size, -1) if value.numel() % frame.size == 0 else value
+    if raw is not None and not (isinstance(rows, Tensor) and _same(rows, flat)):
+        raise ValueError(
+            f"Site '{seen['name']}' observes other numbers than the inputs: give kernel=, in the "
+            "units of the data."
+        )
+    return kernel_for(seen["fn"], value, number, k)
+
+
+def _same(rows: Tensor, value: Tensor) -> bool:
+    rows = rows.reshape(len(rows), -1)
+    return rows.shape == value.shape and bool((rows.to(value) == value).all())

@@ -4,7 +4,7 @@ A loss knows no guide class; a guide that has the members of one of these protoc
 it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -109,3 +109,19 @@ class GrowingMixture(MixtureLike, Protocol):
 
     def end_trial(self, gain: Gain) -> bool:
         """Keep or drop the component on trial; return whether it is kept."""
+
+
+@runtime_checkable
+class CodeGuide(Protocol):
+    """A guide that chooses, for each training step, the codes of a model's empirical prior."""
+
+    site: str | None
+
+    def others(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the latents that have no codes."""
+
+    def empiricalized(self, model: Callable) -> Callable:
+        """Return the model with the codes of a step in place of the prior of ``site``."""
+
+    def end_step(self) -> None:
+        """Count a training step."""

@@ -1,8 +1,9 @@
-"""Empiricalised models: candidates by enumeration, slots, codes, and the handler."""
+"""Empirical priors: candidates by enumeration, the index, codes, and the handler."""
 
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -20,9 +21,8 @@ from pyro_recursive.mapa.codes import (
     GridCodes,
     PseudoInputCodes,
 )
-from pyro_recursive.mapa.empirical_model import DecodedCodes, Empiricalized, OnCodes
-from pyro_recursive.mapa.slots import CodeIndex
-from pyro_recursive.priors.pairwise import PairwiseLikelihood, pairwise
+from pyro_recursive.mapa.empirical_model import CodeIndex, DecodedCodes, Empiricalized, OnCodes
+from tests.models.small import poisson_rows, vector_rows
 
 M = 6  # codes
 WAYS = [(share, replace) for share in ("pair", "shared", "pooled") for replace in (True, False)]
@@ -183,19 +183,19 @@ def test_a_fraction_of_a_draw_a_row() -> None:
     assert len(found.codes) == 2
 
 
-# Slots.
+# The index.
 
 
-def test_slots_enumerate_and_draw() -> None:
+def test_the_index_enumerates_and_draws() -> None:
     logits = torch.randn(3, 4)
-    slots = CodeIndex(logits)
-    values = slots.enumerate_support(expand=False)
+    index = CodeIndex(logits)
+    values = index.enumerate_support(expand=False)
     assert values.shape == (4, 1)
-    assert (slots.log_prob(values) == logits.T).all()
-    wide = slots.expand([2, 3])
+    assert (index.log_prob(values) == logits.T).all()
+    wide = index.expand([2, 3])
     assert wide.enumerate_support().shape == (4, 2, 3)
     assert (wide.log_prob(wide.enumerate_support()) == logits.T[:, None]).all()
-    drawn = slots.sample((40_000,))
+    drawn = index.sample((40_000,))
     shares = torch.stack([(drawn == k).double().mean(0) for k in range(4)], -1)
     probs = logits.softmax(-1)
     error = (probs * (1 - probs) / 40_000).sqrt()
@@ -254,10 +254,7 @@ def test_codes_refuse(make, message: str) -> None:
 # The handler, with Pyro's own loss.
 
 
-def gaussian(x: Tensor, scale: float = 0.7) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+gaussian = partial(vector_rows, noise=0.7)
 
 
 def nothing(*args) -> None:
@@ -325,13 +322,9 @@ def test_every_parameter_learns() -> None:
 
 
 def test_constrained_scalar_site() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
     codes, x = FreeCodes(torch.randn(4, 1)), torch.tensor([0.0, 3.0, 1.0])
-    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(Empiricalized(model, codes), nothing, x)
+    model = Empiricalized(poisson_rows, codes)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, nothing, x)
     table = dist.Poisson(codes()[:, 0].exp()).log_prob(x[:, None])
     expected = table.logsumexp(-1) - math.log(4)
     assert loss == pytest.approx(-expected.sum().item())
@@ -444,65 +437,6 @@ def test_refusals(model, size: int, site, error, message: str) -> None:
     with pytest.raises(error, match=message):
         loss = TraceEnum_ELBO(max_plate_nesting=2)
         loss.loss(Empiricalized(model, codes, site), nothing, torch.randn(3, 2))
-
-
-# Likelihoods by products of matrices.
-
-FAMILIES = {
-    "logits": lambda y: dist.Bernoulli(logits=y),
-    "probs": lambda y: dist.Bernoulli(y.sigmoid()),
-    "normal": lambda y: dist.Normal(y, 0.7),
-    "scales": lambda y: dist.Normal(y, y.exp()),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch", [(5, 1), (2, 5, 1), (5, 1, 1)])
-@pytest.mark.parametrize("event", [(20,), (4, 5)])
-def test_pairs_equal_broadcasting(family: str, batch: tuple, event: tuple) -> None:
-    dim = -2 if batch == (5, 1, 1) else -1
-    y = torch.randn(*batch, *event, requires_grad=True)
-    plain = FAMILIES[family](y).to_event(len(event))
-    full = list(batch)
-    full[dim] = 3
-    plain = plain.expand(full)
-    pairs = pairwise(plain, dim)
-    assert isinstance(pairs, PairwiseLikelihood)
-    x = torch.rand(3, *[1] * (-dim - 1), *event).round()
-    found, expected = pairs.log_prob(x), plain.log_prob(x)
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn(found.shape)
-    (mine,) = torch.autograd.grad((weights * found).sum(), y, retain_graph=True)
-    (theirs,) = torch.autograd.grad((weights * expected).sum(), y)
-    torch.testing.assert_close(mine, theirs)
-    assert pairs._decoded() is not None  # and not by broadcasting
-
-
-def test_pairs_fall_back() -> None:
-    """Rows with distributions of their own, and values with more dims, are broadcast."""
-    x = torch.rand(3, 20).round()
-    own = dist.Bernoulli(logits=torch.randn(5, 3, 20)).to_event(1)
-    assert (pairwise(own, -1).log_prob(x) == own.log_prob(x)).all()
-    shared = dist.Bernoulli(logits=torch.randn(5, 1, 20)).to_event(1).expand([5, 3])
-    many = torch.rand(5, 3, 20).round()
-    assert (pairwise(shared, -1).log_prob(many) == shared.log_prob(many)).all()
-    for left in (dist.Poisson(torch.ones(5, 1, 20)).to_event(1), dist.Normal(torch.ones(5, 3), 1)):
-        assert pairwise(left, -1) is left
-    with pytest.raises(ValueError, match="outside of the support"):
-        pairwise(shared, -1).log_prob(x + 0.5)
-
-
-class Sharper(dist.Bernoulli):
-    """A distribution with another density than that of its base class."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return 2 * super().log_prob(value)
-
-
-def test_pairs_leave_subclasses_alone() -> None:
-    fn = Sharper(logits=torch.randn(5, 1, 20)).to_event(1)
-    assert pairwise(fn, -1) is fn
 
 
 @pytest.mark.parametrize("share", ["pair", "shared", "pooled"])
