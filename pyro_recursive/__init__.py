@@ -12,15 +12,17 @@ from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.flow import FlowGuide
 from pyro_recursive.guides.mixture import MixtureGuide, RecursiveMixtureGuide, Schedule
 from pyro_recursive.guides.semi_amortized import SemiAmortizedGuide, updates
-from pyro_recursive.losses.mixture import MISELBO, SIWAE_ELBO, Stratified_ELBO
-from pyro_recursive.losses.multi_sample import (
+from pyro_recursive.losses import (
     CIWAE_ELBO,
     IWAE_ELBO,
+    MISELBO,
     MIWAE_ELBO,
     PIWAE_ELBO,
+    SIWAE_ELBO,
     MultiSampleELBO,
+    RecursiveMixture_ELBO,
+    Stratified_ELBO,
 )
-from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO
 from pyro_recursive.mapa import candidates
 from pyro_recursive.mapa.guide import MAPAGuide
 from pyro_recursive.mapa.loss import MAPA_ELBO

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Bound", "Derivatives", "Jackknife", "Pooled", "PowerMeans", "Split", "Weighted"]
-
 
 class Derivatives(NamedTuple):
     """First and second derivative of a bound in each log-weight, ``[M, K, *plates]`` both."""
@@ -94,6 +92,19 @@ class PowerMeans(Bound):
     """
 
     terms: tuple[tuple[float | Tensor, float], ...]
+
+    def __repr__(self) -> str:
+        """Return the bound by its name, where it has one."""
+        match self.terms:
+            case ((1.0, 0.0),):
+                return "iwae"
+            case ((1.0, 1.0),):
+                return "elbo"
+            case ((1.0, order),):
+                return f"renyi({order})"
+            case ((beta, 1.0), (_, 0.0)):
+                return f"ciwae({float(beta):.4g})"
+        return f"PowerMeans({self.terms})"
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
         """Whether every term is the ELBO, or K is 1."""
@@ -215,6 +226,10 @@ class Jackknife(Bound):
     """
 
     min_particles = 2
+
+    def __repr__(self) -> str:
+        """Return its name."""
+        return "jackknife"
 
     def estimate(self, log_weights: Tensor) -> Tensor:
         """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""

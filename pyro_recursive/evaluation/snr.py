@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pyro_recursive.losses.multi_sample import MultiSampleELBO
+from pyro_recursive.losses.base import LogWeightELBO
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
@@ -318,7 +318,7 @@ def _check_loss(loss: ELBO, guide: Callable) -> None:
 def _backward(loss: ELBO, program: Program) -> None:
     """Add a gradient to the parameters' ``grad``, as `SVI` would."""
     model, guide = program.model, program.guide
-    if not isinstance(loss, MultiSampleELBO):
+    if not isinstance(loss, LogWeightELBO):
         loss.loss_and_grads(model, guide, *program.args, **program.kwargs)
         return
     # The value of the loss stays on its device.

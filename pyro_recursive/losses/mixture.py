@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_recursive import bounds
 from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
-from pyro_recursive.losses.multi_sample import Evaluation, MultiSampleELBO
+from pyro_recursive.losses.base import Evaluation, LogWeightELBO
 from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.handlers import ComponentAssignment
@@ -45,7 +45,7 @@ class Strata(NamedTuple):
         return cls(len(components), 1, components)
 
 
-class MixtureLoss(MultiSampleELBO):
+class MixtureLoss(LogWeightELBO):
     """Base of the losses of mixture guides; a subclass says which samples share a logarithm.
 
     Args:

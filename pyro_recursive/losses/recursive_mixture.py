@@ -22,6 +22,7 @@ from pyro_recursive.bounds.mixture_objectives import (
     log_mixture,
     log_others,
 )
+from pyro_recursive.losses.base import Evaluation
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
@@ -31,7 +32,6 @@ from pyro_recursive.losses.mixture import (
     mixture_of,
     remaining_estimator,
 )
-from pyro_recursive.losses.multi_sample import Evaluation
 from pyro_recursive.losses.surrogate import surrogate
 from pyro_recursive.tracing.densities import weighted
 from pyro_recursive.tracing.program import Program

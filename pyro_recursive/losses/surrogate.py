@@ -23,8 +23,6 @@ from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
 
-__all__ = ["global_surrogate", "surrogate"]
-
 HUGE = 1e30  # nats; a log-density beyond is infinite
 
 
@@ -37,27 +35,28 @@ def surrogate(
         _refuse_score_sites(runs, local, estimator)
     if estimator.wake:
         _refuse_moving_deltas(runs)
-    if bound.guide is not bound or estimator.wake:
+    guide_bound = bound.guide
+    is_split = guide_bound is not bound
+    if is_split or estimator.wake:
         _refuse_shared_parameters(runs, local)
-    derivatives = bound.guide.derivatives(log_weights)
-    table = estimator(bound.guide, log_weights, derivatives)
+    derivatives = guide_bound.derivatives(log_weights)
+    table = estimator(guide_bound, log_weights, derivatives)
     guide = model = derivatives.first
-    if bound.guide is not bound:
+    if is_split:
         model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
         _scale(local, (path for run in runs for path in run.model_cuts), ratio)
-    own = [path for run in runs for path in run.guide_cuts if _belongs(path, local)]
-    if estimator.replay == "none" and bound.guide is bound:
-        core = _dot(model, local.reparameterized)  # one coefficient for all of it
+    core: list[tuple[Tensor | None, Tensor | None]]
+    if estimator.replay == "none" and not is_split:
+        core = [(model, local.reparameterized)]  # one coefficient for all of it
     else:
-        core = _dot(model, local.model) - _dot(guide, local.jacobian)
-        core = core + _dot(table.density, local.density)
-    return torch.as_tensor(
-        core
-        + _dot(table.score, local.score)
-        + _dot(table.density_rest, local.density_rest)
-        + _dot(table.score_rest, local.score_rest)
-        + _along_paths(local, own, table, guide)
+        core = [(model, local.model), (-guide, local.jacobian), (table.density, local.density)]
+    total = _weighted_sum(
+        *core,
+        (table.score, local.score),
+        (table.density_rest, local.density_rest),
+        (table.score_rest, local.score_rest),
     )
+    return torch.as_tensor(total + _along_paths(local, _cuts_in(runs, local), table, guide))
 
 
 def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
@@ -73,14 +72,12 @@ def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
         )
     particles = shared.layout.particles
     each = torch.full_like(shared.log_weights, 1 / particles.total)
-    own = [path for run in runs for path in run.guide_cuts if _belongs(path, shared)]
-    table = Coefficients(path=each, density=None if own else -each)
-    return torch.as_tensor(
-        _dot(each, shared.model)
-        - _dot(each, shared.jacobian)
-        + _dot(table.density, shared.density)
-        + _along_paths(shared, own, table, each)
+    cuts = _cuts_in(runs, shared)
+    table = Coefficients(path=each, density=None if cuts else -each)
+    total = _weighted_sum(
+        (each, shared.model), (-each, shared.jacobian), (table.density, shared.density)
     )
+    return torch.as_tensor(total + _along_paths(shared, cuts, table, each))
 
 
 def _along_paths(
@@ -141,18 +138,24 @@ def _scale(dens: Densities, paths: Iterable[GradientCut], factor: Tensor) -> Non
         path.scale_gradient(dens.layout.at_site(factor, path.site, path.particle))
 
 
-def _dot(coefficients: Tensor | None, log_density: Tensor | None) -> Tensor | float:
-    """Sum coefficient times log-density; no gradient reaches the density of a dead sample.
+def _weighted_sum(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | float:
+    """Sum coefficients times log-densities; no gradient reaches the density of a dead sample.
 
     Its coefficient is zero, and zero times infinity would be NaN.
     """
-    if coefficients is None or log_density is None:
-        return 0.0
-    return (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
+    total: Tensor | float = 0.0
+    for coefficients, log_density in pairs:
+        if coefficients is not None and log_density is not None:
+            total = total + (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
+    return total
 
 
-def _belongs(path: GradientCut, dens: Densities) -> bool:
-    return dens.names is None or path.site["name"] in dens.names
+def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
+    """Return the cuts of the guide's samples at the sites of densities."""
+    cuts = [cut for run in runs for cut in run.guide_cuts]
+    if dens.names is None:
+        return cuts
+    return [cut for cut in cuts if cut.site["name"] in dens.names]
 
 
 def _score_sites(runs: Sequence[ParticleRun]) -> list[str]:

@@ -48,7 +48,7 @@ class ComponentAssignment(Messenger):
 
     Components are counted among ``members``, those that make up the mixture in this run.
 
-    Arguments:
+    Args:
         components: the component of each particle, the same for all rows.
         reference: what the guide reports in place of the mixture's log-density, if anything.
         frozen: the components whose parameters are constants of this run.
@@ -91,16 +91,16 @@ def current_assignment() -> ComponentAssignment | None:
 
 @effectful(type="run_cache")
 def run_cache() -> dict[Any, Any] | None:
-    """Return a place for what need not be computed twice; None where the guide runs once.
+    """Return a dictionary that is shared by two runs of a guide; None where it runs once.
 
-    Both runs have the same random state, the second is given the values of the first. Only for what
-    does not depend on these.
+    Both runs have the same random state, and the second the values of the first. It is for results
+    that do not depend on these values.
     """
     return None
 
 
 class RunCache(Messenger):
-    """Gives guides the place that `run_cache` returns, with what is in it already."""
+    """Gives guides the dictionary that `run_cache` returns."""
 
     def __init__(self, content: dict[Any, Any] | None = None) -> None:
         super().__init__()
@@ -112,12 +112,12 @@ class RunCache(Messenger):
 
 @effectful(type="dry_run")
 def is_dry_run() -> bool:
-    """Return whether this run only shows what the guide is made of: nothing should come of it."""
+    """Return whether this run only finds the structure of the guide, and has no effects."""
     return False
 
 
 class DryRun(Messenger):
-    """Tells guides that somebody is only looking."""
+    """Tells guides that a run has no effects: `is_dry_run`."""
 
     def _pyro_dry_run(self, msg: Any) -> None:
         msg["value"], msg["done"] = True, True
@@ -131,8 +131,11 @@ class KLWarmup(Messenger):
     Delta sites which hold the Jacobian of its transforms, are latent and weighted too. Observed
     means as Pyro sees it: `pyro.factor` and what is under `poutine.condition` stay as they are.
 
-    :param weight: above 0; 1 changes nothing
-    :raises ValueError: ``weight`` is not above 0
+    Args:
+        weight: above 0; 1 changes nothing.
+
+    Raises:
+        ValueError: ``weight`` is not above 0.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist

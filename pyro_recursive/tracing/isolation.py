@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_recursive.tracing.handlers import RunCache
 
 RandomState = list[Tensor]
 
@@ -38,6 +41,36 @@ class SharedNoise:
             self._state = random_state()
         else:
             set_random_state(self._state)
+
+
+class ReplayedNoise(RunCache):
+    """Gives two runs of a guide the same noise outside its sites, as of dropout.
+
+    The first run records the random state at its start and after each site; the second, whose sites
+    have the values of the first, sets it there. Its densities would otherwise be those of another
+    guide than the one that the samples come from.
+    """
+
+    def __init__(self) -> None:
+        self.content = {}
+        self.states: dict[str, RandomState] = {}
+        self.is_second = False
+
+    def __enter__(self) -> "ReplayedNoise":
+        """Start the first run, or the second."""
+        self.is_second = bool(self.states)
+        self._sync("")
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["fn"].subsample_size != msg["fn"].size:
+            self._sync(msg["name"])
+
+    def _sync(self, name: str) -> None:
+        if not self.is_second:
+            self.states[name] = random_state()
+        elif name in self.states:
+            set_random_state(self.states[name])
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Particles:
     num_particles: int
     dim: int | None = None
 
-    @property
+    @cached_property
     def total(self) -> int:
         """The number of samples in all."""
         return self.num_estimates * self.num_particles
@@ -78,7 +78,8 @@ class PlateLayout:
     @cached_property
     def scale(self) -> float:
         """The subsample scale of the shared plates."""
-        return math.prod(subsample_scale(frame) for frame in self.plates)
+        subsampled = [f for f in self.plates if f.full_size not in (None, f.size)]
+        return math.prod(map(subsample_scale, subsampled), start=1.0)
 
     @cached_property
     def names(self) -> frozenset[str]:

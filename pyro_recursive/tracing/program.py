@@ -127,9 +127,8 @@ class _KeepMinibatch(Messenger):
         if given is None or given is msg["value"] or _equal(given, msg["value"]):
             return
         raise ValueError(
-            f"The model was given a minibatch for plate '{msg['name']}', the guide drew another; "
-            "its data would belong to other latents. Give the guide the same subsample; to an "
-            "autoguide, with create_plates."
+            f"The model was given a minibatch for plate '{msg['name']}', and the guide drew "
+            "another. Give it the same subsample, to an autoguide by create_plates."
         )
 
 
@@ -166,20 +165,23 @@ def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
     return known[key]
 
 
-def _broadcasting(arguments: Any) -> Any:
+def _broadcasting(arguments: tuple | list | dict) -> Any:
     """Return what decides how tensors broadcast: for each dim whether it is empty, 1, or longer.
 
     Data of another form than those that a structure was found with may fit by chance alone.
     """
-    if isinstance(arguments, torch.Tensor):
-        return tuple(min(size, 2) for size in arguments.shape)
-    if isinstance(arguments, tuple):
-        return tuple(map(_broadcasting, arguments))
-    if isinstance(arguments, list):  # of any length
-        return frozenset(map(_broadcasting, arguments))
     if isinstance(arguments, dict):
-        return frozenset((name, _broadcasting(value)) for name, value in arguments.items())
-    return None
+        values = _broadcasting(tuple(arguments.values()))
+        return frozenset(zip(arguments, values, strict=True))
+    forms = [
+        tuple(min(size, 2) for size in each.shape)
+        if isinstance(each, torch.Tensor)
+        else _broadcasting(each)
+        if isinstance(each, tuple | list | dict)
+        else None
+        for each in arguments
+    ]
+    return tuple(forms) if isinstance(arguments, tuple) else frozenset(forms)  # lists of any length
 
 
 def _identity(function: Any) -> tuple[Any, Any]:

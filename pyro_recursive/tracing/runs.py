@@ -5,7 +5,6 @@ Everything here goes through public Pyro handlers: one outer particle plate, `po
 """
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +17,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.tracing.compatibility import check_match
-from pyro_recursive.tracing.handlers import ComponentAssignment, DryRun, RunCache
-from pyro_recursive.tracing.isolation import isolated, random_state, set_random_state
+from pyro_recursive.tracing.handlers import ComponentAssignment, DryRun
+from pyro_recursive.tracing.isolation import ReplayedNoise, isolated
 from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program, structure_of, without
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
     SiteTable,
     is_delta,
-    sites,
+    latent_sites,
     subsample_sites,
 )
 
@@ -57,18 +56,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor[0], None
-
-
-def cut(particle: int, cuts: list[GradientCut]) -> Callable[[Site], Tensor]:
-    """Return a function that cuts a site's value and keeps the `GradientCut`."""
-
-    def stand_in(site: Site) -> Tensor:
-        if not site["value"].requires_grad:
-            return site["value"]
-        cuts.append(GradientCut(site, particle))
-        return cuts[-1].stand_in
-
-    return stand_in
 
 
 @dataclass
@@ -109,10 +96,8 @@ def run_particles(
     if structure.mixing is not None:
         _check_one_run(program, structure.max_plate_nesting)
         raise ValueError(
-            f"The density of one sample depends on the value of '{structure.mixing}' in another, "
-            "when all run in one pass: model or guide sums over a dim or indexes it from the left, "
-            "where the samples are. Count dims from the right (z.sum(-1), z[..., 0]), or use "
-            "vectorize_particles=False."
+            f"The density of one sample depends on the value of '{structure.mixing}' in another. "
+            "Count dims from the right (z.sum(-1)), or use vectorize_particles=False."
         )
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
@@ -128,9 +113,9 @@ def run_particles(
     nesting = structure_of(program, fresh=True).max_plate_nesting
     if nesting <= assumed:
         problem.add_note(
-            f"All {particles.total} samples run in one pass, under one more plate on the left: "
-            "count dims from the right, as in b[..., group] for b[group] and (x * z).sum(-1) for "
-            "x @ z. If this model or guide cannot do that, use vectorize_particles=False."
+            f"All {particles.total} samples run in one pass, under one more plate on the left. "
+            "Count dims from the right (b[..., group] for b[group], (x * z).sum(-1) for x @ z), "
+            "or use vectorize_particles=False."
         )
         raise problem
     particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
@@ -163,14 +148,15 @@ def _draw(
     ``assignment`` choose the components of mixture guides.
     """
     runs: list[ParticleRun] = []
-    sharing = _ShareWithinEstimate(shared, particles)
+    sharing = _ShareWithinEstimate(shared, particles) if shared else None
     for particle in range(1 if particles.dim is not None else particles.total):
-        sharing.particle = particle
+        if sharing is not None:
+            sharing.particle = particle
         if assignment is not None:
             assignment.particle = particle if particles.dim is None else None
-        noise = _SameNoise() if replay != "none" else nullcontext()
+        noise = ReplayedNoise() if replay != "none" else nullcontext()
         with _particle_plate(particles), assignment or nullcontext():
-            with sharing if shared else nullcontext(), noise:
+            with sharing or nullcontext(), noise:
                 guide = program.run_guide(subsample)
             with noise:
                 guide, cuts = _replayed(program, guide, particle, replay)
@@ -189,12 +175,17 @@ def _replayed(
     Its Delta sites are not replayed: they are computed again from what they depend on.
     """
     cuts: list[GradientCut] = []
-    if replay == "values":
-        guide = program.run_guide(_with_values(without(guide, is_delta), _detached))
-    elif replay == "paths":
-        sampled = without(guide, is_delta)
-        guide = program.run_guide(_with_values(sampled, cut(particle, cuts)))
-    return guide, cuts
+    if replay == "none":
+        return guide, cuts
+    copy = guide.copy()
+    for site in latent_sites(guide):
+        if is_delta(site):
+            copy.remove_node(site["name"])
+        elif replay == "values":
+            copy.nodes[site["name"]] = {**site, "value": site["value"].detach()}
+        else:
+            copy.nodes[site["name"]] = _cut(site, particle, cuts)
+    return program.run_guide(copy), cuts
 
 
 def _continue(
@@ -207,67 +198,31 @@ def _continue(
 ) -> ParticleRun:
     """Replay the model on the guide's values."""
     model_cuts: list[GradientCut] = []
-    source = _with_values(guide, cut(particle, model_cuts)) if cut_model else guide
-    model = program.run_model(_merged(source, subsample))
-    return ParticleRun(model, guide, cuts, model_cuts)
+    source = guide if subsample is None and not cut_model else guide.copy()
+    if cut_model:
+        for site in latent_sites(guide):
+            source.nodes[site["name"]] = _cut(site, particle, model_cuts)
+    for name, site in subsample.nodes.items() if subsample is not None else ():
+        if name not in source.nodes:
+            source.add_node(name, **site)
+    return ParticleRun(program.run_model(source), guide, cuts, model_cuts)
 
 
-def _with_values(trace: poutine.Trace, value_of: Callable[[Site], Tensor]) -> poutine.Trace:
-    """Copy a trace with another value at each latent site."""
-    copy = trace.copy()
-    for site in sites(trace):
-        if not site["is_observed"]:
-            copy.nodes[site["name"]] = {**site, "value": value_of(site)}
-    return copy
-
-
-def _detached(site: Site) -> Tensor:
-    return site["value"].detach()
-
-
-def _merged(trace: poutine.Trace, other: poutine.Trace | None) -> poutine.Trace:
-    if other is None:
-        return trace
-    copy = trace.copy()
-    for name, site in other.nodes.items():
-        if name not in copy.nodes:
-            copy.add_node(name, **site)
-    return copy
+def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:
+    """Return a site with a stand-in for its value, where that has a gradient."""
+    if not site["value"].requires_grad:
+        return site
+    cuts.append(GradientCut(site, particle))
+    return {**site, "value": cuts[-1].stand_in}
 
 
 def _particle_plate(particles: Particles) -> ExitStack:
     """Enter the particle plate, if there is more than one particle to a run."""
     stack = ExitStack()
     if particles.dim is not None:
-        stack.enter_context(pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim))
+        size = particles.num_estimates * particles.num_particles
+        stack.enter_context(pyro.plate(PARTICLE_PLATE, size, dim=particles.dim))
     return stack
-
-
-class _SameNoise(RunCache):
-    """Gives two runs of a guide the same noise outside its sites: dropout, say.
-
-    The first run notes the random state at its start and after each site, the second goes back to
-    it; otherwise densities would be those of another guide than the one that sampled.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.states: dict[str, list[Tensor]] = {}
-        self.again = False
-
-    def __enter__(self) -> "_SameNoise":
-        self.again = bool(self.states)
-        self._meet("")
-        return super().__enter__()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        self._meet(msg["name"])
-
-    def _meet(self, name: str) -> None:
-        if not self.again:
-            self.states[name] = random_state()
-        elif name in self.states:
-            set_random_state(self.states[name])
 
 
 class _ShareWithinEstimate(Messenger):

@@ -108,9 +108,24 @@ def sites(*traces: poutine.Trace) -> Iterator[Site]:
             yield site
 
 
+def latent_sites(trace: poutine.Trace) -> list[Site]:
+    """Return the sites that have a density and are not observed."""
+    return [
+        site
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    ]
+
+
 def is_delta(site: Site) -> bool:
     """Whether the site's value is computed, not sampled: a Delta under any wrapping."""
-    return any(isinstance(layer, dist.Delta) for layer in layers(site["fn"]))
+    fn = site["fn"]
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 def layers(fn: Any) -> Iterator[Any]:

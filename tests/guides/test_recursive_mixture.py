@@ -294,10 +294,10 @@ def test_components_must_not_share_parameters() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda: Schedule(first=0), ValueError, "first must be positive"),
-        (lambda: Schedule(propose=0), ValueError, "propose must be positive"),
-        (lambda: Schedule(refine=0), ValueError, "refine must be positive"),
-        (lambda: Schedule(draws=-1), ValueError, "draws must not be negative"),
+        (lambda: Schedule(first=0), ValueError, "first must be an integer >= 1"),
+        (lambda: Schedule(propose=0), ValueError, "propose must be an integer >= 1"),
+        (lambda: Schedule(refine=0), ValueError, "refine must be an integer >= 1"),
+        (lambda: Schedule(draws=-1), ValueError, "draws must be an integer >= 0"),
         (lambda: RecursiveMixtureGuide(bimodal, 1), ValueError, "at least 2 components, got 1"),
         (
             lambda: RecursiveMixtureGuide(bimodal, 2, epsilon=1.0),

@@ -10,8 +10,9 @@ from pyro.infer import SVI
 
 from pyro_recursive import CIWAE_ELBO, bounds
 from pyro_recursive.bounds.estimators import ESTIMATORS
-from pyro_recursive.losses.learned_beta import optimal_beta
-from tests.losses.test_multi_sample import conjugate_guide, conjugate_model
+from pyro_recursive.losses import ciwae
+from pyro_recursive.losses.ciwae import optimal_beta
+from tests.models.small import conjugate_guide, conjugate_model
 from tests.oracles.quadrature import conjugate, normal_grid
 
 
@@ -63,14 +64,11 @@ def test_criterion_is_the_mean_squared_error(size: int, estimator: str, vectoriz
 def _target(loss: CIWAE_ELBO) -> torch.Tensor:
     """Return one batch's estimate, as a training step computes it."""
     seen = []
-    import pyro_recursive.losses.multi_sample as elbo
-
-    original = elbo.optimal_beta
-    elbo.optimal_beta = lambda *args: seen.append(optimal_beta(*args)) or seen[-1]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ciwae, "optimal_beta", lambda *args: seen.append(optimal_beta(*args)) or seen[0]
+        )
         loss.differentiable_loss(conjugate_model, conjugate_guide)
-    finally:
-        elbo.optimal_beta = original
     return seen[0]
 
 

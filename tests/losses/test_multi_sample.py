@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO, bounds
+from tests.models.small import conjugate_guide, conjugate_model
 from tests.oracles.quadrature import LOC, MU, SCALE, X
 
 COPIES, CALLS, SIGMAS = 1000, 30, 4.5
@@ -34,20 +35,6 @@ def assert_means(rows: torch.Tensor, expected: tuple[float, ...]) -> None:
     error = rows.std(0) / len(rows) ** 0.5
     z = (rows.mean(0) - torch.tensor(expected)) / error
     assert (z.abs() < SIGMAS).all(), f"z = {z.tolist()}, means {rows.mean(0).tolist()}"
-
-
-def conjugate_model() -> None:
-    mu = pyro.param("mu", lambda: torch.tensor(MU))
-    with pyro.plate("data", COPIES):
-        z = pyro.sample("z", dist.Normal(mu, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.full((COPIES,), X))
-
-
-def conjugate_guide() -> None:
-    loc = pyro.param("m", lambda: torch.tensor(LOC))
-    scale = pyro.param("s", lambda: torch.tensor(SCALE))
-    with pyro.plate("data", COPIES):
-        pyro.sample("z", dist.Normal(loc, scale))
 
 
 def scored_guide() -> None:
@@ -281,7 +268,7 @@ def test_unknown_options_raise() -> None:
         IWAE_ELBO(3, estimator="reinforce")
     with pytest.raises(TypeError, match=r"bound must be a pyro_recursive\.bounds\.Bound"):
         MultiSampleELBO("iwae")
-    with pytest.raises(ValueError, match="the bound needs num_particles >= 2, got 1"):
+    with pytest.raises(ValueError, match="The bound needs num_particles >= 2, got 1"):
         MultiSampleELBO(bounds.jackknife)
     with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
         IWAE_ELBO(0)

@@ -14,6 +14,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from tests.oracles.quadrature import LOC, MU, SCALE, X
+
 
 def plate_of(x: Tensor, size: int | None = None) -> AbstractContextManager:
     """Return the plate "data"; where ``size`` is given, ``x`` is a minibatch of so many rows."""
@@ -84,3 +86,19 @@ def poisson_rows(x: Tensor, shape: float = 2.0, rate: float = 1.0) -> None:
     with plate_of(x):
         z = pyro.sample("rate", dist.Gamma(shape, rate))
         pyro.sample("x", dist.Poisson(z), obs=column(x))
+
+
+def conjugate_model(copies: int = 1000) -> None:
+    """Copies of the datum of `tests.oracles.quadrature`, a row each: z ~ N(mu, 1), x ~ N(z, 1)."""
+    mu = pyro.param("mu", lambda: torch.tensor(MU))
+    with pyro.plate("data", copies):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.full((copies,), X))
+
+
+def conjugate_guide(copies: int = 1000) -> None:
+    """z ~ N(m, s), shared by all rows."""
+    loc = pyro.param("m", lambda: torch.tensor(LOC))
+    scale = pyro.param("s", lambda: torch.tensor(SCALE))
+    with pyro.plate("data", copies):
+        pyro.sample("z", dist.Normal(loc, scale))

@@ -321,7 +321,7 @@ def _check(components: Any) -> None:
     if not len(listed):
         raise ValueError("A mixture needs at least one component, got none.")
     for component in () if is_number else listed:
-        check_instance("A component of a mixture", component, "guide")
+        check_instance("A component of a mixture", component)
         if isinstance(component, MixtureGuide):
             raise ValueError("A mixture cannot be a component of a mixture: list all components.")
         if isinstance(component, LatentGuide) and not component.can_be_component:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyro_recursive.tracing.arguments import check_integers
+from pyro_recursive.tracing.arguments import check_at_least
 
 
 class Stage(NamedTuple):
@@ -58,13 +58,11 @@ class Schedule:
     def __post_init__(self) -> None:
         """Check that there is nothing negative, and something to do."""
         numbers = ("confidence", "min_gain")
-        check_integers(**{k: v for k, v in vars(self).items() if k not in numbers})
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        for name in ("first", "propose", "refine"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be positive, got 0")
+        check_at_least(0, **{k: v for k, v in vars(self).items() if k not in numbers})
+        for name in numbers:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_at_least(1, first=self.first, propose=self.propose, refine=self.refine)
 
     def stages(self, num_components: int) -> tuple[Stage, ...]:
         """Return all stages in order, as if every component were kept."""

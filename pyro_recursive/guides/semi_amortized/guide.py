@@ -417,7 +417,7 @@ class GradientSite(TorchDistribution):
 
 
 def _check_update(update: Any) -> None:
-    check_instance("update", update, "step of refinement")
+    check_instance("update", update)
     if update is not None and not isinstance(update, Update):
         raise TypeError(
             "update must be an Update of pyro_recursive.guides.semi_amortized.updates, such as "

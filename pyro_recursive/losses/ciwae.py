@@ -1,4 +1,4 @@
-"""How CIWAE's beta is learned: the quality of the guide's gradient, never the bound.
+"""CIWAE, with a fixed beta or one that is learned from the quality of the guide's gradient.
 
 Let g_E and g_I be the guide gradients of the ELBO and of IWAE on the same samples and
 ``D = g_E - g_I``. CIWAE's gradient is ``g_I + beta * D``, and its mean squared error as an
@@ -6,30 +6,119 @@ estimate of E[g_I] is
 
     beta**2 * E|D|**2  +  2 * beta * tr Cov(g_I, D)  +  tr Var(g_I)
 
-least at ``beta = clip(-tr Cov(g_I, D) / E|D|**2, 0, 1)``: 0 where IWAE's gradient is clean, more
-where it is noise. This criterion is our choice. It is measured on the gradients at the samples
-(``sum_k path_k * d/dz_k``, that is, for a shift of the guide's location), datum by datum, from
-independent replicates: the M estimates, or for M = 1 the two halves of the K samples, whose
+with its minimum at ``beta = clip(-tr Cov(g_I, D) / E|D|**2, 0, 1)``: 0 where IWAE's gradient has no
+noise, more where it is noisy. This criterion is our choice. It is measured on the gradients at the
+samples (``sum_k path_k * d/dz_k``, that is, for a shift of the guide's location), datum by datum,
+from independent replicates: the M estimates, or for M = 1 the two halves of the K samples, whose
 covariance is taken to fall as 1/K.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer.elbo import ELBOModule
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_recursive import bounds
+from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import Estimator
+from pyro_recursive.losses.base import Evaluation
+from pyro_recursive.losses.multi_sample import MultiSampleELBO
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.param_store import evict_stale
 from pyro_recursive.tracing.runs import ParticleRun
 
-__all__ = ["LearnedBeta", "check_replicates", "optimal_beta"]
+
+class CIWAE_ELBO(MultiSampleELBO):
+    """``beta * ELBO + (1 - beta) * IWAE`` on the same K samples, with a fixed or a learned beta.
+
+    `Tighter Variational Bounds are Not Necessarily Better` (Rainforth et al., arXiv 1802.04537).
+    The bound itself says nothing about beta: its derivative ``ELBO - IWAE`` is never positive, so
+    that climbing it ends at beta = 0 and descending it at beta = 1. With ``learn_beta=True`` beta
+    instead descends the mean squared error of the combined guide gradient as an estimate of IWAE's;
+    `pyro_recursive.losses.ciwae` has the criterion. The parameter ``<name>.beta`` is reached
+    through Pyro, so `SVI`, `fit` and ``loss(model, guide).parameters()`` all find it; its
+    current value is ``loss.beta``, and `state_dict` is what to save of it.
+
+    Raises ValueError for beta outside [0, 1], and for ``learn_beta`` where nothing can be learned:
+    beta on a boundary, K = 1, or M = 1 with a K that does not split in two halves of at least 2.
+
+    >>> float(CIWAE_ELBO(64, beta=0.05, learn_beta=True).beta)  # doctest: +ELLIPSIS
+    0.05...
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        beta: float = 0.5,
+        learn_beta: bool = False,
+        name: str = "ciwae",
+        **options: Any,
+    ) -> None:
+        self._beta = beta
+        self._learned = LearnedBeta(beta, name) if learn_beta else None
+        super().__init__(bounds.ciwae(beta), num_particles=num_particles, **options)
+        if learn_beta:
+            check_replicates(self.num_estimates, self.num_particles, self.estimator)
+
+    @property
+    def beta(self) -> Tensor:
+        """The current weight of the ELBO, detached."""
+        if self._learned is None:
+            return torch.as_tensor(self._beta)
+        return self._learned().detach()
+
+    def _options(self) -> dict[str, Any]:
+        learned = {} if self._learned is None else {"learn_beta": True}
+        return {**super()._options(), "beta": round(self.beta.item(), 4), **learned}
+
+    @property
+    def bound(self) -> Bound:
+        """CIWAE at the current beta; no gradient of the bound reaches beta."""
+        return self._bound if self._learned is None else bounds.ciwae(self.beta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the loss has learned: beta, unconstrained; nothing where it is fixed."""
+        return {} if self._learned is None else dict(self._learned.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the beta of another such loss, whatever Pyro's store has under its name.
+
+        Raises RuntimeError where one of the two learns beta and the other does not.
+
+        >>> trained = CIWAE_ELBO(8, beta=0.2, learn_beta=True, name="trained")
+        >>> loss = CIWAE_ELBO(8, beta=0.7, learn_beta=True, name="loaded")
+        >>> loss.load_state_dict(trained.state_dict())
+        >>> round(loss.beta.item(), 4)
+        0.2
+        """
+        if self._learned is not None:
+            self._learned.load_state_dict(state)
+        elif state:
+            raise RuntimeError(
+                f"The state has a learned {sorted(state)}, and this CIWAE_ELBO a fixed beta of "
+                f"{self._beta}: make it with learn_beta=True."
+            )
+
+    def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> ELBOModule:
+        """Return the loss as a module; a learned beta is among its parameters."""
+        module = super().__call__(model, guide)
+        if self._learned is not None:
+            module.add_module("learned_beta", self._learned)
+        return module
+
+    def _surrogate(self, evaluation: Evaluation) -> Tensor:
+        total = super()._surrogate(evaluation)
+        if self._learned is None:
+            return total
+        target = optimal_beta(evaluation.runs, evaluation.local, self.estimator)
+        return total - 0.5 * (self._learned() - target) ** 2
 
 
 class LearnedBeta(PyroModule):

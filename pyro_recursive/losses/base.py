@@ -1,0 +1,230 @@
+"""The base of all losses: runs of model and guide, their log-weights, a bound, an estimator."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import is_validation_enabled
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_recursive.bounds.bound import Bound
+from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
+from pyro_recursive.losses.surrogate import global_surrogate, surrogate
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.compatibility import check_runs, warn_if_nothing_local
+from pyro_recursive.tracing.densities import Densities, densities
+from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
+from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.runs import ParticleRun, run_particles
+
+GLOBAL_LATENTS = ("joint", "elbo")
+DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a bound.
+
+    ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
+    ``global_latents="elbo"``.
+    """
+
+    bound: Bound
+    runs: list[ParticleRun]
+    local: Densities
+    shared: Densities | None
+
+
+class LogWeightELBO(ELBO):
+    """Base of the losses: minus a bound of log-weights ``[M, K, *plates]``, in nats.
+
+    Nothing is kept from a call.
+
+    Args:
+        bound, estimator, num_estimates, num_particles, max_plate_nesting, vectorize_particles,
+            global_latents: as in `MultiSampleELBO`.
+    """
+
+    def __init__(
+        self,
+        bound: Bound,
+        *,
+        estimator: str | Estimator = "pathwise",
+        num_estimates: int = 1,
+        num_particles: int = 1,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = True,
+        global_latents: str = "joint",
+    ) -> None:
+        _check_counts(num_estimates=num_estimates, num_particles=num_particles)
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
+        self._bound = bound
+        self.max_plate_nesting = max_plate_nesting
+        self.num_estimates = num_estimates
+        self.estimator = _estimator(estimator)
+        self.global_latents = global_latents
+        self._check()
+
+    @property
+    def bound(self) -> Bound:
+        """The bound of the log-weights."""
+        return self._bound
+
+    def __repr__(self) -> str:
+        """Return the loss with its options, without the defaults that all losses share."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})"
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options by the names of the arguments."""
+        options = {"num_estimates": self.num_estimates, "num_particles": self.num_particles}
+        options |= {"estimator": self.estimator.name}
+        common = {name: getattr(self, name) for name in DEFAULTS}
+        return options | {name: v for name, v in common.items() if v != DEFAULTS[name]}
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return minus the bound, summed over the data, in nats."""
+        with torch.no_grad():
+            return self._value(self._evaluate(Program(model, guide, args, kwargs))).item()
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return a scalar: its value is minus the bound, its gradient the estimator's."""
+        program = Program(model, guide, args, kwargs)
+        if not torch.is_grad_enabled():
+            return self._value(self._evaluate(program))
+        is_split = self._bound.guide is not self._bound
+        evaluation = self._evaluate(program, replay=self.estimator.replay, cut_model=is_split)
+        value = self._value(evaluation)
+        objective = self._surrogate(evaluation)
+        if not objective.requires_grad:
+            return value
+        return value - (objective - objective.detach())
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return minus the bound in nats, and add the gradients to the parameters' ``grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _evaluate(
+        self,
+        program: Program,
+        *,
+        fresh: bool = False,
+        shape: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Evaluation:
+        """Draw M * K samples, ``shape`` where it is given, and gather their log-densities."""
+        shape = shape or (self.num_estimates, self.num_particles)
+        is_linear = self._bound.is_linear(*shape)
+        structure, local = None, None
+        if self.global_latents == "elbo":
+            structure = structure_of(program, fresh=fresh)
+            local = local_sites(structure)
+            options["shared"] = frozenset(structure.guide) - local
+        particles, runs = run_particles(
+            program,
+            *shape,
+            max_plate_nesting=self.max_plate_nesting,
+            vectorize=self.vectorize_particles,
+            **options,
+        )
+        tables = [run.table for run in runs]
+        if structure is not None and not fresh:
+            now = structure_in(tables[0])
+            if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
+                # Sites depend on the arguments: find the structure of this call.
+                return self._evaluate(program, fresh=True, shape=shape, **options)
+        layout = layout_of(particles, tables, only=local)
+        check_runs(tables, layout, is_linear=is_linear)
+        if local is None:
+            return Evaluation(self.bound, runs, densities(runs, layout), None)
+        if structure is not None and not is_linear:
+            warn_if_nothing_local(structure, *shape)
+        outside = frozenset(record.name for record in tables[0].records) - local
+        shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
+        return Evaluation(self.bound, runs, densities(runs, layout, only=local), shared)
+
+    def _value(self, evaluation: Evaluation) -> Tensor:
+        """Return minus the bound, without a graph."""
+        bound, _, local, shared = evaluation
+        value = bound(local.log_weights)
+        if is_validation_enabled():
+            _warn_if_dead(value)
+        total = local.layout.scale * value.sum()
+        if shared is not None:
+            total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
+        if is_validation_enabled():
+            warn_if_nan(total, "loss")
+        return -total
+
+    def _surrogate(self, evaluation: Evaluation) -> Tensor:
+        """Return a scalar whose gradient is the estimator's, for ascent."""
+        bound, runs, local, shared = evaluation
+        total = local.layout.scale * surrogate(runs, local, bound, self.estimator)
+        if shared is not None:
+            total = total + shared.layout.scale * global_surrogate(runs, shared)
+        return total
+
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
+        """Return one pair of traces, as every `pyro.infer.ELBO` must."""
+        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+    def _check(self) -> None:
+        bound, estimator = self._bound, self.estimator
+        if not isinstance(bound, Bound):
+            raise TypeError(
+                f"bound must be a pyro_recursive.bounds.Bound such as bounds.iwae, got {bound!r}."
+            )
+        if self.num_particles < bound.min_particles:
+            raise ValueError(
+                f"The bound needs num_particles >= {bound.min_particles}, got {self.num_particles}."
+            )
+        if self.num_particles < estimator.min_particles:
+            raise ValueError(
+                f"estimator='{estimator.name}' needs num_particles >= {estimator.min_particles}, "
+                f"got {self.num_particles}."
+            )
+        if self.global_latents not in GLOBAL_LATENTS:
+            raise ValueError(
+                f"global_latents must be one of {GLOBAL_LATENTS}, got {self.global_latents!r}."
+            )
+        if self.global_latents == "elbo" and (bound.guide is not bound or estimator.wake):
+            raise ValueError(
+                "global_latents='elbo' needs one bound for model and guide: not PIWAE, no "
+                f"wake-phase estimator; got estimator='{estimator.name}'."
+            )
+
+
+def _estimator(estimator: str | Estimator) -> Estimator:
+    if isinstance(estimator, Estimator):
+        return estimator
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {sorted(ESTIMATORS)}, got {estimator!r}.")
+    return ESTIMATORS[estimator]
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if count is None:
+            raise ValueError(f"{name} must be an integer >= 1, got None.")
+    check_at_least(1, **counts)
+
+
+def _warn_if_dead(value: Tensor) -> None:
+    """Warn, naming the plate index, where every sample has zero weight."""
+    dead = value.isneginf()
+    if dead.any():
+        where = dead.nonzero().tolist()
+        warnings.warn(
+            f"The bound is -inf at plate indices {where[:5]}{'...' if len(where) > 5 else ''}: the "
+            "model's density is 0 at every sample of the guide.",
+            stacklevel=4,
+        )
