@@ -571,9 +571,9 @@ def test_a_network_is_a_module(name: str) -> None:
     argument, make = name.split(" ")[0].rstrip(","), NETWORKS[name]
     make(None)
     make(nn.Linear(1, 2))
-    with pytest.raises(TypeError, match=MODULE.format(argument, r"the class Linear: .*Linear\(")):
+    with pytest.raises(TypeError, match=f"{argument} must be an instance, got the class Linear"):
         make(nn.Linear)
-    for other, got in ((function, "the function function: .*forward"), (partial(function), "a pa")):
+    for other, got in ((function, "function.*forward"), (partial(function), "partial")):
         with pytest.raises(TypeError, match=MODULE.format(argument, got)):
             make(other)
     with pytest.raises((TypeError, ValueError), match=f"{argument} must be .*got"):
