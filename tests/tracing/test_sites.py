@@ -93,11 +93,9 @@ def test_the_shared_plates_enclose_every_site() -> None:
     log_prob = x["fn"].log_prob(x["value"])
     gathered = layout.gather([[(x, log_prob)]])
     torch.testing.assert_close(gathered, log_prob.sum(-2).reshape(2, 4, 2, 5))
-    weights = torch.randn(2, 4, 2, 5)
-    at_site = layout.at_site(weights, x)
-    torch.testing.assert_close(
-        (at_site * log_prob).sum(-2).reshape(weights.shape), weights * gathered
-    )
+    weights, z = torch.randn(2, 4, 2, 5), run.guide.nodes["z"]
+    assert layout.at_site(weights, z).shape == z["value"].shape == (8, 2, 1, 5)
+    torch.testing.assert_close(layout.at_site(weights, z).reshape(2, 4, 2, 5), weights)
 
 
 def test_sequential_plates_come_first() -> None:
