@@ -247,7 +247,7 @@ def mixture_of(guide: Callable) -> MixtureLike:
 
 
 def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
-    """Raise where the components' draws cannot be told apart by row."""
+    """Raise where the components' draws cannot be weighed by row."""
     shared = {frame.name for frame in layout.plates}
     for record in run.table.guide:
         if record.group != "score":

@@ -1,7 +1,7 @@
 """What losses and evaluation need from a guide, as types.
 
 A loss knows no guide class; a guide that has the members of one of these protocols can be given to
-it.
+it. Attributes are only read.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,42 +16,34 @@ from pyro_recursive.bounds.mixture_objectives import Gain
 
 @runtime_checkable
 class MixtureLike(Protocol):
-    """A mixture guide: it runs under `tracing.handlers.ComponentAssignment`."""
+    """A mixture guide, which runs under `tracing.handlers.ComponentAssignment`.
 
-    @property
-    def members(self) -> tuple[int, ...]:
-        """The numbers of the components that make up the mixture."""
+    ``members`` are the numbers of the components that make up the mixture. With
+    ``holds_densities`` it can stop the gradient of parameters in densities, not in draws.
+    """
 
-    @property
-    def holds_densities(self) -> bool:
-        """Whether it can stop the gradient of parameters in densities, not in draws."""
+    members: tuple[int, ...]
+    holds_densities: bool
 
 
 class TrainingStage(Protocol):
-    """A stage of a `GrowingMixture`."""
+    """A stage: "first", "propose", "refine", "cycle" or "joint"; component None trains all."""
 
-    @property
-    def kind(self) -> str:
-        """One of "first", "propose", "refine", "cycle" and "joint"."""
-
-    @property
-    def component(self) -> int | None:
-        """The component in training, None where all are trained together."""
+    kind: str
+    component: int | None
 
 
 class FreeComponent(Protocol):
-    """A Gaussian component with parameters of its own, one for each row."""
+    """A Gaussian component with parameters of its own, ``size`` latents for each of the ``rows``.
 
-    @property
-    def rows(self) -> tuple[Any, ...]:
-        """The frames of the row plates."""
+    ``rows`` are the frames of the row plates.
+    """
 
-    @property
-    def size(self) -> int:
-        """D, the length of a row's unconstrained vector."""
+    rows: tuple[Any, ...]
+    size: int
 
     def pack(self, trace: poutine.Trace) -> Tensor:
-        """Return the latents of a trace, ``[particles, *rows, D]``."""
+        """Return the latents of a trace, ``[particles, *rows, D]``, unconstrained."""
 
     def place(self, loc: Tensor, scale: Tensor) -> None:
         """Set locations and scales, ``[*rows, D]`` both."""
@@ -62,29 +54,19 @@ class FreeComponent(Protocol):
 
 @runtime_checkable
 class GrowingMixture(MixtureLike, Protocol):
-    """A mixture guide whose components are added one by one, with the schedule as its state."""
+    """A mixture guide whose components are added one by one; the schedule is its state.
+
+    In its ``stage`` it has taken ``steps_taken`` training steps. The next one may be the first for
+    a component (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of
+    each component and row. A proposed component has the weight ``epsilon``.
+    """
 
     epsilon: float
-
-    @property
-    def stage(self) -> TrainingStage:
-        """The stage of training."""
-
-    @property
-    def steps_taken(self) -> int:
-        """The training steps taken in this stage."""
-
-    @property
-    def starts_component(self) -> bool:
-        """Whether the next step is the first one for a component other than the first."""
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether the next step is the acceptance test of a component."""
-
-    @property
-    def num_draws(self) -> int:
-        """The draws of each component and row in an acceptance test."""
+    stage: TrainingStage
+    steps_taken: int
+    starts_component: bool
+    is_trial: bool
+    num_draws: int
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Create all parameters."""
@@ -96,7 +78,7 @@ class GrowingMixture(MixtureLike, Protocol):
         """Return the guide's parameters."""
 
     def free_component(self) -> FreeComponent | None:
-        """Return the component that this step adds, if it is a `FreeComponent`."""
+        """Return the component in training, if it is a `FreeComponent`."""
 
     def check_shared_weights(self) -> None:
         """Raise ValueError where rows have weights of their own."""

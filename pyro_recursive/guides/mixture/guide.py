@@ -105,17 +105,8 @@ class MixtureGuide(LatentGuide):
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
-        self.weights = Weights(kind, self.initial_logits(), learn_weights, self.one_by_one)
+        self.weights = Weights(kind, torch.zeros(len(components)), learn_weights)
         self.register_load_state_dict_pre_hook(_check_components)
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether components are trained one by one, and their weights with them."""
-        return False
-
-    def initial_logits(self) -> Tensor:
-        """Return the logits that the weights start from, those of equal weights."""
-        return torch.zeros(len(self.components))
 
     @property
     def by_row(self) -> bool:
@@ -139,7 +130,7 @@ class MixtureGuide(LatentGuide):
                     self.component(m)(*args, **kwargs)
 
     def _check_inputs(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise where a component wants other inputs than those that all of them get."""
+        """Raise where a component has other inputs than the mixture."""
         for component in self.components:
             if not isinstance(component, LatentGuide) or not component.by_row:
                 continue

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pyro_recursive.bounds.mixture_objectives import Gain, Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import GuideCall, LatentGuide
-from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
@@ -69,34 +68,18 @@ class RecursiveMixtureGuide(MixtureGuide):
         schedule: Schedule | None = None,
         epsilon: float = 0.1,
         conditional: bool = False,
-        weights: nn.Module | str | None = None,
-        learn_weights: bool = True,
-        trunk: nn.Module | None = None,
-        family: str | Family = "diagonal",
-        plate: str | None = None,
-        inputs: Callable[..., Any] | None = None,
-        create_plates: Callable[..., Any] | None = None,
-        name: str | None = None,
+        **options: Any,
     ) -> None:
         if not 0.001 <= epsilon <= 0.999:
-            raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}")
-        self.__dict__["epsilon"] = epsilon  # the weights start from it, before there is a module
-        super().__init__(
-            model,
-            components,
-            weights=weights,
-            learn_weights=learn_weights,
-            trunk=trunk,
-            family=family,
-            plate=plate,
-            inputs=inputs,
-            create_plates=create_plates,
-            name=name,
-        )
+            raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}.")
+        super().__init__(model, components, **options)
         _check(self.components, conditional)
-        _check_apart([*self.components, *filter(None, (trunk, self.weights.network))])
+        shared = [options.get("trunk"), self.weights.network]
+        _check_apart([*self.components, *filter(None, shared)])
+        logit = math.log(epsilon / (1 - epsilon))
+        self.weights.start_separately(torch.full((len(self.components) - 1,), logit))
+        self.epsilon, self.conditional = epsilon, conditional
         self.schedule = schedule or Schedule()
-        self.conditional = conditional
         self.stages = self.schedule.stages(len(self.components))
         # The index of the stage, the steps taken in it, the failures of its component, and which
         # components are members: a buffer for checkpoints, on the CPU as it is read in each step.
@@ -105,16 +88,6 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.register_buffer("progress", torch.zeros(size, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
-
-    @property
-    def one_by_one(self) -> bool:
-        """Components are trained one by one, and their weights with them."""
-        return True
-
-    def initial_logits(self) -> Tensor:
-        """Return the logits of the share epsilon for each component but the first."""
-        logit = math.log(self.epsilon / (1 - self.epsilon))
-        return torch.full((len(self.components) - 1,), logit)
 
     @property
     def num_steps(self) -> int:
@@ -284,7 +257,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         component = self.component(self.stage.component or 0)
         if not isinstance(component, AmortizedGuide) or component.by_row or len(self.groups) > 1:
             return None
-        return FreeGaussian(component, self.component(0), self.groups[0])
+        (latents,) = self.groups
+        return FreeGaussian(component, self.component(0), latents, latents.rows, latents.size)
 
     def _renew(self, m: int) -> None:
         """Give the encoder of a component new initial weights."""
@@ -326,16 +300,8 @@ class FreeGaussian:
     component: AmortizedGuide
     first: AmortizedGuide
     latents: LatentBlock
-
-    @property
-    def rows(self) -> tuple[Any, ...]:
-        """The frames of the row plates."""
-        return self.latents.rows
-
-    @property
-    def size(self) -> int:
-        """D, the length of a row's unconstrained vector."""
-        return self.latents.size
+    rows: tuple[Any, ...]
+    size: int
 
     def pack(self, trace: poutine.Trace) -> Tensor:
         """Return the latents of a trace, ``[particles, *rows, D]``."""

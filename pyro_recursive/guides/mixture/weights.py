@@ -20,13 +20,10 @@ class Weights(PyroModule):
 
     ``kind`` is a module from the rows of the inputs to ``[*rows, n]``, ``"linear"`` for a linear
     one, ``"table"`` for a row for each entry of the plate, or ``"shared"`` for one vector, which a
-    group outside the data's plate always has. All start at ``initial``. With ``separate`` each
-    logit has parameters of its own (not in a module), which an optimiser can leave alone.
+    group outside the data's plate always has. All start at ``initial``.
     """
 
-    def __init__(
-        self, kind: nn.Module | str, initial: Tensor, learn: bool, separate: bool = False
-    ) -> None:
+    def __init__(self, kind: nn.Module | str, initial: Tensor, learn: bool) -> None:
         super().__init__()
         if callable(kind):
             check_module("weights", kind)
@@ -34,12 +31,16 @@ class Weights(PyroModule):
             raise ValueError(f"weights must be one of {KINDS} or a module, got {kind!r}.")
         self.kind = "module" if isinstance(kind, nn.Module) else kind
         self.network: Any = kind if isinstance(kind, nn.Module) else None
-        self.learn = learn
+        self.learn, self.separate = learn, False
         self.initial: Tensor
-        if bool((initial.abs() >= LARGEST).any()):
-            raise ValueError(f"Logits must start inside (-{LARGEST}, {LARGEST}), got {initial}.")
         self.register_buffer("initial", _unsquashed(initial))
-        self.separate = separate
+
+    def start_separately(self, initial: Tensor) -> None:
+        """Give each logit another start, and parameters of its own unless a module returns all.
+
+        An optimiser can then leave a logit alone.
+        """
+        self.initial, self.separate = _unsquashed(initial), True
 
     def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Create the weights of a group, with dtype and device of a draw ``place``."""
