@@ -7,7 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,9 +93,8 @@ def to_arviz(
         model, guide, *args, max_plate_nesting=max_plate_nesting, **how, **kwargs
     )
     labels = Labels(coords or {}, dims or {}, entries_of(draws.whole_minibatch, args, kwargs))
-    groups = _Call(model, args, kwargs, run).groups(
-        draws, labels, posterior_predictive, prior_predictive, log_likelihood
-    )
+    wanted = posterior_predictive, prior_predictive, log_likelihood
+    groups = _groups((model, args, kwargs, run), draws, labels, *wanted)
     return container({**groups, "sample_stats": _stats(draws, labels)}, labels)
 
 
@@ -118,7 +117,7 @@ def mcmc_to_arviz(
 
     Args:
         mcmc: a ``pyro.infer.MCMC`` that has run.
-        model, *args, **kwargs: those of the run.
+        model: the model of the run; other arguments are those of the run.
         posterior_predictive, prior_predictive, log_likelihood, coords, dims: as in `to_arviz`.
         chunk_size, vectorize_particles: as in `posterior_draws`.
 
@@ -139,12 +138,10 @@ def mcmc_to_arviz(
     """
     run: dict[str, Any] = {"chunk_size": chunk_size, "vectorize_particles": vectorize_particles}
     draws, chains = _chain_draws(mcmc, model, args, kwargs, run)
-    labels = Labels(
-        coords or {}, dims or {}, entries_of(draws.whole_minibatch, args, kwargs), chains
-    )
-    groups = _Call(model, args, kwargs, run).groups(
-        draws, labels, posterior_predictive, prior_predictive, log_likelihood
-    )
+    entries = entries_of(draws.whole_minibatch, args, kwargs)
+    labels = Labels(coords or {}, dims or {}, entries, chains)
+    wanted = posterior_predictive, prior_predictive, log_likelihood
+    groups = _groups((model, args, kwargs, run), draws, labels, *wanted)
     diverged = mcmc.diagnostics().get("divergences")
     if diverged is not None:
         diverging = torch.zeros(chains, len(draws) // chains, dtype=torch.bool)
@@ -179,36 +176,32 @@ def _chain_draws(
     return replace(draws, sites={**latents, **computed}), chains
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A model with the arguments of a call, and how its samples are run."""
-
-    model: Callable
-    args: tuple
-    kwargs: dict[str, Any]
-    run: dict[str, Any]
-
-    def groups(
-        self, draws: Draws, labels: Labels, predictive: bool, prior: bool, log_likelihood: bool
-    ) -> dict[str, xr.Dataset]:
-        """Return the groups of an ArviZ object, without the statistics of the draws."""
-        draws = draws.of_this_call()
-        found = {"posterior": labels.draws(draws.of_kind("latent", "computed"))}
-        if predictive:
-            new = predictive_draws(self.model, draws, *self.args, **self.run, **self.kwargs)
-            found["posterior_predictive"] = labels.draws(new.sites)
-        if log_likelihood:
-            new = log_likelihoods(self.model, draws, *self.args, **self.run, **self.kwargs)
-            attributes = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
-            found["log_likelihood"] = labels.draws(new.sites).assign_attrs(attributes)
-        if prior:
-            options = {"num_draws": len(draws), "minibatch": draws.minibatch, **self.run}
-            new = prior_draws(self.model, *self.args, **options, **self.kwargs)
-            found["prior"] = labels.draws(new.of_kind("latent", "computed"))
-            found["prior_predictive"] = labels.draws(new.of_kind("observed"))
-        data = observed_data(self.model, draws, *self.args, **self.kwargs)
-        found["observed_data"] = labels.first(data.sites)
-        return {name: group for name, group in found.items() if group.data_vars}
+def _groups(
+    call: tuple[Callable, tuple, dict[str, Any], dict[str, Any]],
+    draws: Draws,
+    labels: Labels,
+    predictive: bool,
+    prior: bool,
+    log_likelihood: bool,
+) -> dict[str, xr.Dataset]:
+    """Return the groups of an ArviZ object, without the statistics of the draws."""
+    model, args, kwargs, run = call
+    draws = draws.of_this_call()
+    found = {"posterior": labels.draws(draws.of_kind("latent", "computed"))}
+    if predictive:
+        new = predictive_draws(model, draws, *args, **run, **kwargs)
+        found["posterior_predictive"] = labels.draws(new.sites)
+    if log_likelihood:
+        new = log_likelihoods(model, draws, *args, **run, **kwargs)
+        attributes = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
+        found["log_likelihood"] = labels.draws(new.sites).assign_attrs(attributes)
+    if prior:
+        options = {"num_draws": len(draws), "minibatch": draws.minibatch, **run}
+        new = prior_draws(model, *args, **options, **kwargs)
+        found["prior"] = labels.draws(new.of_kind("latent", "computed"))
+        found["prior_predictive"] = labels.draws(new.of_kind("observed"))
+    found["observed_data"] = labels.first(observed_data(model, draws, *args, **kwargs).sites)
+    return {name: group for name, group in found.items() if group.data_vars}
 
 
 def _stats(draws: Draws, labels: Labels) -> xr.Dataset:

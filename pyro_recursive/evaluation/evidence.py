@@ -87,7 +87,7 @@ def log_marginal(
     one here.
 
     Args:
-        model, guide, *args, **kwargs: as in `pyro.infer.SVI.step`.
+        model, guide: called with the other arguments, as by `pyro.infer.SVI.step`.
         num_particles: K.
         chunk_size: samples in one pass; memory does not grow with K. By default about 5,000 rows.
         max_plate_nesting: the dims of plates; found by a run if infinite.

@@ -54,8 +54,7 @@ def posterior_draws(
         resample: ``"plain"`` or ``"psis"`` choose among proposals by their importance weights, raw
             or Pareto-smoothed: each entry of the plates that enclose every site on its own.
         num_proposals: by default 10 for each draw.
-        chunk_size, max_plate_nesting, vectorize_particles, *args, **kwargs: as in
-            `pyro_recursive.log_marginal`.
+        chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
 
     Raises:
         ValueError: draws cannot be weighted; and as `pyro_recursive.log_marginal` does.

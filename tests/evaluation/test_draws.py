@@ -161,14 +161,22 @@ def mean_guide(x: Tensor) -> None:
     pyro.sample("z", dist.Normal(0.5, 0.8))
 
 
+def scaled_data(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=torch.tensor(3.0)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 @pytest.mark.parametrize("resample", ["plain", "psis"])
 def test_resampled_draws_are_those_of_the_posterior(resample: str) -> None:
-    """Each datum's own weights; and one weight of all data for a global latent."""
+    """Weights of each datum, of all data for a global latent, of a likelihood to the power 3."""
     x = torch.tensor([1.5, -0.5, 0.0])
     options = {"num_draws": 4000, "num_proposals": 60_000, "resample": resample}
     for model, guide, mean, variance in (
         (normal_rows, wide_guide, x / 2, torch.tensor(0.5)),
         (normal_global, mean_guide, x.sum() / 3.25, torch.tensor(1 / 3.25)),
+        (scaled_data, wide_guide, 0.75 * x, torch.tensor(0.25)),
     ):
         z = posterior_draws(model, guide, x, **options)["z"]
         error = (variance / 4000) ** 0.5
@@ -360,21 +368,6 @@ def test_a_guide_without_density() -> None:
 # --- Scales of the user's own
 
 
-def scaled_data(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with poutine.scale(scale=torch.tensor(3.0)):
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def test_resampled_draws_of_a_tempered_model() -> None:
-    """A likelihood to the power 3: z ~ N(3 x / 4, 1 / 4), whatever the guide."""
-    x = torch.tensor([1.5, -0.5, 0.0])
-    options = {"num_draws": 4000, "num_proposals": 60_000, "resample": "psis"}
-    z = posterior_draws(scaled_data, wide_guide, x, **options)["z"]
-    assert ((z.mean(0) - 0.75 * x).abs() < 4.5 * 0.5 / 4000**0.5).all()
-
-
 def test_scales_are_told_apart_from_those_of_subsamples() -> None:
     x = torch.zeros(7)
     draws = posterior_draws(scaled_data, wide_guide, x, num_draws=3)
@@ -438,20 +431,17 @@ def test_draws_of_other_data_are_refused() -> None:
         predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_wrong_options() -> None:
+    for options, message in (
         ({"num_draws": 0}, "num_draws must be an integer >= 1"),
         ({"num_draws": True}, "num_draws must be an integer >= 1"),
         ({"chunk_size": 0}, "chunk_size must be an integer >= 1"),
         ({"resample": "psis", "num_proposals": 0}, "num_proposals must be"),
         ({"resample": "sir"}, "'plain' or 'psis', got 'sir'"),
         ({"num_proposals": 10}, "num_proposals needs resample="),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        posterior_draws(normal_rows, wide_guide, torch.zeros(2), **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            posterior_draws(normal_rows, wide_guide, torch.zeros(2), **options)
 
 
 def mixing_model(x: Tensor) -> None:
