@@ -61,6 +61,7 @@ for _name, _module in {
     "aggregate": information,
     "empirical": mapa,
     "empirical.candidates": candidates,
+    "empirical.kernels": mapa.kernels,
     "estimators": estimators,
     "guides.families": gaussian_families,
     "guides.packed": base,

@@ -52,37 +52,31 @@ class MAPAGuide(LatentGuide):
 
     The prior of one local latent is replaced by M codes, ``p(z) = sum_i w_i delta(z - c_i)``, by
     default ``c_i = g(x_i)`` and ``w_i = 1/N``. A fixed table ``q(i | n)``, proportional to a kernel
-    of x_n and x_i, chooses the codes to decode. Train with `pyro_recursive.MAPA_ELBO`. In other
-    calls each row, known or new, gets the posterior over its nearest codes by the decoder's
-    likelihood; None in place of data draws from the prior. The page on MAPA has formulas and costs.
+    of x_n and x_i, chooses the codes to decode in training with `pyro_recursive.MAPA_ELBO`. Other
+    calls give each row, known or new, the posterior over its nearest codes. The page on MAPA has
+    formulas, costs and advice.
 
     Args:
         model: any Pyro model with a latent ``site`` in the one vectorised plate of the data.
-        codes: an encoder from rows of ``data`` to unconstrained vectors ``[n, D]``, or
-            `pyro_recursive.mapa.Codes`.
+        codes: `pyro_recursive.mapa.Codes`, or an encoder of ``data`` to vectors ``[n, D]``.
         data: the training data ``[N, *x]``, as ``inputs`` gives them.
-        kernel: one of `pyro_recursive.mapa.kernels`, or any function of rows ``[Q, *x]`` and
+        kernel: a `pyro_recursive.mapa.kernels` member or any function of rows ``[Q, *x]`` and
             ``[R, *x]`` to ``[Q, R]`` nats; by default that of the observed site's distribution.
-        table: a `pyro_recursive.mapa.Table` in place of a kernel. Without table and data the sum is
-            exact, over all codes.
-        neighbours: k, how many codes a row of the table keeps.
+        table: a `pyro_recursive.mapa.Table`. Without table and data the sum is over all codes.
+        neighbours: how many codes a row of the table keeps.
         top, samples, share, replace: the `pyro_recursive.mapa.Plan` of a step.
-        warm_up: so many training steps of an autoencoder (top=1, samples=0) at first.
+        warm_up: how many training steps of an autoencoder (top=1, samples=0) come first.
         site: the latent site; optional where only one is inside a plate.
         rest: a guide for the other latents; by default a mean-field `AmortizedGuide`.
-        rows: a function from the model's arguments to the rows' indices in the data ``[B]``, for
-            minibatches made outside the model; rows without are looked up by the kernel.
-        cache, cache_key: a folder to keep the table in; see `pyro_recursive.mapa.neighbours`.
+        rows: a function from the model's arguments to the rows' indices in the data ``[B]``.
+        cache, cache_key: as in `pyro_recursive.mapa.neighbours`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
 
     Raises:
-        NotImplementedError: the site is discrete, or not in exactly one vectorised plate; the
-            density of a point is needed, as by other losses.
-        ValueError: several sites could be meant; codes, table and site do not fit; an argument is
-            out of range.
+        NotImplementedError: the site is discrete or not in one plate, or a density is needed.
+        ValueError: several sites could be meant; codes, table and site do not fit.
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
+    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> import pyro.distributions as dist
     >>> encoder, decoder = nn.Linear(2, 1), nn.Linear(1, 2)
@@ -91,8 +85,7 @@ class MAPAGuide(LatentGuide):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
     ...         pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
-    >>> x = torch.randn(50, 2)
-    >>> guide = MAPAGuide(model, encoder, x, top=1, samples=4)
+    >>> guide = MAPAGuide(model, encoder, torch.randn(50, 2), top=1, samples=4)
     >>> guide(torch.randn(3, 2))["z"].shape  # new data
     torch.Size([3, 1])
     """

@@ -215,8 +215,8 @@ class Categorical(InnerProductKernel):
         return math.log1p(1 / c), math.log(c / (1 + self.num_categories * c))
 
     def _categories(self, data: Tensor) -> Tensor:
-        found = data.to(torch.uint8).argmax(-1) if self.one_hot else data.long()
-        return found.reshape(len(data), -1)
+        categories = data.to(torch.uint8).argmax(-1) if self.one_hot else data.long()
+        return categories.reshape(len(data), -1)
 
 
 @dataclass(frozen=True, repr=False)

@@ -149,7 +149,7 @@ def _plates(trace: poutine.Trace, site: Site) -> frozenset[str]:
 
 
 def _log_prob(site: Site) -> Tensor:
-    """Return what stands inside of the logarithm: the density with its mask, without its scale."""
+    """Return the term inside the logarithm: the density with its mask, without its scale."""
     tensors = site["packed"]
     if site["infer"].get("_enumerate_dim") is not None:
         return tensors["unscaled_log_prob"]
@@ -159,9 +159,9 @@ def _log_prob(site: Site) -> Tensor:
 def _summed(term: Tensor, inner: frozenset[str]) -> Tensor:
     """Sum a factor over inner plates."""
     dims = _dims(term)
-    places = [place for place, symbol in enumerate(dims) if symbol in inner]
+    axes = [axis for axis, symbol in enumerate(dims) if symbol in inner]
     left = "".join(symbol for symbol in dims if symbol not in inner)
-    return _named(term.sum(places), left) if places else term
+    return _named(term.sum(axes), left) if axes else term
 
 
 def _set(site: Site, term: Tensor) -> None:

@@ -306,8 +306,8 @@ class _ProductSearch:
         row_bytes = 8 * max(1, columns.shape[1]) * self.rows.shape[1]
         for rows in _blocks(enough, min(self.budget, _CHUNK_BYTES) // row_bytes):
             mine = None if own is None else own[rows]
-            found = self._of_some(features.rows[rows], columns[rows])
-            index[rows], scores[rows] = best_of_some(found, columns[rows], mine, k)
+            some = self._of_some(features.rows[rows], columns[rows])
+            index[rows], scores[rows] = best_of_some(some, columns[rows], mine, k)
         for rows in _blocks(~enough, self.budget // (64 * len(self.rows))):
             mine = None if own is None else own[rows]
             index[rows], scores[rows] = best_of_all(self._of_all(features.rows[rows]), mine, k)
@@ -391,11 +391,11 @@ class _FaissScreen:
     def __call__(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         asked = torch.nn.functional.pad(query / self.scale, (0, 1)).to("cpu", torch.float32).numpy()
         number = min(self.number, k + max(8, k // 8))  # float32 may swap some
-        found = self._search(asked, number, math.isqrt(self.cells) + 1)
-        short = (found[:, :k] < 0).any(1)
+        columns = self._search(asked, number, math.isqrt(self.cells) + 1)
+        short = (columns[:, :k] < 0).any(1)
         if short.any():
-            found[short] = self._search(asked[short.numpy()], number, self.cells)
-        columns = torch.where(found < 0, self.number, found).to(query.device)
+            columns[short] = self._search(asked[short.numpy()], number, self.cells)
+        columns = torch.where(columns < 0, self.number, columns).to(query.device)
         return columns, torch.ones_like(columns[:, 0], dtype=torch.bool)
 
     def _search(self, asked: Any, number: int, cells: int) -> Tensor:

@@ -255,9 +255,9 @@ def _log_prob(flow: AffineFlow, codes: Tensor) -> Tensor:
     """Return the log-densities ``[N]``; raise where the fit has diverged."""
     message = "The flow diverged while it was fitted to codes: use a smaller lr."
     try:
-        found = flow(None, torch.Size()).log_prob(codes)
+        log_prob = flow(None, torch.Size()).log_prob(codes)
     except ValueError as error:  # of the base distribution, where validation is on
         raise ValueError(message) from error
-    if not found.isfinite().all():
+    if not log_prob.isfinite().all():
         raise ValueError(message)
-    return found
+    return log_prob

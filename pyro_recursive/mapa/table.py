@@ -167,9 +167,9 @@ class Table:
 
         The first call prepares the search. Raises ValueError where the table has no kernel.
         """
-        found = self._finder(x, self.width, progress=False)
-        rows = Rows(found.index, _normalised(found.log_k, self.log_q.dtype))
-        return Rows(rows.index.to(self.index.device), rows.log_q.to(self.index.device))
+        index, log_k = self._finder(x, self.width, progress=False)
+        log_q = _normalised(log_k, self.log_q.dtype)
+        return Rows(index.to(self.index.device), log_q.to(self.index.device))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -333,8 +333,8 @@ def neighbours(
         table = _cached(path, (len(data), k))
     if table is None:
         finder = Finder(kernel, targets, backend, budget)
-        found = finder(data, k, own=reference is None, progress=progress)
-        table = Table(found.index, _normalised(found.log_k, _float_dtype(data)), len(targets))
+        index, log_k = finder(data, k, own=reference is None, progress=progress)
+        table = Table(index, _normalised(log_k, _float_dtype(data)), len(targets))
         if path is not None:
             table.save(path)
     return replace(
@@ -378,15 +378,15 @@ def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
 
 def _digest(*parts: Tensor | str | None) -> str:
     """Return the SHA-256 of tensors, with dtypes and shapes, and of words."""
-    found = hashlib.sha256(f"format {FORMAT}".encode())
+    sha = hashlib.sha256(f"format {FORMAT}".encode())
     for part in parts:
         if isinstance(part, Tensor):
-            found.update(f"|{part.dtype}{list(part.shape)}".encode())
+            sha.update(f"|{part.dtype}{list(part.shape)}".encode())
             numbers = part.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(numbers.numpy().data)
+            sha.update(numbers.numpy().data)
         else:
-            found.update(f"|{part}".encode())
-    return found.hexdigest()
+            sha.update(f"|{part}".encode())
+    return sha.hexdigest()
 
 
 def _own(rows: int, components: int, device: torch.device) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_recursive import MAPA_ELBO, MAPAGuide, fit
 from pyro_recursive.mapa.codes import EncodedCodes, FreeCodes, GridCodes
+from pyro_recursive.mapa.empirical_model import Empiricalized
 from pyro_recursive.mapa.kernels import Gaussian
 from pyro_recursive.mapa.table import Table
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
@@ -433,6 +434,32 @@ def test_loss_is_for_this_guide() -> None:
     toy = Curve()
     with pytest.raises(TypeError, match=r"trains a MAPAGuide.*AutoNormal"):
         MAPA_ELBO().loss(toy.model, autoguide.AutoNormal(toy.model), toy.x)
+
+
+class AllCodes:
+    """A guide of another class, that decodes all codes in each step."""
+
+    site: str | None = "z"
+
+    def __init__(self, codes: FreeCodes) -> None:
+        self.codes, self.steps = codes, 0
+
+    def others(self, *args: Any, **kwargs: Any) -> None:
+        """Sample nothing."""
+
+    def empiricalized(self, model: Callable) -> Callable:
+        return Empiricalized(model, self.codes, self.site)
+
+    def end_step(self) -> None:
+        self.steps += 1
+
+
+def test_the_loss_takes_any_guide_of_codes() -> None:
+    toy = Curve()
+    guide = AllCodes(FreeCodes(toy.encoder(toy.x)))
+    found = MAPA_ELBO().loss_and_grads(toy.model, guide, toy.x)
+    assert found == pytest.approx(-toy.exact().sum().item(), abs=1e-9)
+    assert guide.steps == 1 and guide.codes.codes.grad.abs().min() > 0
 
 
 def test_one_loss_serves_many_models() -> None:

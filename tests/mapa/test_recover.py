@@ -55,7 +55,6 @@ def test_every_kind_is_tested() -> None:
     assert list(SHORT) == list(KINDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_density_integrates_to_one_and_draws_follow_it(kind: str) -> None:
     codes = codes_of(kind)
@@ -104,7 +103,6 @@ def test_affine_maps_of_codes_are_those_of_the_prior(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_codes_are_not_part_of_the_first_fit(kind: str) -> None:
     codes = codes_of(kind, 30)
@@ -246,7 +244,6 @@ def test_many_ties_and_close_codes_leave_a_finite_density(dtype: torch.dtype) ->
     assert smooth.log_prob(codes).max() < 0.5, "a normal's density is below -0.9"
 
 
-@pytest.mark.slow
 def test_what_jagged_densities_cost() -> None:
     z, standard = torch.randn(4000, 1), dist.Normal(0.0, 1.0)
     for knots, low, high in ((None, 0.38, 0.46), (50, 0.03, 0.07)):
@@ -300,7 +297,6 @@ def test_windows_are_shaped_as_the_codes() -> None:
     torch.testing.assert_close(prior().log_prob(z), expected.log_prob(z))
 
 
-@pytest.mark.slow
 def test_many_codes_are_judged_by_some() -> None:
     codes = torch.randn(2500, 1)
     width = bandwidth(codes, torch.full((2500,), -math.log(2500)))
@@ -319,7 +315,6 @@ def test_kernels_are_a_mixture_of_normals() -> None:
 # Flow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_flow_beats_a_normal_on_two_groups(size: int) -> None:
     codes, new = two_groups(1000, size), two_groups(2000, size)
@@ -362,16 +357,19 @@ def wide_guide(x: Tensor, size: int) -> None:
         pyro.sample("z", dist.StudentT(4.0, x / 2, 0.4))
 
 
+def check_evidence(prior: RecoveredPrior, x: Tensor, exact: Tensor) -> None:
+    model, size = with_prior(Line(), "z", prior), len(x)
+    found = log_marginal(model, wide_guide, x, size, num_particles=20_000, diagnostics=True)
+    errors = (found.log_marginal - exact) / found.standard_error
+    assert errors.abs().max() < 4 and found.standard_error.max() < 0.05
+
+
 def test_log_marginal_of_kernels_is_the_closed_form() -> None:
     codes, x = two_groups(10, 1), torch.tensor([-5.0, 0.0, 4.0, 7.0])
     prior = recover_prior(codes, "kernels", scale=0.3, held_out=0)
     spread = math.sqrt(0.5**2 + (2 * 0.3) ** 2)
     exact = dist.Normal(2 * codes, spread).log_prob(x).logsumexp(0) - math.log(10)
-    found = log_marginal(
-        with_prior(Line(), "z", prior), wide_guide, x, 4, num_particles=20_000, diagnostics=True
-    )
-    errors = (found.log_marginal - exact) / found.standard_error
-    assert errors.abs().max() < 4 and found.standard_error.max() < 0.05
+    check_evidence(prior, x, exact)
     before = log_marginal(Line(), wide_guide, x, 4, num_particles=2000)
     assert (before - exact).abs().max() > 0.3, "another prior, another evidence"
 
@@ -379,11 +377,7 @@ def test_log_marginal_of_kernels_is_the_closed_form() -> None:
 @pytest.mark.parametrize("kind", ["copula", "flow"])
 def test_log_marginal_is_that_of_quadrature_over_normals(kind: str) -> None:
     prior, x = short(two_groups(50, 1), kind), torch.tensor([-5.0, 0.0, 4.0])
-    exact = curve_evidence(lambda w: 2 * prior.from_normal(w), x[:, None], 0.5)
-    recovered = with_prior(Line(), "z", prior)
-    found = log_marginal(recovered, wide_guide, x, 3, num_particles=20_000, diagnostics=True)
-    errors = (found.log_marginal - exact) / found.standard_error
-    assert errors.abs().max() < 4 and found.standard_error.max() < 0.05
+    check_evidence(prior, x, curve_evidence(lambda w: 2 * prior.from_normal(w), x[:, None], 0.5))
 
 
 SITES = {
@@ -431,7 +425,6 @@ def test_sites_keep_shapes_and_supports(name: str, kind: str) -> None:
     torch.testing.assert_close(new["log_prob"], expected)
 
 
-@pytest.mark.slow
 def test_an_autoguide_sees_the_support_and_learns() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -163,6 +163,7 @@ def test_public_names() -> None:
         ("aggregate", "evaluation.information"),
         ("empirical", "mapa"),
         ("empirical.candidates", "mapa.candidates"),
+        ("empirical.kernels", "mapa.kernels"),
         ("estimators", "bounds.estimators"),
         ("guides.families", "guides.gaussian_families"),
         ("guides.packed", "guides.base"),
