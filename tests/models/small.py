@@ -21,7 +21,9 @@ def plate_of(x: Tensor, size: int | None = None) -> AbstractContextManager:
     """Return the plate "data"; where ``size`` is given, ``x`` is a minibatch of so many rows."""
     if x.dim() == 0:
         return nullcontext()
-    return pyro.plate("data", size or len(x), subsample_size=len(x))
+    if size is None:
+        return pyro.plate("data", len(x))
+    return pyro.plate("data", size, subsample_size=len(x))
 
 
 def column(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 the guide's own and at foreign values, and every loss with a gradient for every parameter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -96,7 +96,7 @@ def loss_refusal(row: Row) -> Refused | None:
 
 def stratified_refusal(row: Row, guide: LatentGuide) -> Refused | None:
     if isinstance(guide, SemiAmortizedGuide):
-        return TypeError, "needs a mixture guide.*got SemiAmortizedGuide"
+        return TypeError, "needs a mixture guide .*got SemiAmortizedGuide"
     if loss_refusal(row):
         return loss_refusal(row)
     if len(guide.groups) > 1:
@@ -116,7 +116,7 @@ COMBINATIONS = [(row, kind) for row in MODELS for kind in KINDS if applies(row, 
 # In the quick loop every model meets some kinds, and some models every kind.
 QUICK_KINDS = {"encoder", "mixture_encoders", "recursive", "refined"}
 QUICK_MODELS = {"supports", "nested"}
-ALIKE = {  # as others are, but for what their own guides make of them: the quick loop will do
+ALIKE = {  # as others are, but for what their own guides make of them: some kinds will do
     *("annealed_subsample", "annealed_mixed", "masked_discrete", "masked_mixed", "mixed_global"),
     *("exact_no_plate", "exact_far_dim", "exact_subsample", "exact_masked", "exact_loop"),
     *("exact_grid", "exact_grid_reversed", "exact_loop_of_plate", "sequential_twice", "size_one"),
@@ -126,13 +126,29 @@ EVERY_LOSS = {"explicit_subsample", "hierarchy"}
 SHARED = {("explicit_subsample", "refined_second_order")}
 
 
-def over(chosen: list[tuple[Row, Kind]]) -> Any:
-    ids = [f"{row.name}-{kind.name}" for row, kind in chosen]
-    return pytest.mark.parametrize("row,kind", chosen, ids=ids)
+def is_needed(row: Row, kind: Kind) -> bool:
+    return row.name not in ALIKE or kind.name in QUICK_KINDS
 
 
 def is_quick(row: Row, kind: Kind) -> bool:
+    if row.name in ALIKE | EVERY_LOSS:
+        return kind.name == "encoder"
     return kind.name in QUICK_KINDS or row.name in QUICK_MODELS
+
+
+def over(chosen: Iterable[tuple[Row, Kind]]) -> Any:
+    return pytest.mark.parametrize(
+        ("row", "kind"),
+        [
+            pytest.param(
+                row,
+                kind,
+                marks=() if is_quick(row, kind) else pytest.mark.slow,
+                id=f"{row.name}-{kind.name}",
+            )
+            for row, kind in chosen
+        ],
+    )
 
 
 # The sites of a trace, and the density at any values.
@@ -270,18 +286,6 @@ def check(row: Row, kind: Kind, *, every: bool = True) -> None:
     check_losses(s, guide, kind, every=every)
 
 
-@over([pair for pair in COMBINATIONS if is_quick(*pair)])
+@over(row_and_kind for row_and_kind in COMBINATIONS if is_needed(*row_and_kind))
 def test_works_or_is_refused(row: Row, kind: Kind) -> None:
-    check(row, kind, every=False)
-
-
-@pytest.mark.slow
-@over([(r, k) for r, k in COMBINATIONS if not is_quick(r, k) and r.name not in ALIKE])
-def test_works_or_is_refused_elsewhere(row: Row, kind: Kind) -> None:
-    check(row, kind, every=False)
-
-
-@pytest.mark.slow
-@over([(row, kind) for row, kind in COMBINATIONS if row.name in EVERY_LOSS])
-def test_every_loss(row: Row, kind: Kind) -> None:
-    check(row, kind)
+    check(row, kind, every=row.name in EVERY_LOSS)

@@ -7,7 +7,7 @@ gradients included. Expectations are compared with those of another unbiased est
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,6 +35,8 @@ from pyro_recursive import (
 from pyro_recursive.bounds.estimators import ESTIMATORS
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
+from tests.models.data_plate import annealed
+from tests.models.row import pair
 from tests.oracles.recordings import K, M, Pinned, Recording, record, scale_of, weights_by_hand
 
 LOSSES: dict[str, Callable[..., MultiSampleELBO]] = {
@@ -57,7 +59,9 @@ BOUNDS = {
 UNBIASED = ("pathwise", "dreg", "score", "vimco", "dreg+score", "dreg+vimco")
 SMOOTH = [row for row in ROWS if row.sites != "discrete"]
 EXACT = [row for row in ROWS if row.evidence]
+ROW = {row.name: row for row in ROWS}
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 all_losses = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -208,13 +212,13 @@ def test_cuda(row: Row) -> None:
 # One pass over all particles, or a loop.
 
 
-def each_estimator(*quick: str) -> pytest.MarkDecorator:
+def each_estimator(*quick: str, of: Iterable[str] = ESTIMATORS) -> pytest.MarkDecorator:
     """Some estimators in the quick loop, and all with the slow tests."""
-    others = [pytest.param(e, marks=pytest.mark.slow) for e in ESTIMATORS if e not in quick]
+    others = [slow(each) for each in of if each not in quick]
     return pytest.mark.parametrize("estimator", [*quick, *others])
 
 
-@each_estimator("pathwise", "dreg+vimco", "rws")
+@each_estimator("dreg+vimco", "rws")
 @over(ROWS)
 def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
     """With the same samples both give the same value and gradient, or the same refusal."""
@@ -271,13 +275,7 @@ def pinned_gradient(
         return gradients(loss.differentiable_loss(*programs, *args))
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        *("pathwise", "dreg+vimco"),
-        *(pytest.param(e, marks=pytest.mark.slow) for e in ("stl", "dreg", "score", "vimco")),
-    ],
-)
+@each_estimator("dreg+vimco", of=("pathwise", "stl", "dreg", "score", "vimco"))
 @over(ROWS)
 def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
     """PIWAE's gradient is IWAE's for the model and MIWAE's for the guide; CIWAE's is linear."""
@@ -337,30 +335,20 @@ def check_unbiased(row: Row, bound: bounds.Bound, **options: Any) -> None:
         assert_same_mean(mean, reference)
 
 
-QUICK = (
-    "data_plate",
-    "nested",
-    "mixed_above",
-    "mixed_below",
-    "delta_log_density",
-    "annealed",
-    "unequal_scales",
-    "annealed_mixed",
+QUICK = {"data_plate", "mixed_above", "delta_log_density", "unequal_scales"}
+
+
+def in_turn(row: Row, bound: str) -> Any:
+    is_slow = bound != "iwae" or row.name not in QUICK
+    return (slow if is_slow else pytest.param)(row, bound, id=f"{row.name}-{bound}")
+
+
+@pytest.mark.parametrize(
+    ("row", "bound"), [in_turn(row, bound) for row in ROWS for bound in ("iwae", "renyi")]
 )
-
-
-@over([row for row in ROWS if row.name in QUICK])
-def test_estimators_agree_quickly(row: Row) -> None:
-    """All unbiased estimators have one mean."""
-    check_unbiased(row, bounds.iwae)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bound", [bounds.iwae, bounds.renyi(0.5)], ids=["iwae", "renyi"])
-@over(ROWS)
-def test_estimators_agree(row: Row, bound: bounds.Bound) -> None:
+def test_estimators_agree(row: Row, bound: str) -> None:
     """All unbiased estimators have one mean, on every model."""
-    check_unbiased(row, bound)
+    check_unbiased(row, {"iwae": bounds.iwae, "renyi": bounds.renyi(0.5)}[bound])
 
 
 # Exact posteriors.
@@ -394,16 +382,16 @@ def local_values(recording: Recording, index: Tensor) -> Recording:
     return {n: v[:, index] if v.shape[1:] == (4,) else v for n, v in values.items()}, {}
 
 
+MIXED_GLOBAL = (models.mixed_global, models.mixed_global_guide)
+
+
 def minibatch(model: Callable, guide: Callable, x: Tensor, index: Tensor) -> Programs:
     return partial(model, subsample=index), partial(guide, subsample=index)
 
 
 MINIBATCHED = {
     "vectorized": (models.local, models.local_guide),
-    "annealed": tuple(
-        partial(f, around=lambda: poutine.scale(scale=0.3))
-        for f in (models.local, models.local_guide)
-    ),
+    "annealed": pair(models.local, models.local_guide, around=annealed)(),
     "sequential": (models.sequential, models.sequential_guide),
 }
 
@@ -425,7 +413,7 @@ def full_and_mean(
 
 
 @all_losses
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("name", MINIBATCHED)
 def test_minibatches_are_unbiased(name: str, size: int, loss: str) -> None:
     """Value and gradient, averaged over all minibatches, are those of the full data."""
@@ -458,7 +446,7 @@ class Minibatches(Messenger):
 )
 def test_all_samples_share_one_minibatch(name: str) -> None:
     """Weights of different data could not be compared; nor could chunks of one estimate."""
-    row = next(row for row in ROWS if row.name == name)
+    row = ROW[name]
     programs, args = made(row)
     options = {"vectorize_particles": False}
     evaluations = (
@@ -475,13 +463,12 @@ def test_all_samples_share_one_minibatch(name: str) -> None:
 
 def test_score_of_subsampled_discrete_sites() -> None:
     """At K = 1 a plate's scale is in the weights, and must not be in the score as well."""
-    programs = (models.mixed_global, models.mixed_global_guide)
-    Trace_ELBO().loss(*programs, models.data())
+    Trace_ELBO().loss(*MIXED_GLOBAL, models.data())
     losses = (MIWAE_ELBO(600, 1, estimator=name) for name in ("score", "dreg+score"))
     full, *parts = (
         [
             mean_gradient(loss, some, (models.data(),))
-            for some in (programs, subsampled(*programs)())
+            for some in (MIXED_GLOBAL, pair(*MIXED_GLOBAL, subsample_size=2)())
         ]
         for loss in losses
     )
@@ -542,22 +529,13 @@ def test_global_elbo_on_minibatches(loss: str, estimator: str) -> None:
     torch.testing.assert_close(mean, full)
 
 
-def subsampled(*programs: Callable) -> Callable[[], Programs]:
-    return lambda: tuple(partial(f, subsample_size=2) for f in programs)  # type: ignore[return-value]
+HALVED = [
+    Row("hierarchy", pair(*HIERARCHY, subsample_size=2)),
+    Row("mixed", pair(*MIXED_GLOBAL, subsample_size=2), sites="discrete"),
+]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        Row("hierarchy", subsampled(*HIERARCHY)),
-        Row(
-            "mixed",
-            subsampled(models.mixed_global, models.mixed_global_guide),
-            sites="discrete",
-        ),
-    ],
-    ids=lambda row: row.name,
-)
+@over(HALVED)
 def test_global_elbo_estimators_agree(row: Row) -> None:
     """A global site above local ones, reparameterised or not, under every unbiased estimator."""
     check_unbiased(row, bounds.iwae, global_latents="elbo")
@@ -566,7 +544,7 @@ def test_global_elbo_estimators_agree(row: Row) -> None:
 @pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
 def test_global_elbo_without_local_latents(estimator: str) -> None:
     """With the exact posterior of a global latent the ELBO is log p(x)."""
-    row = next(row for row in ROWS if row.name == "exact_global")
+    row = ROW["exact_global"]
     programs, args = made(row)
     loss = MIWAE_ELBO(M, K, estimator=estimator, global_latents="elbo")
     with pytest.warns(
@@ -617,7 +595,7 @@ def test_global_elbo_needs_one_objective(options: dict) -> None:
 # Ways to call a loss.
 
 
-@pytest.mark.parametrize("loss", ["MIWAE_ELBO", "PIWAE_ELBO"])
+@pytest.mark.parametrize("loss", [slow("MIWAE_ELBO"), "PIWAE_ELBO"])
 @over(ROWS)
 def test_three_ways_to_evaluate(row: Row, loss: str) -> None:
     """`loss`, `loss_and_grads` and `differentiable_loss` agree under one seed."""
@@ -694,10 +672,9 @@ def test_one_instance_serves_many_models(loss: str) -> None:
     """Nothing of a call stays in the loss: deeper and flatter models may follow each other."""
     each = LOSSES[loss](M, K)
     before = dict(each.__dict__)
-    rows = {row.name: row for row in ROWS}
     for name in ("no_plate", "grid_with_gap", "data_plate", "sequential", "nested"):
         pyro.clear_param_store()
-        programs, args = made(rows[name])
+        programs, args = made(ROW[name])
         recording = record(programs, args)
         with Pinned(*recording):
             fresh = LOSSES[loss](M, K).loss(*programs, *args)
@@ -710,7 +687,7 @@ def test_one_instance_serves_many_models(loss: str) -> None:
 @pytest.mark.parametrize("name", ["auto_normal", "modules", "methods", "pyro_modules", "markov"])
 def test_svi_steps_every_parameter(name: str, loss: str) -> None:
     """The first step makes all parameters, the second moves each of them."""
-    row = next(row for row in ROWS if row.name == name)
+    row = ROW[name]
     svi = SVI(*row.build(), SGD({"lr": 0.01}), LOSSES[loss](M, K, estimator="dreg"))
     svi.step(*row.args())
     before = {name: value.detach().clone() for name, value in parameters().items()}

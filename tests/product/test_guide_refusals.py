@@ -10,7 +10,6 @@ from pyro.infer import autoguide
 from torch import Tensor, nn
 
 from pyro_recursive import (
-    SIWAE_ELBO,
     AmortizedGuide,
     MixtureGuide,
     RecursiveMixture_ELBO,
@@ -64,11 +63,6 @@ REFUSED = {
         ValueError,
         r"No latent site is inside a vectorised plate 'rows'; those of the latents are \['data'\]",
     ),
-    "sequential_plate": (
-        lambda x: AmortizedGuide(models.sequential, plate="data")(x),
-        ValueError,
-        "No latent site is inside a vectorised plate 'data'",
-    ),
     "no_components": (
         lambda x: MixtureGuide(models.local, []),
         ValueError,
@@ -114,15 +108,6 @@ REFUSED = {
         ),
         TypeError,
         "needs a RecursiveMixtureGuide, got MixtureGuide",
-    ),
-    "two_groups": (
-        lambda x: SIWAE_ELBO(2).loss(
-            models.hierarchy,
-            MixtureGuide(models.hierarchy, [encoded_hierarchy()] * 2, weights="shared"),
-            x,
-        ),
-        NotImplementedError,
-        "one mixture over the global latents",
     ),
     "recursive_by_hand": (
         lambda x: RecursiveMixtureGuide(models.local, [encoded(), models.local_guide]),

@@ -36,6 +36,7 @@ from pyro_recursive import (
     fit,
 )
 from pyro_recursive.training import checkpoint as checkpoints
+from tests.models.small import square_rows
 from tests.oracles.bitwise import same
 
 KILLS, ENOUGH = 50, 45
@@ -83,12 +84,7 @@ def amortised() -> dict[str, Any]:
 
 def growing() -> dict[str, Any]:
     """A mixture that grows: its stages, trials and members are part of the state."""
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.5))
-            pyro.sample("x", dist.Normal(z.square(), 1.0), obs=x[:, 0])
-
+    model = partial(square_rows, prior=1.5)
     schedule = Schedule(first=5, propose=4, refine=6, joint=5, confidence=0.0, draws=100)
     components = [AmortizedGuide(model, Net()) for _ in range(3)]
     return {

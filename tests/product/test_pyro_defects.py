@@ -46,7 +46,7 @@ def bound_and_gradient(
     return -torch.stack([torch.as_tensor(value), *(zero if g is None else g for g in gradients)])
 
 
-def subsampled(indices: list[int], copies: int = 500) -> tuple[Callable, Callable]:
+def subsampled(indices: list[int], copies: int = 4000) -> tuple[Callable, Callable]:
     """Return the conjugate model on a minibatch, `copies` times over for independent draws."""
     batch = torch.tensor(indices)
     x = MINIBATCH[batch].repeat(copies, 1)
@@ -68,7 +68,7 @@ def subsampled(indices: list[int], copies: int = 500) -> tuple[Callable, Callabl
 
 def over_all_minibatches(make_loss: Callable[[], ELBO], calls: int = 12) -> tuple[Tensor, Tensor]:
     """Return mean and standard error over all six minibatches of two, per copy."""
-    names, copies = ("mu", "A", "b", "s"), 500
+    names, copies = ("mu", "A", "b", "s"), 4000
     batches = [list(pair) for pair in itertools.combinations(range(4), 2)]
     rows = torch.stack([
         torch.stack([
@@ -85,12 +85,15 @@ def test_scale_inside_the_logarithm() -> None:
     mean, error = over_all_minibatches(
         lambda: RenyiELBO(alpha=0, num_particles=2, vectorize_particles=True, max_plate_nesting=2)
     )
-    assert ((mean - torch.tensor(SCALE_INSIDE)).abs() < 4.5 * error).all()
+    assert ((mean - torch.tensor(SCALE_INSIDE)).abs() < 6 * error).all()  # of 12 calls
     assert mean[0] > LOG_EVIDENCE + 3 * error[0]
-    assert (mean[2:].sign() != torch.tensor(FULL_DATA)[2:].sign()).all()
+    assert all(
+        inside * full < 0 for inside, full in zip(SCALE_INSIDE[2:], FULL_DATA[2:], strict=True)
+    )
+    assert mean[4] > 4.5 * error[4]  # where that of the full data is -0.9
 
     mean, error = over_all_minibatches(lambda: IWAE_ELBO(2, estimator="dreg"))
-    assert ((mean - torch.tensor(FULL_DATA)).abs() < 4.5 * error).all()
+    assert ((mean - torch.tensor(FULL_DATA)).abs() < 6 * error).all()
 
 
 def random_minibatch() -> tuple[Callable, Callable, list[set[int]]]:
@@ -290,13 +293,14 @@ def mixing_guide() -> None:
 def test_a_model_that_mixes_the_samples() -> None:
     """A sum over all dims is right for one sample, and wrong in silence for many in one pass."""
     exact = dist.Normal(0.0, 3**0.5).log_prob(torch.tensor(1.0))
-    wrong = Trace_ELBO(100, vectorize_particles=True).loss(mixing_model, mixing_guide)
-    assert wrong > 20  # and its like for one sample is about 2.5
+    elbo = Trace_ELBO(100, vectorize_particles=True)
+    wrong = [elbo.loss(mixing_model, mixing_guide) for _ in range(200)]
+    assert sum(wrong) / 200 > 50  # about 100, and 2.4 for samples one by one
     for call in (IWAE_ELBO(3).loss, IWAE_ELBO(3).loss_and_grads, log_marginal):
         with pytest.raises(ValueError, match=r"value of 'b' in another.*z\.sum\(-1\)"):
             call(mixing_model, mixing_guide)
-    looped = log_marginal(mixing_model, mixing_guide, num_particles=4000, vectorize_particles=False)
-    assert looped.item() == pytest.approx(exact.item(), abs=0.1)
+    looped = log_marginal(mixing_model, mixing_guide, num_particles=1000, vectorize_particles=False)
+    assert looped.item() == pytest.approx(exact.item(), abs=0.15)
 
 
 def test_a_mask_that_the_guide_does_not_have() -> None:

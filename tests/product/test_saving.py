@@ -137,9 +137,12 @@ class Program:
             return Stratified_ELBO(2)
         return Trace_ELBO(2)
 
+    def svi(self, loss: Any) -> SVI:
+        return SVI(self.model, self.guide, Adam({"lr": 0.05}), loss)
+
     def train(self, steps: int = 4) -> "Program":
         """Take a few steps; a recursive mixture is then in the middle of its growth."""
-        svi = SVI(self.model, self.guide, Adam({"lr": 0.05}), self.loss)
+        svi = self.svi(self.loss)
         with quiet():
             for _ in range(steps):
                 svi.step(self.x)
@@ -635,7 +638,7 @@ def test_losses(name: str) -> None:
     """Copies and pickles of a trained loss go on alike; all but a learned beta remember nothing."""
     loss, one = LOSSES[name](), program(GUIDE_OF.get(name, "encoder"))
     before = pickle.dumps(loss)
-    svi = SVI(one.model, one.guide, Adam({"lr": 0.05}), loss)
+    svi = one.svi(loss)
     for _ in range(3):
         svi.step(one.x)
     assert (pickle.dumps(loss) == before) is (name != "CIWAE_ELBO, learned")
@@ -670,7 +673,7 @@ def test_a_learned_beta(tmp_path: Path) -> None:
     """Saved and loaded, in a new process and beside what the store still holds."""
     one, loss = program("encoder"), CIWAE_ELBO(4, learn_beta=True)
     one.guide.prepare(one.x)
-    svi = SVI(one.model, one.guide, Adam({"lr": 0.05}), loss)
+    svi = one.svi(loss)
     for _ in range(3):
         svi.step(one.x)
     state = through_a_file(loss.state_dict(), tmp_path / "loss.pt")
