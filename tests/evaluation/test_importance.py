@@ -196,7 +196,7 @@ def test_too_narrow_rows_are_told() -> None:
     """For normals of variance v and q, the weights w = p / q have k = 1 - q / v in the limit."""
     x = torch.linspace(-1.0, 2.0, 6)
     scale = torch.tensor([0.5**0.5, 0.8, 0.1, 1.0, 0.15, 0.5**0.5])
-    found = importance_weights(normal_rows, guide_with(scale), x, num_particles=4000)
+    found = importance_weights(normal_rows, guide_with(scale), x, num_particles=100_000)
     high = found.pareto_k > found.threshold
     assert high.tolist() == [False, False, True, False, True, False]
     assert found.pareto_k[0] == found.pareto_k[5] == 0.0
@@ -210,8 +210,8 @@ def test_too_narrow_rows_are_told() -> None:
 
 
 def test_joint_weights_are_worse() -> None:
-    x = torch.linspace(-1.0, 2.0, 40)
-    found = importance_weights(normal_rows, guide_with(torch.tensor(0.6)), x, num_particles=2000)
+    x = torch.linspace(-1.0, 2.0, 200)
+    found = importance_weights(normal_rows, guide_with(torch.tensor(0.55)), x, num_particles=2000)
     joint = found.joint()
     assert joint.log_weights.shape == (2000,) and joint.plates == ()
     torch.testing.assert_close(joint.log_weights, found.log_weights.sum(1))

@@ -162,8 +162,8 @@ def test_joint_density_of_several_constrained_sites(name: str) -> None:
             else:
                 densities.append(packed_density(component, values))
         expected = (torch.stack(densities) + logits.log_softmax(-1)).logsumexp(0)
-        # The inverse of a correlation matrix's transform has rounding errors of 1e-9.
-        tolerance = 1e-10 if name == "by hand" else 1e-8
+        # The inverse of a correlation matrix's transform has rounding errors of 1e-8.
+        tolerance = 1e-10 if name == "by hand" else 1e-7
         assert trace.log_prob_sum().item() == pytest.approx(expected.item(), abs=tolerance)
     assert all(
         torch.equal(draws[-1].nodes[name]["value"], foreign.nodes[name]["value"])

@@ -237,7 +237,7 @@ def test_the_stable_range(momentum: float, stable: bool, share: float) -> None:
 
 def test_many_steps_reach_the_evidence() -> None:
     """Locations and scales; "stl" leaves no noise at the posterior."""
-    guide = semi(conjugate, nn.Linear(1, 2), update=GradientUpdate(rate=0.1), test_steps=150)
+    guide = semi(conjugate, nn.Linear(1, 2), update=GradientUpdate(rate=0.1), test_steps=250)
     guide.guide.inputs = guide.inputs = lambda x: x[:, None]
     guide.eval()
     found = guide.refine(X)
@@ -720,7 +720,7 @@ def test_a_row_does_not_depend_on_its_minibatch(
     base: str, seed: int | None, monkeypatch: Any
 ) -> None:
     net, x = network(), torch.randn(6, 3)
-    x[1] *= 30  # its gradient is clipped, and theirs are not
+    x[1] *= 30  # its gradient is clipped more often than theirs
     model = model_of(net)
     update = GradientUpdate(0.03, clip=20.0)
     guide = SemiAmortizedGuide(model, BASES[base](model), update=update, draws=2, seed=seed)
@@ -736,7 +736,7 @@ def test_a_row_does_not_depend_on_its_minibatch(
     else:
         together, *parts = (reached(guide, each) for each in (x, x[:2], x[2:]))
         clipped = guide.refine(x).clipped
-        assert clipped[1] == 1 and (clipped < 1).any()
+        assert clipped[1] > clipped.min()
     assert_all_close([torch.cat(parts)], [together], atol=1e-12, rtol=1e-12)
     assert (together[0] - together[2]).abs().min() > 1e-3
 
@@ -755,6 +755,7 @@ def test_an_outlier_leaves_the_others_alone() -> None:
 
 def test_the_share_of_clipped_steps() -> None:
     net, encoder, x = network(), nn.Linear(3, 2 * SIZE), torch.randn(ROWS, 3)
+    x *= torch.logspace(-1, 2, ROWS)[:, None]
     update = GradientUpdate(0.05, clip=8.0)
     guide = semi(model_of(net), encoder, steps=6, seed=5, update=update)
     found = guide.refine(x)
@@ -872,7 +873,7 @@ def test_svi_keeps_the_mean_over_particles() -> None:
     """Each has rows of its own where it has global values of its own."""
     x, base = torch.randn(4), AmortizedGuide(hierarchy, plate="data", init_scale=1.0)
     update = GradientUpdate(0.1)
-    guide = SemiAmortizedGuide(hierarchy, base, mode="svi", update=update, steps=100)
+    guide = SemiAmortizedGuide(hierarchy, base, mode="svi", update=update, steps=200)
     guide.prepare(x)
     with pyro.plate("particles", 5, dim=-2):
         w = guide(x)["w"]
@@ -1328,7 +1329,7 @@ def test_rows_are_given_the_global_values_of_their_particle(particles: int) -> N
         hierarchy,
         AmortizedGuide(hierarchy, nn.Linear(1, 2), inputs=lambda x: x[:, None], init_scale=2.0),
         update=GradientUpdate(0.1),
-        steps=100,
+        steps=200,
     )
     guide.prepare(x)
     with pyro.plate("particles", particles, dim=-2) if particles else nullcontext():

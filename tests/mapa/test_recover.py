@@ -322,7 +322,7 @@ def test_flow_beats_a_normal_on_two_groups(size: int) -> None:
     normal = dist.Normal(codes.mean(0), codes.std(0)).to_event(1)
     found = prior().log_prob(new)
     gain = found - normal.log_prob(new)
-    assert gain.mean() > 0.3 + 4 * gain.std() / math.sqrt(2000)
+    assert gain.mean() > 0.2 + 4 * gain.std() / math.sqrt(2000)  # of 0.46 for the true density
     assert prior.held_out_log_prob == pytest.approx(found.mean().item(), abs=0.4)
 
 

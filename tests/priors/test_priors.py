@@ -102,7 +102,7 @@ def by_torch(prior: VampPrior) -> Any:
     )
 
 
-def grid(size: int, width: float = 12.0, points: int = 481) -> tuple[Tensor, float]:
+def grid(size: int, width: float = 20.0, points: int = 801) -> tuple[Tensor, float]:
     axis = torch.linspace(-width, width, points)
     nodes = torch.cartesian_prod(*[axis] * size).reshape(-1, size)
     return nodes, float(axis[1] - axis[0]) ** size

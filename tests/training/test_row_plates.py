@@ -136,7 +136,8 @@ def test_the_remedy_gives_the_posterior_of_all_rows() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adam = partial(torch.optim.Adam, lr=0.03)
-            options = {"optimizer": adam, "epochs": 60, "loss": Trace_ELBO(), "progress": False}
+            loss = Trace_ELBO(num_particles=30, vectorize_particles=True, max_plate_nesting=2)
+            options = {"optimizer": adam, "epochs": 60, "loss": loss, "progress": False}
             fit(grouped(plate), guide, x, batch_size=4, **options)
         widths.append(guide.scales.mean.item())
     assert widths[0] == pytest.approx((0.25 + 2 * ROWS) ** -0.5, rel=0.15)
