@@ -211,32 +211,14 @@ def active_units(
     table = table_of(guide, args, kwargs, plate)
     if table.num_rows < 2:
         raise ValueError("A variance over the data needs at least 2 rows, got 1.")
-    moments: dict[str, _Moments] = {}
-    for draws in table.split(num_draws):
-        for name, value in table.values(draws).items():
-            moments.setdefault(name, _Moments()).add(value.double())
-    variances = {name: each.variance_of_means() for name, each in moments.items()}
+    chunks = [table.values(draws) for draws in table.split(num_draws)]
+    variances = {name: _variance_of_means([each[name] for each in chunks]) for name in chunks[0]}
     return ActiveUnits(sum(int((v > threshold).sum()) for v in variances.values()), variances)
 
 
-class _Moments:
-    """Mean and sum of squares over draws, each taken relative to its mean over the rows."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, values: Tensor) -> None:
-        """Add draws ``[S, B, units]``."""
-        centred = values - values.mean(1, keepdim=True)
-        mean, count = centred.mean(0), len(values)
-        shift = mean - self.mean.to(mean)
-        between = shift**2 * self.count * count / (self.count + count)
-        self.squares = self.squares.to(mean) + ((centred - mean) ** 2).sum(0) + between
-        self.count += count
-        self.mean = self.mean.to(mean) + shift * count / self.count
-
-    def variance_of_means(self) -> Tensor:
-        """Return the unbiased variance over the rows of their means, ``[units]``."""
-        noise = self.squares / (self.count - 1) / self.count
-        return (self.mean**2 - noise).sum(0) / (len(self.mean) - 1)
+def _variance_of_means(chunks: list[Tensor]) -> Tensor:
+    """Return the variance over the rows of the means of draws ``[S, B, units]``, ``[units]``."""
+    draws = torch.cat(chunks).double()
+    centred = draws - draws.mean(1, keepdim=True)
+    noise = centred.var(0) / len(draws)
+    return (centred.mean(0) ** 2 - noise).sum(0) / (draws.shape[1] - 1)

@@ -39,8 +39,6 @@ def plot_pareto_k(
         num_samples: S, which importance weights have; None takes 0.7.
         ax: matplotlib axes; None makes a figure.
 
-    Reference: 'Pareto Smoothed Importance Sampling' (Vehtari et al., arXiv 1507.02646).
-
     >>> import torch
     >>> plot_pareto_k(torch.tensor([0.1, 0.9]), num_samples=1000).get_ylabel()
     'Pareto k-hat'
@@ -99,9 +97,6 @@ def plot_ranks(
         site, dim: which number of the result of `calibration`.
         ax: as in `plot_pareto_k`.
 
-    Reference: 'Validating Bayesian Inference Algorithms with Simulation-Based Calibration' (Talts
-    et al., arXiv 1804.06788).
-
     >>> import torch
     >>> len(plot_ranks(torch.arange(100), num_draws=99, bins=10).patches)
     10
@@ -142,8 +137,6 @@ def plot_ecdf_difference(
         labels: a name for each of the dims.
         site: which latent of the result of `calibration`.
         ax: as in `plot_pareto_k`.
-
-    Reference: as in `ecdf_difference`.
 
     >>> import torch
     >>> len(plot_ecdf_difference(torch.randint(10, (50, 3)), num_draws=9).lines)

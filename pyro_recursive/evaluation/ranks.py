@@ -207,11 +207,7 @@ def _standardised(found: Tensor, possible: Tensor) -> Tensor:
 
 
 def holm(p_values: Tensor) -> Tensor:
-    """Return p-values ``[k]`` adjusted for their number, after Holm.
-
-    >>> holm(torch.tensor([0.01, 0.04, 0.03]))
-    tensor([0.0300, 0.0600, 0.0600])
-    """
+    """Return p-values ``[k]`` adjusted for their number, after Holm."""
     ordered, order = p_values.sort()
     number = torch.arange(len(p_values), 0, -1, device=p_values.device)
     adjusted = (ordered * number).clamp_max(1).cummax(0).values

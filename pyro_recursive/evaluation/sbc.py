@@ -257,9 +257,7 @@ class Simulated:
             return [site for site in known.values() if not site["infer"].get("enumerate")]
         for name in names:
             if name not in known:
-                raise ValueError(
-                    f"names= has '{name}'; the model's latent sites are {list(known)}."
-                )
+                raise ValueError(f"names= has '{name}'; the latent sites are {list(known)}.")
         return [known[name] for name in names]
 
 
@@ -278,14 +276,6 @@ def simulate(
         ValueError: it is not clear where the data are; the model has a `pyro.factor`, or has its
             data as inputs, too.
         NotImplementedError: a latent site is masked.
-
-    >>> import pyro.distributions as dist
-    >>> def model(x):
-    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     pyro.sample("x", dist.Normal(z, 1e-6), obs=x)
-    >>> found = simulate(model, (torch.tensor(7.0),), {})
-    >>> bool((found.args[0] - found.trace.nodes["z"]["value"]).abs() < 1e-4)
-    True
     """
     with poutine.block():
         trace = poutine.trace(drawing_data(model)).get_trace(*args, **kwargs)

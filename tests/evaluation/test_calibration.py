@@ -26,35 +26,22 @@ from pyro_recursive.evaluation.ranks import (
     uniformity,
 )
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits, simulate
+from tests.models.small import in_rows, normal
 
 HALF = 0.5**0.5  # the scale of a posterior of one observation with unit variance
 
 
-def normal(name: str, loc: Any, scale: Any = 1.0, obs: Any = None) -> Tensor:
-    return pyro.sample(name, dist.Normal(loc, scale), obs=obs)
-
-
-def rows(body: Callable[..., Any]) -> Callable[..., None]:
-    """Return a program that runs a body in the plate of the rows of its first argument."""
-
-    def program(x: Tensor, *args: Any, **options: Any) -> None:
-        with pyro.plate("data", len(x)):
-            body(x, *args, **options)
-
-    return program
-
-
-@rows
+@in_rows
 def conjugate(x: Tensor) -> None:
     normal("x", normal("z", 1.0), obs=x)
 
 
-@rows
+@in_rows
 def posterior(x: Tensor, shift: float = 0.0, width: float = 1.0) -> None:
     normal("z", (x + 1) / 2 + shift, width * HALF)
 
 
-@rows
+@in_rows
 def two_sites(x: Tensor, y: Tensor) -> None:
     z = normal("z", 0.0)
     normal("x", z, obs=x)
@@ -189,21 +176,22 @@ def test_ranks_that_cannot_be_tested(call: Callable[[], Any], message: str) -> N
 # --- Rows
 
 
-@pytest.mark.parametrize(
-    ("options", "fault"),
-    [
-        ({}, None),
-        ({"width": 0.6}, "too narrow"),
-        ({"width": 1.6}, "too wide"),
-        ({"shift": 0.3}, "too high"),
-        ({"shift": -0.3}, "too low"),
-    ],
-)
-def test_conjugate_rows(options: dict[str, float], fault: str | None) -> None:
-    found = calibration(conjugate, partial(posterior, **options), torch.zeros(400), num_draws=63)
+FAULTS = {
+    "No fault": {},
+    "too narrow": {"width": 0.6},
+    "too wide": {"width": 1.6},
+    "too high": {"shift": 0.3},
+    "too low": {"shift": -0.3},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_conjugate_rows(fault: str) -> None:
+    guide = partial(posterior, **FAULTS[fault])
+    found = calibration(conjugate, guide, torch.zeros(400), num_draws=63)
     assert found.ranks["z"].shape == (400, 1) and found.ranks["z"].max() <= 63
-    assert found.is_calibrated(1e-3) == (fault is None)
-    assert fault is None or fault in found.verdict()
+    assert found.is_calibrated(1e-3) == (fault == "No fault")
+    assert fault in found.verdict(1e-3)
 
 
 @pytest.mark.slow
@@ -249,7 +237,7 @@ def test_inner_plates_events_covariates_and_keywords() -> None:
 
 
 def test_amortized_guide_on_a_constrained_site() -> None:
-    @rows
+    @in_rows
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
         normal("x", z.log(), obs=x[:, 0])
@@ -268,11 +256,11 @@ def test_amortized_guide_on_a_constrained_site() -> None:
 
 
 def test_discrete_latents() -> None:
-    @rows
+    @in_rows
     def model(x: Tensor) -> None:
         normal("x", 2 * pyro.sample("k", dist.Bernoulli(0.3)), obs=x)
 
-    @rows
+    @in_rows
     def guide(x: Tensor, prior: float = 0.3) -> None:
         odds = math.log(prior / (1 - prior)) + 2 * x - 2
         pyro.sample("k", dist.Bernoulli(logits=odds))
@@ -355,7 +343,7 @@ def test_a_mapping_and_a_function() -> None:
     def into(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (torch.stack([args[0][:, 0], simulated["x"]], -1),), kwargs
 
-    model = rows(lambda pair: normal("x", normal("z", 0.0), obs=pair[:, 1]))
+    model = in_rows(lambda pair: normal("x", normal("z", 0.0), obs=pair[:, 1]))
     found = simulate(model, (torch.zeros(3, 2),), {}, into)
     assert torch.equal(found.args[0][:, 1], value(found, "x"))
     swapped = {"x": "y", "y": 0}
@@ -392,7 +380,7 @@ def other_sites(x: Tensor) -> None:
         normal("more", 0.0)
 
 
-@rows
+@in_rows
 def masked(x: Tensor) -> None:
     with poutine.mask(mask=torch.arange(len(x)) > 0):
         z = normal("z", 0.0)
@@ -402,42 +390,28 @@ def masked(x: Tensor) -> None:
 X = torch.zeros(3)
 
 
-@pytest.mark.parametrize(
-    ("model", "args", "replace", "message"),
-    [
-        (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,), None, "'f' is a pyro.factor"),
-        (lambda x: None, (X,), None, "observes nothing"),
-        (  # an autoregression
-            rows(lambda x: normal("x", normal("z", 0.0) + x.mean(), obs=x)),
-            (X,),
-            None,
-            "distribution of site 'x' depends on",
-        ),
-        (  # a prior that depends on the data
-            rows(lambda x: normal("x", normal("z", x), obs=x)),
-            (X,),
-            None,
-            "distribution of site 'z' depends on",
-        ),
-        (transposed, (torch.zeros(3, 3),), None, "does not observe at site 'x' what"),
-        (minibatch, (torch.arange(5.0),), None, "data of site 'x' are not found: no argument"),
-        (
-            lambda x: normal("x", normal("z", 0.0), obs=torch.ones(())),
-            (X,),
-            None,
-            "no argument is equal to it",
-        ),
-        (other_sites, (X,), None, "Site 'more' depends on the data"),
-        (lambda x, y: conjugate(x + 0), (X, torch.zeros(3)), None, r"\[0, 1\] are"),
-        (conjugate, (X,), {"y": 0}, r"names 'y'; the observed sites are \['x'\]"),
-        (conjugate, (X,), {"x": 1}, "Argument 1, for the data of site 'x', is not th"),
-        (lambda x, n: conjugate(x), (X, torch.ones(2)), {"x": 1}, r"has \(2,\)"),
-        (lambda x, y: two_sites(x, x), (X, torch.zeros(3)), None, "is also that of 'x'"),
-    ],
-)
-def test_data_without_a_clear_place(
-    model: Callable, args: tuple, replace: Any, message: str
-) -> None:
+autoregression = in_rows(lambda x: normal("x", normal("z", 0.0) + x.mean(), obs=x))
+data_dependent_prior = in_rows(lambda x: normal("x", normal("z", x), obs=x))
+AMBIGUOUS: dict[str, tuple[Callable, tuple, Any]] = {
+    "'f' is a pyro.factor": (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,), None),
+    "observes nothing": (lambda x: None, (X,), None),
+    "distribution of site 'x' depends on": (autoregression, (X,), None),
+    "distribution of site 'z' depends on": (data_dependent_prior, (X,), None),
+    "does not observe at site 'x' what": (transposed, (torch.zeros(3, 3),), None),
+    "data of site 'x' are not found: no argument": (minibatch, (torch.arange(5.0),), None),
+    "no argument is equal to it": (lambda x: normal("x", 0.0, obs=torch.ones(())), (X,), None),
+    "Site 'more' depends on the data": (other_sites, (X,), None),
+    r"\[0, 1\] are": (lambda x, y: conjugate(x + 0), (X, torch.zeros(3)), None),
+    r"names 'y'; the observed sites are \['x'\]": (conjugate, (X,), {"y": 0}),
+    "Argument 1, for the data of site 'x', is not th": (conjugate, (X,), {"x": 1}),
+    r"has \(2,\)": (lambda x, n: conjugate(x), (X, torch.ones(2)), {"x": 1}),
+    "is also that of 'x'": (lambda x, y: two_sites(x, x), (X, torch.zeros(3)), None),
+}
+
+
+@pytest.mark.parametrize("message", AMBIGUOUS)
+def test_data_without_a_clear_place(message: str) -> None:
+    model, args, replace = AMBIGUOUS[message]
     with pytest.raises(ValueError, match=message):
         simulate(model, args, {}, replace)
 
@@ -445,14 +419,14 @@ def test_data_without_a_clear_place(
 def test_computed_and_reparameterised_sites() -> None:
     """They stay what they are computed from, and are no latents of their own."""
 
-    @rows
+    @in_rows
     def model(x: Tensor) -> None:
         with poutine.reparam(config={"z": LocScaleReparam(0.0)}):
             z = normal("z", 1.0, 2.0)
         pair = pyro.deterministic("pair", torch.stack([z, 2 * z], -1), event_dim=1)
         normal("x", pyro.deterministic("double", pair[..., 1]), obs=x)
 
-    @rows
+    @in_rows
     def guide(x: Tensor, width: float = 1.0) -> None:  # z ~ N(1, 2), x ~ N(2 z, 1), z = 1 + 2 e
         variance = 1 / (1 / 4 + 4)
         loc = variance * (2 * x + 1 / 4)
@@ -471,8 +445,8 @@ def test_computed_and_reparameterised_sites() -> None:
 
 
 def test_a_column_of_an_argument() -> None:
-    model = rows(lambda x: normal("y", normal("z", 0.0) + x[:, 0], obs=x[:, 2]))
-    exact = rows(lambda x: normal("z", (x[:, 2] - x[:, 0]) / 2, HALF))
+    model = in_rows(lambda x: normal("y", normal("z", 0.0) + x[:, 0], obs=x[:, 2]))
+    exact = in_rows(lambda x: normal("z", (x[:, 2] - x[:, 0]) / 2, HALF))
     found = calibration(
         model,
         exact,
@@ -488,34 +462,24 @@ def test_masked_latents() -> None:
         simulate(masked, (X,), {})
 
 
-local = rows(lambda x: normal("z", x / 2))
+local = in_rows(lambda x: normal("z", x / 2))
 by_fits = partial(calibration_by_fits, hierarchy, lambda x: local, progress=False)
+to_other = "calibration_by_fits, which simulates whole data sets"
+WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
+    (lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x), to_other),
+    (lambda x: calibration(conjugate, AutoDiagonalNormal(conjugate), x), to_other),
+    (lambda x: calibration(hierarchy, local, x), "'loc' is outside the rows' plate 'data'"),
+    (
+        lambda x: calibration(conjugate, posterior, x, names=["q"]),
+        r"names= has 'q'; the latent sites are \['z'\]",
+    ),
+    (lambda x: by_fits(x, num_datasets=20), "does not sample the latent site 'loc'"),
+    (lambda x: calibration(conjugate, posterior, x[:10]), "at least 20 ranks, got 10"),
+    (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
+]
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x),
-            "calibration_by_fits, which simulates whole data sets",
-        ),
-        (
-            lambda x: calibration(conjugate, AutoDiagonalNormal(conjugate), x),
-            "calibration_by_fits, which simulates whole data sets",
-        ),
-        (
-            lambda x: calibration(hierarchy, local, x),
-            "Site 'loc' is outside the rows' plate 'data'",
-        ),
-        (
-            lambda x: calibration(conjugate, posterior, x, names=["q"]),
-            r"names= has 'q'; the model's latent sites are \['z'\]",
-        ),
-        (lambda x: by_fits(x, num_datasets=20), "does not sample the latent site 'loc'"),
-        (lambda x: calibration(conjugate, posterior, x[:10]), "at least 20 ranks, got 10"),
-        (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
-    ],
-)
+@pytest.mark.parametrize(("call", "message"), WRONG)
 def test_missing_sites_and_rows(call: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(30))

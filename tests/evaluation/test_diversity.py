@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
+from tests.models.small import in_rows, normal
+from tests.models.small import square_global as square
 
 
 def of_normals(loc: Tensor, scale: Tensor, weights: Tensor, draws: int) -> Diversity:
@@ -102,11 +104,11 @@ def test_degenerate_densities() -> None:
 # --- Guides
 
 
+@in_rows
 def rows(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
-        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        pyro.sample("x", dist.Normal(z + w.sum(-1), 1.0), obs=x[:, 0])
+    z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    normal("x", z + w.sum(-1), obs=x[:, 0])
 
 
 def test_amortized_rows_meet_their_own_densities() -> None:
@@ -136,25 +138,20 @@ def test_amortized_rows_meet_their_own_densities() -> None:
     torch.testing.assert_close(found.entropy, -(weights * weights.log()).sum(-1).detach())
 
 
-def quartic(x: Tensor) -> None:
-    z = pyro.sample("z", dist.Normal(0.0, 3.0))
-    pyro.sample("x", dist.Normal(z**2, 1.0), obs=x)
-
-
 def handwritten(x: Tensor) -> None:
-    pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(5.0)), 1.0))
+    normal("z", pyro.param("m", torch.tensor(5.0)))
 
 
 def test_components_of_all_kinds() -> None:
-    parts = [AmortizedGuide(quartic), AutoMultivariateNormal(quartic), handwritten]
-    found = mixture_diversity(MixtureGuide(quartic, parts), torch.tensor(4.0), num_draws=50)
+    parts = [AmortizedGuide(square), AutoMultivariateNormal(square), handwritten]
+    found = mixture_diversity(MixtureGuide(square, parts), torch.tensor(4.0), num_draws=50)
     assert found.divergence.shape == () and 0 < found.divergence <= found.entropy
     assert found.entropy.item() == pytest.approx(math.log(3))
     assert 1 < found.effective_components <= 3
 
 
 def test_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = MixtureGuide(quartic, [handwritten, AmortizedGuide(quartic, init_scale=1.0)])
+    guide = MixtureGuide(square, [handwritten, AmortizedGuide(square, init_scale=1.0)])
     whole = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
     monkeypatch.setattr("pyro_recursive.evaluation.diversity.CHUNK_ROWS", 900)
     parts = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
@@ -163,7 +160,7 @@ def test_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_recursive_mixture_has_its_members_alone() -> None:
-    guide = RecursiveMixtureGuide(quartic, 3)
+    guide = RecursiveMixtureGuide(square, 3)
     found = mixture_diversity(guide, torch.tensor(4.0), num_draws=10)
     assert found.pairwise.shape == (1, 1) and found.divergence == 0 == found.entropy
     guide.progress[3:] = torch.tensor([1, 1, 0])
@@ -171,10 +168,9 @@ def test_a_recursive_mixture_has_its_members_alone() -> None:
 
 
 def with_global(x: Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    loc = normal("loc", 0.0)
     with pyro.plate("data", 6, subsample=None, subsample_size=len(x)):
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+        normal("x", normal("z", loc), obs=x[:, 0])
 
 
 def test_global_and_local_mixtures() -> None:
@@ -185,7 +181,10 @@ def test_global_and_local_mixtures() -> None:
 
 
 def test_parameters_and_buffers_stay() -> None:
-    guide, x = MixtureGuide(quartic, [AutoNormal(quartic), AmortizedGuide(quartic)]), torch.ones(())
+    guide, x = (
+        MixtureGuide(square, [AutoNormal(square), AmortizedGuide(square)]),
+        torch.ones(()),
+    )
     mixture_diversity(guide, x, num_draws=5)
     assert all(parameter.grad is None for parameter in guide.parameters())
     with pyro.poutine.trace() as outside:
@@ -193,7 +192,7 @@ def test_parameters_and_buffers_stay() -> None:
     assert not [name for name, s in outside.trace.nodes.items() if s["type"] == "sample"]
 
 
-@pytest.mark.parametrize("guide", [AmortizedGuide(quartic), handwritten])
+@pytest.mark.parametrize("guide", [AmortizedGuide(square), handwritten])
 def test_other_guides(guide: Any) -> None:
     with pytest.raises(TypeError, match=r"Got \w+: needs a MixtureGuide or"):
         mixture_diversity(guide, torch.ones(()))

@@ -30,6 +30,7 @@ from pyro_recursive.evaluation.snr import (
 )
 from pyro_recursive.guides.mixture.schedule import Schedule
 from pyro_recursive.mapa import FreeCodes
+from tests.models.small import in_rows, normal, normal_rows, square_global
 
 MU, A, SCALE, X = 0.5, 0.9, 0.8, 2.1
 COPIES = 100  # of one coordinate: many draws of it in each gradient
@@ -38,14 +39,13 @@ COPIES = 100  # of one coordinate: many draws of it in each gradient
 def model(x: Tensor) -> None:
     mu = pyro.param("mu", torch.full((COPIES,), MU))
     with pyro.plate("copies", COPIES):
-        z = pyro.sample("z", dist.Normal(mu, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(COPIES))
+        normal("x", normal("z", mu), obs=x.expand(COPIES))
 
 
 def guide(x: Tensor) -> None:
     a = pyro.param("a", torch.full((COPIES,), A))
     with pyro.plate("copies", COPIES):
-        pyro.sample("z", dist.Normal(a, SCALE))
+        normal("z", a, SCALE)
 
 
 def exact() -> dict[str, float]:
@@ -205,23 +205,16 @@ def test_batch_norm_keeps_its_statistics() -> None:
     def encoded(x: Tensor) -> None:
         loc = pyro.module("net", net)(x.unsqueeze(-1)).squeeze(-1)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 1.0))
-
-    def rows(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            normal("z", loc)
 
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = gradient_snr(rows, encoded, Trace_ELBO(), torch.randn(5), num_draws=10)
+    found = gradient_snr(normal_rows, encoded, Trace_ELBO(), torch.randn(5), num_draws=10)
     assert list(found) == ["guide"]
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def quartic() -> None:
-    z = pyro.sample("z", dist.Normal(0.0, 3.0))
-    pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
+quartic = partial(square_global, torch.tensor(4.0))
 
 
 def test_stages_of_a_recursive_mixture_stand_still() -> None:
@@ -257,10 +250,9 @@ def test_all_draws_are_of_one_stage() -> None:
 
 
 def test_warm_up_of_mapa_stands_still() -> None:
+    @in_rows
     def rows(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, pyro.param("s", torch.tensor(1.0))), obs=x)
+        normal("x", normal("z", 0.0), pyro.param("s", torch.tensor(1.0)), obs=x)
 
     x = torch.tensor([0.0, 1.0, 3.0])
     codes = MAPAGuide(rows, FreeCodes(x[:, None]))
@@ -275,7 +267,7 @@ def test_a_minibatch_that_the_model_draws_is_noise() -> None:
     def batches(x: Tensor) -> None:
         mu = pyro.param("mu", torch.tensor(MU))
         with pyro.plate("data", len(x), subsample_size=1) as index:
-            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+            normal("x", mu, obs=x[index])
 
     x = torch.tensor([-1.0, 0.0, 5.0, 6.0])
     found = gradient_snr(batches, lambda x: None, Trace_ELBO(), x, num_draws=60)["model"]
@@ -286,10 +278,6 @@ def test_a_minibatch_that_the_model_draws_is_noise() -> None:
 # --- Groups
 
 
-def names(found: Any) -> list[str]:
-    return sorted(found)
-
-
 def test_groups_of_programs_and_loss() -> None:
     def sharing(x: Tensor) -> None:
         guide(x)
@@ -297,25 +285,25 @@ def test_groups_of_programs_and_loss() -> None:
 
     x = torch.tensor(X)
     measured = partial(gradient_snr, num_draws=10)
-    assert names(measured(model, sharing, Trace_ELBO(), x)) == ["guide", "shared"]
+    assert sorted(measured(model, sharing, Trace_ELBO(), x)) == ["guide", "shared"]
     learned = CIWAE_ELBO(4, beta=0.5, learn_beta=True)
-    assert names(measured(model, guide, learned, x)) == ["guide", "loss", "model"]
+    assert sorted(measured(model, guide, learned, x)) == ["guide", "loss", "model"]
     messenger = AutoNormalMessenger(model)
-    assert names(measured(model, messenger, Trace_ELBO(), x)) == ["guide", "model"]
-    assert names(measured(model, guide, ReweightedWakeSleep(3), x)) == ["guide", "model"]
+    assert sorted(measured(model, messenger, Trace_ELBO(), x)) == ["guide", "model"]
+    assert sorted(measured(model, guide, ReweightedWakeSleep(3), x)) == ["guide", "model"]
 
 
 def test_groups_of_the_user() -> None:
     auto, x = AutoNormal(model), torch.tensor(X)
     wanted = ["AutoNormal.locs", "AutoNormal.scales"]
     found = gradient_snr(model, auto, Trace_ELBO(), x, groups=wanted, num_draws=10)
-    assert names(found) == wanted
+    assert sorted(found) == wanted
 
     def by_name(name: str) -> str | None:
         return "all of it" if "Auto" in name else None
 
     one = gradient_snr(model, auto, Trace_ELBO(), x, groups=by_name, num_draws=10)
-    assert names(one) == ["all of it"] and len(one["all of it"].by_coordinate) == 2 * COPIES
+    assert sorted(one) == ["all of it"] and len(one["all of it"].by_coordinate) == 2 * COPIES
     with pytest.raises(ValueError, match="No parameter is in group 'net': Pyro has AutoNormal"):
         gradient_snr(model, auto, Trace_ELBO(), x, groups=["net", "Auto"], num_draws=10)
     with pytest.raises(ValueError, match="No parameter to measure"):
@@ -332,7 +320,7 @@ def test_a_parameter_that_comes_late_was_zero_before() -> None:
         if calls > 21:  # one of the runs was a look
             a = a + pyro.param("late", torch.zeros(COPIES))
         with pyro.plate("copies", COPIES):
-            pyro.sample("z", dist.Normal(a, SCALE))
+            normal("z", a, SCALE)
 
     found = gradient_snr(model, growing, IWAE_ELBO(1), torch.tensor(X), num_draws=40)
     assert len(found["guide"].by_coordinate) == COPIES
@@ -342,19 +330,20 @@ def test_a_parameter_that_comes_late_was_zero_before() -> None:
     assert abs(late.ratio - abs(m / 2) / math.sqrt((v + m**2 / 2) / 2)) < 4 * late.error < 0.3
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda x: gradient_snr(model, guide, Trace_ELBO(), x, num_draws=9), ValueError, ">= 10"),
-        (lambda x: gradient_snr(model, guide, Trace_ELBO(), x, num_draws=0), ValueError, ">= 10"),
-        (lambda x: gradient_snr(model, guide, "elbo", x), TypeError, "ELBO, got str"),
-        (
-            lambda x: gradient_snr_sweep(model, guide, MIWAE_ELBO, x, num_particles=()),
-            ValueError,
-            "at least one number",
-        ),
-    ],
-)
+measured = partial(gradient_snr, model, guide)
+WRONG: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
+    (lambda x: measured(Trace_ELBO(), x, num_draws=9), ValueError, ">= 10, got 9"),
+    (lambda x: measured(Trace_ELBO(), x, num_draws=0), ValueError, ">= 10, got 0"),
+    (lambda x: measured("elbo", x), TypeError, "ELBO, got str"),
+    (
+        lambda x: gradient_snr_sweep(model, guide, MIWAE_ELBO, x, num_particles=()),
+        ValueError,
+        "at least one number",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG)
 def test_what_cannot_be_measured(
     call: Callable[[Tensor], Any], error: type[Exception], message: str
 ) -> None:
@@ -366,15 +355,8 @@ def test_what_cannot_be_measured(
 
 
 def test_sweep_has_the_law_of_the_mean() -> None:
-    found = gradient_snr_sweep(
-        model,
-        guide,
-        MIWAE_ELBO,
-        torch.tensor(X),
-        num_estimates=(1, 4, 16),
-        num_particles=(1,),
-        num_draws=10,
-    )
+    sizes = {"num_estimates": (1, 4, 16), "num_particles": (1,), "num_draws": 10}
+    found = gradient_snr_sweep(model, guide, MIWAE_ELBO, torch.tensor(X), **sizes)
     assert found.ratio["guide"].shape == (3, 1)
     for group in ("guide", "model"):
         slope, error = found.slope(group, over="M")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide
 from pyro_recursive.evaluation.information import (
     Rate,
-    _Moments,
     active_units,
     mutual_information,
     posterior_table,
@@ -26,6 +25,7 @@ from pyro_recursive.evaluation.posterior_tables import PosteriorTable, latent_si
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.sites import is_delta
 from tests.models import ROWS, Row
+from tests.models.small import in_rows, normal, normal_rows
 
 SLOPE, SCALE = 0.8, 0.5  # of the linear encoder: q(z | x) = N(SLOPE * x, SCALE)
 
@@ -34,20 +34,8 @@ def rows(count: int = 6) -> Tensor:
     return torch.linspace(-1.5, 2.0, count)
 
 
-def normal_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def linear_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(SLOPE * x, SCALE))
-
-
-def collapsed_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.3, 0.7))
+linear_guide = in_rows(lambda x: normal("z", SLOPE * x, SCALE))
+collapsed_guide = in_rows(lambda x: normal("z", 0.3, 0.7))
 
 
 def repeated(estimate: Callable[[], Tensor], times: int = 40) -> tuple[Tensor, Tensor]:
@@ -63,12 +51,16 @@ def mixture_entropy(loc: Tensor, scale: float) -> Tensor:
     return -torch.trapezoid(log_q.exp() * log_q, z)
 
 
+def entropy(scale: float) -> float:
+    return 0.5 * math.log(2 * math.pi * math.e * scale**2)
+
+
 # --- Values
 
 
 @pytest.mark.parametrize("num_draws", [1, 3])
 def test_collapsed_posterior_knows_nothing(num_draws: int) -> None:
-    found = rate_of(normal_model, collapsed_guide, rows(), num_draws=num_draws)
+    found = rate_of(normal_rows, collapsed_guide, rows(), num_draws=num_draws)
     assert abs(found.mutual_information) < 1e-12
     assert abs(found.kl - found.aggregate_kl) < 1e-12
     assert abs(mutual_information(collapsed_guide, rows(), num_draws=num_draws)) < 1e-12
@@ -82,14 +74,11 @@ def test_separated_posteriors_reach_the_cap(size: int) -> None:
 
 def test_linear_encoder_meets_closed_form_and_quadrature() -> None:
     x = rows()
-    mean, error = repeated(
-        lambda: torch.stack(rate_of(normal_model, linear_guide, x, num_draws=50))
-    )
+    mean, error = repeated(lambda: torch.stack(rate_of(normal_rows, linear_guide, x, num_draws=50)))
     kl = torch.distributions.kl_divergence(
         dist.Normal(SLOPE * x, SCALE), dist.Normal(0.0, 1.0)
     ).mean()
-    entropy = 0.5 * math.log(2 * math.pi * math.e * SCALE**2)
-    information = mixture_entropy(SLOPE * x, SCALE) - entropy
+    information = mixture_entropy(SLOPE * x, SCALE) - entropy(SCALE)
     exact = torch.stack([kl, information, kl - information])
     assert ((mean - exact).abs() < 4 * error).all()
     assert (error < 0.02).all()  # so that the line above can fail
@@ -105,7 +94,7 @@ def test_many_rows_meet_the_information_of_the_channel() -> None:
 
 @pytest.mark.parametrize("num_draws", [1, 4])
 def test_the_parts_add_up(num_draws: int) -> None:
-    found = rate_of(normal_model, linear_guide, rows(), num_draws=num_draws)
+    found = rate_of(normal_rows, linear_guide, rows(), num_draws=num_draws)
     assert isinstance(found, Rate)
     assert all(part.dtype == torch.float64 and part.shape == () for part in found)
     total = found.mutual_information + found.aggregate_kl
@@ -113,16 +102,11 @@ def test_the_parts_add_up(num_draws: int) -> None:
 
 
 def test_positive_latents_have_the_rates_of_their_logarithms() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.LogNormal(0.0, 1.0))
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.LogNormal(SLOPE * x, SCALE))
+    model = in_rows(lambda x: pyro.sample("z", dist.LogNormal(0.0, 1.0)))
+    guide = in_rows(lambda x: pyro.sample("z", dist.LogNormal(SLOPE * x, SCALE)))
 
     found = []
-    for programs in ((model, guide), (normal_model, linear_guide)):
+    for programs in ((model, guide), (normal_rows, linear_guide)):
         pyro.set_rng_seed(4)
         found.append(torch.stack(rate_of(*programs, rows(), num_draws=3)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
@@ -131,14 +115,14 @@ def test_positive_latents_have_the_rates_of_their_logarithms() -> None:
 # --- Any guide: the table against the guide run for one row at a time
 
 
+@in_rows
 def latents_model(x: Tensor) -> None:
     """A vector and a positive latent for each row, and a simplex."""
-    with pyro.plate("data", len(x)):
-        u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-        share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
-        loc = u + share[..., :2]
-        pyro.sample("x", dist.Normal(loc, 1 / rate.sqrt()[..., None]).to_event(1), obs=x)
+    u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    loc = u + share[..., :2]
+    pyro.sample("x", dist.Normal(loc, 1 / rate.sqrt()[..., None]).to_event(1), obs=x)
 
 
 def network(outputs: int) -> nn.Module:
@@ -147,30 +131,28 @@ def network(outputs: int) -> nn.Module:
 
 def global_guide(x: Tensor) -> None:
     """A global latent which the local ones depend on; plates inside the rows."""
-    w = pyro.sample("w", dist.Normal(0.2, 0.6))
+    w = normal("w", 0.2, 0.6)
     with pyro.plate("data", len(x), dim=-2):
-        a = pyro.sample("a", dist.Normal(w * x[:, :1], 0.7))
+        a = normal("a", w * x[:, :1], 0.7)
         with pyro.plate("inner", 2, dim=-1):
-            b = pyro.sample("b", dist.Normal(a + x, 0.5))
+            b = normal("b", a + x, 0.5)
         for t in pyro.plate("steps", 2):
-            pyro.sample(f"c{t}", dist.Normal(b.sum(-1, keepdim=True) + t, 0.9))
+            normal(f"c{t}", b.sum(-1, keepdim=True) + t, 0.9)
 
 
+@in_rows
 def discrete_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        k = pyro.sample(
-            "k", dist.Categorical(logits=torch.stack([x[:, 0], x[:, 1], 0 * x[:, 0]], -1))
-        )
-        pyro.sample("z", dist.Normal(k + x[:, 0], 0.4))
+    logits = torch.stack([x[:, 0], x[:, 1], 0 * x[:, 0]], -1)
+    normal("z", pyro.sample("k", dist.Categorical(logits=logits)) + x[:, 0], 0.4)
 
 
+@in_rows
 def factor_guide(x: Tensor) -> None:
     """A change of variables by hand, and an observation, which is no part of the density."""
-    with pyro.plate("data", len(x)):
-        pyro.sample("seen", dist.Normal(x[:, 0], 1.0), obs=torch.zeros(len(x)))
-        u = pyro.sample("u", dist.Normal(x[:, 0], 0.8), infer={"is_auxiliary": True})
-        pyro.factor("jacobian", -u, has_rsample=True)
-        pyro.sample("z", dist.Delta(u.exp()))
+    normal("seen", x[:, 0], obs=torch.zeros(len(x)))
+    u = normal("u", x[:, 0], 0.8, infer={"is_auxiliary": True})
+    pyro.factor("jacobian", -u, has_rsample=True)
+    pyro.sample("z", dist.Delta(u.exp()))
 
 
 GUIDES: dict[str, Callable[[], Callable]] = {
@@ -259,10 +241,7 @@ def test_global_latents_are_those_of_the_draw() -> None:
 def test_autoguides_with_a_plate() -> None:
     """AutoNormal's densities stand at auxiliary sites, its Jacobians at Delta sites."""
 
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Gamma(3.0, 2.0)), 1.0), obs=x)
-
+    model = in_rows(lambda x: normal("x", pyro.sample("z", dist.Gamma(3.0, 2.0)), obs=x))
     found = []
     for make in (AutoNormal, AutoNormalMessenger):
         pyro.clear_param_store()
@@ -274,7 +253,7 @@ def test_autoguides_with_a_plate() -> None:
         found.append(torch.stack(rate_of(model, guide, rows(), num_draws=2)))
     torch.testing.assert_close(*found)
     mean, error = repeated(lambda: mutual_information(guide, rows(), num_draws=20))
-    exact = mixture_entropy(rows(), 0.4) - 0.5 * math.log(2 * math.pi * math.e * 0.4**2)
+    exact = mixture_entropy(rows(), 0.4) - entropy(0.4)
     assert abs(mean - exact) < 4 * error
 
 
@@ -310,7 +289,7 @@ def test_any_model(row: Row) -> None:
 def test_a_named_plate_has_the_rows() -> None:
     def guide(x: Tensor) -> None:
         with pyro.plate("row", len(x), dim=-2), pyro.plate("column", 3, dim=-1):
-            pyro.sample("z", dist.Normal(x, 1.0))
+            normal("z", x)
 
     x = 100 * torch.randn(4, 3)
     assert mutual_information(guide, x, plate="row").exp().item() == pytest.approx(4)
@@ -320,10 +299,9 @@ def test_a_named_plate_has_the_rows() -> None:
 def minibatch(program: str) -> Callable:
     def run(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=3) as index:
-            loc = torch.zeros(3) if program == "model" else SLOPE * x[index]
-            z = pyro.sample("z", dist.Normal(loc, 1.0))
+            z = normal("z", torch.zeros(3) if program == "model" else SLOPE * x[index])
             if program == "model":
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+                normal("x", z, obs=x[index])
 
     return run
 
@@ -346,7 +324,7 @@ def test_scales_and_warm_up_change_nothing() -> None:
     for context in (poutine.scale(scale=1.0), poutine.scale(scale=0.1), KLWarmup(0.3)):
         pyro.set_rng_seed(1)
         with context:
-            found.append(torch.stack(rate_of(normal_model, linear_guide, rows())))
+            found.append(torch.stack(rate_of(normal_rows, linear_guide, rows())))
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
 
@@ -355,11 +333,11 @@ def test_scales_and_warm_up_change_nothing() -> None:
 def test_a_mask_of_all_rows_counts_as_in_the_loss(masked: bool) -> None:
     """A latent that is masked away is no latent."""
 
+    @in_rows
     def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            with poutine.mask(mask=torch.tensor(not masked)):
-                pyro.sample("a", dist.Normal(9 * x, 1.0))
-            pyro.sample("b", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=torch.tensor(not masked)):
+            normal("a", 9 * x)
+        normal("b", 0.0)
 
     assert (mutual_information(guide, rows()).abs() < 1e-12).item() == masked
 
@@ -371,7 +349,7 @@ def test_dropout_is_the_same_in_all_runs() -> None:
         loc = encoder(x[:, None])[:, 0]
         seen.append(loc)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 0.1))
+            normal("z", loc, 0.1)
 
     seen: list[Tensor] = []
     rows_table = table_of(guide, (rows(),), {}, chunk_size=2)
@@ -391,19 +369,15 @@ def test_float32_gives_float64_of_the_same_value() -> None:
     found = mutual_information(linear_guide, 1e3 * rows())
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(exact.item(), abs=1e-6)
-    assert rate_of(normal_model, linear_guide, rows()).kl.dtype == torch.float64
+    assert rate_of(normal_rows, linear_guide, rows()).kl.dtype == torch.float64
     assert active_units(linear_guide, rows()).variances["z"].dtype == torch.float64
 
 
 def test_nothing_has_a_graph() -> None:
     loc = torch.zeros(6, requires_grad=True)
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(pyro.param("loc", loc), 1.0))
-
+    guide = in_rows(lambda x: normal("z", pyro.param("loc", loc)))
     assert not posterior_table(guide, rows()).requires_grad
-    assert not rate_of(normal_model, guide, rows()).kl.requires_grad
+    assert not rate_of(normal_rows, guide, rows()).kl.requires_grad
 
 
 # --- Active units
@@ -411,7 +385,7 @@ def test_nothing_has_a_graph() -> None:
 
 def vector_guide(x: Tensor) -> None:
     """Two units that depend on the data, one that does not, and a global latent that moves all."""
-    w = pyro.sample("w", dist.Normal(0.0, 3.0))
+    w = normal("w", 0.0, 3.0)
     with pyro.plate("data", len(x)):
         loc = torch.stack([x, 0.2 * x, 0 * x], -1) + w[..., None]
         pyro.sample("u", dist.Normal(loc, torch.tensor([0.5, 2.0, 2.0])).to_event(1))
@@ -438,54 +412,47 @@ def test_units_are_counted_over_all_sites() -> None:
 
 
 def test_draws_in_chunks_are_draws_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten draws of six rows in one pass, and in passes of three draws and one."""
+    """Ten draws of six rows in passes of three draws and one."""
     seen: list[Tensor] = []
-    add = _Moments.add
-    monkeypatch.setattr(_Moments, "add", lambda self, v: (seen.append(v), add(self, v)))
+    values = PosteriorTable.values
+
+    def recorded(table: PosteriorTable, draws: Any) -> dict[str, Tensor]:
+        found = values(table, draws)
+        seen.append(found["z"])
+        return found
+
+    monkeypatch.setattr(PosteriorTable, "values", recorded)
     monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 18)
     in_chunks = active_units(linear_guide, rows(), num_draws=10).variances["z"]
-    assert [len(values) for values in seen] == [3, 3, 3, 1]
-    at_once = _Moments()
-    add(at_once, torch.cat(seen))
-    torch.testing.assert_close(in_chunks, at_once.variance_of_means())
-    means = torch.cat(seen).mean(0)
-    noise = (torch.cat(seen) - torch.cat(seen).mean(1, keepdim=True)).var(0).sum(0) / 10 / 5
-    torch.testing.assert_close(in_chunks, means.var(0) - noise)
+    assert [len(each) for each in seen] == [3, 3, 3, 1]
+    draws = torch.cat(seen)
+    noise = (draws - draws.mean(1, keepdim=True)).var(0).sum(0) / 10 / 5
+    torch.testing.assert_close(in_chunks, draws.mean(0).var(0) - noise)
 
 
 # --- What is refused
 
 
-def guide_of(body: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            body(x)
-
-    return guide
-
-
+@in_rows
 def auxiliary(x: Tensor) -> None:
     k = pyro.sample("k", dist.Bernoulli(0.3), infer={"is_auxiliary": True})
-    pyro.sample("z", dist.Normal(x + k, 1.0))
+    normal("z", x + k)
 
 
+@in_rows
 def non_centred(x: Tensor) -> None:
-    e = pyro.sample("e", dist.Normal(torch.zeros(len(x)), 1.0), infer={"is_auxiliary": True})
+    e = normal("e", torch.zeros(len(x)), infer={"is_auxiliary": True})
     pyro.sample("z", dist.Delta(x + e))
 
 
-def masked(x: Tensor) -> None:
-    pyro.sample("z", dist.Normal(x, 1.0).mask(x > 0))
-
-
+@in_rows
 def from_the_left(x: Tensor) -> None:
-    z = pyro.sample("z", dist.Normal(x, 1.0))
-    pyro.sample("w", dist.Normal(z.sum(0), 1.0))
+    normal("w", normal("z", x).sum(0))
 
 
 def loop(x: Tensor) -> None:
     for i in pyro.plate("data", len(x)):
-        pyro.sample(f"z{i}", dist.Normal(x[i], 1.0))
+        normal(f"z{i}", x[i])
 
 
 def auto_list(model: Callable) -> Callable:
@@ -494,21 +461,20 @@ def auto_list(model: Callable) -> Callable:
     return guide
 
 
+masked = in_rows(lambda x: pyro.sample("z", dist.Normal(x, 1.0).mask(x > 0)))
+point = in_rows(lambda x: pyro.sample("z", dist.Delta(x)))
 WRONG: dict[str, tuple[Any, str]] = {
-    "no plate": (lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), "site 'z' is in no plate"),
+    "no plate": (lambda x: normal("z", 0.0), "site 'z' is in no plate"),
     "no latent": (lambda x: None, "no latent sites"),
     "loop": (loop, "Plate 'data' of guide site 'z0' is a loop.*with pyro.plate"),
-    "auxiliary": (guide_of(auxiliary), "site 'k' is auxiliary.*MixtureGuide"),
-    "point": (guide_of(lambda x: pyro.sample("z", dist.Delta(x))), "site 'z' is computed"),
-    "non-centred": (guide_of(non_centred), "site 'z' is computed.*Sample it from a distribution"),
-    "mask": (guide_of(masked), "Site 'z' has a mask that differs between the rows of plate 'data'"),
-    "from the left": (
-        guide_of(from_the_left),
-        "value of 'z' in another.*Count dims from the right",
-    ),
-    "joint": (AmortizedGuide(normal_model), r"site 'z' has one joint density.*plate='data'"),
-    "joint of Pyro": (AutoDiagonalNormal(normal_model), "site 'z' is computed.*AutoNormal"),
-    "joint in a list": (auto_list(normal_model), "site 'z' is computed.*AutoNormal"),
+    "auxiliary": (auxiliary, "site 'k' is auxiliary.*MixtureGuide"),
+    "point": (point, "site 'z' is computed"),
+    "non-centred": (non_centred, "site 'z' is computed.*Sample it from a distribution"),
+    "mask": (masked, "Site 'z' has a mask that differs between the rows of plate 'data'"),
+    "from the left": (from_the_left, "value of 'z' in another.*Count dims from the right"),
+    "joint": (AmortizedGuide(normal_rows), r"site 'z' has one joint density.*plate='data'"),
+    "joint of Pyro": (AutoDiagonalNormal(normal_rows), "site 'z' is computed.*AutoNormal"),
+    "joint in a list": (auto_list(normal_rows), "site 'z' is computed.*AutoNormal"),
 }
 
 
@@ -519,21 +485,21 @@ def test_guides_without_rows_are_refused(name: str) -> None:
         mutual_information(guide, rows())
 
 
-def test_wrong_numbers_and_plates_are_refused() -> None:
-    for call, message in (
-        (lambda: mutual_information(linear_guide, rows(), num_draws=0), "num_draws must be"),
-        (lambda: posterior_table(linear_guide, rows(), chunk_size=0), "chunk_size must be"),
-        (lambda: rate_of(normal_model, linear_guide, rows(), num_draws=1.5), "got 1.5"),
-        (lambda: active_units(linear_guide, rows(), num_draws=1), "num_draws must be .* >= 2"),
-        (lambda: active_units(linear_guide, rows(), threshold=-1.0), "threshold must be"),
-        (lambda: active_units(linear_guide, rows(1)), "at least 2 rows"),
-        (
-            lambda: posterior_table(linear_guide, rows(), plate="row"),
-            r"'row'; there are \['data'\]",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+NUMBERS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: mutual_information(linear_guide, rows(), num_draws=0), "num_draws must be"),
+    (lambda: posterior_table(linear_guide, rows(), chunk_size=0), "chunk_size must be"),
+    (lambda: rate_of(normal_rows, linear_guide, rows(), num_draws=1.5), "got 1.5"),
+    (lambda: active_units(linear_guide, rows(), num_draws=1), "num_draws must be .* >= 2"),
+    (lambda: active_units(linear_guide, rows(), threshold=-1.0), "threshold must be"),
+    (lambda: active_units(linear_guide, rows(1)), "at least 2 rows"),
+    (lambda: posterior_table(linear_guide, rows(), plate="row"), r"'row'; there are \['data'\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), NUMBERS)
+def test_wrong_numbers_and_plates_are_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("inside", ["model", "guide"])
@@ -547,7 +513,7 @@ def test_model_and_guide_must_agree_on_the_rows(inside: str) -> None:
                 pyro.sample("w", one)
             z = pyro.sample("z", one)
             if observe:
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                normal("x", z, obs=x)
 
     model = partial(run, w_inside=inside == "model", observe=True)
     guide = partial(run, w_inside=inside == "guide", observe=False)
@@ -557,14 +523,14 @@ def test_model_and_guide_must_agree_on_the_rows(inside: str) -> None:
 
 
 def test_a_guide_that_lacks_a_latent_is_refused() -> None:
-    other = guide_of(lambda x: pyro.sample("y", dist.Normal(x, 1.0)))
+    other = in_rows(lambda x: normal("y", x))
     with pytest.raises(ValueError, match="Guide site 'y' is no latent site of the model"):
-        rate_of(normal_model, other, rows())
+        rate_of(normal_rows, other, rows())
 
 
 def test_what_cannot_run_in_one_pass_says_so() -> None:
     def guide(x: Tensor) -> None:
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        w = normal("w", 0.0)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.stack([x, x], -1) + w, 1.0).to_event(1))
 

@@ -7,6 +7,7 @@ no plate. `functools.partial` gives other scales, or a model without arguments.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +25,20 @@ def plate_of(x: Tensor, size: int | None = None) -> AbstractContextManager:
     if size is None:
         return pyro.plate("data", len(x))
     return pyro.plate("data", size, subsample_size=len(x))
+
+
+def in_rows(body: Callable[..., Any]) -> Callable[..., None]:
+    """Return a program that runs a body, of few lines, in the plate of the rows of ``x``."""
+
+    def program(x: Tensor, *args: Any, **options: Any) -> None:
+        with plate_of(x):
+            body(x, *args, **options)
+
+    return program
+
+
+def normal(name: str, loc: Any, scale: Any = 1.0, **options: Any) -> Tensor:
+    return pyro.sample(name, dist.Normal(loc, scale), **options)
 
 
 def column(x: Tensor) -> Tensor:
