@@ -12,7 +12,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_recursive.bounds.bound import Bound
+from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
@@ -51,7 +51,7 @@ class LogWeightELBO(ELBO):
 
     def __init__(
         self,
-        bound: Bound,
+        bound: Bound = iwae,
         *,
         estimator: str | Estimator = "pathwise",
         num_estimates: int = 1,
@@ -144,13 +144,14 @@ class LogWeightELBO(ELBO):
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, tables, only=local)
         check_runs(tables, layout, is_linear=is_linear)
+        in_weights = densities(runs, layout, only=local)
         if local is None:
-            return Evaluation(self.bound, runs, densities(runs, layout), None)
+            return Evaluation(self.bound, runs, in_weights, None)
         if structure is not None and not is_linear:
             warn_if_nothing_local(structure, *shape)
         outside = frozenset(record.name for record in tables[0].records) - local
         shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
-        return Evaluation(self.bound, runs, densities(runs, layout, only=local), shared)
+        return Evaluation(self.bound, runs, in_weights, shared)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
         """Return minus the bound, without a graph."""

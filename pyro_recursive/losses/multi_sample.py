@@ -1,10 +1,5 @@
 """`MultiSampleELBO`: any bound with any gradient estimator."""
 
-import math
-
-from pyro_recursive import bounds
-from pyro_recursive.bounds.bound import Bound
-from pyro_recursive.bounds.estimators import Estimator
 from pyro_recursive.losses.base import LogWeightELBO
 
 
@@ -47,27 +42,6 @@ class MultiSampleELBO(LogWeightELBO):
     >>> loss.loss(model, AutoNormal(model), torch.zeros(3)) > 0
     True
     """
-
-    def __init__(
-        self,
-        bound: Bound = bounds.iwae,
-        *,
-        estimator: str | Estimator = "pathwise",
-        num_estimates: int = 1,
-        num_particles: int = 1,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = True,
-        global_latents: str = "joint",
-    ) -> None:
-        super().__init__(
-            bound,
-            estimator=estimator,
-            num_estimates=num_estimates,
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            global_latents=global_latents,
-        )
 
     def __repr__(self) -> str:
         """Return the loss with its options; the bound where the class does not name it."""

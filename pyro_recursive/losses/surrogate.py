@@ -31,7 +31,7 @@ def surrogate(
 ) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
     log_weights = local.log_weights
-    if estimator.signal is None and estimator.replay != "values":
+    if local.score is not None and estimator.signal is None and estimator.replay != "values":
         _refuse_score_sites(runs, local, estimator)
     if estimator.wake:
         _refuse_moving_deltas(runs)

@@ -29,7 +29,8 @@ def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: b
     for table in tables:
         check_match(table, layout.max_plate_nesting)
     if not is_linear:
-        check_subsampling(tables[0], layout)
+        if any(record.is_subsampled for record in tables[0].records):
+            check_subsampling(tables[0], layout)
         if not layout.plates:
             _warn_if_joint(tables[0])
 
@@ -112,9 +113,15 @@ def _check_shapes(
     max_plate_nesting: int,
 ) -> None:
     """Run Pyro's own check of names, plates and shapes."""
-    padded = (_with_batch_dims(trace, table, max_plate_nesting) for trace in table.traces)
+    traces = table.traces
+    if any(record.site["fn"].event_dim > 1 for record in table.records):
+        model, guide = traces
+        traces = (
+            _with_batch_dims(model, table.model, max_plate_nesting),
+            _with_batch_dims(guide, table.guide, max_plate_nesting),
+        )
     try:
-        check_model_guide_match(*padded, max_plate_nesting)
+        check_model_guide_match(*traces, max_plate_nesting)
     except ValueError as error:
         differ = [
             f"Site '{name}' is in plates {one} in the model and {other} in the guide."
@@ -126,11 +133,11 @@ def _check_shapes(
 
 
 def _with_batch_dims(
-    trace: poutine.Trace, table: SiteTable, max_plate_nesting: int
+    trace: poutine.Trace, records: Sequence[SiteRecord], max_plate_nesting: int
 ) -> poutine.Trace:
     """Give all batch dims to events of two dims or more, which Pyro's check would cut into."""
     padded = trace
-    for record in table.model if trace is table.traces[0] else table.guide:
+    for record in records:
         fn = record.site["fn"]
         if (event_dim := fn.event_dim) > 1:
             batch = fn.batch_shape

@@ -59,18 +59,19 @@ class ReplayedNoise(RunCache):
     def __enter__(self) -> "ReplayedNoise":
         """Start the first run, or the second."""
         self.is_second = bool(self.states)
-        self._sync("")
+        if self.is_second:
+            set_random_state(self.states[""])
+        else:
+            self.states[""] = random_state()
         return super().__enter__()
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) or msg["fn"].subsample_size != msg["fn"].size:
-            self._sync(msg["name"])
-
-    def _sync(self, name: str) -> None:
+        if site_is_subsample(msg) and msg["fn"].subsample_size == msg["fn"].size:
+            return  # nothing is drawn
         if not self.is_second:
-            self.states[name] = random_state()
-        elif name in self.states:
-            set_random_state(self.states[name])
+            self.states[msg["name"]] = random_state()
+        elif msg["name"] in self.states:
+            set_random_state(self.states[msg["name"]])
 
 
 @contextmanager

@@ -159,7 +159,8 @@ def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
         return _discover(program)
-    key = (model_method, guide_method, _broadcasting(program.args), _broadcasting(program.kwargs))
+    keywords = program.kwargs and _broadcasting(program.kwargs)
+    key = (model_method, guide_method, _broadcasting(program.args), keywords or None)
     if fresh or key not in known:
         known[key] = _discover(program)
     return known[key]

@@ -7,7 +7,6 @@ Everything here goes through public Pyro handlers: one outer particle plate, `po
 import math
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import pyro
@@ -67,13 +66,9 @@ class ParticleRun:
 
     model: poutine.Trace
     guide: poutine.Trace
+    table: SiteTable
     guide_cuts: list[GradientCut]
     model_cuts: list[GradientCut]
-
-    @cached_property
-    def table(self) -> SiteTable:
-        """The sites of both traces."""
-        return SiteTable(self.model, self.guide)
 
 
 Replay = Literal["none", "paths", "values"]
@@ -205,7 +200,8 @@ def _continue(
     for name, site in subsample.nodes.items() if subsample is not None else ():
         if name not in source.nodes:
             source.add_node(name, **site)
-    return ParticleRun(program.run_model(source), guide, cuts, model_cuts)
+    model = program.run_model(source)
+    return ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts)
 
 
 def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:

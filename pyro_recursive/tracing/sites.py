@@ -59,44 +59,36 @@ class SiteTable:
         self.model: list[SiteRecord] = []
         self.guide: list[SiteRecord] = []
         self.nesting = 0
-        self._read(model, self.model)
-        self._read(guide, self.guide, is_guide=True)
-        self.records = [*self.model, *self.guide]
-
-    def _read(
-        self, trace: poutine.Trace, records: list[SiteRecord], is_guide: bool = False
-    ) -> None:
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample":
-                continue
-            plates, sizes, is_subsampled = {}, {}, False
-            for frame in site["cond_indep_stack"]:
-                sizes[frame.dim] = frame.size
-                if frame.name == PARTICLE_PLATE:
+        for trace, records in ((model, self.model), (guide, self.guide)):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
                     continue
-                plates[frame.name] = frame
-                is_subsampled |= frame.full_size not in (None, frame.size)
-                if frame.vectorized:  # deterministic sites too: their plates take dims
-                    self.nesting = max(self.nesting, -frame.dim)
-            infer = site["infer"]
-            if site_is_subsample(site) or infer.get("_deterministic"):
-                continue
-            fn, base, is_masked = site["fn"], site["fn"], site["mask"] is not None
-            while isinstance(base, dist.Independent | dist.MaskedDistribution):
-                is_masked |= isinstance(base, dist.MaskedDistribution)
-                base = base.base_dist
-            if not is_guide:
-                group = "model"
-            elif isinstance(base, dist.Delta) or (site["is_observed"] and fn.has_rsample):
-                group = "jacobian"
-            else:
-                group = "density" if fn.has_rsample else "score"
-            rows = plates
-            if packed := infer.get(PACKED):
-                rows = {name: frame for name, frame in plates.items() if name not in packed}
-            records.append(
-                SiteRecord(name, site, group, plates, rows, sizes, is_masked, is_subsampled)
-            )
+                plates, sizes, is_subsampled = {}, {}, False
+                for frame in site["cond_indep_stack"]:
+                    sizes[frame.dim] = frame.size
+                    if frame.name != PARTICLE_PLATE:
+                        plates[frame.name] = frame
+                        is_subsampled |= frame.full_size not in (None, frame.size)
+                        if frame.vectorized:  # deterministic sites too: their plates take dims
+                            self.nesting = max(self.nesting, -frame.dim)
+                infer = site["infer"]
+                if site_is_subsample(site) or infer.get("_deterministic"):
+                    continue
+                *outer, base = layers(site["fn"])
+                is_masked = any(isinstance(layer, dist.MaskedDistribution) for layer in outer)
+                group, has_rsample = "model", site["fn"].has_rsample
+                if records is self.guide:
+                    group = "density" if has_rsample else "score"
+                    if isinstance(base, dist.Delta) or (site["is_observed"] and has_rsample):
+                        group = "jacobian"
+                rows = plates
+                if packed := infer.get(PACKED):
+                    rows = {name: frame for name, frame in plates.items() if name not in packed}
+                is_masked |= site["mask"] is not None
+                records.append(
+                    SiteRecord(name, site, group, plates, rows, sizes, is_masked, is_subsampled)
+                )
+        self.records = [*self.model, *self.guide]
 
 
 def sites(*traces: poutine.Trace) -> Iterator[Site]:
@@ -122,18 +114,15 @@ def latent_sites(trace: poutine.Trace) -> list[Site]:
 
 def is_delta(site: Site) -> bool:
     """Whether the site's value is computed, not sampled: a Delta under any wrapping."""
-    fn = site["fn"]
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return isinstance(layers(site["fn"])[-1], dist.Delta)
 
 
-def layers(fn: Any) -> Iterator[Any]:
-    """Yield a distribution and what stands under its event dims and masks."""
-    yield fn
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-        yield fn
+def layers(fn: Any) -> list[Any]:
+    """Return a distribution and what stands under its event dims and masks, from the outside."""
+    found = [fn]
+    while isinstance(found[-1], dist.Independent | dist.MaskedDistribution):
+        found.append(found[-1].base_dist)
+    return found
 
 
 def unmasked(fn: Any) -> Any:
