@@ -1,9 +1,9 @@
-"""What Pyro's store holds under a module's name beside the module's own parameters.
+"""Entries of Pyro's parameter store under a module's name that are not the module's parameters.
 
-The store is by name and outlives modules. Pyro copies what is stored into a `PyroParam`, and leaves
-all other parameters as they are: the program would run with a module's own, and train those of the
-store. So a guide says who wins: a state loaded since its last call over the store, and else what
-the store was loaded with over the guide.
+The store outlives modules. Pyro copies stored values into a `PyroParam` but not into other
+parameters: the program would then run with the module's parameters and train those of the store. A
+guide therefore decides: a state loaded since its last call replaces the entries of the store;
+otherwise the values of the store replace those of the guide.
 """
 
 import pyro
@@ -16,9 +16,10 @@ PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 
 @torch.no_grad()
 def load_from_store(module: PyroModule, name: str) -> None:
-    """Take values that Pyro's store was loaded with; Pyro does so for its `PyroParam` alone.
+    """Copy the values of Pyro's store into a module's parameters, as Pyro does for `PyroParam`.
 
-    Raises ValueError where a stored value has another shape.
+    Raises:
+        ValueError: a stored value has another shape.
     """
     store = pyro.get_param_store()
     stored = _names()
@@ -29,15 +30,14 @@ def load_from_store(module: PyroModule, name: str) -> None:
         if held.shape != parameter.shape:
             raise ValueError(
                 f"Pyro's store has '{stored[own]}' of shape {tuple(held.shape)}, and this guide's "
-                f"is {tuple(parameter.shape)}: another guide left it. Call "
-                "pyro.clear_param_store(), or tell them apart with name=."
+                f"is {tuple(parameter.shape)}. Call pyro.clear_param_store(), or give name=."
             )
         parameter.copy_(held)
         store[stored[own]] = parameter
 
 
 def evict_stale(module: PyroModule, name: str) -> None:
-    """Take out of Pyro's store what has the name of a module's parameter, and is not that."""
+    """Delete entries of Pyro's store that have the name of a module's parameter but are others."""
     store = pyro.get_param_store()
     stored = _names()
     for own, parameter in module.named_parameters(name):
@@ -47,7 +47,7 @@ def evict_stale(module: PyroModule, name: str) -> None:
 
 
 def shared_parameter(module: PyroModule, name: str) -> tuple[str, Tensor] | None:
-    """Return a parameter that is in Pyro's store, but no `PyroParam`, with its name there."""
+    """Return the stored name of a parameter that Pyro's store shares, and the parameter."""
     store = pyro.get_param_store()
     stored = _names()
     for own, parameter in module.named_parameters(name):

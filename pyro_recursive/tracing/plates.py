@@ -38,7 +38,7 @@ class Particles:
 
 @dataclass(frozen=True)
 class ProgramStructure:
-    """What one run tells about a program: its plate nesting and the plates of each sample site.
+    """The plate nesting of a program and the plates of each sample site, from one run.
 
     ``mixing`` names a latent whose particles would be mixed in one pass; see `_mixed_site`.
     """

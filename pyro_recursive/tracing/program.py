@@ -1,4 +1,4 @@
-"""A model and a guide with the arguments of one call, and how to run them again on given values."""
+"""A model and a guide with the arguments of one call: runs on given values, and the structure."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ def rows_needed(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_rows(args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise where an argument has no rows; Pyro's error about a plate of size 0 has no name."""
+    """Raise ValueError where an argument has no rows; Pyro's error does not name it."""
     named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
     empty = [
         f"{name} has shape {list(value.shape)}"
@@ -153,7 +153,7 @@ _structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, ProgramStru
 
 
 def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
-    """Return the structure of a program, from memory where this pair was seen before."""
+    """Return the structure of a program, cached by model, guide and the form of the arguments."""
     (model, model_method), (guide, guide_method) = map(_identity, (program.model, program.guide))
     try:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
@@ -186,12 +186,12 @@ def _broadcasting(arguments: tuple | list | dict) -> Any:
 
 
 def _identity(function: Any) -> tuple[Any, Any]:
-    """Return what lives as long as the function: bound methods are made anew at each access."""
+    """Return an object that lives as long as the function, and the function of a bound method."""
     return getattr(function, "__self__", function), getattr(function, "__func__", None)
 
 
 def _discover(program: Program) -> ProgramStructure:
-    """Run guide and model once, outside any particle plate, leaving the random state alone."""
+    """Run guide and model once, outside any particle plate."""
     with isolated(), DryRun():
         guide = program.run_guide()
         model = program.run_model(guide)
@@ -206,7 +206,7 @@ def _discover(program: Program) -> ProgramStructure:
 
 @torch.enable_grad()
 def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
-    """Return a latent of which one particle's value moves another particle's density, if any.
+    """Return a latent whose value in one particle changes the density of another, if any.
 
     A program that sums over a dim from the left, say, runs under a particle plate without an error
     and mixes the particles. Two of them show it, for every site with a derivative.

@@ -1,4 +1,4 @@
-"""Runs guide and model once for all particles.
+"""Runs of guide and model for all particles.
 
 Everything here goes through public Pyro handlers: one outer particle plate, `poutine.trace` and
 `poutine.replay`.
@@ -118,7 +118,7 @@ def run_particles(
 
 
 def _check_one_run(program: Program, max_plate_nesting: int) -> None:
-    """Raise where model and guide do not even fit outside of one pass."""
+    """Raise where model and guide do not fit in a single run either."""
     with isolated(), DryRun():
         guide = program.run_guide()
         check_match(SiteTable(program.run_model(guide), guide), max_plate_nesting)
@@ -165,9 +165,9 @@ def _draw(
 def _replayed(
     program: Program, guide: poutine.Trace, particle: int, replay: Replay
 ) -> tuple[poutine.Trace, list[GradientCut]]:
-    """Run the guide once more where asked.
+    """Run the guide a second time unless ``replay`` is "none".
 
-    Its Delta sites are not replayed: they are computed again from what they depend on.
+    Its Delta sites are not replayed: they are computed again from the sites before them.
     """
     cuts: list[GradientCut] = []
     if replay == "none":
