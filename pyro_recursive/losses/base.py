@@ -157,8 +157,8 @@ class LogWeightELBO(ELBO):
         """Return minus the bound, without a graph."""
         bound, _, local, shared = evaluation
         value = bound(local.log_weights)
-        if is_validation_enabled():
-            _warn_if_dead(value)
+        if is_validation_enabled() and bool((dead := value.isneginf()).any()):
+            _warn_of_dead(dead)
         total = local.layout.scale * value.sum()
         if shared is not None:
             total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
@@ -219,13 +219,11 @@ def _check_counts(**counts: Any) -> None:
     check_at_least(1, **counts)
 
 
-def _warn_if_dead(value: Tensor) -> None:
-    """Warn, naming the plate index, where every sample has zero weight."""
-    dead = value.isneginf()
-    if dead.any():
-        where = dead.nonzero().tolist()
-        warnings.warn(
-            f"The bound is -inf at plate indices {where[:5]}{'...' if len(where) > 5 else ''}: the "
-            "model's density is 0 at every sample of the guide.",
-            stacklevel=4,
-        )
+def _warn_of_dead(dead: Tensor) -> None:
+    """Warn, naming the plate indices, that every sample has zero weight."""
+    where = dead.nonzero().tolist()
+    warnings.warn(
+        f"The bound is -inf at plate indices {where[:5]}{'...' if len(where) > 5 else ''}: the "
+        "model's density is 0 at every sample of the guide.",
+        stacklevel=4,
+    )

@@ -154,13 +154,16 @@ _structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, ProgramStru
 
 def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
     """Return the structure of a program, cached by model, guide and the form of the arguments."""
-    (model, model_method), (guide, guide_method) = map(_identity, (program.model, program.guide))
+    # Bound methods are new objects at each access: their owner and function are not.
+    pair = program.model, program.guide
+    model, guide = (getattr(each, "__self__", each) for each in pair)
+    methods = tuple(getattr(each, "__func__", None) for each in pair)
     try:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
         return _discover(program)
     keywords = program.kwargs and _broadcasting(program.kwargs)
-    key = (model_method, guide_method, _broadcasting(program.args), keywords or None)
+    key = (methods, _broadcasting(program.args), keywords or None)
     if fresh or key not in known:
         known[key] = _discover(program)
     return known[key]
@@ -183,11 +186,6 @@ def _broadcasting(arguments: tuple | list | dict) -> Any:
         for each in arguments
     ]
     return tuple(forms) if isinstance(arguments, tuple) else frozenset(forms)  # lists of any length
-
-
-def _identity(function: Any) -> tuple[Any, Any]:
-    """Return an object that lives as long as the function, and the function of a bound method."""
-    return getattr(function, "__self__", function), getattr(function, "__func__", None)
 
 
 def _discover(program: Program) -> ProgramStructure:

@@ -5,7 +5,7 @@ Everything here goes through public Pyro handlers: one outer particle plate, `po
 """
 
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,13 +144,17 @@ def _draw(
     """
     runs: list[ParticleRun] = []
     sharing = _ShareWithinEstimate(shared, particles) if shared else None
-    for particle in range(1 if particles.dim is not None else particles.total):
+    count = particles.num_estimates * particles.num_particles
+    for particle in range(1 if particles.dim is not None else count):
         if sharing is not None:
             sharing.particle = particle
         if assignment is not None:
             assignment.particle = particle if particles.dim is None else None
         noise = ReplayedNoise() if replay != "none" else nullcontext()
-        with _particle_plate(particles), assignment or nullcontext():
+        plate: AbstractContextManager = nullcontext()
+        if particles.dim is not None:
+            plate = pyro.plate(PARTICLE_PLATE, count, dim=particles.dim)
+        with plate, assignment or nullcontext():
             with sharing or nullcontext(), noise:
                 guide = program.run_guide(subsample)
             with noise:
@@ -210,15 +214,6 @@ def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:
         return site
     cuts.append(GradientCut(site, particle))
     return {**site, "value": cuts[-1].stand_in}
-
-
-def _particle_plate(particles: Particles) -> ExitStack:
-    """Enter the particle plate, if there is more than one particle to a run."""
-    stack = ExitStack()
-    if particles.dim is not None:
-        size = particles.num_estimates * particles.num_particles
-        stack.enter_context(pyro.plate(PARTICLE_PLATE, size, dim=particles.dim))
-    return stack
 
 
 class _ShareWithinEstimate(Messenger):
