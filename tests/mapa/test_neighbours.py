@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import tracemalloc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -350,7 +349,6 @@ def test_uniform() -> None:
     assert repr(table) == "Table(rows=4, width=4, components=4)"
     assert table.to(dtype=torch.float32).log_q.dtype == torch.float32
     assert copy.deepcopy(table).index.shape == pickle.loads(pickle.dumps(table)).log_q.shape
-    tracemalloc.start()
     huge = Table.uniform(10**6, 10**6)
     assert huge.rows(torch.tensor([5, 10**6 - 1])).index[:, 0].tolist() == [5, 10**6 - 1]
 
