@@ -1,4 +1,4 @@
-"""The training loop that people otherwise rewrite; it stands beside loops of `SVI.step`."""
+"""The training loop `fit`, with its record, schedules and checkpoints; `SVI.step` works as well."""
 
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training.aggressive import Aggressive
