@@ -270,7 +270,6 @@ def test_a_constrained_support_changes_nothing(progress: tuple[int, ...], object
 
 def test_the_exact_gradient_is_exact_for_parameters_that_rows_share() -> None:
     """A row counts as much as the component weighs in it: the bound's own gradient, rescaled."""
-
     model = partial(square_rows, prior=1.3, noise=0.8)
     x = torch.tensor([[-1.0], [1.0]])
     weights = torch.nn.Linear(1, 1)
@@ -500,7 +499,6 @@ def test_a_scaled_program_can_grow(scale: float) -> None:
 
 def test_an_exact_first_component_ends_growth() -> None:
     """Another component cannot gain: it is dropped ``1 + patience`` times, the first one kept."""
-
     model, x = normal_rows, torch.tensor(1.1)
     schedule = Schedule(first=1, propose=10, refine=10, patience=2, draws=2000)
     guide = RecursiveMixtureGuide(model, 3, schedule=schedule)
@@ -553,13 +551,11 @@ def test_the_holdout_decides() -> None:
 
 def test_one_joint_posterior_can_have_a_holdout() -> None:
     """There are no rows whose spread could count."""
-
-    model = square_global
     x = torch.tensor([4.0, 4.2])
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1, propose=1, refine=1))
+    guide = RecursiveMixtureGuide(square_global, 2, schedule=Schedule(first=1, propose=1, refine=1))
     guide.prepare(x)
     guide.end_stage(), guide.end_stage()
-    found = RecursiveMixture_ELBO(2, holdout=(x,)).gain(model, guide, x)
+    found = RecursiveMixture_ELBO(2, holdout=(x,)).gain(square_global, guide, x)
     assert 0 < found.standard_error < torch.inf
     draws = torch.randn(40, 2, 1)
     args = (draws, draws - 1, draws - 2, draws - 3, torch.tensor([[0.5, 0.5]]).log())
