@@ -210,7 +210,7 @@ def test_loo_of_what_has_none() -> None:
     rows = X[:, None]
 
     points = MAPAGuide(vector_rows, nn.Linear(1, 1), rows)
-    with pytest.raises(ValueError, match=r"no weights.*no density"):
+    with pytest.raises(ValueError, match=r"no weights.*without a density"):
         loo(to_arviz(vector_rows, points, rows, num_draws=30))
 
 

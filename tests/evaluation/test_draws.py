@@ -361,7 +361,7 @@ def test_a_guide_without_density() -> None:
     guide = MAPAGuide(rows_model, nn.Linear(2, 2), x)
     draws = posterior_draws(rows_model, guide, x, num_draws=30, chunk_size=20)
     assert draws["z"].shape == (30, 6, 2) and draws.log_p is None
-    with pytest.raises(NotImplementedError, match="no density"):
+    with pytest.raises(NotImplementedError, match="without a density"):
         posterior_draws(rows_model, guide, x, num_draws=30, resample="plain")
 
 
