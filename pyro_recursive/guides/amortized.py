@@ -108,8 +108,9 @@ class AmortizedGuide(LatentGuide):
 
         ``extra`` are further inputs of the encoder.
         """
-        if latents.local and self.by_row:
-            return call.encode(self.encoder, latents, self.num_parameters(latents), *extra)
+        encoder = self.encoder if latents.local else None
+        if encoder is not None:
+            return call.encode(encoder, latents, self.num_parameters(latents), *extra)
         return latents.expand_rows(call.table_rows(getattr(self, _free(latents)), latents))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.joint_site import drawn_from, emit, outer_shape
+from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.isolation import outline
@@ -222,7 +222,7 @@ class LatentGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        with self.rollback_first_call():
+        with nullcontext() if self.groups else self.rollback_first_call():
             self.get_ready(args, kwargs)
             call = self.new_call(args, kwargs)
             for latents in self.groups:
@@ -265,7 +265,8 @@ class LatentGuide(PyroModule):
 
     def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a block from its distribution."""
-        u = drawn_from(posterior, outer_shape())
+        shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
+        u = posterior.expand(shape).rsample()
         return emit(latents, call.plates, u, posterior.log_prob)
 
     def _trunk(self) -> Callable[[Any], Any] | None:

@@ -50,12 +50,13 @@ class GuideCall:
         if self._rows is None:  # the trunk runs once
             rows = self.raw
             for dim, frame in enumerate(latents.rows):
-                plate, length = self.plates[frame.name], rows.shape[dim]
+                name, length = frame.name, rows.shape[dim]
+                plate = self.plates[name]
                 if plate.subsample_size < plate.size and length == plate.size:
                     rows = rows.index_select(dim, plate.indices.to(rows.device))
-                elif length == plate.size and self._is_reordered(plate):
+                elif length == plate.size and name in self.created and self._is_reordered(plate):
                     raise ValueError(
-                        f"Plate '{plate.name}' has all {length} rows in another order than the "
+                        f"Plate '{name}' has all {length} rows in another order than the "
                         "data. Pass the rows in order, or prepare() the guide with a minibatch."
                     )
             self._rows = rows if self.trunk is None else self.trunk(rows)
@@ -119,7 +120,13 @@ class GuideCall:
             RuntimeError: the network fails on these inputs.
             ValueError: its output has another shape, or is not finite.
         """
-        output = run_network(network, latents, self.rows(latents), *extra, name=name)
+        inputs = self.rows(latents)
+        try:
+            output = network(inputs, *extra)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory, a device's errors
+                raise
+            raise network_error(error, latents, inputs, name) from error
         return self.place(output, latents, width, name)
 
     def place(
@@ -138,27 +145,18 @@ class GuideCall:
         return latents.expand_rows(output)
 
 
-def run_network(
-    network: Callable[..., Tensor],
-    latents: LatentBlock,
-    inputs: Any,
-    *extra: Any,
-    name: str = "The encoder",
-) -> Tensor:
-    """Run a network; its errors name the latents, the plate and the inputs."""
-    try:
-        return network(inputs, *extra)
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # out of memory, a device's errors
-            raise
-        got = f"a {type(inputs).__name__}"
-        if isinstance(inputs, Tensor):
-            dtype = str(inputs.dtype).removeprefix("torch.")
-            got = f"inputs of shape {list(inputs.shape)}, {dtype} on {inputs.device}"
-        raise RuntimeError(
-            f"{name} of {_names(latents)} failed on {got}: {error}. Select and convert its inputs, "
-            "rows first, by inputs=."
-        ) from error
+def network_error(
+    error: RuntimeError, latents: LatentBlock, inputs: Any, name: str = "The encoder"
+) -> RuntimeError:
+    """Return the error of a network with the latents, the plate and its inputs."""
+    got = f"a {type(inputs).__name__}"
+    if isinstance(inputs, Tensor):
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        got = f"inputs of shape {list(inputs.shape)}, {dtype} on {inputs.device}"
+    return RuntimeError(
+        f"{name} of {_names(latents)} failed on {got}: {error}. Select and convert its inputs, "
+        "rows first, by inputs=."
+    )
 
 
 def _not_finite(output: Tensor, latents: LatentBlock, inputs: Any, name: str) -> str:

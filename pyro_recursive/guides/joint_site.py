@@ -109,9 +109,3 @@ def outer_shape() -> tuple[int, ...]:
     for frame in frames:
         shape[frame.dim] = frame.size
     return tuple(shape)
-
-
-def drawn_from(distribution: Any, outer: tuple[int, ...]) -> Tensor:
-    """Return one reparameterised draw for each entry of the plates around, ``[*batch, D]``."""
-    shape = torch.broadcast_shapes(outer, distribution.batch_shape)
-    return distribution.expand(shape).rsample()

@@ -80,8 +80,8 @@ class LatentBlock:
 
     def unpack(self, u: Tensor) -> Values:
         """Return the sites' values: ``[*batch, D]`` to ``[*site's batch, *event]``."""
-        unflattened = self.unflatten(u)
-        return {slot.name: slot.transform(unflattened[slot.name]) for slot in self.slots}
+        parts = zip(self.slots, u.split([slot.numel for slot in self.slots], -1), strict=True)
+        return {slot.name: slot.transform(self._unflatten(slot, part)) for slot, part in parts}
 
     def pack(self, values: Values) -> Tensor:
         """Return the vector of the sites' values, ``[*batch, D]``."""
@@ -91,11 +91,12 @@ class LatentBlock:
 
     def log_volume(self, u: Tensor) -> Tensor:
         """Return ``log |dz / du|`` of the whole vector, ``[*batch, D]`` to ``[*batch]``."""
-        total, unconstrained = u.new_zeros(u.shape[:-1]), self.unflatten(u)
-        for slot in self.slots:
-            if slot.support is not constraints.real:  # the identity
-                log_det = self.log_volume_of(slot, unconstrained[slot.name])
-                total = total + self.sum_inner(slot, log_det)
+        total = u.new_zeros(u.shape[:-1])
+        constrained = [slot for slot in self.slots if slot.support is not constraints.real]
+        unconstrained = self.unflatten(u) if constrained else {}
+        for slot in constrained:
+            log_det = self.log_volume_of(slot, unconstrained[slot.name])
+            total = total + self.sum_inner(slot, log_det)
         return total
 
     def log_volume_of(self, slot: PackedSite, unflattened: Tensor) -> Tensor:

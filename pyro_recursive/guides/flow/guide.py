@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_recursive.guides.base import LatentGuide
-from pyro_recursive.guides.call import GuideCall, run_network
+from pyro_recursive.guides.call import GuideCall, network_error
 from pyro_recursive.guides.flow.zuko_adapter import (
     AffineFlow,
     ZukoDistribution,
@@ -117,7 +117,12 @@ class FlowGuide(LatentGuide):
         """Return the width of the encoder's output, from its first rows."""
         few = raw[:2] if isinstance(raw, Tensor) else raw
         with poutine.block(), torch.no_grad():
-            return run_network(self.encoder, latents, few).shape[-1]
+            try:
+                return self.encoder(few).shape[-1]
+            except RuntimeError as error:
+                if type(error) is not RuntimeError:
+                    raise
+                raise network_error(error, latents, few) from error
 
 
 @dataclass(frozen=True)
