@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[Callable[[Callable], Any], type[Exception], str]] = {
             model, MixtureGuide(model, [AutoNormal(model)] * 2, weights="shared", plate="data")
         )(torch.randn(ROWS, 3)),
         TypeError,
-        "component of the mixture is AutoNormal.*Use AmortizedGuide or FlowGuide",
+        "AutoNormal.*use AmortizedGuide or FlowGuide",
     ),
     "no_rows": (
         lambda model: SemiAmortizedGuide(model, AmortizedGuide(model))(torch.randn(ROWS, 3)),
