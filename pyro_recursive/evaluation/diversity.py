@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
-from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.arguments import check_at_least

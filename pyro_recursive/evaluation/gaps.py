@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import WeightSums, particles_per_chunk
 from pyro_recursive.evaluation.search import Noise, Search
-from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound

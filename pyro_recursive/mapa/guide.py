@@ -13,7 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.mapa.candidates import Plan

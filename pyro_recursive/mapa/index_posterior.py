@@ -11,7 +11,7 @@ from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.guides.base import GuideCall
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock

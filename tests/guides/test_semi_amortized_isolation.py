@@ -11,19 +11,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    SemiAmortizedGuide,
-)
+from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.guide import MODES
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate
@@ -323,7 +315,7 @@ def test_recurrent_networks_on_cuda(mode: str, training: bool) -> None:
             parameters = [*encoder.parameters(), *net.parameters()]
             numbers = numbers_in(guide, x.to(device))
             gradient = gradients(numbers.square().sum(), parameters)
-            refined = guide.refine(x.to(device)).numbers
+            refined = guide.refine(x.to(device)).params
             found.append([each.cpu() for each in (numbers.detach(), refined, *gradient)])
         finally:
             torch.set_default_device(None)

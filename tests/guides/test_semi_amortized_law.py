@@ -9,9 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import (
-    Trace_ELBO,
-)
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_recursive import (
@@ -122,7 +120,7 @@ def test_many_steps_reach_the_evidence() -> None:
     assert_all_close([found.elbo], [evidence(X)], atol=1e-10, rtol=0)
     assert (found.elbo_start < evidence(X) - 0.05).all()
     exact = torch.stack([POSTERIOR, torch.full((3,), 0.5 * math.log(V))], -1)
-    assert_all_close([found.numbers], [exact], atol=1e-10, rtol=0)
+    assert_all_close([found.params], [exact], atol=1e-10, rtol=0)
     assert -Trace_ELBO().loss(conjugate, guide, X) == pytest.approx(evidence(X).sum().item())
 
 
@@ -195,12 +193,12 @@ def test_steps_in_evaluation() -> None:
         numbers, _ = way(net, x, encoder(x), own, guide.update, estimator="stl")
         assert_all_close([reached(guide, x)], [numbers[-1]])
         assert_all_close([numbers_in(guide, x)], [numbers[-1]])
-        assert_all_close([guide.refine(x).numbers], [numbers[-1]])
+        assert_all_close([guide.refine(x).params], [numbers[-1]])
     for steps in (0, 1):
         numbers, _ = way(
             net, x, encoder(x), fixed_noise(5, 1, 1)[:steps], guide.update, estimator="stl"
         )
-        assert_all_close([guide.refine(x, steps=steps).numbers], [numbers[-1]])
+        assert_all_close([guide.refine(x, steps=steps).params], [numbers[-1]])
 
 
 def test_what_refine_returns() -> None:
@@ -209,9 +207,9 @@ def test_what_refine_returns() -> None:
     guide = SemiAmortizedGuide(conjugate, AmortizedGuide(conjugate, FixedStart(2)), steps=3)
     found = guide.refine(x)
     assert [part.shape for part in found] == [(400, 2), (400, 2), (400,), (400,), (400,)]
-    assert not found.numbers.requires_grad
+    assert not found.params.requires_grad and found.numbers is found.params
     exact = torch.stack([V * W / NOISE**2 * x, torch.full((400,), 0.5 * math.log(V))], -1)
-    for numbers, elbo in ((found.start, found.elbo_start), (found.numbers, found.elbo)):
+    for numbers, elbo in ((found.start, found.elbo_start), (found.params, found.elbo)):
         error = elbo - (evidence(x) - kl(numbers, exact))
         assert abs(error.mean()) < 4 * error.std() / 400**0.5 < 0.1
     assert (found.elbo - found.elbo_start).mean() > 0.3
@@ -268,7 +266,7 @@ def test_rows_of_other_forms_reach_the_evidence(form: str) -> None:
         draws=1 if form == "masked" else 2,
     )
     found, expected = guide.refine(x), exact(x)
-    assert found.numbers.shape == (*expected.shape, size)
+    assert found.params.shape == (*expected.shape, size)
     assert found.clipped.shape == expected.shape
     assert_all_close([found.elbo], [expected], atol=1e-4, rtol=0)
     assert (found.elbo_start < found.elbo).any()
@@ -407,7 +405,7 @@ def test_a_mixture_is_refined_as_a_whole() -> None:
     joint = dist.Normal(0.3, 3.0).log_prob(points) + dist.Normal(points**2, 0.5).log_prob(x)
     exact = joint.logsumexp(0) + math.log(0.001)
     assert (exact - found.elbo).max() < 0.05
-    logits = found.numbers[:, -2:].softmax(-1)
+    logits = found.params[:, -2:].softmax(-1)
     left = (joint[points[:, 0] < 0].logsumexp(0) - joint.logsumexp(0)).exp()
     assert_all_close([logits[:, 1]], [left], atol=0.02, rtol=0)
     loss = IWAE_ELBO(4, estimator="dreg+vimco")

@@ -10,18 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    IWAE_ELBO,
-    AmortizedGuide,
-    SemiAmortizedGuide,
-    log_marginal,
-)
+from pyro_recursive import IWAE_ELBO, AmortizedGuide, SemiAmortizedGuide, log_marginal
 from pyro_recursive.guides.gaussian_families import FAMILIES
 from pyro_recursive.guides.row_families import GaussianRows, MixtureRows
 from pyro_recursive.guides.semi_amortized import guide as semi_amortized
@@ -99,22 +91,31 @@ def assert_as_expected(case: Case, **options: Any) -> None:
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("full", [None, 12])
-@pytest.mark.parametrize("loss", TAKEN_UP)
-def test_first_order(loss: str, full: int | None) -> None:
-    """The gradient at the end, straight to the encoder, and that of the start; not of the steps.
+FEW = ("trace", "dreg", "mean_field")
+FIRST_ORDER = {
+    **{loss: (loss, {}, {}) for loss in TAKEN_UP},
+    # As part of 12 rows each counts three times.
+    **{f"{loss}-of_12": (loss, {"full": 12}, {"scale": 12 / ROWS}) for loss in TAKEN_UP},
+    # A scale on guide and model is none of the rows' business, and scales what they climb.
+    **{
+        f"{loss}-scaled": (loss, {"around": lambda: poutine.scale(scale=0.25)}, {"scale": 0.25})
+        for loss in FEW
+    },
+    # Rows climb the bound that is being trained, and so does the encoder by its start.
+    **{
+        f"{loss}-warm_up": (loss, {"around": lambda: KLWarmup(0.2)}, {"weight": 0.2})
+        for loss in FEW
+    },
+    "steps_stl": ("trace", {"estimator": "stl"}, {}),
+    "steps_pathwise": ("trace", {"estimator": "pathwise"}, {}),
+}
 
-    As part of 12 rows each counts three times.
-    """
-    assert_as_expected(Case(TAKEN_UP[loss](), full), scale=(full or ROWS) / ROWS)
 
-
-@pytest.mark.parametrize("loss", ["trace", "dreg", "mean_field"])
-def test_first_order_under_a_scale(loss: str) -> None:
-    """A scale on guide and model is none of the rows' business, and scales what they climb."""
-    case = Case(TAKEN_UP[loss]())
-    case.around = lambda: poutine.scale(scale=0.25)
-    assert_as_expected(case, scale=0.25)
+@pytest.mark.parametrize("case", FIRST_ORDER)
+def test_first_order(case: str) -> None:
+    """The gradient at the end, straight to the encoder, and that of the start; not of the steps."""
+    loss, options, expected = FIRST_ORDER[case]
+    assert_as_expected(Case(TAKEN_UP[loss](), **options), **expected)
 
 
 @pytest.mark.parametrize("loss", ["trace", "stl_single"])
@@ -125,18 +126,6 @@ def test_first_order_with_scaled_programs(loss: str) -> None:
     for found, expected in zip(case.gradients(), bare, strict=True):
         one, other = (each if isinstance(each, list) else [each] for each in (found, expected))
         assert_all_close(one, [0.25 * tensor for tensor in other])
-
-
-@pytest.mark.parametrize("loss", ["trace", "dreg", "mean_field"])
-def test_first_order_under_kl_warmup(loss: str) -> None:
-    """Rows climb the bound that is being trained, and so does the encoder by its start."""
-    case = Case(TAKEN_UP[loss](), around=lambda: KLWarmup(0.2))
-    assert_as_expected(case, weight=0.2)
-
-
-@pytest.mark.parametrize("estimator", ["stl", "pathwise"])
-def test_the_first_step_has_an_estimator_of_its_own(estimator: str) -> None:
-    assert_as_expected(Case(Trace_ELBO(), estimator=estimator))
 
 
 def test_without_the_direct_term() -> None:

@@ -7,17 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import (
-    TraceEnum_ELBO,
-)
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    AmortizedGuide,
-    MixtureGuide,
-    SemiAmortizedGuide,
-)
+from pyro_recursive import AmortizedGuide, MixtureGuide, SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate, LearnedUpdate
 from tests.oracles.refinement import ROWS, SIZE, model_of, network, semi
 
@@ -43,7 +37,7 @@ def test_a_site_without_the_plate_of_the_draws_is_refused() -> None:
         base = AmortizedGuide(model, FixedStart(2), plate="data")
         guide = SemiAmortizedGuide(model, base, draws=draws)
         if draws == 1:
-            assert guide.refine(x).numbers.shape == (3, 2)
+            assert guide.refine(x).params.shape == (3, 2)
             continue
         with pytest.raises(ValueError, match=r"'total' has batch shape .*no plate.*draws=1"):
             guide.refine(x)
@@ -58,35 +52,33 @@ def test_two_guides_of_one_name_are_told_apart() -> None:
     semi(model, name="other")(x)
 
 
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"mode": "third_order"}, r"mode must be one of \('first_order'.*got 'third_order'"),
+    ({"steps": -1}, "steps must be .*>= 0, got -1"),
+    ({"steps": 2.0}, "integer >= 0, got 2.0"),
+    ({"test_steps": -2}, "test_steps .*got -2"),
+    ({"draws": 0}, "draws must .*>= 1, got 0"),
+    ({"direct": -0.1}, "direct must .*got -0.1"),
+    ({"mode": "distill", "direct": 0.1}, "direct is for the modes .*'distill' has its own term"),
+    ({"estimator": "dreg"}, r"estimator must be one of \('stl', 'pathwise'\), got 'dreg'"),
+    ({"mode": "svi", "update": LearnedUpdate()}, "LearnedUpdate learns its steps.*got 'svi'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        semi(model_of(network()), **options)
+
+
+@pytest.mark.parametrize("option", [{"rate": 0.0}, {"momentum": 1.0}, {"clip": 0.0}])
+def test_refused_options_of_a_gradient_update(option: dict[str, float]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
+        GradientUpdate(**option)
+
+
 WRONG: dict[str, tuple[Callable[[Callable], Any], type[Exception], str]] = {
-    "mode": (
-        lambda model: semi(model, mode="third_order"),
-        ValueError,
-        r"mode must be one of \('first_order'.*got 'third_order'",
-    ),
-    "steps": (lambda model: semi(model, steps=-1), ValueError, "steps must be .*>= 0, got -1"),
-    "steps_float": (lambda model: semi(model, steps=2.0), ValueError, "integer >= 0, got 2.0"),
-    "test_steps": (lambda model: semi(model, test_steps=-2), ValueError, "test_steps .*got -2"),
-    "draws": (lambda model: semi(model, draws=0), ValueError, "draws must .*>= 1, got 0"),
-    "direct": (lambda model: semi(model, direct=-0.1), ValueError, "direct must .*got -0.1"),
-    "direct_mode": (
-        lambda model: semi(model, mode="distill", direct=0.1),
-        ValueError,
-        "direct is for the modes .*mode='distill' has its own term",
-    ),
-    "estimator": (
-        lambda model: semi(model, estimator="dreg"),
-        ValueError,
-        r"estimator must be one of \('stl', 'pathwise'\), got 'dreg'",
-    ),
-    "learned_mode": (
-        lambda model: semi(model, mode="svi", update=LearnedUpdate()),
-        ValueError,
-        "LearnedUpdate learns its steps from the bound.*got 'svi'",
-    ),
-    "rate": (lambda model: GradientUpdate(rate=0.0), ValueError, "rate must .*got 0.0"),
-    "momentum": (lambda model: GradientUpdate(momentum=1.0), ValueError, "momentum .*got 1.0"),
-    "clip": (lambda model: GradientUpdate(clip=0.0), ValueError, "clip must .*got 0.0"),
     "guide": (
         lambda model: SemiAmortizedGuide(model, AutoNormal(model)),
         TypeError,

@@ -9,17 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import (
-    Trace_ELBO,
-)
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    AmortizedGuide,
-    SemiAmortizedGuide,
-)
+from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, AmortizedGuide, SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate, LearnedUpdate
 from tests.oracles.refinement import (
     BASES,

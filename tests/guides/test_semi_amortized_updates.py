@@ -7,16 +7,10 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro.infer import (
-    SVI,
-    Trace_ELBO,
-)
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    AmortizedGuide,
-    SemiAmortizedGuide,
-)
+from pyro_recursive import AmortizedGuide, SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate, LearnedUpdate
 from tests.oracles.refinement import (
     ROWS,
@@ -46,7 +40,7 @@ def test_an_outlier_leaves_the_others_alone() -> None:
     guide = semi(model_of(network()), FixedStart(4), seed=5, update=update)
     for size in (1.0, 1e6):
         results.append(guide.refine(torch.cat([x[:1], size * x[1:2], x[2:]])))
-    one, other = (found.numbers for found in results)
+    one, other = (found.params for found in results)
     assert (one == other).all(-1).tolist() == [True, False, True]
     assert (other[1].norm() <= 5 * 0.05 / (1 - update.momentum) * 2 * 2**0.5).all()
     assert [found.clipped[1] == 1 for found in results] == [False, True]
@@ -71,7 +65,7 @@ def test_a_fixed_start_is_the_same_for_all_rows() -> None:
     for _ in range(2):
         found = guide.refine(x, steps=2)
         assert torch.equal(found.start, start.expand(ROWS, -1))
-        assert (found.numbers[0] != found.numbers[1]).all()
+        assert (found.params[0] != found.params[1]).all()
         Trace_ELBO().loss_and_grads(model, guide, x)  # nothing is kept
 
 

@@ -16,7 +16,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.densities import log_prob_of

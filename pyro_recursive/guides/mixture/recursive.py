@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pyro_recursive.bounds.mixture_objectives import Gain, Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import GuideCall, LatentGuide
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values

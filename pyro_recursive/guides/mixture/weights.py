@@ -7,7 +7,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from pyro_recursive.guides.base import GuideCall
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.arguments import check_module
 
