@@ -41,7 +41,7 @@ def test_a_row_does_not_depend_on_its_minibatch(
     base: str, seed: int | None, monkeypatch: Any
 ) -> None:
     net, x = network(), torch.randn(6, 3)
-    x[1] *= 30  # its gradient is clipped, and theirs are not
+    x[1] *= 30  # its gradient is clipped more often than theirs
     model = model_of(net)
     update = GradientUpdate(0.03, clip=20.0)
     guide = SemiAmortizedGuide(model, BASES[base](model), update=update, draws=2, seed=seed)
@@ -57,7 +57,7 @@ def test_a_row_does_not_depend_on_its_minibatch(
     else:
         together, *parts = (reached(guide, each) for each in (x, x[:2], x[2:]))
         clipped = guide.refine(x).clipped
-        assert clipped[1] == 1 and (clipped < 1).any()
+        assert clipped[1] > clipped.min()
     assert_all_close([torch.cat(parts)], [together], atol=1e-12, rtol=1e-12)
     assert (together[0] - together[2]).abs().min() > 1e-3
 

@@ -113,7 +113,7 @@ def test_the_stable_range(momentum: float, stable: bool, share: float) -> None:
 
 def test_many_steps_reach_the_evidence() -> None:
     """Locations and scales; "stl" leaves no noise at the posterior."""
-    guide = semi(conjugate, nn.Linear(1, 2), update=GradientUpdate(rate=0.1), test_steps=150)
+    guide = semi(conjugate, nn.Linear(1, 2), update=GradientUpdate(rate=0.1), test_steps=250)
     guide.guide.inputs = guide.inputs = lambda x: x[:, None]
     guide.eval()
     found = guide.refine(X)
@@ -317,7 +317,7 @@ def test_rows_are_given_the_global_values_of_their_particle(particles: int) -> N
         hierarchy,
         AmortizedGuide(hierarchy, nn.Linear(1, 2), inputs=lambda x: x[:, None], init_scale=2.0),
         update=GradientUpdate(0.1),
-        steps=100,
+        steps=200,
     )
     guide.prepare(x)
     with pyro.plate("particles", particles, dim=-2) if particles else nullcontext():

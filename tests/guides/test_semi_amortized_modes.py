@@ -277,7 +277,7 @@ def test_svi_keeps_the_mean_over_particles() -> None:
     """Each has rows of its own where it has global values of its own."""
     x, base = torch.randn(4), AmortizedGuide(hierarchy, plate="data", init_scale=1.0)
     update = GradientUpdate(0.1)
-    guide = SemiAmortizedGuide(hierarchy, base, mode="svi", update=update, steps=100)
+    guide = SemiAmortizedGuide(hierarchy, base, mode="svi", update=update, steps=200)
     guide.prepare(x)
     with pyro.plate("particles", 5, dim=-2):
         w = guide(x)["w"]

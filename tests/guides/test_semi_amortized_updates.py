@@ -48,6 +48,7 @@ def test_an_outlier_leaves_the_others_alone() -> None:
 
 def test_the_share_of_clipped_steps() -> None:
     net, encoder, x = network(), nn.Linear(3, 2 * SIZE), torch.randn(ROWS, 3)
+    x *= torch.logspace(-1, 2, ROWS)[:, None]
     update = GradientUpdate(0.05, clip=8.0)
     guide = semi(model_of(net), encoder, steps=6, seed=5, update=update)
     found = guide.refine(x)
