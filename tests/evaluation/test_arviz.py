@@ -89,7 +89,7 @@ def test_loo_knows_that_the_guide_is_off(shift: float, width: float) -> None:
     guide, exact = shifted_guide(shift, width), exact_loo(X)
     mean, error = repeated(lambda: loo_of(normal_global, guide, X))
     assert ((mean - exact).abs() < 4.5 * error + 0.01).all()  # the ratio's bias is of order 1 / S
-    assert error.max() < 0.03
+    assert error.max() < 0.04
     data = to_arviz(normal_global, guide, X, num_draws=4000)
     uncorrected = pointwise(az.loo(data, pointwise=True))
     assert ((uncorrected - exact).abs() > 6 * error + 0.03).any()
