@@ -83,7 +83,7 @@ def loo_of(model: Callable, guide: Callable, x: Tensor, var_name: str | None = N
         return pointwise(loo(to_arviz(model, guide, x, **options), var_name))
 
 
-@pytest.mark.parametrize(("shift", "width"), [(1.0, 1.0), slow(-0.7, 0.9), slow(0.0, 1.5)])
+@pytest.mark.parametrize(("shift", "width"), [(1.0, 1.0), slow(-0.7, 1.1), slow(0.0, 1.5)])
 def test_loo_knows_that_the_guide_is_off(shift: float, width: float) -> None:
     """Within standard errors of the exact value, where ArviZ's own is many of them away."""
     guide, exact = shifted_guide(shift, width), exact_loo(X)
