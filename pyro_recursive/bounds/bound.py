@@ -29,6 +29,7 @@ class Bound(ABC):
     """
 
     min_particles = 1  # the smallest K for which it is defined
+    is_split = False  # whether the guide has another bound than the model, `guide`
 
     @abstractmethod
     def estimate(self, log_weights: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Bound(ABC):
 
     @property
     def guide(self) -> "Bound":
-        """The bound that the guide's parameters climb; another one only in `Split`."""
+        """The bound that the guide's parameters maximise; another one only in `Split`."""
         return self
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
@@ -162,17 +163,18 @@ class Pooled(Bound):
 
 @dataclass(frozen=True)
 class Split(Bound):
-    """Two bounds on the same samples: the model climbs one, the guide the other.
+    """Two bounds on the same samples: the model maximises one, the guide the other.
 
     The value is the model's bound. No scalar function has both gradients.
     """
 
+    is_split = True
     model_bound: Bound
     guide_bound: Bound
 
     @property
     def guide(self) -> Bound:
-        """The bound that the guide's parameters climb."""
+        """The bound that the guide's parameters maximise."""
         return self.guide_bound
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:

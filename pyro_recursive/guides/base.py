@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.guides.call import GuideCall
+from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
@@ -414,13 +414,6 @@ class _GivenMinibatches(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["value"] is not None:
             self.names.add(msg["name"])
-
-
-def first_argument(*args: Any, **kwargs: Any) -> Any:
-    """Return the first argument: the encoders' inputs where no ``inputs`` are given."""
-    if args:
-        return args[0]
-    return next(iter(kwargs.values()), None)
 
 
 def _data_plate(trace: poutine.Trace, latent: list[Site]) -> str | None:

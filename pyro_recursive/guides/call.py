@@ -173,3 +173,10 @@ def _not_finite(output: Tensor, latents: LatentBlock, inputs: Any, name: str) ->
 def _names(latents: LatentBlock) -> str:
     plate = f" in plate '{latents.rows[-1].name}'" if latents.rows else ""
     return f"latents {[slot.name for slot in latents.slots]}{plate}"
+
+
+def first_argument(*args: Any, **kwargs: Any) -> Any:
+    """Return the first argument: the encoders' inputs where no ``inputs`` are given."""
+    if args:
+        return args[0]
+    return next(iter(kwargs.values()), None)

@@ -98,8 +98,8 @@ class LogWeightELBO(ELBO):
         program = Program(model, guide, args, kwargs)
         if not torch.is_grad_enabled():
             return self._value(self._evaluate(program))
-        is_split = self._bound.guide is not self._bound
-        evaluation = self._evaluate(program, replay=self.estimator.replay, cut_model=is_split)
+        replay, cut_model = self.estimator.replay, self._bound.is_split
+        evaluation = self._evaluate(program, replay=replay, cut_model=cut_model)
         value = self._value(evaluation)
         objective = self._surrogate(evaluation)
         if not objective.requires_grad:
@@ -197,7 +197,7 @@ class LogWeightELBO(ELBO):
             raise ValueError(
                 f"global_latents must be one of {GLOBAL_LATENTS}, got {self.global_latents!r}."
             )
-        if self.global_latents == "elbo" and (bound.guide is not bound or estimator.wake):
+        if self.global_latents == "elbo" and (bound.is_split or estimator.wake):
             raise ValueError(
                 "global_latents='elbo' needs one bound for model and guide: not PIWAE, no "
                 f"wake-phase estimator; got estimator='{estimator.name}'."

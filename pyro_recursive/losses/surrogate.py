@@ -36,7 +36,7 @@ def surrogate(
     if estimator.wake:
         _refuse_moving_deltas(runs)
     guide_bound = bound.guide
-    is_split = guide_bound is not bound
+    is_split = bound.is_split
     if is_split or estimator.wake:
         _refuse_shared_parameters(runs, local)
     derivatives = guide_bound.derivatives(log_weights)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.base import LatentGuide, first_argument
-from pyro_recursive.guides.call import GuideCall
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.mixture.components import component_of
