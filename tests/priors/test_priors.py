@@ -157,7 +157,7 @@ def test_samples_have_the_mixtures_moments(kind: str) -> None:
     density = mixture.log_prob(nodes).detach().exp() * cell
     probability = float(density[nodes[:, 0] > mixture.mean[0]].sum())
     # The cut runs through a cell of the grid.
-    slack = 4 * math.sqrt(0.25 / number) + float(density.reshape(481, 481).sum(1).max())
+    slack = 4 * math.sqrt(0.25 / number) + float(density.reshape(801, 801).sum(1).max())
     assert abs(right.double().mean() - probability) < slack
 
 

@@ -154,11 +154,11 @@ CODES = ValueError, "queries have shape .* a row, and the references"
 DATA = {
     "x has another width": Bad(
         lambda: (torch.ones(ROWS, 3), numbers()), RuntimeError, FED.format(r"\d, 3", "float64"),
-        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "cannot run with latent")},
+        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "fails with latent site")},
     ),
     "x has no features": Bad(
         lambda: (torch.ones(ROWS), numbers()), RuntimeError, FED.format("4", "float64"),
-        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "cannot run with latent"),
+        {"hand": OF_PYRO, "mapa": CODES, "mapa first": (ValueError, "fails with latent site"),
          "mixture first": (ValueError, "weights='linear' needs inputs that are one tensor"),
          "recursive first": (ValueError, "weights='linear' needs inputs that are one tensor")},
     ),

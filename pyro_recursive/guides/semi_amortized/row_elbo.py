@@ -161,9 +161,9 @@ def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) ->
     for dim in range(-len(shape), 0):
         if shape[dim] != 1 and dim not in dims:
             raise ValueError(
-                f"Site '{site['name']}' has batch shape {list(shape)} in refinement, and dim {dim} "
-                "is no plate's. Use a pyro.plate, .to_event(...), z.sum(-1, keepdim=True) or "
-                "draws=1."
+                f"Site '{site['name']}' has batch shape {tuple(shape)} in refinement, and dim "
+                f"{dim} belongs to no plate. Use a pyro.plate, .to_event(...), "
+                "z.sum(-1, keepdim=True) or draws=1."
             )
 
 
