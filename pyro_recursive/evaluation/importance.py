@@ -30,7 +30,8 @@ NO_TAIL = 1e-4
 class PSIS(NamedTuple):
     """Smoothed weights and their diagnostic, both float64.
 
-    ``log_weights``, ``[S, *batch]`` in nats, are normalised: their logsumexp over S is 0.
+    ``log_weights``, ``[S, *batch]`` in nats, are normalised: their logsumexp over S is 0,
+    unless all weights are 0.
     ``pareto_k``, ``[*batch]``, is k-hat, reliable below `pareto_k_threshold`.
     """
 
@@ -43,8 +44,8 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
 
     The min(S / 5, 3 sqrt(S / relative_ess)) largest weights are replaced by quantiles of a
     generalised Pareto distribution fitted to them, by ``psislw`` of ArviZ. k-hat is 0 if the tail's
-    weights are equal to 0.01 % (an exact guide), and infinite if S is 20 or less, if the tail has
-    no more than 4 different weights, or if the fit fails; the weights are not smoothed then.
+    weights agree within 0.01 % (an exact guide). It is infinite, and nothing is smoothed, if S is
+    20 or less, if no more than 4 weights are above the tail's smallest, or if the fit fails.
 
     Args:
         log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0.
@@ -84,7 +85,7 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
 
 
 def _psislw(rows: np.ndarray, relative_ess: float) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth each row by ArviZ 0.2x or 1.x, which takes seconds to import; return its k, too."""
+    """Smooth each row by ArviZ 0.2x or 1.x, and return its k; importing ArviZ takes seconds."""
     shapes = np.full(len(rows), np.inf)
     if not len(rows):
         return rows, shapes
@@ -145,6 +146,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 def pareto_k_threshold(num_samples: int) -> float:
     """Return the largest reliable k-hat for S samples, ``min(1 - 1 / log10(S), 0.7)``.
+
+    It is 0 for 10 samples or fewer.
 
     >>> [round(pareto_k_threshold(S), 2) for S in (100, 1000, 5000)]
     [0.5, 0.67, 0.7]
@@ -210,7 +213,7 @@ class ImportanceWeights:
     def joint(self) -> "ImportanceWeights":
         """Return the joint weights of all entries, ``[S]``: the products of their weights.
 
-        They are about quantities of the whole data set, and get worse with its size.
+        Use them for quantities of the whole data set; their variance grows with its size.
         """
         joint = self.log_weights.reshape(len(self.log_weights), -1).sum(1)
         return ImportanceWeights(joint, (), self.points)
@@ -285,8 +288,8 @@ class ImportanceWeights:
         lines.append(k_hat)
         if high:
             lines.append(
-                "There log p(x), effective sample size and resampled draws are not reliable. Train "
-                "longer, or use a richer guide."
+                "For these, log p(x), effective sample size and resampled draws are not reliable. "
+                "Train longer, or use a richer guide."
             )
         return "\n".join([*lines, ess, evidence])
 
@@ -311,7 +314,8 @@ def importance_weights(
 
     The weights are those of this minibatch, without any subsample scale, one for each entry of the
     plates that enclose every sample site. A user's masks, and scales of the model, stay in them.
-    Modules run in the mode they are in. Wrap a model whose keyword has the name of one here.
+    Modules run in their present mode. A model with an argument named like one of these needs a
+    function around it.
 
     Args:
         num_particles: S, more than 20 for a k-hat.

@@ -43,8 +43,9 @@ class ModelReference:
 class LatentGuide(PyroModule):
     """A guide over a model's continuous latents, in one or two blocks of packed vectors.
 
-    The latents inside the plate of the data are one block, with a distribution for each row; those
-    outside are the other, with one joint distribution. The first call, or `prepare`, runs the model
+    With an encoder or ``plate=``, the latents inside the plate of the data are one block, with a
+    distribution for each row, and those outside are another. Without, all latents are one block
+    with one joint distribution. The first call, or `prepare`, runs the model
     once to find them. A subclass defines `posterior` and `build`; for refinement and
     `pyro_recursive.gaps` also `variational_params` and `row_family`.
 
@@ -52,7 +53,7 @@ class LatentGuide(PyroModule):
     store has under the guide's name. Copies share the model; pickles leave it out, see `attach`.
     """
 
-    can_be_component: ClassVar[bool] = True  # of a mixture: it is determined by its distribution
+    can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class LatentGuide(PyroModule):
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
-        # By plate and length of the inputs: its full size, and its size.
+        # Plate name -> length of the inputs -> full size and size of the plate.
         self._known_sizes: dict[str, dict[int, tuple[int, int]]] = {}
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
         self.is_loaded = False  # since the last call
@@ -105,7 +106,7 @@ class LatentGuide(PyroModule):
         Args:
             latents: the block.
             prior_draw: a draw from the prior, ``[*batch, D]``.
-            raw: the encoders' inputs.
+            raw: the encoders' inputs, or what a shared trunk returns for two of their rows.
         """
 
     def attach(self, model: Callable) -> None:
@@ -122,16 +123,13 @@ class LatentGuide(PyroModule):
         return self._model.model
 
     def served_model(self) -> Callable:
-        """Return the model with the latents that this guide packs, the others hidden."""
+        """Return the model whose latents this guide packs; a subclass may hide others."""
         return self.own_model("to find its latents")
 
     @property
     def by_row(self) -> bool:
-        """Whether latents in the data's plate have one distribution per row without ``plate=``.
-
-        With an encoder they do.
-        """
-        return any(name == "encoder" for name, _ in self.named_children())
+        """Whether the data's plate is found without ``plate=``, as it is with an encoder."""
+        return self._has("encoder")
 
     def _has(self, module: str) -> bool:
         """Whether there is a module; getting it from a PyroModule would register its parameters."""
@@ -149,10 +147,10 @@ class LatentGuide(PyroModule):
                 self.look(*args, **kwargs)
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
-        """Undo what the block adds to a guide that is not yet prepared, where it raises.
+        """If the block raises before the guide is prepared, restore the guide and Pyro's store.
 
-        That is attributes, parameters and buffers, and what stands under the guide's name in Pyro's
-        store; not what was done in place to tensors.
+        Attributes, parameters, buffers and the store's entries under the guide's name go back to
+        what they were; changes in place to tensors stay.
         """
         return nullcontext() if self.groups else _rollback(self)
 
@@ -274,7 +272,7 @@ class LatentGuide(PyroModule):
         return None
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
-        """Make a plate as the model's, or of the inputs' length where it had that."""
+        """Copy the model's plate, with the inputs' present length if its size was their length."""
         full, size = frame.full_size or frame.size, frame.size
         inputs_are = self._input_sizes.get(frame.name)
         if frame.name in self._given_minibatches and inputs_are != "minibatch":
@@ -391,9 +389,9 @@ def _note_loaded(guide: Any, keys: Any) -> None:
 
 
 def _check_copyable(guide: LatentGuide) -> None:
-    """Raise where a guide holds one of Pyro's, whose copies lose the model.
+    """Raise where a guide holds an autoguide of Pyro, which loses its model when it is copied.
 
-    After a call it may also have tensors that torch cannot copy.
+    After a call an autoguide may also hold tensors that torch cannot copy.
     """
     for part in guide.modules():
         if isinstance(part, AutoGuide):
@@ -421,7 +419,7 @@ def _data_plate(trace: poutine.Trace, latent: list[Site]) -> str | None:
     observed = [set(plates_of(site)) for site in sites(trace) if site["is_observed"]]
     shared = set.intersection(*observed) if observed else set()
     frames = [name for site in latent for name in _vectorized(site) if name in shared]
-    # Of several the one that holds the most latents: its sites have the others as rows or inside.
+    # Of nested plates take the one with the most latents.
     return max(frames, key=lambda name: sum(name in plates_of(s) for s in latent), default=None)
 
 
@@ -434,7 +432,7 @@ def _enumerated(site: Site) -> bool:
 
 
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:
-    """Yield the plates of rows that are as long as the inputs: all of the plate, or a minibatch."""
+    """Yield each row plate of the inputs' length, and whether that is "all" or a "minibatch"."""
     if not isinstance(raw, Tensor):
         return
     for latents in groups:

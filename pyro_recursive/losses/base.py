@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
 class LogWeightELBO(ELBO):
     """Base of the losses: minus a bound of log-weights ``[M, K, *plates]``, in nats.
 
-    Nothing is kept from a call.
+    A loss keeps no state between calls; `tracing.program` remembers the structure of a program.
 
     Args:
         bound, estimator, num_estimates, num_particles, max_plate_nesting, vectorize_particles,
@@ -63,7 +63,7 @@ class LogWeightELBO(ELBO):
         _check_counts(num_estimates=num_estimates, num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._bound = bound
-        self.max_plate_nesting = max_plate_nesting
+        self.max_plate_nesting = max_plate_nesting  # Pyro's constructor would add 1 to it
         self.num_estimates = num_estimates
         self.estimator = _estimator(estimator)
         self.global_latents = global_latents
@@ -94,7 +94,7 @@ class LogWeightELBO(ELBO):
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return a scalar: its value is minus the bound, its gradient the estimator's."""
+        """Return a scalar: its value is minus the bound, its gradient is the estimator's."""
         program = Program(model, guide, args, kwargs)
         if not torch.is_grad_enabled():
             return self._value(self._evaluate(program))

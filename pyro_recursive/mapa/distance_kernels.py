@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_recursive.mapa.kernel import (
+from pyro_recursive.mapa.kernel_base import (
     Features,
     InnerProductKernel,
     ScoreKernel,

@@ -42,7 +42,7 @@ _ENCODED_AT_ONCE = 4096
 
 
 class Passes(NamedTuple):
-    """The codes decoded in the last training step, and its rows."""
+    """The codes decoded in the last evaluation of the loss, and its rows."""
 
     codes: int
     rows: int
@@ -74,7 +74,8 @@ class MAPAGuide(LatentGuide):
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
 
     Raises:
-        NotImplementedError: the site is discrete or not in one plate, or a density is needed.
+        NotImplementedError: the site is discrete or not in one plate, or a density is
+            asked for, as by another loss.
         ValueError: several sites could be meant; codes, table and site do not fit.
 
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
@@ -155,7 +156,7 @@ class MAPAGuide(LatentGuide):
         if table.num_components != len(self.codes):
             raise ValueError(
                 f"The table is over {table.num_components} components, and there are "
-                f"{len(self.codes)} codes: give such codes a table of their own, or no data."
+                f"{len(self.codes)} codes: pass table=, or no data."
             )
         data = self._data[0]
         if data is None and isinstance(self.codes, EncodedCodes):
@@ -361,7 +362,7 @@ class MAPAGuide(LatentGuide):
             site, model = str(self.site), self.own_model("to find its kernel")
             kernel = kernel_of_model(trace, site, raw, len(data), width)
             with isolated():
-                torch.rand(8)  # another draw of the prior
+                torch.rand(8)  # advance the random state: the next run draws another z
                 again = outline(model, args, kwargs, grad=True)
             if kernel_of_model(again, site, raw, len(data), width) != kernel:
                 raise ValueError(
@@ -387,7 +388,7 @@ class MAPAGuide(LatentGuide):
 
 
 def _asks_for_the_prior(raw: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call has None in place of data; a model without arguments has its own data."""
+    """Whether a call has None in place of data; without arguments the model holds its data."""
     return raw is None and bool(args or kwargs)
 
 

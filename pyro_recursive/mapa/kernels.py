@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_recursive.mapa.distance_kernels import Distance, Gaussian, StudentT
-from pyro_recursive.mapa.kernel import (
+from pyro_recursive.mapa.kernel_base import (
     Features,
     InnerProductKernel,
     Kernel,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.mapa.kernel import (
+from pyro_recursive.mapa.kernel_base import (
     InnerProductKernel,
     Kernel,
     LogKernel,

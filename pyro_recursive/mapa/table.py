@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.mapa.kernel import Kernel, LogKernel
+from pyro_recursive.mapa.kernel_base import Kernel, LogKernel
 from pyro_recursive.mapa.nearest import (
     BUDGET,
     Finder,

@@ -24,7 +24,10 @@ from pyro_recursive.tracing.sites import (
 
 @dataclass(frozen=True)
 class Particles:
-    """M * K samples, m slowest; `dim` is the particle plate's, None where runs are looped."""
+    """M * K samples, the estimate's index varying slowest; `dim` is the particle plate's dim.
+
+    It is None where the particles run one by one.
+    """
 
     num_estimates: int
     num_particles: int
@@ -40,7 +43,7 @@ class Particles:
 class ProgramStructure:
     """The plate nesting of a program and the plates of each sample site, from one run.
 
-    ``mixing`` names a latent whose particles would be mixed in one pass; see `_mixed_site`.
+    ``mixing`` names a latent whose particles would be mixed in one pass; see `tracing.program`.
     """
 
     max_plate_nesting: int
@@ -104,7 +107,7 @@ class PlateLayout:
     def cell(self, site: Site) -> tuple[int, ...]:
         """Return where the site stands in the shared sequential plates.
 
-        A plate that is iterated once more goes on counting.
+        Pyro's counter continues when a plate is iterated again, hence the modulo.
         """
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
         return tuple((frames[name].counter - 1) % frames[name].size for name in self.sequential)
@@ -132,7 +135,7 @@ class PlateLayout:
             cells[cell] = cells[cell] + reduced if cell in cells else reduced
         total = 1 if self.particles.dim is None else self.particles.total
         target = (total, *self.shape[len(self.sequential) :])
-        # A group may have sites in some of the cells only.
+        # Cells without a site of this group count as 0.
         zero = next(iter(cells.values())).new_zeros(())
         every = itertools.product(*map(range, self.shape[: len(self.sequential)]))
         rows = [cells.get(cell, zero) for cell in every]
@@ -144,7 +147,7 @@ class PlateLayout:
     def at_site(self, tensor: Tensor, site: Site, particle: int = 0) -> Tensor:
         """Broadcast an ``[M, K, *plates]`` tensor against the value of one site.
 
-        Where runs are looped, the row of one particle.
+        If particles run one by one, only the row of ``particle``.
         """
         rows = tensor.flatten(0, 1)
         rows = rows[particle : particle + 1] if self.particles.dim is None else rows
@@ -162,7 +165,7 @@ class PlateLayout:
 def layout_of(
     particles: Particles, tables: Sequence[SiteTable], only: frozenset[str] | None = None
 ) -> PlateLayout:
-    """Return the layout of runs: the plates that enclose every site, or every one of `only`."""
+    """Return the layout of runs: the plates that enclose every site, or all in `only`."""
     nesting = -particles.dim - 1 if particles.dim else max(table.nesting for table in tables)
     stacks = [
         record.row_plates
@@ -190,8 +193,9 @@ def plates_of_data(structure: ProgramStructure) -> set[str]:
     observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
     data_plates = set.intersection(*observed) if observed else set()
     if not data_plates:
+        plates = sorted(set().union(*observed)) or "none"
         raise ValueError(
-            "global_latents='elbo' needs a plate that encloses every observed site; "
-            f"the observed sites stand in {observed or 'no plate'}"
+            "global_latents='elbo' needs a plate that encloses every observed site. "
+            f"The plates of observed sites are {plates}."
         )
     return data_plates

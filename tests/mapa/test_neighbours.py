@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.mapa import nearest as nearest_module
-from pyro_recursive.mapa.kernel import Kernel
+from pyro_recursive.mapa.kernel_base import Kernel
 from pyro_recursive.mapa.kernels import (
     Bernoulli,
     Categorical,
