@@ -22,7 +22,6 @@ from benchmarks.report import (
     draw_ratios,
     draw_values,
     figure,
-    finish,
     method_table,
     with_error,
 )
@@ -79,9 +78,7 @@ def main(arguments: list[str]) -> None:
     batch = dynamic_binarize(task.train[: settings.batch_size])
     results["steps"] = time_steps(timed, batch, options.timing_repeats, BASELINE)
     experiment.sort(METHODS)
-    picture = experiment.folder / "results.png"
-    plot(results, picture)
-    finish(results, experiment.path, report(results), [picture])
+    experiment.finish(report, plot)
 
 
 def _evaluate(method: Method, task: Task, samples: int) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from benchmarks.report import (
     draw_ratios,
     draw_values,
     figure,
-    finish,
     means,
     method_table,
     name_rows,
@@ -82,9 +81,7 @@ def main(arguments: list[str]) -> None:
     )
     experiment.sort(METHODS)
     _time(results, settings, task, options.timing_repeats)
-    picture = experiment.folder / "results.png"
-    plot(results, picture)
-    finish(results, experiment.path, report(results), [picture])
+    experiment.finish(report, plot)
 
 
 def parse_options(arguments: list[str]) -> Any:
@@ -103,7 +100,7 @@ def _setup(settings: GuideSettings, task: Task, name: str = "") -> Setup:
         holdout=task.validation[:100],
         hidden=settings.hidden,
         latent=settings.latent,
-        steps=settings.epochs * -(-len(task.train) // settings.batch_size),
+        steps=settings.steps(len(task.train)),
         pseudo_inputs=settings.pseudo_inputs,
         name=name,
     )

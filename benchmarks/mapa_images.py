@@ -142,7 +142,7 @@ def _run(
         cost = asdict(train(learner, training, seed))
     except Diverged as error:
         return {"failure": str(error)}
-    steps = settings.epochs * -(-len(data.train) // settings.batch_size)
+    steps = settings.steps(len(data.train))
     cost["ms_per_step"] = 1000 * cost["processor_seconds"] / steps
     pyro.set_rng_seed(seed + 1000)
     start = time.perf_counter()

@@ -24,7 +24,6 @@ from benchmarks.report import (
     color,
     draw_values,
     figure,
-    finish,
     means,
     method_table,
     name_rows,
@@ -83,9 +82,7 @@ def main(arguments: list[str]) -> None:
         results["true model"] = task.exact.mean().item()
     experiment.sort(METHODS)
     _time(results, settings, task, options.timing_repeats)
-    picture = experiment.folder / "results.png"
-    plot(results, picture)
-    finish(results, experiment.path, report(results), [picture])
+    experiment.finish(report, plot)
 
 
 def parse_options(arguments: list[str]) -> Any:
@@ -106,7 +103,7 @@ def _setup(settings: RefinementSettings, task: Task, name: str = "") -> Setup:
         holdout=task.validation[:100],
         latent=settings.latent,
         hidden=settings.hidden,
-        updates=settings.epochs * -(-len(task.train) // settings.batch_size),
+        updates=settings.steps(len(task.train)),
         refinements=settings.refinements,
         name=name,
     )

@@ -15,7 +15,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.report import Results, hardware, write_json
+from benchmarks.report import Results, finish, hardware, write_json
 from benchmarks.timing import Costs, costs_of, grow
 from pyro_recursive import IWAE_ELBO, fit, log_marginal
 from pyro_recursive.training import Aggressive, NonFiniteError
@@ -40,6 +40,10 @@ class Settings:
         """Take the settings from the options of the command line, and from others."""
         given: dict[str, Any] = {f.name: getattr(options, f.name, None) for f in fields(cls)}
         return cls(**given | more)
+
+    def steps(self, rows: int) -> int:
+        """Return the number of training steps on so many rows, over all epochs."""
+        return self.epochs * -(-rows // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,14 @@ class Experiment:
             found = self.results.get(key, {})
             self.results[key] = {name: found[name] for name in names if found.get(name)}
         self.results["hardware"] = hardware()
+
+    def finish(
+        self, report: Callable[[Results], str], plot: Callable[[Results, Path], None]
+    ) -> None:
+        """Draw the figure, write the results and print the report."""
+        picture = self.folder / "results.png"
+        plot(self.results, picture)
+        finish(self.results, self.path, report(self.results), [picture])
 
 
 def time_steps(
