@@ -6,7 +6,7 @@ where matplotlib is not installed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,11 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.gaps import Gaps
 from pyro_recursive.evaluation.importance import ImportanceWeights, pareto_k_threshold
-from pyro_recursive.evaluation.ranks import (
-    Calibration,
-    binomial_interval,
-    ecdf_band,
-    ecdf_difference,
-    rank_histogram,
-)
+from pyro_recursive.evaluation.ranks import binomial_interval, ecdf_band, ecdf_difference
 from pyro_recursive.evaluation.snr import SNRSweep
 
 LARGEST_K = 0.7  # to be trusted, however many samples there are
+MOST_BINS, PER_BIN = 20, 10  # of ranks, and the ranks expected in each
 
 
 def plot_pareto_k(
@@ -79,50 +74,39 @@ def plot_gradient_snr(sweep: SNRSweep, over: str = "K", at: int = 0, ax: Any = N
 
 
 def plot_ranks(
-    ranks: Tensor | Calibration,
-    num_draws: int | None = None,
-    bins: int | None = None,
-    level: float = 0.95,
-    site: str | None = None,
-    dim: int = 0,
-    ax: Any = None,
+    ranks: Tensor, num_draws: int, bins: int | None = None, level: float = 0.95, ax: Any = None
 ) -> Any:
     """Plot the histogram of one number's ranks, with the interval of uniform ranks in each bin.
 
     Args:
-        ranks: the result of `calibration`; or ranks ``[N]``, 0 to L.
-        num_draws: L, which the result of `calibration` has.
-        bins: as in `rank_histogram`.
+        ranks: one column of `Calibration.ranks`, ``[N]``, 0 to L.
+        num_draws: L.
+        bins: at most L + 1; None is at most 20, with about 10 ranks or more in each.
         level: of the interval, for all bins together (Bonferroni).
-        site, dim: which number of the result of `calibration`.
         ax: as in `plot_pareto_k`.
 
     >>> import torch
     >>> len(plot_ranks(torch.arange(100), num_draws=99, bins=10).patches)
     10
     """
-    own, num_draws = _ranks_of(ranks, num_draws, site)
-    if isinstance(ranks, Calibration):
-        own = own[:, dim]
-    elif own.dim() != 1:
-        raise ValueError(f"Ranks are [N], got {tuple(own.shape)}: choose a column.")
-    ax = _axes(ax)
-    counts, shares = rank_histogram(own.unsqueeze(1), num_draws, bins)
-    limits = binomial_interval(len(own), shares.cpu(), 1 - (1 - level) / len(shares))
-    low, high = (np.append(limit, limit[-1:]) for limit in map(_array, limits))  # the right edge
-    edges = np.append(0.0, _array(shares.cumsum(0))) * (num_draws + 1)
-    ax.bar(edges[:-1], _array(counts[:, 0]), np.diff(edges), align="edge", edgecolor="white")
+    ax, own, size = _axes(ax), ranks.cpu().numpy(), num_draws + 1
+    bins = min(bins or max(2, min(MOST_BINS, len(own) // PER_BIN)), size)
+    counts = np.bincount(own * bins // size, minlength=bins)
+    shares = np.bincount(np.arange(size) * bins // size, minlength=bins) / size
+    limits = binomial_interval(len(own), shares, (1 - level) / 2 / bins)
+    low, high = (np.append(limit, limit[-1:]) for limit in limits)  # the right edge
+    edges = np.append(0.0, shares.cumsum()) * size
+    ax.bar(edges[:-1], counts, np.diff(edges), align="edge", edgecolor="white")
     ax.fill_between(edges, low, high, step="post", color="0.6", alpha=0.5, label=f"{level:.0%}")
-    ax.set(xlabel=f"rank among {num_draws} draws", ylabel="data sets", xlim=(0, num_draws + 1))
+    ax.set(xlabel=f"rank among {num_draws} draws", ylabel="data sets", xlim=(0, size))
     return _with_legend(ax)
 
 
 def plot_ecdf_difference(
-    ranks: Tensor | Calibration,
-    num_draws: int | None = None,
+    ranks: Tensor,
+    num_draws: int,
     level: float = 0.95,
-    labels: Any = None,
-    site: str | None = None,
+    labels: Sequence[str | None] | None = None,
     ax: Any = None,
 ) -> Any:
     """Plot the distribution functions of ranks minus the uniform one, with a simultaneous band.
@@ -131,25 +115,22 @@ def plot_ecdf_difference(
     wide the reverse; draws too high a curve above 0, too low one below.
 
     Args:
-        ranks: the result of `calibration`; or ranks, ``[N]`` or ``[N, dims]``, 0 to L.
-        num_draws: L, which the result of `calibration` has.
+        ranks: those of one site in `Calibration.ranks`, ``[N, dims]``, 0 to L.
+        num_draws: L.
         level: the probability that the band contains one whole curve of uniform ranks.
         labels: a name for each of the dims.
-        site: which latent of the result of `calibration`.
         ax: as in `plot_pareto_k`.
 
     >>> import torch
     >>> len(plot_ecdf_difference(torch.randint(10, (50, 3)), num_draws=9).lines)
     3
     """
-    own, num_draws = _ranks_of(ranks, num_draws, site)
-    ax, own = _axes(ax), own.unsqueeze(1) if own.dim() == 1 else own
-    at, difference = (_array(part) for part in ecdf_difference(own, num_draws))
-    lower, upper = (_array(limit) for limit in ecdf_band(len(own), num_draws, level))
+    ax = _axes(ax)
+    at, difference = (_array(part) for part in ecdf_difference(ranks, num_draws))
+    lower, upper = (_array(limit) for limit in ecdf_band(len(ranks), num_draws, level))
     band = {"step": "post", "color": "0.85", "zorder": 0}
     ax.fill_between(at, lower, upper, label=f"{level:.0%} band", **band)
-    names = labels if labels is not None else [None] * difference.shape[1]
-    for name, curve in zip(names, difference.T, strict=True):
+    for name, curve in zip(labels or [None] * len(difference.T), difference.T, strict=True):
         ax.plot(at, curve, drawstyle="steps-post", label=name)
     ax.set(xlabel="rank / draws", ylabel="ECDF - uniform", xlim=(0, 1))
     return _with_legend(ax)
@@ -166,9 +147,6 @@ def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
         ax: as in `plot_pareto_k`.
     """
     found = gaps if isinstance(gaps, Mapping) else {"": gaps}
-    for each in found.values():
-        if not isinstance(each, Gaps):
-            raise TypeError(f"plot_gaps needs the result of gaps, got {type(each).__name__}.")
     ax = _axes(ax)
     tables = [each.summary() for each in found.values()]
     family, encoder, whole = (
@@ -187,15 +165,13 @@ def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
     return _with_legend(ax)
 
 
-def plot_history(history: Any, per_row: bool = False, ax: Any = None) -> Any:
+def plot_history(history: Any, ax: Any = None) -> Any:
     """Plot the losses of `pyro_recursive.fit` by epoch, training and validation, in nats.
 
-    Epochs without validation, and losses that are not finite, are left out; a circle is around the
-    best epoch.
+    Losses that are not there or not finite are left out; a circle is around the best epoch.
 
     Args:
         history: a `pyro_recursive.training.history.History`, or several by name.
-        per_row: divide by the rows of a batch, for losses of the batch: nats per datum.
         ax: as in `plot_pareto_k`.
 
     >>> from pyro_recursive.training.history import History
@@ -206,18 +182,18 @@ def plot_history(history: Any, per_row: bool = False, ax: Any = None) -> Any:
     ax = _axes(ax)
     found = history if isinstance(history, Mapping) else {"": history}
     for index, (name, each) in enumerate(found.items()):
-        color, prefix = f"C{index % 10}", f"{name}: " if name else ""
-        rows, held = (each.rows, each.validation_rows) if per_row else (1.0, 1.0)
-        ax.plot(each.epoch, _losses(each.loss, rows), ".-", color=color, label=f"{prefix}training")
-        validation = _losses(each.validation, held)
+        color, prefix, epochs = f"C{index % 10}", f"{name}: " if name else "", np.array(each.epoch)
+        loss, validation = (np.array(v, dtype=float) for v in (each.loss, each.validation))
+        loss[~np.isfinite(loss)] = math.nan
+        ax.plot(epochs, loss, ".-", color=color, label=f"{prefix}training")
         known = np.isfinite(validation)
         if known.any():
-            epochs = np.array(each.epoch)[known]
-            ax.plot(epochs, validation[known], ".--", color=color, label=f"{prefix}validation")
+            style = {"color": color, "label": f"{prefix}validation"}
+            ax.plot(epochs[known], validation[known], ".--", **style)
         if each.best_epoch is not None:
             best = each.epoch.index(each.best_epoch)
             ax.plot(each.best_epoch, validation[best], "o", color=color, fillstyle="none")
-    ax.set(xlabel="epoch", ylabel="loss, nats per datum" if per_row else "loss, nats")
+    ax.set(xlabel="epoch", ylabel="loss, nats")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _with_legend(ax)
 
@@ -239,24 +215,3 @@ def _with_legend(ax: Any) -> Any:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
-
-
-def _ranks_of(
-    ranks: Tensor | Calibration, num_draws: int | None, site: str | None
-) -> tuple[Tensor, int]:
-    """Return the ranks of one site, and L."""
-    if isinstance(ranks, Calibration):
-        if site is None and len(ranks.ranks) > 1:
-            raise ValueError(f"Choose one of {sorted(ranks.ranks)} with site=.")
-        if site is not None and site not in ranks.ranks:
-            raise ValueError(f"There are no ranks of '{site}', but of {sorted(ranks.ranks)}.")
-        return ranks.ranks[site or next(iter(ranks.ranks))], ranks.num_draws
-    if num_draws is None:
-        raise ValueError("Ranks need num_draws=, the number of draws of each.")
-    return ranks, num_draws
-
-
-def _losses(values: list[Any], rows: Any) -> np.ndarray:
-    """Return losses a row, nan where there is none or none that is finite."""
-    found = np.array([math.nan if value is None else value for value in values])
-    return np.where(np.isfinite(found), found, math.nan) / np.array(rows or math.nan)

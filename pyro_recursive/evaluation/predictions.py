@@ -387,11 +387,6 @@ def _can_be_drawn(site: Any) -> bool:
     return site["is_observed"] and not special
 
 
-def data_of(site: Site) -> Any:
-    """Return the data in whose place a site's value was drawn."""
-    return site["infer"]["obs"]
-
-
 def is_factor(site: Site) -> bool:
     """Whether a site is a `pyro.factor`, which has a density and no value."""
     return isinstance(site["fn"], dist.Unit)

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from pyro_recursive import AmortizedGuide
 from pyro_recursive.evaluation.ranks import (
     Calibration,
-    RankSums,
     ecdf_band,
     ecdf_difference,
-    holm,
-    rank_histogram,
+    ranks_of,
     uniformity,
 )
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits, simulate
@@ -68,74 +66,48 @@ def value(found: Any, name: str) -> Tensor:
 # --- Ranks
 
 
-@pytest.mark.parametrize(("count", "num_draws"), [(30, 7), (200, 127), (1000, 10)])
+@pytest.mark.parametrize(("count", "num_draws"), [(30, 7), (30, 1), (200, 127), (1000, 10)])
 def test_uniform_ranks_are_rejected_as_often_as_said(count: int, num_draws: int) -> None:
     dims = 4000
     found = uniformity(torch.randint(num_draws + 1, (count, dims)), num_draws)
     for level in (0.05, 0.01):
         error = math.sqrt(level / dims)
-        assert abs((found.histogram < level).double().mean() - level) < 0.3 * level + 4 * error
-        assert (found.p_value < level).double().mean() < 1.1 * level + 4 * error
-    for z in (found.location, found.spread):
-        assert abs(z.mean()) < 4 / dims**0.5
-        assert abs(z.std() - 1) < 4 / (2 * dims) ** 0.5
+        assert abs((found < level).double().mean() - level) < 0.3 * level + 4 * error
 
 
 @pytest.mark.parametrize(
-    ("draw", "fault"),
+    ("draw", "is_uniform"),
     [
-        (lambda u: u.square(), "too high"),
-        (lambda u: u.sqrt(), "too low"),
-        (lambda u: 0.5 + 0.8 * (u - 0.5), "too wide"),
-        (lambda u: dist.Beta(0.7, 0.7).sample(u.shape), "too narrow"),
-        (lambda u: torch.where(u < 0.3, u + 0.3, torch.where(u < 0.6, u - 0.3, u)), None),
-        (lambda u: u.where((u - 0.5).abs() < 0.499, 0.2), None),
-        (lambda u: (4 * u).floor() / 4 + 0.1, "of a wrong shape"),
+        (lambda u: u.square(), False),
+        (lambda u: u.sqrt(), False),
+        (lambda u: 0.5 + 0.8 * (u - 0.5), False),
+        (lambda u: dist.Beta(0.7, 0.7).sample(u.shape), False),
+        (lambda u: dist.Beta(1.4, 1.4).sample(u.shape), False),
+        (lambda u: (1 - u).where((u > 0.7) & (u < 0.9), u), False),
+        (lambda u: torch.where(u < 0.3, u + 0.3, torch.where(u < 0.6, u - 0.3, u)), True),
+        (lambda u: u.where((u - 0.5).abs() < 0.499, 0.2), True),
     ],
+    ids=["high", "low", "middle", "narrow", "wide", "skewed", "permuted", "rounded"],
 )
-def test_faults_have_their_names(draw: Callable[[Tensor], Tensor], fault: str | None) -> None:
+def test_faults_are_found(draw: Callable[[Tensor], Tensor], is_uniform: bool) -> None:
     ranks = (draw(torch.rand(500, 1)) * 128).long()
-    found = Calibration({"z": ranks}, 127)
-    assert found.is_calibrated(1e-3) == (fault is None)
-    if fault is not None:
-        assert f"z: the draws are {fault} (adj" in str(found)
-    else:
-        assert str(found).startswith("No fault found in 1 numbers with 500 simulated data sets")
+    assert Calibration({"z": ranks}, 127).is_calibrated(1e-3) == is_uniform
 
 
-def test_holm_by_hand() -> None:
-    p = torch.tensor([0.04, 0.001, 0.03, 0.2, 0.9])
-    torch.testing.assert_close(holm(p), torch.tensor([0.12, 0.005, 0.12, 0.4, 0.9]))
-    assert holm(torch.tensor([0.6, 0.6])).tolist() == [1.0, 1.0]
-
-
-def test_only_the_numbers_that_are_off_are_named() -> None:
+def test_p_values_are_adjusted_for_their_number() -> None:
     good, bad = torch.randint(100, (300, 3)), torch.randint(40, (300, 1))
     found = Calibration({"a": good, "b": torch.cat([good[:, :1], bad], 1)}, 99)
     assert not found.is_calibrated()
-    assert found.verdict().splitlines()[0].startswith("Not calibrated in 1 of 5 numbers")
-    assert "b[1]: the draws are too high" in found.verdict()
-    assert found.adjusted["b"].shape == (2,)
+    assert torch.equal(found.adjusted["a"], (5 * found.p_values["a"]).clamp_max(1))
+    assert found.adjusted["b"][0] > 1e-3 > found.adjusted["b"][1]
+    assert str(found).splitlines()[1].startswith("b: smallest adjusted p-value")
 
 
 def test_ties_are_broken_at_random() -> None:
     truth = torch.poisson(torch.full((4000, 1), 0.7))
-    sums = RankSums(truth)
-    for _ in range(3):
-        sums.add(torch.poisson(torch.full((5, 4000, 1), 0.7)))
-    assert torch.equal(sums.ranks, sums.ranks)  # and once for all
-    assert uniformity(sums.ranks, 15).p_value > 1e-3
-    never = RankSums(truth)
-    never.add(torch.full((5, 4000, 1), -1.0))
-    assert (never.ranks == 5).all()
-
-
-def test_bins_get_their_share() -> None:
-    every = torch.arange(11).unsqueeze(1)
-    counts, shares = rank_histogram(every, 10, bins=4)
-    torch.testing.assert_close(counts[:, 0] / 11, shares)
-    assert rank_histogram(every, 10, bins=50)[0].shape == (11, 1)
-    assert rank_histogram(torch.randint(128, (55, 2)), 127)[0].shape == (5, 2)
+    ranks = ranks_of(truth, torch.poisson(torch.full((15, 4000, 1), 0.7)))
+    assert uniformity(ranks, 15) > 1e-3
+    assert (ranks_of(truth, torch.full((5, 4000, 1), -1.0)) == 5).all()
 
 
 @pytest.mark.parametrize(("count", "num_draws"), [(50, 20), (400, 63)])
@@ -160,11 +132,8 @@ def test_difference_by_hand() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "at least 20 ranks, got 19"),
+        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "needs 20 ranks, got 19"),
         (lambda: uniformity(torch.full((20, 1), 10), 9), "are 0 to 9, got 10 to 10"),
-        (lambda: uniformity(torch.zeros(20, 1), 9), r"integers \[N, dims\]"),
-        (lambda: uniformity(torch.zeros(20).long(), 9), r"integers \[N, dims\]"),
-        (lambda: ecdf_band(20, 9, 1.0), "between 0 and 1, got 1.0"),
         (lambda: Calibration({}, 9), "no ranks"),
     ],
 )
@@ -176,32 +145,12 @@ def test_ranks_that_cannot_be_tested(call: Callable[[], Any], message: str) -> N
 # --- Rows
 
 
-FAULTS = {
-    "No fault": {},
-    "too narrow": {"width": 0.6},
-    "too wide": {"width": 1.6},
-    "too high": {"shift": 0.3},
-    "too low": {"shift": -0.3},
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_conjugate_rows(fault: str) -> None:
-    guide = partial(posterior, **FAULTS[fault])
+@pytest.mark.parametrize("fault", [{}, {"width": 0.6}, {"width": 1.6}, {"shift": 0.3}])
+def test_conjugate_rows(fault: dict[str, float]) -> None:
+    guide = partial(posterior, **fault)
     found = calibration(conjugate, guide, torch.zeros(400), num_draws=63)
     assert found.ranks["z"].shape == (400, 1) and found.ranks["z"].max() <= 63
-    assert found.is_calibrated(1e-3) == (fault == "No fault")
-    assert fault in found.verdict(1e-3)
-
-
-@pytest.mark.slow
-def test_exact_guides_have_uniform_p_values() -> None:
-    x = torch.zeros(60)
-    own = torch.cat(
-        [calibration(conjugate, posterior, x, num_draws=19).tests["z"].histogram for _ in range(60)]
-    )
-    assert abs(own.mean() - 0.5) < 4 / math.sqrt(12 * 40)
-    assert (own < 0.2).double().mean() < 0.2 + 4 * math.sqrt(0.16 / 40)
+    assert found.is_calibrated(1e-3) == (not fault)
 
 
 def test_rounds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +180,8 @@ def test_inner_plates_events_covariates_and_keywords() -> None:
     assert found.ranks["v"].shape == (300, 2) and found.ranks["w"].shape == (300, 3)
     assert found.is_calibrated(1e-3)
     found = calibration(model, wrong, covariate, y, x=x, num_draws=31)
-    assert "Not calibrated in 1 of 5" in str(found) and "v[1]: the draws are too high" in str(found)
+    assert (found.adjusted["v"] < 1e-3).tolist() == [False, True]
+    assert bool((found.adjusted["w"] > 1e-3).all())
     only = calibration(model, wrong, covariate, y, x=x, names=["w"])
     assert list(only.ranks) == ["w"] and only.is_calibrated(1e-3)
 
@@ -252,7 +202,7 @@ def test_amortized_guide_on_a_constrained_site() -> None:
     assert all(torch.equal(pyro.get_param_store()[name], value) for name, value in before.items())
     with torch.no_grad():
         guide.encoder.bias[1] -= 1.0
-    assert "too narrow" in str(calibration(model, guide, x, num_draws=63))
+    assert not calibration(model, guide, x, num_draws=63).is_calibrated()
 
 
 def test_discrete_latents() -> None:
@@ -267,7 +217,7 @@ def test_discrete_latents() -> None:
 
     x = torch.zeros(600)
     assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
-    assert "too high" in str(calibration(model, partial(guide, prior=0.6), x, num_draws=31))
+    assert not calibration(model, partial(guide, prior=0.6), x, num_draws=31).is_calibrated()
 
 
 # --- Whole data sets
@@ -285,10 +235,7 @@ def test_global_and_local_latents(vectorize: bool, width: float) -> None:
         progress=False,
     )
     assert found.ranks["loc"].shape[1:] == (1,) and found.ranks["z"].shape[1:] == (3,)
-    if width == 1.0:
-        assert found.is_calibrated(1e-3)
-    else:
-        assert "loc: the draws are too narrow" in str(found)
+    assert bool((found.adjusted["loc"] > 1e-3).all()) == (width == 1.0)
 
 
 def test_fits_start_afresh_and_leave_nothing() -> None:
@@ -325,7 +272,6 @@ def test_identity_comes_before_equality() -> None:
     found = simulate(two_sites, (torch.zeros(4),), {"y": torch.zeros(4)})
     assert torch.equal(found.args[0], value(found, "x"))
     assert torch.equal(found.kwargs["y"], value(found, "y"))
-    assert [site["name"] for site in found.latent] == ["z"]
 
 
 def test_data_in_another_shape_and_dtype() -> None:
@@ -337,18 +283,6 @@ def test_data_in_another_shape_and_dtype() -> None:
     found = simulate(model, (torch.arange(6),), {})
     assert found.args[0].dtype == torch.long and found.args[0].shape == (6,)
     assert torch.equal(found.args[0].double(), value(found, "x").flatten())
-
-
-def test_a_mapping_and_a_function() -> None:
-    def into(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (torch.stack([args[0][:, 0], simulated["x"]], -1),), kwargs
-
-    model = in_rows(lambda pair: normal("x", normal("z", 0.0), obs=pair[:, 1]))
-    found = simulate(model, (torch.zeros(3, 2),), {}, into)
-    assert torch.equal(found.args[0][:, 1], value(found, "x"))
-    swapped = {"x": "y", "y": 0}
-    with pytest.raises(ValueError, match="does not observe at site 'x' what was simulated"):
-        simulate(two_sites, (torch.zeros(3),), {"y": torch.zeros(3)}, swapped)
 
 
 def test_an_explicit_minibatch() -> None:
@@ -392,28 +326,24 @@ X = torch.zeros(3)
 
 autoregression = in_rows(lambda x: normal("x", normal("z", 0.0) + x.mean(), obs=x))
 data_dependent_prior = in_rows(lambda x: normal("x", normal("z", x), obs=x))
-AMBIGUOUS: dict[str, tuple[Callable, tuple, Any]] = {
-    "'f' is a pyro.factor": (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,), None),
-    "observes nothing": (lambda x: None, (X,), None),
-    "distribution of site 'x' depends on": (autoregression, (X,), None),
-    "distribution of site 'z' depends on": (data_dependent_prior, (X,), None),
-    "does not observe at site 'x' what": (transposed, (torch.zeros(3, 3),), None),
-    "data of site 'x' are not found: no argument": (minibatch, (torch.arange(5.0),), None),
-    "no argument is equal to it": (lambda x: normal("x", 0.0, obs=torch.ones(())), (X,), None),
-    "Site 'more' depends on the data": (other_sites, (X,), None),
-    r"\[0, 1\] are": (lambda x, y: conjugate(x + 0), (X, torch.zeros(3)), None),
-    r"names 'y'; the observed sites are \['x'\]": (conjugate, (X,), {"y": 0}),
-    "Argument 1, for the data of site 'x', is not th": (conjugate, (X,), {"x": 1}),
-    r"has \(2,\)": (lambda x, n: conjugate(x), (X, torch.ones(2)), {"x": 1}),
-    "is also that of 'x'": (lambda x, y: two_sites(x, x), (X, torch.zeros(3)), None),
+AMBIGUOUS: dict[str, tuple[Callable, tuple]] = {
+    "'f' is a pyro.factor": (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,)),
+    "observes nothing": (lambda x: None, (X,)),
+    "distribution of site 'x' depends on": (autoregression, (X,)),
+    "distribution of site 'z' depends on": (data_dependent_prior, (X,)),
+    "'x' does not observe what was": (transposed, (torch.zeros(3, 3),)),
+    r"data of site 'x' are in arguments \[\]": (minibatch, (torch.arange(5.0),)),
+    "Site 'more' depends on the data": (other_sites, (X,)),
+    r"in arguments \[0, 1\]": (lambda x, y: conjugate(x + 0), (X, torch.zeros(3))),
+    r"'y' are in arguments \[0\], not in one of their own": (lambda x: two_sites(x, x), (X,)),
 }
 
 
 @pytest.mark.parametrize("message", AMBIGUOUS)
 def test_data_without_a_clear_place(message: str) -> None:
-    model, args, replace = AMBIGUOUS[message]
+    model, args = AMBIGUOUS[message]
     with pytest.raises(ValueError, match=message):
-        simulate(model, args, {}, replace)
+        simulate(model, args, {})
 
 
 def test_computed_and_reparameterised_sites() -> None:
@@ -434,12 +364,11 @@ def test_computed_and_reparameterised_sites() -> None:
 
     x = torch.zeros(1000)
     found = simulate(model, (x,), {})
-    assert [site["name"] for site in found.latent] == ["z_decentered"]
     torch.testing.assert_close(value(found, "z"), 1 + 2 * value(found, "z_decentered"))
     assert value(found, "double").shape == (1000,)
     assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
     narrow = calibration(model, partial(guide, width=0.6), x, num_draws=31)
-    assert "too narrow" in narrow.verdict()
+    assert set(narrow.ranks) == {"z_decentered"} and not narrow.is_calibrated()
     by_fits = calibration_by_fits(model, lambda x: guide, x[:5], num_datasets=20, progress=False)
     assert set(by_fits.ranks) == {"z_decentered"} and by_fits.is_calibrated(1e-3)
 
@@ -457,9 +386,8 @@ def test_a_column_of_an_argument() -> None:
     assert found.is_calibrated(1e-3)
 
 
-def test_masked_latents() -> None:
-    with pytest.raises(NotImplementedError, match="Latent site 'z' is masked"):
-        simulate(masked, (X,), {})
+def wrong_column(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return (simulated["y"],), {"y": simulated["x"]}
 
 
 local = in_rows(lambda x: normal("z", x / 2))
@@ -471,15 +399,20 @@ WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: calibration(hierarchy, local, x), "'loc' is outside the rows' plate 'data'"),
     (
         lambda x: calibration(conjugate, posterior, x, names=["q"]),
-        r"names= has 'q'; the latent sites are \['z'\]",
+        r"names= has \['q'\]; the latent sites are \['z'\]",
     ),
-    (lambda x: by_fits(x, num_datasets=20), "does not sample the latent site 'loc'"),
-    (lambda x: calibration(conjugate, posterior, x[:10]), "at least 20 ranks, got 10"),
+    (lambda x: by_fits(x, num_datasets=20), "does not sample latent site 'loc'"),
+    (lambda x: calibration(conjugate, posterior, x[:10]), "needs 20 ranks, got 10"),
     (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
+    (
+        lambda x: simulate(two_sites, (x,), {"y": x + 0}, wrong_column),
+        "'x' does not observe what was simulated",
+    ),
+    (lambda x: simulate(masked, (x,), {}), "Latent site 'z' is masked"),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG)
 def test_missing_sites_and_rows(call: Callable[[Tensor], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         call(torch.zeros(30))
