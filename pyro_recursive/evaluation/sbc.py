@@ -285,9 +285,10 @@ def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
 
 def _replaced(
     observed: dict[str, Site], args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[tuple, dict[str, Any]]:
     """Return the arguments with simulated values, each in the argument that had its site's data."""
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs)
     new = dict(given)
     for name, site in observed.items():
         data, drawn = site["infer"]["obs"], site["value"]
@@ -302,7 +303,7 @@ def _replaced(
         if isinstance(argument, Tensor):
             drawn = drawn.reshape(argument.shape).to(argument.dtype)
         new[keys[0]] = drawn
-    return [new[i] for i in range(len(args))], {key: new[key] for key in kwargs}
+    return tuple(new[i] for i in range(len(args))), {key: new[key] for key in kwargs}
 
 
 def _equal(argument: Any, value: Any) -> bool:
