@@ -6,7 +6,6 @@ summed; here parameters may also appear in any step, and shares may be of unequa
 
 import zlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.training.data import Batch, rows_of
-from pyro_recursive.training.row_plates import Share
 
 Tensors = Mapping[str, Tensor]
 
@@ -22,13 +20,13 @@ Tensors = Mapping[str, Tensor]
 class DistributedStep:
     """What a learner's step exchanges with the other processes; nothing, if there are none.
 
-    A step is `begin`, the loss and its gradient under `share`, and `combine`. ``rows`` is the
-    number of rows of all processes in this step.
+    A step is `begin`, the loss and its gradient, and `combine`. ``rows`` is the number of rows of
+    all processes in this step.
     """
 
     def __init__(self, processes: ProcessGroup) -> None:
         self.processes = processes
-        self.plates: frozenset[str] | None = None  # of the rows; None before `sync_initial`
+        self.is_new = processes.count > 1  # whether `sync_initial` is still to be called
         self.own_rows = self.rows = 1
         self._before: list[dict[str, Any]] = [{}, {}]  # versions of parameters and buffers
 
@@ -36,11 +34,6 @@ class DistributedStep:
     def is_alone(self) -> bool:
         """Whether there is one process only."""
         return self.processes.count == 1
-
-    @property
-    def is_new(self) -> bool:
-        """Whether `sync_initial` is still to be called."""
-        return self.plates is None and not self.is_alone
 
     @property
     def has_no_rows(self) -> bool:
@@ -67,20 +60,14 @@ class DistributedStep:
                 "larger batch_size."
             )
 
-    def share(self) -> AbstractContextManager:
-        """Return the context in which the loss of this process's rows estimates the whole's."""
-        if self.is_alone or not self.plates:
-            return nullcontext()
-        return Share(self.plates, self.own_rows, self.rows)
-
-    def sync_initial(self, parameters: Tensors, buffers: Tensors, plates: frozenset[str]) -> None:
-        """Copy the first process's parameters, buffers and plates of the rows.
+    def sync_initial(self, parameters: Tensors, buffers: Tensors) -> None:
+        """Copy the first process's parameters and buffers.
 
         Raises:
             ValueError: another process has other parameters or buffers.
         """
         self._check_same({**parameters, **{f"buffer {n}": b for n, b in buffers.items()}})
-        self.plates = self.processes.from_first(plates, "the first step")
+        self.is_new = False
         self.processes.copy_first([*parameters.values(), *buffers.values()])
 
     def watch(self, *tensors: Tensors) -> None:

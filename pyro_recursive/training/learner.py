@@ -29,7 +29,7 @@ from pyro_recursive.training.nan_search import (
     non_finite,
     non_finite_data,
 )
-from pyro_recursive.training.row_plates import RowCounts, row_plates
+from pyro_recursive.training.plate_sizes import BatchTakenForData, check_shares
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -112,7 +112,7 @@ class Learner:
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
-        self.counts: RowCounts | None = RowCounts()  # `fit` takes it after the first step
+        self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
 
@@ -133,7 +133,7 @@ class Learner:
         try:
             if not self.group.is_alone:
                 self._prepare(batch)
-            with self.counts or nullcontext():
+            with self.sizes or nullcontext():
                 loss = self._differentiate(batch, owner)
         except (ValueError, torch.linalg.LinAlgError) as error:  # Pyro's validation finds a NaN
             site = self._first_site(batch, before)
@@ -188,8 +188,7 @@ class Learner:
         self.group.begin(batch, "a batch of validation")
         if self.group.has_no_rows:
             return 0.0, self.group.rows
-        with self.group.share():
-            value = loss.loss(self.model, self.guide, *batch)
+        value = loss.loss(self.model, self.guide, *batch)
         return value if self.group.is_alone else self.group.weight * value, self.group.rows
 
     @contextmanager
@@ -297,10 +296,10 @@ class Learner:
             with self._restoring():
                 if not self.parameters:
                     self._differentiate(batch)
-                first = self.group.processes.is_first
-                plates = row_plates(self.model, self.guide, batch) if first else frozenset()
+                if self.group.processes.is_first:
+                    check_shares(self.model, self.guide, batch)
             self._zero_gradients()
-            self.group.sync_initial(self.parameters, self._buffers(), plates)
+            self.group.sync_initial(self.parameters, self._buffers())
         self.group.watch(self.parameters, self._buffers())
 
     def _differentiate(self, batch: Batch, owner: Owner | None = None) -> Tensor:
@@ -314,7 +313,7 @@ class Learner:
             return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)
         run = self.loss.loss_and_grads if differentiable is None else differentiable
-        with self.group.share(), poutine.trace(param_only=True) as captured:
+        with poutine.trace(param_only=True) as captured:
             value = run(self.model, self.guide, *batch)
         self._collect(captured.trace)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)

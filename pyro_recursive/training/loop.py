@@ -265,7 +265,7 @@ class _Run:
         with warmup:
             for batch in self.batches:
                 loss = step(batch, self.num_epochs + 1)
-                self._warn_of_counts()
+                self._warn_of_sizes()
                 total, count = total.to(loss) + loss, count + 1
                 rows += self.learner.group.rows
                 bar.update()
@@ -275,12 +275,11 @@ class _Run:
             self.learner.end_pass()
         return total.item() / count, rows / count
 
-    def _warn_of_counts(self) -> None:
+    def _warn_of_sizes(self) -> None:
         """After the first step, warn where a plate takes the batch for all data."""
-        counts, self.learner.counts = self.learner.counts, None
-        rows, total = self.learner.group.rows, self.batches.rows if counts else None
-        if counts is not None and total is not None and self.processes.is_first:
-            counts.warn(rows, total, stacklevel=5)
+        sizes, self.learner.sizes = self.learner.sizes, None
+        if sizes is not None and self.batches.rows is not None and self.processes.count == 1:
+            sizes.warn(self.learner.group.rows, self.batches.rows, stacklevel=5)
 
     def end_epoch(self, keep_best: bool) -> None:
         """Step the schedule, keep the best weights, write the checkpoint."""

@@ -267,24 +267,17 @@ def known_size(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-def rows_of_batch(x: Tensor) -> None:
-    """A global latent and a plate of the batch: the mean of the shares' losses would be wrong."""
-    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    with pyro.plate("four", 4):  # as large as a share of the first batch
-        w = pyro.sample("w", dist.Normal(mean, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mean + w.sum(), 1.0), obs=x)
-
-
 def loop_over_rows(x: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    for i in pyro.plate("data", len(x)):
+    for i in pyro.plate("data", 7, subsample=torch.arange(len(x))):
         pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
 
 
 def prior_factor(x: Tensor) -> None:
-    """A density outside the plate of the rows, which each process has whole."""
-    rows_of_batch(x)
+    """Densities outside of the plate of the rows, which each process has whole."""
+    known_size(x)
+    with pyro.plate("four", 4):  # as large as a share of a batch
+        pyro.sample("w", dist.Normal(1.0, 1.0))
     pyro.factor("prior", -(pyro.sample("slope", dist.Normal(1.0, 2.0)) ** 2))
 
 

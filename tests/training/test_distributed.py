@@ -42,20 +42,15 @@ from tests.oracles.training import (
     known_size,
     loop_over_rows,
     prior_factor,
-    rows_of_batch,
 )
 
 WORLD = 2
 PATIENCE = 60  # seconds that a process waits for the others before it fails
+Program = dict[str, Any]  # arguments of fit
 sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.5)
 
 
 # --- Programs without noise: the whole batch's gradient is known
-
-
-def own_constant_scale(x: Tensor) -> None:
-    with poutine.scale(scale=0.1):
-        known_size(x)
 
 
 class Given(dist.Normal):
@@ -83,59 +78,58 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor, noise: Tensor) -> None:
         pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", 7, subsample=x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             mean = self.decoder(z.unsqueeze(-1)).squeeze(-1)
             pyro.sample("x", dist.Normal(mean, 0.5), obs=x)
 
     def guide(self, x: Tensor, noise: Tensor) -> None:
         pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", 7, subsample=x):
             loc, scale = self.encoder(x[:, None]).unbind(-1)
             pyro.sample("z", Given(loc, scale.exp(), noise))
 
 
-def vae_with_noise() -> dict[str, Any]:
+def vae_with_noise() -> Program:
     torch.manual_seed(3)
     vae, noise = VAE(), torch.randn(7, 5)
     program = {"model": vae.model, "guide": vae.guide, "data": (few_rows(), noise)}
     return {**program, "loss": IWAE_ELBO(5)}
 
 
-def point(model: Callable) -> dict[str, Any]:
+def point(model: Callable) -> Program:
     guide = AutoDelta(model, init_loc_fn=lambda site: torch.full(site["fn"].shape(), 0.3))
     return {"model": model, "guide": guide, "data": few_rows(), "loss": Trace_ELBO()}
 
 
-NOISELESS: dict[str, Callable[[], dict[str, Any]]] = {
-    "known size": lambda: point(known_size),
-    "rows of the batch": lambda: point(rows_of_batch),
-    "full batch": lambda: {**point(rows_of_batch), "batch_size": None},
+def own_constant_scale(x: Tensor) -> None:
+    with poutine.scale(scale=0.1):
+        known_size(x)
+
+
+NOISELESS: dict[str, Callable[[], Program]] = {
+    "full batch": lambda: {**point(prior_factor), "batch_size": None},
     "loop": lambda: point(loop_over_rows),
     "constant scale": lambda: point(own_constant_scale),
-    "factor of a prior": lambda: point(prior_factor),
-    "weights of each row": vae_with_noise,
     "idle in the last batch": lambda: {**vae_with_noise(), "batch_size": 6},
     "in order": lambda: {**point(known_size), "shuffle": False, "batch_size": 3},
-    "clipped": lambda: {**vae_with_noise(), "clip_norm": 0.1, "optimizer": sgd},
+    "clipped": lambda: {**vae_with_noise(), "clip_norm": 0.1},
     "warm-up": lambda: {**vae_with_noise(), "kl_warmup": 3},
     "early": lambda: {**point(known_size), "validation": few_rows(5) + 1, "patience": 1},
-}  # fmt: skip
+}
 
 
-def run(program: Callable[[], dict[str, Any]], **changes: Any) -> dict[str, Any]:
+def run(program: Callable[[], Program], **changes: Any) -> dict[str, Any]:
     """Fit a program as a new process would; return what it leaves."""
     pyro.clear_param_store()
     defaults = {"batch_size": 5, "epochs": 4, "seed": 1, "progress": False, "optimizer": sgd}
     arguments = {**defaults, **program(), **changes}
     record = asdict(fit(**arguments))
-    store = pyro.get_param_store()
-    parameters = {name: store[name].unconstrained().detach().clone() for name in store}
     owners = [getattr(each, "__self__", each) for each in (arguments["model"], arguments["guide"])]
     buffers = [
         dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {} for owner in owners
     ]
-    return {"history": record, "parameters": parameters, "buffers": buffers}
+    return {"history": record, "parameters": ordinary.store(), "buffers": buffers}
 
 
 # --- Programs with noise: all processes must stay the same
@@ -149,7 +143,7 @@ class Noisy(ordinary.VAE):
         self.register_buffer("offset", torch.randn(()))
 
     def plate(self, x: Tensor) -> Any:
-        return pyro.plate("data", len(x))
+        return pyro.plate("data", 13, subsample=x)
 
     def mean(self, z: Tensor) -> Tensor:
         return super().mean(z) + self.offset
@@ -159,14 +153,15 @@ def noisy(*batch: Tensor) -> tuple[Tensor, ...]:
     return tuple(column + 0.1 * torch.randn_like(column) for column in batch)
 
 
-def noisy_vae() -> dict[str, Any]:
+def noisy_vae() -> Program:
     torch.manual_seed(50 + ProcessGroup.joined().rank)
     vae, x = Noisy(), torch.linspace(-2, 2, 26).sin().reshape(13, 2)
-    adam = partial(torch.optim.Adam, lr=0.01)
-    program = {"model": vae.model, "guide": vae.guide, "data": x, "loss": TraceMeanField_ELBO()}
     return {
-        **program,
-        "optimizer": adam,
+        "model": vae.model,
+        "guide": vae.guide,
+        "data": x,
+        "loss": TraceMeanField_ELBO(),
+        "optimizer": partial(torch.optim.Adam, lr=0.01),
         "transform": noisy,
         "batch_size": 8,
         "validation": x[:5],
@@ -179,23 +174,23 @@ def sampler_of(x: Tensor) -> DataLoader:
     return DataLoader(dataset, 4, sampler=DistributedSampler(dataset, seed=3))
 
 
-def loader() -> dict[str, Any]:
+def loader() -> Program:
     arguments = noisy_vae()
     sampled = {"data": sampler_of(arguments["data"]), "validation": sampler_of(torch.ones(6, 2))}
     return {**arguments, **sampled, "batch_size": None}
 
 
-def aggressive() -> dict[str, Any]:
+def aggressive() -> Program:
     return {**noisy_vae(), "aggressive": Aggressive(max_steps=4, check_every=2, rows=5)}
 
 
 def two_modes(x: Tensor) -> None:
     z = pyro.sample("z", dist.Normal(0.0, 5.0))
-    with pyro.plate("data", len(x)):
+    with pyro.plate("data", 4, subsample=x):
         pyro.sample("x", dist.Normal(z**2, 1.0), obs=x)
 
 
-def recursive() -> dict[str, Any]:
+def recursive() -> Program:
     schedule = Schedule(first=20, propose=5, refine=15)
     guide = RecursiveMixtureGuide(two_modes, 2, schedule=schedule)
     program = {"model": two_modes, "guide": guide, "data": torch.tensor([3.7, 4.4, 4.1, 4.0])}
@@ -203,21 +198,10 @@ def recursive() -> dict[str, Any]:
     return {**program, "loss": loss, "optimizer": adam, "batch_size": None, "epochs": 45}
 
 
-def late_parameters() -> dict[str, Any]:
-    calls: list[int] = []
-
-    def guide(x: Tensor) -> None:
-        calls.extend([0] * torch.is_grad_enabled())  # only the first process runs without gradients
-        loc = pyro.param(f"loc_{int(len(calls) > 4)}", torch.randn(()))
-        pyro.sample("mean", dist.Normal(loc, 0.5))
-
-    return {**point(known_size), "guide": guide}
-
-
 LATE = 3  # the step in which a parameter is new, not counting the first run of the guide
 
 
-def late_and_different() -> dict[str, Any]:
+def late_and_different() -> Program:
     """A parameter that is new in the last step, with another value in each process; no noise."""
     runs: list[int] = []
 
@@ -230,12 +214,40 @@ def late_and_different() -> dict[str, Any]:
     return {**point(known_size), "guide": guide, **full}
 
 
-SAME: dict[str, Callable[[], dict[str, Any]]] = {
+class Wandering(nn.Module):
+    """A guide that depends on a buffer, which it changes by a random draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+        self.register_buffer("state", torch.zeros(()))
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("wandering", self)
+        self.seen.append(self.state.item())
+        pyro.sample("mean", dist.Normal(self.loc + self.state, 1.0))
+        self.state += torch.rand(())
+
+
+def states_and_draws() -> dict[str, Any]:
+    """Return buffers and draws of the steps of one epoch, without the extra runs of the first."""
+    guide, draws = Wandering(), []
+
+    def draw(x: Tensor) -> Tensor:
+        draws.append(torch.rand(()).item())
+        return x
+
+    program = {**point(known_size), "guide": guide, "data": few_rows(6), "transform": draw}
+    run(lambda: program, batch_size=2, epochs=1)
+    return {"states": guide.seen[-3:], "draws": draws}
+
+
+SAME: dict[str, Callable[[], Program]] = {
     "batch norm, dropout": noisy_vae,
     "DataLoader": loader,
     "aggressive": aggressive,
     "recursive mixture": recursive,
-    "late parameters": late_parameters,
     "late and different": late_and_different,
 }
 
@@ -243,22 +255,22 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
 # --- Programs that go wrong in one of the processes
 
 
-def nan_row() -> dict[str, Any]:
+def nan_row() -> Program:
     x = few_rows()
     x[3] = torch.nan  # of the first batch in order, 5 rows, the last but one
     return {**point(known_size), "data": x, "shuffle": False}
 
 
-def bug_in(rank: int) -> dict[str, Any]:
+def bug() -> Program:
     def transform(x: Tensor) -> Tensor:
-        if ProcessGroup.joined().rank == rank:
+        if ProcessGroup.joined().rank == 1:
             raise LookupError("a bug")
         return x
 
     return {**point(known_size), "transform": transform}
 
 
-def one_sided_parameter() -> dict[str, Any]:
+def one_sided_parameter() -> Program:
     def guide(x: Tensor) -> None:
         loc = pyro.param(f"loc_{int(x[0] < 0)}", torch.tensor(0.1))
         pyro.sample("mean", dist.Normal(loc, 0.5))
@@ -267,11 +279,11 @@ def one_sided_parameter() -> dict[str, Any]:
     return {**point(known_size), "guide": guide, "data": x, "shuffle": False, "batch_size": 2}
 
 
-def whole_loader() -> dict[str, Any]:
+def whole_loader() -> Program:
     return {**loader(), "data": DataLoader(TensorDataset(torch.ones(6, 2)), 2)}
 
 
-def uneven_loaders() -> dict[str, Any]:
+def uneven_loaders() -> Program:
     class Own(DistributedSampler):
         def __iter__(self) -> Any:
             return iter(list(super().__iter__())[: 4 - 2 * ProcessGroup.joined().rank])
@@ -280,15 +292,9 @@ def uneven_loaders() -> dict[str, Any]:
     return {**loader(), "data": DataLoader(dataset, 2, sampler=Own(dataset))}
 
 
-def disk_full() -> dict[str, Any]:
-    return {**point(known_size), "checkpoint": "/dev/null/no folder/run.pt"}
-
-
-WRONG: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
+WRONG: dict[str, tuple[Callable[[], Program], list[str]]] = {
     "nan": (nan_row, ["NonFiniteError.*data tensor '0'; model site 'x'"] * 2),
-    "bug": (partial(bug_in, 1), ["ProcessError.*Process 1 failed: LookupError: a bug",
-                                 "LookupError.*a bug"]),
-    "bug in the first": (partial(bug_in, 0), ["LookupError", "Process 0 failed: LookupError"]),
+    "bug": (bug, ["ProcessError.*Process 1 failed: LookupError: a bug", "LookupError.*a bug"]),
     "parameter": (one_sided_parameter, ["ValueError.*Process 1 has other.*'loc_1'"] * 2),
     "density of rows": (lambda: point(factor_of_rows),
                         ["ValueError.*site 'all', in no plate", "Process 0 failed: ValueError"]),
@@ -296,20 +302,24 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "uneven": (uneven_loaders, ["ProcessError.*0 at step 2 .*, 1 at the end of an epoch"] * 2),
     "few rows": (lambda: {**point(known_size), "batch_size": 1},
                  ["ValueError.*has 1 rows for 2 processes"] * 2),
-    "disk": (disk_full, ["NotADirectoryError", "Process 0 failed: NotADirectoryError"]),
+    "disk": (lambda: {**point(known_size), "checkpoint": "/dev/null/no folder/run.pt"},
+             ["NotADirectoryError", "Process 0 failed: NotADirectoryError"]),
+    "unvalidated nan": (nan_row, ["NonFiniteError.*process 1: data tensor '0'; process 1: model "
+                                  "site 'x'"] * 2),
 }  # fmt: skip
 
 
-def raised(function: Callable[[], Any]) -> str:
+def raised(function: Callable[[], Any], validated: bool = True) -> str:
     try:
-        function()
+        with pyro.validation_enabled(validated):
+            function()
     except Exception as error:
         notes = getattr(error, "__notes__", [])
         return "; ".join([f"{type(error).__name__}: {error}", *notes]).replace("\n", " ")
     return "nothing"
 
 
-# --- What the two processes do
+# --- Evaluation and checkpoints
 
 
 def normal(x: Tensor) -> None:
@@ -362,16 +372,12 @@ def work(rank: int, folder: Path) -> None:
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=PATIENCE),
     )
-    parts = {
-        **{f"noiseless {name}": partial(run, program) for name, program in NOISELESS.items()},
-        **{f"same {name}": partial(run, program) for name, program in SAME.items()},
-        **{f"wrong {name}": partial(raised, partial(run, program)) for name, (program, _) in
-           WRONG.items()},
-        "unvalidated nan": partial(raised, partial(unvalidated, nan_row)),
-        "states and draws": states_and_draws,
-        "evaluations": evaluations,
-        "checkpoints": partial(checkpoints, folder),
-    }  # fmt: skip
+    programs = NOISELESS | SAME
+    parts: dict[str, Callable[[], Any]] = {name: partial(run, programs[name]) for name in programs}
+    for name, (program, _) in WRONG.items():
+        parts[name] = partial(raised, partial(run, program), name != "unvalidated nan")
+    parts |= {"states and draws": states_and_draws, "evaluations": evaluations}
+    parts["checkpoints"] = partial(checkpoints, folder)
     found = {}
     for name, part in parts.items():
         start = time.perf_counter()
@@ -382,40 +388,6 @@ def work(rank: int, folder: Path) -> None:
         found[f"{name} seconds"] = time.perf_counter() - start
     torch.save(found, folder / f"found_{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-class Wandering(nn.Module):
-    """A guide that depends on a buffer, which it changes by a random draw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.zeros(()))
-        self.register_buffer("state", torch.zeros(()))
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> None:
-        pyro.module("wandering", self)
-        self.seen.append(self.state.item())
-        pyro.sample("mean", dist.Normal(self.loc + self.state, 1.0))
-        self.state += torch.rand(())
-
-
-def states_and_draws() -> dict[str, Any]:
-    """Return buffers and draws of the steps of one epoch, without the extra runs of the first."""
-    guide, draws = Wandering(), []
-
-    def draw(x: Tensor) -> Tensor:
-        draws.append(torch.rand(()).item())
-        return x
-
-    program = {**point(known_size), "guide": guide, "data": few_rows(6), "transform": draw}
-    run(lambda: program, batch_size=2, epochs=1)
-    return {"states": guide.seen[-3:], "draws": draws}
-
-
-def unvalidated(program: Callable[[], dict[str, Any]]) -> None:
-    with pyro.validation_enabled(False):
-        run(program)
 
 
 @pytest.fixture(scope="module")
@@ -434,10 +406,9 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Plate 'data' has 5 rows")
 @pytest.mark.parametrize("name", NOISELESS)
 def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> None:
-    alone, (first, second) = run(NOISELESS[name]), (each[f"noiseless {name}"] for each in found)
+    alone, (first, second) = run(NOISELESS[name]), (each[name] for each in found)
     assert same(first, second)
     torch.testing.assert_close(first["parameters"], alone["parameters"], rtol=1e-9, atol=1e-11)
     for key in ("loss", "validation", "rows", "steps", "epoch", "stopped_early"):
@@ -447,23 +418,20 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME)
-def test_processes_stay_the_same_bit_for_bit(name: str, found: Any) -> None:
-    first, second = (each[f"same {name}"] for each in found)
-    assert same(first, second)
-    assert len(first["parameters"]) > 1
-
-
-@pytest.mark.slow
-def test_what_the_programs_did(found: Any) -> None:
-    histories = {name: found[0][f"same {name}"]["history"] for name in SAME}
+def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
+    for name in SAME:
+        assert same(*(each[name] for each in found)), name
+    histories = {name: found[0][name]["history"] for name in SAME}
     assert histories["batch norm, dropout"]["rows"] == [6.5] * 4
     assert histories["DataLoader"]["rows"] == [7.0] * 4  # the sampler repeats a row
     assert histories["DataLoader"]["validation_rows"] == 6
     assert histories["aggressive"]["guide_steps"][-1] > 0
-    assert set(found[0]["same late parameters"]["parameters"]) == {"loc_0", "loc_1"}
-    progress = found[0]["same recursive mixture"]["buffers"][1]["progress"]
+    progress = found[0]["recursive mixture"]["buffers"][1]["progress"]
     assert progress[3:].tolist() == [1, 1]
+    first, second = (each["states and draws"] for each in found)
+    assert len(set(first["states"])) == 3
+    assert first["states"] == second["states"]
+    assert len(set(first["draws"]) | set(second["draws"])) == len(first["draws"] + second["draws"])
 
 
 @pytest.mark.slow
@@ -473,26 +441,16 @@ def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
     prior, likelihood = dist.Normal(0.0, 0.5), dist.Normal(start, 1.0)
     loss = -prior.log_prob(start) - 7 / 4 * likelihood.log_prob(x).sum()
     gradient = start / 0.25 + 7 / 4 * (start - x).sum()
-    for each in (each["same late and different"] for each in found):
+    for each in (each["late and different"] for each in found):
         assert each["history"]["loss"][-1] == pytest.approx(loss.item(), rel=1e-9)
         moved = each["parameters"]["loc_1"] - start
         torch.testing.assert_close(moved, -0.01 * gradient, rtol=1e-9, atol=0)
 
 
 @pytest.mark.slow
-def test_states_are_the_same_and_draws_are_not(found: Any) -> None:
-    first, second = (each["states and draws"] for each in found)
-    assert len(set(first["states"])) == 3
-    assert first["states"] == second["states"]
-    assert len(set(first["draws"]) | set(second["draws"])) == len(first["draws"] + second["draws"])
-
-
-@pytest.mark.slow
 def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
     for each in found:
-        whole, resumed = each["checkpoints"]["whole"], each["checkpoints"]["resumed"]
-        whole["history"].pop("seconds"), resumed["history"].pop("seconds")
-        assert same(whole, resumed)
+        assert same(each["checkpoints"]["whole"], each["checkpoints"]["resumed"])
     assert found[0]["checkpoints"]["draw"] != found[1]["checkpoints"]["draw"]
     with pytest.raises(CheckpointError, match="processes is 2 in the file, 1 here"):
         run(noisy_vae, checkpoint=folder / "cut.pt", resume=True)
@@ -502,15 +460,8 @@ def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
     for each, message in zip(found, WRONG[name][1], strict=True):
-        assert re.search(message, each[f"wrong {name}"])
-        assert each[f"wrong {name} seconds"] < PATIENCE / 2  # nobody waited for the others
-
-
-@pytest.mark.slow
-def test_a_nan_is_everyone_s(found: Any) -> None:
-    for each in found:
-        assert "NonFiniteError" in each["unvalidated nan"]
-        assert "process 1: data tensor '0'; process 1: model site 'x'" in each["unvalidated nan"]
+        assert re.search(message, each[name])
+        assert each[f"{name} seconds"] < PATIENCE / 2  # nobody waited for the others
 
 
 @pytest.mark.slow
@@ -543,14 +494,8 @@ def test_shares_are_all_rows_in_order() -> None:
 def test_evaluation_by_one_process() -> None:
     x = torch.arange(5.0)
     assert same(evaluate_in_parallel(lambda x: x + 1, x, batch_size=2), x + 1)
-    for rows, options, message in (
-        ((), {}, r"got lengths \[\]"),
-        ((x[:0],), {}, r"got lengths \[0\]"),
-        ((x, x[:2]), {}, r"got lengths \[5, 2\]"),
-        ((x,), {"batch_size": 0}, "batch_size must be an integer >= 1"),
-        ((x,), {"batch_size": 1.5}, "batch_size must be an integer >= 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate_in_parallel(torch.exp, *rows, **options)  # type: ignore[arg-type]
+    for rows, lengths in (((), r"\[\]"), ((x[:0],), r"\[0\]"), ((x, x[:2]), r"\[5, 2\]")):
+        with pytest.raises(ValueError, match=f"got lengths {lengths}"):
+            evaluate_in_parallel(torch.exp, *rows)
     with pytest.raises(ValueError, match="differ between the parts"):
         evaluate_in_parallel(lambda x: (x, x[0].item()), x, batch_size=2)
