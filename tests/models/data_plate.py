@@ -10,24 +10,8 @@ from pyro import poutine
 from pyro.infer import autoguide
 from torch import Tensor
 
-from tests.models.row import (
-    ALONE,
-    INDEX,
-    JOINT,
-    Context,
-    Row,
-    data,
-    guided,
-    handled,
-    mask,
-    normal,
-    observe,
-    pair,
-    positive,
-    real,
-)
-
-# One latent a datum, and everything that Pyro lets one put around it.
+from tests.models import row as rows
+from tests.models.row import Context, Row, data, mask, normal, observe, pair, positive, real
 
 
 def local(x: Tensor, around: Context = nullcontext, dim: int = -1, **plate: Any) -> None:
@@ -61,8 +45,12 @@ def no_plate(x: Tensor) -> None:
     observe(normal("z", real("mu", 0.3), 1.0), x)
 
 
-def no_plate_guide(x: Tensor) -> None:
+def scalar_guide(x: Tensor) -> None:
     normal("z", real("a", 0.2), positive("s", 0.9))
+
+
+def annealed() -> Any:
+    return poutine.scale(scale=0.3)
 
 
 def masked(x: Tensor) -> None:
@@ -126,27 +114,21 @@ def factor(x: Tensor) -> None:
 
 def warped(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.LogNormal(real("mu", 0.3), 1.0))
-        observe(z, x)
+        observe(pyro.sample("z", dist.LogNormal(real("mu", 0.3), 1.0)), x)
 
 
-def factor_guide(x: Tensor) -> None:
-    """A change of variables by hand: the Jacobian as a factor that moves with the parameters."""
-    with pyro.plate("data", len(x)):
-        u = normal("u", 0.0, 1.0, infer={"is_auxiliary": True})
-        s = positive("s", 0.7)
-        pyro.factor("jacobian", -(s.log() + real("a", 0.2) + s * u), has_rsample=True)
-        value = (real("a", 0.2) + s * u).exp()
-        pyro.sample("z", dist.Delta(value))
-
-
-def delta_guide(x: Tensor) -> None:
-    """The same with the Jacobian inside a Delta."""
+def factor_guide(x: Tensor, in_delta: bool = False) -> None:
+    """A change of variables by hand, its Jacobian as a factor or inside of a Delta."""
     with pyro.plate("data", len(x)):
         u = normal("u", 0.0, 1.0, infer={"is_auxiliary": True})
         a, s = real("a", 0.2), positive("s", 0.7)
-        logarithm = a + s * u
-        pyro.sample("z", dist.Delta(logarithm.exp(), log_density=-(s.log() + logarithm)))
+        log_z = a + s * u
+        jacobian = -(s.log() + log_z)
+        if in_delta:
+            pyro.sample("z", dist.Delta(log_z.exp(), log_density=jacobian))
+        else:
+            pyro.factor("jacobian", jacobian, has_rsample=True)
+            pyro.sample("z", dist.Delta(log_z.exp()))
 
 
 def outside_auxiliary_guide(x: Tensor) -> None:
@@ -180,11 +162,6 @@ def expanded(x: Tensor) -> None:
         observe(z, x[:, None])
 
 
-def expanded_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x), dim=-2):
-        pyro.sample("z", dist.Normal(real("a", 0.4) * x[:, None], positive("s", 0.9)))
-
-
 def constrained(x: Tensor) -> None:
     """A positive and a simplex site for each datum."""
     with pyro.plate("data", len(x)):
@@ -202,48 +179,37 @@ def empty_guide(x: Tensor) -> None:
     pass
 
 
-# The table.
-
-
-def annealed() -> Any:
-    return poutine.scale(scale=0.3)
+def both(**options: Any) -> Any:
+    return pair(local, local_guide, **options)
 
 
 ROWS = [
-    Row("no_plate", pair(no_plate, no_plate_guide), lambda: (data()[0],), **ALONE),
-    Row("data_plate", pair(local, local_guide), other_args=lambda: (torch.linspace(-1.0, 1.0, 7),)),
-    Row("size_one", pair(local, local_guide), lambda: (data()[:1],), plates=(1,)),
-    Row("far_dim", pair(local, local_guide, dim=-3)),
-    Row("subsample_size", pair(local, local_guide, subsample_size=2), plates=(2,)),
+    Row("no_plate", pair(no_plate, scalar_guide), lambda: (data()[0],), **rows.ALONE),
+    Row("data_plate", both(), other_args=lambda: (torch.linspace(-1.0, 1.0, 7),)),
+    Row("size_one", both(), lambda: (data()[:1],), plates=(1,)),
+    Row("far_dim", both(dim=-3)),
+    Row("subsample_size", both(subsample_size=2), plates=(2,)),
     Row(
         "explicit_subsample",
         pair(subsampled, subsampled_guide),
-        lambda: (data(), torch.tensor(INDEX)),
+        lambda: (data(), torch.tensor(rows.INDEX)),
         plates=(2,),
         other_args=lambda: (data(), torch.tensor([0, 1, 3])),
     ),
-    Row("annealed", pair(local, local_guide, around=annealed)),
-    Row(
-        "annealed_subsample",
-        pair(local, local_guide, around=annealed, subsample_size=2),
-        plates=(2,),
-    ),
-    Row(
-        "tensor_scale",
-        pair(local, local_guide, around=lambda: poutine.scale(scale=data().abs())),
-    ),
-    Row("tempered", handled(poutine.scale, local, local_guide, scale=0.4)),
-    Row("mask_handler", pair(local, local_guide, around=lambda: poutine.mask(mask=mask()))),
+    Row("annealed", both(around=annealed)),
+    Row("tensor_scale", both(around=lambda: poutine.scale(scale=data().abs()))),
+    Row("tempered", rows.handled(poutine.scale, local, local_guide, scale=0.4)),
+    Row("mask_handler", both(around=lambda: poutine.mask(mask=mask()))),
     Row("mask_method", pair(masked, masked_guide)),
     Row("mask_false", pair(switched_off, switched_off_guide)),
     Row("obs_mask", pair(half_observed, half_observed_guide)),
     Row("deterministic", pair(deterministic, local_guide)),
     Row("factor", pair(factor, local_guide)),
     Row("factor_in_guide", pair(warped, factor_guide), sites="delta"),
-    Row("delta_log_density", pair(warped, delta_guide), sites="delta"),
-    Row("auxiliary_outside", pair(local, outside_auxiliary_guide), **JOINT),
+    Row("delta_log_density", lambda: (warped, lambda x: factor_guide(x, True)), sites="delta"),
+    Row("auxiliary_outside", pair(local, outside_auxiliary_guide), **rows.JOINT),
     Row("events", pair(events, events_guide)),
-    Row("expanded", pair(expanded, expanded_guide)),
-    Row("constrained", guided(constrained, autoguide.AutoNormal, init_scale=0.5)),
+    Row("expanded", lambda: (expanded, lambda x: local_guide(x, dim=-2))),
+    Row("constrained", rows.guided(constrained, autoguide.AutoNormal, init_scale=0.5)),
     Row("no_latents", pair(no_latents, empty_guide)),
 ]

@@ -93,20 +93,19 @@ SAME_MODEL = {
     *("delta_log_density", "shared_parameter", "lazy_parameter", "mixed_below", "mixture"),
     *("auto_normal", "auto_normal_subsample", "auto_delta", "auto_delta_local", "guide_list"),
     *("auto_multivariate", "auto_low_rank", "auto_iaf", "auto_gaussian", "auto_messenger"),
-    *("messenger_local", "messenger_of_prior", "messenger_subsample", "auxiliary_outside"),
+    *("messenger_of_prior", "messenger_subsample", "auxiliary_outside"),
 }
 MODELS = [row for row in ROWS if row.name not in SAME_MODEL] + MORE
 ROW = {row.name: row for row in MODELS}
 
 PLATES: dict[str, str | None] = {
     **dict.fromkeys(["no_plate", "exact_no_plate", "exact_global", "series"]),
-    **dict.fromkeys(["sequential", "sequential_twice", "sequential_global", "exact_loop"]),
+    **dict.fromkeys(["sequential", "sequential_twice", "sequential_global"]),
     **dict.fromkeys(["sequential_subsample", "sequential_mixed"]),
     **dict.fromkeys(["nested", "exact_groups"], "group"),
-    **dict.fromkeys(["grid", "grid_with_gap", "grid_reversed", "crossed"], "row"),
-    **dict.fromkeys(["exact_grid", "exact_grid_reversed"], "row"),
+    **dict.fromkeys(["grid", "grid_reversed", "exact_grid_reversed", "crossed"], "row"),
     **dict.fromkeys(["sequential_of_vectorized", "vectorized_of_sequential"], "item"),
-    "exact_loop_of_plate": "column",
+    "exact_loop_of_plate": "item",
 }
 # Rows whose data have the rows of the latents in their second dim.
 TRANSPOSED = {
@@ -289,11 +288,9 @@ KINDS = [
     Kind("table", table(AmortizedGuide), "table"),
     Kind("encoder", lambda s: s.amortized(), "encoder"),
     Kind("encoder_full", lambda s: s.amortized("full"), "encoder"),
-    Kind("encoder_low_rank", lambda s: s.amortized(LowRank(1)), "encoder"),
     Kind("flow", joint(FlowGuide, **FLOW)),
     Kind("flow_encoder", flow, "encoder"),
     Kind("mixture", joint(MixtureGuide, 2), **MIXTURE),
-    Kind("mixture_full", joint(MixtureGuide, 2, family="full"), **MIXTURE),
     Kind("mixture_table", table(MixtureGuide, 2), "table", **MIXTURE),
     Kind("mixture_equal", joint(MixtureGuide, 2, learn_weights=False), learned=False, **MIXTURE),
     Kind("mixture_encoders", encoders, "encoder", **MIXTURE),
@@ -302,12 +299,6 @@ KINDS = [
     Kind(
         "mixture_auto_diagonal",
         pair_of(partial(_continuous, autoguide.AutoDiagonalNormal)),
-        auto="joint",
-        **MIXTURE,
-    ),
-    Kind(
-        "mixture_auto_multivariate",
-        pair_of(partial(_continuous, autoguide.AutoMultivariateNormal)),
         auto="joint",
         **MIXTURE,
     ),

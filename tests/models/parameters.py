@@ -13,24 +13,9 @@ from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import constraints
 
+from tests.models import row as rows
 from tests.models.data_plate import local, local_guide
-from tests.models.plates import scales
-from tests.models.row import (
-    JOINT,
-    Programs,
-    Row,
-    data,
-    guided,
-    handled,
-    mask,
-    normal,
-    observe,
-    pair,
-    positive,
-    real,
-)
-
-# Parameters, and the objects that hold them.
+from tests.models.row import Programs, Row, normal, observe, pair, positive, real
 
 
 class Net(torch.nn.Module):
@@ -60,29 +45,6 @@ def modules() -> Programs:
             normal("z", encoder(x), 0.8)
 
     return model, guide
-
-
-class Methods(torch.nn.Module):
-    """A model and a guide as bound methods of one object."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder, self.encoder = Net(0.9, -0.2), Net()
-
-    def model(self, x: Tensor) -> None:
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            observe(self.decoder(normal("z", 0.0, 1.0)), x)
-
-    def guide(self, x: Tensor) -> None:
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            normal("z", self.encoder(x), 0.8)
-
-
-def methods() -> Programs:
-    pair = Methods()
-    return pair.model, pair.guide
 
 
 class Decoder(PyroModule):
@@ -161,6 +123,13 @@ def mixed_below_guide(x: Tensor) -> None:
         normal("z", real("a", 0.3) * x + (1 - 2 * k) * real("d", 0.4), positive("s", 0.8))
 
 
+def mixed_global(x: Tensor, **plate: Any) -> None:
+    w = normal("w", real("mu", 0.3), 1.0)
+    with pyro.plate("data", len(x), **plate) as index:
+        k = pyro.sample("k", dist.Bernoulli(0.35))
+        observe(w + 2 * k - 1, x[index])
+
+
 def mixed_global_guide(x: Tensor, **plate: Any) -> None:
     """A discrete local site below a reparameterised global one."""
     w = normal("w", real("a", 0.2), positive("s", 0.6))
@@ -168,11 +137,9 @@ def mixed_global_guide(x: Tensor, **plate: Any) -> None:
         pyro.sample("k", dist.Bernoulli(logits=real("b", 0.7) * w + real("c", 0.4) * x[index]))
 
 
-def mixed_global(x: Tensor, **plate: Any) -> None:
-    w = normal("w", real("mu", 0.3), 1.0)
-    with pyro.plate("data", len(x), **plate) as index:
-        k = pyro.sample("k", dist.Bernoulli(0.35))
-        observe(w + 2 * k - 1, x[index])
+def mixture_latent(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        observe(normal("k_z", real("mu", 0.3), 1.0), x)
 
 
 def mixture_guide(x: Tensor) -> None:
@@ -184,12 +151,14 @@ def mixture_guide(x: Tensor) -> None:
         pyro.sample("k_z", dist.MixtureSameFamily(dist.Categorical(logits=logits), parts))
 
 
-def mixture_latent(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        observe(normal("k_z", real("mu", 0.3), 1.0), x)
-
-
 # Guides of Pyro's.
+
+
+def scales(x: Tensor) -> None:
+    """A positive global latent and a real local one, as the autoguides see them."""
+    scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
+    with pyro.plate("data", len(x)):
+        observe(normal("z", real("mu", 0.3), scale), x)
 
 
 def guide_list() -> Programs:
@@ -212,46 +181,38 @@ def conditioned() -> Programs:
         with pyro.plate("data", 4):
             normal("x", normal("z", real("mu", 0.3), 1.0), 1.0)
 
-    return poutine.condition(prior, data={"x": data()}), local_guide
-
-
-# The table.
+    return poutine.condition(prior, data={"x": rows.data()}), local_guide
 
 
 def other_rows() -> tuple:
     return (torch.linspace(-1.0, 1.0, 7),)
 
 
+DISCRETE: dict[str, Any] = {"sites": "discrete"}
+HALF = partial(local, subsample_size=2)
+
 ROWS = [
     Row("modules", modules, other_args=other_rows),
-    Row("methods", methods, other_args=other_rows),
     Row("pyro_modules", lambda: (Decoder(), Encoder())),
     Row("shared_parameter", pair(local, shared_parameter_guide), shared_parameter="mu"),
     Row("lazy_parameter", pair(local, lazy_guide)),
-    Row("discrete", pair(discrete, discrete_guide), sites="discrete"),
-    Row("mixed_above", pair(mixed, mixed_above_guide), sites="discrete"),
-    Row("mixed_below", pair(mixed, mixed_below_guide), sites="discrete"),
+    Row("discrete", pair(discrete, discrete_guide), **DISCRETE),
+    Row("mixed_above", pair(mixed, mixed_above_guide), **DISCRETE),
+    Row("mixed_below", pair(mixed, mixed_below_guide), **DISCRETE),
     *(
-        Row(f"{name}_{model.__name__}", handled(handler, model, guide, **option), sites="discrete")
+        Row(f"{name}_{model.__name__}", rows.handled(handler, model, guide, **option), **DISCRETE)
         for name, handler, option in (
             ("annealed", poutine.scale, {"scale": 0.3}),
-            ("masked", poutine.mask, {"mask": mask()}),
+            ("masked", poutine.mask, {"mask": rows.mask()}),
         )
         for model, guide in ((discrete, discrete_guide), (mixed, mixed_above_guide))
     ),
-    Row("mixture", pair(mixture_latent, mixture_guide), sites="discrete"),
-    Row("mixed_global", pair(mixed_global, mixed_global_guide), sites="discrete", **JOINT),
-    Row("auto_normal", guided(local, autoguide.AutoNormal, init_scale=0.7)),
-    Row(
-        "auto_normal_subsample",
-        guided(partial(local, subsample_size=2), autoguide.AutoNormal, init_scale=0.7),
-        plates=(2,),
-    ),
-    Row("auto_delta", guided(scales, autoguide.AutoDelta), sites="delta", **JOINT),
-    Row("auto_delta_local", guided(local, autoguide.AutoDelta), sites="delta"),
+    Row("mixture", pair(mixture_latent, mixture_guide), **DISCRETE),
+    Row("mixed_global", pair(mixed_global, mixed_global_guide), **DISCRETE, **rows.JOINT),
     *(
-        Row(f"auto_{name}", guided(scales, make, **options), sites=sites, **JOINT)
+        Row(f"auto_{name}", rows.guided(scales, make, **options), sites=sites, **rows.JOINT)
         for name, make, options, sites in (
+            ("delta", autoguide.AutoDelta, {}, "delta"),
             ("normal_global", autoguide.AutoNormal, {"init_scale": 0.4}, "smooth"),
             ("multivariate", autoguide.AutoMultivariateNormal, {"init_scale": 0.4}, "smooth"),
             ("low_rank", autoguide.AutoLowRankMultivariateNormal, {"init_scale": 0.4}, "smooth"),
@@ -260,18 +221,21 @@ ROWS = [
             ("messenger", autoguide.AutoNormalMessenger, {"init_scale": 0.4}, "smooth"),
         )
     ),
-    Row("guide_list", guide_list, sites="delta", **JOINT),
-    Row("messenger_local", guided(local, autoguide.AutoNormalMessenger, init_scale=0.7)),
+    Row("auto_delta_local", rows.guided(local, autoguide.AutoDelta), sites="delta"),
+    Row("auto_normal", rows.guided(local, autoguide.AutoNormal, init_scale=0.7)),
+    *(
+        Row(f"{name}_subsample", rows.guided(HALF, make, init_scale=0.7), plates=(2,))
+        for name, make in (
+            ("auto_normal", autoguide.AutoNormal),
+            ("messenger", autoguide.AutoNormalMessenger),
+        )
+    ),
     Row(
         "messenger_of_prior",
-        guided(local, autoguide.AutoHierarchicalNormalMessenger, init_scale=0.7),
+        rows.guided(local, autoguide.AutoHierarchicalNormalMessenger, init_scale=0.7),
         shared_parameter="mu",
     ),
-    Row(
-        "messenger_subsample",
-        guided(partial(local, subsample_size=2), autoguide.AutoNormalMessenger, init_scale=0.7),
-        plates=(2,),
-    ),
+    Row("guide_list", guide_list, sites="delta", **rows.JOINT),
     Row("reparam", reparameterized),
     Row("condition", conditioned),
 ]

@@ -1,5 +1,10 @@
-"""Plates of every kind: nested, crossed, sequential, and latents outside the data plate."""
+"""Plates of every kind: nested, crossed, sequential, and latents outside the data plate.
 
+Where the guide of a model is its exact posterior, the row has the evidence.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyro
@@ -8,23 +13,89 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from tests.models.row import (
-    GRID,
-    GROUPS,
-    ITEMS,
-    JOINT,
-    TRANSPOSED,
-    Row,
-    data,
-    normal,
-    observe,
-    pair,
-    positive,
-    real,
-    table,
-)
+from tests.models import row as rows
+from tests.models.data_plate import at
+from tests.models.row import Programs, Row, data, mask, normal, observe, pair, positive, real, table
 
-# Plates of every kind.
+# Independent latents: a function yields the sites' plates, names and data.
+
+
+def independent(layout: Callable[..., Iterator], is_exact: bool = False) -> Programs:
+    """z ~ N(mu, 1) and x ~ N(z, 1); exact is mu = 0 with the guide N(x / 2, sqrt(1 / 2))."""
+    slope, scale = (0.5, 0.5**0.5) if is_exact else (0.4, 0.9)
+
+    def model(x: Tensor, *args: Any, **plate: Any) -> None:
+        mu = 0.0 if is_exact else real("mu", 0.3)
+        for name, value in layout(x, *args, **plate):
+            observe(normal(f"z{name}", mu, 1.0), value, f"x{name}")
+
+    def guide(x: Tensor, *args: Any, **plate: Any) -> None:
+        a, s = real("a", slope), positive("s", scale)
+        for name, value in layout(x, *args, **plate):
+            normal(f"z{name}", a * value, s)
+
+    return model, guide
+
+
+def in_no_plate(x: Tensor) -> Iterator:
+    yield "", x
+
+
+def in_plate(x: Tensor, dim: int = -1, **plate: Any) -> Iterator:
+    with pyro.plate("data", len(x), dim=dim, **plate) as index:
+        yield "", at(x, index, dim)
+
+
+def in_grid(x: Tensor, dims: tuple[int, int] = (-2, -1)) -> Iterator:
+    """Two plates around every site; ``dims`` may leave gaps and come in either order."""
+    left, right = dims
+    with pyro.plate("row", x.shape[0], dim=left), pyro.plate("column", x.shape[1], dim=right):
+        x = x if left < right else x.mT
+        gap = abs(left - right) - 1
+        yield "", x.reshape(x.shape[0], *[1] * gap, x.shape[1], *[1] * (-max(dims) - 1))
+
+
+def in_loop(x: Tensor, **plate: Any) -> Iterator:
+    for i in pyro.plate("data", len(x), **plate):
+        yield i, x[i]
+
+
+def in_loop_of_plate(x: Tensor) -> Iterator:
+    items = pyro.plate("item", x.shape[1])
+    for i in pyro.plate("group", x.shape[0]):
+        with items:
+            yield i, x[i]
+
+
+def in_plate_of_loop(x: Tensor) -> Iterator:
+    """The order of the weights' dims must not follow the nesting."""
+    with pyro.plate("item", x.shape[1]):
+        for i in pyro.plate("group", x.shape[0]):
+            yield i, x[i]
+
+
+def deeper(x: Tensor, depth: int) -> Iterator:
+    """The plate nesting depends on the arguments."""
+    with pyro.plate("data", len(x), dim=-1):
+        if depth == 1:
+            yield "", x
+        else:
+            with pyro.plate("copy", depth, dim=-2):
+                yield "", x + torch.arange(1.0 * depth)[:, None]
+
+
+sequential, sequential_guide = independent(in_loop)
+
+
+def sequential_twice(x: Tensor) -> None:
+    """One loop for the latents, and one for the data."""
+    loop = pyro.plate("data", len(x))
+    latent = [normal(f"z{i}", real("mu", 0.3), 1.0) for i in loop]
+    for i in loop:
+        observe(latent[i], x[i], f"x{i}")
+
+
+# Latents that depend on each other.
 
 
 def nested(x: Tensor) -> None:
@@ -43,34 +114,14 @@ def nested_guide(x: Tensor) -> None:
             normal("z", real("b", 0.5) * w + real("c", 0.3) * x, positive("t", 0.6))
 
 
-def grid(x: Tensor, dims: tuple[int, int] = (-2, -1)) -> None:
-    """Two plates around every site; ``dims`` may leave gaps and come in either order."""
-    left, right = dims
-    with pyro.plate("row", x.shape[0], dim=left), pyro.plate("column", x.shape[1], dim=right):
-        observe(normal("z", real("mu", 0.3), 1.0), placed(x, dims))
-
-
-def grid_guide(x: Tensor, dims: tuple[int, int] = (-2, -1)) -> None:
-    left, right = dims
-    with pyro.plate("column", x.shape[1], dim=right), pyro.plate("row", x.shape[0], dim=left):
-        normal("z", real("a", 0.4) * placed(x, dims), positive("s", 0.8))
-
-
-def placed(x: Tensor, dims: tuple[int, int]) -> Tensor:
-    """Put the rows and columns of a matrix at two dims."""
-    x = x if dims[0] < dims[1] else x.mT
-    gap = abs(dims[0] - dims[1]) - 1
-    return x.reshape(x.shape[0], *[1] * gap, x.shape[1], *[1] * (-max(dims) - 1))
-
-
 def crossed(x: Tensor) -> None:
     """A latent for each row and for each column: nothing encloses both."""
-    rows, columns = pyro.plate("row", x.shape[0], dim=-2), pyro.plate("column", x.shape[1], dim=-1)
-    with rows:
+    in_rows, in_columns = pyro.plate("row", len(x), dim=-2), pyro.plate("column", x.shape[1])
+    with in_rows:
         r = normal("r", real("mu", 0.3), 1.0)
-    with columns:
+    with in_columns:
         c = normal("c", 0.0, 1.0)
-    with rows, columns:
+    with in_rows, in_columns:
         observe(r + c, x)
 
 
@@ -80,25 +131,6 @@ def crossed_guide(x: Tensor) -> None:
         normal("r", real("a", 0.5) * x.mean(1, keepdim=True), s)
     with pyro.plate("column", x.shape[1], dim=-1):
         normal("c", real("b", 0.3) * x.mean(0), s)
-
-
-def sequential(x: Tensor, twice: bool = False, **plate: Any) -> None:
-    """A loop over data; ``twice`` runs over the plate once for the latents, once for the data."""
-    mu = real("mu", 0.3)
-    loop = pyro.plate("data", len(x), **plate)
-    latent = {}
-    for i in loop:
-        latent[i] = normal(f"z{i}", mu, 1.0)
-        if not twice:
-            observe(latent[i], x[i], f"x{i}")
-    for i in loop if twice else ():
-        observe(latent[i], x[i], f"x{i}")
-
-
-def sequential_guide(x: Tensor, twice: bool = False, **plate: Any) -> None:
-    a, s = real("a", 0.4), positive("s", 0.9)
-    for i in pyro.plate("data", len(x), **plate):
-        normal(f"z{i}", a * x[i] + 0.1 * i, s)
 
 
 def sequential_global(x: Tensor) -> None:
@@ -113,36 +145,8 @@ def sequential_global_guide(x: Tensor) -> None:
         normal(f"z{i}", real("a", 0.4) * x[i] + 0.3 * w, positive("s", 0.6))
 
 
-def sequential_of_vectorized(x: Tensor) -> None:
-    mu, items = real("mu", 0.3), pyro.plate("item", x.shape[1])
-    for i in pyro.plate("group", x.shape[0]):
-        with items:
-            observe(normal(f"z{i}", mu, 1.0), x[i], f"x{i}")
-
-
-def sequential_of_vectorized_guide(x: Tensor) -> None:
-    items = pyro.plate("item", x.shape[1])
-    for i in pyro.plate("group", x.shape[0]):
-        with items:
-            normal(f"z{i}", real("a", 0.4) * x[i], positive("s", 0.9))
-
-
-def vectorized_of_sequential(x: Tensor) -> None:
-    """The same with the loop inside: the order of the dims must not follow the nesting."""
-    mu = real("mu", 0.3)
-    with pyro.plate("item", x.shape[1]):
-        for i in pyro.plate("group", x.shape[0]):
-            observe(normal(f"z{i}", mu, 1.0), x[i], f"x{i}")
-
-
-def vectorized_of_sequential_guide(x: Tensor) -> None:
-    with pyro.plate("item", x.shape[1]):
-        for i in pyro.plate("group", x.shape[0]):
-            normal(f"z{i}", real("a", 0.4) * x[i], positive("s", 0.9))
-
-
 def sequential_mixed(x: Tensor) -> None:
-    """Every other datum has a discrete latent: not every kind of site is in every iteration."""
+    """All but the first latent are discrete: not every kind of site is in every iteration."""
     for i in pyro.plate("data", len(x)):
         z = normal("z0", 0.0, 1.0) if i == 0 else pyro.sample(f"k{i}", dist.Bernoulli(0.4))
         observe(z + real("mu", 0.3), x[i], f"x{i}")
@@ -154,27 +158,6 @@ def sequential_mixed_guide(x: Tensor) -> None:
             normal("z0", real("a", 0.4), positive("s", 0.9))
         else:
             pyro.sample(f"k{i}", dist.Bernoulli(logits=real("b", 0.5) * x[i]))
-
-
-def deeper(x: Tensor, depth: int) -> None:
-    """A model whose plate nesting depends on its arguments."""
-    mu = real("mu", 0.3)
-    with pyro.plate("data", len(x), dim=-1):
-        if depth == 1:
-            observe(normal("z", mu, 1.0), x)
-        else:
-            with pyro.plate("copy", depth, dim=-2):
-                observe(normal("z", mu, 1.0), x + torch.arange(1.0 * depth)[:, None])
-
-
-def deeper_guide(x: Tensor, depth: int) -> None:
-    a, s = real("a", 0.4), positive("s", 0.9)
-    with pyro.plate("data", len(x), dim=-1):
-        if depth == 1:
-            normal("z", a * x, s)
-        else:
-            with pyro.plate("copy", depth, dim=-2):
-                normal("z", a * x + torch.arange(1.0 * depth)[:, None], s)
 
 
 def markov(x: Tensor) -> None:
@@ -213,9 +196,6 @@ def unequal_guide(x: Tensor) -> None:
         pyro.sample("w", w.mask(torch.tensor([True, False])))
 
 
-# Latents outside the data plate.
-
-
 def hierarchy(x: Tensor, **plate: Any) -> None:
     """A global and a local latent."""
     w = normal("w", real("mu", 0.3), 1.0)
@@ -230,49 +210,118 @@ def hierarchy_guide(x: Tensor, **plate: Any) -> None:
         normal("z", real("a", 0.5) * x[index] + real("b", 0.3) * w, positive("s", 0.7))
 
 
-def scales(x: Tensor) -> None:
-    """A positive global latent and a real local one, as the autoguides see them."""
-    scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
+# Exact posteriors and their evidence.
+
+
+def evidence(x: Tensor) -> Tensor:
+    return dist.Normal(0.0, 2**0.5).log_prob(x)
+
+
+def exact_groups(x: Tensor) -> None:
+    """One latent for each group of items; the items' plate is summed inside each weight."""
+    with pyro.plate("group", x.shape[0], dim=-2):
+        z = normal("z", 0.0, 1.0)
+        with pyro.plate("item", x.shape[1], dim=-1):
+            observe(z, x)
+
+
+def exact_groups_guide(x: Tensor) -> None:
+    count = x.shape[1] + 1
+    with pyro.plate("group", x.shape[0], dim=-2):
+        loc = real("a", 1.0) * x.sum(-1, keepdim=True) / count
+        normal("z", loc, positive("s", count**-0.5))
+
+
+def exact_global(x: Tensor) -> None:
+    """One latent for all data: a single weight, and nothing to warn about."""
+    z = normal("z", 0.0, 1.0)
     with pyro.plate("data", len(x)):
-        observe(normal("z", real("mu", 0.3), scale), x)
+        observe(z, x)
 
 
-# The table.
+def exact_global_guide(x: Tensor) -> None:
+    count = len(x) + 1
+    normal("z", real("a", 1.0) * x.sum() / count, positive("s", count**-0.5))
 
-GAP, TURNED = (-4, -2), (-1, -3)
+
+def joint_evidence(x: Tensor) -> Tensor:
+    """log p(x) of the last dim, whose entries share one latent."""
+    size = x.shape[-1]
+    return dist.MultivariateNormal(torch.zeros(size), torch.eye(size) + 1.0).log_prob(x)
+
+
+def exact_masked(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = normal("z", 0.0, 1.0)
+        with poutine.mask(mask=mask()):
+            observe(z, x)
+
+
+def exact_masked_guide(x: Tensor) -> None:
+    loc = torch.where(mask(), real("a", 0.5) * x, torch.zeros(()))
+    scale = torch.where(mask(), positive("s", 0.5**0.5), torch.ones(()))
+    with pyro.plate("data", len(x)):
+        normal("z", loc, scale)
+
+
+def laid_out(layout: Callable, is_exact: bool = False, **options: Any) -> Callable[[], Programs]:
+    return lambda: independent(partial(layout, **options) if options else layout, is_exact)
+
+
+TURNED = (-1, -3)
+PAIRS: dict[str, Any] = {"args": lambda: (table(),), "plates": (2,)}
+LATER: dict[str, Any] = {"args": lambda: (data(), 1), "other_args": lambda: (data(), 3)}
 
 ROWS = [
-    Row("nested", pair(nested, nested_guide), **GROUPS),
-    Row("grid", pair(grid, grid_guide), **GRID),
-    Row("grid_with_gap", pair(grid, grid_guide, dims=GAP), **GRID),
-    Row("grid_reversed", pair(grid, grid_guide, dims=TURNED), **TRANSPOSED),
-    Row("crossed", pair(crossed, crossed_guide), lambda: (table(),), **JOINT),
-    Row("sequential", pair(sequential, sequential_guide)),
-    Row("sequential_twice", pair(sequential, sequential_guide, twice=True)),
-    Row(
-        "sequential_subsample",
-        pair(sequential, sequential_guide, subsample_size=2),
-        plates=(2,),
-    ),
-    Row("sequential_global", pair(sequential_global, sequential_global_guide), **JOINT),
-    Row(
-        "sequential_of_vectorized",
-        pair(sequential_of_vectorized, sequential_of_vectorized_guide),
-        **ITEMS,
-    ),
-    Row(
-        "vectorized_of_sequential",
-        pair(vectorized_of_sequential, vectorized_of_sequential_guide),
-        **ITEMS,
-    ),
+    Row("grid", laid_out(in_grid), **rows.GRID),
+    Row("grid_reversed", laid_out(in_grid, dims=TURNED), **rows.TRANSPOSED),
+    Row("sequential", laid_out(in_loop)),
+    Row("sequential_twice", pair(sequential_twice, sequential_guide)),
+    Row("sequential_subsample", laid_out(in_loop, subsample_size=2), plates=(2,)),
+    Row("sequential_of_vectorized", laid_out(in_loop_of_plate), **rows.ITEMS),
+    Row("vectorized_of_sequential", laid_out(in_plate_of_loop), **rows.ITEMS),
+    Row("deeper", laid_out(deeper), **LATER),
+    Row("nested", pair(nested, nested_guide), **rows.GROUPS),
+    Row("crossed", pair(crossed, crossed_guide), **rows.TABLE, **rows.JOINT),
+    Row("sequential_global", pair(sequential_global, sequential_global_guide), **rows.JOINT),
     Row("sequential_mixed", pair(sequential_mixed, sequential_mixed_guide), sites="discrete"),
+    Row("markov", pair(markov, markov_guide), **PAIRS),
+    Row("unequal_scales", pair(unequal, unequal_guide), **PAIRS),
+    Row("hierarchy", pair(hierarchy, hierarchy_guide), **rows.JOINT),
+]
+SCALAR: dict[str, Any] = {**rows.ALONE, "args": lambda: (data()[0],), "evidence": evidence}
+BATCH = torch.tensor(rows.INDEX)
+ROWS += [
+    Row("exact_no_plate", laid_out(in_no_plate, True), **SCALAR),
+    Row("exact_plate", laid_out(in_plate, True), evidence=evidence),
     Row(
-        "deeper",
-        pair(deeper, deeper_guide),
-        lambda: (data(), 1),
-        other_args=lambda: (data(), 3),
+        "exact_subsample",
+        laid_out(in_plate, True, subsample=BATCH),
+        plates=(2,),
+        evidence=lambda x: evidence(x[BATCH]),
     ),
-    Row("markov", pair(markov, markov_guide), lambda: (table(),), plates=(2,)),
-    Row("unequal_scales", pair(unequal, unequal_guide), lambda: (table(),), plates=(2,)),
-    Row("hierarchy", pair(hierarchy, hierarchy_guide), **JOINT),
+    Row(
+        "exact_grid_reversed",
+        laid_out(in_grid, True, dims=TURNED),
+        evidence=lambda x: evidence(x.mT),
+        **rows.TRANSPOSED,
+    ),
+    Row("exact_loop_of_plate", laid_out(in_loop_of_plate, True), evidence=evidence, **rows.ITEMS),
+    Row(
+        "exact_groups",
+        pair(exact_groups, exact_groups_guide),
+        evidence=joint_evidence,
+        **rows.GROUPS,
+    ),
+    Row(
+        "exact_global",
+        pair(exact_global, exact_global_guide),
+        evidence=joint_evidence,
+        **rows.ALONE,
+    ),
+    Row(
+        "exact_masked",
+        pair(exact_masked, exact_masked_guide),
+        evidence=lambda x: evidence(x) * mask(),
+    ),
 ]

@@ -1,15 +1,22 @@
-"""Programs that no multi-sample bound can be right for."""
+"""Programs that no multi-sample bound can be right for, and guides that do not fit their model."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
-from tests.models.data_plate import empty_guide, local, local_guide
+from tests.models.data_plate import empty_guide, local, local_guide, scalar_guide
 from tests.models.parameters import mixed_global, mixed_global_guide
 from tests.models.plates import hierarchy, hierarchy_guide
 from tests.models.row import Refusal, data, mask, normal, observe, pair, positive, real
+from tests.models.small import normal_rows
+
+# Batch dims without a plate.
 
 
 def batch_without_plate(x: Tensor) -> None:
@@ -24,8 +31,10 @@ def data_without_plate(x: Tensor) -> None:
     observe(normal("z", 0.0, 1.0), x)
 
 
-def scalar_guide(x: Tensor) -> None:
-    normal("z", real("a", 0.4), 1.0)
+def mask_without_plate(x: Tensor) -> None:
+    with poutine.mask(mask=mask()):
+        z = normal("z", 0.0, 1.0)
+    observe(z, x[0])
 
 
 def masked_scalar_guide(x: Tensor) -> None:
@@ -33,16 +42,13 @@ def masked_scalar_guide(x: Tensor) -> None:
         normal("z", real("a", 0.4), 1.0)
 
 
-def mask_without_plate(x: Tensor) -> None:
-    with poutine.mask(mask=mask()):
-        z = normal("z", 0.0, 1.0)
-    observe(z, x[0])
-
-
 def scale_without_plate(x: Tensor) -> None:
     with poutine.scale(scale=data().abs()):
         z = normal("z", 0.0, 1.0)
     observe(z, x[0])
+
+
+# Sites that estimators cannot treat.
 
 
 def enumerated(x: Tensor) -> None:
@@ -55,11 +61,6 @@ def enumerated_guide(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         k = dist.Bernoulli(logits=real("a", 0.4) * x)
         pyro.sample("k", k, infer={"enumerate": "parallel"})
-
-
-def extra_site_guide(x: Tensor) -> None:
-    local_guide(x)
-    normal("extra", 0.0, 1.0)
 
 
 def uniform_guide(x: Tensor) -> None:
@@ -80,36 +81,66 @@ def two_data_sets_guide(x: Tensor) -> None:
     normal("w", real("b", 0.4), 1.0)
 
 
-def score_global_guide(x: Tensor) -> None:
-    """A discrete site among the global latents."""
-    pyro.sample("k", dist.Bernoulli(logits=real("a", 0.4)))
-    local_guide(x)
-
-
-def score_global(x: Tensor) -> None:
+def discrete_global(x: Tensor) -> None:
     pyro.sample("k", dist.Bernoulli(0.3))
     local(x)
 
 
-SUBSAMPLED = r"Plate 'data' is subsampled \(2 of 4\).*site 'w'.*global_latents='elbo'.*Trace_ELBO"
-NO_PLATE = r"Site '{}' .*dim -1 belongs to no plate.*pyro\.plate.*to_event"
+def discrete_global_guide(x: Tensor) -> None:
+    pyro.sample("k", dist.Bernoulli(logits=real("a", 0.4)))
+    local_guide(x)
+
+
+# Guides of other sites, plates or shapes than the model's.
+
+
+def extra_site_guide(x: Tensor) -> None:
+    local_guide(x)
+    normal("extra", 0.0, 1.0)
+
+
+def guide_of(size: int = 4, obs: Any = None, **plate: Any) -> Callable:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", size, **plate):
+            pyro.sample("z", dist.Normal(real("loc", 0.2), 1.0), obs=obs)
+
+    return guide
+
+
+def one_event_guide(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(real("loc", 0.2).expand(len(x)), 1.0).to_event(1))
+
+
+def observing_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        observe(normal("z", real("a", 0.4), 1.0), x)
+
+
+def prior(x: Tensor) -> None:
+    normal("z", 0.0, 1.0)
+
+
+def centred_guide(x: Tensor) -> None:
+    """Reparameterised in the guide, where Pyro makes the site a computed one."""
+    poutine.reparam(lambda: normal("z", torch.tensor(0.5), 1.0), {"z": LocScaleReparam(0.0)})()
+
+
+SUBSAMPLED = r"Plate 'data' is subsampled \(2 of 4\).*site 'w'.*global_latents='elbo'"
+NO_PLATE = r"Site '{}' .*dim -1 belongs to no plate"
+SIZES = r"Plate 'data' has {} where it is met first and {} at site 'z'"
+VIMCO, ELBO = {"estimator": "vimco"}, {"global_latents": "elbo"}
+HALF = {"subsample_size": 2}
 
 REFUSALS = [
-    Refusal(
-        "subsampled_below_global",
-        pair(hierarchy, hierarchy_guide, subsample_size=2),
-        ValueError,
-        SUBSAMPLED,
-    ),
+    Refusal("subsampled_below_global", pair(hierarchy, hierarchy_guide, **HALF), SUBSAMPLED),
     Refusal(
         "subsampled_observations",
-        pair(mixed_global, mixed_global_guide, subsample_size=2),
-        ValueError,
+        pair(mixed_global, mixed_global_guide, **HALF),
         SUBSAMPLED,
-        estimator="vimco",
+        options=VIMCO,
     ),
     *(
-        Refusal(model.__name__, pair(model, guide), ValueError, NO_PLATE.format(site))
+        Refusal(model.__name__, pair(model, guide), NO_PLATE.format(site))
         for model, guide, site in (
             (batch_without_plate, batch_without_plate_guide, "z"),
             (data_without_plate, scalar_guide, "x"),
@@ -120,47 +151,53 @@ REFUSALS = [
     Refusal(
         "enumerated_in_model",
         pair(enumerated, empty_guide),
-        NotImplementedError,
         r"Model site 'k' is to be enumerated.*TraceEnum_ELBO",
+        NotImplementedError,
     ),
     Refusal(
         "enumerated_in_guide",
         pair(enumerated, enumerated_guide),
-        NotImplementedError,
         r"Guide site 'k' asks for enumeration.*TraceEnum_ELBO",
-    ),
-    Refusal(
-        "missing_in_guide",
-        pair(local, empty_guide),
-        ValueError,
-        r"Model site 'z' is latent and the guide does not sample it.*Sample it in the guide",
-    ),
-    Refusal(
-        "missing_in_model",
-        pair(local, extra_site_guide),
-        ValueError,
-        r"Guide site 'extra' is no latent site of the model.*is_auxiliary",
+        NotImplementedError,
     ),
     Refusal(
         "density_not_smooth",
         pair(local, uniform_guide),
-        ValueError,
-        r"Guide site 'z'.*does not depend smoothly.*estimator='pathwise'",
-        estimator="dreg",
+        r"Guide site 'z'.*smoothly",
+        options={"estimator": "dreg"},
     ),
     Refusal(
         "no_data_plate",
         pair(two_data_sets, two_data_sets_guide),
-        ValueError,
-        r"global_latents='elbo' needs a plate that encloses every observed site",
-        options={"global_latents": "elbo"},
+        "global_latents='elbo' needs a plate",
+        options=ELBO,
     ),
     Refusal(
         "discrete_global",
-        pair(score_global, score_global_guide),
+        pair(discrete_global, discrete_global_guide),
+        "reparameterised global latents",
         NotImplementedError,
-        r"needs reparameterised global latents, and 'k' is not",
-        estimator="vimco",
-        options={"global_latents": "elbo"},
+        VIMCO | ELBO,
+    ),
+    *(
+        Refusal(name, pair(model, guide), message)
+        for name, model, guide, message in (
+            ("missing_in_guide", local, empty_guide, "Model site 'z' is latent and the guide"),
+            ("missing_in_model", local, extra_site_guide, "'extra' is no latent site of the model"),
+            ("latent_observed", local, guide_of(obs=torch.zeros(4)), "Guide site 'z' is observed"),
+            ("data_observed", local, observing_guide, "Guide site 'x' is observed"),
+            ("smaller_plate", local, guide_of(3), SIZES.format("3 of 4 entries", "3 entries")),
+            ("plate_of_one", local, guide_of(1), SIZES.format("1 of 4 entries", "1 entries")),
+            (
+                "larger_plate",
+                normal_rows,
+                guide_of(40, subsample_size=4),
+                SIZES.format("4 entries", "4 of 40 entries"),
+            ),
+            ("other_dim", normal_rows, guide_of(dim=-2), "'z' has batch shape|at site 'z'"),
+            ("no_plate", local, scalar_guide, r"disagree at site 'z'.*\['data'\].*\[\]"),
+            ("event_for_plate", local, one_event_guide, "disagree at site 'z'"),
+            ("reparam_of_guide", prior, centred_guide, "'z' is observed.*poutine.reparam, put"),
+        )
     ),
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,19 @@ from torch.distributions import constraints
 
 Programs = tuple[Callable, Callable]
 Context = Callable[[], AbstractContextManager]
+INDEX = (0, 2)  # a minibatch
+
+
+def data() -> Tensor:
+    return torch.tensor([1.1, -0.4, 0.7, 2.0])
+
+
+def table() -> Tensor:
+    return torch.tensor([[1.1, -0.4, 0.7], [2.0, 0.3, -1.0]])
+
+
+def mask() -> Tensor:
+    return torch.tensor([True, False, True, True])
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,8 @@ class Row:
     sites: "smooth" (all reparameterised), "discrete" (at least one is not) or "delta" (at least
     one is computed from parameters). ``joint`` marks rows that warn that one weight covers all
     data, ``shared_parameter`` a parameter of both programs. ``other_args`` are a second call's, of
-    another size or structure. ``evidence`` is log p(x), ``[*plates]``, where the guide is the
-    posterior.
+    another size or structure. Where the guide is the posterior, ``evidence`` returns log p(x),
+    ``[*plates]``, of the arguments.
     """
 
     name: str
@@ -38,7 +51,7 @@ class Row:
     joint: bool = False
     shared_parameter: str | None = None
     other_args: Callable[[], tuple] | None = None
-    evidence: Callable[[], Tensor] | None = None
+    evidence: Callable[..., Tensor] | None = None
 
     def refusal(self, loss: str, estimator: str) -> tuple[type[Exception], str] | None:
         """Return the error that a loss with an estimator must raise here, and its message."""
@@ -52,17 +65,25 @@ class Row:
         return None
 
 
+# Options of rows: where their weights lie, and on which data.
+ALONE: dict[str, Any] = {"shared": (), "plates": ()}
+JOINT: dict[str, Any] = {**ALONE, "joint": True}
+TABLE: dict[str, Any] = {"args": lambda: (table(),)}
+GROUPS: dict[str, Any] = {**TABLE, "shared": ("group",), "plates": (2,)}
+ITEMS: dict[str, Any] = {**TABLE, "shared": ("group", "item"), "plates": (2, 3)}
+GRID: dict[str, Any] = {**TABLE, "shared": ("row", "column"), "plates": (2, 3)}
+TRANSPOSED: dict[str, Any] = {**TABLE, "shared": ("column", "row"), "plates": (3, 2)}
+
+
 @dataclass(frozen=True)
 class Refusal:
-    """A program that raises for K > 1, whatever the loss."""
+    """A program that raises for K > 1, whatever the loss; ``options`` are the loss's."""
 
     name: str
     build: Callable[[], Programs]
-    error: type[Exception]
     message: str
-    args: Callable[[], tuple] = lambda: (data(),)
-    estimator: str = "pathwise"
-    options: dict[str, Any] | None = None
+    error: type[Exception] = ValueError
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def pair(model: Callable, guide: Callable, **options: Any) -> Callable[[], Programs]:
@@ -82,18 +103,6 @@ def handled(handler: Callable, model: Callable, guide: Callable, **options: Any)
     return lambda: (handler(model, **options), handler(guide, **options))
 
 
-def data() -> Tensor:
-    return torch.tensor([1.1, -0.4, 0.7, 2.0])
-
-
-def table() -> Tensor:
-    return torch.tensor([[1.1, -0.4, 0.7], [2.0, 0.3, -1.0]])
-
-
-def mask() -> Tensor:
-    return torch.tensor([True, False, True, True])
-
-
 def real(name: str, value: float) -> Tensor:
     return pyro.param(name, lambda: torch.tensor(value))
 
@@ -108,15 +117,3 @@ def normal(name: str, loc: Any, scale: Any, **options: Any) -> Tensor:
 
 def observe(loc: Tensor, value: Tensor, name: str = "x") -> None:
     pyro.sample(name, dist.Normal(loc, 1.0), obs=value)
-
-
-# Options of rows: where their weights lie, and on which data.
-
-INDEX = (0, 2)  # a minibatch
-ALONE: dict[str, Any] = {"shared": (), "plates": ()}
-JOINT: dict[str, Any] = {**ALONE, "joint": True}
-TABLE: dict[str, Any] = {"args": lambda: (table(),)}
-GROUPS: dict[str, Any] = {**TABLE, "shared": ("group",), "plates": (2,)}
-ITEMS: dict[str, Any] = {**TABLE, "shared": ("group", "item"), "plates": (2, 3)}
-GRID: dict[str, Any] = {**TABLE, "shared": ("row", "column"), "plates": (2, 3)}
-TRANSPOSED: dict[str, Any] = {**TABLE, "shared": ("column", "row"), "plates": (3, 2)}

@@ -51,7 +51,7 @@ from tests.models import Row, small
 from tests.models.guides import KINDS, Kind, Setting, density_at, no_guide, quiet
 
 ROWS, LATENTS = 4, 2
-OF_PYRO = ("mixture_auto_normal", "mixture_auto_diagonal", "mixture_auto_multivariate", "mapa_rest")
+OF_PYRO = ("mixture_auto_normal", "mixture_auto_diagonal", "mapa_rest")
 
 
 # --- A model with a network of its own, and a guide of every kind for it

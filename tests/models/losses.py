@@ -1,0 +1,43 @@
+"""The table of losses, each made with M estimates of K samples, and the bounds that they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro_recursive import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MISELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    SIWAE_ELBO,
+    MultiSampleELBO,
+    RecursiveMixture_ELBO,
+    Stratified_ELBO,
+    bounds,
+)
+
+LOSSES: dict[str, Callable[..., MultiSampleELBO]] = {
+    "IWAE_ELBO": lambda M, K, **options: IWAE_ELBO(K, num_estimates=M, **options),
+    "MIWAE_ELBO": MIWAE_ELBO,
+    "PIWAE_ELBO": PIWAE_ELBO,
+    "CIWAE_ELBO": lambda M, K, **options: CIWAE_ELBO(K, num_estimates=M, beta=0.3, **options),
+    "MultiSampleELBO": lambda M, K, **options: MultiSampleELBO(
+        bounds.renyi(0.5), num_estimates=M, num_particles=K, **options
+    ),
+}
+BOUNDS = {
+    "IWAE_ELBO": bounds.iwae,
+    "MIWAE_ELBO": bounds.miwae,
+    "PIWAE_ELBO": bounds.piwae,
+    "CIWAE_ELBO": bounds.ciwae(0.3),
+    "MultiSampleELBO": bounds.renyi(0.5),
+}
+# Losses of guides that are mixtures.
+OF_MIXTURES: dict[str, Callable[..., Any]] = {
+    "Stratified_ELBO": lambda M, K, **options: Stratified_ELBO(K, num_estimates=M, **options),
+    "SIWAE_ELBO": lambda M, K, **options: SIWAE_ELBO(K, num_estimates=M, **options),
+    "MISELBO": lambda M, K, **options: MISELBO(K, num_estimates=M, **options),
+    "RecursiveMixture_ELBO": lambda M, K, **options: RecursiveMixture_ELBO(
+        K, num_estimates=M, **options
+    ),
+}
