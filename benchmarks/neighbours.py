@@ -1,4 +1,4 @@
-"""Time and memory of the nearest neighbours of all data, beside scikit-learn's and faiss'.
+"""Time and memory of the nearest neighbours of all data, beside scikit-learn's.
 
 Each method runs in a process of its own, on all cores, from the same float32 file: wall-clock of
 the search alone, and the highest resident memory of the process above what the data take.
@@ -13,8 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from benchmarks.run import base_parser, parse
 from benchmarks.timing import peak_megabytes
 from pyro_recursive.datasets import load
 from pyro_recursive.mapa.kernels import Bernoulli, Gaussian
-from pyro_recursive.mapa.nearest import nearest
+from pyro_recursive.mapa.table import neighbours
 
 OURS = "pyro_recursive exact"
 SCALE = 0.3  # of the Gaussian kernel: it does not change the order of neighbours
@@ -75,25 +73,21 @@ def measure(options: argparse.Namespace) -> Results:
 
 def methods() -> dict[str, Callable[[Tensor, int], Tensor]]:
     """Return what is installed, by name: data and k to indices ``[N, k]``."""
-    members: dict[str, Callable[[Tensor, int], Tensor]] = {
-        OURS: partial(ours, backend="exact"),
+    return {
+        OURS: ours,
         "pyro_recursive exact, Bernoulli": bits,
         "scikit-learn brute force": by_sklearn,
     }
-    if find_spec("faiss") is not None:
-        members["faiss IndexFlatL2"] = by_faiss
-        members["pyro_recursive faiss"] = partial(ours, backend="faiss")
-    return members
 
 
-def ours(x: Tensor, k: int, backend: str) -> Tensor:
-    return nearest(x, x, Gaussian(SCALE), k, own=True, backend=backend, progress=False).index
+def ours(x: Tensor, k: int) -> Tensor:
+    return neighbours(x, Gaussian(SCALE), k).index
 
 
 def bits(x: Tensor, k: int) -> Tensor:
     """Return neighbours of binary data, whose distances have many ties."""
     x = (x > 0.5).to(torch.float32)
-    return nearest(x, x, Bernoulli(), k, own=True, backend="exact", progress=False).index
+    return neighbours(x, Bernoulli(), k).index
 
 
 def by_sklearn(x: Tensor, k: int) -> Tensor:
@@ -101,14 +95,6 @@ def by_sklearn(x: Tensor, k: int) -> Tensor:
 
     search = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(x.numpy())
     return torch.from_numpy(search.kneighbors(x.numpy(), return_distance=False))
-
-
-def by_faiss(x: Tensor, k: int) -> Tensor:
-    import faiss
-
-    index = faiss.IndexFlatL2(x.shape[1])
-    index.add(x.numpy())
-    return torch.from_numpy(index.search(x.numpy(), k)[1])
 
 
 def in_a_process(method: str, folder: Path, k: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,30 +30,36 @@ class Features(NamedTuple):
 class Kernel(ABC):
     """``log k(x_n, x_i)``, the log-weight of the datum x_i as an explanation of x_n, in nats.
 
-    A subclass defines ``__call__``. Make it a frozen dataclass of numbers: its ``repr`` then names
-    it in caches.
+    A subclass defines `scores`. Make it a frozen dataclass of numbers: its ``repr`` then names it
+    in caches.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class Laplace(Kernel):
     ...     scale: float
-    ...     def __call__(self, query, reference):
+    ...     def scores(self, query, reference):
     ...         return -torch.cdist(query, reference, p=1) / self.scale
     >>> Laplace(2.0)(torch.zeros(1, 3), torch.ones(2, 3))
     tensor([[-1.5000, -1.5000]])
     """
 
+    support: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    whole: ClassVar[bool] = False  # numbers
+
     @abstractmethod
+    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
+        """Return numbers ``[Q, R]`` with the order of log k in each row, for checked data."""
+
     def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return log k for queries ``[Q, *x]`` and references ``[R, *x]``: ``[Q, R]`` nats."""
+        self.check(query)
+        self.check(reference)
+        check_shapes(query, reference)
+        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
 
     def check(self, data: Tensor) -> None:
         """Raise ValueError for data outside the kernel's support."""
-        check_data(self, data)
-
-    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return numbers ``[Q, R]`` with the order of log k in each row, for checked data."""
-        return self(query, reference)
+        check_data(self, data, *self.support, whole=self.whole)
 
     def rescaled(self, scores: Tensor, size: int) -> Tensor:
         """Return log k for rows of scores ``[Q, k]``, by a map that keeps each row's order.
@@ -82,26 +88,7 @@ class Kernel(ABC):
         return f"{type(self).__name__}({given})"
 
 
-class ScoreKernel(Kernel):
-    """A kernel defined by its `scores`."""
-
-    @abstractmethod
-    def scores(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return numbers ``[Q, R]``, float64, with the order of log k in each row."""
-
-    def __call__(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return log k, ``[Q, R]`` nats, float64."""
-        self.check(query)
-        self.check(reference)
-        if query.shape[1:] != reference.shape[1:]:
-            raise ValueError(
-                f"{self!r} got queries of shape {list(query.shape[1:])} and references of shape "
-                f"{list(reference.shape[1:])}"
-            )
-        return self.rescaled(self.scores(query, reference), math.prod(reference.shape[1:]))
-
-
-class InnerProductKernel(ScoreKernel):
+class InnerProductKernel(Kernel):
     """A kernel whose scores are inner products, up to terms of one side.
 
     ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``. Features are float64, since the scores
@@ -112,16 +99,13 @@ class InnerProductKernel(ScoreKernel):
     """
 
     @abstractmethod
-    def query_features(self, data: Tensor, origin: Tensor) -> Features:
-        """Return ``q`` and ``a`` for data ``[Q, *x]``."""
-
-    @abstractmethod
     def reference_features(self, data: Tensor, origin: Tensor) -> Features:
         """Return ``r`` and ``b`` for data ``[R, *x]``."""
 
-    def width(self, data: Tensor) -> int:
-        """Return the number of features F of a datum."""
-        return math.prod(data.shape[1:])
+    def query_features(self, data: Tensor, origin: Tensor) -> Features:
+        """Return ``q`` and ``a`` for data ``[Q, *x]``: by default the data and zero."""
+        rows = flat(data)
+        return Features(rows, rows.new_zeros(len(rows)))
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return the inner products with the terms of both sides, ``[Q, R]``, float64."""
@@ -147,32 +131,42 @@ def origin_of(data: Tensor) -> Tensor:
     return flat(data[::step]).clone(memory_format=torch.contiguous_format).median(0).values
 
 
+def sum_of_pairs(term: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Return ``sum_d term(x_d, y_d)`` of all pairs of rows, ``[Q, D]`` and ``[R, D]``: ``[Q, R]``.
+
+    A few dimensions at once, so that the pairs fit into memory.
+    """
+    size = max(1, _CHUNK_NUMBERS // max(1, len(x) * len(y)))
+    total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for left, right in zip(x.split(size, 1), y.split(size, 1), strict=True):
+        total += term(left[:, None], right).sum(-1)
+    return total
+
+
+def check_shapes(query: Tensor, reference: Tensor) -> None:
+    """Raise ValueError for data of different shapes, which might broadcast."""
+    one, other = list(query.shape[1:]), list(reference.shape[1:])
+    if one != other:
+        raise ValueError(f"Queries have shape {one} a row, and references {other}.")
+
+
 def check_data(
     kernel: object,
     data: Tensor,
-    *,
     least: float = -math.inf,
     most: float = math.inf,
     whole: bool = False,
-    above: bool = False,
 ) -> None:
-    """Raise ValueError for data out of a range, for fractions, nan and infinity.
-
-    ``above`` leaves out ``least`` itself.
-    """
-    if data.dim() < 1 or not data.numel():
-        raise ValueError(f"{kernel!r} needs rows of data [R, *x], got shape {list(data.shape)}")
-    if data.is_complex():
-        raise ValueError(f"{kernel!r} needs real numbers, got {data.dtype}")
-    numbers = data if data.dtype != torch.bool else data.to(torch.uint8)
-    low, high = (float(value) for value in torch.aminmax(numbers))
+    """Raise ValueError for data out of a range, for fractions, nan and infinity."""
+    low, high = (float(value) for value in torch.aminmax(data))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{kernel!r} needs finite data")
-    if low < least or high > most or (above and low == least):
-        interval = f"{'(' if above else '['}{least:g}, {most:g}{')' if most == math.inf else ']'}"
-        raise ValueError(f"{kernel!r} needs data in {interval}, got {low:g} to {high:g}")
+        raise ValueError(f"{kernel!r} needs finite data.")
+    if low < least or high > most:
+        raise ValueError(
+            f"{kernel!r} needs data in [{least:g}, {most:g}], got {low:g} to {high:g}."
+        )
     if whole and data.is_floating_point() and (data != data.floor()).any():
-        raise ValueError(f"{kernel!r} needs whole numbers, got fractions")
+        raise ValueError(f"{kernel!r} needs whole numbers.")
 
 
 def check_positive(kernel: object, zero: bool = False, **values: float | None) -> None:
@@ -180,10 +174,4 @@ def check_positive(kernel: object, zero: bool = False, **values: float | None) -
     for name, value in values.items():
         if value is not None and not (0 < value < math.inf or (zero and value == 0)):
             what = "finite and not negative" if zero else "positive and finite"
-            raise ValueError(f"{type(kernel).__name__}: {name} must be {what}, got {value}")
-
-
-def parts_of_pairs(left: Tensor, right: Tensor) -> list[slice]:
-    """Return slices of the dimensions so that all pairs of rows fit into memory."""
-    size = max(1, _CHUNK_NUMBERS // max(1, len(left) * len(right)))
-    return [slice(start, start + size) for start in range(0, left.shape[1], size)]
+            raise ValueError(f"{type(kernel).__name__}: {name} must be {what}, got {value}.")

@@ -19,11 +19,10 @@ from pyro_recursive.mapa.kernel_base import (
     InnerProductKernel,
     Kernel,
     LogKernel,
-    ScoreKernel,
     check_data,
     check_positive,
     flat,
-    parts_of_pairs,
+    sum_of_pairs,
 )
 
 __all__ = [
@@ -49,31 +48,14 @@ _SERIES = 1e-2  # below this, differences would lose more digits than the series
 _WRAPPERS = (td.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
-class _Intensities(InnerProductKernel):
-    """A kernel of data in [0, 1] whose query features are the data."""
-
-    def check(self, data: Tensor) -> None:
-        """Raise ValueError for data outside [0, 1]."""
-        check_data(self, data, least=0, most=1)
-
-    def query_features(self, data: Tensor, origin: Tensor) -> Features:
-        """Return the data."""
-        rows = flat(data)
-        return Features(rows, rows.new_zeros(len(rows)))
-
-
 @dataclass(frozen=True, repr=False)
-class Bernoulli(_Intensities):
+class Bernoulli(InnerProductKernel):
     """The kernel of binary data: each bit of x_i, softened, is the mean of that of x_n.
 
-    ``log k = sum_d log Bernoulli(x_nd; a + (1 - 2 a) x_id)``, which is ``H log(a / (1 - a))`` and a
-    constant, where H is the number of bits that differ. It is the posterior predictive under a
+    ``log k = sum_d log Bernoulli(x_nd; a + (1 - 2 a) x_id)`` is the posterior predictive under a
     prior Beta(c, c), with ``a = c / (2 c + 1)``: 1/3 for a flat prior, 1/4 for Jeffreys' c = 1/2,
-    the default. For sharp decoders a smaller ``a`` is nearer to their posterior.
-
-    Grey values in [0, 1] are means of random bits: of x_i they set the mean
-    ``a + (1 - 2 a) x_i``; for those of x_n log k is the mean over the bits, a cross entropy and no
-    density.
+    the default. For sharp decoders a smaller ``a`` is nearer to their posterior. Grey values in
+    [0, 1] are means of random bits; for those of x_n log k is the mean over the bits, no density.
 
     Args:
         concentration: c.
@@ -94,13 +76,15 @@ class Bernoulli(_Intensities):
     concentration: float | None = None
     softening: float | None = None
 
+    support = (0.0, 1.0)
+
     def __post_init__(self) -> None:
         """Check the numbers."""
         check_positive(self, concentration=self.concentration, softening=self.softening)
         if self.concentration is not None and self.softening is not None:
-            raise ValueError(f"give concentration or softening, not both: {self!r}")
-        if self.softening is not None and not self.softening < 0.5:
-            raise ValueError(f"softening must be below 1/2, got {self.softening}")
+            raise ValueError(f"Give concentration or softening, not both: {self!r}.")
+        if not self.a < 0.5:
+            raise ValueError(f"softening must be below 1/2, got {self.softening}.")
 
     @property
     def a(self) -> float:
@@ -118,7 +102,7 @@ class Bernoulli(_Intensities):
 
 
 @dataclass(frozen=True, repr=False)
-class ContinuousBernoulli(_Intensities):
+class ContinuousBernoulli(InnerProductKernel):
     """The kernel of intensities in [0, 1]: a continuous Bernoulli with mean x_i.
 
     The density at the most likely parameter after x_i: that with mean x_i, not with ``probs`` x_i.
@@ -139,10 +123,12 @@ class ContinuousBernoulli(_Intensities):
 
     margin: float = 0.1
 
+    support = (0.0, 1.0)
+
     def __post_init__(self) -> None:
         """Check the margin."""
         if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin must be between 0 and 1/2, got {self.margin}")
+            raise ValueError(f"margin must be between 0 and 1/2, got {self.margin}.")
 
     def reference_features(self, data: Tensor, origin: Tensor) -> Features:
         """Return the logits with these means, and the logarithms of the density at zero."""
@@ -151,7 +137,7 @@ class ContinuousBernoulli(_Intensities):
 
 
 @dataclass(frozen=True, repr=False)
-class Categorical(InnerProductKernel):
+class Categorical(Kernel):
     """The kernel of categories: x_i, softened, is the distribution of x_n.
 
     ``log k = sum_d log((1[x_nd = x_id] + c) / (1 + C c))``: the posterior predictive under a
@@ -169,58 +155,41 @@ class Categorical(InnerProductKernel):
     one_hot: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the concentration."""
         check_positive(self, concentration=self.concentration)
-        if self.num_categories < 1:
-            raise ValueError(f"num_categories must be 1 or more, got {self.num_categories}")
 
     def check(self, data: Tensor) -> None:
         """Raise ValueError for data that are no categories."""
-        if not self.one_hot:
-            check_data(self, data, least=0, most=self.num_categories - 1, whole=True)
-            return
-        check_data(self, data, least=0, most=1, whole=True)
-        if data.dim() < 2 or data.shape[-1] != self.num_categories:
-            raise ValueError(f"{self!r} needs data [R, *x, C], got shape {list(data.shape)}")
-        if (data.sum(-1) != 1).any():
-            raise ValueError(f"{self!r} needs exactly one 1 in each vector of categories")
-
-    def width(self, data: Tensor) -> int:
-        """Return the number of dimensions times that of categories."""
-        return math.prod(data.shape[1:]) * (1 if self.one_hot else self.num_categories)
-
-    def query_features(self, data: Tensor, origin: Tensor) -> Features:
-        """Return the categories as one-hot vectors."""
-        rows = torch.nn.functional.one_hot(self._categories(data), self.num_categories)
-        return Features(flat(rows), flat(rows).new_zeros(len(rows)))
-
-    def reference_features(self, data: Tensor, origin: Tensor) -> Features:
-        """Return one-hot vectors times the score of a match, and the score of no match at all."""
-        rows, zeros = self.query_features(data, origin)
-        match, none = self._terms()
-        return Features(rows * match, zeros + self._categories(data).shape[1] * none)
+        most = 1 if self.one_hot else self.num_categories - 1
+        check_data(self, data, 0, most, whole=True)
+        size = data.shape[-1] if self.one_hot else self.num_categories
+        if size != self.num_categories or (self.one_hot and (data.sum(-1) != 1).any()):
+            raise ValueError(f"{self!r} needs data [R, *x, C] with one 1 in each vector of C.")
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
-        """Return log k by comparing, ``[Q, R]``, float64: one-hot vectors may be very long."""
-        match, none = self._terms()
-        left, right = self._categories(query), self._categories(reference)
-        matches = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-        for part in parts_of_pairs(left, right):
-            matches += (left[:, None, part] == right[:, part]).sum(-1)
-        return matches * match + left.shape[1] * none
-
-    def _terms(self) -> tuple[float, float]:
-        """Return the score of a match, and the log-probability of another category."""
-        c = self.concentration
-        return math.log1p(1 / c), math.log(c / (1 + self.num_categories * c))
+        """Return log k, ``[Q, R]``, float64."""
+        c, left, right = self.concentration, self._categories(query), self._categories(reference)
+        none = left.shape[1] * math.log(c / (1 + self.num_categories * c))
+        return sum_of_pairs(torch.eq, left, right) * math.log1p(1 / c) + none
 
     def _categories(self, data: Tensor) -> Tensor:
         categories = data.to(torch.uint8).argmax(-1) if self.one_hot else data.long()
         return categories.reshape(len(data), -1)
 
 
+class _GammaConjugate(Kernel):
+    """A kernel of data whose likelihood's parameters have a prior Gamma(shape, rate)."""
+
+    shape: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Check the prior; a shape or rate of zero is improper, with a proper posterior."""
+        check_positive(self, zero=True, shape=self.shape, rate=self.rate)
+
+
 @dataclass(frozen=True, repr=False)
-class Poisson(ScoreKernel):
+class Poisson(_GammaConjugate):
     """The kernel of counts: a negative binomial around each count of x_i.
 
     The posterior predictive under a prior Gamma(shape, rate) on the means, by default Jeffreys':
@@ -235,14 +204,8 @@ class Poisson(ScoreKernel):
     shape: float = 0.5
     rate: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Check the prior."""
-        check_positive(self, shape=self.shape)
-        check_positive(self, zero=True, rate=self.rate)
-
-    def check(self, data: Tensor) -> None:
-        """Raise ValueError for data that are no counts."""
-        check_data(self, data, least=0, whole=True)
+    support = (0.0, math.inf)
+    whole = True
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return log k, ``[Q, R]``, float64."""
@@ -251,13 +214,11 @@ class Poisson(ScoreKernel):
         left = -(x + 1).lgamma() - x * log_odds
         right = shape * (math.log(self.rate + 1) - log_odds) - shape.lgamma()
         total = left.sum(-1)[:, None] + right.sum(-1)
-        for part in parts_of_pairs(x, shape):
-            total += (x[:, None, part] + shape[:, part]).lgamma().sum(-1)
-        return total
+        return total + sum_of_pairs(lambda x, y: (x + y).lgamma(), x, shape)
 
 
 @dataclass(frozen=True, repr=False)
-class Gamma(ScoreKernel):
+class Gamma(_GammaConjugate):
     """The kernel of positive data whose likelihood is a gamma of a known concentration m.
 
     The posterior predictive under a prior Gamma(shape, rate) on the likelihood's rates, a compound
@@ -275,15 +236,14 @@ class Gamma(ScoreKernel):
     shape: float = 0.0
     rate: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_positive(self, concentration=self.concentration)
-        check_positive(self, zero=True, rate=self.rate, shape=self.shape)
+    support = (0.0, math.inf)
 
     def check(self, data: Tensor) -> None:
         """Raise ValueError for data that are not positive."""
+        super().check(data)
         zero = self.rate > 0 and self.concentration == 1
-        check_data(self, data, least=0, above=not zero)
+        if not zero and (data == 0).any():
+            raise ValueError(f"{self!r} needs data above 0.")
 
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return log k, ``[Q, R]``, float64."""
@@ -292,15 +252,11 @@ class Gamma(ScoreKernel):
         log_beta = math.lgamma(m) + math.lgamma(known) - math.lgamma(m + known)
         left = torch.xlogy(torch.full_like(x, m - 1), x) - log_beta
         total = left.sum(-1)[:, None] + known * rate.log().sum(-1)
-        for part in parts_of_pairs(x, rate):
-            total -= (known + m) * (x[:, None, part] + rate[:, part]).log().sum(-1)
-        return total
+        return total - (known + m) * sum_of_pairs(lambda x, y: (x + y).log(), x, rate)
 
 
 def Exponential(shape: float = 0.0, rate: float = 0.0) -> Gamma:
     """Return the kernel of data whose likelihood is exponential: a `Gamma` of concentration 1.
-
-    ``k = prod_d (shape + 1) (rate + x_id) ** (shape + 1) / (rate + x_id + x_nd) ** (shape + 2)``.
 
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> Exponential()(x, x).exp().round(decimals=4)
@@ -317,13 +273,10 @@ def kernel_for(
 
     A Normal with a known scale (the same for all rows, without gradient) has `Gaussian(scale)`;
     with a learned scale, or one that differs between rows, bandwidths have perplexity 30, or a
-    third of the number of rows if that is less. Bernoulli, ContinuousBernoulli, Poisson,
-    Categorical, OneHotCategorical, Exponential and Gamma (of one constant concentration) have the
-    kernels of these names.
+    third of the number of rows if that is less. The others have the kernels of their names.
 
     Args:
-        fn: the distribution of an observed site; `Independent`, `MaskedDistribution` and
-            `ExpandedDistribution` are unwrapped.
+        fn: the distribution of an observed site.
         value: the data ``[N, *x]``, or some of them.
         number: N, where these are not all.
         k: how many neighbours a table will keep, which bounds perplexities.
@@ -334,31 +287,29 @@ def kernel_for(
     >>> import pyro.distributions as dist
     >>> kernel_for(dist.Normal(torch.zeros(20, 3), 0.5).to_event(1), torch.zeros(20, 3))
     Gaussian(scale=0.5)
-    >>> kernel_for(dist.Bernoulli(torch.full((20, 3), 0.5)).to_event(1), torch.zeros(20, 3))
-    Bernoulli()
     """
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
-    plain: dict[type[td.Distribution], Kernel] = {
-        td.Bernoulli: Bernoulli(),
-        td.ContinuousBernoulli: ContinuousBernoulli(),
-        td.Poisson: Poisson(),
-        td.Exponential: Exponential(),
-    }
-    for kind, kernel in plain.items():
-        if isinstance(fn, kind):
-            return kernel
-    if isinstance(fn, td.Normal):
-        return _gaussian(fn.scale, value, number or len(value), k)
-    if isinstance(fn, td.Categorical):
-        return Categorical(fn.probs.shape[-1])
-    if isinstance(fn, td.OneHotCategorical):
-        return Categorical(fn.event_shape[-1], one_hot=True)
-    if isinstance(fn, td.Gamma):
-        return _gamma(fn.concentration)
+    match fn:
+        case td.Bernoulli():
+            return Bernoulli()
+        case td.ContinuousBernoulli():
+            return ContinuousBernoulli()
+        case td.Poisson():
+            return Poisson()
+        case td.Exponential():
+            return Exponential()
+        case td.Normal():
+            return _gaussian(fn.scale, value, number or len(value), k)
+        case td.Categorical():
+            return Categorical(fn.probs.shape[-1])
+        case td.OneHotCategorical():
+            return Categorical(fn.event_shape[-1], one_hot=True)
+        case td.Gamma():
+            return _gamma(fn.concentration)
     raise ValueError(
-        f"no kernel is known for a {type(fn).__name__} likelihood: give one as kernel=, such as "
-        "Gaussian(perplexity=30), or a Table of neighbours"
+        f"No kernel is known for a {type(fn).__name__} likelihood. Give kernel=, such as "
+        "Gaussian(perplexity=30), or table=."
     )
 
 
@@ -380,8 +331,8 @@ def _gamma(concentration: Tensor) -> Gamma:
     first = concentration.detach().flatten()[0]
     if concentration.requires_grad or (concentration != first).any():
         raise ValueError(
-            "a Gamma likelihood needs one constant concentration, and this one is learned or "
-            "differs between data: give kernel=Gamma(concentration)"
+            "The Gamma likelihood's concentration is learned or differs between data. Give "
+            "kernel=Gamma(concentration)."
         )
     return Gamma(float(first))
 

@@ -20,9 +20,6 @@ class NeighbourRows:
     By the indices that ``indices_of`` returns for a call's arguments, if any; else by the plate's
     indices, where the inputs are the ``data`` of the table (or the model takes none); else by the
     table's kernel.
-
-    Raises:
-        ValueError: there is neither data nor a function.
     """
 
     def __init__(
@@ -32,8 +29,8 @@ class NeighbourRows:
         self.data = table.reference if data is None else data
         if self.data is None and indices_of is None:
             raise ValueError(
-                "A table alone does not identify rows: give the data of the table, or rows=, a "
-                "function from the model's arguments to indices."
+                "A table alone does not identify rows: give its data, or rows=, a function from "
+                "the model's arguments to indices."
             )
 
     def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
@@ -53,16 +50,11 @@ class NeighbourRows:
             return False
         if raw is None or raw is data:  # a model without arguments has its own data
             return True
-        if data is None or not isinstance(raw, Tensor):
-            raise ValueError(
-                f"inputs= gives a {type(raw).__name__}: return a tensor, or give rows=."
-            )
-        if len(data) != len(self.table):
+        if not isinstance(raw, Tensor) or data is None or len(data) != len(self.table):
             return False
         indices = _indices(plate)
-        chosen = data[indices.to(data.device)]
         rows = raw[indices.to(raw.device)] if raw.shape == data.shape else raw
-        return rows.shape == chosen.shape and bool((rows.to(data) == chosen).all())
+        return _same(rows, data[indices.to(data.device)])
 
 
 def _indices(plate: Plate) -> Tensor:
@@ -78,7 +70,7 @@ def _of_minibatch(rows: Any, plate: Plate, what: str) -> Tensor:
         return rows[_indices(plate).to(rows.device)]
     got = type(rows).__name__ if length is None else f"{length} rows"
     raise ValueError(
-        f"{what} gives {got}; it must give {plate.size}, the plate's, or all {plate.full_size}."
+        f"{what} gives {got}, for {plate.size} of {plate.full_size} rows of the plate."
     )
 
 
@@ -97,8 +89,7 @@ def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: i
     rows = raw
     if isinstance(raw, Tensor) and frame.name in trace.nodes and len(raw) != frame.size:
         rows = raw[trace.nodes[frame.name]["value"].to(raw.device)]
-    flat = value.reshape(frame.size, -1) if value.numel() % frame.size == 0 else value
-    if raw is not None and not (isinstance(rows, Tensor) and _same(rows, flat)):
+    if raw is not None and not (isinstance(rows, Tensor) and _same(rows, value)):
         raise ValueError(
             f"Site '{seen['name']}' observes other numbers than the inputs: give kernel=, in the "
             "units of the data."
@@ -107,5 +98,6 @@ def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: i
 
 
 def _same(rows: Tensor, value: Tensor) -> bool:
-    rows = rows.reshape(len(rows), -1)
-    return rows.shape == value.shape and bool((rows.to(value) == value).all())
+    """Whether two tensors have the same numbers, whatever their shapes."""
+    same_size = len(rows) and rows.numel() == value.numel()
+    return bool(same_size and (rows.to(value).flatten() == value.flatten()).all())

@@ -40,6 +40,10 @@ UNIT = grid(0, 1, 20_001)[:, None]
 LOGS = grid(-30, 60, 200_001)[:, None]  # of positive data
 
 
+def name_of(value: Any) -> str:
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value)) if isinstance(value, Kernel) else ""
+
+
 def manhattan(query: Tensor, reference: Tensor) -> Tensor:
     return torch.cdist(query, reference, p=1)
 
@@ -68,32 +72,27 @@ def test_sums_to_one(name: str) -> None:
     torch.testing.assert_close(total, torch.zeros(len(reference)), rtol=0, atol=1e-9)
 
 
-INTEGRALS: dict[str, tuple[Kernel, Tensor, Tensor]] = {
-    "Gaussian": (Gaussian(0.7), torch.tensor([[-1.0], [2.0]]), LINE),
-    "Gaussian, bandwidth": (Gaussian(bandwidth=2.0), torch.tensor([[3.0]]), LINE),
-    "StudentT": (StudentT(9.0, 0.5), torch.tensor([[1.0]]), LINE),
-    "ContinuousBernoulli": (
-        ContinuousBernoulli(0.05),
-        torch.tensor([[0.0], [0.3], [0.4999], [0.5], [1.0]]),
-        UNIT,
-    ),
-}
+POSITIVE = torch.tensor([[0.1], [4.0]])
+INTEGRALS: list[tuple[Kernel, Tensor, Tensor]] = [
+    (Gaussian(0.7), torch.tensor([[-1.0], [2.0]]), LINE),
+    (Gaussian(bandwidth=2.0), torch.tensor([[3.0]]), LINE),
+    (StudentT(9.0, 0.5), torch.tensor([[1.0]]), LINE),
+    (ContinuousBernoulli(0.05), torch.tensor([[0.0], [0.3], [0.4999], [0.5], [1.0]]), UNIT),
+    (Gamma(2.5), POSITIVE, LOGS.exp()),
+    (Gamma(0.5, 1.0, 2.0), POSITIVE, LOGS.exp()),
+    (Exponential(), POSITIVE, LOGS.exp()),
+    (Exponential(0.5, 3.0), POSITIVE, LOGS.exp()),
+]
 
 
-@pytest.mark.parametrize("name", INTEGRALS)
-def test_integrates_to_one(name: str) -> None:
-    kernel, reference, values = INTEGRALS[name]
-    total = torch.trapezoid(kernel(values, reference).exp(), values, dim=0)
+@pytest.mark.parametrize(("kernel", "reference", "values"), INTEGRALS, ids=name_of)
+def test_integrates_to_one(kernel: Kernel, reference: Tensor, values: Tensor) -> None:
+    density = kernel(values, reference).exp()
+    if reference is POSITIVE:
+        total = torch.trapezoid(density * values, LOGS, dim=0)
+    else:
+        total = torch.trapezoid(density, values, dim=0)
     torch.testing.assert_close(total, torch.ones(len(reference)), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "kernel", [Gamma(2.5), Gamma(0.5, 1.0, 2.0), Exponential(), Exponential(0.5, 3.0)], ids=repr
-)
-def test_positive_data_integrate_to_one(kernel: Kernel) -> None:
-    reference = torch.tensor([[0.1], [4.0]])
-    total = torch.trapezoid(kernel(LOGS.exp(), reference).exp() * LOGS.exp(), LOGS, dim=0)
-    torch.testing.assert_close(total, torch.ones(2), rtol=0, atol=1e-6)
 
 
 def test_student_t_is_one_density_of_all_dimensions() -> None:
@@ -110,10 +109,8 @@ def test_student_t_is_one_density_of_all_dimensions() -> None:
 
 def beta_grid(c: float) -> tuple[Tensor, Tensor]:
     logits = grid(-60, 60, 40_001)
-    p = logits.sigmoid()
-    return p, dist.Beta(c, c).log_prob(p.clamp(1e-300, 1 - 1e-16)) + p.log() + (
-        -logits
-    ).sigmoid().log()
+    p, log_volume = logits.sigmoid(), logits.sigmoid().log() + (-logits).sigmoid().log()
+    return p, dist.Beta(c, c).log_prob(p.clamp(1e-300, 1 - 1e-16)) + log_volume
 
 
 def gamma_grid(shape: float, rate: float) -> tuple[Tensor, Tensor]:
@@ -223,9 +220,8 @@ def test_gaussian_far_from_zero() -> None:
         (StudentT(2.0, 0.3), lambda n: torch.randn(n, 2, 3)),
         (Bernoulli(), lambda n: torch.rand(n, 2, 3)),
         (ContinuousBernoulli(), lambda n: torch.rand(n, 2, 3)),
-        (Categorical(4), lambda n: torch.randint(4, (n, 2, 3))),
     ],
-    ids=lambda value: repr(value) if isinstance(value, Kernel) else "",
+    ids=name_of,
 )
 def test_inner_products(kernel: InnerProductKernel, make: Callable[[int], Tensor]) -> None:
     """What the protocol says, with the origin anywhere."""
@@ -233,7 +229,6 @@ def test_inner_products(kernel: InnerProductKernel, make: Callable[[int], Tensor
     origin = torch.randn(6)
     q, a = kernel.query_features(query, origin)
     r, b = kernel.reference_features(reference, origin)
-    assert r.shape == (7, kernel.width(reference))
     scores = kernel.rescaled(q @ r.T + a[:, None] + b, 6)
     torch.testing.assert_close(scores, kernel(query, reference))
 
@@ -272,7 +267,7 @@ def test_perplexity_of_rows_that_cannot_reach_it() -> None:
     torch.testing.assert_close(perplexities(lost), torch.tensor([2.0]))
     isolated = of_perplexity(torch.tensor([[0.0, -1e9, -1.1e9, -1e300]]), 2.0)
     torch.testing.assert_close(perplexities(isolated), torch.tensor([2.0]), rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match=r"perplexity of 9 needs more .* there are 9"):
+    with pytest.raises(ValueError, match="below the 9 neighbours, got 9"):
         of_perplexity(torch.zeros(1, 9), 9.0)
 
 
@@ -323,9 +318,9 @@ def test_kernel_for(fn: Any, value: Tensor, expected: Kernel) -> None:
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
-        (dist.Laplace(ROWS, 1.0), "Laplace likelihood: give one as kernel="),
+        (dist.Laplace(ROWS, 1.0), "Laplace likelihood. Give kernel="),
         (dist.LogNormal(ROWS, 1.0), "LogNormal likelihood"),
-        (dist.Gamma(1 + torch.rand(20, 3), 1.0), "one constant concentration"),
+        (dist.Gamma(1 + torch.rand(20, 3), 1.0), "learned or differs between data"),
     ],
 )
 def test_no_kernel_for(fn: Any, message: str) -> None:
@@ -339,12 +334,11 @@ def test_no_kernel_for(fn: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Gaussian(), "give one of scale, bandwidth and perplexity"),
-        (lambda: Gaussian(1.0, 1.0), "give one of"),
-        (lambda: Gaussian(0.0), "Gaussian: scale must be positive and finite, got 0.0"),
-        (lambda: Gaussian((1.0, -1.0)), "scale must be positive"),
-        (lambda: Gaussian(bandwidth=math.nan), "bandwidth must be positive"),
-        (lambda: Gaussian(perplexity=1.0), "perplexity must be above 1"),
+        (lambda: Gaussian(), "Give one of scale, bandwidth and perplexity"),
+        (lambda: Gaussian(1.0, 1.0), "Give one of"),
+        (lambda: Gaussian(0.0), "must be positive"),
+        (lambda: Gaussian((1.0, -1.0)), "must be positive"),
+        (lambda: Gaussian(bandwidth=math.nan), "must be positive"),
         (lambda: StudentT(0.0, 1.0), "degrees must be positive"),
         (lambda: Distance(torch.cdist), "either bandwidth or perplexity"),
         (lambda: Distance(torch.cdist, 1.0, 30.0), "either bandwidth or perplexity"),
@@ -352,9 +346,7 @@ def test_no_kernel_for(fn: Any, message: str) -> None:
         (lambda: Bernoulli(softening=0.5), "below 1/2"),
         (lambda: Bernoulli(concentration=-1.0), "concentration must be positive"),
         (lambda: ContinuousBernoulli(0.5), "between 0 and 1/2"),
-        (lambda: Categorical(0), "num_categories must be 1 or more"),
         (lambda: Categorical(2, 0.0), "concentration must be positive"),
-        (lambda: Poisson(0.0), "shape must be positive"),
         (lambda: Poisson(1.0, -1.0), "rate must be finite and not negative"),
         (lambda: Gamma(1.0, -1.0), "shape must be finite and not negative"),
     ],
@@ -369,29 +361,20 @@ def test_wrong_numbers(make: Callable, message: str) -> None:
     [
         (Gaussian(1.0), torch.tensor([[math.nan]]), "needs finite data"),
         (Gaussian(1.0), torch.tensor([[-math.inf]]), "needs finite data"),
-        (Gaussian(1.0), torch.ones(0, 2), r"got shape \[0, 2\]"),
-        (Gaussian(1.0), torch.ones(2, 1, dtype=torch.complex64), "real numbers"),
-        (Gaussian((1.0, 2.0)), torch.ones(2, 3), "2 scales for a datum of 3"),
-        (
-            Bernoulli(),
-            torch.tensor([[0.0, 255.0]]),
-            r"data in \[0, 1\], got 0 to 255",
-        ),
+        (Gaussian(perplexity=1.0), torch.ones(3, 1), "must be above 1"),
+        (Bernoulli(), torch.tensor([[0.0, 255.0]]), r"data in \[0, 1\], got 0 to 255"),
         (ContinuousBernoulli(), torch.tensor([[-0.1]]), r"in \[0, 1\]"),
         (Categorical(3), torch.tensor([[3]]), r"in \[0, 2\]"),
         (Categorical(3), torch.tensor([[0.5]]), "whole numbers"),
-        (Categorical(3, one_hot=True), torch.eye(4), r"\[R, \*x, C\], got shape \[4, 4\]"),
-        (Categorical(3, one_hot=True), torch.ones(2, 3), "exactly one 1"),
-        (Poisson(), torch.tensor([[-1.0]]), r"in \[0, inf\)"),
+        (Categorical(3, one_hot=True), torch.eye(4), r"\[R, \*x, C\] with one 1"),
+        (Categorical(3, one_hot=True), torch.ones(2, 3), "one 1 in each vector"),
+        (Poisson(), torch.tensor([[-1.0]]), r"in \[0, inf\]"),
         (Poisson(), torch.tensor([[1.5]]), "whole numbers"),
-        (Gamma(2.0, 1.0, 1.0), torch.tensor([[0.0]]), r"in \(0, inf\)"),
-        (Exponential(), torch.tensor([[0.0]]), r"in \(0, inf\)"),
+        (Gamma(2.0, 1.0, 1.0), torch.tensor([[0.0]]), "above 0"),
+        (Exponential(), torch.tensor([[0.0]]), "above 0"),
         (Distance(lambda q, r: -torch.cdist(q, r), 1.0), torch.randn(3, 1), "negative numbers"),
-        (Distance(lambda q, r: q, 1.0), torch.randn(3, 1), r"shape \[3, 1\]; it must be \[3, 3\]"),
     ],
-    ids=lambda value: (
-        re.sub(" at 0x[0-9a-f]+", "", repr(value)) if isinstance(value, Kernel) else ""
-    ),
+    ids=name_of,
 )
 def test_wrong_data(kernel: Kernel, data: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -399,8 +382,8 @@ def test_wrong_data(kernel: Kernel, data: Tensor, message: str) -> None:
 
 
 def test_wrong_pairs() -> None:
-    with pytest.raises(ValueError, match=r"shape \[3\] and references of shape \[2\]"):
-        Poisson()(torch.ones(4, 3), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"shape \[3\] a row, and references \[1\]"):
+        Poisson()(torch.ones(4, 3), torch.ones(4, 1))
 
 
 def test_exponential_data_may_be_zero_where_the_prior_allows() -> None:

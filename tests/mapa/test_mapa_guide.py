@@ -124,7 +124,7 @@ def test_tables_without_data_need_to_know_rows() -> None:
     """A table that was saved does not say which data it is of; the codes' inputs do."""
     toy = Curve()
     table = toy.table()
-    with pytest.raises(ValueError, match="give the data of the table"):
+    with pytest.raises(ValueError, match="give its data"):
         MAPAGuide(toy.model, FreeCodes(torch.randn(N, D)), table=table)
     codes = EncodedCodes(toy.encoder, toy.x)
     guide = MAPAGuide(toy.model, codes, table=table, top=1, samples=0, share="pair")
@@ -405,7 +405,7 @@ def test_models_that_cannot_broadcast_are_told_how(share: str, samples: int) -> 
         ({"site": "w"}, "no latent site 'w'; there are .'z'"),
         ({"data": torch.randn(5, 2)}, "over 5 components, and there are 9 codes"),
         ({"codes": FreeCodes(torch.randn(N, 3))}, "length 3, and latent site 'z' takes 2"),
-        ({"inputs": lambda x: x[:3], "kernel": Gaussian(1.0)}, "inputs= gives 3 rows"),
+        ({"inputs": lambda x: x[:3], "kernel": Gaussian(1.0)}, "inputs= gives 3 rows, for 9 of 9"),
         ({"rows": lambda x: 2}, "rows= gives"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_folder_imports_lower_ranks_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_functions_import_optional_packages_alone(path: Path) -> None:
-    optional = {"sklearn", "pooch", "PIL", "matplotlib", "zuko", "faiss"}
+    optional = {"sklearn", "pooch", "PIL", "matplotlib", "zuko"}
     optional |= {"arviz", "arviz_stats"}  # they take seconds to import
     for function in nodes_of(path):
         if isinstance(function, ast.FunctionDef):
@@ -144,7 +144,7 @@ def test_diagnostics_are_documented_with_an_example(name: str) -> None:
 
 BARE = """
 import sys
-extras = "sklearn", "pooch", "PIL", "matplotlib", "zuko", "faiss", "arviz"
+extras = "sklearn", "pooch", "PIL", "matplotlib", "zuko", "arviz"
 for name in extras:
     sys.modules[name] = None
 import pyro_recursive, pyro_recursive.datasets, pyro_recursive.mapa, pyro_recursive.training
