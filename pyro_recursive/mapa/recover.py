@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, build_flow, check_flow
-from pyro_recursive.mapa.recovered_priors import (
-    CodeMixturePrior,
-    KDEPrior,
-    QuantilePrior,
-    RecoveredPrior,
-    check_varied,
-)
-from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.mapa.recovered_priors import KDEPrior, QuantilePrior, RecoveredPrior
 
 _STEPS_PER_VALIDATION = 25
 _VALIDATION = 0.1  # of the codes
@@ -46,13 +39,7 @@ class FlowPrior(RecoveredPrior):
         **fit: Any,
     ) -> None:
         super().__init__(codes.shape[1], len(codes))
-        try:
-            check_flow(flow)
-        except ImportError as error:
-            raise ImportError(
-                "kind='flow' needs zuko: pip install 'pyro_recursive[flows]', or use kind='kde'."
-            ) from error
-        check_varied(codes, self.kind)
+        check_flow(flow)
         weights = log_weights.exp()[:, None]
         loc = (weights * codes).sum(0)
         scale = (weights * (codes - loc) ** 2).sum(0).sqrt()
@@ -72,14 +59,14 @@ class FlowPrior(RecoveredPrior):
 
     def from_normal(self, noise: Tensor) -> Tensor:
         """Return the flow's value at standard normals, ``[..., D]`` to ``[..., D]``."""
-        return self.flow(None, torch.Size()).push(noise.to(self.flow.bias.dtype))
+        return self.forward().push(noise.to(self.flow.bias.dtype))
 
 
 KINDS: dict[str, Callable[..., RecoveredPrior]] = {
     "copula": QuantilePrior,
     "flow": FlowPrior,
     "kde": KDEPrior,
-    "kernels": CodeMixturePrior,
+    "kernels": KDEPrior,
 }
 
 
@@ -97,13 +84,13 @@ def recover_prior(
     """Fit a continuous prior to the codes ``[N, D]`` of a latent site.
 
     With it in place of N codes (`pyro_recursive.mapa.with_prior`) a model generates new data. The
-    page on MAPA describes the kinds: ``"copula"`` for D = 1, ``"flow"`` (of the extra `flows`),
-    ``"kde"``, ``"kernels"`` of a ``scale``; ``"auto"`` is the copula for D = 1, else a flow where
-    zuko is installed, or ``"kde"``. Torch's global random state is not changed.
+    page on MAPA describes the kinds. Torch's global random state is not changed.
 
     Args:
         codes: unconstrained vectors, ``[N, D]``, those of `biject_to` for a constrained support.
-        kind: see above.
+        kind: ``"copula"`` for D = 1, ``"flow"`` (of the extra `flows`), ``"kde"``, ``"kernels"`` of
+            a ``scale``; ``"auto"`` is the copula for D = 1, else a flow where zuko is installed, or
+            ``"kde"``.
         log_weights: ``[N]``, which need not be normalised.
         scale: of ``"kernels"``; a number or one for each of D.
         held_out: the share of the codes for `held_out_log_prob`, at random: left out of a first fit
@@ -115,9 +102,7 @@ def recover_prior(
             ``steps``, ``batch_size``, ``lr``, ``patience`` of ``"flow"``.
 
     Raises:
-        ImportError: a flow is asked for, and zuko is not installed.
-        TypeError: the codes are no floating-point numbers; a kind has no such option.
-        ValueError: the codes are not ``[N, D]``, too few, not finite or all equal in a coordinate;
+        ValueError: codes are not ``[N, D]``, too few, not finite or all equal in a coordinate;
             weights, kind or numbers do not fit.
 
     >>> codes = torch.cat([torch.randn(200, 1) - 3, torch.randn(200, 1) + 3])
@@ -126,87 +111,61 @@ def recover_prior(
     ('copula', 400, torch.Size([1]))
     >>> bool((prior().sample((1000,)).abs() > 1).double().mean() > 0.9)
     True
-    >>> normal = torch.distributions.Normal(codes.mean(), codes.std())
-    >>> recover_prior(codes, "kde").held_out_log_prob > normal.log_prob(codes).mean()
-    tensor(True)
     """
-    codes, weights = weighted_codes(codes, log_weights)
+    codes, weights = _weighted(codes, log_weights)
     if kind == "auto":
         several = "flow" if importlib.util.find_spec("zuko") else "kde"
         kind = "copula" if codes.shape[1] == 1 else several
     if kind not in KINDS:
-        raise ValueError(f"kind must be 'auto' or one of {list(KINDS)}, got {kind!r}")
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must be a share in [0, 1), got {held_out}")
+        raise ValueError(f"kind must be 'auto' or one of {list(KINDS)}, got {kind!r}.")
     if (scale is None) == (kind == "kernels"):
-        raise ValueError(
-            f"scale is of kind='kernels', which needs it; got kind={kind!r}, scale={scale}"
-        )
-    if kind == "copula" and trainable:
-        raise ValueError("kind='copula' has nothing to train: use 'flow', 'kde' or 'kernels'.")
+        raise ValueError(f"scale is for kind='kernels', which needs it; got kind={kind!r}.")
     if kind == "kernels":
         options["scale"] = scale
     if kind in ("flow", "kde"):
         options["seed"] = seed
-    prior = KINDS[kind](codes, weights, **options).requires_grad_(trainable)
+    prior = _fitted(kind, codes, weights, options).requires_grad_(trainable)
     if held_out:
-        prior.held_out_log_prob = _held_out(KINDS[kind], codes, weights, held_out, seed, options)
+        count = max(1, round(held_out * len(codes)))
+        if len(codes) - count < 2:
+            raise ValueError(f"{len(codes)} codes are too few to hold {count} out: use held_out=0.")
+        order = torch.randperm(len(codes), generator=torch.Generator("cpu").manual_seed(seed))
+        out, rest = order.to(codes.device).tensor_split([count])
+        first = _fitted(kind, codes[rest], weights[rest].log_softmax(0), options)
+        with torch.no_grad():
+            log_prob = first().log_prob(codes[out])
+        prior.held_out_log_prob = (weights[out].softmax(0) @ log_prob).item()
     return prior
 
 
-def weighted_codes(codes: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the codes of positive weight, ``[N, D]``, and normalised log-weights.
-
-    Raises:
-        TypeError: the codes are no floating-point numbers.
-        ValueError: the codes are not ``[N, D]`` or not finite; the weights do not fit them.
-    """
-    if not codes.is_floating_point():
-        raise TypeError(f"codes must be floating-point numbers, got {codes.dtype}")
-    if codes.dim() != 2 or not codes.numel():
+def _fitted(kind: str, codes: Tensor, weights: Tensor, options: dict[str, Any]) -> RecoveredPrior:
+    size = codes.abs().amax(0)
+    constant = codes.std(0, correction=0) <= 10 * torch.finfo(codes.dtype).eps * size
+    if kind != "kernels" and constant.any():
         raise ValueError(
-            f"codes must be [N, D], got {list(codes.shape)}. Codes of a scalar site are "
-            "codes[:, None]."
+            f"All codes have the same coordinates {constant.nonzero()[:, 0].tolist()}, without a "
+            f"{kind!r} density: drop the latent, or use kind='kernels'."
+        )
+    return KINDS[kind](codes, weights, **options)
+
+
+def _weighted(codes: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the codes of positive weight, ``[N, D]``, and normalised log-weights."""
+    if codes.dim() != 2 or not codes.is_floating_point():
+        raise ValueError(
+            f"codes must be floats [N, D], got {codes.dtype} {list(codes.shape)}. Codes of a "
+            "scalar site are codes[:, None]."
         )
     codes = codes.detach()
-    wrong = (~codes.isfinite().all(1)).nonzero()[:, 0]
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} of {len(codes)} codes are not finite, the first at row {int(wrong[0])}"
-        )
+    if not codes.isfinite().all():
+        raise ValueError(f"{int((~codes.isfinite()).any(1).sum())} codes are not finite.")
     if log_weights is None:
         return codes, codes.new_full((len(codes),), -math.log(len(codes)))
     log_weights = log_weights.detach().to(codes)
-    if log_weights.shape != codes.shape[:1]:
-        raise ValueError(
-            f"log_weights must be {list(codes.shape[:1])}, got {list(log_weights.shape)}"
-        )
-    if log_weights.isnan().any() or not log_weights.logsumexp(0).isfinite():
-        raise ValueError("log_weights must have no NaN, no +inf, and one above -inf")
+    if log_weights.shape != codes.shape[:1] or not log_weights.logsumexp(0).isfinite():
+        raise ValueError(f"log_weights must be {list(codes.shape[:1])}, one of them above -inf.")
     used = log_weights > -math.inf
     return codes[used], log_weights[used].log_softmax(0)
-
-
-@torch.no_grad()
-def _held_out(
-    build: Callable[..., RecoveredPrior],
-    codes: Tensor,
-    log_weights: Tensor,
-    share: float,
-    seed: int,
-    options: dict[str, Any],
-) -> float:
-    """Return the mean log-density of some codes under a prior fitted to the others."""
-    count = max(1, round(share * len(codes)))
-    if len(codes) - count < 2:
-        raise ValueError(
-            f"{len(codes)} codes are too few to hold {count} out: use more, or held_out=0."
-        )
-    generator = torch.Generator("cpu").manual_seed(seed)
-    order = torch.randperm(len(codes), generator=generator).to(codes.device)
-    out, rest = order[:count], order[count:]
-    prior = build(codes[rest], log_weights[rest].log_softmax(0), **options)
-    return (log_weights[out].softmax(0) @ prior().log_prob(codes[out])).item()
 
 
 @torch.enable_grad()
@@ -222,22 +181,24 @@ def _fit(
     patience: int = 8,
 ) -> int:
     """Fit the flow to standardised codes, and return the step of the parameters that are kept."""
-    check_at_least(1, steps=steps, batch_size=batch_size, patience=patience)
     order = torch.randperm(len(codes), generator=generator)
     count = math.ceil(_VALIDATION * len(codes))
     chosen, rest = order[:count].to(codes.device), order[count:]
     weights = log_weights.exp().cpu().double()[rest]
 
+    def log_prob(rows: Tensor) -> Tensor:
+        return flow(None, torch.Size()).log_prob(codes[rows])
+
     @torch.no_grad()
     def validate() -> float:
-        return (log_weights[chosen].softmax(0) @ _log_prob(flow, codes[chosen])).item()
+        return (log_weights[chosen].softmax(0) @ log_prob(chosen)).item()
 
     optimizer = torch.optim.Adam(flow.parameters(), lr)
     best, best_step, state = validate(), 0, copy.deepcopy(flow.state_dict())
     for step in range(1, steps + 1):
         batch = rest[torch.multinomial(weights, batch_size, True, generator=generator)]
         optimizer.zero_grad()
-        (-_log_prob(flow, codes[batch.to(codes.device)]).mean()).backward()
+        (-log_prob(batch.to(codes.device)).mean()).backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
         if step % _STEPS_PER_VALIDATION and step != steps:
@@ -249,15 +210,3 @@ def _fit(
             break
     flow.load_state_dict(state)
     return best_step
-
-
-def _log_prob(flow: AffineFlow, codes: Tensor) -> Tensor:
-    """Return the log-densities ``[N]``; raise where the fit has diverged."""
-    message = "The flow diverged while it was fitted to codes: use a smaller lr."
-    try:
-        log_prob = flow(None, torch.Size()).log_prob(codes)
-    except ValueError as error:  # of the base distribution, where validation is on
-        raise ValueError(message) from error
-    if not log_prob.isfinite().all():
-        raise ValueError(message)
-    return log_prob

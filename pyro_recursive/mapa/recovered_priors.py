@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_recursive.priors.encoded_mixture import EncodedMixture
-from pyro_recursive.tracing.arguments import check_at_least
 
 _WIDTHS = 32  # bandwidths that are tried
 _NARROWEST, _WIDEST = 0.05, 4.0  # of them, in units of the best one for normal codes
@@ -47,14 +46,10 @@ class RecoveredPrior(nn.Module, ABC):
         """Map standard normals to draws of the prior, ``[..., D]`` to ``[..., D]``.
 
         With one latent, ``decoder(prior.from_normal(w))`` is the decoder of the same model with the
-        prior ``w ~ N(0, 1)``, for quadrature over ``w``.
-
-        Raises:
-            NotImplementedError: for mixtures.
+        prior ``w ~ N(0, 1)``, for quadrature over ``w``. Mixtures have no such map.
         """
         raise NotImplementedError(
-            f"The {self.kind!r} prior is a mixture and no map of normals: use kind 'copula' or "
-            "'flow', or integrate its density over z."
+            f"The {self.kind!r} prior is a mixture and no map of normals: use 'copula' or 'flow'."
         )
 
     def extra_repr(self) -> str:
@@ -62,18 +57,6 @@ class RecoveredPrior(nn.Module, ABC):
         held_out = self.held_out_log_prob
         last = "" if held_out is None else f", held_out_log_prob={held_out:.3f}"
         return f"size={self.size}, num_codes={self.num_codes}{last}"
-
-
-def check_varied(codes: Tensor, kind: str) -> None:
-    """Raise ValueError where a coordinate of the codes is constant: it has no density."""
-    size = codes.abs().amax(0)
-    constant = codes.std(0, correction=0) <= 10 * torch.finfo(codes.dtype).eps * size
-    if constant.any():
-        raise ValueError(
-            f"All codes have the same coordinates {constant.nonzero()[:, 0].tolist()} (of "
-            f"{codes.shape[1]}), which have no {kind!r} density: drop the latent, or use "
-            "kind='kernels'."
-        )
 
 
 class QuantileMap(Transform):
@@ -114,11 +97,9 @@ class QuantilePrior(RecoveredPrior):
 
     ``h`` maps ``Phi^-1((r - 1/2) / N)`` to the r-th smallest code (with weights, the middle of its
     share of them) and is linear between. Equal codes are one knot. In the tails the slope is the
-    mean one of the outermost ``sqrt(K)`` of the K knots.
-
-    With all codes as knots the density is as jagged as the gaps between codes, and its log-density
-    of new codes 0.42 nats (one less Euler's constant) below the true one; fewer ``knots``, at
-    evenly spaced quantiles, are smoother: 10 codes a knot cost about 0.05 nats.
+    mean one of the outermost ``sqrt(K)`` of the K knots. With all codes as knots the log-density of
+    new codes is 0.42 nats (one less Euler's constant) below the true one; with fewer ``knots``, 10
+    codes each, about 0.05.
     """
 
     kind = "copula"
@@ -129,12 +110,7 @@ class QuantilePrior(RecoveredPrior):
     def __init__(self, codes: Tensor, log_weights: Tensor, *, knots: int | None = None) -> None:
         super().__init__(1, len(codes))
         if codes.shape[1] != 1:
-            raise ValueError(
-                f"kind='copula' is for codes of one number, got {list(codes.shape)}: use 'flow' or "
-                "'kde'."
-            )
-        check_at_least(2, knots=knots)
-        check_varied(codes, self.kind)
+            raise ValueError("kind='copula' is for codes of one number: use 'flow' or 'kde'.")
         inputs, outputs = _quantiles(codes[:, 0].double(), log_weights.double())
         if knots is not None:
             whole = QuantileMap(inputs, outputs, _tails(inputs, outputs))
@@ -194,66 +170,56 @@ def _tails(inputs: Tensor, outputs: Tensor) -> Tensor:
     return torch.stack([low, high])
 
 
-class CodeMixturePrior(RecoveredPrior):
-    """``p(z) = sum_i w_i N(z; c_i, scale**2 I)``, the prior of codes with a scale.
+class KDEPrior(RecoveredPrior):
+    """``p(z) = sum_i w_i N(z; c_i, h**2 C)``: a mixture of normals around the codes.
 
-    Trained, it learns the centers and weights, and one scale for each of D.
+    As a kernel density estimate C is the codes' covariance, and the bandwidth h, unless ``width``
+    is given, has the highest mean log-density of each code under all others. With a ``scale`` it is
+    the prior of codes with that scale, kind "kernels": h is the scale, and C the identity. Trained,
+    it learns centers, weights, and a scale for each of D.
     """
 
-    kind = "kernels"
+    loc: Tensor
+    scale_tril: Tensor
 
-    def __init__(self, codes: Tensor, log_weights: Tensor, *, scale: float | Tensor) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        log_weights: Tensor,
+        *,
+        scale: float | Tensor | None = None,
+        width: float | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(codes.shape[1], len(codes))
+        self.kind = "kde" if scale is None else "kernels"
+        if scale is None:
+            loc, scale_tril = _moments(codes, log_weights)
+            codes = torch.linalg.solve_triangular(scale_tril, (codes - loc).mT, upper=False).mT
+            scale = bandwidth(codes, log_weights, seed=seed) if width is None else width
+            self.register_buffer("loc", loc)
+            self.register_buffer("scale_tril", scale_tril)
         widths = torch.as_tensor(scale, dtype=codes.dtype, device=codes.device).detach()
-        positive = (widths.isfinite() & (widths > 0)).all()
-        if widths.shape not in ((), codes.shape[1:]) or not positive:
-            raise ValueError(
-                f"scale must be finite and positive, a number or {list(codes.shape[1:])}; got "
-                f"{scale}"
-            )
+        if not (widths > 0).all():
+            raise ValueError(f"scale must be positive, got {scale}.")
         self.centers = nn.Parameter(codes.clone())
         self.log_scale = nn.Parameter(widths.log().expand(codes.shape[1]).clone())
         self.log_weights = nn.Parameter(log_weights.clone())
+
+    @property
+    def width(self) -> float:
+        """The bandwidth h; its geometric mean over the dimensions, where they differ."""
+        return self.log_scale.mean().exp().item()
 
     def forward(self) -> Any:
         """Return the mixture, batch ``[]`` and event ``[D]``."""
         scale = self.log_scale.exp().expand_as(self.centers)
         normals = dist.Normal(self.centers, scale).to_event(1)
-        return EncodedMixture(self.log_weights.log_softmax(0), normals)
-
-
-class KDEPrior(RecoveredPrior):
-    """``p(z) = sum_i w_i N(z; c_i, h**2 C)``, C the codes' covariance: a kernel density estimate.
-
-    The bandwidth h maximises the mean log-density of each code under all others, see `bandwidth`.
-    """
-
-    kind = "kde"
-    loc: Tensor
-    scale_tril: Tensor
-
-    def __init__(
-        self, codes: Tensor, log_weights: Tensor, *, width: float | None = None, seed: int = 0
-    ) -> None:
-        super().__init__(codes.shape[1], len(codes))
-        check_varied(codes, self.kind)
-        loc, scale_tril = _moments(codes, log_weights)
-        white = torch.linalg.solve_triangular(scale_tril, (codes - loc).mT, upper=False).mT
-        if width is None:
-            width = bandwidth(white, log_weights, seed=seed)
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale_tril", scale_tril)
-        self.windows = CodeMixturePrior(white, log_weights, scale=width)
-
-    @property
-    def width(self) -> float:
-        """The bandwidth h; its mean over the dimensions, where it is trained."""
-        return self.windows.log_scale.mean().exp().item()
-
-    def forward(self) -> Any:
-        """Return the mixture, batch ``[]`` and event ``[D]``."""
+        mixture = EncodedMixture(self.log_weights.log_softmax(0), normals)
+        if self.kind == "kernels":
+            return mixture
         shape = transforms.LowerCholeskyAffine(self.loc, self.scale_tril)
-        return dist.TransformedDistribution(self.windows(), [shape])
+        return dist.TransformedDistribution(mixture, [shape])
 
 
 def bandwidth(codes: Tensor, log_weights: Tensor, *, seed: int = 0) -> float:
@@ -264,44 +230,30 @@ def bandwidth(codes: Tensor, log_weights: Tensor, *, seed: int = 0) -> float:
     """
     number, size = codes.unique(dim=0).shape
     silverman = (4 / ((size + 2) * number)) ** (1 / (size + 4))
-    exponents = torch.linspace(
-        math.log(_NARROWEST), math.log(_WIDEST), _WIDTHS, dtype=codes.dtype, device=codes.device
-    )
+    exponents = torch.linspace(math.log(_NARROWEST), math.log(_WIDEST), _WIDTHS).to(codes)
     widths = silverman * exponents.exp()
-    queries = None
-    if number > _QUERIES:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        queries = torch.randperm(number, generator=generator)[:_QUERIES].to(codes.device)
+    order = torch.randperm(number, generator=torch.Generator("cpu").manual_seed(seed))
+    queries = None if number <= _QUERIES else order[:_QUERIES].to(codes.device)
     return widths[leave_one_out(codes, log_weights, widths, queries).argmax()].item()
 
 
 def leave_one_out(
     codes: Tensor, log_weights: Tensor, widths: Tensor, queries: Tensor | None = None
 ) -> Tensor:
-    """Return the mean log-density of a code under the others' normals ``[H]``, in nats.
+    """Return the mean log-density of a code under the others' normals, of scales ``[H]``, in nats.
 
     Equal codes count as one, left out as a whole: a code that occurs twice would want a normal of
-    no width.
-
-    Args:
-        codes: ``[N, D]``.
-        log_weights: ``[N]``, of sum one.
-        widths: ``[H]``, the normals' scales.
-        queries: which of the distinct codes, in sorted order, are evaluated; all if not given.
+    no width. ``queries`` says which of the distinct codes, in sorted order, are evaluated.
     """
     points, which = codes.unique(dim=0, return_inverse=True)
     number, size = points.shape
-    if number < 2:
-        raise ValueError(f"All {len(codes)} codes are equal: no bandwidth follows from them.")
     weights = log_weights.new_zeros(number).index_add_(0, which, log_weights.exp())
-    if queries is None:
-        queries = torch.arange(number, device=points.device)
+    queries = torch.arange(number, device=points.device) if queries is None else queries
     total = points.new_zeros(len(widths))
     for chunk in queries.split(max(1, _CHUNK_PAIRS // number)):
         square = torch.cdist(points[chunk], points, compute_mode="donot_use_mm_for_euclid_dist")
         square = -0.5 * square.square_()
-        logits = weights.log().expand_as(square).clone()
-        logits[torch.arange(len(chunk), device=chunk.device), chunk] = -math.inf
+        logits = weights.log().expand_as(square).scatter(1, chunk[:, None], -math.inf)
         others = -torch.log1p(-weights[chunk])
         log_probs = [torch.logsumexp(square / h**2 + logits, 1) + others for h in widths]
         total = total + torch.stack(log_probs) @ weights[chunk]
@@ -320,7 +272,7 @@ def _moments(codes: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues = torch.linalg.eigvalsh(correlation)
     if eigenvalues[0] < 100 * torch.finfo(codes.dtype).eps * eigenvalues[-1]:
         raise ValueError(
-            f"{len(codes)} codes of {codes.shape[1]} numbers lie in a hyperplane, without a 'kde' "
-            "density: use more codes, fewer latents, or kind='kernels'."
+            f"The {len(codes)} codes lie in a hyperplane, without a 'kde' density: use more codes, "
+            "fewer latents, or kind='kernels'."
         )
     return loc, deviation[:, None] * torch.linalg.cholesky(correlation)

@@ -1,6 +1,5 @@
 """A model with the prior of one latent site replaced by another one."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,7 @@ def with_prior(
 
     A value of the site is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its
     density; each entry of the site's plates has a vector of its own. Names, plates, scales and
-    shapes stay, so that the result works with `pyro.infer.Predictive`,
-    `pyro_recursive.log_marginal`, guides and losses, and can be pickled if its parts can.
+    shapes stay, so that the result works like any Pyro model, and can be pickled if its parts can.
     Parameters of a module with gradients are registered as ``<site>_prior``.
 
     Args:
@@ -37,10 +35,8 @@ def with_prior(
             a callable that returns one, such as a `pyro_recursive.VampPrior`.
 
     Raises:
-        TypeError: the prior is none of these.
-        NotImplementedError: when the model runs, the site is discrete.
-        ValueError: when the model runs, the site is absent, observed, a Delta, or masked; its
-            event has not the prior's size; the prior is no distribution over vectors.
+        ValueError: when the model runs, the site is absent, observed, a Delta, or masked; or the
+            prior is not over vectors of its size.
 
     >>> from pyro.infer import Predictive
     >>> from pyro_recursive.mapa import recover_prior
@@ -61,11 +57,6 @@ class ReplacedPrior:
     """A model with another prior: a callable with ``model``, ``site`` and ``prior``."""
 
     def __init__(self, model: Callable, site: str, prior: Distribution | Callable[[], Any]) -> None:
-        if not isinstance(prior, Distribution) and not callable(prior):
-            raise TypeError(
-                f"The prior must be a distribution or return one when called, got "
-                f"{type(prior).__name__}."
-            )
         self.model, self.site, self.prior = model, site, prior
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,8 +64,12 @@ class ReplacedPrior:
         prior = self.prior
         if isinstance(prior, nn.Module) and any(p.requires_grad for p in prior.parameters()):
             pyro.module(f"{self.site}_prior", prior)
-        with _ReplacePrior(self.site, prior):
-            return self.model(*args, **kwargs)
+        handler = _ReplacePrior(self.site, prior)
+        with handler:
+            result = self.model(*args, **kwargs)
+        if self.site not in handler.seen:
+            raise ValueError(f"The model has no sample site '{self.site}'; it has {handler.seen}.")
+        return result
 
 
 class _ReplacePrior(Messenger):
@@ -85,21 +80,20 @@ class _ReplacePrior(Messenger):
         self.site, self.prior = site, prior
         self.seen: list[str] = []
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
-        if error is None and self.site not in self.seen:
-            raise ValueError(f"The model has no sample site '{self.site}'; it has {self.seen}.")
-
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         self.seen.append(msg["name"])
-        if msg["name"] != self.site:
-            return
-        _check_site(msg)
-        prior = self.prior  # Pyro's distributions are callable too: a call would draw
-        new = prior if isinstance(prior, Distribution) else prior()
-        msg["fn"] = _replaced(msg["fn"], new, self.site)
+        if msg["name"] == self.site:
+            if (
+                msg["is_observed"]
+                or is_delta(msg)
+                or isinstance(msg["fn"], dist.MaskedDistribution)
+            ):
+                raise ValueError(f"Site '{self.site}' is observed, masked or a Delta.")
+            prior = self.prior  # Pyro's distributions are callable too: a call would draw
+            new = prior if isinstance(prior, Distribution) else prior()
+            msg["fn"] = _replaced(msg["fn"], new, self.site)
 
 
 class _Supported(dist.TransformedDistribution):
@@ -125,47 +119,15 @@ def _replaced(old: Any, new: Any, site: str) -> Any:
     transform = biject_to(support)
     whole = transform.inverse_shape(old.batch_shape + old.event_shape)  # bounds may have rows
     shape = whole[len(old.batch_shape) :]
-    _check_prior(new, math.prod(shape), site)
+    if new.batch_shape or new.event_shape != (shape.numel(),):
+        raise ValueError(
+            f"The prior has batch {tuple(new.batch_shape)} and event {tuple(new.event_shape)}; "
+            f"site '{site}' needs vectors of length {shape.numel()}."
+        )
     new = new.expand(old.batch_shape)
-    steps = []
-    if shape != new.event_shape:
-        steps.append(ReshapeTransform(new.event_shape, shape))
-    if not _is_real(support):
-        steps.append(transform)
-    return _Supported(new, steps, support) if steps else new
-
-
-def _is_real(support: Any) -> bool:
+    steps = [] if shape == new.event_shape else [ReshapeTransform(new.event_shape, shape)]
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector)
-
-
-def _check_site(msg: Any) -> None:
-    name, fn = msg["name"], msg["fn"]
-    if msg["is_observed"]:
-        raise ValueError(f"Site '{name}' is observed; only latents have a prior.")
-    if is_delta(msg):
-        raise ValueError(f"Site '{name}' is a Delta, which has no prior.")
-    if getattr(fn.support, "is_discrete", False):
-        raise NotImplementedError(
-            f"Site '{name}' is discrete ({type(fn).__name__}); recovered priors are continuous."
-        )
-    if isinstance(fn, dist.MaskedDistribution):
-        raise ValueError(
-            f"The distribution of site '{name}' has a mask: use `with poutine.mask(mask=...)`."
-        )
-
-
-def _check_prior(new: Any, size: int, site: str) -> None:
-    batch, event = tuple(new.batch_shape), tuple(new.event_shape)
-    if batch or len(event) != 1:
-        raise ValueError(
-            f"The prior for site '{site}' has batch {batch} and event {event}; it must be over "
-            "vectors, without a batch."
-        )
-    if event[0] != size:
-        raise ValueError(
-            f"The prior is over vectors of length {event[0]}; site '{site}' has {size} "
-            "unconstrained numbers."
-        )
+    if support not in (constraints.real, constraints.real_vector):
+        steps.append(transform)
+    return _Supported(new, steps, plain_support(old.support)) if steps else new

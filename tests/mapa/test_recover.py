@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_recursive import log_marginal
 from pyro_recursive.datasets import curve_evidence
@@ -172,27 +172,22 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "codes, options, error, message",
     [
-        (torch.zeros(3, 1, dtype=torch.int64), {}, TypeError, "floating-point"),
-        (torch.randn(5), {}, ValueError, r"codes must be \[N, D\].*\[5\].*codes\[:, None\]"),
-        (torch.tensor([[0.0], [math.nan]]), {}, ValueError, "1 of 2 codes .* first at row 1"),
+        (torch.zeros(3, 1, dtype=torch.int64), {}, ValueError, "floats"),
+        (torch.randn(5), {}, ValueError, r"floats \[N, D\].*\[5\].*codes\[:, None\]"),
+        (torch.tensor([[0.0], [math.nan]]), {}, ValueError, "1 codes are not finite"),
         (torch.randn(5, 1), {"kind": "gmm"}, ValueError, "kind must be 'auto' or one of"),
         (torch.randn(5, 2), {"kind": "copula"}, ValueError, "codes of one number"),
-        (torch.ones(5, 1), {}, ValueError, r"same coordinates \[0\] \(of 1\)"),
+        (torch.ones(5, 1), {}, ValueError, r"same coordinates \[0\], without a 'copula'"),
         (torch.ones(5, 2), {"kind": "kde"}, ValueError, r"same coordinates \[0, 1\]"),
         (torch.ones(5, 2), {"kind": "flow"}, ValueError, "kind='kernels'"),
         (torch.randn(3, 5), {"kind": "kde", "held_out": 0}, ValueError, "in a hyperplane"),
-        (torch.randn(5, 1), {"scale": 0.1}, ValueError, "scale is of kind='kernels'"),
+        (torch.randn(5, 1), {"scale": 0.1}, ValueError, "scale is for kind='kernels'"),
         (torch.randn(5, 1), {"kind": "kernels"}, ValueError, "which needs it"),
-        (torch.randn(5, 2), {"kind": "kernels", "scale": -1.0}, ValueError, "positive, a number"),
-        (torch.randn(5, 1), {"held_out": 1.0}, ValueError, r"a share in \[0, 1\)"),
+        (torch.randn(5, 2), {"kind": "kernels", "scale": -1.0}, ValueError, "be positive"),
         (torch.randn(2, 1), {}, ValueError, "too few to hold 1 out"),
         (torch.randn(5, 1), {"log_weights": torch.zeros(4)}, ValueError, r"must be \[5\]"),
         (torch.randn(2, 1), {"log_weights": torch.full((2,), -math.inf)}, ValueError, "above -inf"),
-        (torch.randn(5, 1), {"trainable": True}, ValueError, "nothing to train"),
-        (torch.randn(5, 1), {"knots": 1}, ValueError, "knots must be an integer >= 2"),
-        (torch.randn(5, 2), {"kind": "flow", "steps": 0}, ValueError, "steps must be"),
         (torch.randn(5, 2), {"kind": "flow", "flow": "gf"}, ValueError, "flow must be one of"),
-        (torch.randn(5, 2), {"kind": "flow", "lr": -1.0}, ValueError, "Invalid learning rate"),
         (torch.randn(5, 1), {"steps": 3}, TypeError, "steps"),
     ],
 )
@@ -332,8 +327,6 @@ def test_flow_starts_as_a_normal_and_keeps_its_best() -> None:
     assert prior.steps_taken == 0, "a step that made it worse is not kept"
     normal = dist.Normal(codes.mean(0), codes.std(0, correction=0)).to_event(1)
     torch.testing.assert_close(prior().log_prob(codes), normal.log_prob(codes))
-    with pytest.raises(ValueError, match="use a smaller lr"):
-        short(codes, "flow", steps=50, lr=1e6)
 
 
 # A model with another prior
@@ -482,13 +475,11 @@ def test_trainable_priors_are_learned_and_others_are_no_parameters() -> None:
         assert torch.equal(prior().components.mean, codes) != trainable
 
 
-def test_any_callable_may_be_the_prior() -> None:
-    recovered = with_prior(Line(), "z", lambda: dist.Normal(torch.full((1,), 9.0), 0.1).to_event(1))
-    assert (Predictive(recovered, num_samples=5)(None, 3)["z"] - 9).abs().max() < 1
-    recovered = with_prior(Line(), "z", dist.Normal(torch.full((1,), 9.0), 0.1).to_event(1))
-    assert (Predictive(recovered, num_samples=5)(None, 3)["z"] - 9).abs().max() < 1
-    with pytest.raises(TypeError, match="must be a distribution or return one when called, got T"):
-        with_prior(Line(), "z", torch.zeros(1))  # type: ignore[arg-type]
+def test_any_distribution_or_callable_may_be_the_prior() -> None:
+    prior = dist.Normal(torch.full((1,), 9.0), 0.1).to_event(1)
+    for each in (prior, lambda: prior):
+        recovered = with_prior(Line(), "z", each)
+        assert (Predictive(recovered, num_samples=5)(None, 3)["z"] - 9).abs().max() < 1
 
 
 def model_of(fn: Any, obs: Tensor | None = None) -> Any:
@@ -496,35 +487,20 @@ def model_of(fn: Any, obs: Tensor | None = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    "model, site, error, message",
+    "model, site, message",
     [
-        (model_of(dist.Normal(0.0, 1.0)), "y", ValueError, r"no sample site 'y'.*\['z'\]"),
-        (model_of(dist.Normal(0.0, 1.0), torch.zeros(())), "z", ValueError, "is observed"),
-        (model_of(dist.Delta(torch.zeros(()))), "z", ValueError, "is a Delta"),
-        (model_of(dist.Poisson(1.0)), "z", NotImplementedError, r"discrete \(Poisson\)"),
-        (model_of(dist.Normal(0.0, 1.0).mask(True)), "z", ValueError, "has a mask"),
-        (
-            model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1)),
-            "z",
-            ValueError,
-            "length 1.*has 2",
-        ),
+        (model_of(dist.Normal(0.0, 1.0)), "y", r"no sample site 'y'.*\['z'\]"),
+        (model_of(dist.Normal(0.0, 1.0), torch.zeros(())), "z", "is observed, masked or a Delta"),
+        (model_of(dist.Delta(torch.zeros(()))), "z", "is observed, masked or a Delta"),
+        (model_of(dist.Normal(0.0, 1.0).mask(True)), "z", "is observed, masked or a Delta"),
+        (model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1)), "z", "needs .* of length 2"),
     ],
 )
-def test_sites_without_a_prior_to_replace(model: Any, site: str, error: type, message: str) -> None:
-    prior = short(torch.randn(5, 1), "kernels")
-    with pytest.raises(error, match=message):
-        with_prior(model, site, prior)()
+def test_sites_without_a_prior_to_replace(model: Any, site: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_prior(model, site, short(torch.randn(5, 1), "kernels"))()
 
 
 def test_priors_that_are_none() -> None:
     with pytest.raises(ValueError, match=r"has batch \(2,\) and event \(\)"):
         with_prior(model_of(dist.Normal(0.0, 1.0)), "z", lambda: dist.Normal(torch.zeros(2), 1.0))()
-
-
-def test_an_error_of_the_model_is_not_hidden() -> None:
-    def model() -> None:
-        raise RuntimeError("the model's own")
-
-    with pytest.raises(RuntimeError, match="the model's own"):
-        with_prior(model, "z", nn.Identity())()
