@@ -12,21 +12,19 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.gaussian_families import Family, family_of
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
-from pyro_recursive.tracing.arguments import check_module
 
 
 class AmortizedGuide(LatentGuide):
     """An autoguide whose Gaussians come from an encoder: ``q(z_i | x_i) = N(encoder(x_i))``.
 
-    All latents inside the data's plate are packed into one unconstrained vector a row, of length
-    D; an encoder maps the rows ``[*rows, ...]`` of the data to ``[*rows, num_parameters]``.
-    Latents outside the plate have one joint Gaussian with free parameters; without an encoder all
-    latents have, and inside a ``plate=`` each row has its own. Constrained supports add their
+    All latents inside the data's plate are packed into one unconstrained vector a row, of length D.
+    Latents outside, without an encoder all latents, have one joint Gaussian with free parameters;
+    without an encoder inside a ``plate=`` each row has its own. Constrained supports add their
     Jacobians.
 
     Args:
         model: a Pyro model with continuous latents; hide discrete ones with `pyro.poutine.block`.
-        encoder: a module from the inputs' rows to the parameters of the Gaussians.
+        encoder: a module from the inputs' rows ``[*rows, ...]`` to the parameters of the Gaussians.
         family: ``"diagonal"`` (2 D numbers: locations, then logarithms of scales), ``"full"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
         plate: the name of the data's plate; with an encoder by default the plate around all
@@ -37,11 +35,6 @@ class AmortizedGuide(LatentGuide):
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
 
-    Raises:
-        NotImplementedError: a latent site is discrete.
-        TypeError: the encoder is no module.
-        ValueError: the encoder's output has the wrong size; no latent is in the plate.
-
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> def model(x):
@@ -49,8 +42,7 @@ class AmortizedGuide(LatentGuide):
     ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     ...         pyro.sample("x", dist.Poisson(rate), obs=x[:, 0])
     >>> guide = AmortizedGuide(model, nn.Linear(1, 2))
-    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    >>> svi.step(torch.tensor([[0.0], [1.0], [2.0]])) > 0
+    >>> SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(torch.ones(3, 1)) > 0
     True
     """
 
@@ -66,7 +58,6 @@ class AmortizedGuide(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        check_module("encoder", encoder)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.family = family_of(family)
         self.encoder: Any = encoder
@@ -89,12 +80,11 @@ class AmortizedGuide(LatentGuide):
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""
         initial = self.family.initial(loc, scale)
-        free = getattr(self, _free(latents), None)
-        if free is None:
-            setattr(self, _free(latents), PyroParam(initial.clone()))
-        else:
+        if self.groups:
             with torch.no_grad():
-                free.copy_(initial)
+                getattr(self, _free(latents)).copy_(initial)
+        else:
+            setattr(self, _free(latents), PyroParam(initial.clone()))
 
     def scatter(self, latents: LatentBlock, other: "AmortizedGuide", width: float) -> None:
         """Put the free Gaussians at random around another guide's, ``width`` of its scales away."""
@@ -108,9 +98,8 @@ class AmortizedGuide(LatentGuide):
 
         ``extra`` are further inputs of the encoder.
         """
-        encoder = self.encoder if latents.local else None
-        if encoder is not None:
-            return call.encode(encoder, latents, self.num_parameters(latents), *extra)
+        if latents.local and self.by_row:
+            return call.encode(self.encoder, latents, self.num_parameters(latents), *extra)
         return latents.expand_rows(call.table_rows(getattr(self, _free(latents)), latents))
 
     @torch.no_grad()

@@ -11,9 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.joint_site import emit, outer_shape
@@ -21,8 +19,8 @@ from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
-from pyro_recursive.tracing.program import rows_needed
-from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites
+from pyro_recursive.tracing.program import GivenMinibatches, rows_needed
+from pyro_recursive.tracing.sites import Site, latent_sites, nesting_of, plates_of, sites
 
 
 class ModelReference:
@@ -44,13 +42,12 @@ class LatentGuide(PyroModule):
     """A guide over a model's continuous latents, in one or two blocks of packed vectors.
 
     With an encoder or ``plate=``, the latents inside the plate of the data are one block, with a
-    distribution for each row, and those outside are another. Without, all latents are one block
-    with one joint distribution. The first call, or `prepare`, runs the model
-    once to find them. A subclass defines `posterior` and `build`; for refinement and
+    distribution for each row, and those outside another. Else all latents have one joint
+    distribution. A subclass defines `posterior` and `build`; for refinement and
     `pyro_recursive.gaps` also `variational_params` and `row_family`.
 
-    ``load_state_dict`` needs a guide that is prepared, and takes precedence over values that Pyro's
-    store has under the guide's name. Copies share the model; pickles leave it out, see `attach`.
+    A state loaded by ``load_state_dict`` takes precedence over values that Pyro's store has under
+    the guide's name. Copies share the model; pickles leave it out, see `attach`.
     """
 
     can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`
@@ -72,8 +69,7 @@ class LatentGuide(PyroModule):
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
-        # Plate name -> length of the inputs -> full size and size of the plate.
-        self._known_sizes: dict[str, dict[int, tuple[int, int]]] = {}
+        self._full_sizes: dict[tuple[str, int], int] = {}  # of plates, by name and input length
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
@@ -86,10 +82,7 @@ class LatentGuide(PyroModule):
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the parameters of the distribution of each row, ``[*batch, P]``."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no parameters by row. Define variational_params() and "
-            "row_family()."
-        )
+        raise NotImplementedError(f"{type(self).__name__} does not define variational_params().")
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the distributions that a row may have, as functions of its parameters."""
@@ -113,27 +106,36 @@ class LatentGuide(PyroModule):
         """Set the guide's model; needed after unpickling, which leaves models out."""
         self._model = ModelReference(model)
 
-    def own_model(self, purpose: str) -> Callable:
-        """Return the model; raise RuntimeError, naming the purpose, where it was left out."""
+    def own_model(self) -> Callable:
+        """Return the model; raise RuntimeError where unpickling left it out."""
         if self._model.model is None:
             raise RuntimeError(
-                f"This {type(self).__name__} was pickled without its model, and needs it "
-                f"{purpose}: call guide.attach(model)."
+                f"{type(self).__name__} was pickled without its model: call guide.attach(model)."
             )
         return self._model.model
 
     def served_model(self) -> Callable:
         """Return the model whose latents this guide packs; a subclass may hide others."""
-        return self.own_model("to find its latents")
+        return self.own_model()
 
     @property
     def by_row(self) -> bool:
         """Whether the data's plate is found without ``plate=``, as it is with an encoder."""
         return self._has("encoder")
 
-    def _has(self, module: str) -> bool:
-        """Whether there is a module; getting it from a PyroModule would register its parameters."""
-        return any(name == module for name, _ in self.named_children())
+    def _has(self, name: str) -> bool:
+        """Whether there is a network; getting it from a PyroModule would register parameters."""
+        return any(own.get(name) is not None for own in (self._modules, vars(self)))
+
+    def register(self, name: str, module: nn.Module) -> None:
+        """Set an attribute to a module with guides of other names."""
+        try:
+            setattr(self, name, module)
+        except AssertionError as error:  # Pyro's own check
+            raise ValueError(
+                "A guide that has run on its own cannot be renamed. Copy its state_dict into a new "
+                "one."
+            ) from error
 
     # --- The first call
 
@@ -149,33 +151,30 @@ class LatentGuide(PyroModule):
     def rollback_first_call(self) -> AbstractContextManager[None]:
         """If the block raises before the guide is prepared, restore the guide and Pyro's store.
 
-        Attributes, parameters, buffers and the store's entries under the guide's name go back to
-        what they were; changes in place to tensors stay.
+        Changes in place to tensors stay.
         """
         return nullcontext() if self.groups else _rollback(self)
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Do what `prepare` does, the first time."""
-        model = self.served_model()
-        minibatches = _GivenMinibatches()
+        model, given = self.served_model(), GivenMinibatches()
 
         def prior() -> poutine.Trace:
             with poutine.block(), torch.no_grad():
-                return poutine.trace(minibatches(model)).get_trace(*args, **kwargs)
+                return poutine.trace(given(model)).get_trace(*args, **kwargs)
 
         trace, raw = prior(), self.inputs(*args, **kwargs)
-        latent = [s for s in sites(trace) if not s["is_observed"] and not _enumerated(s)]
+        latent = [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]
         if not latent:
             raise ValueError(
-                f"{type(self).__name__} found no latent sites in the model: all are observed, "
-                "enumerated or blocked. Use an empty function as guide."
+                f"{type(self).__name__} found no latent sites. Use an empty function as guide."
             )
         local = self._local(trace, latent)
         parts = [[s for s in latent if (s["name"] in local) is inside] for inside in (False, True)]
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         self.nesting = nesting_of(trace)
         self._input_sizes = dict(_input_sizes(groups, raw))
-        self._given_minibatches = frozenset(minibatches.names)
+        self._given_minibatches = frozenset(given.values)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
             self.eval()  # statistics of a batch norm stay as they are
@@ -184,19 +183,20 @@ class LatentGuide(PyroModule):
 
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
         """Return the names of the latents that have a distribution for each row of the data."""
+        plates = {site["name"]: _vectorized(site) for site in latent}
         plate = self.plate
         if plate is None and self.by_row:
-            plate = _data_plate(trace, latent)
+            # The plate of all data; of nested ones that with the most latents.
+            observed = [set(plates_of(s)) for s in sites(trace) if s["is_observed"]]
+            shared = set.intersection(*observed) if observed else set()
+            frames = [name for own in plates.values() for name in own if name in shared]
+            plate = max(frames, key=lambda f: sum(f in plates_of(s) for s in latent), default=None)
         if plate is None:
             return set()
-        plates = {site["name"]: _vectorized(site) for site in latent}
         within = {name for name, frames in plates.items() if plate in frames}
         if not within:
             known = sorted(set().union(*plates.values()))
-            raise ValueError(
-                f"No latent site is inside a vectorised plate '{plate}'; those of the latents are "
-                f"{known}."
-            )
+            raise ValueError(f"No latent site is inside plate '{plate}', only inside {known}.")
         return within
 
     def adopt(
@@ -206,10 +206,7 @@ class LatentGuide(PyroModule):
         if self.groups:
             return
         if self._has("encoder") and not any(latents.local for latents in groups):
-            raise ValueError(
-                f"{type(self).__name__} has an encoder, and there are no rows to encode: no plate "
-                "encloses all observed sites and a latent. Name it by plate=, or drop the encoder."
-            )
+            raise ValueError(f"{type(self).__name__} has no rows to encode. Give plate=.")
         drawn = prior()
         values = {name: site["value"] for name, site in drawn.nodes.items() if "value" in site}
         for latents in groups:
@@ -220,7 +217,7 @@ class LatentGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
-        with nullcontext() if self.groups else self.rollback_first_call():
+        with self.rollback_first_call():
             self.get_ready(args, kwargs)
             call = self.new_call(args, kwargs)
             for latents in self.groups:
@@ -232,8 +229,7 @@ class LatentGuide(PyroModule):
         is_new = _OWNERS.get(self._pyro_name) is not self
         if is_new:
             self._claim_name()
-        if not self.groups:
-            self.prepare(*args, **kwargs)
+        self.prepare(*args, **kwargs)
         if self.is_loaded:
             evict_stale(self, self._pyro_name)
             self.is_loaded, self._shared = False, None
@@ -273,38 +269,33 @@ class LatentGuide(PyroModule):
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Copy the model's plate, with the inputs' present length if its size was their length."""
-        full, size = frame.full_size or frame.size, frame.size
-        inputs_are = self._input_sizes.get(frame.name)
-        if frame.name in self._given_minibatches and inputs_are != "minibatch":
-            raise ValueError(
-                f"The model is given the minibatch of plate '{frame.name}' (subsample=), and the "
-                "guide would draw another. Give the guide the same plate by create_plates=."
-            )
+        name, full, size = frame.name, frame.full_size or frame.size, frame.size
+        inputs_are = self._input_sizes.get(name)
+        if name in self._given_minibatches and inputs_are != "minibatch":
+            raise ValueError(f"Plate '{name}' has subsample= in the model: give create_plates=.")
         if inputs_are is not None:
             length = call.raw.shape[latents.rows.index(frame)]
-            if inputs_are == "minibatch":
-                size = length
-            elif full != size:
+            if inputs_are == "all" and full != size:
                 full, size = length, min(size, length)
-            elif length != size:
-                full, size = self._sizes_of(frame, length, call)
-        return pyro.plate(frame.name, full, subsample_size=size, dim=frame.dim)
+            else:
+                if inputs_are == "all" and length != size:
+                    full = self._full_size(name, length, call)
+                size = length
+        return pyro.plate(name, full, subsample_size=size, dim=frame.dim)
 
-    def _sizes_of(self, frame: Any, length: int, call: GuideCall) -> tuple[int, int]:
-        """Return a plate's full size and size for inputs of another length than the first.
+    def _full_size(self, name: str, length: int, call: GuideCall) -> int:
+        """Return a plate's full size for inputs of another length than the first.
 
-        Inputs that were all of the data when the guide was prepared may be a minibatch now. A run
-        of the model shows it, once for each length.
+        They may be a minibatch now. A run of the model shows it, once for each length.
         """
-        known = self._known_sizes.setdefault(frame.name, {})
-        if length not in known:
-            model = self.own_model(f"to tell whether {length} rows are all data or a minibatch")
-            known[length] = (length, length)
-            for site in sites(outline(model, call.args, call.kwargs)):
-                plate = plates_of(site).get(frame.name)
-                if plate is not None and plate.size == length:
-                    known[length] = (plate.full_size or length, length)
-        return known[length]
+        if (name, length) not in self._full_sizes:
+            trace = outline(self.own_model(), call.args, call.kwargs)
+            full = length
+            for frame in (plates_of(site).get(name) for site in sites(trace)):
+                if frame is not None and frame.size == length:
+                    full = frame.full_size or length
+            self._full_sizes[name, length] = full
+        return self._full_sizes[name, length]
 
     # --- Pyro's parameter store, copies and pickles
 
@@ -325,15 +316,22 @@ class LatentGuide(PyroModule):
             for name, parameter in pyro.get_param_store().named_parameters():
                 if id(parameter) in theirs and name.startswith(f"{self._pyro_name}."):
                     raise ValueError(
-                        f"Another guide named '{self._pyro_name}' has '{name}' in Pyro's store. "
-                        "Give this one a name=, or a store of its own by pyro.clear_param_store() "
-                        "or pyro.get_param_store().scope()."
+                        f"Another guide named '{self._pyro_name}' is in Pyro's store. Give name=."
                     )
         _OWNERS[self._pyro_name] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled; models are neither (`ModelReference`)."""
-        _check_copyable(self)
+        """Return what is copied and pickled; models are neither (`ModelReference`).
+
+        Raises:
+            TypeError: the guide holds an autoguide of Pyro, which would lose its model.
+        """
+        for part in self.modules():
+            if isinstance(part, AutoGuide):
+                raise TypeError(
+                    f"Pyro's {type(part).__name__} cannot be copied or pickled. Save the guide's "
+                    "state_dict()."
+                )
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
         return {**self.__dict__, "_shared": None}
@@ -347,27 +345,24 @@ _OWNERS: WeakValueDictionary[str, LatentGuide] = WeakValueDictionary()
 
 @contextmanager
 def _rollback(guide: LatentGuide) -> Iterator[None]:
-    before = [(module, _shallow_copy(vars(module))) for module in guide.modules()]
+    """Restore attributes and their containers, not what is in these, where the block raises."""
+    containers = (dict, list, set)
+    before = {
+        module: {k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()}
+        for module in guide.modules()
+    }
     store = pyro.get_param_store()
     stored = set(store.keys())
     try:
         yield
     except BaseException:
-        for module, attributes in before:
+        for module, attributes in before.items():
             vars(module).clear()
             vars(module).update(attributes)
         for added in set(store.keys()) - stored:
             if added.startswith(f"{guide.name}."):
                 del store[added]
         raise
-
-
-def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy attributes, and the containers that a module may add to; not what is in them."""
-    return {
-        key: value.copy() if isinstance(value, dict | list | set) else value
-        for key, value in attributes.items()
-    }
 
 
 def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -378,8 +373,8 @@ def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) 
     new = [key for key in state if key.startswith(prefix) and key not in known]
     if new:
         raise RuntimeError(
-            f"This {type(guide).__name__} has not seen its model, and so has no '{new[0]}'. Call "
-            "guide.prepare(*args), with the model's arguments, before load_state_dict()."
+            f"{type(guide).__name__} has not seen its model and has no '{new[0]}'. Call "
+            "guide.prepare(*args) first."
         )
 
 
@@ -388,56 +383,15 @@ def _note_loaded(guide: Any, keys: Any) -> None:
     guide.is_loaded = True
 
 
-def _check_copyable(guide: LatentGuide) -> None:
-    """Raise where a guide holds an autoguide of Pyro, which loses its model when it is copied.
-
-    After a call an autoguide may also hold tensors that torch cannot copy.
-    """
-    for part in guide.modules():
-        if isinstance(part, AutoGuide):
-            raise TypeError(
-                f"{type(guide).__name__} holds a {type(part).__name__} of Pyro's, which cannot be "
-                "copied or pickled. Save the state_dict(), and load_state_dict() into a new guide "
-                "after its prepare()."
-            )
-
-
-class _GivenMinibatches(Messenger):
-    """Notes the plates that are given their minibatch: the innermost handler of the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is not None:
-            self.names.add(msg["name"])
-
-
-def _data_plate(trace: poutine.Trace, latent: list[Site]) -> str | None:
-    """Return the plate that holds all the data and some latents, None if there is none."""
-    observed = [set(plates_of(site)) for site in sites(trace) if site["is_observed"]]
-    shared = set.intersection(*observed) if observed else set()
-    frames = [name for site in latent for name in _vectorized(site) if name in shared]
-    # Of nested plates take the one with the most latents.
-    return max(frames, key=lambda name: sum(name in plates_of(s) for s in latent), default=None)
-
-
 def _vectorized(site: Site) -> dict[str, Any]:
     return {name: frame for name, frame in plates_of(site).items() if frame.vectorized}
 
 
-def _enumerated(site: Site) -> bool:
-    return bool(site["infer"].get("enumerate"))
-
-
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:
     """Yield each row plate of the inputs' length, and whether that is "all" or a "minibatch"."""
-    if not isinstance(raw, Tensor):
-        return
+    shape = raw.shape if isinstance(raw, Tensor) else ()
     for latents in groups:
-        for dim, frame in enumerate(latents.rows):
-            length = raw.shape[dim] if raw.dim() > dim else None
+        for frame, length in zip(latents.rows, shape, strict=False):
             full = frame.full_size or frame.size
             if length in (full, frame.size):
                 yield frame.name, "all" if length == full else "minibatch"

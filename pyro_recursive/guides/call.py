@@ -50,14 +50,13 @@ class GuideCall:
         if self._rows is None:  # the trunk runs once
             rows = self.raw
             for dim, frame in enumerate(latents.rows):
-                name, length = frame.name, rows.shape[dim]
-                plate = self.plates[name]
+                plate, length = self.plates[frame.name], rows.shape[dim]
                 if plate.subsample_size < plate.size and length == plate.size:
                     rows = rows.index_select(dim, plate.indices.to(rows.device))
-                elif length == plate.size and name in self.created and self._is_reordered(plate):
+                elif length == plate.size and self._is_reordered(plate):
                     raise ValueError(
-                        f"Plate '{name}' has all {length} rows in another order than the "
-                        "data. Pass the rows in order, or prepare() the guide with a minibatch."
+                        f"Plate '{plate.name}' has all {length} rows in another order than the "
+                        "data. Sort them."
                     )
             self._rows = rows if self.trunk is None else self.trunk(rows)
         return self._rows
@@ -66,9 +65,9 @@ class GuideCall:
         """Whether inputs of all rows may be in the data's order or in another one of the plate."""
         if self.input_sizes.get(plate.name) == "minibatch" or plate.indices is self.raw:
             return False
-        return self.order_of(plate) is not None
+        return self._order_of(plate) is not None
 
-    def order_of(self, plate: Any) -> Tensor | None:
+    def _order_of(self, plate: Any) -> Tensor | None:
         """Return the order of a plate that has all rows, None where it is that of the data.
 
         Only a user's plate can have another one. It may be given the rows' values in place of their
@@ -91,11 +90,11 @@ class GuideCall:
             plate = self.plates[frame.name]
             if plate.size != table.shape[dim]:
                 raise ValueError(
-                    f"Plate '{plate.name}' has {plate.size} entries, and the guide has parameters "
-                    f"for {table.shape[dim]}. Use an encoder for data of another size."
+                    f"Plate '{plate.name}' has {plate.size} entries, and parameters for "
+                    f"{table.shape[dim]}: use an encoder."
                 )
             whole = plate.subsample_size == plate.size
-            index = self.order_of(plate) if whole else plate.indices
+            index = self._order_of(plate) if whole else plate.indices
             if index is not None:
                 table = table.index_select(dim, index.to(table.device))
         return table
@@ -114,19 +113,13 @@ class GuideCall:
             network: maps the rows ``[*rows, ...]``, and ``extra``, to ``[*rows, width]``.
             latents: whose rows, and who needs the output.
             width: None for any.
+            extra: further inputs.
             name: of the network, in messages.
 
         Raises:
-            RuntimeError: the network fails on these inputs.
-            ValueError: its output has another shape, or is not finite.
+            ValueError: the output has another shape, or is not finite.
         """
-        inputs = self.rows(latents)
-        try:
-            output = network(inputs, *extra)
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # out of memory, a device's errors
-                raise
-            raise network_error(error, latents, inputs, name) from error
+        output = run(network, self.rows(latents), latents, *extra, name=name)
         return self.place(output, latents, width, name)
 
     def place(
@@ -137,37 +130,34 @@ class GuideCall:
         if output.shape[:-1] != rows or width not in (None, output.shape[-1]):
             raise ValueError(
                 f"{name} returned shape {tuple(output.shape)}; {_names(latents)} need "
-                f"{(*rows, width or 'context')}. Select its inputs, rows first, by inputs=."
+                f"{(*rows, width or 'context')}: select inputs=."
             )
         # Asking waits for the device.
         if is_validation_enabled() and not bool(output.isfinite().all()):
-            raise ValueError(_not_finite(output, latents, self.rows(latents), name))
+            wrong = (~output.isfinite()).flatten(len(rows)).any(-1).nonzero().squeeze(-1).tolist()
+            raise ValueError(
+                f"{name} of {_names(latents)} returned NaN or infinity in rows {wrong[:5]}. Clean "
+                "the data, or lower the learning rate."
+            )
         return latents.expand_rows(output)
 
 
-def network_error(
-    error: RuntimeError, latents: LatentBlock, inputs: Any, name: str = "The encoder"
-) -> RuntimeError:
-    """Return the error of a network with the latents, the plate and its inputs."""
-    got = f"a {type(inputs).__name__}"
-    if isinstance(inputs, Tensor):
-        dtype = str(inputs.dtype).removeprefix("torch.")
-        got = f"inputs of shape {list(inputs.shape)}, {dtype} on {inputs.device}"
-    return RuntimeError(
-        f"{name} of {_names(latents)} failed on {got}: {error}. Select and convert its inputs, "
-        "rows first, by inputs=."
-    )
-
-
-def _not_finite(output: Tensor, latents: LatentBlock, inputs: Any, name: str) -> str:
-    """Return which rows are NaN or infinite, and the cause."""
-    wrong = (~output.isfinite()).flatten(len(latents.rows)).any(-1).nonzero().squeeze(-1).tolist()
-    if isinstance(inputs, Tensor) and not bool(inputs.isfinite().all()):
-        cause = "So are its inputs: clean the data, or fill gaps in inputs=."
-    else:
-        cause = "Its inputs are finite: lower the learning rate."
-    rows = f"{wrong[:5]}{'...' if len(wrong) > 5 else ''}"
-    return f"{name} of {_names(latents)} returned NaN or infinite numbers in rows {rows}. {cause}"
+def run(
+    network: Callable, inputs: Any, latents: LatentBlock, *extra: Any, name: str = "The encoder"
+) -> Tensor:
+    """Return a network's output; add latents, plate and inputs to its error."""
+    try:
+        return network(inputs, *extra)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, a device's errors
+            raise
+        got = f"a {type(inputs).__name__}"
+        if isinstance(inputs, Tensor):
+            dtype = str(inputs.dtype).removeprefix("torch.")
+            got = f"inputs of shape {list(inputs.shape)}, {dtype} on {inputs.device}"
+        raise RuntimeError(
+            f"{name} of {_names(latents)} failed on {got}: {error}. Select and convert its inputs."
+        ) from error
 
 
 def _names(latents: LatentBlock) -> str:
@@ -177,6 +167,4 @@ def _names(latents: LatentBlock) -> str:
 
 def first_argument(*args: Any, **kwargs: Any) -> Any:
     """Return the first argument: the encoders' inputs where no ``inputs`` are given."""
-    if args:
-        return args[0]
-    return next(iter(kwargs.values()), None)
+    return next(iter((*args, *kwargs.values())), None)

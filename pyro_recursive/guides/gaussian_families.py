@@ -126,10 +126,7 @@ def family_of(family: str | Family) -> Family:
     if isinstance(family, Family):
         return family
     if family not in FAMILIES:
-        raise ValueError(
-            f"family must be one of {sorted(FAMILIES)} or a Family such as LowRank(2), got "
-            f"{family!r}."
-        )
+        raise ValueError(f"family must be one of {sorted(FAMILIES)} or LowRank(2), got {family!r}.")
     return FAMILIES[family]
 
 

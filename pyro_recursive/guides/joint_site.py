@@ -4,6 +4,7 @@ Each site's value is part of one joint draw. The last site carries the joint log
 from the values that the sites have by then, so that a guide can be replayed on other values.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -47,8 +48,7 @@ class JointSite(TorchDistribution):
         """Return the site's part of the joint draw."""
         if sample_shape:
             raise NotImplementedError(
-                f"Site '{self.slot.name}' is part of one joint draw. Run the guide under a "
-                "pyro.plate, or in Predictive."
+                f"Site '{self.slot.name}' is drawn jointly: use a pyro.plate or Predictive."
             )
         return self.value
 
@@ -58,9 +58,7 @@ class JointSite(TorchDistribution):
             return value.new_zeros(self.batch_shape)
         joint = self.density(value)
         joint = joint.reshape(joint.shape[max(joint.dim() - len(self.batch_shape), 0) :])
-        entries = 1
-        for _, size in self.slot.inner_plates:
-            entries *= size
+        entries = math.prod(size for _, size in self.slot.inner_plates)
         return (joint / entries).expand(self.batch_shape)
 
 

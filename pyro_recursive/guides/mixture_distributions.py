@@ -42,10 +42,6 @@ class Mixture(TorchDistribution):
         ``[*batch]`` to ``[*batch, D]``; ``present`` are the components that occur, None for all.
         """
 
-    def held(self) -> "Mixture":
-        """Return the same mixture with constant parameters."""
-        raise NotImplementedError(f"{type(self).__name__} cannot hold its parameters.")
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Return ``log Q``, ``[*batch, D]`` to ``[*batch]``."""
         return torch.logsumexp(self.table(value) + self.log_weights, -1)
@@ -93,22 +89,22 @@ class StackedMixture(Mixture):
 
     def table(self, u: Tensor) -> Tensor:
         """Return every component's log-density at once, ``[*batch, M]``."""
-        lacking = u.dim() - self.parameters.dim() + 1
-        shape = self.parameters.shape
-        wide = self.parameters.reshape(shape[0], *[1] * lacking, *shape[1:])
-        densities = self.family(wide, self.event_shape[0]).log_prob(u)
+        densities = self.family(self._parameters(u.dim() - 1), self.event_shape[0]).log_prob(u)
         return densities.movedim(0, -1)
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Draw once, with the parameters of the chosen components."""
-        lacking = index.dim() - self.parameters.dim() + 2
-        shape = self.parameters.shape
-        wide = self.parameters.reshape(shape[0], *[1] * lacking, *shape[1:])
+        parameters = self._parameters(index.dim())
         if present is not None and len(set(present)) == 1:
-            chosen = wide[present[0]].expand(*index.shape, -1)
+            chosen = parameters[present[0]].expand(*index.shape, -1)
         else:
-            chosen = _chosen(wide, index)
+            chosen = _chosen(parameters, index)
         return self.family(chosen, self.event_shape[0]).rsample()
+
+    def _parameters(self, batch_dims: int) -> Tensor:
+        """Return the parameters with so many dims between those of components and vectors."""
+        count, *batch = self.parameters.shape
+        return self.parameters.reshape(count, *[1] * (batch_dims + 1 - len(batch)), *batch)
 
 
 def _chosen(stacked: Tensor, index: Tensor) -> Tensor:

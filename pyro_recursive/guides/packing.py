@@ -80,8 +80,8 @@ class LatentBlock:
 
     def unpack(self, u: Tensor) -> Values:
         """Return the sites' values: ``[*batch, D]`` to ``[*site's batch, *event]``."""
-        parts = zip(self.slots, u.split([slot.numel for slot in self.slots], -1), strict=True)
-        return {slot.name: slot.transform(self._unflatten(slot, part)) for slot, part in parts}
+        unflattened = self.unflatten(u)
+        return {slot.name: slot.transform(unflattened[slot.name]) for slot in self.slots}
 
     def pack(self, values: Values) -> Tensor:
         """Return the vector of the sites' values, ``[*batch, D]``."""
@@ -102,7 +102,8 @@ class LatentBlock:
     def log_volume_of(self, slot: PackedSite, unflattened: Tensor) -> Tensor:
         """Return ``log |dz / du|`` of each entry of one site, without its event dims."""
         log_det = slot.transform.log_abs_det_jacobian(unflattened, slot.transform(unflattened))
-        return _sum_right(log_det, unflattened.dim() - len(slot.event_shape))
+        keep = unflattened.dim() - len(slot.event_shape)
+        return log_det if log_det.dim() <= keep else log_det.flatten(keep).sum(-1)
 
     def sum_inner(self, slot: PackedSite, tensor: Tensor) -> Tensor:
         """Sum what each entry of a site contributes over its inner plates, to ``[*batch]``."""
@@ -141,48 +142,33 @@ class LatentBlock:
 
 def latents_of(sites: Iterable[Site], local: bool) -> LatentBlock:
     """Return latent sites of a trace of the model as a block, with rows where it is local."""
-    checked = [_checked(site) for site in sites]
-    frames = [{f.name: f for f in plates_of(s).values() if f.vectorized} for s in checked]
+    sites = list(sites)
+    frames = [{f.name: f for f in plates_of(s).values() if f.vectorized} for s in sites]
     shared = set.intersection(*map(set, frames)) if local else set()
     rows = sorted((frames[0][name] for name in shared), key=lambda frame: frame.dim)
     nesting = max((-f.dim for own in frames for f in own.values()), default=0)
-    slots = tuple(_slot(site, shared) for site in checked)
+    slots = tuple(_slot(site, shared) for site in sites)
     return LatentBlock(slots, tuple(rows), nesting, local)
 
 
-def _checked(site: Site) -> Site:
-    fn, name = site["fn"], site["name"]
-    if getattr(fn.support, "is_discrete", False):
+def _slot(site: Site, shared: set[str]) -> PackedSite:
+    name, fn, value = site["name"], site["fn"], site["value"].detach()
+    if fn.support.is_discrete:
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete ({type(fn).__name__}). Marginalise it "
-            "(infer={'enumerate': 'parallel'}), or block it and add a guide in an AutoGuideList."
+            f"Latent site '{name}' is discrete: enumerate it, or use an AutoGuideList."
         )
     if is_delta(site):
-        raise ValueError(f"Latent site '{name}' is a Delta: make it a pyro.deterministic site.")
-    return site
-
-
-def _slot(site: Site, shared: set[str]) -> PackedSite:
-    fn, value = site["fn"], site["value"].detach()
-    inner = []
-    for name, frame in plates_of(site).items():
-        if name in shared:
-            continue
-        if subsample_scale(frame) == 1:
-            if frame.vectorized:
-                inner.append((frame.dim, frame.size))
-            continue
-        if not frame.vectorized:
+        raise ValueError(f"Latent site '{name}' is a Delta: make it pyro.deterministic.")
+    frames = plates_of(site).values()
+    inner = [frame for frame in frames if frame.name not in shared]
+    for frame in inner:
+        if subsample_scale(frame) != 1:
+            where = f"Plate '{frame.name}' of latent site '{name}'"
+            if not frame.vectorized:
+                raise ValueError(f"{where} is a loop over a minibatch. Vectorise it.")
             raise ValueError(
-                f"Plate '{name}' of latent site '{site['name']}' is a loop over a minibatch "
-                f"({frame.size} of {frame.full_size}). Write `with pyro.plate(...)`, or use the "
-                "full data."
+                f"{where} is subsampled ({frame.size} of {frame.full_size}). Give plate=."
             )
-        raise ValueError(
-            f"Plate '{name}' of latent site '{site['name']}' is subsampled ({frame.size} of "
-            f"{frame.full_size}), and packed into one vector. Use the full data, or an encoder for "
-            "this plate with plate=."
-        )
     support = plain_support(fn.support)
     if shared:
         _check_bounds(site, support)
@@ -190,13 +176,13 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
     unconstrained = transform.inv(value)
     events = fn.event_dim + unconstrained.dim() - value.dim()
     return PackedSite(
-        name=site["name"],
-        frames=tuple(f for f in plates_of(site).values() if f.vectorized),
+        name=name,
+        frames=tuple(frame for frame in frames if frame.vectorized),
         support=_bare(support),
         transform=transform,
         event_dim=fn.event_dim,
         event_shape=unconstrained.shape[unconstrained.dim() - events :],
-        inner_plates=tuple(sorted(inner)),
+        inner_plates=tuple(sorted((f.dim, f.size) for f in inner if f.vectorized)),
     )
 
 
@@ -208,8 +194,8 @@ def _check_bounds(site: Site, support: Any) -> None:
             batch = bound.dim() - site["fn"].event_dim
             if batch > 0 and bool((bound != bound[(0,) * batch]).any()):
                 raise NotImplementedError(
-                    f"Latent site '{site['name']}' has bounds of its own in each row. Sample a "
-                    "standard variable in the model, and scale it there."
+                    f"Latent site '{site['name']}' has bounds of its own in each row. Scale a "
+                    "standard variable."
                 )
 
 
@@ -227,8 +213,3 @@ def _bare(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return constraints.real if support is constraints.real_vector else support
-
-
-def _sum_right(tensor: Tensor, keep: int) -> Tensor:
-    """Sum all dims but the first ``keep``."""
-    return tensor if tensor.dim() <= keep else tensor.flatten(keep).sum(-1)

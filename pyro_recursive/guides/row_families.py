@@ -62,10 +62,7 @@ class RowFamily(ABC):
         """Return the distribution, batch ``[*batch]`` and event ``[D]``."""
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return where a search starts, ``[*batch, D]`` to ``[*batch, P]``.
-
-        A normal of scale `START` around a point, for mixtures several.
-        """
+        """Return where a search starts: normals of scale `START` around ``[*batch, D]``."""
         raise NotImplementedError(f"{type(self).__name__} does not define start().")
 
 
@@ -84,7 +81,7 @@ class GaussianRows(RowFamily):
 
     @property
     def noise_dim(self) -> int:
-        """As the family."""
+        """The family's."""
         return self.family.noise_dim(self.size)
 
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:

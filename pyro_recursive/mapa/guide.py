@@ -165,7 +165,7 @@ class MAPAGuide(LatentGuide):
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once, build the table of neighbours, and create all parameters."""
-        model = self.own_model("to see its latents")
+        model = self.own_model()
         raw = self.inputs(*args, **kwargs)
         if _asks_for_the_prior(raw, args, kwargs):
             raise ValueError("The first call of a MAPAGuide, or prepare(), needs data.")
@@ -254,7 +254,7 @@ class MAPAGuide(LatentGuide):
         if kind == "auto" and scale is not None:
             kind, options = "kernels", {"scale": scale.item(), **options}
         prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
-        return with_prior(self.own_model("to replace its prior"), str(self.site), prior)
+        return with_prior(self.own_model(), str(self.site), prior)
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> CodeMixture:
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""
@@ -281,7 +281,7 @@ class MAPAGuide(LatentGuide):
         """Make a plate as the model's; without data its size is found by running the model."""
         if call.raw is not None:
             return super()._plate(frame, latents, call)
-        trace = outline(self.own_model("to see its plate"), call.args, call.kwargs)
+        trace = outline(self.own_model(), call.args, call.kwargs)
         own = plates_of(trace.nodes[str(self.site)])[frame.name]
         return pyro.plate(frame.name, own.full_size, subsample_size=own.size, dim=frame.dim)
 
@@ -339,7 +339,7 @@ class MAPAGuide(LatentGuide):
 
     @property
     def _index_posterior(self) -> IndexPosterior:
-        model = self.own_model("to weigh codes")
+        model = self.own_model()
         return IndexPosterior(model, str(self.site), self.groups[0], self.nesting)
 
     def _rows_of(self, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
@@ -359,7 +359,7 @@ class MAPAGuide(LatentGuide):
             return
         width, kernel = min(self.num_neighbours, len(data)), self.kernel
         if kernel is None:
-            site, model = str(self.site), self.own_model("to find its kernel")
+            site, model = str(self.site), self.own_model()
             kernel = kernel_of_model(trace, site, raw, len(data), width)
             with isolated():
                 torch.rand(8)  # advance the random state: the next run draws another z

@@ -48,7 +48,7 @@ class Program:
 
     def run_model(self, guide: poutine.Trace) -> poutine.Trace:
         """Trace the model on the guide's values."""
-        model = _KeepMinibatch()(self.model) if _draws_minibatch(guide) else self.model
+        model = GivenMinibatches()(self.model) if _draws_minibatch(guide) else self.model
         replayed = poutine.replay(model, trace=guide)
         try:
             return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
@@ -108,22 +108,22 @@ class _Substitute(Messenger):
             msg["value"], msg["done"] = self.trace.nodes[msg["name"]]["value"], True
 
 
-class _KeepMinibatch(Messenger):
-    """Raises where the guide's draw of a minibatch would replace the one that the model was given.
+class GivenMinibatches(Messenger):
+    """Notes the minibatches that a model is given, and raises where another value replaces one.
 
     The innermost handler of the model: it sees an explicit ``subsample`` before `replay` does.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["value"] is not None:
-            self.given[msg["name"]] = msg["value"]
+            self.values[msg["name"]] = msg["value"]
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        given = self.given.pop(msg["name"], None)
+        given = self.values.get(msg["name"])
         if given is None or given is msg["value"] or _equal(given, msg["value"]):
             return
         raise ValueError(

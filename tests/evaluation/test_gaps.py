@@ -454,7 +454,7 @@ ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
         conjugate,
         lambda: MixtureGuide(conjugate, [by_hand, by_hand]),
         TypeError,
-        "AmortizedGuide or FlowGuide components",
+        "AmortizedGuide or FlowGuide",
     ),
     (both, amortized(both), ValueError, r"share the latents \['scale'\]"),
     (tied, amortized(tied, plate="data"), ValueError, r"the sites \['together'\] are outside"),

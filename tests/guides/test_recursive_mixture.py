@@ -294,11 +294,11 @@ def test_components_must_not_share_parameters() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda: Schedule(first=0), ValueError, "first must be an integer >= 1"),
-        (lambda: Schedule(propose=0), ValueError, "propose must be an integer >= 1"),
-        (lambda: Schedule(refine=0), ValueError, "refine must be an integer >= 1"),
-        (lambda: Schedule(draws=-1), ValueError, "draws must be an integer >= 0"),
-        (lambda: RecursiveMixtureGuide(bimodal, 1), ValueError, "at least 2 components, got 1"),
+        (lambda: Schedule(first=0), ValueError, "first must be at least 1"),
+        (lambda: Schedule(propose=0), ValueError, "propose must be at least 1"),
+        (lambda: Schedule(refine=0), ValueError, "refine must be at least 1"),
+        (lambda: Schedule(draws=-1), ValueError, "draws must be at least 0"),
+        (lambda: RecursiveMixtureGuide(bimodal, 1), ValueError, "at least 2 components"),
         (
             lambda: RecursiveMixtureGuide(bimodal, 2, epsilon=1.0),
             ValueError,

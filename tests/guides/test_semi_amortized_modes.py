@@ -17,7 +17,7 @@ from pyro_recursive import IWAE_ELBO, AmortizedGuide, SemiAmortizedGuide, log_ma
 from pyro_recursive.guides.gaussian_families import FAMILIES
 from pyro_recursive.guides.row_families import GaussianRows, MixtureRows
 from pyro_recursive.guides.semi_amortized import guide as semi_amortized
-from pyro_recursive.guides.semi_amortized.guide import divergence
+from pyro_recursive.guides.semi_amortized.refinement import divergence
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate
 from pyro_recursive.tracing.handlers import KLWarmup

@@ -622,7 +622,7 @@ def test_options_are_checked() -> None:
 @pytest.mark.parametrize("weights", ["line_search", "corrective"])
 def test_weights_that_cannot_be_set_are_refused_at_the_first_step(weights: str) -> None:
     loss = RecursiveMixture_ELBO(2, weights=weights)
-    with pytest.raises(ValueError, match="only where all rows share one vector"):
+    with pytest.raises(ValueError, match="Rows have weights of their own"):
         loss.differentiable_loss(rows_model, guide_of(3), torch.randn(4, 2))
 
 

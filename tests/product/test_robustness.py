@@ -191,7 +191,7 @@ DATA = {
     ),
     "x has NaN": Bad(
         lambda: (spoiled(features(), torch.nan), numbers()), ValueError,
-        NUMBERS + r"in rows \[0\]. So are its inputs: clean the data",
+        NUMBERS + r"in rows \[0\]. Clean the data",
         {"hand": (ValueError, "Expected parameter loc"), "mapa": (ValueError, "needs finite data"),
          "mapa first": (ValueError, r"Site 'x' observes values that are NaN or inf.*\[\[0, 1\]\]"),
          "fit": (NonFiniteError, NOT_FINITE[1].format(0))},

@@ -38,7 +38,6 @@ from pyro_recursive import (
     MixtureGuide,
     MultiSampleELBO,
     RecursiveMixture_ELBO,
-    RecursiveMixtureGuide,
     SemiAmortizedGuide,
     Stratified_ELBO,
     VampPrior,
@@ -461,7 +460,7 @@ def test_guides_of_pyro_are_refused_unharmed(steps: int, how: str, name: str) ->
     if steps:
         one.train(steps)
     before = [part for part in one.guide.modules() if isinstance(part, autoguide.AutoGuide)]
-    with pytest.raises(TypeError, match=r"holds a Auto\w+ of Pyro's.*load_state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"Pyro's Auto\w+ cannot be copied.*state_dict\(\)"):
         HOW[how](one.guide)
     assert before and all(part.model is not None for part in before)
     one.train(1)
@@ -485,7 +484,7 @@ def test_copies_tell_minibatches_from_all_data(how: str) -> None:
     guide.prepare(torch.randn(6, 1))
     copied = HOW[how](guide)
     if how == "pickle":
-        with pytest.raises(RuntimeError, match=r"whether 3 rows are all data.*attach\(model\)"):
+        with pytest.raises(RuntimeError, match=r"without its model.*attach\(model\)"):
             copied(torch.randn(3, 1))
         copied.attach(model)
     trace = pyro.poutine.trace(copied).get_trace(torch.randn(3, 1))
@@ -579,25 +578,6 @@ def test_fit_resumes(name: str, tmp_path: Path) -> None:
     expected = run(tmp_path / "whole.pt", 3)
     run(tmp_path / "parts.pt", 1)
     same(run(tmp_path / "parts.pt", 3, resume=True), expected)
-
-
-@pytest.mark.parametrize("is_prepared", [True, False])
-@pytest.mark.parametrize("kind", [MixtureGuide, RecursiveMixtureGuide])
-def test_a_state_of_more_components(kind: type[MixtureGuide], is_prepared: bool) -> None:
-    """Both numbers are said, also where the guide is inside of another module."""
-    model = program("mixture_encoders").model
-
-    def made(count: int) -> nn.Module:
-        guide = kind(model, count)
-        if is_prepared:
-            guide.prepare(data())
-            pyro.clear_param_store()
-        return nn.ModuleDict({"their": guide})
-
-    made(3).load_state_dict(made(3).state_dict())
-    for saved, built in ((3, 2), (2, 3)):
-        with pytest.raises(RuntimeError, match=f"{saved} components, this {kind.__name__} has"):
-            made(built).load_state_dict(made(saved).state_dict())
 
 
 # --- Losses

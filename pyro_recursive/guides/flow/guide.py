@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_recursive.guides.base import LatentGuide
-from pyro_recursive.guides.call import GuideCall, network_error
+from pyro_recursive.guides.call import GuideCall, run
 from pyro_recursive.guides.flow.zuko_adapter import (
     AffineFlow,
     ZukoDistribution,
@@ -18,25 +18,24 @@ from pyro_recursive.guides.flow.zuko_adapter import (
 )
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
-from pyro_recursive.tracing.arguments import check_module
 
 
 class FlowGuide(LatentGuide):
     """An autoguide that is a normalising flow, ``u = loc(c) + scale(c) * f(noise; c)``.
 
     All latents inside the data's plate are packed into one unconstrained vector u a row, of length
-    D. An encoder maps the rows ``[*rows, ...]`` of the data to contexts c, ``[*rows, context]``, of
-    any width. Latents outside the plate, without an encoder all latents, have one joint flow
-    without context. With noise e, ``log q(u) = log N(e; 0, I) - log |df / de| - sum log scale`` in
-    nats; constrained supports add their Jacobians. A flow starts as a diagonal Gaussian around a
-    draw from the prior. Kinds, their cost, and sources: the page on flows of the documentation.
+    D; an encoder maps the rows of the data to contexts c. Latents outside the plate, without an
+    encoder all latents, have one joint flow without context. With noise e, ``log q(u) = log N(e; 0,
+    I) - log |df / de| - sum log scale`` in nats; constrained supports add their Jacobians. A flow
+    starts as a diagonal Gaussian around a draw from the prior. Kinds, their cost, and sources: the
+    page on flows of the documentation.
 
     Args:
         model: a Pyro model with continuous latents; hide discrete ones with `pyro.poutine.block`.
         flow: ``"coupling"`` (affine), ``"spline"`` (coupling), ``"iaf"``, ``"maf"``, or a function
             ``(size, context) -> zuko.flows.Flow`` such as `zuko.flows.NAF`; ``context`` is 0 where
             there is none.
-        encoder: a module from the inputs' rows to contexts.
+        encoder: a module from the inputs' rows to contexts ``[*rows, context]`` of any width.
         transforms: how many transforms are composed, each of a part of u in coupling flows.
         hidden: the widths of the hidden layers of each transform's network.
         init_scale: the scale of the Gaussian that a flow starts as.
@@ -44,10 +43,7 @@ class FlowGuide(LatentGuide):
 
     Raises:
         ImportError: zuko is not installed.
-        NotImplementedError: a latent site is discrete; the flow's inverse is inexact (GF, CNF).
-        TypeError: a function did not return a zuko flow; the encoder is no module.
-        ValueError: no flow has this name; ``plate`` without an encoder; no latent is in the plate;
-            the encoder's output is not one context a row.
+        NotImplementedError: the flow's inverse is inexact (GF, CNF).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, Trace_ELBO
@@ -56,8 +52,7 @@ class FlowGuide(LatentGuide):
     ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     ...         pyro.sample("x", dist.Normal(z.prod(-1), 0.1), obs=x[:, 0])
     >>> guide = FlowGuide(model, "coupling", encoder=nn.Linear(1, 8))
-    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    >>> svi.step(torch.tensor([[0.5], [-1.0], [2.0]])) > 0
+    >>> SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(torch.ones(3, 1)) > 0
     True
     """
 
@@ -75,7 +70,6 @@ class FlowGuide(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        check_module("encoder", encoder)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         check_flow(flow)
         if plate is not None and encoder is None:
@@ -86,9 +80,13 @@ class FlowGuide(LatentGuide):
 
     def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
         """Create the flow of a block around a point, the mean of its rows."""
-        if latents.local and not self.by_row:  # in a mixture with rows
-            raise _no_encoder(latents.rows[-1].name)
-        context = self._context_size(latents, raw) if latents.local else 0
+        context = 0
+        if latents.local:
+            if not self.by_row:  # in a mixture with rows
+                raise _no_encoder(latents.rows[-1].name)
+            few = raw[:2] if isinstance(raw, Tensor) else raw
+            with poutine.block(), torch.no_grad():
+                context = run(self.encoder, few, latents).shape[-1]
         flow = build_flow(self.flow, latents.size, context, self.transforms, self.hidden)
         loc = prior_draw.reshape(-1, latents.size).mean(0)
         setattr(self, _flow(latents), AffineFlow(flow, context, loc, self.init_scale))
@@ -112,17 +110,6 @@ class FlowGuide(LatentGuide):
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the flows that a row may have: any context, location and scale of this flow."""
         return FlowRows(getattr(self, _flow(latents)), latents.size)
-
-    def _context_size(self, latents: LatentBlock, raw: Any) -> int:
-        """Return the width of the encoder's output, from its first rows."""
-        few = raw[:2] if isinstance(raw, Tensor) else raw
-        with poutine.block(), torch.no_grad():
-            try:
-                return self.encoder(few).shape[-1]
-            except RuntimeError as error:
-                if type(error) is not RuntimeError:
-                    raise
-                raise network_error(error, latents, few) from error
 
 
 @dataclass(frozen=True)
@@ -171,10 +158,7 @@ class FlowRows(RowFamily):
 
 
 def _no_encoder(plate: str) -> ValueError:
-    return ValueError(
-        f"A flow for each row of plate '{plate}' needs an encoder=. Leave out plate= for one joint "
-        "flow, or use AmortizedGuide for a Gaussian with parameters for each row."
-    )
+    return ValueError(f"A flow for each row of plate '{plate}' needs an encoder=.")
 
 
 def _flow(latents: LatentBlock) -> str:

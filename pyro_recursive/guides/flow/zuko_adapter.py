@@ -23,16 +23,7 @@ def build_flow(
 ) -> nn.Module:
     """Build a zuko flow over vectors of length ``size``; those with a name start as the identity.
 
-    Args:
-        flow: a name in `FLOWS`, or a function ``(size, context) -> zuko.flows.Flow``.
-        size: D.
-        context: the length of the context, 0 for none.
-        transforms: how many transforms are composed.
-        hidden: the widths of the hidden layers of each transform's network.
-
-    Raises:
-        NotImplementedError: the flow's numerical inverse is too inexact.
-        TypeError: a callable returned something else than a zuko flow.
+    Arguments and errors are those of `FlowGuide`; ``context`` is 0 for none.
     """
     zuko = _zuko()
     if isinstance(flow, str):
@@ -41,17 +32,13 @@ def build_flow(
         return built
     built = flow(size, context)
     if not isinstance(built, zuko.lazy.Flow):
-        raise TypeError(
-            f"flow(size={size}, context={context}) returned {type(built).__name__}; it must return "
-            "a zuko flow, such as zuko.flows.NAF(size, context)."
-        )
+        raise TypeError(f"flow returned {type(built).__name__}; it must return a zuko flow.")
     inexact = (zuko.flows.GF, zuko.flows.CNF, zuko.flows.FFJTransform)
     for part in built.modules():
         univariate = getattr(part, "univariate", None)
         if isinstance(part, inexact) or univariate is zuko.transforms.GaussianizationTransform:
             raise NotImplementedError(
-                f"{type(built).__name__} flows are inverted only to about 1e-4, which would make "
-                "bounds wrong. Use 'coupling', 'spline', 'iaf', 'maf' or another zuko flow."
+                f"{type(built).__name__} flows are inverted only to about 1e-4. Use another flow."
             )
     return built
 
@@ -60,10 +47,7 @@ def check_flow(flow: str | Callable) -> None:
     """Raise where zuko is missing, or no flow has this name."""
     _zuko()
     if not callable(flow) and flow not in FLOWS:
-        raise ValueError(
-            f"flow must be one of {list(FLOWS)} or a function (size, context) -> zuko flow, got "
-            f"{flow!r}."
-        )
+        raise ValueError(f"flow must be one of {list(FLOWS)} or a function, got {flow!r}.")
 
 
 def _zuko() -> Any:
@@ -124,14 +108,9 @@ def _start_as_identity(zuko: Any, flow: nn.Module) -> None:
 class ZukoDistribution(TorchDistribution):
     """A zuko ``NormalizingFlow`` over real vectors: batch ``[*batch]``, event ``[D]``.
 
-    ``log_prob`` maps ``[*sample, *batch, D]`` to ``[*sample, *batch]`` in nats. For its own last
-    draw (the same tensor, not equal values) it returns the density that was computed with the draw,
-    without an inverse. That density is a function of the parameters and the noise: its derivative
-    by a parameter is the total one, through the draw as well. For partial derivatives pass another
-    tensor of the same values, as in ``log_prob(u.view_as(u))``.
-
-    Raises:
-        ValueError: the flow's base is not over all real vectors.
+    For its own last draw (the same tensor, not equal values) ``log_prob`` returns the density that
+    was computed with the draw, without an inverse: its derivative by a parameter is the total one,
+    through the draw as well. For partial derivatives pass ``u.view_as(u)``.
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -139,11 +118,15 @@ class ZukoDistribution(TorchDistribution):
     has_rsample = True
 
     def __init__(self, flow: Any, *, validate_args: bool | None = None) -> None:
-        _check_support(flow)
+        base = flow.base
+        support = base.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if support is not constraints.real:
+            raise ValueError(f"The flow's base has support {support}. Use a Gaussian base.")
         self.flow = flow
         # (draw, its log-density, whether gradients were on): shared with what `expand` returns.
         self._last: list[tuple[Tensor, Tensor, bool]] = []
-        base = flow.base
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ZukoDistribution":
@@ -224,14 +207,3 @@ def _frozen(module: nn.Module) -> nn.Module:
     """Copy a module without its tensors, which are shared and have no gradient."""
     tensors = chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor.detach() for tensor in tensors})
-
-
-def _check_support(flow: Any) -> None:
-    support = flow.base.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support is not constraints.real:
-        raise ValueError(
-            f"The flow's base has support {support}, and latents are real vectors. Use a flow with "
-            "a Gaussian base."
-        )

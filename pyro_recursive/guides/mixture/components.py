@@ -22,7 +22,9 @@ from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
-from pyro_recursive.tracing.sites import Site, is_delta, layers, sites
+from pyro_recursive.tracing.sites import Site, is_delta, latent_sites, layers
+
+SUFFIX = "_unconstrained"  # Pyro's AutoNormal samples "z_unconstrained", and computes "z"
 
 
 def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
@@ -39,19 +41,15 @@ def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) 
     if guide.prototype_trace is None:
         with poutine.block():
             guide(*call.args, **call.kwargs)
-    names = [s["name"] for s in sites(guide.prototype_trace) if not s["is_observed"]]
+    names = [site["name"] for site in latent_sites(guide.prototype_trace)]
     expected = [slot.name for slot in latents.slots]
     if names != expected:
         raise ValueError(
-            f"{type(guide).__name__} has one joint density over {names}, and this mixture needs "
-            f"one over {expected}: leave out plate=, or use AmortizedGuide components."
+            f"{type(guide).__name__} has one joint density over {names}, not {expected}. Leave out "
+            "plate=."
         )
     posterior = guide.get_posterior(*call.args, **call.kwargs)
     return posterior.expand([1] * latents.nesting) if latents.nesting else posterior
-
-
-# Pyro's AutoNormal samples "z_unconstrained", and computes "z".
-SUFFIX = "_unconstrained"
 
 
 class RunGuide(TorchDistribution):
@@ -93,23 +91,18 @@ class RunGuide(TorchDistribution):
         return total
 
     def _run(self, values: Values) -> poutine.Trace:
-        given = {name: plate.indices for name, plate in self.call.plates.items()}
-        given.update(self.call.given)
-        given.update(values)
+        minibatch = {name: plate.indices for name, plate in self.call.plates.items()}
+        given = SubstituteByName({**minibatch, **self.call.given, **values})
         # Handlers outside see only parameters: the samples belong to the mixture.
         hidden = poutine.block(hide_types=["sample"])
-        with hidden, poutine.trace() as traced, _Widen(self.outer), SubstituteByName(given):
+        with hidden, poutine.trace() as traced, _Widen(self.outer), given:
             self.guide(*self.call.args, **self.call.kwargs)
-        wanted = {slot.name for slot in self.latents.slots}
-        for site in sites(traced.trace):
-            if not site["is_observed"]:
-                self._check(site, traced.trace)
-                wanted.discard(site["name"])
-        if wanted:
-            raise ValueError(
-                f"A component, {self._name()}, does not sample {sorted(wanted)}: every component "
-                "must sample all latent sites of the model."
-            )
+        sampled = latent_sites(traced.trace)
+        for site in sampled:
+            self._check(site, traced.trace)
+        lacking = {slot.name for slot in self.latents.slots} - {site["name"] for site in sampled}
+        if lacking:
+            raise ValueError(f"{self._component()} does not sample {sorted(lacking)}.")
         return traced.trace
 
     def _check(self, site: Site, trace: poutine.Trace) -> None:
@@ -117,20 +110,16 @@ class RunGuide(TorchDistribution):
         computed = is_delta(site) and f"{name}{SUFFIX}" not in trace.nodes
         if computed or (site["infer"].get("is_auxiliary") and not name.endswith(SUFFIX)):
             raise NotImplementedError(
-                f"A component, {self._name()}, does not sample site '{name}' of the model itself, "
-                "and has no density there. Use AmortizedGuide, FlowGuide, AutoNormal, or an "
-                "AutoContinuous guide."
+                f"{self._component()} has no density at site '{name}'. Use AmortizedGuide."
             )
-        if site["mask"] is not None or any(
-            isinstance(layer, MaskedDistribution) for layer in layers(site["fn"])
-        ):
+        masked = any(isinstance(layer, MaskedDistribution) for layer in layers(site["fn"]))
+        if masked or site["mask"] is not None:
             raise NotImplementedError(
-                f"A component, {self._name()}, masks site '{name}', and a mixture of masked "
-                "densities is not defined. Leave out the mask."
+                f"{self._component()} masks site '{name}'. Leave out the mask."
             )
 
-    def _name(self) -> str:
-        return getattr(self.guide, "__name__", type(self.guide).__name__)
+    def _component(self) -> str:
+        return f"Component {getattr(self.guide, '__name__', type(self.guide).__name__)}"
 
 
 class _Widen(Messenger):

@@ -1,8 +1,8 @@
 """Mixtures of guides."""
 
 import functools
-from collections.abc import Callable, Container, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -11,7 +11,6 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
@@ -23,7 +22,6 @@ from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
-from pyro_recursive.tracing.arguments import check_instance, check_module, is_count
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
@@ -57,10 +55,6 @@ class MixtureGuide(LatentGuide):
 
     Raises:
         NotImplementedError: a latent is discrete; a component has no density at given values.
-        TypeError, ValueError: an argument or a component does not fit.
-
-    `Automatic Differentiation Variational Inference with Mixtures` (arXiv 2003.01687); `Multiple
-    Importance Sampling ELBO and Deep Ensembles of Variational Approximations` (arXiv 2202.10951).
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from pyro_recursive import Stratified_ELBO
@@ -71,6 +65,8 @@ class MixtureGuide(LatentGuide):
     >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Stratified_ELBO(8))
     >>> losses = [svi.step() for _ in range(10)]
     """
+
+    can_be_component: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -86,28 +82,23 @@ class MixtureGuide(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        _check(components)
-        check_module("trunk", trunk)
         if isinstance(components, int):
             components = [AmortizedGuide(model, family=family) for _ in range(components)]
+        own = [guide for guide in components if isinstance(guide, LatentGuide)]
+        for guide in own:
+            if not guide.can_be_component:
+                raise ValueError(f"{type(guide).__name__} cannot be a component of a mixture.")
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         # Guides that are plain functions have no parameters of their own to register.
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
         modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
-        try:
-            self.components = PyroModule[nn.ModuleList](modules)
-        except AssertionError as error:  # Pyro's own check
-            raise ValueError(
-                "A component has run on its own before, and its parameters cannot be renamed: "
-                "copy its state_dict into a new guide."
-            ) from error
+        self.register("components", PyroModule[nn.ModuleList](modules))
         self.trunk: Any = trunk
-        with_encoder = [c for c in components if isinstance(c, LatentGuide) and c.by_row]
+        with_encoder = [guide for guide in own if guide.by_row]
         if inputs is None and with_encoder:
             self.inputs = with_encoder[0].inputs
         kind = weights or ("linear" if with_encoder else "table")
         self.weights = Weights(kind, torch.zeros(len(components)), learn_weights)
-        self.register_load_state_dict_pre_hook(_check_components)
 
     @property
     def by_row(self) -> bool:
@@ -123,25 +114,19 @@ class MixtureGuide(LatentGuide):
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters, those of the components too."""
-        self._check_inputs(args, kwargs)
+        for component in self.components:
+            if (
+                isinstance(component, LatentGuide)
+                and component.by_row
+                and component.inputs not in (self.inputs, first_argument)
+                and not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs))
+            ):
+                raise ValueError("A component has inputs= of its own. Give them to the mixture.")
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
             if not isinstance(self.component(m), LatentGuide):
                 with poutine.block(), torch.no_grad():
                     self.component(m)(*args, **kwargs)
-
-    def _check_inputs(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise where a component has other inputs than the mixture."""
-        for component in self.components:
-            if not isinstance(component, LatentGuide) or not component.by_row:
-                continue
-            if component.inputs in (self.inputs, first_argument):
-                continue
-            if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
-                raise ValueError(
-                    "A component has inputs= of its own, and all encoders of a mixture get the "
-                    "same: give inputs= to the mixture."
-                )
 
     def adopt(
         self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
@@ -152,8 +137,7 @@ class MixtureGuide(LatentGuide):
             if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
-                        f"A component has plate='{component.plate}', and the mixture has none: "
-                        "give plate= to the mixture."
+                        f"A component has plate='{component.plate}'. Give it to the mixture."
                     )
                 component.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
@@ -208,8 +192,8 @@ class MixtureGuide(LatentGuide):
         assignment = current_assignment() or AT_RANDOM
         if assignment.components and len(self.groups) > 1:
             raise NotImplementedError(
-                "This guide has one mixture over the global latents and one over those of each "
-                "row. Use Trace_ELBO or estimator='vimco', or leave out plate=."
+                "This guide has one mixture over the global latents, one by row. Use Trace_ELBO, "
+                "or leave out plate=."
             )
         members, frozen = assignment.members or self.members, assignment.frozen
         log_weights = self.log_weights(latents, call, members)
@@ -231,35 +215,41 @@ class MixtureGuide(LatentGuide):
         ``frozen`` are columns among the members.
         """
         guides = [self.component(m) for m in members]
-        if latents.local and all(guide.by_row for guide in guides):
-            rows, encoders = call.rows(latents), [guide.encoder for guide in guides]
-            # On a CPU one encoder after the other is faster, as kernels cost little to launch.
-            is_accelerated = isinstance(rows, Tensor) and rows.device.type != "cpu"
-            if is_accelerated and same_architecture(encoders):
-                outputs = run_together(encoders, frozen, rows)
-                width = guides[0].num_parameters(latents)
-                return torch.stack([call.place(each, latents, width) for each in outputs])
-        found = []
-        for column, guide in enumerate(guides):
+        known: dict[int, Tensor] = {}
+        for column, (m, guide) in enumerate(zip(members, guides, strict=True)):
             with _gradients(column not in frozen):
-                found.append(guide.variational_params(latents, call))
-        return torch.stack(torch.broadcast_tensors(*found))
+                extra = self.earlier_params(m, known, call.sizes(latents))
+                known[m] = guide.variational_params(latents, call, *extra)
+        return torch.stack(torch.broadcast_tensors(*known.values()))
+
+    def earlier_params(self, m: int, known: dict[int, Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """Return what the encoder of component ``m`` gets beside its inputs."""
+        return []
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the parameters of all members and their log-weights, ``[*batch, P]``."""
-        guides = [self.component(m) for m in self.members]
+        guides = self._packed_members()
         if _alike(guides):
             params = list(self.parameters_of(latents, call, self.members, frozenset()))
         else:
-            params = [_packed(guide).variational_params(latents, call) for guide in guides]
+            params = [guide.variational_params(latents, call) for guide in guides]
         params.append(self.log_weights(latents, call, self.members))
         batch = torch.broadcast_shapes(*(own.shape[:-1] for own in params))
         return torch.cat([own.expand(*batch, -1) for own in params], -1)
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the mixtures that a row may have."""
-        guides = [_packed(self.component(m)) for m in self.members]
-        return MixtureRows(tuple(guide.row_family(latents) for guide in guides))
+        return MixtureRows(tuple(guide.row_family(latents) for guide in self._packed_members()))
+
+    def _packed_members(self) -> list[LatentGuide]:
+        guides = [self.component(m) for m in self.members]
+        for guide in guides:
+            if not isinstance(guide, LatentGuide):
+                raise TypeError(
+                    f"Component {type(guide).__name__} has no parameters of a row. Use "
+                    "AmortizedGuide or FlowGuide."
+                )
+        return guides
 
     def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""
@@ -268,13 +258,23 @@ class MixtureGuide(LatentGuide):
             device = mixture.log_weights.device
             index = torch.zeros(mixture.batch_shape, dtype=torch.long, device=device)
         else:
-            index = self._draw_component(latents, mixture, assignment, call)
+            group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
+            with inside(latents.rows, call.plates):
+                index = pyro.sample(
+                    f"{self.name}{group}_component",
+                    ComponentIndex(logits=mixture.log_weights),
+                    obs=_assigned(assignment, mixture) if assignment.components else None,
+                    infer={"is_auxiliary": True},
+                )
         shape = torch.broadcast_shapes(outer_shape(), mixture.batch_shape)
         if assignment.points is None:
             u = mixture.draw(index.expand(shape), assignment.components or None)
         else:
             u = assignment.points_of(shape)
-        scored = mixture.held() if assignment.stop_density_gradient else mixture
+        scored = mixture
+        if assignment.stop_density_gradient:
+            assert isinstance(mixture, StackedMixture)  # `holds_densities`
+            scored = mixture.held()
         particle = assignment.particle  # of this run: another one may follow before the density
 
         def density(u: Tensor) -> Tensor:
@@ -285,68 +285,11 @@ class MixtureGuide(LatentGuide):
 
         return emit(latents, call.plates, u, density)
 
-    def _draw_component(
-        self,
-        latents: LatentBlock,
-        mixture: Mixture,
-        assignment: ComponentAssignment,
-        call: GuideCall,
-    ) -> Tensor:
-        """Sample which component each row is drawn from, or take it from the assignment."""
-        group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
-        with inside(latents.rows, call.plates):
-            return pyro.sample(
-                f"{self.name}{group}_component",
-                ComponentIndex(logits=mixture.log_weights),
-                obs=_assigned(assignment, mixture) if assignment.components else None,
-                infer={"is_auxiliary": True},
-            )
-
-
-def _check(components: Any) -> None:
-    listed: Any = range(components) if is_count(components) else components
-    is_number = isinstance(listed, range)
-    if not hasattr(listed, "__len__") or not (is_number or all(map(callable, listed))):
-        raise ValueError(
-            f"components must be a number of Gaussians or a sequence of guides, got {components!r}."
-        )
-    if not len(listed):
-        raise ValueError("A mixture needs at least one component, got none.")
-    for component in () if is_number else listed:
-        check_instance("A component of a mixture", component)
-        if isinstance(component, MixtureGuide):
-            raise ValueError("A mixture cannot be a component of a mixture: list all components.")
-        if isinstance(component, LatentGuide) and not component.can_be_component:
-            raise ValueError(
-                f"{type(component).__name__} cannot be a component of a mixture. Refine the "
-                "mixture as a whole: SemiAmortizedGuide(model, MixtureGuide(model, [...]))."
-            )
-
-
-def _check_components(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Raise RuntimeError where a state is of a mixture with another number of components.
-
-    A hook of torch's. The weights' start has as many logits as there are components, but for a
-    mixture that grows, which has its progress beside it: there the first one has none.
-    """
-    start, growth = f"{prefix}weights.initial", f"{prefix}progress"
-    if start not in state:
-        return
-    theirs, own = len(state[start]) + (growth in state), len(guide.components)
-    if theirs != own:
-        raise RuntimeError(
-            f"The state is of a mixture with {theirs} components, this {type(guide).__name__} has "
-            f"{own}. Build it as the one that was saved."
-        )
-
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs are the same, or tensors with the same values, perhaps in tuples."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.shape == other.shape and torch.equal(one, other))
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other
+    """Whether two inputs are one object, or tensors with the same values."""
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (tensors and torch.equal(one, other))
 
 
 def _alike(guides: Sequence[Any]) -> bool:
@@ -355,54 +298,9 @@ def _alike(guides: Sequence[Any]) -> bool:
     return gaussian and len({guide.family for guide in guides}) == 1
 
 
-def _packed(guide: Any) -> LatentGuide:
-    if not isinstance(guide, LatentGuide):
-        raise TypeError(
-            f"Component {type(guide).__name__} has no variational parameters of a row: use "
-            "AmortizedGuide or FlowGuide components."
-        )
-    return guide
-
-
 def _gradients(enabled: bool) -> torch.set_grad_enabled:
     """Return a context with or without gradients; without where it already is."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and enabled)
-
-
-def same_architecture(modules: Sequence[nn.Module]) -> bool:
-    """Whether modules differ in nothing but their parameters.
-
-    Only for torch's own layers without buffers, as their descriptions are complete.
-    """
-
-    def description(module: nn.Module) -> tuple[Any, ...]:
-        shapes = [(name, parameter.shape) for name, parameter in module.named_parameters()]
-        return str(module), module.training, *shapes
-
-    return len({description(module) for module in modules}) == 1 and all(
-        type(part).__module__.startswith("torch.nn.modules") and not list(part.buffers())
-        for part in modules[0].modules()
-    )
-
-
-def run_together(modules: Sequence[nn.Module], frozen: Container[int], inputs: Tensor) -> Tensor:
-    """Return the outputs of modules of one architecture in one pass, ``[M, *output]``.
-
-    Parameters of ``frozen`` modules are constants. They are stacked in each call, so that
-    optimisers and checkpoints have those of each module.
-    """
-
-    def value(m: int, name: str) -> Tensor:
-        parameter = modules[m].get_parameter(name)
-        return parameter.detach() if m in frozen else parameter
-
-    names = [name for name, _ in modules[0].named_parameters()]
-    stacked = {name: torch.stack([value(m, name) for m in range(len(modules))]) for name in names}
-
-    def run(parameters: dict[str, Tensor]) -> Tensor:
-        return functional_call(modules[0], parameters, (inputs,))
-
-    return vmap(run, randomness="different")(stacked)
 
 
 def _assigned(assignment: ComponentAssignment, mixture: Mixture) -> Tensor:

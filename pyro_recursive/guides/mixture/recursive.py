@@ -13,7 +13,7 @@ from pyro_recursive.bounds.mixture_objectives import Gain, Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.mixture.guide import MixtureGuide
+from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.handlers import current_assignment
@@ -43,10 +43,8 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     Raises:
         ValueError: fewer than two components; components share parameters other than ``trunk``'s.
-        TypeError: a component is neither `AmortizedGuide` nor `FlowGuide`.
 
-    `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020); `Variational
-    Boosting: Iteratively Refining Posterior Approximations` (Miller et al., ICML 2017).
+    `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI
@@ -74,26 +72,25 @@ class RecursiveMixtureGuide(MixtureGuide):
         if not 0.001 <= epsilon <= 0.999:
             raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}.")
         super().__init__(model, components, **options)
+        count = len(self.components)
         _check(self.components, conditional)
-        shared = [options.get("trunk"), self.weights.network]
-        _check_apart([*self.components, *filter(None, shared)])
+        _check_apart([*self.components, options.get("trunk"), self.weights.network])
         logit = math.log(epsilon / (1 - epsilon))
-        self.weights.start_separately(torch.full((len(self.components) - 1,), logit))
+        self.weights.start_separately(torch.full((count - 1,), logit))
         self.epsilon, self.conditional = epsilon, conditional
         self.schedule = schedule or Schedule()
-        self.stages = self.schedule.stages(len(self.components))
+        self.stages = self.schedule.stages(count)
         # The index of the stage, the steps taken in it, the failures of its component, and which
         # components are members: a buffer for checkpoints, on the CPU as it is read in each step.
-        size = 3 + len(self.components)
         self.progress: Tensor
-        self.register_buffer("progress", torch.zeros(size, dtype=torch.long, device="cpu"))
+        self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
 
     @property
     def num_steps(self) -> int:
         """How many training steps the schedule has, if no component is tried twice."""
-        return self.schedule.total(len(self.components))
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def num_draws(self) -> int:
@@ -104,18 +101,18 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def stage(self) -> Stage:
         """The stage of training; after the last one, all components together."""
-        number = self._state()[0]
+        number = int(self.progress[0])
         return self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
 
     @property
     def steps_taken(self) -> int:
         """The training steps taken in this stage."""
-        return self._state()[1]
+        return int(self.progress[1])
 
     @property
     def members(self) -> tuple[int, ...]:
         """The components that make up the mixture; one that is being proposed is not among them."""
-        return tuple(m for m, inside in enumerate(self._state()[3:]) if inside)
+        return tuple(m for m, inside in enumerate(self.progress[3:].tolist()) if inside)
 
     @property
     def is_growing(self) -> bool:
@@ -130,10 +127,9 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def steps_left(self) -> int:
         """The training steps left in the schedule, if no component is dropped from here on."""
-        number, members = self._state()[0], self.members
-        later = self.stages[number + 1 :]
+        later = self.stages[int(self.progress[0]) + 1 :]
         if not self.is_growing:  # a component that was dropped is not refitted
-            later = tuple(s for s in later if s.component is None or s.component in members)
+            later = tuple(stage for stage in later if stage.component in (None, *self.members))
         return self.stage_steps_left + sum(stage.steps for stage in later)
 
     @property
@@ -148,18 +144,15 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def count_step(self) -> None:
         """Count a training step, and go on to the next stage after the last one of this."""
-        state = self._state()
-        state[1] += 1
-        self._write(state)
-        if 0 < self.stage.steps <= state[1]:
+        self.progress[1] += 1
+        if 0 < self.stage.steps <= self.steps_taken:
             self.end_stage()
 
     def end_stage(self) -> None:
         """Go on to the next stage; a proposed component becomes a member, on trial."""
-        stage = self.stage
-        state = self._state()
         # The failures are those of the component: a retry proposes it once more.
-        self._enter(state, state[0] + 1, state[2] if stage.kind == "propose" else 0)
+        failures = int(self.progress[2]) if self.stage.kind == "propose" else 0
+        self._enter(int(self.progress[0]) + 1, failures)
 
     def end_trial(self, gain: Gain) -> bool:
         """Keep or drop the component on trial, by what it gains; return whether it is kept."""
@@ -175,18 +168,30 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def drop(self, retry: bool) -> None:
         """Drop the component on trial; with ``retry`` propose it again, as patience allows."""
-        stage, state = self.stage, self._state()
-        assert stage.component is not None
-        state[3 + stage.component] = 0
-        failures = state[2] + 1
-        self.weights.reset(stage.component - 1)
+        component, failures = self.stage.component, int(self.progress[2]) + 1
+        assert component is not None
+        self.progress[3 + component] = 0
+        self.weights.reset(component - 1)
         if retry and failures <= self.schedule.patience:
-            self._renew(stage.component)
-            first = next(i for i, s in enumerate(self.stages) if s.component == stage.component)
-            self._enter(state, first, failures)
-            return
-        grown = [i for i, s in enumerate(self.stages) if s.kind in GROWTH]
-        self._enter(state, grown[-1] + 1)
+            for module in self.components[component].modules():  # an encoder gets new weights
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+            first = next(i for i, s in enumerate(self.stages) if s.component == component)
+            self._enter(first, failures)
+        else:
+            self._enter(sum(stage.kind in GROWTH for stage in self.stages))
+
+    def _enter(self, number: int, failures: int = 0) -> None:
+        """Enter a stage, or the next one whose component is a member or may become one."""
+        while number < len(self.stages):
+            kind, component, _ = self.stages[number]
+            if kind != "cycle" or component in self.members:
+                break
+            number += 1
+        self.progress[:3] = torch.tensor([number, 0, failures])
+        if self.stage.kind == "refine":
+            self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
@@ -199,11 +204,11 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def extra_repr(self) -> str:
         """Return the state of the schedule."""
-        stage, (_, taken, failures, *_) = self.stage, self._state()
+        stage = self.stage
         return (
             f"members={self.members} of {len(self.components)}, stage='{stage.kind}', "
-            f"steps_left={self.steps_left}, component={stage.component}, steps_taken={taken}, "
-            f"failures={failures}"
+            f"steps_left={self.steps_left}, component={stage.component}, "
+            f"steps_taken={self.steps_taken}, failures={int(self.progress[2])}"
         )
 
     def log_weights(self, latents: LatentBlock, call: GuideCall, members: Sequence[int]) -> Tensor:
@@ -211,34 +216,26 @@ class RecursiveMixtureGuide(MixtureGuide):
 
         A component that is only proposed has the weight epsilon beside them.
         """
-        proposed = [m for m in members if m not in self.members]
         inside = [m for m in members if m in self.members]
-        assignment = current_assignment()
-        frozen = assignment.frozen if assignment is not None else frozenset()
+        frozen = (current_assignment() or AT_RANDOM).frozen
         moving = {m - 1 for column, m in enumerate(inside) if column not in frozen}
         held = set(range(len(self.components) - 1)) - moving
         logits = self.weights.logits(latents, call, held)
         if len(inside) < len(self.components):
             logits = logits[..., [m - 1 for m in inside[1:]]]
         log_weights = stick_breaking(logits)
-        if not proposed:
+        if len(inside) == len(members):
             return log_weights
         share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
         return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
 
-    def parameters_of(
-        self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: frozenset[int]
-    ) -> Tensor:
-        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``."""
-        if not self.conditional:
-            return super().parameters_of(latents, call, members, frozen)
-        known: dict[int, Tensor] = {}
-        rows = call.sizes(latents)
-        for column, m in enumerate(members):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and column not in frozen):
-                extra = _so_far(known, m, rows)
-                known[m] = self.component(m).variational_params(latents, call, *extra)
-        return torch.stack(torch.broadcast_tensors(*known.values()))
+    def earlier_params(self, m: int, known: dict[int, Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """Return a conditional component's second input: the parameters of all earlier ones."""
+        if not self.conditional or m == 0:
+            return []
+        zeros = torch.zeros_like(known[0])
+        earlier = torch.cat([known.get(j, zeros).detach() for j in range(m)], -1)
+        return [earlier.reshape(*rows, -1)]
 
     def set_log_weights(self, log_weights: Tensor) -> None:
         """Set the members' weights, ``[J]``, where all rows share them."""
@@ -248,7 +245,7 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def check_shared_weights(self) -> None:
         """Raise ValueError where rows have weights of their own."""
-        self.weights.check_vector()
+        self.weights.vector()
 
     def free_component(self) -> "FreeGaussian | None":
         """Return the component in training, if it is a Gaussian with parameters of its own.
@@ -260,31 +257,6 @@ class RecursiveMixtureGuide(MixtureGuide):
             return None
         (latents,) = self.groups
         return FreeGaussian(component, self.component(0), latents, latents.rows, latents.size)
-
-    def _renew(self, m: int) -> None:
-        """Give the encoder of a component new initial weights."""
-        for module in self.components[m].modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-
-    def _enter(self, state: list[int], number: int, failures: int = 0) -> None:
-        """Enter a stage, or the next one whose component is a member or may become one."""
-        while number < len(self.stages):
-            stage = self.stages[number]
-            if stage.kind != "cycle" or state[3 + (stage.component or 0)]:
-                break
-            number += 1
-        state[:3] = [number, 0, failures]
-        if number < len(self.stages) and self.stages[number].kind == "refine":
-            state[3 + (self.stages[number].component or 0)] = 1  # on trial
-        self._write(state)
-
-    def _state(self) -> list[int]:
-        return self.progress.tolist()
-
-    def _write(self, state: list[int]) -> None:
-        self.progress.copy_(torch.tensor(state))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything but the progress to another device."""
@@ -321,35 +293,25 @@ class FreeGaussian:
 
 def _check(components: Sequence[nn.Module], conditional: bool) -> None:
     if len(components) < 2:
-        raise ValueError(f"A recursive mixture needs at least 2 components, got {len(components)}.")
+        raise ValueError("A recursive mixture needs at least 2 components.")
     for component in components:
         if not isinstance(component, LatentGuide):
             raise TypeError(
                 "Components of a recursive mixture must be AmortizedGuide or FlowGuide, got "
-                f"{type(component).__name__}: use a MixtureGuide for other guides."
+                f"{type(component).__name__}."
             )
-    if conditional and not all(isinstance(c, AmortizedGuide) and c.by_row for c in components):
-        raise ValueError("conditional=True needs AmortizedGuide components with encoders.")
+        if conditional and not (isinstance(component, AmortizedGuide) and component.by_row):
+            raise ValueError("conditional=True needs AmortizedGuide components with encoders.")
 
 
-def _check_apart(parts: Sequence[nn.Module]) -> None:
+def _check_apart(parts: Sequence[Any]) -> None:
     """Raise where parts share a parameter: training one would change the others."""
     seen: set[nn.Parameter] = set()
     for part in parts:
-        own = dict(part.named_parameters())
+        own = dict(part.named_parameters()) if isinstance(part, nn.Module) else {}
         for name, parameter in own.items():
             if parameter in seen:
                 raise ValueError(
-                    f"Two parts of a recursive mixture share parameter '{name}'. Give each encoder "
-                    "networks of its own, or put what all share into trunk=."
+                    f"Two components share parameter '{name}'. Put what all share into trunk=."
                 )
         seen.update(own.values())
-
-
-def _so_far(known: dict[int, Tensor], m: int, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Return a conditional component's second input: the parameters of all earlier ones."""
-    if m == 0:
-        return ()
-    zeros = torch.zeros_like(known[0])
-    earlier = torch.cat([known.get(j, zeros).detach() for j in range(m)], -1)
-    return (earlier.reshape(*rows, -1),)

@@ -1,10 +1,7 @@
 """When a recursive mixture trains which of its components."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from pyro_recursive.tracing.arguments import check_at_least
 
 
 class Stage(NamedTuple):
@@ -57,26 +54,19 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check that there is nothing negative, and something to do."""
-        numbers = ("confidence", "min_gain")
-        check_at_least(0, **{k: v for k, v in vars(self).items() if k not in numbers})
-        for name in numbers:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        check_at_least(1, first=self.first, propose=self.propose, refine=self.refine)
+        for name, value in vars(self).items():
+            least = 1 if name in ("first", "propose", "refine") else 0
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
     def stages(self, num_components: int) -> tuple[Stage, ...]:
         """Return all stages in order, as if every component were kept."""
-        return tuple(stage for stage in self._all(num_components) if stage.steps)
-
-    def _all(self, num_components: int) -> Iterator[Stage]:
-        yield Stage("first", 0, self.first)
+        found = [Stage("first", 0, self.first)]
         for m in range(1, num_components):
-            yield Stage("propose", m, self.propose)
-            yield Stage("refine", m, self.refine)
-        for _ in range(self.cycles):
-            for m in range(num_components):
-                yield Stage("cycle", m, self.cycle)
-        yield Stage("joint", None, self.joint)
+            found += [Stage("propose", m, self.propose), Stage("refine", m, self.refine)]
+        cycle = [Stage("cycle", m, self.cycle) for m in range(num_components)]
+        found += [*self.cycles * cycle, Stage("joint", None, self.joint)]
+        return tuple(stage for stage in found if stage.steps)
 
     def total(self, num_components: int) -> int:
         """Return the steps of all stages, if every component is kept at once."""

@@ -1,9 +1,6 @@
 """Semi-amortised guides: an encoder whose output is refined for each row, inside the guide."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -11,17 +8,15 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
-from torch.distributions import kl_divergence
-from torch.utils.checkpoint import checkpoint
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import inside, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.guides.row_families import GaussianRows, RowFamily
+from pyro_recursive.guides.row_families import RowFamily
+from pyro_recursive.guides.semi_amortized.refinement import Trajectory, divergence, refine
 from pyro_recursive.guides.semi_amortized.row_elbo import ESTIMATORS, LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
-from pyro_recursive.tracing.arguments import check_at_least, check_instance
 from pyro_recursive.tracing.handlers import is_dry_run, latent_weight, run_cache
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 
@@ -42,11 +37,6 @@ class Refinement(NamedTuple):
     elbo_start: Tensor
     elbo: Tensor
     clipped: Tensor
-
-    @property
-    def numbers(self) -> Tensor:
-        """The former name of ``params``."""
-        return self.params
 
 
 class SemiAmortizedGuide(LatentGuide):
@@ -106,31 +96,22 @@ class SemiAmortizedGuide(LatentGuide):
         checkpoint: bool = False,
         name: str | None = None,
     ) -> None:
-        if not isinstance(guide, LatentGuide) or isinstance(guide, SemiAmortizedGuide):
-            raise TypeError(
-                "guide must be an AmortizedGuide, FlowGuide or a MixtureGuide of those; got "
-                f"{type(guide).__name__}."
-            )
-        _check_update(update)
-        super().__init__(
-            model,
-            plate=guide.plate,
-            inputs=guide.inputs,
-            create_plates=guide.create_plates,
-            name=name,
-        )
-        try:
-            self.guide: Any = guide
-        except AssertionError as error:  # Pyro's own check
-            raise ValueError(
-                "The guide has run on its own before, and Pyro cannot rename its parameters. Make "
-                "a new one, and copy the state with load_state_dict."
-            ) from error
+        if isinstance(guide, SemiAmortizedGuide):
+            raise ValueError("A SemiAmortizedGuide cannot be refined again.")
+        for what, value, known in (("mode", mode, MODES), ("estimator", estimator, ESTIMATORS)):
+            if value not in known:
+                raise ValueError(f"{what} must be one of {known}, got {value!r}.")
+        shared: dict[str, Any] = {"plate": guide.plate, "create_plates": guide.create_plates}
+        super().__init__(model, inputs=guide.inputs, name=name, **shared)
+        self.register("guide", guide)
         self.update: Any = GradientUpdate() if update is None else update
-        self.steps, self.test_steps = steps, test_steps
-        self.mode, self.direct = mode, _direct(mode, direct, self.update)
+        if mode not in THROUGH:
+            if direct is not None or self.update.every_step:
+                raise ValueError(f"direct= and learned updates need a mode of {THROUGH}.")
+            direct = 1.0 if mode == "vae_svi" else 0.0
+        self.steps, self.test_steps, self.mode = steps, test_steps, mode
+        self.direct = self.update.direct if direct is None else direct
         self.draws, self.estimator, self.seed, self.checkpoint = draws, estimator, seed, checkpoint
-        self._check()
 
     @property
     def by_row(self) -> bool:
@@ -141,34 +122,26 @@ class SemiAmortizedGuide(LatentGuide):
         """Return the refined parameters of the rows of a call, without a graph, and their ELBOs."""
         self.prepare(*args, **kwargs)
         with torch.no_grad(), isolated(noise=SharedNoise()):
-            return self._refinement(args, kwargs, steps)
-
-    def _refinement(self, args: tuple, kwargs: dict[str, Any], steps: int | None) -> Refinement:
-        call = self.new_call(args, kwargs)
-        for latents in self.groups[:-1]:
-            call.given.update(self.guide.sample(latents, call))
-        latents = self.groups[-1]
-        refined = self._refined(latents, call, self.num_steps if steps is None else steps)
-        target = self._target(latents, call)
-        noises = target.noise(refined.params, -(-100 // self.draws) * self.draws).split(self.draws)
-        elbos = [
-            torch.stack([target.value(params, noise) for noise in noises]).mean(0)
-            for params in (refined.start, refined.params)
-        ]
-        rows = call.sizes(latents)
-        start, params, elbo_start, elbo = (
-            each.reshape(*rows, *each.shape[latents.nesting :]).clone()
-            for each in (refined.start, refined.params, *elbos)
-        )
-        return Refinement(start, params, elbo_start, elbo, self._clipped(refined).reshape(rows))
-
-    def _clipped(self, refined: "_Refined") -> Tensor:
-        """Return the share of steps in which a row's gradient was clipped, ``[*batch]``."""
-        blocks = self.row_family(self.groups[-1]).blocks
-        clips = [self.update.clips(gradient, blocks) for gradient in refined.gradients]
-        if not clips:
-            return refined.start.new_zeros(refined.start.shape[:-1])
-        return torch.stack(clips).to(refined.start).mean(0)
+            call = self.new_call(args, kwargs)
+            for latents in self.groups[:-1]:
+                call.given.update(self.guide.sample(latents, call))
+            latents = self.groups[-1]
+            found = self._refined(latents, call, self.num_steps if steps is None else steps)
+            target = self._target(latents, call)
+            noise = target.noise(found.params, -(-100 // self.draws) * self.draws)
+            ends = found.points[0], found.params
+            elbos = [
+                torch.stack([target.value(p, part) for part in noise.split(self.draws)]).mean(0)
+                for p in ends
+            ]
+            blocks = target.family.blocks
+            clips = [self.update.clips(gradient, blocks).to(noise) for gradient in found.gradients]
+            clipped = torch.stack(clips or [torch.zeros_like(elbos[0])]).mean(0)
+            rows = call.sizes(latents)
+            return Refinement(
+                *(p.reshape(*rows, -1).clone() for p in ends),
+                *(each.reshape(rows).clone() for each in (*elbos, clipped)),
+            )
 
     @property
     def num_steps(self) -> int:
@@ -182,10 +155,7 @@ class SemiAmortizedGuide(LatentGuide):
     ) -> None:
         """Share the blocks with the guide that is refined."""
         if not groups[-1].local:
-            raise ValueError(
-                f"{type(self).__name__} refines the parameters of each row, and no latent is in a "
-                "plate of rows. Give its guide an encoder, or plate= for a table."
-            )
+            raise ValueError("Refinement needs rows. Give the guide an encoder or plate=.")
         self.guide.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
 
@@ -193,9 +163,8 @@ class SemiAmortizedGuide(LatentGuide):
         """Create the parameters of the update."""
         if latents.local:
             self.update.to(prior_draw)
-            dims = len(latents.rows)
             few = raw[:2] if isinstance(raw, Tensor) else raw
-            features = self.update.features_of(few, dims)
+            features = self.update.features_of(few, len(latents.rows))
             blocks = self.guide.row_family(latents).blocks
             self.update.build(sum(blocks), blocks, features)
 
@@ -233,7 +202,7 @@ class SemiAmortizedGuide(LatentGuide):
 
     def _target(self, latents: LatentBlock, call: GuideCall, twice: bool = False) -> LocalBound:
         return LocalBound(
-            self.own_model("for the ELBO of its rows"),
+            self.own_model(),
             latents,
             call,
             self.row_family(latents),
@@ -243,7 +212,7 @@ class SemiAmortizedGuide(LatentGuide):
             double_backward=twice,
         )
 
-    def _refined(self, latents: LatentBlock, call: GuideCall, steps: int) -> "_Refined":
+    def _refined(self, latents: LatentBlock, call: GuideCall, steps: int) -> Trajectory:
         """Refine the rows; once, where a loss runs the guide twice on the same noise."""
         cache = run_cache()
         if cache is None or call.given:  # global latents may be other ones now
@@ -252,15 +221,12 @@ class SemiAmortizedGuide(LatentGuide):
             cache[self, steps] = self._refine(latents, call, steps)
         return cache[self, steps]
 
-    def _refine(self, latents: LatentBlock, call: GuideCall, steps: int) -> "_Refined":
+    def _refine(self, latents: LatentBlock, call: GuideCall, steps: int) -> Trajectory:
         start = self.guide.variational_params(latents, call)
         if not steps:
-            return _Refined(start, start, None, [])
+            return Trajectory([start], [])
         if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__} takes gradients in each call. Use torch.no_grad() in place "
-                "of torch.inference_mode(), or steps=0."
-            )
+            raise RuntimeError("Refinement takes gradients. Use torch.no_grad(), or steps=0.")
         twice = self.mode == "second_order" and torch.is_grad_enabled()
         target = self._target(latents, call, twice)
         if call.given:  # each particle has global latents of its own, and so rows of its own
@@ -268,7 +234,7 @@ class SemiAmortizedGuide(LatentGuide):
             start = start.expand(*batch, -1)
         noise = target.noise(start, steps * self.draws, self.seed)
         features = self.update.features_of(call.rows(latents), len(latents.rows))
-        trajectory = refine(
+        found = refine(
             target,
             self.update,
             start if self.mode in THROUGH else start.detach(),
@@ -278,118 +244,26 @@ class SemiAmortizedGuide(LatentGuide):
             self.checkpoint,
         )
         if self.mode == "svi" and self.training and torch.is_grad_enabled() and not is_dry_run():
-            self.guide.keep_rows(latents, call, trajectory.params)
-        term = self._encoder_term(target, start, trajectory)
-        gradients = [gradient for _, gradient in trajectory.visited]
-        return _Refined(start, trajectory.params, term, gradients)
+            self.guide.keep_rows(latents, call, found.params)
+        return found._replace(encoder_term=self._encoder_term(target, start, found))
 
-    def _encoder_term(
-        self, target: LocalBound, start: Tensor, trajectory: "Trajectory"
-    ) -> Tensor | None:
+    def _encoder_term(self, target: LocalBound, start: Tensor, found: Trajectory) -> Tensor | None:
         """Return the encoder's objective beside the bound, for each row, up to a constant."""
-        if (self.direct or self.mode.startswith("distill")) and not torch.is_grad_enabled():
+        if not self.direct and not self.mode.startswith("distill"):
+            return None
+        if not torch.is_grad_enabled():
             return torch.zeros_like(start[..., 0])
         if self.mode.startswith("distill"):
-            params = trajectory.params.detach()
+            params = found.params.detach()
             pair = (start, params) if self.mode == "distill" else (params, start)
             # Not the noise of the steps, which the parameters depend on.
             seed = None if self.seed is None else self.seed + 1
-            noise = target.noise(start, self.draws, seed)
-            return -divergence(target.family, *pair, noise)
-        if not self.direct:
-            return None
-        visited = trajectory.visited if self.update.every_step else trajectory.visited[:1]
+            return -divergence(target.family, *pair, target.noise(start, self.draws, seed))
+        count = len(found.gradients) if self.update.every_step else 1
         # The start itself: the first step may have had a constant in its place.
-        points = [start, *(params for params, _ in visited[1:])]
-        gradients = [gradient.detach() for _, gradient in visited]
-        terms = [(p * g).sum(-1) for p, g in zip(points, gradients, strict=True)]
+        pairs = zip([start, *found.points[1:count]], found.gradients[:count], strict=True)
+        terms = [(params * gradient.detach()).sum(-1) for params, gradient in pairs]
         return self.direct * torch.stack(torch.broadcast_tensors(*terms)).sum(0)
-
-    def _check(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}.")
-        if self.update.every_step and self.mode not in THROUGH:
-            raise ValueError(
-                f"{type(self.update).__name__} learns its steps from the bound: mode must be one "
-                f"of {THROUGH}, got {self.mode!r}."
-            )
-        check_at_least(0, steps=self.steps, test_steps=self.test_steps)
-        check_at_least(1, draws=self.draws)
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {ESTIMATORS}, got {self.estimator!r}.")
-        if not 0 <= self.direct < math.inf:
-            raise ValueError(f"direct must be a number >= 0, got {self.direct!r}.")
-
-
-class _Refined(NamedTuple):
-    """Parameters before and after refinement, ``[*batch, P]``, and the gradients of the steps.
-
-    ``encoder_term`` is the encoder's objective beside the bound, ``[*batch]``.
-    """
-
-    start: Tensor
-    params: Tensor
-    encoder_term: Tensor | None
-    gradients: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The steps of the rows: ``visited`` has their parameters and gradients, ``[*batch, P]``."""
-
-    visited: list[tuple[Tensor, Tensor]]
-    params: Tensor
-
-
-def refine(
-    target: LocalBound,
-    update: Update,
-    params: Tensor,
-    noise: Tensor,
-    features: Tensor | None = None,
-    twice: bool = False,
-    recompute: bool = False,
-) -> Trajectory:
-    """Take a step of ``update`` for each entry of ``noise``, ``[T, S, J, *batch, n]``.
-
-    Gradients are constants. With ``twice`` they have a graph, so that the steps can be
-    differentiated; with ``recompute`` each step's graph is built again in the backward pass.
-    """
-    step = partial(_step, target, update, features, twice)
-    if twice and recompute:
-        step = partial(checkpoint, step, use_reentrant=False)
-    state, visited = None, []
-    for each in noise:
-        following, state, gradient = step(params, state, each)
-        visited.append((params, gradient))
-        params = following
-    return Trajectory(visited, params)
-
-
-def _step(
-    target: LocalBound,
-    update: Update,
-    features: Tensor | None,
-    twice: bool,
-    params: Tensor,
-    state: Any,
-    noise: Tensor,
-) -> tuple[Tensor, Any, Tensor]:
-    gradient = target.gradient(params, noise, create_graph=twice)
-    following, state = update(params, gradient, state, target.family.blocks, features)
-    return following, state, gradient
-
-
-def divergence(family: RowFamily, first: Tensor, second: Tensor, noise: Tensor) -> Tensor:
-    """Return ``KL(q(first) || q(second))`` of each row in nats, ``[*batch, P]`` to ``[*batch]``.
-
-    In closed form for Gaussians, else from draws of ``first``, ``[S, J, *batch, n]``.
-    """
-    if isinstance(family, GaussianRows):
-        return kl_divergence(family.distribution(first), family.distribution(second))
-    u, log_first = family.scored_draw(first, noise)
-    gap = log_first - family.log_prob(second, u)
-    return (family.log_weights(first).exp() * gap).sum(1).mean(0)
 
 
 class GradientSite(TorchDistribution):
@@ -414,22 +288,3 @@ class GradientSite(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zeros, with a gradient."""
         return self.term.detach() - self.term
-
-
-def _check_update(update: Any) -> None:
-    check_instance("update", update)
-    if update is not None and not isinstance(update, Update):
-        raise TypeError(
-            "update must be an Update of pyro_recursive.guides.semi_amortized.updates, such as "
-            f"GradientUpdate(); got a {type(update).__name__}."
-        )
-
-
-def _direct(mode: str, direct: float | None, update: Update) -> float:
-    if direct is not None:
-        if mode not in THROUGH:
-            raise ValueError(f"direct is for the modes {THROUGH}; mode={mode!r} has its own term.")
-        return direct
-    if mode in THROUGH:
-        return update.direct
-    return 1.0 if mode == "vae_svi" else 0.0

@@ -5,7 +5,7 @@ model on the rows of the minibatch, with the user's scales and masks, and withou
 scale.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,14 @@ from pyro_recursive.tracing.densities import log_prob_of, weighted
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout
-from pyro_recursive.tracing.sites import Site, nesting_of, plates_of, sites, subsample_scale
+from pyro_recursive.tracing.sites import (
+    Site,
+    latent_sites,
+    nesting_of,
+    plates_of,
+    sites,
+    subsample_scale,
+)
 
 ESTIMATORS = ("stl", "pathwise")
 DRAWS = "refinement_draws"  # the plate of the draws
@@ -38,8 +45,7 @@ class LocalBound:
         family: the distributions that a row may have.
         nesting: how many dims the model's plates take, and the plates around the guide.
         latent_weight: KL warm-up's factor of the latents' densities.
-        estimator: of the gradient: ``"stl"`` leaves out the score of q, whose mean is zero, and is
-            exact where q is the posterior; or ``"pathwise"``.
+        estimator: of the gradient: ``"stl"`` leaves out the score of q, or ``"pathwise"``.
         shared_noise: the random numbers of all runs of the model.
         double_backward: whether gradients are differentiated again.
     """
@@ -96,19 +102,14 @@ class LocalBound:
 
         Sites outside the rows' plates count in equal parts.
         """
-        batch = u.shape[2:-1]
+        batch, count = u.shape[2:-1], u.shape[0] * u.shape[1]
         width = max(self.nesting, len(batch))
-        count = u.shape[0] * u.shape[1]
         wide = u.reshape(count, *[1] * (width - len(batch)), *u.shape[2:])
         point = wide if count > 1 else u[0, 0]
         with isolated(noise=self.shared_noise, double_backward=self.double_backward):
             trace = self._run(self.latents.unpack(point), count, width)
-        nesting = nesting_of(trace)  # plates may depend on the arguments
-        if nesting > width + (count > 1):
-            raise ValueError(
-                f"The model's plates take {nesting} dims, and took {self.nesting} when the guide "
-                "was prepared. Make a new guide."
-            )
+        if nesting_of(trace) > width + (count > 1):  # plates may depend on the arguments
+            raise ValueError("The model has more plates than before. Make a new guide.")
         total = self._by_row(trace, batch, width, count)
         volume = self.latents.log_volume(point)
         if self.latent_weight != 1:
@@ -116,41 +117,42 @@ class LocalBound:
         return (total + volume.reshape(count, *batch)).reshape(u.shape[:-1])
 
     def _run(self, values: Values, count: int, width: int) -> poutine.Trace:
-        given = {name: plate.indices for name, plate in self.call.plates.items()}
-        given = {**given, **self.call.given, **values}
+        minibatch = {name: plate.indices for name, plate in self.call.plates.items()}
+        given = {**minibatch, **self.call.given, **values}
         model = poutine.trace(SubstituteByName(given)(self.model))
         draws = pyro.plate(DRAWS, count, dim=-width - 1) if count > 1 else nullcontext()
         warmup = KLWarmup(self.latent_weight) if self.latent_weight != 1 else nullcontext()
         with draws, warmup:
             trace = model.get_trace(*self.call.args, **self.call.kwargs)
-        _check_latents(trace, given)
+        for site in latent_sites(trace):
+            if site["name"] not in given:
+                raise NotImplementedError(
+                    f"Latent site '{site['name']}' is not this guide's. Marginalise it."
+                )
         return trace
 
     def _by_row(self, trace: poutine.Trace, batch: torch.Size, width: int, count: int) -> Tensor:
         """Sum the log-densities of sites over all but draws and rows, ``[S J, *batch]``."""
-        rows = _frames(trace, {frame.name for frame in self.latents.rows})
+        found = {name: f for site in sites(trace) for name, f in plates_of(site).items()}
+        names = {frame.name for frame in self.latents.rows}
+        rows = tuple(frame for name, frame in found.items() if name in names)
         layout = PlateLayout(Particles(1, count), width, rows)
+        row_dims = {frame.dim for frame in rows}
         around = {dim for dim in range(-len(batch), 0) if batch[dim] != 1} | {-width - 1}
-        around -= {frame.dim for frame in rows}
-        kept = around | {frame.dim for frame in rows}
+        around -= row_dims
         shape = (count, *[1] * (width - len(batch)), *batch)
         total: Tensor | float = 0.0
         for site in sites(trace):
-            log_prob = weighted(log_prob_of(site, site["fn"]), site, layout)
-            _check_batch(site, log_prob.shape, around, count)
-            summed = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
-            each = log_prob.sum(summed, keepdim=True) if summed else log_prob
+            each = weighted(log_prob_of(site, site["fn"]), site, layout)
+            _check_batch(site, each.shape, around, count)
+            dims = range(-each.dim(), 0)
+            if summed := [dim for dim in dims if dim not in around | row_dims]:
+                each = each.sum(summed, keepdim=True)
             for frame in rows:
                 if frame.name not in plates_of(site):  # beside the rows: without their scale, too
                     each = each / (frame.size * subsample_scale(frame))
             total = total + each
         return torch.as_tensor(total).expand(shape).reshape(count, *batch)
-
-
-def _frames(trace: poutine.Trace, names: set[str]) -> tuple[Any, ...]:
-    """Return the frames of some plates in a trace."""
-    found = {name: frame for site in sites(trace) for name, frame in plates_of(site).items()}
-    return tuple(frame for name, frame in found.items() if name in names)
 
 
 def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) -> None:
@@ -162,15 +164,5 @@ def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) ->
         if shape[dim] != 1 and dim not in dims:
             raise ValueError(
                 f"Site '{site['name']}' has batch shape {tuple(shape)} in refinement, and dim "
-                f"{dim} belongs to no plate. Use a pyro.plate, .to_event(...), "
-                "z.sum(-1, keepdim=True) or draws=1."
-            )
-
-
-def _check_latents(trace: poutine.Trace, given: Mapping[str, Tensor]) -> None:
-    for site in sites(trace):
-        if not site["is_observed"] and site["name"] not in given:
-            raise NotImplementedError(
-                f"Latent site '{site['name']}' is not this guide's, and its rows have no ELBO. "
-                "Marginalise it in the model, or use the encoder without refinement."
+                f"{dim} has no plate. Use keepdim=True or draws=1."
             )

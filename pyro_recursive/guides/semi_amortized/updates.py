@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pyro_recursive.tracing.arguments import check_module
-
 
 class Update(nn.Module, ABC):
     """One step of refinement, for each row by itself.
@@ -68,9 +66,6 @@ class GradientUpdate(Update):
         clip: the largest norm of a block's gradient, ``math.inf`` for any.
         learn_rate: whether the step size is a parameter (its logarithm is).
 
-    Raises:
-        ValueError: an argument is out of range.
-
     >>> update = GradientUpdate(rate=0.5, momentum=0.0)
     >>> update(torch.zeros(1, 2), torch.ones(1, 2), None, (1, 1), None)[0]
     tensor([[0.5000, 0.5000]])
@@ -79,19 +74,11 @@ class GradientUpdate(Update):
     direct = 0.1
 
     def __init__(
-        self,
-        rate: float = 0.03,
-        momentum: float = 0.5,
-        clip: float = 5.0,
-        learn_rate: bool = False,
+        self, rate: float = 0.03, momentum: float = 0.5, clip: float = 5.0, learn_rate: bool = False
     ) -> None:
         super().__init__()
-        if not 0 < rate < math.inf:
-            raise ValueError(f"rate must be a number above 0, got {rate!r}.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
-        if not clip > 0:
-            raise ValueError(f"clip must be above 0 (math.inf does not clip), got {clip!r}.")
+        if not (rate > 0 and 0 <= momentum < 1 and clip > 0):
+            raise ValueError(f"Need {rate=} > 0, 0 <= {momentum=} < 1 and {clip=} > 0.")
         self.momentum, self.clip, self._rate = momentum, clip, rate
         self.log_rate = nn.Parameter(torch.tensor(math.log(rate))) if learn_rate else None
 
@@ -115,7 +102,7 @@ class GradientUpdate(Update):
         return params + self.rate * velocity, velocity
 
     def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
-        """Return which rows have a block whose gradient is clipped, ``[*batch]``."""
+        """Return which rows have a block whose norm is above ``clip``, ``[*batch]``."""
         norms = [part.detach().norm(dim=-1) for part in gradient.split(list(blocks), -1)]
         return torch.stack(norms).amax(0) > self.clip
 
@@ -146,10 +133,6 @@ class LearnedUpdate(Update):
             themselves, flattened, if not given.
         network: a module of your own, ``[*rows, F + 2 P + number of blocks]`` to ``[*rows, 2 P]``.
 
-    Raises:
-        TypeError: ``features`` or ``network`` is no module.
-        ValueError: the inputs are no floating-point tensor, and ``features`` is missing.
-
     >>> update = LearnedUpdate(hidden=(8,))
     >>> update.build(2, (1, 1), torch.zeros(3, 5))
     >>> update(torch.zeros(3, 2), torch.ones(3, 2), None, (1, 1), torch.zeros(3, 5))[0].shape
@@ -165,8 +148,6 @@ class LearnedUpdate(Update):
         features: nn.Module | None = None,
         network: nn.Module | None = None,
     ) -> None:
-        check_module("features", features)
-        check_module("network", network)
         super().__init__()
         self.hidden = tuple(hidden)
         self.features: Any = features
@@ -178,10 +159,7 @@ class LearnedUpdate(Update):
             return self.features(rows)
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
             kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(
-                f"LearnedUpdate got inputs of type {kind}. Give it features=, a module from the "
-                "encoder's inputs to [*rows, F]."
-            )
+            raise ValueError(f"LearnedUpdate got inputs of type {kind}. Give it features=.")
         return rows.flatten(row_dims) if rows.dim() > row_dims else rows.unsqueeze(-1)
 
     def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
