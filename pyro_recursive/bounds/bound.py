@@ -28,7 +28,6 @@ class Bound(ABC):
     estimates one by one, at a cost that grows as K squared; a subclass may give closed forms.
     """
 
-    min_particles = 1  # the smallest K for which it is defined
     is_split = False  # whether the guide has another bound than the model, `guide`
 
     @abstractmethod
@@ -36,7 +35,6 @@ class Bound(ABC):
         """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``, in nats."""
 
     def __call__(self, log_weights: Tensor) -> Tensor:
-        """Return the bound: ``[M, K, *plates]`` to ``[*plates]``, in nats."""
         return self.estimate(log_weights).mean(0)
 
     @property
@@ -56,10 +54,9 @@ class Bound(ABC):
             dead = log_weights.isneginf()
             if not first.requires_grad:  # a linear bound
                 return Derivatives(first.masked_fill(dead, 0.0), torch.zeros_like(first))
-            basis = torch.eye(leaf.shape[1]).to(leaf)
-            each = basis.reshape(basis.shape[0], 1, -1, *[1] * (leaf.dim() - 2))
+            basis = _identity(leaf).unsqueeze(1).to(leaf)
             (rows,) = torch.autograd.grad(
-                first, leaf, each.expand(-1, *leaf.shape), is_grads_batched=True
+                first, leaf, basis.expand(-1, *leaf.shape), is_grads_batched=True
             )
         second = torch.diagonal(rows, dim1=0, dim2=2).movedim(-1, 1)
         return Derivatives(first.detach().masked_fill(dead, 0.0), second.masked_fill(dead, 0.0))
@@ -71,11 +68,9 @@ class Bound(ABC):
         it the control variate of VIMCO (`Variational Inference for Monte Carlo Objectives`,
         arXiv 1602.06725).
         """
+        others = _mean_of_others(log_weights).movedim(1, 0).unsqueeze(2)
+        replaced = torch.where(_identity(log_weights).unsqueeze(1), others, log_weights)
         size = log_weights.shape[1]
-        keep = 1 - torch.eye(size).to(log_weights)
-        keep = keep.reshape(size, 1, size, *[1] * (log_weights.dim() - 2))
-        others = mean_of_others(log_weights).movedim(1, 0).unsqueeze(2)
-        replaced = torch.where(keep.bool(), log_weights, others)
         return self.estimate(replaced.flatten(0, 1)).unflatten(0, (size, -1)).movedim(0, 1)
 
 
@@ -88,31 +83,15 @@ class PowerMeans(Bound):
         log(mean_k(w_k ** (1 - order))) / (1 - order),    or  mean_k(log w_k)  where order is 1
 
     Order 0 is the importance-weighted bound, order 1 the ELBO, an order in between the VR-IWAE
-    bound (`Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders`,
-    arXiv 2210.06226); a negative order is no lower bound.
+    bound; a negative order is no lower bound.
     """
 
     terms: tuple[tuple[float | Tensor, float], ...]
 
-    def __repr__(self) -> str:
-        """Return the bound by its name, where it has one."""
-        match self.terms:
-            case ((1.0, 0.0),):
-                return "iwae"
-            case ((1.0, 1.0),):
-                return "elbo"
-            case ((1.0, order),):
-                return f"renyi({order})"
-            case ((beta, 1.0), (_, 0.0)):
-                return f"ciwae({float(beta):.4g})"
-        return f"PowerMeans({self.terms})"
-
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
-        """Whether every term is the ELBO, or K is 1."""
         return num_particles == 1 or all(order == 1 for _, order in self.terms)
 
     def estimate(self, log_weights: Tensor) -> Tensor:
-        """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""
         return sum(weight * _power_mean(log_weights, order) for weight, order in self.terms)  # type: ignore[return-value]
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
@@ -128,7 +107,7 @@ class PowerMeans(Bound):
 
     def leave_one_out(self, log_weights: Tensor) -> Tensor:
         """Return `Bound.leave_one_out` at a cost linear in K."""
-        others = mean_of_others(log_weights)
+        others = _mean_of_others(log_weights)
         return sum(  # type: ignore[return-value]
             weight * _power_mean_replacing(log_weights, others, order)
             for weight, order in self.terms
@@ -142,7 +121,6 @@ class Pooled(Bound):
     bound: Bound
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
-        """Whether the pooled bound is linear."""
         return self.bound.is_linear(1, num_estimates * num_particles)
 
     def estimate(self, log_weights: Tensor) -> Tensor:
@@ -150,13 +128,10 @@ class Pooled(Bound):
         return self.bound.estimate(log_weights.flatten(0, 1).unsqueeze(0))
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
-        """Return the derivatives of the pooled bound, unflattened to ``[M, K, *plates]``."""
-        shape = log_weights.shape
         pooled = self.bound.derivatives(log_weights.flatten(0, 1).unsqueeze(0))
-        return Derivatives(pooled.first.reshape(shape), pooled.second.reshape(shape))
+        return Derivatives(*(part.reshape(log_weights.shape) for part in pooled))
 
     def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        """Return the leave-one-out values of the pooled bound, as ``[M, K, *plates]``."""
         pooled = self.bound.leave_one_out(log_weights.flatten(0, 1).unsqueeze(0))
         return pooled.reshape(log_weights.shape)
 
@@ -174,21 +149,16 @@ class Split(Bound):
 
     @property
     def guide(self) -> Bound:
-        """The bound that the guide's parameters maximise."""
         return self.guide_bound
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
-        """Whether both bounds are linear."""
-        return self.model_bound.is_linear(
-            num_estimates, num_particles
-        ) and self.guide_bound.is_linear(num_estimates, num_particles)
+        bounds = self.model_bound, self.guide_bound
+        return all(bound.is_linear(num_estimates, num_particles) for bound in bounds)
 
     def estimate(self, log_weights: Tensor) -> Tensor:
-        """Return the model's bound."""
         return self.model_bound.estimate(log_weights)
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
-        """Return the derivatives of the model's bound."""
         return self.model_bound.derivatives(log_weights)
 
 
@@ -203,20 +173,16 @@ class Weighted(Bound):
     weights: Tensor
 
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
-        """Whether the other bound is linear."""
         return self.bound.is_linear(num_estimates, num_particles)
 
     def estimate(self, log_weights: Tensor) -> Tensor:
-        """Return the weighted estimates: ``[M, K, *plates]`` to ``[M, *plates]``."""
         return self.weights * self.bound.estimate(log_weights)
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
-        """Return the other bound's derivatives, weighted."""
         weights = self.weights.unsqueeze(1)
         return Derivatives(*(weights * part for part in self.bound.derivatives(log_weights)))
 
     def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        """Return the other bound's leave-one-out values, weighted."""
         return self.weights.unsqueeze(1) * self.bound.leave_one_out(log_weights)
 
 
@@ -227,21 +193,12 @@ class Jackknife(Bound):
     Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018).
     """
 
-    min_particles = 2
-
-    def __repr__(self) -> str:
-        """Return its name."""
-        return "jackknife"
-
     def estimate(self, log_weights: Tensor) -> Tensor:
-        """Return one value per estimate: ``[M, K, *plates]`` to ``[M, *plates]``."""
         size = log_weights.shape[1]
         if size < 2:
             raise ValueError(f"the jackknife bound needs num_particles >= 2, got {size}")
         # Not from both ends as below: torch's second derivative of that is wrong next to -inf.
-        itself = torch.eye(size, dtype=torch.bool, device=log_weights.device)
-        itself = itself.reshape(1, size, size, *[1] * (log_weights.dim() - 2))
-        others = log_weights.unsqueeze(1).masked_fill(itself, -math.inf)
+        others = log_weights.unsqueeze(1).masked_fill(_identity(log_weights), -math.inf)
         without = torch.logsumexp(others, 2).mean(1) - math.log(size - 1)
         return size * _power_mean(log_weights, 0.0) - (size - 1) * without
 
@@ -285,17 +242,23 @@ def renyi(alpha: float) -> PowerMeans:
     return PowerMeans(((1.0, float(alpha)),))
 
 
-def mean_of_others(log_weights: Tensor) -> Tensor:
-    """Return the mean of the other K - 1 log-weights for each sample, ``[M, K, *plates]``."""
+def _identity(log_weights: Tensor) -> Tensor:
+    """Return a mask ``[K, K, *1]``: whether two of the K samples are the same."""
     size = log_weights.shape[1]
+    diagonal = torch.eye(size, dtype=torch.bool, device=log_weights.device)
+    return diagonal.reshape(size, size, *[1] * (log_weights.dim() - 2))
+
+
+def _mean_of_others(log_weights: Tensor) -> Tensor:
+    """Return the mean of the other K - 1 log-weights for each sample, ``[M, K, *plates]``."""
     dead = log_weights.isneginf()
     finite = log_weights.masked_fill(dead, 0.0)
-    mean = (finite.sum(1, keepdim=True) - finite) / (size - 1)
+    mean = (finite.sum(1, keepdim=True) - finite) / (log_weights.shape[1] - 1)
     other_is_dead = dead.sum(1, keepdim=True) - dead.long() > 0
     return mean.masked_fill(other_is_dead, -math.inf)
 
 
-def log_sum_exp_of_others(log_weights: Tensor) -> Tensor:
+def _log_sum_exp_of_others(log_weights: Tensor) -> Tensor:
     """Return the logarithm of the sum of the other K - 1 weights for each sample.
 
     From both ends, never as a difference: subtracting a weight that holds nearly the whole sum
@@ -328,5 +291,5 @@ def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float)
     if order == 1:  # the mean with one entry replaced by the mean of the others is that mean
         return substitute
     power = 1 - order
-    total = torch.logaddexp(log_sum_exp_of_others(power * log_weights), power * substitute)
+    total = torch.logaddexp(_log_sum_exp_of_others(power * log_weights), power * substitute)
     return (total - math.log(log_weights.shape[1])) / power

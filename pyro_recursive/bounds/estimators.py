@@ -27,13 +27,9 @@ class Coefficients(NamedTuple):
     """What multiplies each sample's gradients; ``[M, K, *plates]`` or None for zero.
 
     ``path`` and ``density`` belong to reparameterised sites, ``score`` is the density coefficient
-    of the others. Where a score-handled density depends on a reparameterised site above it, that
-    site's path also carries ``score`` times the derivative of the density, plus ``c`` times it
-    where ``density`` is ``-c`` (there, the joint derivative of log w has taken it away).
-
-    Those multiply the densities in the weights. Where a site is scaled or masked there, its samples
-    still come from all of its density, and the identities above hold for that one: ``density_rest``
-    and ``score_rest`` multiply the whole density minus the part in the weights.
+    of the others. They multiply the densities in the weights; where a site is scaled or masked
+    there, ``density_rest`` and ``score_rest`` multiply the whole density that its samples come
+    from, minus the part in the weights.
     """
 
     path: Tensor | None
@@ -87,11 +83,7 @@ def sticking_the_landing(derivatives: Derivatives) -> Coefficients:
 
 
 def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
-    """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152).
-
-    ``E[c_k * d log q(z_k)] = E[curvature_k * <d log w_k / d z_k, d z_k>]`` because ``c_k`` depends
-    on ``z_k`` through ``log w_k`` alone; for IWAE it leaves the squared weights.
-    """
+    """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152)."""
     first, second = derivatives
     # Less its mean, which a score may have without bias: no noise where all weights are equal.
     rest = first - 1 / first.shape[:2].numel()
@@ -99,11 +91,7 @@ def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
 
 
 def wake(derivatives: Derivatives) -> Coefficients:
-    """Wake-phase update of the guide (`Reweighted Wake-Sleep`, arXiv 1406.2751); biased.
-
-    A self-normalised estimate of minus the gradient of KL(p || q); every kind of site is handled
-    by its density alone.
-    """
+    """Wake-phase update of the guide (`Reweighted Wake-Sleep`, arXiv 1406.2751); biased."""
     first = derivatives.first
     return Coefficients(None, density=first, score=first, density_rest=first, score_rest=first)
 
@@ -115,18 +103,20 @@ def doubly_reparameterized_wake(derivatives: Derivatives) -> Coefficients:
 
 def plain_signal(bound: Bound, log_weights: Tensor) -> Tensor:
     """Return each estimate's own value as the signal of its K samples."""
-    values = bound.estimate(log_weights)
-    values = values.masked_fill(values.isneginf(), 0.0)  # all are dead: nothing to learn from
-    return (values / values.shape[0]).unsqueeze(1).expand_as(log_weights)
+    return _alive(bound.estimate(log_weights)).unsqueeze(1).expand_as(log_weights) / len(
+        log_weights
+    )
 
 
 def vimco_signal(bound: Bound, log_weights: Tensor) -> Tensor:
     """Return each estimate's value minus its leave-one-out value (VIMCO, arXiv 1602.06725)."""
     values, baseline = bound.estimate(log_weights), bound.leave_one_out(log_weights)
-    # Where the only living sample is left out there is nothing to compare with.
-    baseline = baseline.masked_fill(baseline.isneginf(), 0.0)
-    values = values.masked_fill(values.isneginf(), 0.0)
-    return (values.unsqueeze(1) - baseline) / values.shape[0]
+    return (_alive(values).unsqueeze(1) - _alive(baseline)) / len(log_weights)
+
+
+def _alive(values: Tensor) -> Tensor:
+    """Return zero where all samples are dead: there is nothing to learn from."""
+    return values.masked_fill(values.isneginf(), 0.0)
 
 
 ESTIMATORS = {

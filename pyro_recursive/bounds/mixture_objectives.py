@@ -53,7 +53,6 @@ class Alone(Objective):
     """``R = q``: the component's own ELBO."""
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
-        """Return ``log q``."""
         return table[..., m]
 
 
@@ -61,14 +60,12 @@ class Alone(Objective):
 class Exact(Objective):
     """``R = Q'`` with its parameters held: the exact gradient of the mixture's ELBO, over e.
 
-    The expectation of the parameters' gradient inside ``log Q'`` over the whole mixture is zero, so
-    that draws from q alone suffice.
+    That of the parameters inside ``log Q'`` is zero on average: draws from q alone suffice.
     """
 
     held: ClassVar[bool] = True
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
-        """Return ``log Q'``."""
         return log_mixture(table, log_weights)
 
 
@@ -82,13 +79,7 @@ class Skew(Objective):
 
     epsilon: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Check that epsilon is inside (0, 1)."""
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon must lie in (0, 1), got {self.epsilon}.")
-
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
-        """Return the logarithm of the skewed reference."""
         others = log_others(table, log_weights, m) + math.log1p(-self.epsilon)
         return torch.logaddexp(others, table[..., m] + math.log(self.epsilon))
 
@@ -98,20 +89,14 @@ class Clamped(Objective):
     """``ELBO(q) + strength * min(KL(q || Q), clamp)``, clamped for each row.
 
     The objective of `Recursive Inference for Variational Autoencoders`, reconstructed from its
-    abstract and public reviews. A good value of ``clamp`` (in nats) depends on the posterior: with
-    a small one the component stays near Q, with a large one it moves into the tails.
+    abstract and public reviews. With a small ``clamp`` (in nats) the component stays near Q, with a
+    large one it moves into the tails.
     """
 
     clamp: float
     strength: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Check that both constants are positive."""
-        if not (self.clamp > 0 and self.strength > 0):
-            raise ValueError(f"clamp and strength must be positive, got {self}.")
-
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
-        """Return log q, less the log-ratio to the others where its mean is below the clamp."""
         ratio = table[..., m] - log_others(table, log_weights, m)
         draws = ratio[list(own)].mean(0) if own else ratio
         free = (draws < self.clamp).detach()
@@ -129,13 +114,7 @@ class Relbo(Objective):
 
     regularization: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Check that the regularisation is positive."""
-        if not self.regularization > 0:
-            raise ValueError(f"regularization must be positive, got {self.regularization}.")
-
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
-        """Return ``log Q + regularization * log q``."""
         return log_others(table, log_weights, m) + self.regularization * table[..., m]
 
 
@@ -181,12 +160,9 @@ def gain(
     (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. Both bounds use
     the same draws. Where the rows are a sample of the data, their spread is part of the standard
     error.
-
-    Raises:
-        ValueError: there is one component only.
     """
     if log_weights.shape[-1] < 2:
-        raise ValueError("The gain of a component needs at least 2 components, got 1.")
+        raise ValueError("A gain needs at least 2 components, got 1.")
     after = _stratified(log_p - log_q, log_weights)
     rest = log_weights[..., :-1].log_softmax(-1)
     before = _stratified((log_p - others)[:, :-1], rest)
@@ -205,17 +181,6 @@ def _stratified(terms: Tensor, log_weights: Tensor) -> Tensor:
     return (terms * log_weights.exp().movedim(-1, 0)).sum(1)
 
 
-class Weighing(NamedTuple):
-    """Optimal weights for fixed components, and a bound on what they miss.
-
-    ``log_weights`` are ``[*rows, J]``; ``gap`` is ``max_m E_m[log p - log Q] - L(Q)`` in nats per
-    row, an upper bound on what other weights could gain.
-    """
-
-    log_weights: Tensor
-    gap: Tensor
-
-
 def corrective_weights(
     log_p: Tensor,
     table: Tensor,
@@ -223,13 +188,13 @@ def corrective_weights(
     *,
     tolerance: float = 1e-4,
     max_steps: int = 2000,
-) -> Weighing:
+) -> tuple[Tensor, Tensor]:
     """Maximise the mixture's ELBO over the weights of fixed components, by mirror ascent.
 
     ``log_p`` is ``[S, J, *rows]`` for S draws of each component, ``table`` ``[S, J, *rows, J]`` the
-    log-densities of all components there, and ``log_weights``, ``[*rows, J]``, where to start. The
-    ELBO is concave in the weights. Stops where the duality gap of every row is below ``tolerance``
-    nats, or after ``max_steps``; the gap says which.
+    log-densities of all components there, and ``log_weights``, ``[*rows, J]``, where to start.
+    Stops where the gap of every row is below ``tolerance`` nats, or after ``max_steps``. Returns
+    log-weights and the gap, ``max_m E_m[log p - log Q] - L(Q)``: no other weights gain more.
     """
     weights = log_weights.detach().clone()
     gap = weights.new_full(weights.shape[:-1], float("inf"))
@@ -240,15 +205,14 @@ def corrective_weights(
         if step % 10 == 0 and bool((gap < tolerance).all()):
             break
         weights = (weights + slopes - bound.unsqueeze(-1)).log_softmax(-1)
-    return Weighing(weights, gap)
+    return weights, gap
 
 
 def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Tensor:
     """Return weights with the best share of component ``m``, the others keeping their proportions.
 
-    The mixture's ELBO is concave in the share, and its slope is found by bisection. Shapes as in
-    `corrective_weights`, for one row: ``log_p`` is ``[S, J]``, ``table`` ``[S, J, J]`` and
-    ``log_weights`` ``[J]``.
+    Bisects the slope of the mixture's ELBO, which is concave in the share. Shapes as in
+    `corrective_weights`, for one row: ``[S, J]``, ``[S, J, J]`` and ``[J]``.
     """
     others = log_weights.clone()
     others[m] = -torch.inf

@@ -361,7 +361,7 @@ def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]
     if layout.particles.total == 1:
         return ()
     table = runs[0].table
-    latent = {record.name for record in table.model if record.is_latent}
+    latent = {record.name for record in table.model if not record.site["is_observed"]}
     computed = [r.site for r in table.guide if r.name in latent and is_delta(r.site)]
     return tuple(site["name"] for site in computed if _is_constant(site, runs, layout))
 

@@ -16,7 +16,7 @@ from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_runs, warn_if_nothing_local
+from pyro_recursive.tracing.compatibility import check_runs
 from pyro_recursive.tracing.densities import Densities, densities
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
@@ -27,11 +27,7 @@ DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of a bound.
-
-    ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
-    ``global_latents="elbo"``.
-    """
+    """Densities in the log-weights, and of the global latents under ``global_latents="elbo"``."""
 
     bound: Bound
     runs: list[ParticleRun]
@@ -43,10 +39,7 @@ class LogWeightELBO(ELBO):
     """Base of the losses: minus a bound of log-weights ``[M, K, *plates]``, in nats.
 
     A loss keeps no state between calls; `tracing.program` remembers the structure of a program.
-
-    Args:
-        bound, estimator, num_estimates, num_particles, max_plate_nesting, vectorize_particles,
-            global_latents: as in `MultiSampleELBO`.
+    Arguments are those of `MultiSampleELBO`.
     """
 
     def __init__(
@@ -60,14 +53,27 @@ class LogWeightELBO(ELBO):
         vectorize_particles: bool = True,
         global_latents: str = "joint",
     ) -> None:
-        _check_counts(num_estimates=num_estimates, num_particles=num_particles)
+        check_at_least(1, num_estimates=num_estimates, num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._bound = bound
         self.max_plate_nesting = max_plate_nesting  # Pyro's constructor would add 1 to it
         self.num_estimates = num_estimates
         self.estimator = _estimator(estimator)
         self.global_latents = global_latents
-        self._check()
+        if num_particles < self.estimator.min_particles:
+            raise ValueError(
+                f"estimator='{self.estimator.name}' needs num_particles >= "
+                f"{self.estimator.min_particles}, got {num_particles}."
+            )
+        if global_latents not in GLOBAL_LATENTS:
+            raise ValueError(
+                f"global_latents must be one of {GLOBAL_LATENTS}, got {global_latents!r}."
+            )
+        if global_latents == "elbo" and (bound.is_split or self.estimator.wake):
+            raise ValueError(
+                "global_latents='elbo' needs one bound for model and guide: not PIWAE, and no "
+                "wake-phase estimator."
+            )
 
     @property
     def bound(self) -> Bound:
@@ -75,12 +81,11 @@ class LogWeightELBO(ELBO):
         return self._bound
 
     def __repr__(self) -> str:
-        """Return the loss with its options, without the defaults that all losses share."""
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
         return f"{type(self).__name__}({options})"
 
     def _options(self) -> dict[str, Any]:
-        """Return the options by the names of the arguments."""
+        """Return the options by the names of the arguments, without common defaults."""
         options = {"num_estimates": self.num_estimates, "num_particles": self.num_particles}
         options |= {"estimator": self.estimator.name}
         common = {name: getattr(self, name) for name in DEFAULTS}
@@ -144,13 +149,10 @@ class LogWeightELBO(ELBO):
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, tables, only=local)
         check_runs(tables, layout, is_linear=is_linear)
-        in_weights = densities(runs, layout, only=local)
-        if local is None:
-            return Evaluation(self.bound, runs, in_weights, None)
-        if structure is not None and not is_linear:
-            warn_if_nothing_local(structure, *shape)
-        outside = frozenset(record.name for record in tables[0].records) - local
-        shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
+        in_weights, shared = densities(runs, layout, only=local), None
+        if local is not None:
+            outside = frozenset(record.name for record in tables[0].records) - local
+            shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
         return Evaluation(self.bound, runs, in_weights, shared)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
@@ -158,7 +160,11 @@ class LogWeightELBO(ELBO):
         bound, _, local, shared = evaluation
         value = bound(local.log_weights)
         if is_validation_enabled() and bool((dead := value.isneginf()).any()):
-            _warn_of_dead(dead)
+            warnings.warn(
+                f"The bound is -inf at plate indices {dead.nonzero().tolist()[:5]}: the model's "
+                "density is 0 at every sample of the guide.",
+                stacklevel=3,
+            )
         total = local.layout.scale * value.sum()
         if shared is not None:
             total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
@@ -178,31 +184,6 @@ class LogWeightELBO(ELBO):
         """Return one pair of traces, as every `pyro.infer.ELBO` must."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
-    def _check(self) -> None:
-        bound, estimator = self._bound, self.estimator
-        if not isinstance(bound, Bound):
-            raise TypeError(
-                f"bound must be a pyro_recursive.bounds.Bound such as bounds.iwae, got {bound!r}."
-            )
-        if self.num_particles < bound.min_particles:
-            raise ValueError(
-                f"The bound needs num_particles >= {bound.min_particles}, got {self.num_particles}."
-            )
-        if self.num_particles < estimator.min_particles:
-            raise ValueError(
-                f"estimator='{estimator.name}' needs num_particles >= {estimator.min_particles}, "
-                f"got {self.num_particles}."
-            )
-        if self.global_latents not in GLOBAL_LATENTS:
-            raise ValueError(
-                f"global_latents must be one of {GLOBAL_LATENTS}, got {self.global_latents!r}."
-            )
-        if self.global_latents == "elbo" and (bound.is_split or estimator.wake):
-            raise ValueError(
-                "global_latents='elbo' needs one bound for model and guide: not PIWAE, no "
-                f"wake-phase estimator; got estimator='{estimator.name}'."
-            )
-
 
 def _estimator(estimator: str | Estimator) -> Estimator:
     if isinstance(estimator, Estimator):
@@ -210,20 +191,3 @@ def _estimator(estimator: str | Estimator) -> Estimator:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {sorted(ESTIMATORS)}, got {estimator!r}.")
     return ESTIMATORS[estimator]
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if count is None:
-            raise ValueError(f"{name} must be an integer >= 1, got None.")
-    check_at_least(1, **counts)
-
-
-def _warn_of_dead(dead: Tensor) -> None:
-    """Warn, naming the plate indices, that every sample has zero weight."""
-    where = dead.nonzero().tolist()
-    warnings.warn(
-        f"The bound is -inf at plate indices {where[:5]}{'...' if len(where) > 5 else ''}: the "
-        "model's density is 0 at every sample of the guide.",
-        stacklevel=4,
-    )

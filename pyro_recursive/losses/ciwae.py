@@ -1,16 +1,10 @@
 """CIWAE, with a fixed beta or one that is learned from the quality of the guide's gradient.
 
-Let g_E and g_I be the guide gradients of the ELBO and of IWAE on the same samples and
-``D = g_E - g_I``. CIWAE's gradient is ``g_I + beta * D``, and its mean squared error as an
-estimate of E[g_I] is
-
-    beta**2 * E|D|**2  +  2 * beta * tr Cov(g_I, D)  +  tr Var(g_I)
-
-with its minimum at ``beta = clip(-tr Cov(g_I, D) / E|D|**2, 0, 1)``: 0 where IWAE's gradient has no
-noise, more where it is noisy. This criterion is our choice. It is measured on the gradients at the
-samples (``sum_k path_k * d/dz_k``, that is, for a shift of the guide's location), datum by datum,
-from independent replicates: the M estimates, or for M = 1 the two halves of the K samples, whose
-covariance is taken to fall as 1/K.
+With g_E and g_I the guide's gradients of the ELBO and of IWAE on the same samples, and
+``D = g_E - g_I``, the mean squared error of ``g_I + beta * D`` as an estimate of E[g_I] has its
+minimum at ``beta = clip(-tr Cov(g_I, D) / E|D|**2, 0, 1)``. It is measured on the gradients at the
+samples, datum by datum, between the M estimates or, for M = 1, the two halves of the K samples,
+whose covariance is taken to fall as 1/K.
 """
 
 import warnings
@@ -38,12 +32,10 @@ class CIWAE_ELBO(MultiSampleELBO):
     """``beta * ELBO + (1 - beta) * IWAE`` on the same K samples, with a fixed or a learned beta.
 
     `Tighter Variational Bounds are Not Necessarily Better` (Rainforth et al., arXiv 1802.04537).
-    The bound itself says nothing about beta: its derivative ``ELBO - IWAE`` is never positive, so
-    that climbing it ends at beta = 0 and descending it at beta = 1. With ``learn_beta=True`` beta
-    instead descends the mean squared error of the combined guide gradient as an estimate of IWAE's;
-    `pyro_recursive.losses.ciwae` has the criterion. The parameter ``<name>.beta`` is reached
-    through Pyro, so `SVI`, `fit` and ``loss(model, guide).parameters()`` all find it; its
-    current value is ``loss.beta``, and `state_dict` is what to save of it.
+    With ``learn_beta=True`` beta descends the mean squared error of the guide's gradient as an
+    estimate of IWAE's (`pyro_recursive.losses.ciwae`). `SVI`, `fit` and
+    ``loss(model, guide).parameters()`` find the parameter ``<name>.beta``; its current value is
+    ``loss.beta``, and `state_dict` is what to save of it.
 
     Raises ValueError for beta outside [0, 1], and for ``learn_beta`` where nothing can be learned:
     beta on a boundary, K = 1, or M = 1 with a K that does not split in two halves of at least 2.
@@ -91,19 +83,13 @@ class CIWAE_ELBO(MultiSampleELBO):
         """Go on from the beta of another such loss, whatever Pyro's store has under its name.
 
         Raises RuntimeError where one of the two learns beta and the other does not.
-
-        >>> trained = CIWAE_ELBO(8, beta=0.2, learn_beta=True, name="trained")
-        >>> loss = CIWAE_ELBO(8, beta=0.7, learn_beta=True, name="loaded")
-        >>> loss.load_state_dict(trained.state_dict())
-        >>> round(loss.beta.item(), 4)
-        0.2
         """
         if self._learned is not None:
             self._learned.load_state_dict(state)
         elif state:
             raise RuntimeError(
-                f"The state has a learned {sorted(state)}, and this CIWAE_ELBO a fixed beta of "
-                f"{self._beta}: make it with learn_beta=True."
+                f"The state has a learned beta, and this CIWAE_ELBO a fixed beta of {self._beta}: "
+                "make it with learn_beta=True."
             )
 
     def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> ELBOModule:
@@ -122,7 +108,7 @@ class CIWAE_ELBO(MultiSampleELBO):
 
 
 class LearnedBeta(PyroModule):
-    """A parameter in the unit interval."""
+    """A parameter in the unit interval; calling it goes through `pyro.param`, as `SVI` needs."""
 
     def __init__(self, beta: float, name: str) -> None:
         if not 0 < beta < 1:
@@ -131,10 +117,15 @@ class LearnedBeta(PyroModule):
         self.name = name
         self.register_load_state_dict_post_hook(_prefer_loaded)
         self.beta = PyroParam(torch.tensor(beta), constraint=constraints.unit_interval)
-        _warn_if_stored(f"{name}.beta", beta)
+        store, key = pyro.get_param_store(), f"{name}.beta"
+        if key in store and abs(store[key].item() - beta) > 1e-6:
+            warnings.warn(
+                f"Pyro's parameter store already holds '{key}' = {store[key].item():.3g}, which is "
+                f"used instead of beta={beta}. Give each loss its own name=, or clear the store.",
+                stacklevel=3,
+            )
 
     def forward(self) -> Tensor:
-        """Return beta through `pyro.param`, where `SVI` and `fit` can see it."""
         return self.beta
 
 
@@ -142,29 +133,18 @@ def _prefer_loaded(module: Any, keys: Any) -> None:
     evict_stale(module, module.name)
 
 
-def _warn_if_stored(name: str, beta: float) -> None:
-    store = pyro.get_param_store()
-    if name in store and abs(store[name].item() - beta) > 1e-6:
-        warnings.warn(
-            f"Pyro's parameter store already holds '{name}' = {store[name].item():.3g}, which is "
-            f"used instead of beta={beta}. Give each loss a name of its own, or clear the store.",
-            stacklevel=4,
-        )
-
-
 def check_replicates(num_estimates: int, num_particles: int, estimator: Estimator) -> None:
     """Raise ValueError where the moments of the gradient cannot be measured."""
     if estimator.name not in ("pathwise", "stl", "dreg"):
         raise ValueError(
-            "learn_beta needs path derivatives: estimator 'pathwise', 'stl' or 'dreg', "
-            f"got '{estimator.name}'"
+            "learn_beta needs path derivatives: estimator 'pathwise', 'stl' or 'dreg', got "
+            f"'{estimator.name}'"
         )
-    if num_particles < 2:
-        raise ValueError("learn_beta needs num_particles >= 2: at K = 1 beta changes nothing")
-    if num_estimates == 1 and (num_particles < 4 or num_particles % 2):
+    can_halve = num_particles >= 4 and num_particles % 2 == 0
+    if num_particles < 2 or (num_estimates == 1 and not can_halve):
         raise ValueError(
-            "learn_beta compares independent replicates: give num_estimates >= 2, or an even "
-            f"num_particles >= 4; got {num_estimates} and {num_particles}"
+            "learn_beta compares replicates: give num_estimates >= 2 and num_particles >= 2, or an "
+            f"even num_particles >= 4; got {num_estimates} and {num_particles}"
         )
 
 

@@ -1,5 +1,7 @@
 """Where a new component with free parameters starts: where it would gain most."""
 
+from dataclasses import dataclass
+
 import pyro
 import torch
 from pyro import poutine
@@ -47,17 +49,20 @@ def place_component(program: Program, mixture: GrowingMixture, *, vectorize: boo
     component.place(locs.gather(0, index)[0], scales.gather(0, index)[0])
 
 
+@dataclass
 class _Search:
-    """Evaluates candidates under the model in one pass; each row has its own candidates."""
+    """Evaluates candidates under the model in one pass; each row has its own candidates.
 
-    def __init__(
-        self, program: Program, mixture: GrowingMixture, component: FreeComponent, vectorize: bool
-    ) -> None:
-        self.program, self.mixture, self.component = program, mixture, component
-        self.vectorize = vectorize
+    Points are packed and unconstrained, ``[points, *rows, D]``.
+    """
+
+    program: Program
+    mixture: GrowingMixture
+    component: FreeComponent
+    vectorize: bool
 
     def points_of_guide(self) -> Tensor:
-        """Return draws of the mixture so far, ``[points, *rows, D]``."""
+        """Return draws of the mixture so far, and keep their minibatch for the other points."""
         self.particles, runs = run_particles(
             self.program, 1, NUM_POINTS // 2, vectorize=self.vectorize
         )
@@ -65,15 +70,13 @@ class _Search:
         return torch.cat([self.component.pack(run.guide) for run in runs])
 
     def points_of_prior(self) -> Tensor:
-        """Return draws of the model's prior, ``[points, *rows, D]``."""
-        program, particles = self.program, self.particles
-        model = poutine.trace(poutine.block(program.model, hide_types=["param"]))
-        if particles.dim is None:
-            runs = range(particles.total)
-            traces = [model.get_trace(*program.args, **program.kwargs) for _ in runs]
+        args, kwargs, total = self.program.args, self.program.kwargs, self.particles.total
+        model = poutine.trace(poutine.block(self.program.model, hide_types=["param"]))
+        if self.particles.dim is None:
+            traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
         else:
-            with pyro.plate(PARTICLE_PLATE, particles.total, dim=particles.dim):
-                traces = [model.get_trace(*program.args, **program.kwargs)]
+            with pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
+                traces = [model.get_trace(*args, **kwargs)]
         return torch.cat([self.component.pack(trace) for trace in traces])
 
     def locations(self, own: Tensor, prior: Tensor) -> Tensor:
@@ -93,16 +96,19 @@ class _Search:
         noise = torch.randn(len(locs), NUM_DRAWS, *locs.shape[1:]).to(locs)
         draws = locs.unsqueeze(1) + scales.unsqueeze(1) * noise
         log_p, log_q = self.evaluate(torch.cat([own, draws.flatten(0, 1)]))
-        count = len(own)
-        shape = (len(locs), NUM_DRAWS)
+        candidates = torch.distributions.Normal(locs.unsqueeze(1), scales.unsqueeze(1))
+        count, shape = len(own), draws.shape[:2]
         return best_gain(
             log_p=(log_p[:count], log_p[count:].unflatten(0, shape)),
             log_mixture=(log_q[:count], log_q[count:].unflatten(0, shape)),
-            log_candidate=(_log_normal(own, locs, scales), _log_normal(draws, locs, scales)),
+            log_candidate=(
+                candidates.log_prob(own).sum(-1),
+                candidates.log_prob(draws).sum(-1),
+            ),
         )
 
     def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p and log Q of unconstrained points, ``[points, *rows]``; -inf for NaN."""
+        """Return log p and log Q of points, ``[points, *rows]``; -inf for NaN."""
         parts = [self._evaluate(chunk) for chunk in points.split(CHUNK)]
         log_p, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
         return log_p.nan_to_num(nan=-torch.inf), log_q
@@ -114,22 +120,15 @@ class _Search:
             log_q[run] = log_mixture(table, log_weights)
             return torch.zeros_like(volume)
 
+        components, members = (0,) * len(points), self.mixture.members
         particles, runs = run_particles(
             self.program,
             1,
             len(points),
             vectorize=self.vectorize,
             subsample=self.minibatch,
-            assignment=ComponentAssignment(
-                (0,) * len(points), record, points=points, members=self.mixture.members
-            ),
+            assignment=ComponentAssignment(components, record, points=points, members=members),
         )
         layout = layout_of(particles, [run.table for run in runs])
         log_p = densities(runs, layout).log_weights[0]
         return log_p, torch.stack(list(log_q.values())).reshape(log_p.shape)
-
-
-def _log_normal(points: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
-    """Return candidates' log-densities: at own draws, ``[C, S, *rows]``, or at shared points."""
-    locs, scales = locs.unsqueeze(1), scales.unsqueeze(1)
-    return torch.distributions.Normal(locs, scales).log_prob(points).sum(-1)

@@ -1,12 +1,5 @@
 """Losses of mixture guides: every component is drawn equally often, and its samples are weighed.
 
-With components ``q_m``, weights ``w_m``, the mixture ``Q = sum_m w_m q_m``, T samples
-``z_mt ~ q_m`` of each and ``r_mt = p(x, z_mt) / Q(z_mt)``:
-
-    Stratified_ELBO   sum_m w_m mean_t log r_mt
-    MISELBO           sum_m w_m log mean_t r_mt
-    SIWAE_ELBO        log sum_m w_m mean_t r_mt
-
 All are lower bounds on log p(x) in nats, with gradients for the weights and no score function.
 """
 
@@ -46,14 +39,7 @@ class Strata(NamedTuple):
 
 
 class MixtureLoss(LogWeightELBO):
-    """Base of the losses of mixture guides; a subclass says which samples share a logarithm.
-
-    Args:
-        num_particles: T, the samples of each component inside a logarithm.
-        num_estimates: the number of independent estimates, each with T samples of each component.
-        estimator: one of ``estimators`` of the class.
-        max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
-    """
+    """Base of the losses of mixture guides; a subclass says which samples share a logarithm."""
 
     estimators: ClassVar[tuple[str, ...]] = ("pathwise", "stl")
 
@@ -64,8 +50,8 @@ class MixtureLoss(LogWeightELBO):
         allowed = self._allowed_estimators()
         if self.estimator.name not in allowed:
             raise ValueError(
-                f"{type(self).__name__} with num_particles={num_particles} has an estimator in "
-                f"{allowed}, got {self.estimator.name!r}."
+                f"{type(self).__name__}({num_particles}) has an estimator in {allowed}, got "
+                f"{self.estimator.name!r}."
             )
 
     def _allowed_estimators(self) -> tuple[str, ...]:
@@ -119,7 +105,6 @@ class MixtureLoss(LogWeightELBO):
         """
         count = densities.layout.particles.total // self.draws_per_component
         weights = count * log_mixture_weights(densities)[:, 0].exp()
-        weights = weights.expand(weights.shape[0], *densities.layout.shape)
         return joined_density(densities), Weighted(self.bound, weights.detach()), weights
 
     def _value(self, evaluation: Evaluation) -> Tensor:
@@ -138,14 +123,13 @@ class MixtureLoss(LogWeightELBO):
 class Stratified_ELBO(MixtureLoss):
     """The ELBO of a mixture guide, from S samples of each component.
 
-    ``sum_m w_m mean_s [log p(x, z_ms) - log Q(z_ms)]`` in nats: unbiased for the ELBO of the
-    mixture, with low-variance gradients for model, components and weights.
+    ``sum_m w_m mean_s [log p(x, z_ms) - log Q(z_ms)]`` in nats, for components m with weights
+    ``w_m`` in the mixture Q: unbiased for the ELBO, with low-variance gradients.
 
     Args:
         num_particles, num_estimates: their product is S; no sample shares a logarithm.
         estimator: ``"pathwise"``, or ``"stl"``, which holds the parameters inside ``log Q``
-            constant: unbiased, as their gradient is zero in expectation, and without noise where
-            the mixture is exact.
+            constant: unbiased, and without noise where the mixture is exact.
         max_plate_nesting, vectorize_particles: as in `MultiSampleELBO`.
 
     Raises:
@@ -165,9 +149,8 @@ class Stratified_ELBO(MixtureLoss):
 class MISELBO(MixtureLoss):
     """The multiple importance sampling ELBO, ``sum_m w_m log mean_t p(x, z_mt) / Q(z_mt)``.
 
-    In nats. ``Q`` is the whole mixture in every term, so that the bound is above the weighted mean
-    of the components' own; for T = 1 the difference is the weighted Jensen-Shannon divergence
-    between them, in [0, log M] for M components. The source has equal weights.
+    In nats; ``Q`` is the whole mixture in every term. For T = 1 it exceeds the weighted mean of the
+    components' own ELBOs by their weighted Jensen-Shannon divergence.
 
     Args:
         num_particles: T, the samples of each component inside a logarithm.
@@ -178,8 +161,7 @@ class MISELBO(MixtureLoss):
     Raises:
         TypeError: the guide is no mixture guide.
         ValueError: another estimator than these.
-        NotImplementedError: the guide has two mixtures, over global latents and over those of each
-            row; or a plate of the mixture does not enclose all sites.
+        NotImplementedError: a plate of the guide's mixture does not enclose all sites.
 
     Source: `Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations`
     (Kviman et al., arXiv 2202.10951).
@@ -240,41 +222,34 @@ def mixture_of(guide: Callable) -> MixtureLike:
     bare = poutine.unwrap(guide)
     if not isinstance(bare, MixtureLike):
         raise TypeError(
-            "A stratified loss needs a mixture guide (MixtureGuide, RecursiveMixtureGuide), got "
-            f"{type(bare).__name__}."
+            f"A stratified loss needs a mixture guide (MixtureGuide), got {type(bare).__name__}."
         )
     return bare
 
 
 def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
     """Raise where the components' draws cannot be weighed by row."""
-    shared = {frame.name for frame in layout.plates}
     for record in run.table.guide:
         if record.group != "score":
             continue
         site = record.site
         if not (site["is_observed"] and site["infer"].get("is_auxiliary")):
             raise NotImplementedError(
-                f"Guide site '{site['name']}' is not reparameterised, as a stratified loss needs. "
+                f"Guide site '{record.name}' is not reparameterised, as a stratified loss needs. "
                 "Use another loss with estimator='vimco'."
             )
-        rows = record.plates.keys()
-        if rows != shared:
+        if record.plates.keys() != layout.names:
             raise NotImplementedError(
-                f"The guide's mixture is in plates {sorted(rows)}, but plates {sorted(shared)} "
-                "enclose all sites. Give it their plate=, or use estimator='vimco'."
+                f"The guide's mixture is in plates {sorted(record.plates)}, but plates "
+                f"{sorted(layout.names)} enclose all sites. Give it their plate=, or use "
+                "estimator='vimco'."
             )
 
 
 def log_mixture_weights(densities: Densities) -> Tensor:
-    """Return the log-weight of each sample's component, ``[M, K, *plates]``.
-
-    Without a user's scale and mask of the guide.
-    """
+    """Return the log-weight of each sample's component, without scale and mask."""
     assert densities.score is not None  # the components' site
-    if densities.score_rest is None:
-        return densities.score
-    return densities.score + densities.score_rest
+    return densities.score + (0.0 if densities.score_rest is None else densities.score_rest)
 
 
 def joined_density(densities: Densities, correction: Tensor | float = 0.0) -> Densities:

@@ -1,5 +1,7 @@
 """`MultiSampleELBO`: any bound with any gradient estimator."""
 
+from typing import Any
+
 from pyro_recursive.losses.base import LogWeightELBO
 
 
@@ -21,14 +23,12 @@ class MultiSampleELBO(LogWeightELBO):
         max_plate_nesting: the number of plate dims of the model; found by one run if not given.
         vectorize_particles: whether all M * K samples run in one pass, under one more plate on the
             left; otherwise one by one, on the same minibatch.
-        global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives the latents
-            outside the data's plates the ELBO and the others the bound, which is valid, tighter
-            than the ELBO, and unbiased under subsampling.
+        global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives those
+            outside the data's plates the ELBO and the others the bound: unbiased if subsampled.
 
     Raises:
-        ValueError: a subsampled plate does not enclose every site; sites or plate sizes of model
-            and guide differ; they share a parameter under PIWAE or a wake-phase estimator; under
-            `pyro.enable_validation` (the default), data are NaN or infinite.
+        ValueError: a subsampled plate does not enclose every site; sites or plates of model and
+            guide differ; they share a parameter under PIWAE; data are NaN or infinite.
         NotImplementedError: the estimator has no gradient for a site; a site is to be enumerated.
 
     >>> import pyro, pyro.distributions as dist, torch
@@ -43,9 +43,6 @@ class MultiSampleELBO(LogWeightELBO):
     True
     """
 
-    def __repr__(self) -> str:
-        """Return the loss with its options; the bound where the class does not name it."""
-        text = super().__repr__()
-        if type(self) is MultiSampleELBO:
-            return text.replace("(", f"({self._bound!r}, ", 1)
-        return text
+    def _options(self) -> dict[str, Any]:
+        is_named = type(self) is not MultiSampleELBO
+        return super()._options() if is_named else {"bound": self._bound, **super()._options()}

@@ -41,9 +41,8 @@ class PIWAE_ELBO(MultiSampleELBO):
     """The model climbs IWAE over all M * K samples, the guide MIWAE(M, K) on the same samples.
 
     `Tighter Variational Bounds are Not Necessarily Better` (Rainforth et al., arXiv 1802.04537).
-    One backward pass gives both gradients, so that one optimiser and one `SVI.step` do. The
-    reported value is minus the tighter bound, IWAE over M * K. A parameter that model and guide
-    share raises ValueError: it would have two objectives.
+    One backward pass gives both gradients; the value is minus the model's bound. A parameter that
+    model and guide share raises ValueError: it would have two objectives.
 
     >>> PIWAE_ELBO(8, 8, estimator="dreg").num_estimates
     8

@@ -46,8 +46,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
 
     The component in training climbs ``E_q[log p(x, z) - log R(z)]`` with its objective's reference
     R, the others are held; the model climbs the ELBO of the mixture, which is what `loss` returns,
-    in nats. Parameters that a step does not train keep ``grad=None``, so that no optimiser moves
-    them by momentum; a gradient that another loss had left there is lost.
+    in nats. Parameters that a step does not train keep ``grad=None``.
 
     Args:
         num_particles: S, the samples of each component; 4 or more for a clamped objective.
@@ -56,8 +55,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
             `bounds.mixture_objectives`, such as the paper's ``Clamped(clamp=2.0)``.
         proposal: how it is proposed; the same choices.
         update: ``"simultaneous"`` trains guide and model on the same samples, ``"alternating"`` in
-            turns, ``"guide"`` the component alone (the cheapest, for a model without parameters).
-            Joint stages train everything in each step.
+            turns, ``"guide"`` the component alone. Joint stages train everything.
         weights: ``"gradient"`` learns a weight with its component; when a component is kept,
             ``"line_search"`` also sets its weight to the optimum, ``"corrective"`` all weights.
             Both need one vector of weights for all rows.
@@ -91,11 +89,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
         is_clamped = any(isinstance(o, Clamped) for o in (self.objective, self.proposal))
         if is_clamped and not self.vectorize_particles and self.draws_per_component > 1:
             raise ValueError(
-                "A clamped objective needs all draws of a row at once: use "
-                "vectorize_particles=True, or num_particles=1."
+                "A clamped objective needs all draws of a row at once: vectorize_particles=True."
             )
-        if isinstance(holdout, Tensor):
-            raise TypeError("holdout must be a sequence of arguments, got a tensor: (tensor,).")
         for name, value, choices in (("update", update, UPDATES), ("weights", weights, WEIGHTS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
@@ -156,9 +151,18 @@ class RecursiveMixture_ELBO(MixtureLoss):
         """
         if self.holdout is not None:
             args, kwargs = tuple(self.holdout), {}
-        draws = self._draw_members(Program(model, guide, args, kwargs), growing_mixture_of(guide))
-        rows_are_a_sample = self.holdout is not None or draws.scale != 1
-        return gain(*draws[:6], rows_are_a_sample=rows_are_a_sample)
+        run = self._draw_members(Program(model, guide, args, kwargs), growing_mixture_of(guide))
+        scale, last = run.evaluation.local.layout.scale, run.plan.column
+        log_q = run.by_member(log_mixture)
+        return gain(
+            run.log_p(log_q),
+            log_q,
+            run.by_member(lambda table, weights: log_others(table, weights, last)),
+            run.by_member(lambda table, _: table[..., last]),
+            run.log_weights(),
+            scale,
+            rows_are_a_sample=self.holdout is not None or scale != 1,
+        )
 
     def _plan(self, mixture: GrowingMixture) -> "StepPlan | None":
         """Return what this step trains, None for all components together."""
@@ -201,16 +205,16 @@ class RecursiveMixture_ELBO(MixtureLoss):
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
         is_kept = mixture.end_trial(found)
         if is_kept and self.weights != "gradient":
-            draws = self._draw_members(program, mixture)
-            mixture.set_log_weights(best_log_weights(draws, self.weights))
+            run = self._draw_members(program, mixture)
+            mixture.set_log_weights(best_log_weights(run, self.weights))
         return value.requires_grad_().clone()
 
     @torch.no_grad()
-    def _draw_members(self, program: Program, mixture: GrowingMixture) -> "MemberDraws":
+    def _draw_members(self, program: Program, mixture: GrowingMixture) -> "PlanRun":
         """Draw from every member, and evaluate all members' densities at all draws."""
         members, exact = mixture.members, OBJECTIVES["exact"]
         plan = StepPlan(exact, members, members[-1], mixture.num_draws, trains_guide=False)
-        return member_draws(self._run(program, mixture, plan))
+        return self._run(program, mixture, plan)
 
     def _run(
         self, program: Program, mixture: GrowingMixture, plan: "StepPlan", **options: Any
@@ -257,17 +261,14 @@ class StepPlan:
 
     @property
     def column(self) -> int:
-        """The component's column among the members."""
         return self.members.index(self.component)
 
     @property
     def trains_weight(self) -> bool:
-        """Whether the component's weight is learned in this step."""
         return self.trains_guide and not self.is_proposed and len(self.members) > 1
 
     @property
     def frozen(self) -> frozenset[int]:
-        """The columns whose parameters are constants."""
         return frozenset(range(len(self.members))) - ({self.column} if self.trains_guide else set())
 
     @cached_property
@@ -279,7 +280,6 @@ class StepPlan:
 
     @property
     def own_draws(self) -> list[int]:
-        """The draws that come from the component."""
         return [draw for draw, column in enumerate(self.components) if column == self.column]
 
     def log_mixture(self, table: Tensor, log_weights: Tensor) -> Tensor:
@@ -297,19 +297,28 @@ class PlanRun(NamedTuple):
     tables: list[tuple[Tensor, Tensor]]
 
     def gather(self, log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return a function of the tables, scaled and masked, ``[E, 1, *plates]``."""
+        """Return a function of the tables at each draw, scaled and masked, ``[E, *plates]``."""
         layout, rows = self.evaluation.local.layout, []
         for run, table in zip(self.evaluation.runs, self.tables, strict=True):
             site = next(r.site for r in run.table.guide if r.group == "score")
             rows.append([(site, weighted(log_density(*table), site, layout))])
         gathered = layout.gather(rows)
         assert gathered is not None
-        return gathered
+        return gathered[:, 0]
+
+    def by_member(self, log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return the same where S draws of every member take turns, ``[S, J, *rows]``."""
+        return self.gather(log_density).unflatten(0, (-1, len(self.plan.members)))
 
     def log_p(self, like: Tensor) -> Tensor:
-        """Return log p; zeros for a model without a density."""
+        """Return log p at the draws, in the form of one of the above."""
         model = self.evaluation.local.model
-        return torch.zeros_like(like) if model is None else model
+        return torch.zeros_like(like) if model is None else model.reshape(like.shape)
+
+    def log_weights(self) -> Tensor:
+        """Return the members' log-weights, ``[*rows, J]``."""
+        weights = log_mixture_weights(self.evaluation.local)[: len(self.plan.members), 0]
+        return weights.movedim(0, -1)
 
 
 def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tensor]) -> Tensor:
@@ -325,7 +334,7 @@ def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tens
     own = torch.tensor([float(column == plan.column) for column in plan.components])
     own = own.to(weights, non_blocking=True).reshape(-1, *[1] * (weights.dim() - 1)).expand(shape)
     log_q = run.gather(plan.log_mixture)
-    gains = (run.log_p(log_q) - log_q).detach()[:, 0].expand(shape)
+    gains = (run.log_p(log_q) - log_q).detach().expand(shape)
     coefficients = _coefficients(plan, weights.detach(), own)
     each = [Weighted(elbo, coefficient) for coefficient in coefficients]
     bound = Split(*each) if len(each) > 1 else each[0]
@@ -358,59 +367,22 @@ def _coefficients(plan: StepPlan, weights: Tensor, own: Tensor) -> list[Tensor]:
     return coefficients
 
 
-class MemberDraws(NamedTuple):
-    """Log-densities at draws of every member, in the order of `bounds.mixture_objectives.gain`.
-
-    ``log_p``, the mixture's ``log_q``, that of the ``others`` without the last member, and the
-    last member's ``own`` are ``[S, J, *rows]``, with a user's scale of the sites; ``log_weights``
-    ``[*rows, J]`` and the ``table`` ``[S, J, *rows, J]`` are without it. ``scale`` is that of the
-    subsampled rows.
-    """
-
-    log_p: Tensor
-    log_q: Tensor
-    others: Tensor
-    own: Tensor
-    log_weights: Tensor
-    scale: float
-    table: Tensor
-
-
-def member_draws(run: PlanRun) -> MemberDraws:
-    """Return the log-densities of all members at the draws of each."""
-    densities, count = run.evaluation.local, len(run.plan.members)
-
-    def gathered(log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return run.gather(log_density)[:, 0].unflatten(0, (-1, count))
-
-    def of_member(j: int) -> Tensor:
-        return gathered(lambda table, _: table[..., j])
-
-    log_p = run.log_p(densities.log_weights).expand_as(densities.log_weights)
-    columns = [of_member(j) for j in range(count)]
-    weights = log_mixture_weights(densities)[:count, 0].movedim(0, -1)
-    return MemberDraws(
-        log_p=log_p[:, 0].unflatten(0, (-1, count)),
-        log_q=gathered(log_mixture),
-        others=gathered(lambda table, log_weights: log_others(table, log_weights, count - 1)),
-        own=columns[-1],
-        log_weights=weights.expand(*densities.layout.shape, count),
-        scale=densities.layout.scale,
-        table=torch.stack(columns, -1),
-    )
-
-
-def best_log_weights(draws: MemberDraws, weights: str) -> Tensor:
+def best_log_weights(run: PlanRun, weights: str) -> Tensor:
     """Return the members' optimal log-weights for these draws, ``[J]``: all of them, or one share.
 
     One vector serves all rows, so that a row's draws are further draws of the components.
     """
-    count = draws.log_weights.shape[-1]
-    log_p = draws.log_p.movedim(1, -1).reshape(-1, count)
-    table = draws.table.movedim(1, -2).reshape(-1, count, count)
-    start = draws.log_weights.reshape(-1, count)[0]
+    count = len(run.plan.members)
+
+    def member(j: int) -> Tensor:
+        return run.by_member(lambda table, _: table[..., j])
+
+    table = torch.stack([member(j) for j in range(count)], -1)
+    log_p = run.log_p(table[..., 0]).movedim(1, -1).reshape(-1, count)
+    table = table.movedim(1, -2).reshape(-1, count, count)
+    start = run.log_weights().reshape(-1, count)[0]
     if weights == "corrective":
-        return corrective_weights(log_p, table, start).log_weights
+        return corrective_weights(log_p, table, start)[0]
     return line_search(log_p, table, start, count - 1)
 
 
@@ -428,12 +400,11 @@ def growing_mixture_of(guide: Callable) -> GrowingMixture:
 def _objective(objective: str | Objective) -> Objective:
     if isinstance(objective, Objective):
         return objective
-    if objective in OBJECTIVES:
-        return OBJECTIVES[objective]
-    raise ValueError(
-        f"An objective must be one of {sorted(OBJECTIVES)} or an Objective such as "
-        f"bounds.mixture_objectives.Clamped(clamp=2.0), got {objective!r}."
-    )
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"An objective must be one of {sorted(OBJECTIVES)} or an Objective, got {objective!r}."
+        )
+    return OBJECTIVES[objective]
 
 
 def _restricted(objective: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -30,15 +30,14 @@ def surrogate(
     runs: Sequence[ParticleRun], local: Densities, bound: Bound, estimator: Estimator
 ) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
-    log_weights = local.log_weights
+    log_weights, is_split = local.log_weights, bound.is_split
     if local.score is not None and estimator.signal is None and estimator.replay != "values":
         _refuse_score_sites(runs, local, estimator)
     if estimator.wake:
         _refuse_moving_deltas(runs)
-    guide_bound = bound.guide
-    is_split = bound.is_split
     if is_split or estimator.wake:
         _refuse_shared_parameters(runs, local)
+    guide_bound = bound.guide
     derivatives = guide_bound.derivatives(log_weights)
     table = estimator(guide_bound, log_weights, derivatives)
     guide = model = derivatives.first
@@ -68,7 +67,7 @@ def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
     if shared.score is not None and shared.score.requires_grad:
         raise NotImplementedError(
             "global_latents='elbo' needs reparameterised global latents, and "
-            f"'{_score_sites(runs)[0]}' is not; use the full data with estimator='vimco'."
+            f"'{_first_score_site(runs)}' is not; use the full data with estimator='vimco'."
         )
     particles = shared.layout.particles
     each = torch.full_like(shared.log_weights, 1 / particles.total)
@@ -114,7 +113,7 @@ def _along_paths(
                 continue
             raise ValueError(
                 f"Guide site '{path.site['name']}': its log-density does not depend smoothly on "
-                "its value, so this estimator would be wrong. Use estimator='pathwise'."
+                "its value. Use estimator='pathwise'."
             )
         total = total + (derivative * path.value).sum()
     return total
@@ -158,8 +157,8 @@ def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
     return [cut for cut in cuts if cut.site["name"] in dens.names]
 
 
-def _score_sites(runs: Sequence[ParticleRun]) -> list[str]:
-    return [record.name for record in runs[0].table.guide if record.group == "score"]
+def _first_score_site(runs: Sequence[ParticleRun]) -> str:
+    return next(record.name for record in runs[0].table.guide if record.group == "score")
 
 
 def _refuse_score_sites(
@@ -167,9 +166,9 @@ def _refuse_score_sites(
 ) -> None:
     if local.score is not None and local.score.requires_grad:
         raise NotImplementedError(
-            f"Guide site '{_score_sites(runs)[0]}' is not reparameterised, so "
-            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' "
-            "(or 'dreg+vimco' to keep DReG for the other sites)."
+            f"Guide site '{_first_score_site(runs)}' is not reparameterised, so "
+            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' or "
+            "'dreg+vimco'."
         )
 
 
@@ -177,8 +176,8 @@ def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:
     for site in sites(runs[0].guide):
         if is_delta(site) and _parameters([site["value"]], runs):
             raise NotImplementedError(
-                f"Guide site '{site['name']}' is computed from parameters, and a wake-phase "
-                "estimator has no gradient for that. Use estimator='dreg'."
+                f"Guide site '{site['name']}' is computed from parameters, for which a wake-phase "
+                "estimator has no gradient. Use estimator='dreg'."
             )
 
 

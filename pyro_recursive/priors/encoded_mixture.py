@@ -26,17 +26,14 @@ class EncodedMixture(Mixture):
 
     @property
     def support(self) -> Any:
-        """The support of the components."""
         return self.components.support
 
     @property
     def mean(self) -> Tensor:
-        """The mean, ``[*batch, D]``."""
         return self.log_weights.exp() @ self.components.mean.flatten(0, -2)
 
     @property
     def variance(self) -> Tensor:
-        """The variance of each coordinate, ``[*batch, D]``."""
         weights, means = self.log_weights.exp(), self.components.mean.flatten(0, -2)
         shift = means - means.mean(0)
         within = self.components.variance.flatten(0, -2)
@@ -51,7 +48,7 @@ class EncodedMixture(Mixture):
         if u.shape[-1:] != self.event_shape:
             raise ValueError(
                 f"The prior is over vectors of length {self.event_shape[0]}, got a value of shape "
-                f"{tuple(u.shape)}: the encoder and the latent site disagree."
+                f"{tuple(u.shape)}."
             )
         normals = _diagonal_normals(self.components)
         if normals is not None:
@@ -81,66 +78,38 @@ class EncodedMixture(Mixture):
 def encoded(encoder: Callable[..., Any], inputs: Tensor, family: Family) -> tuple[Tensor, Any]:
     """Return log-weights ``[K, M]`` and components with K * M entries, event ``[D]``."""
     output, rows = encoder(inputs), len(inputs)
-    pair = output if isinstance(output, tuple) else (None, output)
-    if not isinstance(pair[-1], Tensor) and pair[0] is None:
-        return _of_distribution(output, inputs)
-    if isinstance(output, Tensor) and output.dim() == 2:
-        pair = output.new_zeros(rows, 1), output[:, None]
-    if not _fit(pair, rows):
-        raise _wrong_output(output, rows)
-    logits, parameters = pair
-    return logits.log_softmax(-1), family(parameters, _size(family, parameters.shape[-1]))
-
-
-def _fit(pair: tuple, rows: int) -> bool:
-    """Return whether a pair is of logits ``[K, M]`` and parameters ``[K, M, n]``."""
-    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        return False
-    logits, parameters = pair
-    return parameters.dim() == 3 and logits.shape == parameters.shape[:2] and len(logits) == rows
-
-
-def _of_distribution(output: Any, inputs: Tensor) -> tuple[Tensor, Any]:
-    rows = len(inputs)
-    shape, event = getattr(output, "batch_shape", None), getattr(output, "event_shape", ())
-    if shape != (rows,) or len(event) != 1:
-        raise _wrong_output(output, rows)
-    if isinstance(output, MixtureSameFamily):
-        return output.mixture_distribution.logits.log_softmax(-1), output.component_distribution
-    dtype = inputs.dtype if inputs.is_floating_point() else None
-    return torch.zeros(rows, 1, dtype=dtype, device=inputs.device), output
-
-
-def _wrong_output(output: Any, rows: int) -> ValueError:
-    parts = output if isinstance(output, tuple) else (output,)
-    return ValueError(
-        f"For {rows} inputs the encoder returned {' and '.join(map(_outline, parts))}. Return "
-        f"parameters [{rows}, n], logits [{rows}, M] with parameters [{rows}, M, n], or a "
-        "distribution: lambda u: dist.Normal(*encoder(u)).to_event(1)."
+    if hasattr(output, "batch_shape"):
+        if output.batch_shape == (rows,) and len(output.event_shape) == 1:
+            if isinstance(output, MixtureSameFamily):
+                weights = output.mixture_distribution.logits.log_softmax(-1)
+                return weights, output.component_distribution
+            dtype = inputs.dtype if inputs.is_floating_point() else None
+            return torch.zeros(rows, 1, dtype=dtype, device=inputs.device), output
+    else:
+        if isinstance(output, Tensor) and output.dim() == 2:
+            output = output.new_zeros(rows, 1), output[:, None]
+        tensors = output if isinstance(output, tuple) else ()
+        if [getattr(part, "ndim", None) for part in tensors] == [2, 3]:
+            logits, parameters = tensors
+            if logits.shape == parameters.shape[:2] and len(logits) == rows:
+                size = _size(family, parameters.shape[-1])
+                return logits.log_softmax(-1), family(parameters, size)
+    raise ValueError(
+        f"The encoder returned {type(output).__name__} for {rows} inputs. Return parameters "
+        f"[{rows}, n], logits [{rows}, M] with parameters [{rows}, M, n], or a distribution with "
+        f"batch [{rows}] and event [D]."
     )
-
-
-def _outline(part: Any) -> str:
-    if isinstance(part, Tensor):
-        return f"a tensor of shape {tuple(part.shape)}"
-    if hasattr(part, "batch_shape"):
-        shapes = tuple(part.batch_shape), tuple(part.event_shape)
-        return f"a {type(part).__name__} with batch {shapes[0]} and event {shapes[1]}"
-    return f"a {type(part).__name__}"
 
 
 def _size(family: Family, count: int) -> int:
     """Return the length of the vectors for which a family has so many parameters."""
-    for size in itertools.count(1):
-        needed = family.num_parameters(size)
-        if needed == count:
-            return size
-        if needed > count:
-            break
-    raise ValueError(
-        f"The encoder returned {count} parameters a row; {family} has "
-        f"{family.num_parameters(size - 1)} for vectors of length {size - 1}, {needed} for {size}."
-    )
+    size = next(n for n in itertools.count(1) if family.num_parameters(n) >= count)
+    if family.num_parameters(size) != count:
+        raise ValueError(
+            f"The encoder returned {count} parameters a row; {family} has "
+            f"{family.num_parameters(size)} for vectors of length {size}."
+        )
+    return size
 
 
 def _diagonal_normals(components: Any) -> tuple[Tensor, Tensor] | None:

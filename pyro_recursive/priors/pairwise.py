@@ -77,19 +77,15 @@ class PairwiseLikelihood(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """The distribution's own."""
         return self.fn.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PairwiseLikelihood":
-        """Return the same for a larger batch."""
         return PairwiseLikelihood(self.fn.expand(batch_shape), self.dim)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw from the distribution itself."""
         return self.fn.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density, ``[*batch]`` nats."""
         possible = value.device.type != "mps" and self._has_rows(value)  # which has no float64
         parameters = self._decoded() if possible else None
         if parameters is None:

@@ -1,7 +1,6 @@
 """Priors made of encoders: mixtures in the latent space that follow the aggregate posterior.
 
-They are part of the model, and usable with any guide and any loss. A prior is a module; calling it
-builds a distribution over vectors ``[D]``, with densities in nats.
+A prior is a module of the model; calling it builds a distribution over vectors ``[D]``.
 """
 
 import math
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from pyro_recursive.guides.gaussian_families import Family, family_of
 from pyro_recursive.priors.encoded_mixture import EncodedMixture, encoded
-from pyro_recursive.tracing.arguments import check_instance
 
 _MARGIN = 0.01  # of the bounds' width: at the bounds themselves the sigmoid has no gradient
 
@@ -24,8 +22,7 @@ class VampPrior(nn.Module):
 
     ``p(z) = sum_k w_k q(z | u_k)``. Calling the module runs the encoder on the pseudo-inputs and
     returns a distribution: batch ``[]``, event ``[D]``; plates expand it. Its density has gradients
-    to the pseudo-inputs, weights and encoder; its samples have none. Which losses may share the
-    encoder between guide and prior, and the cost: the documentation's page on priors.
+    to the pseudo-inputs, weights and encoder; its samples have none.
 
     Args:
         encoder: a module, or any callable, from inputs ``[K, *input]`` to parameters ``[K, n]`` of
@@ -34,15 +31,13 @@ class VampPrior(nn.Module):
         pseudo_inputs: where they start, ``[K, *input]``: data, or draws around them.
         num_components: K; that many random rows of ``pseudo_inputs``, all if None.
         bounds: the range of the data, ``(low, high)``: keeps the pseudo-inputs in it by a sigmoid.
-            Those that start within 1% of a bound start at 1%.
         learn_weights: learn the weights, which otherwise stay equal.
         family: ``"diagonal"`` (n = 2 D: locations, then logarithms of scales), ``"full"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
 
     Raises:
-        TypeError: the pseudo-inputs are no floating-point tensor; the encoder is a class.
-        ValueError: there are fewer than one or than K pseudo-inputs, or some are out of bounds;
-            the encoder's output has the wrong shape; a value is not of length D.
+        ValueError: there are fewer than K pseudo-inputs, or some are out of bounds; the encoder's
+            output or a value has the wrong shape.
 
     Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120).
 
@@ -68,13 +63,10 @@ class VampPrior(nn.Module):
         family: str | Family = "diagonal",
     ) -> None:
         super().__init__()
-        check_instance("encoder", encoder)
-        if not pseudo_inputs.is_floating_point():
-            raise TypeError(
-                f"pseudo_inputs must be floating-point numbers, got {pseudo_inputs.dtype}. Convert "
-                "them as the encoder's inputs are."
-            )
-        start = _rows(pseudo_inputs.detach(), num_components, "pseudo_inputs", "num_components")
+        _check_count("num_components", num_components, pseudo_inputs)
+        start = pseudo_inputs.detach()
+        if num_components is not None:
+            start = start[torch.randperm(len(start), device=start.device)[:num_components]]
         self.encoder, self.family, self.bounds = encoder, family_of(family), bounds
         self.raw_inputs = nn.Parameter(unsquash(start, bounds))
         logits = start.new_zeros(len(start))
@@ -102,8 +94,7 @@ class ExemplarPrior(nn.Module):
     ``p(z) = 1/N sum_n N(z; mu(x_n), s ** 2 I)`` with one learned scale ``s``. Calling the module
     encodes the exemplars and returns a distribution: event ``[D]``, batch ``[]`` or that of
     ``leave_out``, the indices of the minibatch, which leaves out each row's own datum. With
-    ``num_exemplars``, calls in training mode use that many random exemplars. The bounds that result
-    are valid: see the documentation's page on priors.
+    ``num_exemplars``, calls in training mode use that many random exemplars: a valid, looser bound.
 
     Args:
         encoder: as in `VampPrior`; its means are used, and a mixture's means and weights.
@@ -115,9 +106,8 @@ class ExemplarPrior(nn.Module):
 
     Raises:
         IndexError: ``leave_out`` has an index out of range.
-        TypeError: ``leave_out`` has no integers; the encoder is a class.
-        ValueError: there are fewer than one or than ``num_exemplars`` exemplars, or only one and it
-            may be left out; the encoder's output has the wrong shape.
+        ValueError: there are fewer than ``num_exemplars`` exemplars; the encoder's output has the
+            wrong shape.
 
     Source: `Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data
     Augmentation` (Norouzi, Fleet & Norouzi, arXiv 2004.04795).
@@ -145,10 +135,7 @@ class ExemplarPrior(nn.Module):
         family: str | Family = "diagonal",
     ) -> None:
         super().__init__()
-        check_instance("encoder", encoder)
-        _check_count(exemplars, num_exemplars, "exemplars", "num_exemplars")
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive, got {init_scale}.")
+        _check_count("num_exemplars", num_exemplars, exemplars)
         self.encoder, self.family, self.num_exemplars = encoder, family_of(family), num_exemplars
         self.register_buffer("exemplars", exemplars, persistent=False)
         dtype = exemplars.dtype if exemplars.is_floating_point() else torch.get_default_dtype()
@@ -180,55 +167,34 @@ class ExemplarPrior(nn.Module):
         number = len(like)
         if leave_out is None:
             return like.new_full((number,), -math.log(number))
-        self._check_indices(leave_out, number)
+        size = len(self.exemplars)
+        if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
+            raise IndexError(
+                f"leave_out has indices from {leave_out.min()} to {leave_out.max()}, and there are "
+                f"{size} exemplars."
+            )
         if chosen is None:
             chosen = torch.arange(number, device=leave_out.device)
         own = leave_out[..., None] == chosen
         left = number - own.sum(-1, keepdim=True)
         return (-left.to(like.dtype).log()).masked_fill(own, -math.inf)
 
-    def _check_indices(self, leave_out: Tensor, number: int) -> None:
-        if leave_out.is_floating_point() or leave_out.is_complex() or leave_out.dtype == torch.bool:
-            raise TypeError(f"leave_out must be indices of exemplars, got {leave_out.dtype}.")
-        if number < 2:
-            raise ValueError(f"leave_out needs at least 2 exemplars at a time, got {number}.")
-        size = len(self.exemplars)
-        if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
-            raise IndexError(
-                f"leave_out has indices from {leave_out.min()} to {leave_out.max()}, and there are "
-                f"{size} exemplars. Other data need no leave_out."
-            )
 
-
-def _rows(data: Tensor, number: int | None, what: str, how_many: str) -> Tensor:
-    """Return all rows, or a number of them at random."""
-    _check_count(data, number, what, how_many)
-    if number is None:
-        return data
-    return data[torch.randperm(len(data), device=data.device)[:number]]
-
-
-def _check_count(data: Tensor, number: int | None, what: str, how_many: str) -> None:
-    if data.dim() < 1 or not len(data):
-        raise ValueError(f"{what} must be rows of inputs [K, *input], got {tuple(data.shape)}.")
-    if number is not None and not 1 <= number <= len(data):
-        raise ValueError(f"{how_many} must be from 1 to the {len(data)} {what}, got {number}.")
+def _check_count(name: str, number: int | None, data: Tensor) -> None:
+    number = len(data) if number is None else number
+    if not 1 <= number <= len(data):
+        raise ValueError(f"{name} must be from 1 to the {len(data)} rows, got {number}.")
 
 
 def unsquash(inputs: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     """Return the real numbers that `squash` maps to given inputs; copies without bounds.
 
     Inputs that are within 1% of a bound are moved to 1% from it.
-
-    Raises:
-        ValueError: the bounds are in the wrong order, or inputs are out of them.
     """
     if bounds is None:
         return inputs.clone()
     low, high = bounds
-    if not low < high:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")
-    if inputs.min() < low or inputs.max() > high:
+    if not low <= inputs.min() <= inputs.max() <= high:
         raise ValueError(
             f"pseudo_inputs go from {inputs.min():g} to {inputs.max():g}, out of their bounds "
             f"{(low, high)}."

@@ -6,26 +6,15 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer.util import is_validation_enabled
-from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, local_sites, plates_of_data
+from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.sites import Site, SiteRecord, SiteTable, is_delta, layers
 
 
 def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: bool) -> None:
-    """Raise where the sites of runs do not fit together or, under a nonlinear bound, the plates.
-
-    Args:
-        tables: the sites of each run.
-        layout: their plates.
-        is_linear: whether the bound is linear in the log-weights, as for one sample.
-
-    Raises:
-        ValueError, NotImplementedError: naming site, plate and remedy.
-    """
+    """Raise where the sites of runs do not fit together or, under a nonlinear bound, the plates."""
     for table in tables:
         check_match(table, layout.max_plate_nesting)
     if not is_linear:
@@ -43,8 +32,8 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         infer = record.site["infer"]
         if infer.get("enumerate"):
             raise NotImplementedError(
-                f"Guide site '{name}' asks for enumeration, which multi-sample bounds do not do. "
-                "Use estimator='vimco' without it, or TraceEnum_ELBO."
+                f"Guide site '{name}' asks for enumeration. Use estimator='vimco' without it, or "
+                "TraceEnum_ELBO."
             )
         if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
@@ -54,8 +43,8 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
     for name in latent.keys() - guided.keys():
         if latent[name].site["infer"].get("enumerate"):
             raise NotImplementedError(
-                f"Model site '{name}' is to be enumerated, which multi-sample bounds do not do. "
-                "Use TraceEnum_ELBO, or sample it in the guide (estimator='vimco')."
+                f"Model site '{name}' is to be enumerated. Use TraceEnum_ELBO, or sample it in the "
+                "guide (estimator='vimco')."
             )
         raise ValueError(
             f"Model site '{name}' is latent and the guide does not sample it. Sample it in the "
@@ -63,14 +52,16 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         )
     check_latent(record.site for record in table.guide)
     check_sizes(table)
+    check_shapes = is_validation_enabled()
     for name in latent.keys() & guided.keys():
-        if latent[name].is_masked and _leaves_out(latent[name]) and not _leaves_out(guided[name]):
+        one, other = latent[name], guided[name]
+        if one.is_masked and _leaves_out(one) and not _leaves_out(other):
             raise ValueError(
                 f"Model site '{name}' is masked and the guide's is not. Sample it there under the "
                 "same poutine.mask; beside an autoguide, by AutoGuideList with the site blocked."
             )
-    if is_validation_enabled():
-        _check_shapes(table, latent, guided, max_plate_nesting)
+        if check_shapes:
+            _check_shapes(one, other, max_plate_nesting)
 
 
 def check_latent(guide: Iterable[Site]) -> None:
@@ -83,8 +74,8 @@ def check_latent(guide: Iterable[Site]) -> None:
             if is_delta(site):
                 remedy = "If it is computed by poutine.reparam, put that around the model."
             raise ValueError(
-                f"Guide site '{site['name']}' is observed, and its density would stand in the "
-                f"weights as if it had been sampled. {remedy}"
+                f"Guide site '{site['name']}' is observed, and would count in the weights as if it "
+                f"had been sampled. {remedy}"
             )
 
 
@@ -97,8 +88,8 @@ def check_sizes(table: SiteTable) -> None:
             if sizes.setdefault(name, size) != size:
                 raise ValueError(
                     f"Plate '{name}' has {_entries(*sizes[name])} where it is met first and "
-                    f"{_entries(*size)} at site '{record.name}'. Make it of the same size, full "
-                    "and subsampled, in model and guide."
+                    f"{_entries(*size)} at site '{record.name}'. Give it the same size in model "
+                    "and guide."
                 )
 
 
@@ -106,46 +97,19 @@ def _entries(size: int, full_size: int) -> str:
     return f"{size} entries" if size == full_size else f"{size} of {full_size} entries"
 
 
-def _check_shapes(
-    table: SiteTable,
-    latent: dict[str, SiteRecord],
-    guided: dict[str, SiteRecord],
-    max_plate_nesting: int,
-) -> None:
-    """Run Pyro's own check of names, plates and shapes."""
-    traces = table.traces
-    if any(record.site["fn"].event_dim > 1 for record in table.records):
-        model, guide = traces
-        traces = (
-            _with_batch_dims(model, table.model, max_plate_nesting),
-            _with_batch_dims(guide, table.guide, max_plate_nesting),
-        )
-    try:
-        check_model_guide_match(*traces, max_plate_nesting)
-    except ValueError as error:
-        differ = [
-            f"Site '{name}' is in plates {one} in the model and {other} in the guide."
-            for name in latent.keys() & guided.keys()
-            if (one := sorted(latent[name].plates)) != (other := sorted(guided[name].plates))
-        ]
-        remedy = "Give model and guide the same plates, dims and shapes."
-        raise ValueError(" ".join([f"{error}.", *differ, remedy])) from error
-
-
-def _with_batch_dims(
-    trace: poutine.Trace, records: Sequence[SiteRecord], max_plate_nesting: int
-) -> poutine.Trace:
-    """Give all batch dims to events of two dims or more, which Pyro's check would cut into."""
-    padded = trace
-    for record in records:
+def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) -> None:
+    """Raise where a latent site has one shape in the model and another in the guide."""
+    found = []
+    for record in (model, guide):
         fn = record.site["fn"]
-        if (event_dim := fn.event_dim) > 1:
-            batch = fn.batch_shape
-            if max_plate_nesting - event_dim < len(batch) < max_plate_nesting:
-                padded = trace.copy() if padded is trace else padded
-                shape = (1,) * (max_plate_nesting - len(batch)) + tuple(batch)
-                padded.nodes[record.name] = {**record.site, "fn": fn.expand(shape)}
-    return padded
+        batch = [1] * max_plate_nesting + list(fn.batch_shape)
+        found.append((batch[len(batch) - max_plate_nesting :], list(fn.event_shape)))
+    if found[0] != found[1]:
+        raise ValueError(
+            f"Model and guide disagree at site '{model.name}': shapes {found[0]} in plates "
+            f"{sorted(model.plates)}, and {found[1]} in plates {sorted(guide.plates)}. "
+            "Give both the same plates, dims and shapes."
+        )
 
 
 def _leaves_out(record: SiteRecord) -> bool:
@@ -163,9 +127,9 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
             frame = plates.get(dim)
             if frame is not None and shape[dim] not in (1, frame.size):
                 raise ValueError(
-                    f"Site '{site['name']}' has batch shape {tuple(shape)}, with {shape[dim]} "
-                    f"entries at dim {dim}, where plate '{frame.name}' has {frame.size}. Give "
-                    "data and plate the same number of rows."
+                    f"Site '{site['name']}' has batch shape {tuple(shape)}, and plate "
+                    f"'{frame.name}' at dim {dim} has {frame.size} entries. Give data and plate "
+                    "the same number of rows."
                 )
             if shape[dim] != 1 and frame is None:
                 raise ValueError(
@@ -175,19 +139,14 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
                 )
 
 
-def no_tensor(site: Site) -> TypeError:
-    """Return the error for a site whose value is no tensor."""
-    return TypeError(
-        f"Site '{site['name']}' has a {type(site['value']).__name__} as its value, and needs a "
-        "tensor. Convert it with torch.as_tensor."
-    )
-
-
 def batch_shapes(site: Site) -> list[torch.Size]:
     """Return the shapes that a site's log-density is made of: distribution, value, scale, mask."""
     value = site["value"]
     if not isinstance(value, Tensor):
-        raise no_tensor(site)
+        raise TypeError(
+            f"Site '{site['name']}' has a {type(value).__name__} as its value. Convert it with "
+            "torch.as_tensor."
+        )
     tensors = [site[key] for key in ("scale", "mask") if isinstance(site[key], Tensor)]
     batch = value.shape[: value.dim() - site["fn"].event_dim]
     return [site["fn"].batch_shape, batch, *(tensor.shape for tensor in tensors)]
@@ -213,7 +172,7 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
         frame, outside = found
         raise ValueError(
             f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-            f"not enclose site '{outside}', so that the bound has no unbiased estimate. Use "
+            f"not enclose site '{outside}': the bound has no unbiased estimate. Use "
             "global_latents='elbo', full data, or Trace_ELBO."
         )
 
@@ -228,41 +187,20 @@ def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | 
     return None
 
 
-def warn_if_nothing_local(
-    structure: ProgramStructure, num_estimates: int, num_particles: int
-) -> None:
-    """Warn where global_latents='elbo' leaves no latent that the K samples could differ in."""
-    local = local_sites(structure)
-    everything = [*structure.model.values(), *structure.guide.values()]
-    if any(site["name"] in local and not site["is_observed"] for site in everything):
-        return
-    plates = ", ".join(f"'{name}'" for name in sorted(plates_of_data(structure)))
-    warnings.warn(
-        f"No latent site is inside plate {plates}: under global_latents='elbo' the "
-        f"{num_particles} samples of a logarithm are one, and this is the ELBO with "
-        f"{num_estimates} sample{'s' * (num_estimates > 1)}. Use Trace_ELBO, or 'joint'.",
-        stacklevel=4,
-    )
-
-
 def _warn_if_joint(table: SiteTable) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
     latent = [record for record in table.model if not record.site["is_observed"]]
     for record in table.model:
-        for name, frame in record.plates.items():
+        for name, frame in record.plates.items() if record.site["is_observed"] else ():
             local = next((other.name for other in latent if name in other.plates), None)
-            if record.site["is_observed"] and local and frame.size > 1:
-                outside = next((other.name for other in latent if name not in other.plates), None)
-                if outside is None:
-                    cause = ", and the guide has one joint density over its entries"
-                    remedy = "A guide with plate= or an encoder gives each entry its own."
-                else:
-                    cause = f" but not '{outside}'"
-                    remedy = "global_latents='elbo' gives each entry its own."
-                warnings.warn(
-                    f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
-                    "entries share one joint weight, and the more entries, the looser the bound. "
-                    f"{remedy}",
-                    stacklevel=5,
-                )
-                return
+            if local is None or frame.size == 1:
+                continue
+            outside = next((other.name for other in latent if name not in other.plates), None)
+            cause = f" but not '{outside}'" if outside else ", over which the guide has one density"
+            remedy = "global_latents='elbo'" if outside else "a guide with plate= or an encoder"
+            warnings.warn(
+                f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
+                f"entries share one joint weight. {remedy} gives each entry its own.",
+                stacklevel=5,
+            )
+            return

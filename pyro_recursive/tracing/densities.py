@@ -19,7 +19,6 @@ from pyro_recursive.tracing.compatibility import (
     batch_shapes,
     check_batch_shape,
     check_finite,
-    no_tensor,
 )
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
@@ -34,8 +33,7 @@ class Densities:
     ``model`` is log p; ``density``, ``score`` and ``jacobian`` together are log q: of the
     reparameterised sites, of the other sampled ones, and of what is computed from them. Scales and
     masks are in these; ``density_rest`` and ``score_rest`` are what they took away from the density
-    that the samples come from, None where they took nothing. ``names`` are the sites that were
-    asked for, None for all.
+    that the samples come from. ``names`` are the sites that were asked for, None for all.
     """
 
     layout: PlateLayout
@@ -130,17 +128,17 @@ def log_prob_of(site: Site, fn: Any) -> Tensor:
 
 def _named(site: Site, error: Exception) -> Exception:
     """Return an error of a log-density with what is known of its site, or a clearer one."""
-    value = site["value"]
-    if not isinstance(value, Tensor):
-        return no_tensor(site)
     try:
+        shapes = batch_shapes(site)
         check_finite(site)
-        check_batch_shape(site, *batch_shapes(site))
-    except ValueError as clearer:
+        check_batch_shape(site, *shapes)
+    except (TypeError, ValueError) as clearer:
         return clearer
     if type(error) is not RuntimeError and not isinstance(error, ValueError):
         return error  # out of memory, say, or a mistake inside a distribution
-    dtype = str(value.dtype).removeprefix("torch.")
-    remedy = "" if value.is_floating_point() else " Convert the value, e.g. by value.double()."
-    place = f"At site '{site['name']}', with a value of shape {list(value.shape)} and type {dtype}"
-    return type(error)(f"{place}: {str(error).rstrip('.')}.{remedy}")
+    value = site["value"]
+    remedy = "" if value.is_floating_point() else " Convert the value to floating point."
+    return type(error)(
+        f"At site '{site['name']}', with a value of shape {list(value.shape)} and type "
+        f"{value.dtype}: {str(error).rstrip('.')}.{remedy}"
+    )

@@ -22,11 +22,11 @@ Reference = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 class ComponentIndex(dist.Categorical):
-    """Which component of a mixture a row is drawn from.
+    """Which component of a mixture a row is drawn from: a score function without a density.
 
     The mixture's whole density stands at the latent sites, at whatever component: the choice adds
     nothing to it, so that `pyro.infer.Trace_ELBO`, which leaves auxiliary sites out of its rewards,
-    is unbiased. It has a score function all the same.
+    is unbiased.
     """
 
     def log_choice(self, value: Tensor) -> Tensor:
@@ -34,11 +34,9 @@ class ComponentIndex(dist.Categorical):
         return super().log_prob(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros."""
         return torch.zeros_like(self.log_choice(value))
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        """Return the weight's logarithm as score function, and nothing else."""
         score = self.log_choice(x)
         return ScoreParts(torch.zeros_like(score), score, 0)
 
@@ -93,8 +91,7 @@ def current_assignment() -> ComponentAssignment | None:
 def run_cache() -> dict[Any, Any] | None:
     """Return a dictionary that is shared by two runs of a guide; None where it runs once.
 
-    Both runs have the same random state, and the second the values of the first. It is for results
-    that do not depend on these values.
+    It is for results that do not depend on the runs' values; their random state is the same.
     """
     return None
 
@@ -126,16 +123,9 @@ class DryRun(Messenger):
 class KLWarmup(Messenger):
     """Weights the densities of all latents, in model and guide, and leaves the observed sites.
 
-    Around a call of an ELBO it turns the sum of ``log p(x | z) + log p(z) - log q(z)`` into
-    ``log p(x | z) + weight * (log p(z) - log q(z))``, in nats. Auxiliary sites of a guide, and the
-    Delta sites which hold the Jacobian of its transforms, are latent and weighted too. Observed
-    means as Pyro sees it: `pyro.factor` and what is under `poutine.condition` stay as they are.
-
-    Args:
-        weight: above 0; 1 changes nothing.
-
-    Raises:
-        ValueError: ``weight`` is not above 0.
+    Around a call of an ELBO it turns ``log p(x | z) + log p(z) - log q(z)`` into
+    ``log p(x | z) + weight * (log p(z) - log q(z))``, in nats, for a ``weight`` above 0. A guide's
+    auxiliary sites and Jacobians are weighted too; `pyro.factor` is observed.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist
@@ -148,7 +138,6 @@ class KLWarmup(Messenger):
     """
 
     def __init__(self, weight: float) -> None:
-        """Take the weight."""
         if not weight > 0:
             raise ValueError(f"The weight of the latents must be above 0, got {weight}.")
         super().__init__()
@@ -170,12 +159,12 @@ def latent_weight() -> float:
 
 
 class SubstituteByName(Messenger):
-    """Gives sites, subsample sites too, values by name."""
+    """Gives sites, subsample sites too, values by name, where no handler inside has done so."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"] and msg["value"] is None:
+        if msg["name"] in self.values and not msg["is_observed"] and not msg["done"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True

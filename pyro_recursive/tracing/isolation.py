@@ -47,8 +47,7 @@ class ReplayedNoise(RunCache):
     """Gives two runs of a guide the same noise outside its sites, as of dropout.
 
     The first run records the random state at its start and after each site; the second, whose sites
-    have the values of the first, sets it there. Its densities would otherwise be those of another
-    guide than the one that the samples come from.
+    have the values of the first, sets it there.
     """
 
     def __init__(self) -> None:
@@ -57,7 +56,6 @@ class ReplayedNoise(RunCache):
         self.is_second = False
 
     def __enter__(self) -> "ReplayedNoise":
-        """Start the first run, or the second."""
         self.is_second = bool(self.states)
         if self.is_second:
             set_random_state(self.states[""])
@@ -80,17 +78,11 @@ def isolated(
 ) -> Iterator[None]:
     """Run programs so that handlers, random state and modules are as if they had not run.
 
-    Handlers outside the block do not see its sites. Modules that run in training mode have copies
-    of their buffers inside the block, so that running statistics do not move. The random state is
-    restored at the end.
-
-    Args:
-        programs: modules whose parameters and buffers are restored as well, where the block has
-            written to them, as a loss with a schedule does.
-        noise: the random state to start from; it is not restored at the end, so that all blocks
-            with one `SharedNoise` draw the numbers of a single run.
-        double_backward: avoid cuDNN's recurrent networks and fused attention, which cannot be
-            differentiated twice.
+    Modules that run in training mode have copies of their buffers inside the block, so that running
+    statistics do not move. Parameters and buffers of ``programs`` are restored where the block has
+    written to them. With ``noise`` the random state starts from there and is not restored: all
+    blocks with one `SharedNoise` draw the numbers of a single run. ``double_backward`` avoids
+    cuDNN's recurrent networks and fused attention, which cannot be differentiated twice.
 
     >>> norm = nn.BatchNorm1d(2)
     >>> with isolated():

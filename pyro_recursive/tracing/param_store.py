@@ -16,11 +16,7 @@ PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 
 @torch.no_grad()
 def load_from_store(module: PyroModule, name: str) -> None:
-    """Copy the values of Pyro's store into a module's parameters, as Pyro does for `PyroParam`.
-
-    Raises:
-        ValueError: a stored value has another shape.
-    """
+    """Copy the values of Pyro's store into a module's parameters, as Pyro does for `PyroParam`."""
     store = pyro.get_param_store()
     stored = _names()
     for own, parameter in module.named_parameters(name):

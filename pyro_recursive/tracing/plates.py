@@ -14,20 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.tracing.sites import (
-    Site,
-    SiteTable,
-    plates_of,
-    subsample_scale,
-)
+from pyro_recursive.tracing.sites import Site, SiteTable, plates_of, subsample_scale
 
 
 @dataclass(frozen=True)
 class Particles:
-    """M * K samples, the estimate's index varying slowest; `dim` is the particle plate's dim.
-
-    It is None where the particles run one by one.
-    """
+    """M * K samples, m varying slowest; ``dim``, their plate's, is None where runs are looped."""
 
     num_estimates: int
     num_particles: int
@@ -53,17 +45,13 @@ class ProgramStructure:
 
 
 def structure_in(table: SiteTable) -> ProgramStructure:
-    """Return the structure that the sites of one run show."""
-    return ProgramStructure(
-        max_plate_nesting=table.nesting,
-        model={record.name: _outline(record.site) for record in table.model},
-        guide={record.name: _outline(record.site) for record in table.guide},
+    """Return the structure that the sites of one run show, without their tensors."""
+    keys = ("name", "is_observed", "cond_indep_stack")
+    model, guide = (
+        {record.name: {key: record.site[key] for key in keys} for record in records}
+        for records in (table.model, table.guide)
     )
-
-
-def _outline(site: Site) -> Site:
-    """Keep what describes a site, not its tensors."""
-    return {key: site[key] for key in ("name", "is_observed", "cond_indep_stack")}
+    return ProgramStructure(table.nesting, model, guide)
 
 
 @dataclass(frozen=True)
@@ -183,19 +171,12 @@ def layout_of(
 
 def local_sites(structure: ProgramStructure) -> frozenset[str]:
     """Return the names of the sites inside a plate that encloses every observed site."""
-    data_plates = plates_of_data(structure)
-    everything = [*structure.model.values(), *structure.guide.values()]
-    return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
-
-
-def plates_of_data(structure: ProgramStructure) -> set[str]:
-    """Return the names of the plates that enclose every observed site."""
     observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
     data_plates = set.intersection(*observed) if observed else set()
     if not data_plates:
-        plates = sorted(set().union(*observed)) or "none"
         raise ValueError(
-            "global_latents='elbo' needs a plate that encloses every observed site. "
-            f"The plates of observed sites are {plates}."
+            "global_latents='elbo' needs a plate that encloses every observed site; the plates "
+            f"of observed sites are {sorted(set().union(*observed)) or 'none'}."
         )
-    return data_plates
+    everything = [*structure.model.values(), *structure.guide.values()]
+    return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))

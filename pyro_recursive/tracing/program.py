@@ -18,10 +18,10 @@ from pyro_recursive.tracing.compatibility import (
     check_latent,
     check_sizes,
 )
-from pyro_recursive.tracing.handlers import DryRun
+from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
-from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, SiteTable, sites
+from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, SiteTable, latent_sites, sites
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,14 @@ class Program:
 
     def run_guide(self, replayed: poutine.Trace | None = None) -> poutine.Trace:
         """Trace the guide, with the values of another trace where there is one."""
-        handled = self.guide if replayed is None else _Substitute(replayed)(self.guide)
+        guide = self.guide
+        if replayed is not None:
+            # Not `poutine.replay`: guide messengers keep the prior of their own run in `infer`.
+            nodes = replayed.nodes.items()
+            values = {name: site["value"] for name, site in nodes if site["type"] == "sample"}
+            guide = SubstituteByName(values)(guide)
         try:
-            trace = poutine.trace(handled).get_trace(*self.args, **self.kwargs)
+            trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         except ZeroDivisionError:
             _check_rows(self.args, self.kwargs)
             raise
@@ -71,17 +76,13 @@ def rows_needed(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_rows(args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where an argument has no rows; Pyro's error does not name it."""
     named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
-    empty = [
-        f"{name} has shape {list(value.shape)}"
-        for name, value in named.items()
-        if isinstance(value, torch.Tensor) and not value.numel()
-    ]
-    if empty:
-        raise ValueError(
-            f"A plate cannot be empty, and {', '.join(empty)}. Leave out batches without rows."
-        )
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and not value.numel():
+            raise ValueError(
+                f"A plate cannot be empty, and {name} has shape {list(value.shape)}. "
+                "Leave out batches without rows."
+            )
 
 
 def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:
@@ -91,21 +92,6 @@ def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.T
         if unwanted(site):
             copy.remove_node(site["name"])
     return copy
-
-
-class _Substitute(Messenger):
-    """Gives sites the values of a trace, as `poutine.replay` does.
-
-    Unlike it, leaves `infer` alone: guide messengers keep the prior of their own run there.
-    """
-
-    def __init__(self, trace: poutine.Trace) -> None:
-        super().__init__()
-        self.trace = trace
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.trace.nodes and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.trace.nodes[msg["name"]]["value"], True
 
 
 class GivenMinibatches(Messenger):
@@ -123,13 +109,16 @@ class GivenMinibatches(Messenger):
             self.values[msg["name"]] = msg["value"]
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        given = self.values.get(msg["name"])
-        if given is None or given is msg["value"] or _equal(given, msg["value"]):
+        used = msg["value"]
+        given = self.values.get(msg["name"], used)
+        if given is used:
             return
-        raise ValueError(
-            f"The model was given a minibatch for plate '{msg['name']}', and the guide drew "
-            "another. Give it the same subsample, to an autoguide by create_plates."
-        )
+        given = torch.as_tensor(given, device=used.device)
+        if given.shape != used.shape or bool((given != used).any()):
+            raise ValueError(
+                f"The model was given a minibatch for plate '{msg['name']}', and the guide drew "
+                "another. Give it the same subsample, to an autoguide by create_plates."
+            )
 
 
 def _draws_minibatch(trace: poutine.Trace) -> bool:
@@ -139,11 +128,6 @@ def _draws_minibatch(trace: poutine.Trace) -> bool:
         for site in trace.nodes.values()
         if site["type"] == "sample" and site_is_subsample(site)
     )
-
-
-def _equal(given: Any, replayed: torch.Tensor) -> bool:
-    given = torch.as_tensor(given, device=replayed.device)
-    return given.shape == replayed.shape and bool((given == replayed).all())
 
 
 # By model, then guide, both held weakly: no loss remembers the first model that it saw.
@@ -192,12 +176,11 @@ def _discover(program: Program) -> ProgramStructure:
     """Run guide and model once, outside any particle plate."""
     with isolated(), DryRun():
         guide = program.run_guide()
-        model = program.run_model(guide)
-        table = SiteTable(model, guide)
+        table = SiteTable(program.run_model(guide), guide)
         check_sizes(table)
         # Later a dim of size M * K could pass for the particle plate.
-        for site in sites(model, guide):
-            check_batch_shape(site, *batch_shapes(site))
+        for record in table.records:
+            check_batch_shape(record.site, *batch_shapes(record.site))
         found = structure_in(table)
         return replace(found, mixing=_mixed_site(program, found.max_plate_nesting))
 
@@ -213,7 +196,9 @@ def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
     try:
         with pyro.plate(PARTICLE_PLATE, 2, dim=dim):
             sampled = program.run_guide()
-            leaves = _cut_to_leaves(sampled)
+            for site in latent_sites(sampled):
+                site["value"] = site["value"].detach().clone()
+                site["value"].requires_grad_(site["value"].is_floating_point())
             runs = (program.run_guide(sampled), program.run_model(sampled))
         densities = [
             site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -221,6 +206,7 @@ def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
         ]
         first = [lp.select(dim, 0).sum() for lp in densities if lp.dim() >= -dim]
         moving = [lp for lp in first if lp.requires_grad]
+        leaves = [site for site in latent_sites(sampled) if site["value"].requires_grad]
         if not moving or not leaves:
             return None
         values = [site["value"] for site in leaves]
@@ -234,15 +220,3 @@ def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
         if derivative.select(place, 1).nan_to_num(0.0).any():
             return site["name"]
     return None
-
-
-def _cut_to_leaves(trace: poutine.Trace) -> list[Site]:
-    """Make the latent values of a trace leaves, in place; return the sites that have one."""
-    leaves = []
-    for site in sites(trace):
-        if not site["is_observed"]:
-            site["value"] = site["value"].detach().clone()
-            if site["value"].is_floating_point():
-                site["value"].requires_grad_()
-                leaves.append(site)
-    return leaves

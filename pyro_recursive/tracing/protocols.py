@@ -36,20 +36,17 @@ class TrainingStage(Protocol):
 class FreeComponent(Protocol):
     """A Gaussian component with parameters of its own, ``size`` latents for each of the ``rows``.
 
-    ``rows`` are the frames of the row plates.
+    ``rows`` are the frames of the row plates. Packed latents are unconstrained; locations and
+    scales are ``[*rows, D]``. To scatter it draws locations around the first component's, some of
+    its scales away.
     """
 
     rows: tuple[Any, ...]
     size: int
 
-    def pack(self, trace: poutine.Trace) -> Tensor:
-        """Return the latents of a trace, ``[particles, *rows, D]``, unconstrained."""
-
-    def place(self, loc: Tensor, scale: Tensor) -> None:
-        """Set locations and scales, ``[*rows, D]`` both."""
-
-    def scatter(self, widening: float) -> None:
-        """Draw locations around the first component's, some of its scales away."""
+    def pack(self, trace: poutine.Trace) -> Tensor: ...
+    def place(self, loc: Tensor, scale: Tensor) -> None: ...
+    def scatter(self, widening: float) -> None: ...
 
 
 @runtime_checkable
@@ -58,7 +55,9 @@ class GrowingMixture(MixtureLike, Protocol):
 
     In its ``stage`` it has taken ``steps_taken`` training steps. The next one may be the first for
     a component (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of
-    each component and row. A proposed component has the weight ``epsilon``.
+    each component and row, after which ``end_trial`` returns whether the component is kept. A
+    proposed component has the weight ``epsilon``. Log-weights can be set, ``[J]``, where all rows
+    share one vector.
     """
 
     epsilon: float
@@ -68,42 +67,26 @@ class GrowingMixture(MixtureLike, Protocol):
     is_trial: bool
     num_draws: int
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Create all parameters."""
-
-    def rollback_first_call(self) -> AbstractContextManager[None]:
-        """Undo the guide's first call where it raises."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Return the guide's parameters."""
-
-    def free_component(self) -> FreeComponent | None:
-        """Return the component in training, if it is a `FreeComponent`."""
-
-    def check_shared_weights(self) -> None:
-        """Raise ValueError where rows have weights of their own."""
-
-    def set_log_weights(self, log_weights: Tensor) -> None:
-        """Set the members' weights, ``[J]``, which all rows share."""
-
-    def count_step(self) -> None:
-        """Count a training step."""
-
-    def end_trial(self, gain: Gain) -> bool:
-        """Keep or drop the component on trial; return whether it is kept."""
+    def prepare(self, *args: Any, **kwargs: Any) -> None: ...
+    def rollback_first_call(self) -> AbstractContextManager[None]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def free_component(self) -> FreeComponent | None: ...
+    def check_shared_weights(self) -> None: ...
+    def set_log_weights(self, log_weights: Tensor) -> None: ...
+    def count_step(self) -> None: ...
+    def end_trial(self, gain: Gain) -> bool: ...
 
 
 @runtime_checkable
 class CodeGuide(Protocol):
-    """A guide that chooses, for each training step, the codes of a model's empirical prior."""
+    """A guide that chooses, for each training step, the codes of a model's empirical prior.
+
+    ``others`` samples the latents that have no codes; ``empiricalized`` returns the model with the
+    codes of a step in place of the prior of ``site``; ``end_step`` counts a training step.
+    """
 
     site: str | None
 
-    def others(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample the latents that have no codes."""
-
-    def empiricalized(self, model: Callable) -> Callable:
-        """Return the model with the codes of a step in place of the prior of ``site``."""
-
-    def end_step(self) -> None:
-        """Count a training step."""
+    def others(self, *args: Any, **kwargs: Any) -> Any: ...
+    def empiricalized(self, model: Callable) -> Callable: ...
+    def end_step(self) -> None: ...

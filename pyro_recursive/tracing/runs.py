@@ -1,8 +1,4 @@
-"""Runs of guide and model for all particles.
-
-Everything here goes through public Pyro handlers: one outer particle plate, `poutine.trace` and
-`poutine.replay`.
-"""
+"""Runs of guide and model for all particles: one outer particle plate, or one by one."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -89,7 +85,9 @@ def run_particles(
         return particles, _draw(program, particles, **options)
     structure = structure_of(program)
     if structure.mixing is not None:
-        _check_one_run(program, structure.max_plate_nesting)
+        with isolated(), DryRun():  # model and guide may not fit in a single run either
+            guide = program.run_guide()
+            check_match(SiteTable(program.run_model(guide), guide), structure.max_plate_nesting)
         raise ValueError(
             f"The density of one sample depends on the value of '{structure.mixing}' in another. "
             "Count dims from the right (z.sum(-1)), or use vectorize_particles=False."
@@ -117,13 +115,6 @@ def run_particles(
     return particles, _draw(program, particles, **options)
 
 
-def _check_one_run(program: Program, max_plate_nesting: int) -> None:
-    """Raise where model and guide do not fit in a single run either."""
-    with isolated(), DryRun():
-        guide = program.run_guide()
-        check_match(SiteTable(program.run_model(guide), guide), max_plate_nesting)
-
-
 def _draw(
     program: Program,
     particles: Particles,
@@ -143,39 +134,44 @@ def _draw(
     ``assignment`` choose the components of mixture guides.
     """
     runs: list[ParticleRun] = []
-    sharing = _ShareWithinEstimate(shared, particles) if shared else None
+    looped = particles.dim is None
+    sharing = _ShareWithinEstimate(shared, particles) if shared else nullcontext()
     count = particles.num_estimates * particles.num_particles
-    for particle in range(1 if particles.dim is not None else count):
-        if sharing is not None:
+    for particle in range(count if looped else 1):
+        if isinstance(sharing, _ShareWithinEstimate):
             sharing.particle = particle
         if assignment is not None:
-            assignment.particle = particle if particles.dim is None else None
+            assignment.particle = particle if looped else None
         noise = ReplayedNoise() if replay != "none" else nullcontext()
         plate: AbstractContextManager = nullcontext()
-        if particles.dim is not None:
+        if not looped:
             plate = pyro.plate(PARTICLE_PLATE, count, dim=particles.dim)
+        cuts: list[GradientCut] = []
+        model_cuts: list[GradientCut] = []
         with plate, assignment or nullcontext():
-            with sharing or nullcontext(), noise:
+            with sharing, noise:
                 guide = program.run_guide(subsample)
-            with noise:
-                guide, cuts = _replayed(program, guide, particle, replay)
-            run = _continue(program, guide, cuts, particle, cut_model, subsample)
-        if subsample is None and particles.dim is None:
-            subsample = subsample_sites(run.guide, run.model)
-        runs.append(run)
+            if replay != "none":
+                with noise:
+                    guide = program.run_guide(_stand_ins(guide, particle, replay, cuts))
+            source = guide if subsample is None and not cut_model else guide.copy()
+            if cut_model:
+                for site in latent_sites(guide):
+                    source.nodes[site["name"]] = _cut(site, particle, model_cuts)
+            for name, site in subsample.nodes.items() if subsample is not None else ():
+                if name not in source.nodes:
+                    source.add_node(name, **site)
+            model = program.run_model(source)
+        if subsample is None and looped:
+            subsample = subsample_sites(guide, model)
+        runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))
     return runs
 
 
-def _replayed(
-    program: Program, guide: poutine.Trace, particle: int, replay: Replay
-) -> tuple[poutine.Trace, list[GradientCut]]:
-    """Run the guide a second time unless ``replay`` is "none".
-
-    Its Delta sites are not replayed: they are computed again from the sites before them.
-    """
-    cuts: list[GradientCut] = []
-    if replay == "none":
-        return guide, cuts
+def _stand_ins(
+    guide: poutine.Trace, particle: int, replay: Replay, cuts: list[GradientCut]
+) -> poutine.Trace:
+    """Return what a second run of the guide replays: all but Delta sites, which are recomputed."""
     copy = guide.copy()
     for site in latent_sites(guide):
         if is_delta(site):
@@ -184,28 +180,7 @@ def _replayed(
             copy.nodes[site["name"]] = {**site, "value": site["value"].detach()}
         else:
             copy.nodes[site["name"]] = _cut(site, particle, cuts)
-    return program.run_guide(copy), cuts
-
-
-def _continue(
-    program: Program,
-    guide: poutine.Trace,
-    cuts: list[GradientCut],
-    particle: int,
-    cut_model: bool,
-    subsample: poutine.Trace | None,
-) -> ParticleRun:
-    """Replay the model on the guide's values."""
-    model_cuts: list[GradientCut] = []
-    source = guide if subsample is None and not cut_model else guide.copy()
-    if cut_model:
-        for site in latent_sites(guide):
-            source.nodes[site["name"]] = _cut(site, particle, model_cuts)
-    for name, site in subsample.nodes.items() if subsample is not None else ():
-        if name not in source.nodes:
-            source.add_node(name, **site)
-    model = program.run_model(source)
-    return ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts)
+    return copy
 
 
 def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:

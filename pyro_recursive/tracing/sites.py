@@ -1,7 +1,6 @@
 """The sample sites of traces: their kinds, plates, scales and masks."""
 
-import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +19,11 @@ PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have o
 class SiteRecord:
     """A sample site that has a density.
 
-    Args:
-        site: the site of the trace.
-        group: "model" for the model's sites; those of the guide are "density" where they are
-            reparameterised, "score" where they are sampled otherwise, and "jacobian" where they
-            are computed from other sites.
-        plates: the frames of its plates by name, the particle plate aside.
-        row_plates: those plates whose entries have densities of their own.
-        sizes: the sizes of its plates by dim, the particle plate included.
-        is_masked: whether the site or its distribution has a mask.
-        is_subsampled: whether one of its plates is.
+    ``group`` is "model" for the model's sites; those of the guide are "density" where they are
+    reparameterised, "score" where they are sampled otherwise, and "jacobian" where they are
+    computed from other sites. ``plates`` are the frames of its plates by name, ``row_plates`` those
+    whose entries have densities of their own, both without the particle plate, ``sizes`` the sizes
+    of all by dim. The site or its distribution may have a mask, and one of its plates a subsample.
     """
 
     name: str
@@ -40,11 +34,6 @@ class SiteRecord:
     sizes: dict[int, int]
     is_masked: bool
     is_subsampled: bool
-
-    @property
-    def is_latent(self) -> bool:
-        """Whether the site is not observed."""
-        return not self.site["is_observed"]
 
 
 class SiteTable:
@@ -91,25 +80,21 @@ class SiteTable:
         self.records = [*self.model, *self.guide]
 
 
-def sites(*traces: poutine.Trace) -> Iterator[Site]:
-    """Yield the sample sites that carry a density: no subsample and no deterministic sites."""
-    for site in itertools.chain.from_iterable(trace.nodes.values() for trace in traces):
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if not site["infer"].get("_deterministic"):
-            yield site
+def sites(*traces: poutine.Trace) -> list[Site]:
+    """Return the sample sites that carry a density: no subsample and no deterministic sites."""
+    return [
+        site
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    ]
 
 
 def latent_sites(trace: poutine.Trace) -> list[Site]:
     """Return the sites that have a density and are not observed."""
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
-    ]
+    return [site for site in sites(trace) if not site["is_observed"]]
 
 
 def is_delta(site: Site) -> bool:

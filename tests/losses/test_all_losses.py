@@ -95,23 +95,6 @@ def test_losses_keep_nothing_from_a_call(kind: type[ELBO]) -> None:
     assert pickle.dumps(loss) == before
 
 
-@pytest.mark.parametrize(
-    ("bound", "text"),
-    [
-        (bounds.iwae, "iwae"),
-        (bounds.elbo, "elbo"),
-        (bounds.renyi(0.5), "renyi(0.5)"),
-        (bounds.ciwae(0.25), "ciwae(0.25)"),
-        (bounds.jackknife, "jackknife"),
-        (bounds.piwae, "Split(model_bound=Pooled(bound=iwae), guide_bound=iwae)"),
-        (bounds.PowerMeans(((0.5, 0.0), (0.5, 0.5))), "PowerMeans(((0.5, 0.0), (0.5, 0.5)))"),
-    ],
-)
-def test_a_loss_prints_its_bound(bound: bounds.Bound, text: str) -> None:
-    assert repr(bound) == text
-    assert repr(MultiSampleELBO(bound, num_particles=2)).startswith(f"MultiSampleELBO({text}, num")
-
-
 def test_only_named_bounds_subclass_a_concrete_loss() -> None:
     """A loss is a `MultiSampleELBO` of one bound, or stands beside it."""
     for kind in LOSSES:

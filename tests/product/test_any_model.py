@@ -486,7 +486,6 @@ def test_global_elbo_estimators_agree(row: Row) -> None:
     check_unbiased(row, bounds.iwae, global_latents="elbo")
 
 
-@pytest.mark.filterwarnings("ignore:No latent site is inside plate")
 def test_global_elbo_without_local_latents() -> None:
     """With the exact posterior of a global latent the ELBO is log p(x)."""
     row = ROW["exact_global"]

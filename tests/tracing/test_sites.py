@@ -54,7 +54,7 @@ def test_every_site_with_a_density_has_a_record() -> None:
 def test_plates_masks_and_scales_of_records() -> None:
     found = records()
     x, packed = found["model x"], found["density packed"]
-    assert set(x.plates) == set(x.row_plates) == {"data", "words"} and not x.is_latent
+    assert set(x.plates) == set(x.row_plates) == {"data", "words"}
     assert x.sizes == {-2: ROWS, -1: 4} and x.is_subsampled and x.is_masked
     assert set(packed.plates) == {"data"} and not packed.row_plates
     assert not found["model loc"].is_masked and found["jacobian loc"].is_masked
