@@ -7,10 +7,10 @@ size; and by the cost of a step, timed side by side.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.report import (
     Results,
     at,
+    draw_costs,
     draw_learning,
-    draw_ratios,
     draw_values,
     figure,
     method_table,
@@ -32,18 +32,17 @@ from benchmarks.run import (
     Task,
     evidence,
     parse,
-    time_steps,
     training_parser,
 )
-from benchmarks.tasks.images import HELD_OUT, image_task, sizes
-from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
-from pyro_recursive.datasets import dynamic_binarize
+from benchmarks.tasks.images import HELD_OUT, VAE, image_task, sizes
+from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
 
 BASELINE = "Trace_ELBO"
 PYRO = {"num_particles": 64, "vectorize_particles": True, "max_plate_nesting": 1}
 
+
 # Every method draws 64 samples per datum and step.
-METHODS: dict[str, Callable[[], ELBO]] = {
+LOSSES: dict[str, Callable[[], ELBO]] = {
     BASELINE: lambda: Trace_ELBO(**PYRO),
     "Pyro RenyiELBO": lambda: RenyiELBO(alpha=0, **PYRO),
     "IWAE": lambda: IWAE_ELBO(64),
@@ -55,37 +54,31 @@ METHODS: dict[str, Callable[[], ELBO]] = {
 }
 
 
+def _method(vae: VAE, task: Task, settings: Settings, make_loss: Callable[[], ELBO]) -> Method:
+    return Method(vae, vae.guide, make_loss())
+
+
+METHODS = {name: partial(_method, make_loss=loss) for name, loss in LOSSES.items()}
+
+
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
     parser = training_parser("bounds", __doc__, METHODS)
-    smoke = {"epochs": 1, "eval_points": 20, "eval_samples": 100, "timing_repeats": 1}
-    options = parse(parser, arguments, **smoke)
+    options = parse(parser, arguments)
     epochs = options.epochs or (60 if options.dataset == "digits" else 8)
     settings = Settings.of(options, epochs=epochs, **sizes(options.dataset))
     task = image_task(settings, options, settings.eval_points)
-
-    def build(name: str, prefix: str = "") -> Method:
-        vae = task.make_vae(prefix)
-        return Method(vae, vae.guide, METHODS[name]())
-
-    def evaluate(method: Method) -> dict[str, Any]:
-        return _evaluate(method, task, settings.eval_samples)
-
-    experiment = Experiment(settings, task, options)
-    results = experiment.run(build, evaluate, options.methods, options.seeds, 64)
-    pyro.clear_param_store()
-    timed = {name: build(name, name) for name in dict.fromkeys([BASELINE, *results["runs"]])}
-    batch = dynamic_binarize(task.train[: settings.batch_size])
-    results["steps"] = time_steps(timed, batch, options.timing_repeats, BASELINE)
-    experiment.sort(METHODS)
+    experiment = Experiment(settings, task, METHODS, options, validation_particles=64)
+    experiment.run(_evaluate)
+    experiment.time()
     experiment.finish(report, plot)
 
 
-def _evaluate(method: Method, task: Task, samples: int) -> dict[str, Any]:
+def _evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
     assert task.train_sample is not None
     found: dict[str, Any] = {
-        "test": _scores(method, task.test, samples),
-        "train": _scores(method, task.train_sample, samples),
+        "test": _scores(method, task.test, settings.eval_samples),
+        "train": _scores(method, task.train_sample, settings.eval_samples),
     }
     if isinstance(method.loss, CIWAE_ELBO):
         found["beta"] = float(method.loss.beta)
@@ -94,17 +87,13 @@ def _evaluate(method: Method, task: Task, samples: int) -> dict[str, Any]:
 
 def _scores(method: Method, images: Tensor, samples: int) -> dict[str, Any]:
     """Return log p(x) and IWAE-64 per image, in nats, and the mean ESS of 64 and of all samples."""
-    pyro.set_rng_seed(64)
-    model, guide = method.vae.model, method.guide
-    log_p, ess = evidence(model, guide, images, samples)
     few = [  # the mean of 8 independent IWAE-64 values is less noisy than one
-        log_marginal(model, guide, images, num_particles=64, diagnostics=True) for _ in range(8)
+        evidence(method, images, 64, seed=seed) for seed in range(8)
     ]
     return {
-        "log_p": log_p,
-        "iwae_64": torch.stack([one.log_marginal for one in few]).mean(0).tolist(),
-        "ess": ess.mean().item(),
-        "ess_64": torch.stack([one.ess for one in few]).mean().item(),
+        **evidence(method, images, samples),
+        "iwae_64": torch.tensor([one["log_p"] for one in few]).mean(0).tolist(),
+        "ess_64": sum(one["ess"] for one in few) / len(few),
     }
 
 
@@ -162,6 +151,5 @@ def plot(results: Results, path: Path) -> None:
         draw_values(final, results, {"o": ("test", "log_p"), "|": ("test", "iwae_64")})
         title = f"IWAE-{settings['eval_samples']} (dot) and IWAE-64 (bar)"
         final.set(xlabel="nats per test image", title=title)
-        draw_ratios(cost, list(results["runs"]), {"a step": results["steps"]["ratio"]})
-        cost.set(xlabel="step time / Trace_ELBO", title="cost of a step, equal samples")
+        draw_costs(cost, results, BASELINE)
         drawn.suptitle(f"{settings['dataset']}: training with 64 samples per image")

@@ -11,9 +11,9 @@ sizes of networks and data, restarts, learning rates and epochs are not those of
   MAPA has its recovered prior, the quantile map of its codes (the copula); "KL of codes" is that
   of the mixture over the training codes, without recovery.
 - "MAPA S" sums a row's nearest code and draws S of the others, independently: top=1, samples=S. The
-  paper's S counts samples and may mean something else. "MAPA-GT 5" draws all from the exact index
-  posterior of the current model, made anew every 10 epochs; "MAPA true 5" from that of the true
-  decoder at the true latents; "uniform 5" from all codes alike.
+  paper's S counts samples and may mean something else. "MAPA true 5" draws all from the index
+  posterior of the true decoder at the true latents; "uniform 5" from all codes with equal
+  probability.
 - "pooled S" shares draws without replacement among the rows of a minibatch: one code a row summed
   and S drawn, or, for a fraction S, none summed. With 500 points, S of 4 or more is the exact sum.
 - All of MAPA starts as an autoencoder, for a tenth of the epochs: from a constant decoder, a sum
@@ -24,31 +24,72 @@ sizes of networks and data, restarts, learning rates and epochs are not those of
   by the clock and, on a machine that others use as well, of processor time.
 """
 
-import argparse
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.mapa_plots import plot, state_path
-from benchmarks.mapa_report import report
-from benchmarks.methods.curves import METHODS, learner_of
-from benchmarks.methods.mapa import KDE, Cost, Diverged, Learner, Training, train
-from benchmarks.report import finish, hardware, write_json
+from benchmarks.methods.mapa import (
+    AUTOENCODER,
+    Diverged,
+    Learner,
+    Method,
+    build,
+    independent,
+    pooled,
+    train,
+)
+from benchmarks.report import (
+    BASELINE,
+    Results,
+    color,
+    figure,
+    finish,
+    hardware,
+    spread,
+    table,
+    with_error,
+    write_json,
+)
 from benchmarks.run import base_parser, parse, stored
-from benchmarks.tasks.curves import density_estimate, score, validation
+from benchmarks.tasks.curves import (
+    CurveData,
+    density_estimate,
+    score,
+    true_table,
+    uniform_table,
+    validation,
+)
 from pyro_recursive.datasets import CURVES, Curve, curve
 
 SEEDS_OF_A_DRAW = 100  # initial networks of one draw are not those of another
+NEIGHBOURS = 128  # that a row of the table keeps
+CURVES_OF_COST = ("MAPA", "pooled", "IWAE")  # and a number of samples
+PASSES = (0.1, 30.0)  # the axis: from less than the fewest to more than an IWAE's most
+KDE = "KDE"
+ALL = 500  # codes: as many as there are training points, or more
+
+METHODS: dict[str, Method] = {
+    BASELINE: Method(1),
+    **{f"IWAE {s}": Method(s) for s in (5, 10, 20)},
+    **{f"MAPA {s}": independent(s) for s in (1, 5, 10, 20)},
+    "pooled .2": pooled(0.2, top=0),
+    "pooled .5": pooled(0.5, top=0),
+    **{f"pooled {s}": pooled(s) for s in (1, 2)},
+    "MAPA true 5": independent(5, top=0, table=true_table),
+    "uniform 5": independent(5, top=0, table=uniform_table),
+    "AE": AUTOENCODER,
+    "exact sum": pooled(0, top=ALL),
+    KDE: Method(),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +106,11 @@ class Settings:
     hidden: int = 50
     bound_repeats: int = 5
 
+    def data(self, name: str, seed: int) -> Curve:
+        """Draw a data set."""
+        sizes: Any = {"validation_rows": self.validation_rows, "test_rows": self.test_rows}
+        return curve(name, self.rows, seed=seed, **sizes)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -74,138 +120,196 @@ class Block:
     draw: int
     methods: tuple[str, ...]
     settings: Settings
-    folder: Path | None  # for the networks, where they are to be drawn
 
 
 def main(arguments: list[str]) -> None:
-    """Run what is missing, print tables and verdicts, write JSON and pictures."""
-    options = parse_options(arguments)
-    few = {"rows": 40, "validation_rows": 30, "test_rows": 60, "batch_size": 20, "hidden": 8}
-    settings = Settings(options.restarts, options.epochs, **(few if options.smoke else {}))
-    folder = Path(options.output)
-    results = stored(folder, json.loads(json.dumps(asdict(settings))), options.resume, "draws")
-    results["hardware"] = {**hardware(), "threads": 1, "workers": options.workers}
-    blocks = _missing(results, options, settings, folder)
-    for block, found in tqdm(_all(blocks, options.workers), total=len(blocks), desc="blocks"):
-        of_data = results["draws"].setdefault(block.dataset, {})
-        of_data.setdefault(str(block.draw), {}).update(found)
-        write_json(folder / "results.json", results)
-    pictures = plot(results, draw_of(settings), folder)
-    finish(results, folder / "results.json", report(results), pictures)
-
-
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Return the options; a smoke run has its own."""
+    """Run what is missing, print tables, write JSON and a picture."""
     parser = base_parser("mapa", __doc__)
     parser.add_argument("--datasets", nargs="+", default=list(CURVES), choices=list(CURVES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--draws", type=int, default=10, help="data sets of each kind")
     parser.add_argument("--restarts", type=int, default=2, help="initial networks of each draw")
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seed-offset", type=int, default=0, help="the first draw's seed")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
-    options = parse(parser, arguments, epochs=2)
-    for name in ("draws", "restarts", "epochs", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.smoke:
-        options.draws = min(options.draws, 2)
-    return options
-
-
-def draw_of(settings: Settings) -> Callable[..., Curve]:
-    """Return the function that draws the data of a name and a ``seed``."""
-    return partial(
-        curve,
-        rows=settings.rows,
-        validation_rows=settings.validation_rows,
-        test_rows=settings.test_rows,
-    )
-
-
-def _missing(
-    results: dict[str, Any], options: argparse.Namespace, settings: Settings, folder: Path
-) -> list[Block]:
-    """Return what there is to do: draws outermost, so that an interrupted run has whole ones."""
-    blocks, draws = [], range(options.seed_offset, options.seed_offset + options.draws)
-    for draw in draws:
-        for name in options.datasets:
-            known = results["draws"].get(name, {}).get(str(draw), {})
-            methods = tuple(method for method in options.methods if method not in known)
-            if methods:
-                keep = folder if draw == draws[0] else None
-                blocks.append(Block(name, draw, methods, settings, keep))
-    return blocks
+    options = parse(parser, arguments, epochs=2, workers=1)
+    few = {"rows": 40, "validation_rows": 30, "test_rows": 60, "batch_size": 20, "hidden": 8}
+    settings = Settings(options.restarts, options.epochs, **(few if options.smoke else {}))
+    draws = min(options.draws, 2) if options.smoke else options.draws
+    folder = Path(options.output)
+    results = stored(folder, asdict(settings), options.resume, "draws")
+    results["hardware"] = {**hardware(), "threads": 1, "workers": options.workers}
+    blocks = []
+    for draw, name in product(range(draws), options.datasets):
+        known = results["draws"].get(name, {}).get(str(draw), {})
+        if methods := tuple(method for method in options.methods if method not in known):
+            blocks.append(Block(name, draw, methods, settings))
+    for block, found in tqdm(_all(blocks, options.workers), total=len(blocks), desc="blocks"):
+        of_data = results["draws"].setdefault(block.dataset, {})
+        of_data.setdefault(str(block.draw), {}).update(found)
+        write_json(folder / "results.json", results)
+    picture = folder / "costs.png"
+    plot(results, picture)
+    finish(results, folder / "results.json", report(results), [picture])
 
 
 def _all(blocks: list[Block], workers: int) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Run blocks, in processes if there are to be several; yield each as it is done."""
     if workers == 1:
-        for block in blocks:
-            yield block, run(block)
+        yield from map(run, blocks)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    executor = ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        futures: dict[Future, Block] = {executor.submit(run, block): block for block in blocks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    with context.Pool(workers) as pool:
+        yield from pool.imap_unordered(run, blocks)
 
 
-def run(block: Block) -> dict[str, Any]:
-    """Return the scores of the methods of a block."""
-    with _one_thread(), pyro.validation_enabled(False):
-        data = draw_of(block.settings)(block.dataset, seed=block.draw)
-        truth = data.evidence(data.test)
-        found = {}
+def run(block: Block) -> tuple[Block, dict[str, Any]]:
+    """Return a block and the scores of its methods."""
+    torch.set_num_threads(1)
+    data = block.settings.data(block.dataset, block.draw)
+    truth, found = data.evidence(data.test), {}
+    with pyro.validation_enabled(False):
         for name in tqdm(block.methods, desc=f"{block.dataset} {block.draw}", leave=False):
             if name == KDE:
                 found[name] = density_estimate(data, truth)
             else:
                 found[name] = _of_method(name, data, truth, block)
-        return found
+    return block, found
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def learner_of(name: str, data: Curve, hidden: int, seed: int) -> Learner:
+    """Return a method with the initial networks of a seed."""
+    method = METHODS[name]
+    neighbours = ALL if method.options.get("top") == ALL else NEIGHBOURS
+    return build(method, CurveData(data, hidden), seed, neighbours)
 
 
-def _of_method(name: str, data: Curve, truth: torch.Tensor, block: Block) -> dict[str, Any]:
+def _of_method(name: str, data: Curve, truth: Tensor, block: Block) -> dict[str, Any]:
     """Train each restart, and evaluate the one that is best on validation on the test points."""
     settings, failures = block.settings, []
-    training = Training(settings.epochs, settings.batch_size, settings.rate)
-    runs: list[tuple[float, Learner, Cost]] = []
+    runs: list[tuple[float, Learner, dict[str, float]]] = []
     for restart in range(settings.restarts):
         seed = SEEDS_OF_A_DRAW * block.draw + restart
         try:
             learner = learner_of(name, data, settings.hidden, seed)
-            cost = train(learner, training, seed)
+            cost = train(learner, seed, settings.epochs, settings.batch_size, settings.rate)
             runs.append((validation(learner), learner, cost))
         except Diverged as error:
             failures.append(f"restart {restart}: {error}")
     if not runs:
         return {"failures": failures}
     best, learner, cost = max(runs, key=lambda found: found[0])
-    if block.folder is not None:
-        path = state_path(block.folder, block.dataset, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        learned = {"encoder": learner.encoder, "decoder": learner.decoder}
-        torch.save({part: net.state_dict() for part, net in learned.items()}, path)
     return {
         **score(learner, truth, settings.batch_size, settings.bound_repeats),
         "validation": best,
         "validations": [found[0] for found in runs],
-        "passes": cost.passes,
-        "seconds": min(found[2].seconds for found in runs),
-        "processor_seconds": min(found[2].processor_seconds for found in runs),
+        "passes": cost["passes"],
+        **{key: min(run[2][key] for run in runs) for key in ("seconds", "processor_seconds")},
         "failures": failures,
     }
+
+
+# The report.
+
+Draws = dict[str, dict[str, Any]]  # of one data set: draw to method to scores
+
+
+def report(results: Results) -> str:
+    """Return a table for each data set, all in nats per point but the costs.
+
+    KL, gap: mean ± standard deviation over draws; "vs VAE": mean of the differences within a draw ±
+    its standard error.
+    """
+    return "\n\n".join(_of_data(name, draws) for name, draws in results["draws"].items() if draws)
+
+
+def _of_data(name: str, draws: Draws) -> str:
+    methods = [method for method in METHODS if any(method in runs for runs in draws.values())]
+    rows = [[method, *(cell(draws, method) for cell in COLUMNS.values())] for method in methods]
+    failed = [
+        f"{method}, draw {draw}: {failure}"
+        for draw, runs in draws.items()
+        for method in methods
+        for failure in runs.get(method, {}).get("failures", [])
+    ]
+    return "\n".join([f"{name}, {len(draws)} draws", table(["method", *COLUMNS], rows), *failed])
+
+
+def values(draws: Draws, method: str, key: str) -> Tensor:
+    """Return the numbers of a method, one for each draw that has one: ``[draws]``."""
+    found = (runs.get(method, {}).get(key) for runs in draws.values())
+    return torch.tensor([x for x in found if x is not None], dtype=torch.float64)
+
+
+def _spread(draws: Draws, method: str, key: str) -> str:
+    return spread(values(draws, method, key), digits=3)
+
+
+def _mean(draws: Draws, method: str, key: str, digits: int) -> str:
+    found = values(draws, method, key)
+    return f"{found.mean():.{digits}f}" if len(found) else ""
+
+
+def _median(draws: Draws, method: str) -> str:
+    """Return the median, which a run that stayed on a plateau does not move."""
+    found = values(draws, method, "kl")
+    return f"{found.quantile(0.5):.3f}" if len(found) else ""
+
+
+def _versus(draws: Draws, method: str) -> str:
+    """Return the test KL less the VAE's, over the draws that have both."""
+    pairs = ([runs.get(n, {}).get("kl") for n in (method, BASELINE)] for runs in draws.values())
+    both = [a - b for a, b in pairs if a is not None and b is not None]
+    if method == BASELINE or not both:
+        return ""
+    return with_error(torch.tensor(both, dtype=torch.float64), sign=True, digits=3)
+
+
+COLUMNS: dict[str, Callable[[Draws, str], str]] = {
+    "test KL": partial(_spread, key="kl"),
+    "median": _median,
+    "vs VAE": _versus,
+    "KL of codes": partial(_spread, key="kl_of_codes"),
+    "passes/point": partial(_mean, key="passes", digits=2),
+    "seconds": partial(_mean, key="seconds", digits=1),
+    "processor": partial(_mean, key="processor_seconds", digits=1),
+    "gap": partial(_spread, key="gap"),
+}
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw test KL against decoder passes."""
+    draws = {name: found for name, found in results["draws"].items() if found}
+    with figure(path, 1, len(draws), 90, figsize=(3.1 * len(draws), 2.9)) as (drawn, axes):
+        for panel, (name, found) in zip(axes[0], draws.items(), strict=True):
+            _draw_costs(panel, found)
+            panel.set(title=name, xlabel="decoder passes per point", xscale="log", xlim=PASSES)
+        axes[0][0].set_ylabel("test KL, nats")
+        labels = axes[0][0].get_legend_handles_labels()
+        drawn.legend(*labels, loc="outside right center", fontsize=8)
+
+
+def _draw_costs(panel: Any, found: Draws) -> None:
+    """Draw test KL against passes: a line for each kind of method, a mark for each other one."""
+    methods = dict.fromkeys(method for runs in found.values() for method in runs)
+    cost = {
+        method: tuple(values(found, method, key).mean().item() for key in ("passes", "kl"))
+        for method in methods
+        if len(values(found, method, "kl"))
+    }
+    if KDE in cost:
+        panel.axhline(cost.pop(KDE)[1], color="0.5", linestyle="--", label=KDE)
+    lines: dict[str, list[tuple[float, ...]]] = {title: [] for title in CURVES_OF_COST}
+    for method in list(cost):
+        title, _, samples = method.partition(" ")
+        if title in lines and samples.replace(".", "").isdigit():
+            lines[title].append(cost.pop(method))
+    if BASELINE in cost:
+        lines["IWAE"].append(cost.pop(BASELINE))
+    for number, (title, line) in enumerate(lines.items()):
+        x, y = zip(*sorted(line), strict=True) if line else ((), ())
+        panel.plot(x, y, "o-", color=color(number), label=title, markersize=4)
+    for number, (method, point) in enumerate(cost.items()):
+        panel.plot(*point, "sDv^<>P"[number % 7], color=color(number + 3), label=method)
+    if any(y > 0 for line in panel.lines for y in line.get_ydata()):  # else no log axis
+        panel.set_yscale("log")

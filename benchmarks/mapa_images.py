@@ -27,31 +27,43 @@ are its samples. Seconds are of training alone, and the table's are told once; r
 """
 
 import argparse
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.mapa_images_report import picture_path, plot, report
 from benchmarks.methods.mapa import (
     AUTOENCODER,
-    BASELINE,
     Diverged,
     Empirical,
     Learner,
     Method,
-    Training,
     build,
     independent,
     pooled,
     train,
 )
-from benchmarks.report import finish, hardware, write_json
+from benchmarks.report import (
+    BASELINE,
+    Results,
+    Runs,
+    figure,
+    finish,
+    hardware,
+    spread,
+    table,
+    with_error,
+    write_json,
+)
 from benchmarks.run import Settings, parse, stored, training_parser
 from benchmarks.tasks.code_images import GRID_LATENTS, ImageData, score
 from benchmarks.tasks.images import image_task, sizes
@@ -75,20 +87,29 @@ class ImageSettings(Settings):
     """What determines a result, beside its latents, method and seed."""
 
     train_points: int | None
-    rate: float
     recovered_samples: int  # for models with a recovered prior
-    nodes: int  # of an axis of the grid
+    rate: float = 3e-3  # of Adam; it falls to 0
+    nodes: int = 300  # of an axis of the grid
 
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, print tables, write JSON and a picture."""
-    options = parse_options(arguments)
-    widths = sizes(options.dataset) | {"latent": 0}  # which --latents has
+    parser = training_parser("mapa-images", __doc__, METHODS)
+    parser.set_defaults(eval_points=500, seeds=[0, 1, 2])
+    parser.add_argument("--latents", type=int, nargs="+", default=[2, 10])
+    parser.add_argument("--train-points", type=int, help="default: all that are not held out")
+    parser.add_argument("--recovered-samples", type=int, default=1000, help="with recovered priors")
+    smoke = {"epochs": 2, "seeds": [0], "train_points": 150, "eval_samples": 50}
+    options = parse(parser, arguments, **smoke, nodes=40, recovered_samples=20)
     epochs = options.epochs or (60 if options.dataset == "digits" else 10)
+    if epochs < 2:
+        parser.error(f"--epochs must be at least 2, one of them to warm up; got {epochs}")
+    widths = sizes(options.dataset) | {"latent": 0}  # which --latents has
     settings, folder = ImageSettings.of(options, epochs=epochs, **widths), Path(options.output)
     data = image_data(settings, options)
     results = stored(folder, asdict(settings), options.resume, "runs")
     results["hardware"] = hardware()
+    pictures: dict[str, Picture] = {}
     for seed, latents, name in tqdm(
         list(product(options.seeds, options.latents, options.methods)), desc="runs"
     ):
@@ -96,26 +117,13 @@ def main(arguments: list[str]) -> None:
         if str(seed) not in found:
             data.latents = latents
             with pyro.validation_enabled(False):
-                found[str(seed)] = _run(name, seed, settings, data, folder)
+                found[str(seed)], picture = _run(name, seed, settings, data)
+            if picture is not None:
+                pictures.setdefault(name, picture)
             results["table_seconds"] = data.table_seconds or results.get("table_seconds")
             write_json(folder / "results.json", results)
-    finish(results, folder / "results.json", report(results), plot(results, folder))
-
-
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Return the options; a smoke run has its own."""
-    parser = training_parser("mapa-images", __doc__, METHODS)
-    parser.set_defaults(eval_points=500, seeds=[0, 1, 2])
-    parser.add_argument("--latents", type=int, nargs="+", default=[2, 10])
-    parser.add_argument("--train-points", type=int, help="default: all that are not held out")
-    parser.add_argument("--rate", type=float, default=3e-3, help="of Adam; it falls to 0")
-    parser.add_argument("--nodes", type=int, default=300, help="points of an axis of the grid")
-    parser.add_argument("--recovered-samples", type=int, default=1000, help="with recovered priors")
-    smoke = {"epochs": 2, "seeds": [0], "train_points": 150, "eval_points": 20, "eval_samples": 50}
-    options = parse(parser, arguments, **smoke, nodes=40, recovered_samples=20)
-    if options.epochs is not None and options.epochs < 2:
-        parser.error(f"--epochs must be at least 2, one of them to warm up; got {options.epochs}")
-    return options
+    files = plot(pictures, folder / "codes.png") if pictures else []
+    finish(results, folder / "results.json", report(results), files)
 
 
 def image_data(settings: ImageSettings, options: argparse.Namespace) -> ImageData:
@@ -132,37 +140,158 @@ def learner_of(name: str, data: ImageData, seed: int) -> Learner:
     return build(METHODS[name], data, seed, NEIGHBOURS, estimator="dreg")
 
 
+Picture = tuple[Tensor, Tensor, Tensor]  # codes, their labels, and samples of images
+
+
 def _run(
-    name: str, seed: int, settings: ImageSettings, data: ImageData, folder: Path
-) -> dict[str, Any]:
-    """Train and evaluate a method, and keep what is to be drawn."""
+    name: str, seed: int, settings: ImageSettings, data: ImageData
+) -> tuple[dict[str, Any], Picture | None]:
+    """Train and evaluate a method; return what is to be drawn, too, for two latents."""
     learner = learner_of(name, data, seed)
-    training = Training(settings.epochs, settings.batch_size, settings.rate)
     try:
-        cost = asdict(train(learner, training, seed))
+        cost = train(learner, seed, settings.epochs, settings.batch_size, settings.rate)
     except Diverged as error:
-        return {"failure": str(error)}
+        return {"failure": str(error)}, None
     steps = settings.steps(len(data.train))
     cost["ms_per_step"] = 1000 * cost["processor_seconds"] / steps
     pyro.set_rng_seed(seed + 1000)
     start = time.perf_counter()
     try:
         found = score(learner, settings.nodes, settings.eval_samples, settings.recovered_samples)
-        if data.latents == GRID_LATENTS:
-            _keep_picture(learner, picture_path(folder, name, data.latents, seed))
+        picture = _picture(learner) if data.latents == GRID_LATENTS else None
     except ValueError as error:  # of codes that no continuous prior can be recovered from
-        return {**cost, "failure": str(error)}
-    return {**cost, **found, "scoring_seconds": time.perf_counter() - start}
+        return {**cost, "failure": str(error)}, None
+    return {**cost, **found, "scoring_seconds": time.perf_counter() - start}, picture
 
 
 @torch.no_grad()
-def _keep_picture(learner: Learner, path: Path) -> None:
-    """Keep the codes, and means of images that the continuous model draws."""
+def _picture(learner: Learner) -> Picture:
+    """Return codes, labels, and means of images that the continuous model draws."""
     codes = learner.codes()
     if isinstance(learner, Empirical):
         z = recover_prior(codes, "kde", held_out=0)().sample((SHOWN,))
     else:
         z = torch.randn(SHOWN, learner.data.latents)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"codes": codes, "labels": learner.data.labels, "samples": learner.decoder(z).sigmoid()}
-    torch.save(kept, path)
+    return codes, learner.data.labels, learner.decoder(z).sigmoid()
+
+
+# The report.
+
+TRAIN = ("train_codes", "train_continuous", "train_sampled")  # the first that there is
+LARGEST_GRID_ERROR = 0.05  # nats, that are not worth telling
+
+
+def report(results: Results) -> str:
+    """Return a table for each number of latents: nats per image, ± a standard error over images.
+
+    Numbers are means over seeds; differences to the VAE are of the same images and seeds, and in
+    brackets is their standard deviation over seeds. "train log p" is that of the codes, of the VAE
+    and IWAE that of the continuous prior. ESS: the median over images, of so many draws.
+    """
+    parts = [
+        _of_latents(int(latents), methods, results["settings"]["dataset"])
+        for latents, methods in results["runs"].items()
+    ]
+    seconds = results.get("table_seconds")
+    if seconds is not None:
+        parts.append(f"The table of neighbours took {seconds:.1f} s, once for all methods.")
+    return "\n\n".join(parts)
+
+
+def _of_latents(latents: int, methods: dict[str, Runs], dataset: str) -> str:
+    seeds = max(len(runs) for runs in methods.values())
+    rows = [[name, *(cell(name, methods) for _, cell in COLUMNS)] for name in methods]
+    header = ["method", *(title for title, _ in COLUMNS)]
+    lines = [f"{dataset}, {latents} latents, {seeds} seeds", table(header, rows)]
+    for name, runs in methods.items():
+        for seed, run in runs.items():
+            if "failure" in run:
+                lines.append(f"{name}, seed {seed}: {run['failure']}")
+            if run.get("grid_error", 0) > LARGEST_GRID_ERROR:
+                error = run["grid_error"]
+                lines.append(f"{name}, seed {seed}: half the grid is off by up to {error:.2f} nats")
+    return "\n".join(lines)
+
+
+def _mean(name: str, methods: dict[str, Runs], of: Callable[[Runs], dict[str, Tensor]]) -> str:
+    """Return a score, the mean over seeds, ± one standard error over images."""
+    found = of(methods[name])
+    return with_error(torch.stack(list(found.values())).mean(0)) if found else ""
+
+
+def _number(name: str, methods: dict[str, Runs], key: str, digits: int = 1) -> str:
+    return spread(numbers(methods[name], key), digits=digits)
+
+
+def _train(name: str, methods: dict[str, Runs]) -> str:
+    key = next((key for key in TRAIN if len(numbers(methods[name], key))), TRAIN[0])
+    return _number(name, methods, key, 2)
+
+
+def _versus(name: str, methods: dict[str, Runs], key: str) -> str:
+    """Return the mean difference to the VAE, its error over images, and its spread over seeds."""
+    runs, base = methods[name], best(methods.get(BASELINE, {}))
+    own = best(runs) if key == "continuous" else scores(runs, key)
+    pairs = [own[seed] - base[seed] for seed in own if seed in base]
+    if name == BASELINE or not pairs:
+        return ""
+    differences = torch.stack(pairs)
+    text = with_error(differences.mean(0), sign=True)
+    return f"{text} ({differences.mean(1).std().item():.2f})" if len(pairs) > 1 else text
+
+
+def _ess(name: str, methods: dict[str, Runs]) -> str:
+    found, samples = (numbers(methods[name], key) for key in ("ess", "samples"))
+    return f"{found.mean():.0f} of {samples.max():.0f}" if len(found) else ""
+
+
+def scores(runs: Runs, key: str) -> dict[str, Tensor]:
+    """Return log p(x) of each test image ``[rows]`` by seed, where it was measured."""
+    found = {seed: run.get(key) for seed, run in runs.items()}
+    return {seed: torch.tensor(v, dtype=torch.float64) for seed, v in found.items() if v}
+
+
+def best(runs: Runs) -> dict[str, Tensor]:
+    """Return the scores under a continuous prior: by quadrature where that is possible."""
+    return scores(runs, "continuous") or scores(runs, "sampled")
+
+
+def numbers(runs: Runs, key: str) -> Tensor:
+    """Return a number of each seed that has it, ``[seeds]``."""
+    found = [run[key] for run in runs.values() if key in run]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+COLUMNS: list[tuple[str, Callable[[str, dict[str, Runs]], str]]] = [
+    ("test log p, codes", partial(_mean, of=partial(scores, key="codes"))),
+    ("vs VAE", partial(_versus, key="codes")),
+    ("continuous", partial(_mean, of=best)),
+    ("vs VAE", partial(_versus, key="continuous")),
+    ("sampled", partial(_mean, of=partial(scores, key="sampled"))),
+    ("ESS", _ess),
+    ("train log p", _train),
+    ("passes/image", partial(_number, key="passes", digits=2)),
+    ("seconds", partial(_number, key="seconds")),
+    ("processor", partial(_number, key="processor_seconds")),
+    ("ms/step", partial(_number, key="ms_per_step")),
+]
+
+
+def plot(pictures: dict[str, Picture], path: Path) -> list[Path]:
+    """Draw codes by class and samples of every method."""
+    with figure(path, 2, len(pictures), 90, figsize=(2.6 * len(pictures), 5.2)) as (_, axes):
+        for (above, below), (name, kept) in zip(axes.T, pictures.items(), strict=True):
+            codes, labels, samples = kept
+            above.scatter(*codes.T.numpy(), c=labels.numpy(), cmap="tab10", s=2, linewidths=0)
+            above.set_title(name)
+            below.imshow(_tiled(samples).numpy(), cmap="Greys", vmin=0, vmax=1)
+            below.set_axis_off()
+        axes[0][0].set_ylabel("codes of training images")
+    return [path]
+
+
+def _tiled(images: Tensor) -> Tensor:
+    """Return images ``[n * n, side * side]`` as one, ``[n * side, n * side]``."""
+    count, side = math.isqrt(len(images)), math.isqrt(images.shape[1])
+    tiles = images.reshape(count, count, side, side)
+    return tiles.transpose(1, 2).reshape(count * side, count * side)

@@ -19,14 +19,32 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Results, finish, hardware, table, write_json
-from benchmarks.run import base_parser, parse
-from benchmarks.timing import peak_megabytes
+from benchmarks.run import base_parser, parse, peak_megabytes
 from pyro_recursive.datasets import load
-from pyro_recursive.mapa.kernels import Bernoulli, Gaussian
+from pyro_recursive.mapa.kernels import Gaussian
 from pyro_recursive.mapa.table import neighbours
 
-OURS = "pyro_recursive exact"
 SCALE = 0.3  # of the Gaussian kernel: it does not change the order of neighbours
+
+
+def ours(x: Tensor, k: int) -> Tensor:
+    """Return the indices of the neighbours of all rows, ``[N, k]``."""
+    return neighbours(x, Gaussian(SCALE), k).index
+
+
+def by_sklearn(x: Tensor, k: int) -> Tensor:
+    """Return scikit-learn's, ``[N, k]``."""
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(x.numpy())
+    return torch.from_numpy(search.kneighbors(x.numpy(), return_distance=False))
+
+
+OURS = "pyro_recursive exact"
+METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    OURS: ours,
+    "scikit-learn brute force": by_sklearn,
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -35,8 +53,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--neighbours", type=int, default=64)
-    others = [method for method in methods() if method != OURS]
-    parser.add_argument("--beside", nargs="*", default=others, choices=others)
     parser.add_argument("--method", help=argparse.SUPPRESS)  # in the child processes
     options = parse(parser, arguments, dataset="digits", rows=500, neighbours=8)
     folder = Path(options.output)
@@ -56,60 +72,25 @@ def measure(options: argparse.Namespace) -> Results:
         "data": {"shape": list(x.shape), "megabytes": x.nbytes / 2**20},
         "methods": {},
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.save(x, folder / "data.pt")
-        for method in (OURS, *options.beside):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(x, f"{folder}/data.pt")
+        for method in METHODS:
             print(f"{method} ...", flush=True)
-            results["methods"][method] = in_a_process(method, folder, options.neighbours)
-        ours = torch.load(folder / f"{OURS}.pt", weights_only=True)
-        for method, found in results["methods"].items():
-            if "Bernoulli" not in method:
-                found["agreement"] = agreement(
-                    ours, torch.load(folder / f"{method}.pt", weights_only=True)
-                )
+            command = [sys.executable, "-m", "benchmarks", "neighbours", "--method", method]
+            command += ["--output", folder, "--neighbours", str(options.neighbours)]
+            subprocess.run(command, check=True)  # the highest memory is then the method's own
+            found = json.loads(Path(f"{folder}/{method}.json").read_text())
+            expected, index = (
+                torch.load(f"{folder}/{name}.pt", weights_only=True) for name in (OURS, method)
+            )
+            results["methods"][method] = {**found, "agreement": agreement(expected, index)}
     return results
-
-
-def methods() -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Return what is installed, by name: data and k to indices ``[N, k]``."""
-    return {
-        OURS: ours,
-        "pyro_recursive exact, Bernoulli": bits,
-        "scikit-learn brute force": by_sklearn,
-    }
-
-
-def ours(x: Tensor, k: int) -> Tensor:
-    return neighbours(x, Gaussian(SCALE), k).index
-
-
-def bits(x: Tensor, k: int) -> Tensor:
-    """Return neighbours of binary data, whose distances have many ties."""
-    x = (x > 0.5).to(torch.float32)
-    return neighbours(x, Bernoulli(), k).index
-
-
-def by_sklearn(x: Tensor, k: int) -> Tensor:
-    from sklearn.neighbors import NearestNeighbors
-
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(x.numpy())
-    return torch.from_numpy(search.kneighbors(x.numpy(), return_distance=False))
-
-
-def in_a_process(method: str, folder: Path, k: int) -> dict[str, float]:
-    """Run one method in a fresh process, whose highest memory is then its own."""
-    command = [sys.executable, "-m", "benchmarks", "neighbours", "--method", method]
-    command += ["--output", str(folder), "--neighbours", str(k)]
-    subprocess.run(command, check=True)
-    found: dict[str, float] = json.loads((folder / f"{method}.json").read_text())
-    return found
 
 
 def run_one(method: str, folder: Path, k: int) -> None:
     """Time one method, and write the indices and the measurements beside the data."""
     x = torch.load(folder / "data.pt", weights_only=True)
-    search = methods()[method]
+    search = METHODS[method]
     search(x[:1000], min(k, 10))  # loads libraries and starts threads
     before = peak_megabytes()
     start, processor = time.perf_counter(), time.process_time()
@@ -126,10 +107,8 @@ def run_one(method: str, folder: Path, k: int) -> None:
 
 def agreement(expected: Tensor, found: Tensor) -> float:
     """Return the share of expected neighbours that were found, in any order."""
-    total = 0
-    for rows, others in zip(expected.split(1000), found.split(1000), strict=True):
-        both = torch.cat([rows, others], 1).sort(1).values
-        total += int((both[:, 1:] == both[:, :-1]).sum())
+    pairs = zip(expected.split(1000), found.split(1000), strict=True)
+    total = sum((rows[:, :, None] == others[:, None]).sum().item() for rows, others in pairs)
     return total / expected.numel()
 
 
@@ -144,7 +123,7 @@ def report(results: Results) -> str:
             f"{found['processor_seconds']:.1f}",
             f"{found['peak_megabytes']:.0f}",
             f"{found['above_data_megabytes']:.0f}",
-            f"{found['agreement']:.4f}" if "agreement" in found else "-",
+            f"{found['agreement']:.4f}",
         ]
         for name, found in results["methods"].items()
     ]

@@ -22,15 +22,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, MCMC, NUTS, Trace_ELBO
-from torch.distributions import biject_to
+from pyro.infer.autoguide import init_to_sample
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.posterior_report import REFERENCE, plot, report
-from benchmarks.report import Results, finish, hardware, write_json
+from benchmarks.report import Results, figure, finish, hardware, spread, table, write_json
 from benchmarks.run import base_parser, parse
-from benchmarks.tasks.posteriors import PROBLEMS, Draws, Problem, sample_sites
+from benchmarks.tasks.posteriors import PROBLEMS, Draws, Problem
 from pyro_recursive import (
     AmortizedGuide,
     FlowGuide,
@@ -41,21 +40,23 @@ from pyro_recursive import (
     Stratified_ELBO,
     log_marginal,
 )
+from pyro_recursive.evaluation import importance_weights, posterior_draws
 
 DRAWS = 8  # of the guide in each training step
+REFERENCE = "NUTS"
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that determines a result."""
 
-    steps: int
-    samples: int
-    elbo_draws: int
-    chains: int
-    warmup: int
-    kept: int
     seeds: tuple[int, ...]
+    steps: int
+    samples: int = 5000
+    elbo_draws: int = 20_000
+    chains: int = 4
+    warmup: int = 200
+    kept: int = 300
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each guide")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pictures: the first")
     options = parse(parser, arguments)
+    settings = Settings(tuple(options.seeds), options.steps)
     if options.smoke:
-        settings = Settings(12, 100, 200, chains=2, warmup=5, kept=5, seeds=(options.seeds[0],))
-    else:
-        settings = Settings(options.steps, 5000, 20_000, 4, 200, 300, tuple(options.seeds))
+        settings = Settings((options.seeds[0],), 12, 100, 200, chains=2, warmup=5, kept=5)
     folder, reports, pictures = Path(options.output), [], []
     results: Results = {"settings": asdict(settings), "hardware": hardware(), "models": {}}
     for name in options.models:
@@ -140,7 +140,7 @@ def _run(problem: Problem, methods: list[str], settings: Settings) -> tuple[dict
     return found, draws
 
 
-def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tuple[dict, Draws]:
+def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tuple[dict, Any]:
     """Train a guide and judge it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -149,12 +149,13 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
     train(problem.model, guide, method.loss(problem), settings.steps, method.rate)
     seconds = time.perf_counter() - start
     pyro.set_rng_seed(seed + 1000)
-    elbo, error = _elbo(problem.model, guide, settings.elbo_draws)
+    weights = importance_weights(problem.model, guide, num_particles=settings.elbo_draws)
+    elbo = weights.log_weights.mean().item()
     evidence = log_marginal(problem.model, guide, num_particles=settings.samples, diagnostics=True)
-    draws = _draws(guide, settings.samples)
+    draws = posterior_draws(problem.model, guide, num_draws=settings.samples)
     numbers = {
         "elbo": elbo,
-        "elbo_error": error,
+        "elbo_error": weights.log_weights.std().item() / settings.elbo_draws**0.5,
         "kl": problem.log_evidence - elbo,
         "log_marginal": evidence.log_marginal.item(),
         "standard_error": evidence.standard_error.item(),
@@ -182,22 +183,7 @@ def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: f
         optimizer.step()
 
 
-def _elbo(model: Callable[[], None], guide: Any, draws: int) -> tuple[float, float]:
-    """Return the ELBO and its standard error."""
-    loss = Trace_ELBO(draws // 20, vectorize_particles=True, max_plate_nesting=1)
-    values = -torch.tensor([loss.loss(model, guide) for _ in range(20)])
-    return values.mean().item(), values.std().item() / 20**0.5
-
-
-@torch.no_grad()
-def _draws(guide: Any, count: int) -> Draws:
-    """Return draws of every site, ``[count, ...]``."""
-    with pyro.plate("draws", count, dim=-2):
-        found = guide()
-    return {n: value.squeeze(1) if value.shape[1] == 1 else value for n, value in found.items()}
-
-
-def _shares(problem: Problem, draws: Draws) -> list[float]:
+def _shares(problem: Problem, draws: Any) -> list[float]:
     """Return the share of the draws in each mode."""
     count = torch.bincount(problem.mode_of(draws), minlength=problem.modes)
     return (count / count.sum()).tolist()
@@ -220,19 +206,93 @@ def _nuts(problem: Problem, settings: Settings) -> tuple[dict[str, Any], Draws]:
 
 
 def _chain(problem: Problem, settings: Settings) -> Draws:
-    trace = poutine.trace(problem.model).get_trace()
-    starts = {
-        site["name"]: biject_to(site["fn"].support).inv(site["value"])
-        for site in sample_sites(trace)
-        if not site["is_observed"]
-    }
-    kernel = NUTS(problem.model, target_accept_prob=0.9, max_tree_depth=6)
-    sampler = MCMC(
-        kernel,
-        num_samples=settings.kept,
-        warmup_steps=settings.warmup,
-        initial_params=starts,
-        disable_progbar=True,
+    kernel = NUTS(
+        problem.model, target_accept_prob=0.9, max_tree_depth=6, init_strategy=init_to_sample
     )
+    sampler = MCMC(kernel, settings.kept, warmup_steps=settings.warmup, disable_progbar=True)
     sampler.run()
     return sampler.get_samples()
+
+
+# The report.
+
+
+def report(found: dict[str, Any], problem: Problem) -> str:
+    """Return the table of a model; over several seeds, means ± standard deviations."""
+    header = ["guide", "ELBO", "KL(q||p)", "log p(x)", "± error", "ESS", "modes", "parts", "s"]
+    rows = [_row(name, runs, problem) for name, runs in found["guides"].items()]
+    nuts = found["nuts"]
+    modes = f"{_covered(nuts['modes'], problem)} of {problem.modes}"
+    rows.append([REFERENCE, "", "", "", "", "", modes, "", f"{nuts['seconds']:.0f}"])
+    each = [str(_covered(shares, problem)) for shares in nuts["modes_by_chain"]]
+    r_hat = ", ".join(f"{value:.2f}" for value in nuts["r_hat"])
+    title = f"{found['title']}: log p(x) = {found['log_evidence']:.3f} by quadrature"
+    ending = f"NUTS: modes in each chain {', '.join(each)}; split R-hat of what is drawn {r_hat}"
+    return f"{title}\n{table(header, rows)}\n{ending}"
+
+
+def _row(name: str, runs: list[dict[str, Any]], problem: Problem) -> list[str]:
+    modes = sorted({_covered(run["modes"], problem) for run in runs})
+    parts = sorted({run["components"] for run in runs})
+    return [
+        name,
+        _over_seeds(runs, "elbo"),
+        _over_seeds(runs, "kl"),
+        _over_seeds(runs, "log_marginal"),
+        f"{max(run['standard_error'] for run in runs):.3f}",
+        f"{min(run['ess'] for run in runs):.0f}",
+        f"{'-'.join(map(str, modes))} of {problem.modes}",
+        "-".join(map(str, parts)),
+        f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+    ]
+
+
+def _over_seeds(runs: list[dict[str, Any]], key: str) -> str:
+    return spread(torch.tensor([run[key] for run in runs]), digits=3)
+
+
+def _covered(shares: list[float], problem: Problem) -> int:
+    return sum(share >= 0.1 / problem.modes for share in shares)
+
+
+def plot(problem: Problem, found: dict[str, Any], draws: dict[str, Draws], path: Path) -> None:
+    """Draw the posterior, and over it the draws of NUTS and of each guide."""
+    names, columns = [REFERENCE, *(name for name in draws if name != REFERENCE)], 4
+    rows = -(-len(names) // columns)
+    options = {"figsize": (13, 3.1 * rows), "sharex": True, "sharey": True}
+    with figure(path, rows, columns, 80, **options) as (drawn, axes):
+        for number, (panel, name) in enumerate(zip(axes.flat, names, strict=False)):
+            _panel(panel, problem, problem.view(draws[name]), f"C{number}")
+            modes = "" if problem.modes == 1 else f", modes {_modes(name, found, problem)}"
+            kl = "" if name == REFERENCE else f": KL {found['guides'][name][0]['kl']:.2f}"
+            panel.set_title(f"{name}{kl}{modes}", fontsize=10)
+        for panel in axes.flat[len(names) :]:
+            panel.set_visible(False)
+        drawn.suptitle(f"{problem.title}: the posterior by quadrature (grey) and draws")
+
+
+def _modes(name: str, found: dict[str, Any], problem: Problem) -> str:
+    run = found["nuts"] if name == REFERENCE else found["guides"][name][0]
+    return f"{_covered(run['modes'], problem)}/{problem.modes}"
+
+
+def _panel(panel: Any, problem: Problem, draws: Tensor, color: str) -> None:
+    density = (problem.reference - problem.reference.max()).exp()
+    points = [
+        torch.linspace(low, high, size)
+        for (_, low, high), size in zip(problem.axes, density.shape, strict=True)
+    ]
+    name, low, high = problem.axes[0]
+    panel.set(xlabel=name, xlim=(low, high))
+    if draws.shape[-1] == 1:
+        mass = density / (density.sum() * (points[0][1] - points[0][0]))
+        panel.fill_between(points[0], mass, color="0.75")
+        options = {"density": True, "histtype": "step", "color": color}
+        panel.hist(draws[:, 0].numpy(), 120, (low, high), **options)
+        return
+    levels = [0.01, 0.1, 0.5, 1.01]  # of the highest density
+    panel.contourf(*points, density.T, levels=levels, colors=["0.9", "0.8", "0.65"])
+    shown = draws[:: max(1, len(draws) // 1000)]
+    panel.plot(*shown.T, ".", markersize=1.5, color=color, alpha=0.7)
+    name, low, high = problem.axes[1]
+    panel.set(ylabel=name, ylim=(low, high))

@@ -12,21 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from benchmarks.methods.refinement import BASELINE, METHODS, Setup, build
+from benchmarks.methods.refinement import METHODS
 from benchmarks.report import (
     Column,
     Results,
     Runs,
     color,
+    draw_bars,
     draw_values,
     figure,
     means,
     method_table,
-    name_rows,
     spread,
     training_ratio,
     versus,
@@ -36,17 +35,13 @@ from benchmarks.run import (
     Method,
     Settings,
     Task,
-    elbo_of,
     evidence,
     parse,
-    time_steps,
     training_parser,
 )
 from benchmarks.tasks import sequences
 from benchmarks.tasks.images import image_task, sizes
-from benchmarks.timing import time_inference
 from pyro_recursive import gaps
-from pyro_recursive.datasets import fixed_binarize
 from pyro_recursive.evaluation import active_units, rate_of
 from pyro_recursive.evaluation.search import Search
 
@@ -63,7 +58,12 @@ class RefinementSettings(Settings):
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
-    options = parse_options(arguments)
+    parser = training_parser("refinement", __doc__, METHODS, sequences.DATASETS)
+    parser.add_argument("--refinements", type=int, default=10, help="steps of each refinement")
+    parser.add_argument("--gap-points", type=int, default=100, help="rows to measure gaps on")
+    options = parse(parser, arguments, gap_points=10, refinements=3)
+    if options.dataset == "sequences-known":  # no steps of the model to hold back
+        options.methods = [name for name in options.methods if name != "aggressive"]
     of_sequences = options.dataset in sequences.DATASETS
     settings = RefinementSettings.of(
         options,
@@ -71,50 +71,18 @@ def main(arguments: list[str]) -> None:
         **(sequences.SIZES if of_sequences else sizes(options.dataset)),
     )
     task = sequences.sequence_task(settings) if of_sequences else image_task(settings, options)
-    experiment = Experiment(settings, task, options, evaluated="log_p")
-    results = experiment.run(
-        lambda name: build(name, _setup(settings, task)),
-        lambda method: _evaluate(method, task.test, settings),
-        options.methods,
-        options.seeds,
-    )
+    experiment = Experiment(settings, task, METHODS, options, evaluated="log_p")
+    experiment.run(_evaluate)
     if task.exact is not None:
-        results["true model"] = task.exact.mean().item()
-    experiment.sort(METHODS)
-    _time(results, settings, task, options.timing_repeats)
+        experiment.results["true model"] = task.exact.mean().item()
+    experiment.time()
     experiment.finish(report, plot)
 
 
-def parse_options(arguments: list[str]) -> Any:
-    """Return the options; a smoke run has its own."""
-    parser = training_parser("refinement", __doc__, METHODS, sequences.DATASETS)
-    parser.add_argument("--refinements", type=int, default=10, help="steps of each refinement")
-    parser.add_argument("--gap-points", type=int, default=100, help="rows to measure gaps on")
-    smoke = {"epochs": 1, "eval_points": 20, "gap_points": 10}
-    options = parse(parser, arguments, **smoke, eval_samples=100, timing_repeats=1)
-    if options.dataset == "sequences-known":  # no steps of the model to hold back
-        options.methods = [name for name in options.methods if name != "aggressive"]
-    return options
-
-
-def _setup(settings: RefinementSettings, task: Task, name: str = "") -> Setup:
-    return Setup(
-        make_vae=task.make_vae,
-        holdout=task.validation[:100],
-        latent=settings.latent,
-        hidden=settings.hidden,
-        updates=settings.steps(len(task.train)),
-        refinements=settings.refinements,
-        name=name,
-    )
-
-
-def _evaluate(method: Method, rows: Tensor, settings: RefinementSettings) -> dict[str, Any]:
+def _evaluate(method: Method, task: Task, settings: RefinementSettings) -> dict[str, Any]:
     """Return what the method learned, in nats: lists are over rows."""
-    pyro.set_rng_seed(64)
-    model, guide, samples = method.vae.model, method.guide, settings.eval_samples
-    log_p, _ = evidence(model, guide, rows, samples)
-    elbo = elbo_of(model, guide, rows, min(100, samples))
+    model, guide, samples, rows = method.vae.model, method.guide, settings.eval_samples, task.test
+    scores = evidence(method, rows, samples)
     rate = rate_of(model, guide, rows)
     search = Search(draws=10, steps=min(1000, samples), window=50, patience=3)
     units = active_units(guide, rows).number
@@ -122,26 +90,12 @@ def _evaluate(method: Method, rows: Tensor, settings: RefinementSettings) -> dic
     found = gaps(model, guide, gap_rows, num_particles=samples, search=search)
     parts = {name: getattr(found, name) for name in ("log_marginal", "elbo", "best", "start")}
     return {
-        "log_p": log_p,
-        "elbo": elbo,
+        **scores,
         "kl": rate.kl.item(),
         "mutual_information": rate.mutual_information.item(),
         "active_units": units,
         "gaps": {name: v.tolist() for name, v in parts.items() if v is not None},
     }
-
-
-def _time(results: Results, settings: RefinementSettings, task: Task, repeats: int) -> None:
-    """Time a step of training and the inference of a batch and of a row, side by side."""
-    pyro.clear_param_store()
-    batch = task.train[: settings.batch_size]
-    if task.transform is not None:
-        batch = fixed_binarize(batch, seed=0)
-    names = dict.fromkeys([BASELINE, *results["runs"]])
-    methods = {name: build(name, _setup(settings, task, name)) for name in names}
-    results["steps"] = time_steps(methods, batch, repeats, BASELINE, calls=2)
-    guides = {name: method.guide for name, method in methods.items()}
-    results["inference"] = time_inference(guides, batch, repeats, BASELINE, "methods")
 
 
 # The report.
@@ -188,7 +142,7 @@ def _microseconds(name: str, results: Results, alone: bool) -> str:
 
 COLUMNS: dict[str, Column] = {
     "test log p": lambda n, r: spread(means(r["runs"][n], "log_p")),
-    "vs VAE": lambda n, r: spread(versus(n, r, BASELINE, "log_p"), sign=True),
+    "vs VAE": lambda n, r: spread(versus(n, r, "log_p"), sign=True),
     "ELBO": lambda n, r: spread(means(r["runs"][n], "elbo")),
     "approximation gap": lambda n, r: spread(_gap(r["runs"][n], "approximation")),
     "amortisation gap": lambda n, r: spread(_gap(r["runs"][n], "amortisation")),
@@ -196,7 +150,7 @@ COLUMNS: dict[str, Column] = {
     "KL": lambda n, r: spread(means(r["runs"][n], "kl")),
     "mutual information": lambda n, r: spread(means(r["runs"][n], "mutual_information")),
     "active units": lambda n, r: ", ".join(str(v["active_units"]) for v in r["runs"][n].values()),
-    "training": lambda n, r: f"{training_ratio(n, r, BASELINE):.2f}",
+    "training": lambda n, r: f"{training_ratio(n, r):.2f}",
     "step": lambda n, r: f"{r['steps']['ratio'][n]:.2f}",
     "inference, us a row of a batch": partial(_microseconds, alone=False),
     "us alone": partial(_microseconds, alone=True),
@@ -205,47 +159,28 @@ COLUMNS: dict[str, Column] = {
 
 def plot(results: Results, path: Path) -> None:
     """Draw log p(x), the gaps, KL and mutual information, and cost against gain."""
-    settings = results["settings"]
+    settings, runs = results["settings"], results["runs"]
     with figure(path, 2, 2, figsize=(14, 9)) as (drawn, ((bounds, gap_axes), (rate, costs))):
         draw_values(bounds, results, {"o": ("log_p",), "|": ("elbo",)})
         if "true model" in results:
             bounds.axvline(results["true model"], color="black", linewidth=0.8)
         title = f"IWAE-{settings['eval_samples']} (dots) and ELBO (bars), by seed"
         bounds.set(xlabel="nats per test row", title=title)
-        _draw_bars(gap_axes, results)
+        kinds = ("approximation", "amortisation")
+        draw_bars(
+            gap_axes, {k: {n: _gap(r, k).mean().item() for n, r in runs.items()} for k in kinds}
+        )
         gap_axes.set(xlabel="nats per test row", title="log p(x) - ELBO, in its two parts")
-        _draw_rate(rate, results)
-        for number, name in enumerate(results["runs"]):
-            gain = versus(name, results, BASELINE, "log_p")
+        keys = ("kl", "mutual_information")
+        draw_bars(rate, {k: {n: means(r, k).mean().item() for n, r in runs.items()} for k in keys})
+        rate.set(xlabel="nats per test row", title="KL and mutual information of the latents")
+        for number, name in enumerate(runs):
+            gain = versus(name, results, "log_p")
             if len(gain):
-                point = (training_ratio(name, results, BASELINE), gain.mean().item())
+                point = (training_ratio(name, results), gain.mean().item())
                 costs.plot(*point, "o", color=color(number))
                 costs.annotate(name, point, xytext=(4, 4), textcoords="offset points")
         costs.set(xlabel="training time / VAE", ylabel="log p(x) - VAE's", title="gain and cost")
         costs.set_xscale("log")
-        drawn.suptitle(
-            f"{settings['dataset']}, {settings['epochs']} epochs, "
-            f"{settings['refinements']} refinements"
-        )
-
-
-def _draw_bars(axes: Any, results: Results) -> None:
-    for number, runs in enumerate(results["runs"].values()):
-        left = 0.0
-        for kind, shade in (("approximation", "C0"), ("amortisation", "C1")):
-            width = _gap(runs, kind).mean().item()
-            axes.barh(number, width, left=left, color=shade, label=None if number else kind)
-            left += width
-    name_rows(axes, results["runs"])
-    axes.legend()
-
-
-def _draw_rate(axes: Any, results: Results) -> None:
-    for number, runs in enumerate(results["runs"].values()):
-        for offset, key, shade in ((-0.2, "kl", "C2"), (0.2, "mutual_information", "C3")):
-            label = None if number else key.replace("_", " ")
-            value = means(runs, key).mean().item()
-            axes.barh(number + offset, value, height=0.38, color=shade, label=label)
-    name_rows(axes, results["runs"])
-    axes.legend()
-    axes.set(xlabel="nats per test row", title="KL and mutual information of the latents")
+        steps = f"{settings['refinements']} refinements"
+        drawn.suptitle(f"{settings['dataset']}, {settings['epochs']} epochs, {steps}")

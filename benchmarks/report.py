@@ -16,6 +16,7 @@ from torch import Tensor
 Results = dict[str, Any]
 Runs = dict[str, Any]  # of one method, by seed
 Column = Callable[[str, Results], str]  # a method's name and all results to the cell of a table
+BASELINE = "VAE"
 
 
 def hardware() -> dict[str, Any]:
@@ -33,11 +34,9 @@ def hardware() -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -95,11 +94,6 @@ def with_error(values: Tensor, sign: bool = False, digits: int = 2) -> str:
     return mean if math.isnan(error) else f"{mean} ± {error:.{digits}f}"
 
 
-def ratio(value: float) -> str:
-    """Return a ratio of costs, or nothing where it is not known."""
-    return "" if math.isnan(value) else f"{value:.2f}"
-
-
 # Statistics of stored results.
 
 
@@ -117,20 +111,24 @@ def means(runs: Runs, *keys: str) -> Tensor:
     return torch.tensor([sum(v) / len(v) if isinstance(v, list) else v for v in found])
 
 
-def versus(name: str, results: Results, baseline: str, *keys: str) -> Tensor:
-    """Return the differences to the baseline's means, one for each seed that both have."""
-    base, runs = results["runs"].get(baseline, {}), results["runs"][name]
-    mine, other = ({seed: which[seed] for seed in runs if seed in base} for which in (runs, base))
-    return means(mine, *keys) - means(other, *keys)
+def paired(name: str, results: Results, *keys: str) -> tuple[Tensor, Tensor]:
+    """Return an entry of a method and of the VAE, for each seed in which both have it."""
+    both = [results["runs"][name], results["runs"].get(BASELINE, {})]
+    seeds = [seed for seed in both[0] if all(keys[0] in runs.get(seed, {}) for runs in both)]
+    mine, base = (means({seed: runs[seed] for seed in seeds}, *keys) for runs in both)
+    return mine, base
 
 
-def training_ratio(name: str, results: Results, baseline: str) -> float:
-    """Return the processor time of training over the baseline's, NaN where it is not known."""
-    base, runs = results["runs"].get(baseline, {}), results["runs"][name]
-    key = "processor_seconds"
-    both = [s for s in runs if s in base and key in runs[s] and key in base[s]]
-    mine, other = (sum(which[seed][key] for seed in both) for which in (runs, base))
-    return mine / other if both else math.nan
+def versus(name: str, results: Results, *keys: str) -> Tensor:
+    """Return the differences to the VAE's means, one for each seed that both have."""
+    mine, base = paired(name, results, *keys)
+    return mine - base
+
+
+def training_ratio(name: str, results: Results) -> float:
+    """Return the processor time of training over the VAE's, NaN where it is not known."""
+    mine, base = paired(name, results, "processor_seconds")
+    return (mine.sum() / base.sum()).item()
 
 
 # Figures.
@@ -160,7 +158,7 @@ def name_rows(axes: Any, names: Iterable[str]) -> None:
     """Put names beside horizontal bars, the first on top."""
     names = list(names)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.yaxis.set_inverted(True)
 
 
 def draw_values(axes: Any, results: Results, marked: Mapping[str, tuple[str, ...]]) -> None:
@@ -188,13 +186,20 @@ def draw_learning(axes: Any, results: Results, label: str, rows: float | None = 
     axes.legend(fontsize=7, ncols=2)
 
 
-def draw_ratios(axes: Any, names: Sequence[str], kinds: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw costs as ratios to the baseline: a bar of each kind for every method."""
+def draw_bars(axes: Any, kinds: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a bar of each kind for every method; ``kinds`` maps labels to a value of each."""
     height = 0.8 / len(kinds)
-    for number, (label, ratios) in enumerate(kinds.items()):
+    for number, (label, values) in enumerate(kinds.items()):
         offset = height * (number - (len(kinds) - 1) / 2)
-        heights = [index + offset for index in range(len(names))]
-        axes.barh(heights, [ratios[name] for name in names], height=0.9 * height, label=label)
-    name_rows(axes, names)
-    axes.axvline(1.0, color="black", linewidth=0.8)
+        places = [index + offset for index in range(len(values))]
+        axes.barh(places, list(values.values()), height=0.9 * height, label=label)
+        name_rows(axes, values)
     axes.legend(fontsize=8)
+
+
+def draw_costs(axes: Any, results: Results, baseline: str, **more: Mapping[str, float]) -> None:
+    """Draw the time of a step, and other times, as ratios to the baseline's."""
+    kinds = {"a step": results["steps"]["ratio"], **more}
+    draw_bars(axes, {k: {name: v[name] for name in results["runs"]} for k, v in kinds.items()})
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(xlabel=f"time / {baseline}", title="cost, equal samples")

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any, Self
 
 import pyro
@@ -16,11 +19,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.report import Results, finish, hardware, write_json
-from benchmarks.timing import Costs, costs_of, grow
-from pyro_recursive import IWAE_ELBO, fit, log_marginal
+from pyro_recursive import IWAE_ELBO, fit
+from pyro_recursive.datasets import fixed_binarize
+from pyro_recursive.evaluation import importance_weights
 from pyro_recursive.training import Aggressive, NonFiniteError
 
 OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
+Costs = dict[str, dict[str, float]]
+SMOKE = {"epochs": 1, "eval_points": 20, "eval_samples": 100, "timing_repeats": 1}
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Settings:
     @classmethod
     def of(cls, options: argparse.Namespace, **more: Any) -> Self:
         """Take the settings from the options of the command line, and from others."""
-        given: dict[str, Any] = {f.name: getattr(options, f.name, None) for f in fields(cls)}
-        return cls(**given | more)
+        known, names = vars(options) | more, (field.name for field in fields(cls))
+        return cls(**{name: known[name] for name in names if name in known})
 
     def steps(self, rows: int) -> int:
         """Return the number of training steps on so many rows, over all epochs."""
@@ -91,61 +97,77 @@ class Method:
         return step
 
 
-class Experiment:
-    """Trains and evaluates every method with every seed, and stores each result at once.
+Methods = Mapping[str, Callable[[Any, Task, Any], Method]]  # of a new VAE, a task and settings
 
-    ``results["runs"][method][seed]`` has the history and the processor time of training, and what
-    the evaluation returned; ``results["diverged"][method][seed]`` the error of a run that ended in
-    numbers that are not finite. ``evaluated`` is an entry that only evaluated runs have.
+
+class Experiment:
+    """Trains, evaluates and times every method with every seed; stores each result at once.
+
+    The first of the methods is the baseline. ``results["runs"][method][seed]`` has the history and
+    the processor time of training, and what the evaluation returned; ``evaluated`` is an entry that
+    only evaluated runs have. ``results["diverged"][method][seed]`` has the error of a run that
+    ended in numbers that are not finite.
     """
 
     def __init__(
-        self, settings: Settings, task: Task, options: argparse.Namespace, evaluated: str = "test"
+        self,
+        settings: Settings,
+        task: Task,
+        methods: Methods,
+        options: argparse.Namespace,
+        evaluated: str = "test",
+        validation_particles: int = 16,
     ) -> None:
-        self.settings, self.task, self.evaluated = settings, task, evaluated
-        self.folder, self.resume = Path(options.output), options.resume
+        self.settings, self.task, self.methods, self.options = settings, task, methods, options
+        self.evaluated, self.validation_loss = evaluated, IWAE_ELBO(validation_particles)
+        self.baseline = next(iter(methods))
+        self.folder = Path(options.output)
         self.path = self.folder / "results.json"
         self.results = stored(self.folder, asdict(settings), options.resume, "runs")
+        self.batch = task.train[: settings.batch_size]  # to time steps and inference on
+        if task.transform is not None:
+            self.batch = fixed_binarize(self.batch, seed=0)
 
-    def run(
-        self,
-        build: Callable[[str], Method],
-        evaluate: Callable[[Method], dict[str, Any]],
-        names: Iterable[str],
-        seeds: Iterable[int],
-        validation_particles: int = 16,
-    ) -> Results:
-        """Run what is missing, draws of a seed together; ``build`` is called after seeding."""
-        names = list(names)
-        for name, seed in tqdm([(n, s) for s in seeds for n in names], desc="runs"):
-            runs = self.results["runs"].setdefault(name, {})
-            failures = self.results.setdefault("diverged", {}).setdefault(name, {})
-            if self.evaluated in runs.get(str(seed), {}) or str(seed) in failures:
+    def build(self, name: str, prefix: str = "") -> Method:
+        """Return a method with new networks; ``prefix`` tells its parameters from another's."""
+        return self.methods[name](self.task.make_vae(prefix), self.task, self.settings)
+
+    def run(self, evaluate: Callable[[Method, Task, Any], dict[str, Any]]) -> None:
+        """Run what is missing, all methods of a seed before the next seed."""
+        self.build(self.baseline).step(self.batch)()  # the first step of a process is slow
+        runs, diverged = (self.results.setdefault(key, {}) for key in ("runs", "diverged"))
+        for number, name in tqdm(
+            list(product(self.options.seeds, self.options.methods)), desc="runs"
+        ):
+            seed, found = str(number), runs.setdefault(name, {})
+            failures = diverged.setdefault(name, {})
+            if self.evaluated in found.get(seed, {}) or seed in failures:
                 continue
-            known = runs.setdefault(str(seed), {})
+            known = found.setdefault(seed, {})
             try:
                 pyro.clear_param_store()
-                pyro.set_rng_seed(seed)
-                method = build(name)
-                self._train(method, name, seed, known, validation_particles)
+                pyro.set_rng_seed(number)
+                method = self.build(name)
+                self._train(method, name, number, known)
                 write_json(self.path, self.results)
-                known.update(evaluate(method))
+                known |= evaluate(method, self.task, self.settings)
             except NonFiniteError as error:  # a result, too
-                failures[str(seed)] = str(error)
-                del runs[str(seed)]
+                failures[seed] = str(error)
+                del found[seed]
             write_json(self.path, self.results)
-        return self.results
+        for key, of_methods in (("runs", runs), ("diverged", diverged)):
+            self.results[key] = {n: of_methods[n] for n in self.methods if of_methods.get(n)}
+        self.results["hardware"] = hardware()
 
-    def _train(
-        self, method: Method, name: str, seed: int, known: dict[str, Any], particles: int
-    ) -> None:
-        """Train one method, and note how that went."""
+    def _train(self, method: Method, name: str, seed: int, known: dict[str, Any]) -> None:
+        """Train one method; add its history and processor time to ``known``."""
         if isinstance(method.guide, nn.Module):
             prepare: Any = method.guide.prepare
             prepare(self.task.validation[:2])  # creates what a checkpoint restores
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = self.folder / f"{_slug(name)}-{seed}.pt"
-        continues, start = self.resume and checkpoint.exists(), time.process_time()
+        slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
+        checkpoint = self.folder / f"{slug}-{seed}.pt"
+        continues, start = self.options.resume and checkpoint.exists(), time.process_time()
         history = fit(
             method.vae.model,
             method.guide,
@@ -156,32 +178,32 @@ class Experiment:
             batch_size=self.settings.batch_size,
             transform=self.task.transform,
             validation=self.task.validation,
-            validation_loss=IWAE_ELBO(particles),
+            validation_loss=self.validation_loss,
             aggressive=method.aggressive,
             checkpoint=checkpoint,
-            resume=self.resume,
+            resume=self.options.resume,
             seed=seed,
         )
         known["history"] = asdict(history)
         if not continues:  # else the time before the interrupt is not known
             known["processor_seconds"] = time.process_time() - start
 
-    def merge(self, paths: Iterable[str]) -> None:
-        """Take in the runs of other files with the same settings."""
-        for path in paths:
-            other = json.loads(Path(path).read_text())
-            check_settings(Path(path), other["settings"], self.results["settings"])
-            for key in ("runs", "diverged"):
-                known = self.results.setdefault(key, {})
-                for name, runs in other.get(key, {}).items():
-                    known[name] = runs | known.get(name, {})
+    def time(self) -> None:
+        """Time a training step and inference of the baseline and of the methods that have runs.
 
-    def sort(self, names: Iterable[str]) -> None:
-        """Put the methods that have runs into an order."""
-        for key in ("runs", "diverged"):
-            found = self.results.get(key, {})
-            self.results[key] = {name: found[name] for name in names if found.get(name)}
-        self.results["hardware"] = hardware()
+        Interleaved; the step of a recursive mixture is one of all components.
+        """
+        pyro.clear_param_store()
+        names = dict.fromkeys([self.baseline, *self.results["runs"]])
+        methods = {name: self.build(name, name) for name in names}
+        for method in methods.values():
+            if isinstance(method.guide, nn.Module):
+                grow(method.guide, self.batch)
+        repeats, base = self.options.timing_repeats, self.baseline
+        steps = {name: method.step(self.batch) for name, method in methods.items()}
+        self.results["steps"] = costs_of(steps, repeats, 2, base)
+        guides = {name: method.guide for name, method in methods.items()}
+        self.results["inference"] = time_inference(guides, self.batch, repeats, base, "methods")
 
     def finish(
         self, report: Callable[[Results], str], plot: Callable[[Results, Path], None]
@@ -192,43 +214,82 @@ class Experiment:
         finish(self.results, self.path, report(self.results), [picture])
 
 
-def time_steps(
-    methods: Mapping[str, Method], batch: Tensor, repeats: int, baseline: str, calls: int = 3
-) -> Costs:
-    """Time a training step of every method, interleaved; of recursive mixtures a joint one."""
-    for method in methods.values():
-        if isinstance(method.guide, nn.Module):
-            grow(method.guide, batch)
-    steps = {name: method.step(batch) for name, method in methods.items()}
-    return costs_of(steps, repeats, calls, baseline)
-
-
-def evidence(
-    model: Callable, guide: Callable, rows: Tensor, samples: int
-) -> tuple[list[float], Tensor]:
-    """Return log p(x) of each row in nats, and effective sample sizes ``[rows]``."""
+def evidence(method: Method, rows: Tensor, samples: int, seed: int = 64) -> dict[str, Any]:
+    """Return log p(x) and the ELBO of each row in nats, and the mean effective sample size."""
+    pyro.set_rng_seed(seed)
     found = [
-        log_marginal(model, guide, batch, num_particles=samples, diagnostics=True)
+        importance_weights(method.vae.model, method.guide, batch, num_particles=samples)
         for batch in tqdm(rows.split(100), desc="log p(x)", leave=False)
     ]
-    log_p = torch.cat([one.log_marginal for one in found])
-    return log_p.tolist(), torch.cat([one.ess for one in found])
-
-
-def elbo_of(model: Callable, guide: Callable, rows: Tensor, draws: int) -> list[float]:
-    """Return the mean over draws of log p(x, z) - log q(z | x), for each row, in nats."""
-    copies = min(draws, 20)
-    runs, parts = -(-draws // copies), []
-    for batch in rows.split(100):
-        repeated = batch.repeat(copies, *[1] * (batch.dim() - 1))
-        each = [log_marginal(model, guide, repeated, num_particles=1) for _ in range(runs)]
-        parts.append(torch.stack(each).double().mean(0).reshape(copies, -1).mean(0))
-    return torch.cat(parts).tolist()
+    return {
+        "log_p": torch.cat([one.log_marginal for one in found]).tolist(),
+        "elbo": torch.cat([one.log_weights.mean(0) for one in found]).tolist(),
+        "ess": torch.cat([one.ess for one in found]).mean().item(),
+    }
 
 
 def count(*modules: nn.Module) -> int:
     """Return the number of parameters, those that are shared counted once."""
     return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
+
+
+# Timing.
+
+
+def costs_of(
+    steps: Mapping[str, Callable[[], object]],
+    repeats: int,
+    calls: int,
+    baseline: str,
+    title: str = "timing",
+) -> Costs:
+    """Return each variant's median milliseconds a call, and median ratio to the baseline.
+
+    Every variant runs in each repeat, in an order that is rotated, because caches depend on what
+    ran before; ratios are within a repeat.
+    """
+    timings: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for repeat in tqdm(range(repeats), desc=title, leave=False):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            steps[name]()
+            start = time.perf_counter()
+            for _ in range(calls):
+                steps[name]()
+            timings[name].append((time.perf_counter() - start) / calls * 1e3)
+    base = timings[baseline]
+    return {
+        "ms": {name: median(values) for name, values in timings.items()},
+        "ratio": {
+            name: median(mine / other for mine, other in zip(values, base, strict=True))
+            for name, values in timings.items()
+        },
+    }
+
+
+@torch.no_grad()
+def time_inference(
+    guides: Mapping[str, Callable], batch: Tensor, repeats: int, baseline: str, title: str
+) -> dict[str, Costs]:
+    """Time a draw from q(z | x), for a batch and for one row of it."""
+    found = {}
+    for rows in (len(batch), 1):
+        calls = {name: partial(guide, batch[:rows]) for name, guide in guides.items()}
+        found[f"{title}, batch {rows}"] = costs_of(calls, repeats, 10, baseline)
+    return found
+
+
+def grow(guide: Any, batch: Tensor) -> None:
+    """Prepare a guide; give a recursive mixture all its components."""
+    guide.prepare(batch)
+    while getattr(guide, "stage", None) is not None and guide.stage.kind != "joint":
+        guide.end_stage()
+
+
+def peak_megabytes() -> float:
+    """Return the highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # The command line.
@@ -267,7 +328,7 @@ def parse(
     """Return the options, with the values of a smoke run where it is asked for."""
     options = parser.parse_args(arguments)
     if options.smoke:
-        vars(options).update(smoke)
+        vars(options).update({k: v for k, v in SMOKE.items() if hasattr(options, k)} | smoke)
     name = parser.prog.split()[-1] + "-smoke" * options.smoke
     dataset = f"-{options.dataset}" if hasattr(options, "dataset") else ""
     options.output = options.output or f"runs/{name}{dataset}"
@@ -278,27 +339,18 @@ def parse(
 
 
 def stored(folder: Path, settings: dict[str, Any], resume: bool, key: str) -> Results:
-    """Return the results of an interrupted run, if they are of these settings, or none."""
+    """Return the results of an interrupted run, or none; exit where their settings are others."""
     path = folder / "results.json"
     if resume and path.exists():
         results: Results = json.loads(path.read_text())
-        check_settings(path, results["settings"], settings)
+        if results["settings"] != settings:
+            raise SystemExit(
+                f"{path} holds a run with {results['settings']}, not {settings}: "
+                "give the same options to resume it, or another --output"
+            )
         return results
     for checkpoint in folder.glob("*.pt"):  # of a run that is not to be resumed
         checkpoint.unlink()
     fresh: Results = {"settings": settings, key: {}}
     write_json(path, fresh)  # from here on there is something to resume
     return fresh
-
-
-def check_settings(path: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
-    """Exit where stored results have other settings."""
-    if found != given:
-        raise SystemExit(
-            f"{path} holds a run with {found}, not {given}: "
-            "give the same options to resume it, or another --output"
-        )
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")

@@ -11,9 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.stats import linregress
 from torch import Tensor
 from tqdm import tqdm
 
@@ -122,12 +124,8 @@ def slope(axis: str, ratios: list[float]) -> float:
     """Return the least-squares slope in log-log coordinates: of a rising law for large K."""
     pairs = [(s, r) for s, r in zip(SIZES[axis], ratios, strict=True) if not math.isnan(r)]
     rising = axis == "K" and len(pairs) > 1 and pairs[-1][1] > pairs[0][1]
-    least = ASYMPTOTIC if rising else 1
-    kept = [(math.log(s), math.log(r)) for s, r in pairs if s >= least]
-    if len(kept) < 2:
-        return math.nan
-    x, y = (torch.tensor(column) for column in zip(*kept, strict=True))
-    return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
+    kept = [pair for pair in pairs if pair[0] >= ASYMPTOTIC or not rising]
+    return linregress(*np.log(kept).T).slope if len(kept) > 1 else math.nan
 
 
 def report(results: Results) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.report import Results, finish, hardware, table
-from benchmarks.run import base_parser, parse
+from benchmarks.run import Costs, base_parser, costs_of, parse, peak_megabytes
 from benchmarks.tasks.images import VAE
-from benchmarks.timing import Costs, costs_of, peak_megabytes
 from pyro_recursive import IWAE_ELBO, PIWAE_ELBO, log_marginal
 
 HAND = "hand-written"
@@ -54,12 +53,12 @@ def time_steps(batch: int, particles: int, repeats: int) -> Costs:
     hand = partial(by_hand, x=x, particles=particles)
     steps = {HAND: _step(HAND, x, hand), f"{HAND}, default Adam": _step("", x, hand, fused=False)}
     for name, loss in losses(particles).items():
-        steps[name] = _step(name, x, _loss_of(loss, x))
-    for name in ("Trace_ELBO", "RenyiELBO"):
-        if name in losses(particles):
-            steps[f"{name}, stock SVI"] = _svi_step(losses(particles)[name], x)
-    for step in steps.values():
-        step()
+        steps[name] = _step(name, x, partial(_by_loss, loss=loss, x=x))
+    for name in [name for name in ("Trace_ELBO", "RenyiELBO") if name in steps]:
+        vae = VAE(x.mean(0), name=f"{name} of SVI")
+        optimizer = pyro.optim.Adam({"lr": 1e-3})
+        svi = SVI(vae.model, vae.guide, optimizer, losses(particles)[name])
+        steps[f"{name}, stock SVI"] = partial(svi.step, x)
     calls = max(1, 200 // (batch * particles))
     return costs_of(steps, repeats, calls, HAND, title=f"{batch} x {particles}")
 
@@ -90,17 +89,13 @@ def by_hand(vae: VAE, x: Tensor, particles: int) -> None:
     (-(log_weights.logsumexp(0) - math.log(particles)).sum()).backward()
 
 
-def _loss_of(loss: ELBO, x: Tensor) -> Callable[[VAE], None]:
-    def backward(vae: VAE) -> None:
-        loss.loss_and_grads(vae.model, vae.guide, x)
-
-    return backward
+def _by_loss(vae: VAE, loss: ELBO, x: Tensor) -> None:
+    loss.loss_and_grads(vae.model, vae.guide, x)
 
 
 def _step(
     name: str, x: Tensor, backward: Callable[[VAE], None], fused: bool = True
 ) -> Callable[[], None]:
-    pyro.set_rng_seed(0)
     vae = VAE(x.mean(0), name=name)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=fused)
 
@@ -108,17 +103,6 @@ def _step(
         optimizer.zero_grad()
         backward(vae)
         optimizer.step()
-
-    return step
-
-
-def _svi_step(loss: ELBO, x: Tensor) -> Callable[[], None]:
-    pyro.set_rng_seed(0)
-    vae = VAE(x.mean(0), name=type(loss).__name__ + " of SVI")
-    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
-
-    def step() -> None:
-        svi.step(x)
 
     return step
 

@@ -7,14 +7,14 @@ counterpart.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.run import Method, count
+from benchmarks.report import BASELINE
+from benchmarks.run import Method, Methods, Settings, Task, count
 from benchmarks.tasks.images import VAE, tanh_network
 from pyro_recursive import (
     MIWAE_ELBO,
@@ -29,34 +29,8 @@ from pyro_recursive import (
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped
 
-BASELINE = "VAE"
 DRAWS = 4
-CLAMP = 5.0  # nats: the constant of the paper's objective, for which no value is published
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all methods share: data, sizes of the networks, and the length of training in steps."""
-
-    make_vae: Callable[[str], VAE]
-    images: Tensor
-    holdout: Tensor
-    hidden: int
-    latent: int
-    steps: int
-    pseudo_inputs: int
-    name: str = ""
-
-    def encoder(self, hidden: int | None = None) -> nn.Sequential:
-        """Return a new encoder, ``[rows, pixels]`` to ``[rows, 2 latent]``."""
-        return tanh_network(self.images.shape[-1], hidden or self.hidden, 2 * self.latent)
-
-    def width_of(self, encoders: int) -> int:
-        """Return the hidden width that gives one encoder the parameters of several."""
-        goal = encoders * count(self.encoder())
-        inputs, outputs = self.images.shape[-1], 2 * self.latent
-        linear = inputs + outputs + 2  # parameters: h**2 + linear * h + outputs
-        return round(((linear**2 / 4 + goal - outputs) ** 0.5) - linear / 2)
+CLAMP = Clamped(5.0)  # nats: the constant of the paper's objective, for which no value is published
 
 
 class EqualDraws(RecursiveMixture_ELBO):
@@ -68,33 +42,6 @@ class EqualDraws(RecursiveMixture_ELBO):
         components = {*guide.members, guide.stage.component} - {None}
         self.num_estimates = max(1, DRAWS // len(components))
         return super().differentiable_loss(model, guide, *args, **kwargs)
-
-
-def _plain(setup: Setup, vae: VAE, estimator: str = "stl", hidden: int | None = None) -> Method:
-    encoder = vae.encoder if hidden is None else setup.encoder(hidden)
-    guide = AmortizedGuide(vae.model, encoder, name=f"{setup.name}guide")
-    return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
-
-
-def _wide(setup: Setup, vae: VAE) -> Method:
-    return _plain(setup, vae, hidden=setup.width_of(4))
-
-
-def mixture(
-    setup: Setup, number: int, shared: bool = False, vae: VAE | None = None
-) -> MixtureGuide:
-    """Return a mixture of Gaussians with an encoder each, or with a head each on one trunk."""
-    vae = vae or setup.make_vae(setup.name)
-    networks = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
-    trunk = vae.encoder[:-1] if shared else None
-    parts = [AmortizedGuide(vae.model, net[-1] if shared else net) for net in networks]
-    name = f"{setup.name}guide"
-    return MixtureGuide(vae.model, parts, weights="linear", trunk=trunk, name=name)
-
-
-def _mixture(setup: Setup, vae: VAE, number: int, shared: bool = False) -> Method:
-    guide = mixture(setup, number, shared, vae)
-    return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
 
 
 def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
@@ -109,48 +56,81 @@ def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
     return Schedule(first=max(1, first), propose=propose, refine=refine, joint=last, patience=0)
 
 
-def _recursive(setup: Setup, vae: VAE, number: int, joint: bool = True, **options: Any) -> Method:
-    encoders = [vae.encoder, *(setup.encoder() for _ in range(number - 1))]
-    guide = RecursiveMixtureGuide(
-        vae.model,
-        [AmortizedGuide(vae.model, encoder) for encoder in encoders],
-        schedule=schedule(setup.steps, number, joint),
-        weights="linear",
-        name=f"{setup.name}guide",
-    )
-    return Method(vae, guide, EqualDraws(1, holdout=(setup.holdout,), **options))
+def encoder_of(task: Task, settings: Settings, hidden: int | None = None) -> nn.Sequential:
+    """Return a new encoder, ``[rows, pixels]`` to ``[rows, 2 latent]``."""
+    return tanh_network(task.train.shape[-1], hidden or settings.hidden, 2 * settings.latent)
 
 
-def _paper(setup: Setup, vae: VAE) -> Method:
-    clamped = Clamped(CLAMP)
-    return _recursive(setup, vae, 4, objective=clamped, proposal=clamped)
+def width_of(encoders: int, task: Task, settings: Settings) -> int:
+    """Return the hidden width that gives one encoder the parameters of several."""
+    goal = encoders * count(encoder_of(task, settings))
+    inputs, outputs = task.train.shape[-1], 2 * settings.latent
+    linear = inputs + outputs + 2  # parameters: h**2 + linear * h + outputs
+    return round(((linear**2 / 4 + goal - outputs) ** 0.5) - linear / 2)
 
 
-def _boosting(setup: Setup, vae: VAE) -> Method:
-    return _recursive(setup, vae, 4, joint=False, objective="relbo", proposal="relbo")
-
-
-def _flow(setup: Setup, vae: VAE, kind: str, estimator: str) -> Method:
-    guide = FlowGuide(vae.model, kind, encoder=vae.encoder, name=f"{setup.name}guide")
+def _plain(
+    vae: VAE,
+    task: Task,
+    settings: Settings,
+    estimator: str = "stl",
+    encoder: nn.Module | None = None,
+) -> Method:
+    guide = AmortizedGuide(vae.model, encoder or vae.encoder, name=f"{vae.name}guide")
     return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
 
 
-def _vamp(setup: Setup, vae: VAE, encoder: nn.Module) -> None:
-    order = torch.randperm(len(setup.images))[: setup.pseudo_inputs]
-    vae.prior = VampPrior(encoder, setup.images[order], bounds=(0.0, 1.0))
+def _wide(vae: VAE, task: Task, settings: Settings) -> Method:
+    encoder = encoder_of(task, settings, width_of(4, task, settings))
+    return _plain(vae, task, settings, encoder=encoder)
 
 
-def _plain_vamp(setup: Setup, vae: VAE) -> Method:
-    _vamp(setup, vae, vae.encoder)
-    return _plain(setup, vae, estimator="pathwise")
+def mixture(
+    vae: VAE, task: Task, settings: Settings, number: int, shared: bool = False
+) -> MixtureGuide:
+    """Return a mixture of Gaussians with an encoder each, or with a head each on one trunk."""
+    networks = [vae.encoder, *(encoder_of(task, settings) for _ in range(number - 1))]
+    trunk = vae.encoder[:-1] if shared else None
+    parts = [AmortizedGuide(vae.model, net[-1] if shared else net) for net in networks]
+    name = f"{vae.name}guide"
+    return MixtureGuide(vae.model, parts, weights="linear", trunk=trunk, name=name)
 
 
-def _recursive_vamp(setup: Setup, vae: VAE) -> Method:
-    _vamp(setup, vae, setup.encoder())  # its own: the loss has one objective for each parameter
-    return _recursive(setup, vae, 2)
+def _mixture(vae: VAE, task: Task, settings: Settings, number: int, shared: bool = False) -> Method:
+    guide = mixture(vae, task, settings, number, shared)
+    return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
 
 
-METHODS: dict[str, Callable[[Setup, VAE], Method]] = {
+def _recursive(
+    vae: VAE, task: Task, settings: Settings, number: int, joint: bool = True, **options: Any
+) -> Method:
+    encoders = [vae.encoder, *(encoder_of(task, settings) for _ in range(number - 1))]
+    guide = RecursiveMixtureGuide(
+        vae.model,
+        [AmortizedGuide(vae.model, encoder) for encoder in encoders],
+        schedule=schedule(settings.steps(len(task.train)), number, joint),
+        weights="linear",
+        name=f"{vae.name}guide",
+    )
+    return Method(vae, guide, EqualDraws(1, holdout=(task.validation[:100],), **options))
+
+
+def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: str) -> Method:
+    guide = FlowGuide(vae.model, kind, encoder=vae.encoder, name=f"{vae.name}guide")
+    return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
+
+
+def _vamp(vae: VAE, task: Task, settings: Settings, recursive: bool) -> Method:
+    # A recursive mixture and its prior have an encoder each: a parameter has one objective.
+    encoder = encoder_of(task, settings) if recursive else vae.encoder
+    order = torch.randperm(len(task.train))[: 100 if settings.dataset == "digits" else 200]
+    vae.prior = VampPrior(encoder, task.train[order], bounds=(0.0, 1.0))
+    if recursive:
+        return _recursive(vae, task, settings, 2)
+    return _plain(vae, task, settings, estimator="pathwise")
+
+
+METHODS: Methods = {
     BASELINE: _plain,
     "VAE pathwise": partial(_plain, estimator="pathwise"),
     "VAE wide": _wide,
@@ -161,15 +141,10 @@ METHODS: dict[str, Callable[[Setup, VAE], Method]] = {
     "recursive 2 alternating": partial(_recursive, number=2, update="alternating"),
     "recursive 3": partial(_recursive, number=3),
     "recursive 4": partial(_recursive, number=4),
-    "recursive 4 clamped": _paper,
-    "boosting 4": _boosting,
+    "recursive 4 clamped": partial(_recursive, number=4, objective=CLAMP, proposal=CLAMP),
+    "boosting 4": partial(_recursive, number=4, joint=False, objective="relbo", proposal="relbo"),
     "IAF": partial(_flow, kind="iaf", estimator="pathwise"),
     "coupling flow": partial(_flow, kind="coupling", estimator="stl"),
-    "VAE VampPrior": _plain_vamp,
-    "recursive 2 VampPrior": _recursive_vamp,
+    "VAE VampPrior": partial(_vamp, recursive=False),
+    "recursive 2 VampPrior": partial(_vamp, recursive=True),
 }
-
-
-def build(name: str, setup: Setup) -> Method:
-    """Return a method with new networks."""
-    return METHODS[name](setup, setup.make_vae(setup.name))

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyro
@@ -15,11 +14,7 @@ from torch import Tensor, nn
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide
 from pyro_recursive.mapa import Plan, Table
 
-BASELINE = "VAE"
-KDE = "KDE"
-ALL = 500  # codes: as many as there are training points of a curve, or more
 WARM_UP = 0.1  # of the epochs, in which MAPA is an autoencoder; not counted in decoder passes
-REFRESH = 10  # epochs between the tables of the current model's posterior
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,6 @@ class Method:
     particles: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     table: Callable[[Any], Table] | None = None  # from the data, in place of the kernel's
-    refresh: bool = False  # whether the table is that of the current model
 
 
 def independent(samples: int, top: int = 1, **more: Any) -> Method:
@@ -61,7 +55,7 @@ class Learner:
         self.vae = data.vae(empirical=not method.particles)
         self.decoder, self.encoder = self.vae.decoder, self.vae.encoder
         if method.particles:
-            self.guide = self._guide
+            self.guide = lambda x, rows=None: self.vae.guide(x)
             one = method.particles == 1
             self.loss = Trace_ELBO() if one else IWAE_ELBO(method.particles, estimator=estimator)
             self.loss.max_plate_nesting = 1
@@ -69,9 +63,6 @@ class Learner:
     def model(self, x: Tensor, rows: Tensor | None = None) -> None:
         """p(z) p(x | z) for a minibatch."""
         self.vae.model(x)
-
-    def _guide(self, x: Tensor, rows: Tensor | None = None) -> None:
-        self.vae.guide(x)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of the decoder first."""
@@ -122,8 +113,6 @@ class Empirical(Learner):
         """Begin as an autoencoder: with a constant decoder the gradient of the sums is small."""
         warming = super().begin(epoch, epochs)
         self.guide.plan = Plan(1, 0, "shared") if warming else self.plan
-        if self.method.refresh and epoch % REFRESH == 0:
-            self.guide.table = self.data.index_posterior(self.points())
         return warming
 
     def passes(self) -> float:
@@ -151,68 +140,38 @@ def build(
     return Empirical(data, method, neighbours)
 
 
-# Training.
-
-
 class Diverged(ArithmeticError):
     """A run that ended in numbers that are not finite: a result, too."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """What all methods share: the same steps of the same optimiser on the same minibatches."""
-
-    epochs: int
-    batch_size: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a training took, and decoder passes per row, the mean over its steps.
-
-    Processor time is that of one thread, and does not depend on what else runs on a machine.
-    """
-
-    seconds: float
-    processor_seconds: float
-    passes: float
-
-
-def train(learner: Learner, training: Training, seed: int) -> Cost:
+def train(
+    learner: Learner, seed: int, epochs: int, batch_size: int, rate: float
+) -> dict[str, float]:
     """Train with Adam, on minibatches that depend on the seed alone; the rate falls to 0.
 
+    Returns the seconds, the processor seconds and the decoder passes per row, the mean over steps.
     Raises Diverged where the loss is not finite at the end of an epoch.
     """
-    x, passes, steps = learner.data.train, 0.0, 0
+    x, passes = learner.data.train, []
     order = torch.Generator().manual_seed(seed)
-    learner.start(training.batch_size)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=training.rate, fused=True)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.epochs)
+    learner.start(batch_size)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     start, processor = time.perf_counter(), time.process_time()
-    for epoch in range(training.epochs):
-        warming = learner.begin(epoch, training.epochs)
-        for rows in torch.randperm(len(x), generator=order).split(training.batch_size):
+    for epoch in range(epochs):
+        warming = learner.begin(epoch, epochs)
+        for rows in torch.randperm(len(x), generator=order).split(batch_size):
             optimizer.zero_grad()
             loss = learner.loss.differentiable_loss(learner.model, learner.guide, x[rows], rows)
             loss.backward()
             optimizer.step()
             if not warming:
-                passes, steps = passes + learner.passes(), steps + 1
+                passes.append(learner.passes())
         scheduler.step()
         if not math.isfinite(loss.item()):
             raise Diverged(f"the loss is {loss.item()} after epoch {epoch + 1}")
-    seconds = time.perf_counter() - start
-    return Cost(seconds, time.process_time() - processor, passes / steps)
-
-
-@torch.no_grad()
-def bound(learner: Learner, batch_size: int, repeats: int) -> float:
-    """Return the bound of the training data, in nats per row: the mean over fresh draws."""
-    pyro.clear_param_store()  # of another restart
-    x, total = learner.data.train, 0.0
-    value = partial(learner.loss.loss, learner.model, learner.guide)
-    for _ in range(repeats):
-        for rows in torch.randperm(len(x)).split(batch_size):
-            total -= value(x[rows], rows)
-    return total / (repeats * len(x))
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - processor,
+        "passes": sum(passes) / len(passes),
+    }

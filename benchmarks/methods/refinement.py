@@ -5,15 +5,14 @@ pathwise gradients. What refines takes the same number of steps, in training and
 step size that is learned.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.methods.guides import schedule
-from benchmarks.run import Method
+from benchmarks.report import BASELINE
+from benchmarks.run import Method, Methods, Task
 from pyro_recursive import (
     MIWAE_ELBO,
     AmortizedGuide,
@@ -29,35 +28,16 @@ from pyro_recursive.guides.semi_amortized.updates import (
 )
 from pyro_recursive.training import Aggressive
 
-BASELINE = "VAE"
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What all methods share.
-
-    ``make_vae`` returns a new one, with ``model``, ``encoder`` and ``decoder``, for a name that
-    tells its parameters from another's; ``updates`` is the length of training, ``refinements`` that
-    of a refinement.
-    """
-
-    make_vae: Callable[[str], Any]
-    holdout: Tensor
-    latent: int
-    hidden: int
-    updates: int
-    refinements: int
-    name: str = ""
-
-
-def _plain(setup: Setup, vae: Any, aggressive: bool = False) -> Method:
-    guide = AmortizedGuide(vae.model, vae.encoder, name=f"{setup.name}guide")
+def _plain(vae: Any, task: Task, settings: Any, aggressive: bool = False) -> Method:
+    guide = AmortizedGuide(vae.model, vae.encoder, name=f"{vae.name}guide")
     return Method(vae, guide, MIWAE_ELBO(1, 1), Aggressive() if aggressive else None)
 
 
 def _refined(
-    setup: Setup,
     vae: Any,
+    task: Task,
+    settings: Any,
     mode: str,
     start: nn.Module | None = None,
     update: Update | None = None,
@@ -66,36 +46,37 @@ def _refined(
         vae.model,
         AmortizedGuide(vae.model, start or vae.encoder),
         mode=mode,
-        steps=setup.refinements,
+        steps=settings.refinements,
         update=update or GradientUpdate(learn_rate=True),
-        name=f"{setup.name}guide",
+        name=f"{vae.name}guide",
     )
     return Method(vae, guide, MIWAE_ELBO(1, 1))
 
 
-def _svi(setup: Setup, vae: Any) -> Method:
-    return _refined(setup, vae, "svi", FixedStart(2 * setup.latent))
+def _svi(vae: Any, task: Task, settings: Any) -> Method:
+    return _refined(vae, task, settings, "svi", FixedStart(2 * settings.latent))
 
 
-def _iterative(setup: Setup, vae: Any) -> Method:
-    features = setup.make_vae(setup.name).encoder  # its output is what the network is told
-    update = LearnedUpdate((setup.hidden, setup.hidden), features=features)
-    return _refined(setup, vae, "first_order", FixedStart(2 * setup.latent), update)
+def _iterative(vae: Any, task: Task, settings: Any) -> Method:
+    features = task.make_vae(vae.name).encoder  # its output is an input of the network
+    update = LearnedUpdate((settings.hidden, settings.hidden), features=features)
+    start = FixedStart(2 * settings.latent)
+    return _refined(vae, task, settings, "first_order", start, update)
 
 
-def _recursive(setup: Setup, vae: Any) -> Method:
-    encoders = [vae.encoder, setup.make_vae(setup.name).encoder]
+def _recursive(vae: Any, task: Task, settings: Any) -> Method:
+    encoders = [vae.encoder, task.make_vae(vae.name).encoder]
     guide = RecursiveMixtureGuide(
         vae.model,
         [AmortizedGuide(vae.model, encoder) for encoder in encoders],
-        schedule=schedule(setup.updates, 2),
+        schedule=schedule(settings.steps(len(task.train)), 2),
         weights="shared",
-        name=f"{setup.name}guide",
+        name=f"{vae.name}guide",
     )
-    return Method(vae, guide, RecursiveMixture_ELBO(1, holdout=(setup.holdout,)))
+    return Method(vae, guide, RecursiveMixture_ELBO(1, holdout=(task.validation[:100],)))
 
 
-METHODS: dict[str, Callable[[Setup, Any], Method]] = {
+METHODS: Methods = {
     BASELINE: _plain,
     "SVI": _svi,
     "VAE + SVI": partial(_refined, mode="vae_svi"),
@@ -106,8 +87,3 @@ METHODS: dict[str, Callable[[Setup, Any], Method]] = {
     "aggressive": partial(_plain, aggressive=True),
     "recursive 2": _recursive,
 }
-
-
-def build(name: str, setup: Setup) -> Method:
-    """Return a method with new networks."""
-    return METHODS[name](setup, setup.make_vae(setup.name))

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 CLUSTERS = 3
@@ -144,13 +143,8 @@ def log_joint(model: Callable[[], None], points: Draws) -> Tensor:
         at = poutine.condition(model, {name: chunk[:, None]})
         with pyro.plate("points", len(chunk), dim=-2):
             trace = poutine.trace(at).get_trace()
+        trace = prune_subsample_sites(trace)
         trace.compute_log_prob()
-        terms = [site["log_prob"] for site in sample_sites(trace)]
+        terms = [s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample"]
         parts.append(sum(term.expand(len(chunk), -1).sum(-1) for term in terms))
     return torch.cat(parts)
-
-
-def sample_sites(trace: poutine.Trace) -> list[dict[str, Any]]:
-    """Return the sample sites of a trace without those of plates."""
-    samples = (site for site in trace.nodes.values() if site["type"] == "sample")
-    return [site for site in samples if not site_is_subsample(site)]
