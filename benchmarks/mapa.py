@@ -135,12 +135,13 @@ def main(arguments: list[str]) -> None:
     options = parse(parser, arguments, epochs=2, workers=1)
     few = {"rows": 40, "validation_rows": 30, "test_rows": 60, "batch_size": 20, "hidden": 8}
     settings = Settings(options.restarts, options.epochs, **(few if options.smoke else {}))
-    draws = min(options.draws, 2) if options.smoke else options.draws
+    if options.smoke:
+        options.draws, options.datasets = min(options.draws, 2), options.datasets[:2]
     folder = Path(options.output)
     results = stored(folder, asdict(settings), options.resume, "draws")
     results["hardware"] = {**hardware(), "threads": 1, "workers": options.workers}
     blocks = []
-    for draw, name in product(range(draws), options.datasets):
+    for draw, name in product(range(options.draws), options.datasets):
         known = results["draws"].get(name, {}).get(str(draw), {})
         if methods := tuple(method for method in options.methods if method not in known):
             blocks.append(Block(name, draw, methods, settings))
