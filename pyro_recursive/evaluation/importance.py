@@ -53,7 +53,7 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
             draws.
 
     Raises:
-        ValueError: log_weights has nan or +inf, or no samples; relative_ess is not positive.
+        ValueError: log_weights has nan or +inf.
 
     Source: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
 
@@ -65,8 +65,6 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
     >>> (result.pareto_k < pareto_k_threshold(4000)).tolist()
     [True, False]
     """
-    if not 0 < relative_ess < math.inf:
-        raise ValueError(f"relative_ess must be a positive number, got {relative_ess!r}.")
     raw = _centred(log_weights)
     columns = raw.reshape(len(raw), -1)
     smoothed, k = columns.clone(), torch.full_like(columns[0], math.inf)
@@ -109,20 +107,17 @@ def _psislw(rows: np.ndarray, relative_ess: float) -> tuple[np.ndarray, np.ndarr
 def _centred(log_weights: Tensor) -> Tensor:
     """Return the weights in float64 with a maximum of 0, checked."""
     raw = log_weights.detach().double()
-    if raw.dim() < 1 or len(raw) < 1:
-        raise ValueError(f"log_weights must be [S, *batch] with S >= 1, got {tuple(raw.shape)}.")
-    wrong = raw.isnan() | (raw == math.inf)
-    if bool(wrong.any()):
-        place = tuple(wrong.nonzero()[0].tolist())
+    wrong = (raw.isnan() | (raw == math.inf)).nonzero()
+    if len(wrong):
         raise ValueError(
-            f"log_weights has {int(wrong.sum())} entries that are nan or +inf, the first at "
-            f"{place}. Use -inf for a weight of 0."
+            f"log_weights has {len(wrong)} entries that are nan or +inf, the first at "
+            f"{tuple(wrong[0].tolist())}. Use -inf for a weight of 0."
         )
     return raw - raw.amax(0).nan_to_num(neginf=0.0)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """Return Kish's effective sample size ``(sum w)^2 / sum w^2``, in samples.
+    """Return Kish's effective sample size ``(sum w)^2 / sum w^2``, in samples, ``[*batch]``.
 
     It is between 1 and S, 0 if all weights are 0, and overlooks parts of the posterior that have no
     sample.
@@ -130,11 +125,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     Args:
         log_weights: ``[S, *batch]`` in nats, normalised or not.
 
-    Returns:
-        A ``[*batch]``-dim tensor, float64.
-
     Raises:
-        ValueError: log_weights has nan or +inf, or no samples.
+        ValueError: log_weights has nan or +inf.
 
     >>> import torch
     >>> round(effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -float("inf")])).item(), 3)
@@ -152,8 +144,6 @@ def pareto_k_threshold(num_samples: int) -> float:
     >>> [round(pareto_k_threshold(S), 2) for S in (100, 1000, 5000)]
     [0.5, 0.67, 0.7]
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
     return 0.0 if num_samples <= 10 else min(1 - 1 / math.log10(num_samples), 0.7)
 
 
@@ -170,15 +160,10 @@ class ImportanceWeights:
 
     >>> import torch
     >>> print(ImportanceWeights(torch.zeros(1000, 3, dtype=torch.float64), ("data",)))
-    1000 draws from the guide, 3 entries of plate 'data'.
-    k-hat: at most 0.67 (good) for all 3; the largest is 0.00, at (0,).
-    Effective sample size of 1000: median 1000, smallest 1000.
-    log p(x): 0.000 nats in all, 0.000 per entry.
-    >>> print(ImportanceWeights(torch.zeros(1000, dtype=torch.float64)))
-    1000 draws from the guide, one joint weight (no plate encloses every site).
-    k-hat: 0.00, at most 0.67 (good).
-    Effective sample size: 1000 of 1000.
-    log p(x): 0.000 nats.
+    1000 draws from the guide, 3 entries of plates ['data'].
+    k-hat: 0 of 3 above 0.67; the largest is 0.00, at (0,).
+    Effective sample size: median 1000, smallest 1000.
+    log p(x): 0.000 nats in all.
     """
 
     log_weights: Tensor
@@ -210,46 +195,17 @@ class ImportanceWeights:
         """The estimate ``log mean_s w_s`` of log p(x), ``[*plates]`` in nats."""
         return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
 
-    def joint(self) -> "ImportanceWeights":
-        """Return the joint weights of all entries, ``[S]``: the products of their weights.
-
-        Use them for quantities of the whole data set; their variance grows with its size.
-        """
-        joint = self.log_weights.reshape(len(self.log_weights), -1).sum(1)
-        return ImportanceWeights(joint, (), self.points)
-
     @classmethod
     def join(
         cls, parts: Sequence["ImportanceWeights"], plate: str | None = None
     ) -> "ImportanceWeights":
-        """Concatenate the weights of several minibatches along the plate of their rows.
-
-        Args:
-            parts: with the same plates and numbers of draws.
-            plate: its name; needed if there are several plates.
-
-        Raises:
-            ValueError: plates or sizes do not match.
-        """
+        """Concatenate the weights of several minibatches along a plate, by default the first."""
         plates = parts[0].plates
-        kinds = {(len(part.log_weights), part.plates) for part in parts}
-        if len(kinds) != 1 or not plates:
-            raise ValueError(
-                "Weights need the same plates, at least one, and the same number of draws; got "
-                f"(draws, plates) {sorted(kinds)}."
-            )
-        plate = plates[0] if plate is None and len(plates) == 1 else plate
-        if plate not in plates:
-            cause = "plate= is needed" if plate is None else f"there is no plate '{plate}'"
-            raise ValueError(f"Cannot join the weights: {cause}, of {list(plates)}.")
-        shapes, dim = [part.log_weights.shape for part in parts], 1 + plates.index(plate)
-        if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) != 1:
-            raise ValueError(
-                f"Weights joined along plate '{plate}' must have the same other dims; got shapes "
-                f"{[tuple(shape) for shape in shapes]} of draws and plates {list(plates)}."
-            )
-        log_weights = torch.cat([part.log_weights for part in parts], dim)
-        return cls(log_weights, plates, parts[0].points)
+        if not plates or any(part.plates != plates for part in parts):
+            found = [part.plates for part in parts]
+            raise ValueError(f"Weights to join need the same plates, got {found}.")
+        dim = 1 + (0 if plate is None else plates.index(plate))
+        return cls(torch.cat([part.log_weights for part in parts], dim), plates, parts[0].points)
 
     def summary(self) -> dict[str, float]:
         """Return the numbers of `print`; ``high_k`` counts the k-hats above ``threshold``."""
@@ -267,37 +223,21 @@ class ImportanceWeights:
     def __str__(self) -> str:
         """Return the summary in words."""
         s = self.summary()
-        total, high, largest = int(s["entries"]), int(s["high_k"]), f"{s['largest_k']:.2f}"
-        limit = f"above {s['threshold']:.2f} (not to be trusted)"
-        limit = limit if high else f"at most {s['threshold']:.2f} (good)"
-        if total == 1:
-            k_hat = f"k-hat: {largest}, {limit}."
-            ess = f"Effective sample size: {s['smallest_ess']:.0f} of {s['draws']}."
-            evidence = f"log p(x): {s['log_marginal']:.3f} nats."
-        else:
-            place = tuple(map(int, torch.unravel_index(self.pareto_k.argmax(), self.ess.shape)))
-            where = f"{high} of {total}" if high else f"all {total}"
-            k_hat = f"k-hat: {limit} for {where}; the largest is {largest}, at {place}."
-            ess = f"median {s['median_ess']:.0f}, smallest {s['smallest_ess']:.0f}."
-            ess = f"Effective sample size of {s['draws']}: {ess}"
-            mean = s["log_marginal"] / total
-            evidence = f"log p(x): {s['log_marginal']:.3f} nats in all, {mean:.3f} per entry."
-        lines = [f"{s['draws']} draws from the guide, {self._scope()}."]
+        place = tuple(map(int, torch.unravel_index(self.pareto_k.argmax(), self.ess.shape)))
+        lines = [
+            f"{s['draws']} draws from the guide, {s['entries']} entries of plates "
+            f"{list(self.plates)}.",
+            f"k-hat: {s['high_k']} of {s['entries']} above {s['threshold']:.2f}; the largest is "
+            f"{s['largest_k']:.2f}, at {place}.",
+            f"Effective sample size: median {s['median_ess']:.0f}, smallest "
+            f"{s['smallest_ess']:.0f}.",
+            f"log p(x): {s['log_marginal']:.3f} nats in all.",
+        ]
+        if s["high_k"]:
+            lines.append("High k-hats: do not rely on it. Train longer, or use a richer guide.")
         if self.points:
             lines.append(f"The weights take the point estimates of {list(self.points)} as given.")
-        lines.append(k_hat)
-        if high:
-            lines.append(
-                "For these, log p(x), effective sample size and resampled draws are not reliable. "
-                "Train longer, or use a richer guide."
-            )
-        return "\n".join([*lines, ess, evidence])
-
-    def _scope(self) -> str:
-        if not self.plates:
-            return "one joint weight (no plate encloses every site)"
-        named = ", ".join(f"'{name}'" for name in self.plates)
-        return f"{self.ess.numel()} entries of plate{'s' if len(self.plates) > 1 else ''} {named}"
+        return "\n".join(lines)
 
 
 def importance_weights(
@@ -314,8 +254,7 @@ def importance_weights(
 
     The weights are those of this minibatch, without any subsample scale, one for each entry of the
     plates that enclose every sample site. A user's masks, and scales of the model, stay in them.
-    Modules run in their present mode. A model with an argument named like one of these needs a
-    function around it.
+    Modules run in their present mode.
 
     Args:
         num_particles: S, more than 20 for a k-hat.
@@ -358,36 +297,25 @@ def importance_weights(
 
 def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]:
     """Return the latent sites to which the guide gives the same value in every draw."""
-    if layout.particles.total == 1:
-        return ()
-    table = runs[0].table
+    table, names = runs[0].table, []
     latent = {record.name for record in table.model if not record.site["is_observed"]}
-    computed = [r.site for r in table.guide if r.name in latent and is_delta(r.site)]
-    return tuple(site["name"] for site in computed if _is_constant(site, runs, layout))
-
-
-def _is_constant(site: dict[str, Any], runs: Sequence[ParticleRun], layout: PlateLayout) -> bool:
-    values = [run.model.nodes[site["name"]]["value"] for run in runs]
-    if layout.particles.dim is None:
-        return all(torch.equal(value, values[0]) for value in values)
-    dim = layout.particles.dim - site["fn"].event_dim
-    return values[0].dim() < -dim or bool((values[0] == values[0].narrow(dim, 0, 1)).all())
+    for site in (r.site for r in table.guide if r.name in latent and is_delta(r.site)):
+        values = [run.model.nodes[site["name"]]["value"] for run in runs]
+        if layout.particles.dim is not None:  # all draws in one run
+            dim = layout.particles.dim - site["fn"].event_dim
+            values = values[0].split(1, dim) if values[0].dim() >= -dim else values
+        if layout.particles.total > 1 and all(torch.equal(v, values[0]) for v in values):
+            names.append(site["name"])
+    return tuple(names)
 
 
 def scaled_sites(trace: poutine.Trace) -> list[str]:
     """Return the sites with a scale of the user's own (`poutine.scale`) other than 1."""
-    return [site["name"] for site in sites(trace) if not _is_one(own_scale(site))]
-
-
-def _is_one(scale: Any) -> bool:
-    if isinstance(scale, Tensor):
-        return torch.allclose(scale, torch.ones_like(scale))
-    return math.isclose(scale, 1.0, rel_tol=1e-6)  # the scales of plates may round
+    scales = ((s["name"], torch.as_tensor(own_scale(s)).double()) for s in sites(trace))
+    return [name for name, scale in scales if not scale.allclose(torch.ones_like(scale))]
 
 
 def scale_problem(guide: poutine.Trace) -> str:
     """Return why draws of a guide with a `poutine.scale` have no weights; nothing without one."""
     scaled = scaled_sites(guide)
-    if not scaled:
-        return ""
-    return f"Guide site '{scaled[0]}' has a scale of its own. Take the scale off for evaluation."
+    return f"Guide site '{scaled[0]}' has a scale. Take it off for evaluation." if scaled else ""

@@ -108,7 +108,7 @@ def test_each_draw_is_a_run_of_the_model(row: Row, how: str) -> None:
     if how in ("plain", "psis"):
         options |= {"resample": how, "num_proposals": 30}
         if row.name in SCALED:
-            with pytest.raises(ValueError, match=r"has a scale of its own.*Take the scale off"):
+            with pytest.raises(ValueError, match=r"has a scale\. Take it off"):
                 posterior_draws(model, guide, *args, **options)
             return
     pyro.set_rng_seed(4)
@@ -123,7 +123,7 @@ def test_each_draw_is_a_run_of_the_model(row: Row, how: str) -> None:
         found = log_likelihoods(model, draws, *args, chunk_size=3)
         check_likelihood(model, args, draws, found, 4)
         if row.name in SCALED:
-            with pytest.raises(ValueError, match=r"no log p.*has a scale of its own"):
+            with pytest.raises(ValueError, match=r"no log p.*has a scale"):
                 draws.log_weights  # noqa: B018
         else:
             pyro.set_rng_seed(4)

@@ -142,18 +142,6 @@ def test_what_is_no_weight_is_refused(wrong: float) -> None:
         psis(log_weights)
     with pytest.raises(ValueError, match="nan or"):
         effective_sample_size(log_weights)
-    with pytest.raises(ValueError, match=r"\[S, \*batch\]"):
-        psis(torch.tensor(0.0))
-    with pytest.raises(ValueError, match="relative_ess must be a positive"):
-        psis(torch.zeros(30), relative_ess=0.0)
-
-
-def test_threshold() -> None:
-    for count in (10, 100, 1000, 10**6):
-        assert pareto_k_threshold(count) == pytest.approx(min(1 - 1 / math.log10(count), 0.7))
-    assert pareto_k_threshold(1) == 0.0
-    with pytest.raises(ValueError, match="at least 1"):
-        pareto_k_threshold(0)
 
 
 # --- The weights of a model and a guide
@@ -170,7 +158,7 @@ def test_weights_of_any_model(row: Row) -> None:
     guide(*model_args)
     pyro.set_rng_seed(3)
     if row.name in SCALED:
-        with pytest.raises(ValueError, match=r"Guide site '\w+' has a scale of its own"):
+        with pytest.raises(ValueError, match=r"Guide site '\w+' has a scale"):
             importance_weights(model, guide, *model_args, num_particles=12)
         return
     found = importance_weights(model, guide, *model_args, num_particles=12, chunk_size=5)
@@ -203,23 +191,9 @@ def test_too_narrow_rows_are_told() -> None:
     summary = found.summary()
     assert summary["entries"] == 6 and summary["high_k"] == 2
     told = str(found)
-    assert "6 entries of plate 'data'" in told
-    assert "above 0.70 (not to be trusted) for 2 of 6" in told
+    assert "6 entries of plates ['data']" in told and "k-hat: 2 of 6 above 0.70" in told
     assert f"at ({int(found.pareto_k.argmax())},)" in told
     assert "richer guide" in told
-
-
-def test_joint_weights_are_worse() -> None:
-    x = torch.linspace(-1.0, 2.0, 200)
-    found = importance_weights(normal_rows, guide_with(torch.tensor(0.55)), x, num_particles=2000)
-    joint = found.joint()
-    assert joint.log_weights.shape == (2000,) and joint.plates == ()
-    torch.testing.assert_close(joint.log_weights, found.log_weights.sum(1))
-    assert joint.pareto_k > found.pareto_k.max()
-    assert joint.ess < found.ess.min()
-    assert "one joint weight" in str(joint)
-    assert f"k-hat: {joint.pareto_k:.2f}, above 0.70 (not to be trusted)." in str(joint)
-    assert torch.equal(joint.joint().log_weights, joint.log_weights)
 
 
 def test_minibatches_are_joined() -> None:
@@ -227,27 +201,18 @@ def test_minibatches_are_joined() -> None:
     parts = [importance_weights(normal_rows, guide, rows, num_particles=30) for rows in x.split(3)]
     joined = ImportanceWeights.join(parts)
     assert joined.log_weights.shape == (30, 5) and joined.plates == ("data",)
-    other = importance_weights(normal_rows, guide, x, num_particles=31)
-    for wrong in ([joined, other], [joined.joint()]):
-        with pytest.raises(ValueError, match="same plates"):
-            ImportanceWeights.join(wrong)
+    with pytest.raises(ValueError, match=r"need the same plates, got \[\('data',\), \(\)\]"):
+        ImportanceWeights.join([joined, ImportanceWeights(joined.log_weights.sum(1))])
     first, second = torch.randn(30, 3, 4), torch.randn(30, 3, 2)
     parts = [ImportanceWeights(each, ("cols", "data")) for each in (first, second)]
     joined = ImportanceWeights.join(parts, plate="data")
     assert torch.equal(joined.log_weights, torch.cat([first, second], 2))
-    for plate, message in {
-        None: r"plate= is needed, of \['cols', 'data'\]",
-        "rows": "there is no plate 'rows'",
-        "cols": "along plate 'cols' must have the same other dims",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            ImportanceWeights.join(parts, plate=plate)
 
 
 def test_a_scale_of_the_guide_is_refused() -> None:
     """Draws come from q, and log q would be 0.1 log q: k-hat was "good" for any guide."""
     scaled = [poutine.scale(f, 0.1) for f in (normal_rows, guide_with(torch.tensor(0.05)))]
-    with pytest.raises(ValueError, match=r"'z' has a scale of its own.*Take the scale off"):
+    with pytest.raises(ValueError, match=r"'z' has a scale\. Take it off"):
         importance_weights(*scaled, torch.zeros(3))
     ones = poutine.scale(guide_with(torch.tensor(0.5**0.5)), torch.ones(()))
     assert importance_weights(normal_rows, ones, torch.zeros(3)).pareto_k.max() == 0
@@ -284,13 +249,3 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
     assert set().union(*found.values()) == set() and len(found) == 3
     told = str(ImportanceWeights(torch.zeros(30), (), ("scale",)))
     assert "point estimates of ['scale']" in told
-
-
-@pytest.mark.parametrize("name", ["num_particles", "chunk_size"])
-@pytest.mark.parametrize("number", [0, 2.5, "3", True])
-def test_counts(name: str, number: object) -> None:
-    programs = normal_rows, guide_with(torch.tensor(1.0)), torch.zeros(2)
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
-        importance_weights(*programs, **{name: number})
-    counts = {"num_particles": np.int64(7), "chunk_size": np.int32(3)}
-    assert importance_weights(*programs, **counts).log_weights.shape == (7, 2)
