@@ -15,8 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_recursive.evaluation.arviz_labels import Labels, entries_of
-from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws
+from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws, stacked
 from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
 from pyro_recursive.evaluation.predictions import (
     Resample,
@@ -62,9 +61,8 @@ def to_arviz(
     """Return draws from a guide as an ArviZ object: ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
 
     Dims are (chain, draw, plates by name, event dims), with one chain. What each group holds:
-    `Is the guide any good?` of the documentation. ``sample_stats`` has ``log_p``, ``log_q`` and
-    their difference ``log_weight`` in nats, nan where draws have no weights. Pass results of `loo`,
-    not these objects, to ``az.compare``: ArviZ's own LOO is not corrected for the guide.
+    `Is the guide any good?` of the documentation. Pass results of `loo`, not these objects, to
+    ``az.compare``: ArviZ's own LOO is not corrected for the guide.
 
     Args:
         num_draws, resample, num_proposals: as in `posterior_draws`.
@@ -92,10 +90,10 @@ def to_arviz(
     draws = posterior_draws(
         model, guide, *args, max_plate_nesting=max_plate_nesting, **how, **kwargs
     )
-    labels = Labels(coords or {}, dims or {}, entries_of(draws.whole_minibatch, args, kwargs))
+    labels = Labels(draws, coords or {}, dims or {})
     wanted = posterior_predictive, prior_predictive, log_likelihood
     groups = _groups((model, args, kwargs, run), draws, labels, *wanted)
-    return container({**groups, "sample_stats": _stats(draws, labels)}, labels)
+    return _container({**groups, "sample_stats": _stats(draws, labels)}, labels)
 
 
 def mcmc_to_arviz(
@@ -132,14 +130,12 @@ def mcmc_to_arviz(
     >>> kernel = pyro.infer.NUTS(model)
     >>> mcmc = pyro.infer.MCMC(kernel, num_samples=20, warmup_steps=5, disable_progbar=True)
     >>> mcmc.run(torch.zeros(3))
-    >>> data = mcmc_to_arviz(mcmc, model, torch.zeros(3))
-    >>> dict(data["log_likelihood"]["x"].sizes)
+    >>> dict(mcmc_to_arviz(mcmc, model, torch.zeros(3))["log_likelihood"]["x"].sizes)
     {'chain': 1, 'draw': 20, 'data': 3}
     """
     run: dict[str, Any] = {"chunk_size": chunk_size, "vectorize_particles": vectorize_particles}
     draws, chains = _chain_draws(mcmc, model, args, kwargs, run)
-    entries = entries_of(draws.whole_minibatch, args, kwargs)
-    labels = Labels(coords or {}, dims or {}, entries, chains)
+    labels = Labels(draws, coords or {}, dims or {}, chains)
     wanted = posterior_predictive, prior_predictive, log_likelihood
     groups = _groups((model, args, kwargs, run), draws, labels, *wanted)
     diverged = mcmc.diagnostics().get("divergences")
@@ -148,7 +144,7 @@ def mcmc_to_arviz(
         for chain in range(chains):
             diverging[chain, list(diverged[f"chain {chain}"])] = True
         groups["sample_stats"] = labels.numbers({"diverging": diverging.flatten()}, ())
-    return container(groups, labels)
+    return _container(groups, labels)
 
 
 def _chain_draws(
@@ -159,18 +155,15 @@ def _chain_draws(
     chains, count = next(iter(samples.values())).shape[:2]
     single = outline(model, args, kwargs)
     nesting, latents = nesting_of(single), {}
-    for site in sites(single):
-        if site["is_observed"]:
-            continue
+    for site in (site for site in sites(single) if not site["is_observed"]):
         if site["name"] not in samples:
             raise ValueError(
-                f"The MCMC run has no draws of latent site '{site['name']}', but of {[*samples]}. "
-                "Draw it with infer_discrete."
+                f"The MCMC run has no draws of latent site '{site['name']}'. Use infer_discrete."
             )
         value = samples[site["name"]].flatten(0, 1)
         padding = (1,) * (nesting + 1 + site["fn"].event_dim - value.dim())
         value = value.reshape(len(value), *padding, *value.shape[1:])
-        latents[site["name"]] = SiteDraws.stacked(site, [value], len(value), nesting)
+        latents[site["name"]] = stacked(site, [value], len(value), nesting)
     draws = Draws(latents, chains * count, whole_minibatch=subsample_sites(single))
     computed = run_on_draws(model, args, kwargs, draws.of_this_call(), ModelRuns.computed, **run)
     return replace(draws, sites={**latents, **computed}), chains
@@ -179,7 +172,7 @@ def _chain_draws(
 def _groups(
     call: tuple[Callable, tuple, dict[str, Any], dict[str, Any]],
     draws: Draws,
-    labels: Labels,
+    labels: "Labels",
     predictive: bool,
     prior: bool,
     log_likelihood: bool,
@@ -204,7 +197,7 @@ def _groups(
     return {name: group for name, group in found.items() if group.data_vars}
 
 
-def _stats(draws: Draws, labels: Labels) -> xr.Dataset:
+def _stats(draws: Draws, labels: "Labels") -> xr.Dataset:
     """Return the densities of draws from a guide; nan for the weights of draws without them."""
     if draws.log_p is None or draws.log_q is None:
         missing = labels.numbers({"log_weight": torch.full((len(draws),), math.nan)}, ())
@@ -213,6 +206,91 @@ def _stats(draws: Draws, labels: Labels) -> xr.Dataset:
     if not draws.resampled:
         stats["log_weight"] = draws.log_weights
     return labels.numbers(stats, draws.plates)
+
+
+class Labels:
+    """Makes labelled arrays of draws, ``[chain, draw, *plates, *event]``.
+
+    ``coords`` has values of dims, ``dims`` names of the event dims of sites; plates in the draws'
+    minibatch have the indices of their entries.
+    """
+
+    def __init__(
+        self,
+        draws: Draws,
+        coords: Mapping[str, Sequence],
+        dims: Mapping[str, Sequence[str]],
+        chains: int = 1,
+    ) -> None:
+        self.coords, self.dims, self.chains = coords, dims, chains
+        self.minibatch = {
+            name: site["value"]
+            for name, site in draws.whole_minibatch.nodes.items()
+            if _is_index(site["value"], site["fn"].size)
+        }
+        self.sizes = {name: s["fn"].size for name, s in draws.whole_minibatch.nodes.items()}
+
+    def draws(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
+        """Return draws of sites."""
+        return self._dataset(
+            {n: (self._names(n, s), self._split(s.value)) for n, s in found.items()}
+        )
+
+    def first(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
+        """Return the first draw of sites, without dims of chain and draw: data."""
+        return self._dataset({n: (self._names(n, s)[2:], s.value[0]) for n, s in found.items()})
+
+    def numbers(self, values: Mapping[str, Tensor], plates: Sequence[str]) -> xr.Dataset:
+        """Return numbers of each draw, ``[S, *plates]``."""
+        dims = ("chain", "draw", *plates)
+        return self._dataset({name: (dims, self._split(value)) for name, value in values.items()})
+
+    def check_used(self, groups: Mapping[str, xr.Dataset]) -> None:
+        """Raise if `coords` or `dims` name a dim that is not there."""
+        known = {str(dim) for group in groups.values() for dim in group.dims}
+        wanted = {*self.coords, *(name for names in self.dims.values() for name in names)}
+        if unknown := sorted(wanted - known):
+            raise ValueError(f"coords or dims name {unknown}; the dims are {sorted(known)}.")
+
+    def _names(self, name: str, site: SiteDraws) -> tuple[str, ...]:
+        count = len(site.event_shape)
+        default = tuple(f"{name}_dim_{i}" for i in range(count))
+        event = tuple(self.dims.get(name, default)) if count else ()
+        names = ("chain", "draw", *site.plates, *event)
+        if len(event) != count or len(set(names)) < len(names):
+            raise ValueError(
+                f"Site '{name}' has {count} event dims; its names are {list(names)}. Use dims= or "
+                "rename a plate."
+            )
+        return names
+
+    def _split(self, value: Tensor) -> Tensor:
+        return value.unflatten(0, (self.chains, -1))
+
+    def _dataset(self, tensors: Mapping[str, tuple[tuple[str, ...], Tensor]]) -> xr.Dataset:
+        arrays = {name: (dims, t.detach().cpu().numpy()) for name, (dims, t) in tensors.items()}
+        sizes: dict[str, int] = {}
+        for dims, array in arrays.values():
+            sizes.update(zip(dims, array.shape, strict=True))
+        coords = {dim: self._coord(dim, size) for dim, size in sizes.items()}
+        return xr.Dataset(arrays, coords, attrs={"inference_library": "pyro_recursive"})
+
+    def _coord(self, dim: str, size: int) -> Any:
+        index = [int(i) for i in self.minibatch.get(dim, range(size))]
+        values = self.coords.get(dim, ())
+        if dim in self.minibatch and len(values) == self.sizes[dim]:
+            return [values[i] for i in index]
+        return list(values) if dim in self.coords else np.asarray(index)
+
+
+def _is_index(value: Any, size: int) -> bool:
+    """Whether a plate's subsample are indices: ``pyro.plate(..., subsample=x)`` may have data."""
+    value = torch.as_tensor(value) if isinstance(value, list | tuple | range) else value
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int, torch.long):
+        return False
+    if value.dim() != 1 or len(value.unique()) < len(value):
+        return False
+    return bool(((value >= 0) & (value < size)).all())
 
 
 # --- Leave-one-out
@@ -273,8 +351,8 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     if high:
         cause = "the guide is far from the posterior, or " if corrected else ""
         warnings.warn(
-            f"k-hat is above {threshold:.2f} for {high} of {len(elpd)} data: {cause}these data are "
-            "surprising to the model. Their elpd is not reliable.",
+            f"k-hat is above {threshold:.2f} for {high} of {len(elpd)} data: {cause}the data "
+            "surprise the model. Their elpd is not reliable.",
             stacklevel=2,
         )
     variance = elpd.var(correction=0 if OLD else min(1, len(elpd) - 1))
@@ -298,15 +376,10 @@ def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
         raise ValueError("loo needs the group log_likelihood. Use log_likelihood=True.")
     group = data["log_likelihood"]
     if scaled := group.attrs.get(SCALED):
-        raise ValueError(
-            f"The model has a scale of its own at {scaled}: a tempered posterior has no "
-            "leave-one-out. Drop poutine.scale."
-        )
+        raise ValueError(f"Leave-one-out needs a model without poutine.scale, at {scaled}.")
     names = [str(name) for name in group.data_vars]
     if var_name is None and len(names) > 1:
         raise ValueError(f"There are log-likelihoods of {names}: choose one with var_name=.")
-    if var_name is not None and var_name not in names:
-        raise ValueError(f"There is no log-likelihood of '{var_name}', only of {names}.")
     found = group[names[0] if var_name is None else var_name]
     return found.transpose("chain", "draw", ...)
 
@@ -321,7 +394,7 @@ def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:
     found = data["sample_stats"]["log_weight"]
     if bool(found.isnull().any()):
         reason = data["sample_stats"].attrs.get(UNWEIGHTED) or "Some of them are nan."
-        raise ValueError(f"The draws have no weights to correct them. {reason}")
+        raise ValueError(f"The draws have no weights. {reason}")
     found = found.sum([dim for dim in found.dims if dim not in log_lik.dims])
     return found.broadcast_like(log_lik).transpose(*log_lik.dims)
 
@@ -334,17 +407,11 @@ def _matrix(array: xr.DataArray) -> Tensor:
 
 def _seen(matrix: Tensor, name: str) -> Tensor:
     """Return which data are not masked; raise if their log-likelihoods are not finite."""
-    missing = matrix.isnan()
-    partly, infinite = missing.any(0) & ~missing.all(0), matrix.isinf().any(0)
-    for what, where in (("nan for a part of the draws", partly), ("infinite", infinite)):
-        if bool(where.any()):
-            raise ValueError(
-                f"The log-likelihood of '{name}' is {what}, at {int(where.sum())} of {len(where)} "
-                f"data, first at {int(where.nonzero()[0])}."
-            )
-    if bool(missing.all()):
-        raise ValueError(f"All data of '{name}' are masked.")
-    return ~missing.any(0)
+    seen = ~matrix.isnan().all(0)
+    wrong = (seen & ~matrix.isfinite().all(0)).nonzero().flatten().tolist()
+    if wrong or not bool(seen.any()):
+        raise ValueError(f"The log-likelihood of '{name}' is not finite, at data {wrong}.")
+    return seen
 
 
 def _labelled(values: Tensor, seen: Tensor, log_lik: xr.DataArray) -> xr.DataArray:
@@ -385,8 +452,7 @@ def _elpd_data(values: dict[str, Any], *, corrected: bool) -> Any:
     return dataclasses.replace(result, **{n: v for n, v in values.items() if n in fields})
 
 
-def container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
-    """Return an ArviZ object of groups: ``InferenceData`` (0.2x) or ``DataTree`` (1.x)."""
+def _container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
     labels.check_used(groups)
     return az.InferenceData(**groups) if OLD else xr.DataTree.from_dict(dict(groups))
 

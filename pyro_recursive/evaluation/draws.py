@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -38,40 +38,6 @@ class SiteDraws:
     kind: Kind = "latent"
     cell: Mapping[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def stacked(
-        cls,
-        site: Site,
-        values: Sequence[Tensor],
-        total: int,
-        nesting: int,
-        kind: Kind = "latent",
-        event_dim: int | None = None,
-        frames: tuple[Any, ...] | None = None,
-    ) -> "SiteDraws":
-        """Return the draws of a site from its values in one or several runs.
-
-        Args:
-            site: the site in one of the runs.
-            values: one for each run, with the plate of samples left of the other plates.
-            total: samples in each run.
-            nesting: the number of dims of the other plates.
-            kind: of the draws.
-            event_dim, frames: by default those of the site.
-        """
-        frames = _frames(site) if frames is None else frames
-        event_dim = site["fn"].event_dim if event_dim is None else event_dim
-        sizes = {frame.dim: frame.size for frame in frames}
-        batch = (total, *(sizes.get(dim, 1) for dim in range(-nesting, 0)))
-        rows = []
-        for value in values:
-            padding = (1,) * (len(batch) + event_dim - value.dim())
-            value = value.detach().reshape(padding + value.shape)
-            event = value.shape[len(batch) :]
-            value = value.expand(*batch, *event)
-            rows.append(value.reshape(total, *(frame.size for frame in frames), *event))
-        return cls(torch.cat(rows), frames, kind, _cell(site))
-
     @property
     def plates(self) -> tuple[str, ...]:
         """The names of the vectorised plates."""
@@ -100,14 +66,39 @@ class SiteDraws:
         return replace(self, value=value)
 
 
+def stacked(
+    site: Site,
+    values: Sequence[Tensor],
+    total: int,
+    nesting: int,
+    kind: Kind = "latent",
+    event_dim: int | None = None,
+    frames: tuple[Any, ...] | None = None,
+) -> SiteDraws:
+    """Return the draws of a site from its values in one or several runs, `total` in each.
+
+    Values have the plate of samples left of the ``nesting`` dims of other plates. ``event_dim`` and
+    ``frames`` are by default those of the site.
+    """
+    frames = _frames(site) if frames is None else frames
+    event_dim = site["fn"].event_dim if event_dim is None else event_dim
+    sizes = {frame.dim: frame.size for frame in frames}
+    batch = (total, *(sizes.get(dim, 1) for dim in range(-nesting, 0)))
+    rows = []
+    for value in values:
+        padding = (1,) * (len(batch) + event_dim - value.dim())
+        value = value.detach().reshape(padding + value.shape)
+        event = value.shape[len(batch) :]
+        value = value.expand(*batch, *event)
+        rows.append(value.reshape(total, *(frame.size for frame in frames), *event))
+    loops = [frame for frame in plates_of(site).values() if not frame.vectorized]
+    cell = {frame.name: (frame.counter - 1) % frame.size for frame in loops}
+    return SiteDraws(torch.cat(rows), frames, kind, cell)
+
+
 def _frames(site: Site) -> tuple[Any, ...]:
     found = [frame for frame in plates_of(site).values() if frame.vectorized]
     return tuple(sorted(found, key=lambda frame: frame.dim))
-
-
-def _cell(site: Site) -> dict[str, int]:
-    loops = [frame for frame in plates_of(site).values() if not frame.vectorized]
-    return {frame.name: (frame.counter - 1) % frame.size for frame in loops}
 
 
 @dataclass(frozen=True)
@@ -115,14 +106,11 @@ class Draws:
     """S draws of some sites of a model.
 
     ``draws["z"]`` is a ``[S, *plates, *event]``-dim tensor, for the vectorised plates around the
-    site from left to right; ``sites["z"].plates`` are their names. ``log_p`` and ``log_q`` of
-    posterior draws are log p(x, z) and log q(z), ``[S, *plates]`` in nats, float64, for the
-    ``plates`` that enclose every sample site; where they are None, ``unweighted`` says why.
-    ``resampled`` draws were chosen by their weights.
-
-    ``minibatch`` has the subsample sites of the plates around latents, which other calls of the
-    model must share; ``whole_minibatch`` those of all plates. ``scaled`` names the sites of
-    log-likelihoods that have a scale of the user's own.
+    site from left to right. ``log_p`` and ``log_q`` of posterior draws are log p(x, z) and log
+    q(z), ``[S, *plates]`` in nats, float64, for the ``plates`` that enclose every sample site;
+    where they are None, ``unweighted`` says why. ``resampled`` draws were chosen by their weights.
+    ``minibatch`` has the subsample sites of the plates around latents, which other calls must
+    share; ``whole_minibatch`` those of all plates. ``scaled`` names log-likelihoods with a scale.
     """
 
     sites: dict[str, SiteDraws]
@@ -140,8 +128,7 @@ class Draws:
     def log_densities(self) -> tuple[Tensor, Tensor]:
         """``log_p`` and ``log_q``; raises ValueError for draws that have none."""
         if self.log_p is None or self.log_q is None:
-            reason = self.unweighted or "Only posterior draws have them."
-            raise ValueError(f"These draws have no log p and log q. {reason}")
+            raise ValueError(f"These draws have no log p and log q. {self.unweighted}")
         return self.log_p, self.log_q
 
     @property
@@ -152,8 +139,6 @@ class Draws:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the values of a site, ``[S, *plates, *event]``."""
-        if name not in self.sites:
-            raise KeyError(f"There are no draws of site '{name}', only of {[*self.sites]}.")
         return self.sites[name].value
 
     def __len__(self) -> int:
@@ -184,38 +169,31 @@ def joined(chunks: Sequence[dict[str, SiteDraws]]) -> dict[str, SiteDraws]:
     }
 
 
-@dataclass(frozen=True)
-class ModelRuns:
+class ModelRuns(NamedTuple):
     """Traces of a model for S samples: one trace of all of them, or one of each.
 
     ``nesting`` is the number of dims of plates; ``single`` a run without a plate of samples.
     """
 
     traces: Sequence[poutine.Trace]
-    count: int
+    samples: int
     nesting: int
-    single: poutine.Trace = field(default_factory=poutine.Trace)
+    single: poutine.Trace
 
     @property
     def total(self) -> int:
         """The number of samples in each trace."""
-        return self.count // len(self.traces)
+        return self.samples // len(self.traces)
 
     def latents(self) -> dict[str, SiteDraws]:
         """Return the draws of the latent sites."""
-        return {
-            site["name"]: self.site(site["name"])
-            for site in sites(self.traces[0])
-            if not site["is_observed"] and not was_observed(site)
-        }
+        found = (s for s in sites(self.traces[0]) if not s["is_observed"] and not was_observed(s))
+        return {site["name"]: self.site(site["name"]) for site in found}
 
     def computed(self) -> dict[str, SiteDraws]:
         """Return the values of the deterministic sites."""
-        return {
-            name: self._deterministic(name)
-            for name, site in self.traces[0].nodes.items()
-            if is_computed(site)
-        }
+        found = self.traces[0].nodes.items()
+        return {name: self._deterministic(name) for name, site in found if is_computed(site)}
 
     def site(
         self,
@@ -225,21 +203,18 @@ class ModelRuns:
         event_dim: int | None = None,
     ) -> SiteDraws:
         """Return the draws of a site, or a function of them."""
-        group = self._in_all(name, self.traces)
+        group = self._in_all(name)
         values = [value_of(site) for site in group]
-        return SiteDraws.stacked(group[0], values, self.total, self.nesting, kind, event_dim)
+        return stacked(group[0], values, self.total, self.nesting, kind, event_dim)
 
-    def _in_all(self, name: str, traces: Sequence[poutine.Trace]) -> list[Site]:
-        if any(name not in trace.nodes for trace in traces):
-            raise ValueError(
-                f"Site '{name}' is in some runs of the model and not in others. Sample it in all, "
-                "under a mask."
-            )
-        return [trace.nodes[name] for trace in traces]
+    def _in_all(self, name: str) -> list[Site]:
+        if any(name not in trace.nodes for trace in self.traces):
+            raise ValueError(f"Site '{name}' is in some runs only. Sample it in all, under a mask.")
+        return [trace.nodes[name] for trace in self.traces]
 
     def _deterministic(self, name: str) -> SiteDraws:
         """Return the values of a deterministic site; its shape in a single run gives its dims."""
-        single, *group = self._in_all(name, [self.single, *self.traces])
+        group, single = self._in_all(name), self.single.nodes.get(name, self.traces[0].nodes[name])
         shape, depth = single["value"].shape, _plate_dims(single)
         values = []
         for site in group:
@@ -248,15 +223,13 @@ class ModelRuns:
                 value = value.expand(self.total, *shape)
             elif value.shape[:1] != (self.total,) or value[0].numel() != shape.numel():
                 raise ValueError(
-                    f"Deterministic site '{name}' has shape {tuple(shape)} for one sample and "
-                    f"{tuple(value.shape)} for {self.total}. Count dims from the right, or use "
-                    "vectorize_particles=False."
+                    f"Deterministic site '{name}' has shape {tuple(shape)} for one sample, "
+                    f"{tuple(value.shape)} for {self.total}. Count dims from the right."
                 )
             values.append(value.reshape(self.total, *(1,) * (self.nesting - depth), *shape))
         frames = tuple(frame for frame in _frames(group[0]) if -frame.dim <= depth)
-        event_dim = len(shape) - depth
         run = values, self.total, self.nesting
-        return SiteDraws.stacked(group[0], *run, "computed", event_dim, frames)
+        return stacked(group[0], *run, "computed", len(shape) - depth, frames)
 
 
 def _plate_dims(site: Site) -> int:
@@ -294,11 +267,8 @@ def run_on_draws(
 ) -> dict[str, SiteDraws]:
     """Run a model on draws of its latents and on their minibatch, in chunks.
 
-    Args:
-        model, args, kwargs: the model and a call of it.
-        draws: latents that they lack are drawn from the model.
-        collect: returns what is wanted of the runs of a chunk.
-        chunk_size, vectorize_particles: as in `posterior_draws`.
+    Latents without draws are drawn from the model. ``collect`` returns what is wanted of the runs
+    of a chunk; the other options are those of `posterior_draws`.
 
     Raises:
         ValueError: a plate has another size here than in the draws.
@@ -306,7 +276,10 @@ def run_on_draws(
     program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
     latents = draws.of_kind("latent")
     _check_plates(single, latents)
-    minibatch = _completed(draws.minibatch, subsample_sites(single))
+    minibatch = draws.minibatch.copy()
+    for name, site in subsample_sites(single).nodes.items():  # of the other plates
+        if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
+            minibatch.add_node(name, **site)
     size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
     chunks = []
     for start in range(0, len(draws), size):
@@ -334,15 +307,6 @@ def _source(
     return trace
 
 
-def _completed(minibatch: poutine.Trace, other: poutine.Trace) -> poutine.Trace:
-    """Return a minibatch with that of other plates, unless these are complete."""
-    found = minibatch.copy()
-    for name, site in other.nodes.items():
-        if name not in found.nodes and len(site["value"]) != site["fn"].size:
-            found.add_node(name, **site)
-    return found
-
-
 def _check_plates(trace: poutine.Trace, latents: Mapping[str, SiteDraws]) -> None:
     for site in sites(trace):
         for frame in latents[site["name"]].frames if site["name"] in latents else ():
@@ -350,6 +314,5 @@ def _check_plates(trace: poutine.Trace, latents: Mapping[str, SiteDraws]) -> Non
             if here is None or here.size != frame.size:
                 raise ValueError(
                     f"Site '{site['name']}' was drawn in plate '{frame.name}' of {frame.size} "
-                    f"entries; this call has {0 if here is None else here.size}. Draw it for "
-                    "these data."
+                    f"entries, not {here and here.size}. Draw it for these data."
                 )

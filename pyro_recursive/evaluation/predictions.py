@@ -51,8 +51,8 @@ def posterior_draws(
 
     Args:
         num_draws: S.
-        resample: ``"plain"`` or ``"psis"`` choose among proposals by their importance weights, raw
-            or Pareto-smoothed: each entry of the plates that enclose every site on its own.
+        resample: choose among proposals by their importance weights, raw (``"plain"``) or
+            Pareto-smoothed: each entry of the plates that enclose every site on its own.
         num_proposals: by default 10 for each draw.
         chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
 
@@ -78,8 +78,6 @@ def posterior_draws(
     check_at_least(1, num_draws=num_draws, num_proposals=num_proposals, chunk_size=chunk_size)
     if resample not in (None, "plain", "psis"):
         raise ValueError(f"resample must be None, 'plain' or 'psis', got {resample!r}.")
-    if num_proposals is not None and resample is None:
-        raise ValueError("num_proposals needs resample='plain' or 'psis'.")
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     with torch.no_grad():
@@ -105,17 +103,15 @@ def _from_guide(
         if not parts:
             whole = subsample_sites(runs[0].guide, runs[0].model)
             unweighted = scale_problem(runs[0].guide) or _subsampling_problem(runs[0], layout)
-            if unweighted and weighted:
-                raise ValueError(unweighted)
-        size, nesting = layout.particles.total, layout.max_plate_nesting
-        parts.append(ModelRuns([run.model for run in runs], size, nesting).latents())
+        size, models = layout.particles.total, [run.model for run in runs]
+        parts.append(ModelRuns(models, size, layout.max_plate_nesting, models[0]).latents())
         if not unweighted:
             try:
                 log_densities.append(_log_densities(runs, layout))
             except NotImplementedError as error:  # a guide of points
-                if weighted:
-                    raise
                 unweighted = str(error)
+        if unweighted and weighted:
+            raise ValueError(unweighted)
     latents, plates = joined(parts), tuple(frame.name for frame in layout.plates)
     around = {name for latent in latents.values() for name in (*latent.plates, *latent.cell)}
     minibatch = poutine.Trace()
@@ -129,8 +125,7 @@ def _from_guide(
 
 def _subsampling_problem(run: ParticleRun, layout: PlateLayout) -> str:
     """Return why a minibatch has no weights; nothing if it has."""
-    found = half_subsampled(run.table, layout)
-    if found is None:
+    if (found := half_subsampled(run.table, layout)) is None:
         return ""
     frame, outside = found
     return (
@@ -157,14 +152,11 @@ def resampled_index(
     They are drawn with replacement, each entry of the plates on its own; `smooth` weights are
     Pareto-smoothed first.
     """
-    largest = log_weights.amax(0)
-    dead = ~(largest.abs() < torch.inf)
-    if bool(dead.any()):
-        place = tuple(dead.nonzero()[0].tolist())
-        entry = f" at {place} of plates {list(plates)}" if plates else ""
+    dead = (~log_weights.amax(0).isfinite()).nonzero()
+    if len(dead):
         raise ValueError(
-            f"None of {len(log_weights)} draws of the guide has a weight{entry}. The largest "
-            f"log-weight is {largest[place].item()}."
+            f"None of {len(log_weights)} draws of the guide has a weight, at "
+            f"{tuple(dead[0].tolist())} of plates {list(plates)}."
         )
     weights = psis(log_weights).log_weights if smooth else log_weights
     columns = weights.flatten(1).T if weights.dim() > 1 else weights.unsqueeze(0)
@@ -182,9 +174,9 @@ def predictive_draws(
 ) -> Draws:
     """Draw the data of a model anew for each draw of its latents: the posterior predictive.
 
-    The model is called as in training, with its data, and draws what it observes, masked entries
-    too. A site that depends on data gets the drawn data if it uses what `pyro.sample` returned, and
-    the given data if it uses the model's argument.
+    The model is called as in training, and draws what it observes, masked entries too. A site that
+    depends on data gets the drawn data if it uses what `pyro.sample` returned, and the given data
+    if it uses the model's argument.
 
     Args:
         draws: latents that they lack are drawn from the model.
@@ -257,9 +249,7 @@ def log_likelihoods(
 
     def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
         if missing := sorted(runs.latents().keys() - draws.sites.keys()):
-            raise ValueError(
-                f"There are no draws of the latent sites {missing}, only of {[*draws.sites]}."
-            )
+            raise ValueError(f"There are no draws of {missing}, only of {[*draws.sites]}.")
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
         return {
             site["name"]: runs.site(site["name"], "observed", _log_likelihood, event_dim=0)
@@ -273,15 +263,7 @@ def log_likelihoods(
 
 
 def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> Draws:
-    """Return the data of a model as one draw, ``[1, *plates, *event]``, for the draws' minibatch.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-    >>> observed_data(model, Draws({}, 1), torch.tensor([0.0, 1.0]))["x"].tolist()
-    [[0.0, 1.0]]
-    """
+    """Return the data of a model as one draw, ``[1, *plates, *event]``, on the draws' minibatch."""
     return Draws(run_on_draws(model, args, kwargs, replace(draws, count=1), _data), 1)
 
 
@@ -327,8 +309,8 @@ def prior_draws(
         mixing = structure_of(Program(model, prior, args, kwargs)).mixing
         if mixing is not None:
             raise ValueError(
-                f"The density of one sample depends on another sample's '{mixing}'. Count dims "
-                "from the right (z.sum(-1), z[..., 0]), or use vectorize_particles=False."
+                f"The density of one sample depends on another's '{mixing}'. Count dims from the "
+                "right, or use vectorize_particles=False."
             )
     if minibatch is None:
         with poutine.block(), torch.no_grad():

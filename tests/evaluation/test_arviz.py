@@ -157,8 +157,6 @@ def test_loo_of_a_loop() -> None:
     assert abs(mean - exact) < 4.5 * error + 0.005
     with pytest.raises(ValueError, match=r"\['x0', 'x1'\]: choose one with var_name="):
         loo_of(normal_loop, guide, X[:2])
-    with pytest.raises(ValueError, match=r"no log-likelihood of 'y'"):
-        loo_of(normal_loop, guide, X[:2], "y")
 
 
 def test_effective_parameters_of_a_guide_that_is_off() -> None:
@@ -180,12 +178,12 @@ def test_effective_parameters_of_a_guide_that_is_off() -> None:
 @pytest.mark.parametrize("scale", [0.1, torch.tensor(10.0)])
 def test_scaled_models_have_no_loo(scale: Any) -> None:
     programs = [poutine.scale(f, scale) for f in (normal_rows, local_guide)]
-    with pytest.raises(ValueError, match=r"scale of its own at z, x: a tempered"):
+    with pytest.raises(ValueError, match=r"without poutine.scale, at z, x"):
         loo(to_arviz(*programs, X, num_draws=30))
-    with pytest.raises(ValueError, match=r"no weights to correct them.*Guide site 'z' has a scale"):
+    with pytest.raises(ValueError, match=r"no weights.*Guide site 'z' has a scale"):
         loo(to_arviz(normal_rows, programs[1], X, num_draws=30))
     mcmc = Chains({"z": torch.randn(2, 5)})
-    with pytest.raises(ValueError, match="scale of its own"):
+    with pytest.raises(ValueError, match="without poutine"):
         loo(mcmc_to_arviz(mcmc, poutine.scale(normal_global, scale), X))
 
 
@@ -205,7 +203,7 @@ def test_loo_of_what_has_none() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
 
-    with pytest.raises(ValueError, match=r"'x' is infinite, at 8 of 8 data"):
+    with pytest.raises(ValueError, match=r"'x' is not finite, at data \[0, 1"):
         loo(to_arviz(hard_edge, shifted_guide(0.0, 1.0), X))
     rows = X[:, None]
 
@@ -249,7 +247,7 @@ def test_draws_of_chains() -> None:
     diverging = data["sample_stats"]["diverging"].values
     assert [tuple(place) for place in np.argwhere(diverging)] == [(0, 1), (0, 3), (1, 4)]
     assert not has_group(mcmc_to_arviz(Chains({"z": z}), normal_global, X), "sample_stats")
-    with pytest.raises(ValueError, match=r"no draws of latent site 'z', but of \['w'\]"):
+    with pytest.raises(ValueError, match=r"no draws of latent site 'z'"):
         mcmc_to_arviz(Chains({"w": z}), normal_global, X)
 
 
@@ -383,12 +381,9 @@ def test_values_dims_and_coordinates() -> None:
     assert data["observed_data"]["x"].dims == ("person", "x_dim_0")
     stats = data["sample_stats"]
     np.testing.assert_allclose(stats["log_p"] - stats["log_q"], stats["log_weight"])
-    with pytest.raises(ValueError, match=r"dims names 2 event dims of site 'z'.*has 1, \(2,\)"):
-        to_arviz(model, guide, x, num_draws=3, dims={"z": ["person", "side"]})
-    with pytest.raises(ValueError, match=r"one name: \['chain', 'draw', 'person', 'person'\]"):
-        to_arviz(model, guide, x, num_draws=3, dims={"z": ["person"]})
-    with pytest.raises(ValueError, match=r"3 values for dim 'person', and it has 4 entries"):
-        to_arviz(model, guide, x, num_draws=3, coords={"person": [1, 2, 3]})
+    for names in (["person", "side"], ["person"]):
+        with pytest.raises(ValueError, match=r"'z' has 1 event dims; its names are \['chain', 'd"):
+            to_arviz(model, guide, x, num_draws=3, dims={"z": names})
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -407,31 +402,23 @@ def test_coordinates_of_a_minibatch(labelled: bool) -> None:
     assert list(data["posterior"]["z"]["data"].values) == list(told)
 
 
-def test_data_are_no_coordinates() -> None:
-    """`pyro.plate(..., subsample=x)`: the data may be indices, for all that one sees of them."""
-
-    def coordinates(x: Any, index: Callable = lambda x: x, **options: Any) -> list:
-        def model(x: Any) -> None:
-            with pyro.plate("data", 50, subsample=index(x)):
+def test_an_explicit_subsample_is_no_index_where_it_has_data() -> None:
+    def coordinates(value: Tensor, **options: Any) -> list:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", 50, subsample=value):
                 z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-        data = to_arviz(model, prior_of(model), x, num_draws=3, **options)
+        data = to_arviz(model, prior_of(model), torch.zeros(4), num_draws=3, **options)
         return list(data["posterior"]["data"].values)
 
-    counts = torch.tensor([3, 1, 2, 7])
-    for x in (torch.tensor([0.3, -0.4, 0.5, 1.2]), torch.randn(4, 2), counts, counts + 48):
-        assert coordinates(x) == [0, 1, 2, 3]
-    assert coordinates({"counts": [counts]}, lambda x: x["counts"][0]) == [0, 1, 2, 3]
-    assert coordinates(counts, lambda x: x - 1) == [2, 0, 1, 6]
-    assert coordinates(torch.ones(4).long(), lambda x: x + 0) == [0, 1, 2, 3]
-    for out_of_range in (counts + 48, -counts):
-        assert coordinates(counts, lambda x, index=out_of_range: index) == [0, 1, 2, 3]
+    index = torch.tensor([2, 0, 1, 6])
+    for data in (index / 2, torch.randn(4, 2), index + 48, -index, index.clamp_max(1)):
+        assert coordinates(data) == [0, 1, 2, 3]
     names = [f"n{number}" for number in range(50)]
-    assert coordinates(counts, coords={"data": names[:4]}) == names[:4]
-    assert coordinates(counts, lambda x: x - 1, coords={"data": names}) == ["n2", "n0", "n1", "n6"]
-    with pytest.raises(ValueError, match="50 values for dim 'data', and it has 4"):
-        coordinates(counts, coords={"data": names})
+    assert coordinates(index) == [2, 0, 1, 6]
+    assert coordinates(index, coords={"data": names[:4]}) == names[:4]
+    assert coordinates(index, coords={"data": names}) == ["n2", "n0", "n1", "n6"]
 
 
 def test_one_minibatch_of_global_latents() -> None:
@@ -455,22 +442,10 @@ def test_one_minibatch_of_global_latents() -> None:
         loo(data)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"coords": {"grp": [1, 2]}},
-            r"coords has values for \['grp'\]; the dims are \['chain', 'd",
-        ),
-        ({"dims": {"y": ["side"]}}, r"event dims \['side'\] of site 'y', which is not there; the"),
-        ({"dims": {"z": ["side"]}}, "of site 'z', which has no event dims"),
-    ],
-)
-def test_names_that_name_nothing(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [{"coords": {"side": [1]}}, {"dims": {"z": ["side"]}}])
+def test_names_that_name_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"name \['side'\]; the dims are \['chain', 'd"):
         to_arviz(normal_global, shifted_guide(0.0, 1.0), X, num_draws=3, **options)
-    with pytest.raises(ValueError, match=message):
-        mcmc_to_arviz(Chains({"z": torch.randn(1, 5)}), normal_global, X, **options)
 
 
 def test_resampled_draws_have_no_weights_left() -> None:

@@ -361,7 +361,7 @@ def test_a_guide_without_density() -> None:
     guide = MAPAGuide(rows_model, nn.Linear(2, 2), x)
     draws = posterior_draws(rows_model, guide, x, num_draws=30, chunk_size=20)
     assert draws["z"].shape == (30, 6, 2) and draws.log_p is None
-    with pytest.raises(NotImplementedError, match="without a density"):
+    with pytest.raises(ValueError, match="without a density"):
         posterior_draws(rows_model, guide, x, num_draws=30, resample="plain")
 
 
@@ -421,24 +421,18 @@ def test_draws_need_no_full_data() -> None:
 
 def test_draws_of_other_data_are_refused() -> None:
     draws = posterior_draws(normal_rows, wide_guide, torch.zeros(3), num_draws=5)
-    with pytest.raises(ValueError, match=r"'z' was drawn in plate 'data' of 3 entries; .*has 4"):
+    with pytest.raises(ValueError, match=r"'z' was drawn in plate 'data' of 3 entries, not 4"):
         predictive_draws(normal_rows, draws, torch.zeros(4))
-    with pytest.raises(ValueError, match=r"no draws of the latent sites \['z'\]"):
+    with pytest.raises(ValueError, match=r"no draws of \['z'\]"):
         log_likelihoods(normal_rows, Draws({}, 5), torch.zeros(3))
-    with pytest.raises(KeyError, match=r"no draws of site 'y', only of \['z'\]"):
-        draws["y"]
-    with pytest.raises(ValueError, match="Only posterior draws have"):
+    with pytest.raises(ValueError, match="no log p"):
         predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
 
 
 def test_wrong_options() -> None:
     for options, message in (
         ({"num_draws": 0}, "num_draws must be an integer >= 1"),
-        ({"num_draws": True}, "num_draws must be an integer >= 1"),
-        ({"chunk_size": 0}, "chunk_size must be an integer >= 1"),
-        ({"resample": "psis", "num_proposals": 0}, "num_proposals must be"),
         ({"resample": "sir"}, "'plain' or 'psis', got 'sir'"),
-        ({"num_proposals": 10}, "num_proposals needs resample="),
     ):
         with pytest.raises(ValueError, match=message):
             posterior_draws(normal_rows, wide_guide, torch.zeros(2), **options)
