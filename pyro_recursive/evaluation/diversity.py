@@ -39,16 +39,6 @@ class Diversity(NamedTuple):
         """The number of equally weighted components without overlap that are as diverse: 1 to M."""
         return self.divergence.exp()
 
-    def __str__(self) -> str:
-        """Return the mean over the batch in words."""
-        parts = (self.divergence, self.entropy, self.effective_components)
-        divergence, entropy, effective = (part.mean().item() for part in parts)
-        where = "" if self.divergence.dim() == 0 else f", the mean of {self.divergence.numel()}"
-        return (
-            f"Jensen-Shannon divergence {divergence:.3f} nats of at most {entropy:.3f}{where}: "
-            f"as diverse as {effective:.2f} components apart, of {self.pairwise.shape[-1]}."
-        )
-
 
 def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
     """Estimate the Jensen-Shannon divergence of mixtures from draws of each component.
@@ -64,8 +54,8 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
         log_weights: ``[*batch, M]`` nats, normalised.
 
     Raises:
-        ValueError: the shapes do not fit; fewer than 2 draws; a density is not a number, or a draw
-            has none under its own component.
+        ValueError: the shapes do not fit; a density is not a number, or a draw has none under its
+            own component.
 
     References: 'Divergence Measures Based on the Shannon Entropy' (Lin, 1991); 'Multiple Importance
     Sampling ELBO and Deep Ensembles of Variational Approximations' (Kviman et al., arXiv
@@ -78,8 +68,15 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
     >>> bool(found.divergence.isclose(found.entropy)), round(found.effective_components.item(), 6)
     (True, 2.0)
     """
-    table, log_weights = _checked(log_densities, log_weights)
+    table, log_weights = log_densities.double(), log_weights.double()
+    if (len(table), *table.shape[2:]) != (log_weights.shape[-1], *log_weights.shape):
+        raise ValueError(
+            f"log_densities must be [M, S, *batch, M] and log_weights [*batch, M], got "
+            f"{tuple(table.shape)} and {tuple(log_weights.shape)}."
+        )
     own = torch.einsum("ms...m->ms...", table)  # the density under the component drawn from
+    if not bool(own.isfinite().all()) or bool(table.isnan().any()):
+        raise ValueError("A draw has no finite log-density under its own component.")
     weights = log_weights.exp().movedim(-1, 0)  # [M, *batch]
     excess = own - torch.logsumexp(table + log_weights, -1)
     excess = torch.where(weights.unsqueeze(1) > 0, excess, 0.0)
@@ -133,8 +130,9 @@ def mixture_diversity(
     check_at_least(2, num_draws=num_draws)
     bare = poutine.unwrap(guide)
     if not isinstance(bare, LatentGuide) or not isinstance(bare, MixtureLike):
-        name = getattr(bare, "__name__", type(bare).__name__)
-        raise TypeError(f"Got {name}: needs a MixtureGuide or a RecursiveMixtureGuide.")
+        raise TypeError(
+            f"Got {type(bare).__name__}: needs a MixtureGuide or a RecursiveMixtureGuide."
+        )
     bare.prepare(*args, **kwargs)
     with poutine.block():
         call = bare.new_call(args, kwargs)
@@ -169,22 +167,3 @@ def _by_row(tensor: Tensor, lead: int, latents: LatentBlock, rows: tuple[int, ..
     inner = tensor.shape[max(lead, tensor.dim() - 1 - len(batch)) : -1]
     aligned = tensor.reshape(*outer, *(1,) * (len(batch) - len(inner)), *inner, last)
     return aligned.expand(*outer, *batch, last).reshape(*outer, *rows, last)
-
-
-def _checked(table: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in float64, after checks of their shapes and values."""
-    count = log_weights.shape[-1]
-    if table.dim() < 3 or (len(table), *table.shape[2:]) != (count, *log_weights.shape):
-        raise ValueError(
-            f"log_densities must be [M, S, *batch, M] and log_weights [*batch, M], got "
-            f"{tuple(table.shape)} and {tuple(log_weights.shape)}."
-        )
-    if table.shape[1] < 2:
-        raise ValueError(f"A standard error needs at least 2 draws, got {table.shape[1]}.")
-    own = torch.einsum("ms...m->ms...", table)
-    if not bool(own.isfinite().all()) or bool(table.isnan().any()):
-        raise ValueError(
-            "A draw has no finite log-density under its own component. Look for degenerate scales "
-            "in the guide."
-        )
-    return table.double(), log_weights.double()

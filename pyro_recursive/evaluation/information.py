@@ -1,8 +1,5 @@
 """The aggregate posterior of a guide, ``q(z) = mean_i q(z | x_i)`` over the rows of a batch.
 
-With z_j drawn from the posterior of row j, the table ``log q(z_j | x_i)`` tells how much the
-latents depend on the data, and how far their distribution over all data is from the prior:
-
     mean KL(q(z | x) || p(z))  =  I_q(x; z)  +  KL(q(z) || p(z))
 
 For the local latents of any guide: those inside the plate of the data. All is in nats, and of the
@@ -36,9 +33,8 @@ class Rate(NamedTuple):
 class ActiveUnits(NamedTuple):
     """How many latent dimensions depend on the data, and how much.
 
-    ``number`` of them have a variance over the data, of their posterior mean, above the threshold;
-    ``variances`` are these by site, float64 ``[units]``: the site's event dims (and plates inside a
-    row) flattened, in the square of the latent's own unit.
+    ``variances`` are those of the posterior means over the data, by site, float64 ``[units]``: the
+    site's event dims (and plates inside a row) flattened. ``number`` are above the threshold.
     """
 
     number: int
@@ -92,8 +88,8 @@ def mutual_information(
         chunk_size: how many draws one pass evaluates under all rows; None is about 50,000 / B.
 
     Raises:
-        ValueError: the rows' plate is not there, not clear or a loop; the latents have a joint
-            density over the rows, or none (an auxiliary site, a Delta).
+        ValueError: the rows' plate is not clear; the latents have a joint density over the rows,
+            or none (an auxiliary site, a Delta).
 
     References: 'Lagging Inference Networks and Posterior Collapse in Variational Autoencoders' (He
     et al., arXiv 1901.05534); 'On Variational Bounds of Mutual Information' (Poole et al., arXiv
@@ -133,8 +129,7 @@ def rate_of(
         guide, num_draws, plate, chunk_size: as in `mutual_information`.
 
     Raises:
-        ValueError: as there; a latent site is inside the rows' plate in one of the programs only,
-            or missing in the guide.
+        ValueError: as there; a latent is inside the rows' plate in one of the programs only.
 
     Reference: 'ELBO surgery' (Hoffman & Johnson, NIPS workshop 2016).
 
@@ -162,12 +157,11 @@ def _information(table: PosteriorTable, draws: RowDraws) -> tuple[Tensor, Tensor
     """Return log q(z_j | x_j), and the same minus log q(z_j): ``[S * B]`` nats both."""
     own: list[Tensor] = []
     mixture: list[Tensor] = []
-    rows = table.num_rows
     for block in table.blocks(draws):
         start = sum(len(part) for part in own)
-        row = torch.arange(start, start + len(block), device=block.device) % rows
+        row = torch.arange(start, start + len(block), device=block.device) % table.num_rows
         own.append(block.gather(1, row.unsqueeze(1)).squeeze(1))
-        mixture.append(block.logsumexp(1) - math.log(rows))
+        mixture.append(block.logsumexp(1) - math.log(table.num_rows))
     return torch.cat(own), torch.cat(own) - torch.cat(mixture)
 
 
@@ -187,8 +181,7 @@ def active_units(
 
         sum_i (mean_s d_si ** 2 - var_s d_si / S) / (B - 1)
 
-    which is unbiased, also where latents outside the rows move all rows at once, and may be a
-    little below 0 for an inactive unit.
+    It is unbiased, and may be a little below 0 for an inactive unit.
 
     Args:
         guide, plate: as in `mutual_information`, as are errors.
@@ -206,19 +199,13 @@ def active_units(
     1
     """
     check_at_least(2, num_draws=num_draws)
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}.")
     table = table_of(guide, args, kwargs, plate)
     if table.num_rows < 2:
         raise ValueError("A variance over the data needs at least 2 rows, got 1.")
-    chunks = [table.values(draws) for draws in table.split(num_draws)]
-    variances = {name: _variance_of_means([each[name] for each in chunks]) for name in chunks[0]}
+    chunks, variances = [table.values(draws) for draws in table.split(num_draws)], {}
+    for name in chunks[0]:
+        draws = torch.cat([each[name] for each in chunks]).double()  # [S, B, units]
+        centred = draws - draws.mean(1, keepdim=True)
+        noise = centred.var(0) / num_draws
+        variances[name] = (centred.mean(0) ** 2 - noise).sum(0) / (table.num_rows - 1)
     return ActiveUnits(sum(int((v > threshold).sum()) for v in variances.values()), variances)
-
-
-def _variance_of_means(chunks: list[Tensor]) -> Tensor:
-    """Return the variance over the rows of the means of draws ``[S, B, units]``, ``[units]``."""
-    draws = torch.cat(chunks).double()
-    centred = draws - draws.mean(1, keepdim=True)
-    noise = centred.var(0) / len(draws)
-    return (centred.mean(0) ** 2 - noise).sum(0) / (draws.shape[1] - 1)

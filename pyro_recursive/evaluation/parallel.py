@@ -1,8 +1,7 @@
 """Processes of torch.distributed: messages that cannot deadlock, and evaluation shared by rows.
 
-Before any collective operation all processes exchange a message of fixed size with their place in
-the program (`ProcessGroup.barrier_at`). An error in one process, or a process at another place,
-therefore raises in all of them instead of blocking the others.
+Before any collective operation all processes exchange their place in the program: an error in one,
+or another place, raises in all instead of blocking the others (`ProcessGroup.barrier_at`).
 """
 
 import zlib
@@ -40,11 +39,6 @@ class ProcessGroup:
         rank: the number of this process, from 0.
         count: the number of processes.
         control: a gloo group for messages between CPUs, which do not wait for an accelerator.
-
-    Example:
-        >>> alone = ProcessGroup()
-        >>> alone.share(5), alone.barrier_at("here", 7), alone.gather("a", place="here")
-        (slice(0, 5, None), [(7,)], ['a'])
     """
 
     def __init__(self, rank: int = 0, count: int = 1, control: Any = None) -> None:
@@ -91,12 +85,7 @@ class ProcessGroup:
     def barrier_at(self, place: str, *values: int) -> list[tuple[int, ...]]:
         """Wait until all processes are at one place; return the integers that each of them sent.
 
-        Args:
-            place: a name of the place in the program.
-            *values: at most `WIDTH` integers.
-
-        Raises:
-            ProcessError: a process failed, or is at another place.
+        Raises ProcessError where a process failed or is elsewhere. ``values`` are at most `WIDTH`.
         """
         if self.count == 1:
             return [values]
@@ -193,13 +182,13 @@ def evaluate_in_parallel(
 
     For quantities with a value for each row: `pyro_recursive.log_marginal`, `gaps`,
     log-likelihoods. Where `torch.distributed` is initialised all its processes must call this with
-    the same rows; a single process computes all. A deterministic function gives the result of one
-    process. A random one needs different seeds: ``pyro.set_rng_seed(seed + rank)``.
+    the same rows; a single process computes all. A random function needs different seeds:
+    ``pyro.set_rng_seed(seed + rank)``.
 
     Args:
         function: called with some of the rows; returns a tensor whose first dim is these rows, or a
-            tuple, a NamedTuple (`Evidence`, `Gaps`) or a dict of such tensors. Other values must be
-            the same for all rows. Bind other arguments with `functools.partial`.
+            tuple, a NamedTuple (`Evidence`, `Gaps`) or a dict of such tensors and of values that
+            are the same for all rows. Bind other arguments with `functools.partial`.
         *rows: tensors of one length, complete in each process.
         batch_size: the most rows in one call of the function; None takes the whole share.
 
@@ -207,7 +196,7 @@ def evaluate_in_parallel(
         The rows of all processes in order, on the device of the first of ``rows``.
 
     Raises:
-        ValueError: no rows, tensors of different lengths, or a result without these rows.
+        ValueError: tensors of different lengths, or a result without these rows.
         RuntimeError: the function failed in another process.
 
     Example:
@@ -215,35 +204,33 @@ def evaluate_in_parallel(
         tensor([1., 1., 1.])
     """
     check_at_least(1, batch_size=batch_size)
-    lengths = [len(column) if column.dim() else None for column in rows]
-    if not lengths or lengths[0] in (0, None) or len(set(lengths)) > 1:
-        raise ValueError(f"rows must be tensors of one length, at least 1, got lengths {lengths}.")
-    with ProcessGroup.joined() as processes:
-        own = processes.share(len(rows[0]))
-        starts = range(own.start, own.stop, batch_size or len(rows[0]))
-        parts = [slice(start, min(start + starts.step, own.stop)) for start in starts]
-        found = [_of_rows(function, [column[part] for column in rows]) for part in parts]
-        by_process = processes.gather(found, "an evaluation")
-    joined = _mapped(_joined, *(part for parts in by_process for part in parts))
-    device = rows[0].device
-    return _mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, joined)
-
-
-def _of_rows(function: Callable, rows: Sequence[Tensor]) -> Any:
-    """Return a result on the CPU, whose tensors must have the rows as their first dim."""
     count = len(rows[0])
+    if not count or any(len(column) != count for column in rows):
+        raise ValueError(f"rows must have one length, got {[len(column) for column in rows]}.")
+    with ProcessGroup.joined() as processes:
+        own, size = processes.share(count), batch_size or count
+        parts = [slice(i, min(i + size, own.stop)) for i in range(own.start, own.stop, size)]
+        found = [_mapped(_on_cpu, function(*(column[part] for column in rows))) for part in parts]
+        by_process = processes.gather(found, "an evaluation")
 
-    def check(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if not leaf.dim() or len(leaf) != count:
+    def join(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            if any(leaf != leaves[0] for leaf in leaves):
+                raise ValueError(f"Values other than tensors differ between the rows: {leaves}.")
+            return leaves[0]
+        joined = torch.cat([torch.atleast_1d(leaf) for leaf in leaves])
+        if len(joined) != count:
             raise ValueError(
-                f"The function returned a tensor of shape {tuple(leaf.shape)} for {count} rows. "
-                "Return a value for each row, in the first dim."
+                f"The function returned {len(joined)} values for {count} rows. Return a value for "
+                "each row, in the first dim."
             )
-        return leaf.detach().cpu()
+        return joined.to(rows[0].device)
 
-    return _mapped(check, function(*rows))
+    return _mapped(join, *(part for parts in by_process for part in parts))
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def _mapped(function: Callable, *results: Any) -> Any:
@@ -255,14 +242,3 @@ def _mapped(function: Callable, *results: Any) -> Any:
         values = [_mapped(function, *leaves) for leaves in zip(*results, strict=True)]
         return first._make(values) if hasattr(first, "_make") else tuple(values)
     return function(*results)
-
-
-def _joined(*parts: Any) -> Any:
-    """Concatenate tensors; other values must be the same in all parts."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    if any(part != parts[0] for part in parts):
-        raise ValueError(
-            f"Values other than tensors differ between the parts of the rows: {parts}."
-        )
-    return parts[0]

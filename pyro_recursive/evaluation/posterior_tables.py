@@ -5,8 +5,7 @@ latents of one row given to all rows: each particle holds the draw of another ro
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -37,8 +36,7 @@ DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
 CHUNK_ROWS = 50_000  # entries of the table in one pass: networks read the rows once in each
 
 
-@dataclass(frozen=True)
-class RowDraws:
+class RowDraws(NamedTuple):
     """S draws of a guide for all rows, in one run, and what its other runs start from.
 
     ``state`` is the random state before the run: noise outside the sites, of dropout say, is the
@@ -48,34 +46,30 @@ class RowDraws:
     count: int
     trace: poutine.Trace
     state: list[Tensor]
-    memory: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[Any, Any]
 
 
 class PosteriorTable:
     """A guide's draws for the B rows of one batch, and their densities in each other's rows.
 
-    The rows are the entries of the plate around the local latents, those of the minibatch where it
-    is subsampled. Latents outside of it have one value a draw, for all rows, and do not count.
+    The rows are the entries of the plate around the local latents. Latents outside of it have one
+    value a draw, for all rows, and do not count. All runs have the minibatch of the first.
 
     Args:
         program: the guide and its arguments, with the model where `log_prior` is called.
         plate: the rows' plate; None is the one around all latents that are in any.
         chunk_size: how many rows' draws one pass gives to all rows; None is about 50,000 / B.
-
-    Raises:
-        ValueError: there is no such plate, or no density of a row at another row's draw.
     """
 
     def __init__(
         self, program: Program, plate: str | None = None, chunk_size: int | None = None
     ) -> None:
-        """Run the guide once; all other runs have the minibatch of this one."""
         check_at_least(1, chunk_size=chunk_size)
         structure = structure_of(program, fresh=True)
         if structure.mixing is not None:
             raise ValueError(
                 f"One sample's density depends on the value of '{structure.mixing}' in another. "
-                "Count dims from the right (z.sum(-1), z[..., 0])."
+                "Count dims from the right."
             )
         self.program, self.nesting = program, structure.max_plate_nesting
         trace = self._run(2, None)
@@ -136,8 +130,7 @@ class PosteriorTable:
 
         ``[S, B]`` in nats, float64, given the latents outside the rows.
 
-        Raises:
-            ValueError: a site is inside the rows' plate in one of the programs only.
+        Raises ValueError where a site is inside the rows' plate in one of the programs only.
         """
         with self._particles(draws.count):
             model = self.program.run_model(draws.trace)
@@ -147,8 +140,8 @@ class PosteriorTable:
         for name in sorted(names ^ (self.local & set(model.nodes))):
             inside, outside = ("model", "guide") if name in names else ("guide", "model")
             raise ValueError(
-                f"Site '{name}' is inside the rows' plate '{self.frame.name}' in the {inside}, and "
-                f"not in the {outside}. Put it there in both."
+                f"Site '{name}' is inside plate '{self.frame.name}' in the {inside}, not in the "
+                f"{outside}."
             )
         return self._summed(found, range(draws.count))
 
@@ -160,10 +153,7 @@ class PosteriorTable:
             with self._particles(count):
                 return self.program.run_guide(values)
         except Exception as error:
-            error.add_note(
-                f"{count} samples run in one pass, under one more plate on the left: the guide "
-                "must broadcast."
-            )
+            error.add_note("Samples run in one pass, under one more plate: it must broadcast.")
             raise
 
     def _by_row(self, site: Site, count: int) -> Tensor:
@@ -232,8 +222,7 @@ def _log_prob(site: Site, frame: Any) -> Tensor:
     masks = (site["mask"], getattr(site["fn"], "_mask", None))
     if any(isinstance(mask, Tensor) and _varies(mask, frame.dim) for mask in masks):
         raise ValueError(
-            f"Site '{site['name']}' has a mask that differs between the rows of plate "
-            f"'{frame.name}'. Pass rows of one mask at a time."
+            f"The mask of site '{site['name']}' differs between the rows of plate '{frame.name}'."
         )
     return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
@@ -253,33 +242,25 @@ def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
     for site in inside:
         if plate not in independent_plates_of(site):
             raise ValueError(
-                f"Guide site '{site['name']}' has one joint density over the entries of plate "
-                f"'{plate}'. Give the guide an encoder, or plate='{plate}'."
+                f"Guide site '{site['name']}' has one joint density over plate '{plate}'. Give the "
+                f"guide an encoder, or plate='{plate}'."
             )
     frame = plates_of(inside[0])[plate]
     if not frame.vectorized:
-        raise ValueError(
-            f"Plate '{plate}' of guide site '{inside[0]['name']}' is a loop. Write it as `with "
-            "pyro.plate(...)`, or name another plate with plate=."
-        )
+        raise ValueError(f"Plate '{plate}' is a loop. Write it as `with pyro.plate(...)`.")
     return frame
 
 
 def _shared_plate(found: Sequence[Site]) -> str:
     """Return the name of the one plate around all latents that are in any."""
-    if not found:
-        raise ValueError("The guide has no latent sites.")
-    plates = {site["name"]: set(plates_of(site)) for site in found if plates_of(site)}
-    if not plates:
-        raise ValueError(
-            f"Guide site '{found[0]['name']}' is in no plate. Sample the latents of the data "
-            "inside the data's pyro.plate."
-        )
-    shared = set.intersection(*plates.values())
-    own = shared.intersection(*(independent_plates_of(site) for site in found if plates_of(site)))
+    inside = [site for site in found if plates_of(site)]
+    if not inside:
+        raise ValueError(f"None of the guide's sites {[s['name'] for s in found]} is in a plate.")
+    shared = set.intersection(*(set(plates_of(site)) for site in inside))
+    own = shared.intersection(*(independent_plates_of(site) for site in inside))
     candidates = own or shared
     if len(candidates) != 1:
-        listed = ", ".join(f"'{name}' in {sorted(names)}" for name, names in plates.items())
+        listed = {site["name"]: sorted(plates_of(site)) for site in inside}
         raise ValueError(f"The rows' plate is not clear: {listed}. Name it with plate=.")
     return candidates.pop()
 
@@ -294,12 +275,12 @@ def _check_density(local: Sequence[Site]) -> None:
     if auxiliary and not any(is_delta(site) for site in local):
         raise ValueError(
             f"Guide site '{auxiliary[0]['name']}' is auxiliary: the density of the latents is an "
-            "integral over it. Use a MixtureGuide, or a distribution such as MixtureSameFamily."
+            "integral over it. Use a MixtureGuide."
         )
 
 
 def _no_density(site: Site) -> ValueError:
     return ValueError(
-        f"Guide site '{site['name']}' is computed (a Delta), and has no density at other rows' "
-        "values. Sample it from a distribution, as AutoNormal and AmortizedGuide do."
+        f"Guide site '{site['name']}' is computed (a Delta): it has no density. Sample it, as "
+        "AutoNormal and AmortizedGuide do."
     )

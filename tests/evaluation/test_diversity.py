@@ -86,7 +86,6 @@ def test_a_component_without_weight_is_left_out() -> None:
     [
         ((2, 5, 3), (3,), r"got \(2, 5, 3\) and \(3,\)"),
         ((3, 5, 4, 3), (3,), r"must be \[M, S"),
-        ((3, 1, 3), (3,), "at least 2 draws, got 1"),
     ],
 )
 def test_wrong_shapes(shape: tuple[int, ...], weights: tuple[int, ...], message: str) -> None:

@@ -475,7 +475,7 @@ def test_evaluation_in_parallel(found: Any) -> None:
         torch.testing.assert_close(each["evidence"].log_marginal, exact)
         assert each["evidence"].ess.tolist() == pytest.approx([4] * 7)
         assert same(each["one row"], (torch.ones(1), None))
-        assert "shape () for" in each["shape"]
+        assert "2 values for 7 rows" in each["shape"]
         assert "a bug" in each["bug"]
     assert "Process 1 failed: LookupError" in found[0]["evaluations"]["bug"]
 
@@ -494,8 +494,8 @@ def test_shares_are_all_rows_in_order() -> None:
 def test_evaluation_by_one_process() -> None:
     x = torch.arange(5.0)
     assert same(evaluate_in_parallel(lambda x: x + 1, x, batch_size=2), x + 1)
-    for rows, lengths in (((), r"\[\]"), ((x[:0],), r"\[0\]"), ((x, x[:2]), r"\[5, 2\]")):
-        with pytest.raises(ValueError, match=f"got lengths {lengths}"):
+    for rows in ((x[:0],), (x, x[:2])):
+        with pytest.raises(ValueError, match=r"one length, got \[[05]"):
             evaluate_in_parallel(torch.exp, *rows)
-    with pytest.raises(ValueError, match="differ between the parts"):
+    with pytest.raises(ValueError, match="differ between the rows"):
         evaluate_in_parallel(lambda x: (x, x[0].item()), x, batch_size=2)
