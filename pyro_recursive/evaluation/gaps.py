@@ -21,7 +21,6 @@ from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program, rows_needed
 from pyro_recursive.tracing.runs import run_particles
-from pyro_recursive.tracing.sites import plates_of, sites
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CLEAR = 3  # standard errors by which another candidate must be better than the guide's
@@ -31,8 +30,8 @@ class Gaps(NamedTuple):
     """Bounds for each row in nats, float64 ``[*rows]``, and the gaps between them.
 
     ``elbo`` is L[q], ``best`` L[q*], and ``start`` the ELBO before refinement, None where the guide
-    does not refine. ``ess`` is the effective sample size of ``log_marginal``, as in `Evidence`. The
-    ``..._error`` are Monte Carlo standard errors of single rows.
+    does not refine. ``ess`` is the effective sample size of ``log_marginal``. The ``..._error`` are
+    Monte Carlo standard errors of single rows.
     """
 
     log_marginal: Tensor
@@ -62,11 +61,7 @@ class Gaps(NamedTuple):
 
     @property
     def closed(self) -> Tensor | None:
-        """The share of the encoder's amortisation gap that refinement closes, None without it.
-
-        ``(L[q] - L[q_0]) / (L[q*] - L[q_0])`` with the encoder's own q_0; noisy where the
-        denominator is about 0.
-        """
+        """The share of the encoder's amortisation gap that refinement closes, None without it."""
         return None if self.start is None else (self.elbo - self.start) / (self.best - self.start)
 
     @classmethod
@@ -119,8 +114,8 @@ def gaps(
     sampling from q and q* in equal parts. Both are estimates from below (docs: mathematics/gaps).
 
     Rows are those of one minibatch, without subsample scale; without a plate of rows the whole data
-    set is one datum, and the result a scalar. No parameter, buffer or gradient changes. Modules
-    stay in their mode: call ``.eval()`` first. Pass large data in minibatches, and `Gaps.join`.
+    set is one datum. No parameter or buffer changes. Modules stay in their mode: call ``.eval()``
+    first. Pass large data in minibatches, and `Gaps.join`.
 
     Args:
         model: a Pyro model.
@@ -151,23 +146,24 @@ def gaps(
     True
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("gaps takes gradients: use torch.no_grad() at most.")
-    _check_guide(guide)
+    if not isinstance(guide, LatentGuide):
+        name = getattr(guide, "__name__", type(guide).__name__)
+        raise TypeError(f"gaps needs a guide of this package (AmortizedGuide), got {name}.")
     shared = SharedNoise()
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)
         program = Program(model, guide, args, kwargs)
         with isolated(noise=shared):
-            outside = _outside(program, latents)
-        if chunk_size is None:
-            with isolated(noise=shared):
-                chunk_size = particles_per_chunk(program)
+            particles, runs = run_particles(program, 1, 2)
+            layout = layout_of(particles, [run.table for run in runs])
+            check_match(runs[0].table, layout.max_plate_nesting)
+            check_subsampling(runs[0].table, layout)
+            chunk_size = chunk_size or particles_per_chunk(program)
         family, own = guide.row_family(latents), _own(guide, latents, call, shared)
         target = LocalBound(model, latents, call, family, guide.nesting, shared_noise=shared)
         noise, search = Noise(own.device), search or Search()
         state = random_state()  # runs of the model set it back
-        _check_rows(target, own[0], noise, outside)
+        _check_rows(target, own[0], noise)
         starts = (own[0], family.start(own.new_zeros(*own.shape[1:-1], latents.size)))
         found = torch.stack([*own, *(search(target, start, noise) for start in starts)])
         best = Scores(target, found, noise).draw(num_particles, chunk_size).best()
@@ -177,36 +173,17 @@ def gaps(
     return _gaps(scores, call.sizes(latents))
 
 
-def _check_guide(guide: Any) -> None:
-    if not isinstance(guide, LatentGuide):
-        name = getattr(guide, "__name__", type(guide).__name__)
-        raise TypeError(
-            f"gaps needs a guide of this package, got {name}. Use AmortizedGuide(model, encoder) "
-            "or AmortizedGuide(model, plate=...)."
-        )
-
-
 def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[LatentBlock, GuideCall]:
     """Return the group of latents that is measured, and the call with its minibatch."""
     guide.prepare(*args, **kwargs)
     if len(guide.groups) > 1:
         shared, local = ([slot.name for slot in latents.slots] for latents in guide.groups)
         raise ValueError(
-            f"The rows share the latents {shared}: the gaps of {local} are not defined row by row. "
-            "Fix them with pyro.poutine.condition, or use a joint guide, without encoder or plate=."
+            f"The rows share the latents {shared}: {local} have no gaps row by row. Fix them with "
+            "pyro.poutine.condition."
         )
     with poutine.block():
         return guide.groups[0], guide.new_call(args, kwargs)
-
-
-def _outside(program: Program, latents: LatentBlock) -> list[str]:
-    """Check that model and guide match; return the model's sites outside the rows' plates."""
-    particles, runs = run_particles(program, 1, 2)
-    layout = layout_of(particles, [run.table for run in runs])
-    check_match(runs[0].table, layout.max_plate_nesting)
-    check_subsampling(runs[0].table, layout)
-    rows = {frame.name for frame in latents.rows}
-    return [site["name"] for site in sites(runs[0].model) if not rows <= set(plates_of(site))]
 
 
 def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, shared: SharedNoise) -> Tensor:
@@ -221,7 +198,7 @@ def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, shared: Shar
     return torch.stack([params.detach().expand(*batch, -1) for params in found])
 
 
-def _check_rows(target: LocalBound, params: Tensor, noise: Noise, outside: list[str]) -> None:
+def _check_rows(target: LocalBound, params: Tensor, noise: Noise) -> None:
     """Raise where a row's density depends on another row's latents.
 
     The derivatives of a weighted sum over independent rows are weighted, each by its own row's.
@@ -236,10 +213,9 @@ def _check_rows(target: LocalBound, params: Tensor, noise: Noise, outside: list[
         weighted = torch.autograd.grad((weights * rows).sum(), u)[0]
     excess = (weighted / weights.unsqueeze(-1) - plain).abs().max()
     if bool(excess > torch.finfo(u.dtype).eps ** 0.5 * plain.abs().max()):
-        cause = f" (the sites {outside} are outside the rows' plates)" if outside else ""
         raise ValueError(
-            f"The log-density of a row depends on the latents of other rows{cause}. Put all sites "
-            "into the plates, call .eval(), or use a joint guide, without encoder or plate=."
+            "The log-density of a row depends on the latents of other rows. Put all sites into the "
+            "plates, or use a joint guide."
         )
 
 
@@ -267,20 +243,6 @@ class Moments:
         return (variance / max(1, self.count - 1)).sqrt()
 
 
-class ScoreDraws(NamedTuple):
-    """Draws of a candidate: ``[S, J, *batch, D]``, ``[S, J, *batch]`` twice, ``[J, *batch]``."""
-
-    u: Tensor
-    log_p: Tensor
-    log_q: Tensor
-    log_shares: Tensor
-
-    @property
-    def elbo(self) -> Tensor:
-        """The ELBO's estimate from each draw of all parts, ``[S, *batch]``."""
-        return (self.log_shares.exp() * (self.log_p - self.log_q)).sum(1)
-
-
 class Scores:
     """Bounds of C candidates ``[C, *batch, P]``, all from the same noise.
 
@@ -293,33 +255,27 @@ class Scores:
 
     def draw(self, total: int, size: int, evidence: bool = False) -> "Scores":
         """Draw ``total`` times, ``size`` at once; for the evidence, too, from the first two."""
-        parts = self.target.family.parts
-        count, chunk = math.ceil(total / parts), max(1, size // parts)
+        family = self.target.family
+        count, chunk = math.ceil(total / family.parts), max(1, size // family.parts)
+        shares = [family.log_weights(params).double() for params in self.candidates]
         for begin in range(0, count, chunk):
             noise = self.noise(self.target, self.candidates[0], min(chunk, count - begin))
-            drawn = [self._drawn(params, noise) for params in self.candidates]
-            elbos = torch.stack([each.elbo for each in drawn], 1)
+            drawn = [family.scored_draw(params, noise) for params in self.candidates]
+            log_p = [self.target.log_joint(u).double() for u, _ in drawn]
+            log_q = [each.double() for _, each in drawn]
+            triples = zip(shares, log_p, log_q, strict=True)
+            elbos = torch.stack([(share.exp() * (p - q)).sum(1) for share, p, q in triples], 1)
             self.elbo.add(elbos)
             self.gain.add(elbos - elbos[:, :1])
-            if evidence:
-                self.weights.add(self._log_weights(drawn))
+            if evidence:  # from q and q* in equal parts
+                terms = []
+                for own in (0, 1):
+                    other = family.log_prob(self.candidates[1 - own], drawn[own][0]).double()
+                    mixed = torch.logaddexp(log_q[own], other) - math.log(2)
+                    terms.append((log_p[own] - mixed + shares[own]).logsumexp(1))
+                # The two share their noise, and a draw has one of each part: one term of the mean.
+                self.weights.add(torch.logaddexp(*terms) - math.log(2))
         return self
-
-    def _drawn(self, params: Tensor, noise: Tensor) -> ScoreDraws:
-        family = self.target.family
-        u, log_q = family.scored_draw(params, noise)
-        log_p = self.target.log_joint(u)
-        return ScoreDraws(u, log_p.double(), log_q.double(), family.log_weights(params).double())
-
-    def _log_weights(self, drawn: Sequence[ScoreDraws]) -> Tensor:
-        """Return log-weights for draws from q and q* in equal parts, ``[S, *batch]``."""
-        terms = []
-        for own, params in zip(drawn[:2], self.candidates[:2].flip(0), strict=True):
-            other = self.target.family.log_prob(params, own.u).double()
-            mixed = torch.logaddexp(own.log_q, other) - math.log(2)
-            terms.append((own.log_p - mixed + own.log_shares).logsumexp(1))
-        # The two share their noise, and a draw has one of each part: one term of the mean.
-        return torch.logaddexp(*terms) - math.log(2)
 
     def best(self) -> Tensor:
         """Return the best candidate of each row: the first, unless another is clearly better."""
@@ -333,18 +289,10 @@ class Scores:
 def _gaps(scores: Scores, rows: tuple[int, ...]) -> Gaps:
     """Return the gaps from the scores of q, q* and, if there is one, the start of a refinement."""
     elbo, error = scores.elbo.mean, scores.elbo.error
-    evidence = scores.weights.evidence()
-    found = (
-        evidence.log_marginal,
-        elbo[0],
-        elbo[1],
-        elbo[2] if len(elbo) > 2 else None,
-        evidence.standard_error,
-        error[0],
-        error[1],
-        scores.gain.error[1],
-        evidence.ess,
-    )
+    log_marginal, log_marginal_error, ess = scores.weights.evidence()
+    bounds = log_marginal, elbo[0], elbo[1], elbo[2] if len(elbo) > 2 else None
+    errors = log_marginal_error, error[0], error[1], scores.gain.error[1]
+    found = (*bounds, *errors, ess)
     return Gaps._make(None if each is None else each.reshape(rows) for each in found)
 
 

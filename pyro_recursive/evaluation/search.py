@@ -35,10 +35,9 @@ class Noise:
 class Search:
     """Stochastic gradient ascent on the ELBO of each row, with averages over windows of steps.
 
-    Adam with fresh draws in each step. After each window, the average of a row's parameters in it
-    is compared to its best so far, on 20 S draws that stay the same. Where it is no better by the
-    tolerance, the row goes back to its best, and its step size is halved; after ``patience`` such
-    windows in a row, it stops. The search ends when all rows have stopped.
+    Adam. After each window, the average of a row's parameters in it is compared to its best so far,
+    on 20 S draws that stay the same. Where it is no better by the tolerance, the row goes back to
+    its best, and its step size is halved; after ``patience`` such windows in a row, it stops.
 
     Args:
         draws: S, the draws of z in each step (from each component, for mixtures).
@@ -48,9 +47,8 @@ class Search:
         lr: the first step size, in units of the parameters: unconstrained latents, logarithms.
         tolerance: the smallest improvement, in nats.
 
-    >>> Search(draws=0)
-    Traceback (most recent call last):
-    ValueError: draws must be an integer >= 1, got 0.
+    >>> Search(steps=400, lr=0.1)
+    Search(draws=10, steps=400, window=50, patience=5, lr=0.1, tolerance=0.001)
     """
 
     draws: int = 10
@@ -61,12 +59,9 @@ class Search:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the settings."""
+        """Check the numbers that would end the search at once."""
         counts = ("draws", "steps", "window", "patience")
         check_at_least(1, **{name: getattr(self, name) for name in counts})
-        for name in ("lr", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
 
     def __call__(self, target: LocalBound, params: Tensor, noise: Noise) -> Tensor:
         """Return the best parameters found from a start, ``[*batch, P]`` both."""

@@ -449,7 +449,7 @@ def amortized(model: Callable, **options: Any) -> Callable:
 
 ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
     (conjugate, lambda: by_hand, TypeError, "needs a guide of this package"),
-    (conjugate, lambda: AutoNormal(conjugate), TypeError, r"AmortizedGuide\(model, plate="),
+    (conjugate, lambda: AutoNormal(conjugate), TypeError, "AmortizedGuide"),
     (
         conjugate,
         lambda: MixtureGuide(conjugate, [by_hand, by_hand]),
@@ -457,7 +457,7 @@ ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
         "AmortizedGuide or FlowGuide",
     ),
     (both, amortized(both), ValueError, r"share the latents \['scale'\]"),
-    (tied, amortized(tied, plate="data"), ValueError, r"the sites \['together'\] are outside"),
+    (tied, amortized(tied, plate="data"), ValueError, "latents of other rows"),
     (mixing, amortized(mixing), ValueError, "in another"),
     (masked, amortized(masked), ValueError, "'z' is masked"),
 ]
@@ -473,11 +473,6 @@ def test_arguments_that_are_refused() -> None:
     guide = AmortizedGuide(conjugate, off_by())
     with pytest.raises(ValueError, match="num_particles must be an integer >= 1, got 0"):
         gaps(conjugate, guide, X, num_particles=0)
-    with pytest.raises(RuntimeError, match=r"torch.no_grad\(\) at most"), torch.inference_mode():
-        gaps(conjugate, guide, X)
-    for wrong in ({"draws": 0}, {"patience": 0}, {"lr": 0.0}, {"tolerance": -1.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
-            Search(**wrong)
 
 
 def test_a_site_outside_the_rows_that_does_not_know_them() -> None:
