@@ -5,7 +5,8 @@ latents of one row given to all rows: each particle holds the draw of another ro
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -36,7 +37,8 @@ DRAWN_ROWS = 5000  # draws times rows in one pass of guide and model
 CHUNK_ROWS = 50_000  # entries of the table in one pass: networks read the rows once in each
 
 
-class RowDraws(NamedTuple):
+@dataclass(frozen=True)
+class RowDraws:
     """S draws of a guide for all rows, in one run, and what its other runs start from.
 
     ``state`` is the random state before the run: noise outside the sites, of dropout say, is the
