@@ -30,8 +30,6 @@ class Aggressive:
     together. Shared parameters are the guide's. An optimiser leaves parameters that do not take
     part in a step alone: no momentum, no weight decay.
 
-    Cost: each step becomes up to ``max_steps + 1``; `History` counts them.
-
     Args:
         max_steps: the guide's steps before a step of the model; 0 is ordinary training.
         check_every: steps in a block.
@@ -39,9 +37,6 @@ class Aggressive:
         rows: B, the number of validation rows that I_q compares; it is at most log B.
         draws: from the posterior of each of these rows.
         plate: the name of the plate of the rows, where it is not clear from the guide.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Reference: 'Lagging Inference Networks and Posterior Collapse in Variational Autoencoders' (He
     et al., arXiv 1901.05534).
@@ -72,36 +67,6 @@ class Aggressive:
         return since_best < self.patience
 
 
-class Blocks:
-    """The mean loss per row of a block of steps, compared with that of the block before.
-
-    Example:
-        >>> import torch
-        >>> blocks = Blocks(2)
-        >>> [blocks.worsened_after(torch.tensor(loss), rows=1) for loss in (5.0, 3.0, 4.0, 4.0)]
-        [False, False, False, True]
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size, self.before = size, math.inf
-        self._start()
-
-    def _start(self) -> None:
-        self.total: Tensor | float = 0.0  # on the device, which is not waited for
-        self.count = self.rows = 0
-
-    def worsened_after(self, loss: Tensor, rows: int) -> bool:
-        """Add a step; return whether it ends a block that is no better than the one before."""
-        self.total, self.rows, self.count = self.total + loss, self.rows + rows, self.count + 1
-        if self.count < self.size:
-            return False
-        mean = float(self.total) / self.rows
-        worsened = not mean < self.before
-        self.before = mean
-        self._start()
-        return worsened
-
-
 class Phase:
     """The aggressive phase of a run; all its state is the history's and the generators'."""
 
@@ -118,49 +83,39 @@ class Phase:
 
     def stepper(self) -> Callable[[Batch, int], Tensor]:
         """Return a function that takes the guide's steps, and then one step of the model."""
-        fresh = _endless(self.fresh)
+        fresh = self._fresh_batches()
 
         def step(batch: Batch, epoch: int) -> Tensor:
             self._train_guide(fresh, epoch)
             loss = self.learner.step(batch, epoch, owner="model")
-            if self.learner.steps == 1:
-                self._check()
+            if self.learner.steps == 1:  # raise now, not after an epoch, where I_q has no value
+                with self.learner.evaluating(self.held_out):
+                    rows = self.held_out.choose(self.options.rows)
+                    table_of(self.learner.guide, rows, {}, self.options.plate)
             return loss
 
         return step
 
-    def _check(self) -> None:
-        """Raise after the first step, not the first epoch, if I_q cannot be measured."""
-        with self.learner.evaluating(self.held_out):
-            batch = self.held_out.choose(self.options.rows)
-            table_of(self.learner.guide, batch, {}, self.options.plate)
-
     def measure(self) -> float:
         """Return the mutual information on validation data in nats."""
+        guide, options = self.learner.guide, self.options
         with self.learner.evaluating(self.held_out):
-            batch = self.held_out.choose(self.options.rows)
-            found = mutual_information(
-                self.learner.guide,
-                *batch,
-                num_draws=self.options.draws,
-                plate=self.options.plate,
-            )
+            rows = self.held_out.choose(options.rows)
+            found = mutual_information(guide, *rows, num_draws=options.draws, plate=options.plate)
         return found.item()
 
+    def _fresh_batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.fresh
+
     def _train_guide(self, fresh: Iterator[Batch], epoch: int) -> None:
-        blocks = Blocks(self.options.check_every)
-        for _ in range(self.options.max_steps):
-            loss = self.learner.step(next(fresh), epoch, owner="guide")
-            if blocks.worsened_after(loss, self.learner.group.rows):
-                return
-
-
-def _endless(batches: Minibatches) -> Iterator[Batch]:
-    """Yield batches for ever, pass after pass."""
-    while True:
-        count = 0
-        for batch in batches:
-            count += 1
-            yield batch
-        if not count:
-            raise ValueError("The DataLoader gave no batches. Check its data set.")
+        """Take steps of the guide until a block's mean loss per row is no lower than the last's."""
+        last, rows, losses = math.inf, 0, list[Tensor]()  # on the device, which is not waited for
+        for step in range(1, self.options.max_steps + 1):
+            losses.append(self.learner.step(next(fresh), epoch, owner="guide"))
+            rows += self.learner.group.rows
+            if step % self.options.check_every == 0:
+                mean = float(sum(losses)) / rows
+                if not mean < last:
+                    return
+                last, rows, losses = mean, 0, []

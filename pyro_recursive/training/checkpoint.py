@@ -17,13 +17,10 @@ import torch
 from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Generator, Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 
-FORMAT = 1  # to be raised when files of the former kind can no longer be read
-SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optimisers; same results
+FORMAT = 2  # to be raised when files of the former kind can no longer be read
 
 
 class CheckpointError(RuntimeError):
@@ -31,16 +28,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file; if that fails, the old file stays as it was.
-
-    The state is written to ``path + ".tmp"``, which is then renamed. Missing folders are made.
-
-    Args:
-        path: the file.
-        state: tensors and plain containers (dict, list, tuple, str, numbers, None).
-
-    Raises:
-        OSError: the file cannot be written.
+    """Write tensors and plain containers to a file; if that fails, the old file stays as it was.
 
     Example:
         >>> import tempfile
@@ -53,11 +41,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a file of `save`, with all tensors on the CPU.
-
-    Raises:
-        CheckpointError: the file is truncated, damaged, or no checkpoint of this package.
-    """
+    """Read a file of `save`, with all tensors on the CPU."""
     remedy = "Restore it from a copy, or delete it to start afresh."
     state = read_whole(path, CheckpointError, f"Checkpoint '{path}' cannot be read: {{}}. {remedy}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -66,11 +50,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_same(path: Path, saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-    """Raise where the entries of a file differ from those of the call that resumes.
-
-    Raises:
-        CheckpointError: names the file, and each entry with both values.
-    """
+    """Raise where the entries of a file differ from those of the call that resumes."""
     differences = [
         f"{name} is {saved.get(name, 'missing')!r} in the file, {live.get(name, 'missing')!r} here"
         for name in dict.fromkeys([*saved, *live])
@@ -83,24 +63,11 @@ def check_same(path: Path, saved: Mapping[str, Any], live: Mapping[str, Any]) ->
         )
 
 
-def check_settings(path: Path, saved: Mapping[str, Any] | None, live: Mapping[str, Any]) -> None:
-    """Raise where settings differ; files that are older than a setting are not checked for it.
-
-    No seed in the call is never a difference: the file has the random states.
-
-    Raises:
-        CheckpointError: names the file, and each setting with both values.
-    """
-    known = saved or {}
-    free = {"seed"} if live.get("seed") is None else set()
-    common = [name for name in live if name in known and name not in free]
-    check_same(path, {name: known[name] for name in common}, {name: live[name] for name in common})
-
-
-def outline(tensors: Mapping[str, Tensor], kind: str) -> dict[str, str]:
-    """Return dtype and shape of each tensor, under ``"kind 'name'"``."""
+def outline(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Return dtype and shape of each tensor of each kind, under ``"kind 'name'"``."""
     return {
         f"{kind} '{name}'": f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        for kind, tensors in weights.items()
         for name, tensor in tensors.items()
     }
 
@@ -119,10 +86,9 @@ def random_states(generators: Iterable[Generator] = ()) -> dict[str, Any]:
 def set_random_states(state: Mapping[str, Any], generators: Iterable[Generator] = ()) -> None:
     """Set all random states from a result of `random_states`."""
     kind, keys, *rest = state["numpy"]
-    numpy_state = (kind, keys.numpy().astype(np.uint32), *rest)
-    set_rng_state({"torch": state["torch"], "random": state["random"], "numpy": numpy_state})
-    devices = torch.cuda.device_count() if state["cuda"] else 0
-    for device, cuda_state in zip(range(devices), state["cuda"], strict=False):
+    set_rng_state({**state, "numpy": (kind, keys.numpy().astype(np.uint32), *rest)})
+    devices = range(torch.cuda.device_count() if state["cuda"] else 0)
+    for device, cuda_state in zip(devices, state["cuda"], strict=False):
         torch.cuda.set_rng_state(cuda_state, device)
     for generator, own_state in zip(generators, state["generators"], strict=True):
         generator.set_state(own_state)
@@ -130,15 +96,7 @@ def set_random_states(state: Mapping[str, Any], generators: Iterable[Generator] 
 
 @contextmanager
 def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) -> Iterator[None]:
-    """Restore all random states after the block, which starts from a seed if one is given.
-
-    Example:
-        >>> state = torch.get_rng_state()
-        >>> with forked_rng(seed=0):
-        ...     draw = torch.rand(3)
-        >>> torch.equal(torch.get_rng_state(), state)
-        True
-    """
+    """Restore all random states after the block, which starts from a seed if one is given."""
     generators = list(generators)
     before = random_states(generators)
     try:
@@ -149,44 +107,13 @@ def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) ->
         set_random_states(before, generators)
 
 
-def state_of(owner: Optimizer | LRScheduler | None) -> dict[str, Any] | None:
-    """Return the class and the state of an optimiser or a scheduler."""
-    if owner is None:
-        return None
-    return {"class": type(owner).__name__, "state": owner.state_dict()}
-
-
-def load_state_of(
-    owner: Optimizer | LRScheduler | None, path: Path, kind: str, saved: dict[str, Any] | None
-) -> None:
-    """Load the state of an optimiser or a scheduler of the same class.
-
-    Raises:
-        CheckpointError: it is of another class, or has other parameter groups.
-    """
-    names = [saved and saved["class"], owner and type(owner).__name__]
-    check_same(path, *({kind: name} for name in names))
-    try:
-        if owner is not None and saved is not None:
-            owner.load_state_dict(saved["state"])
-    except ValueError as error:
-        raise CheckpointError(
-            f"Checkpoint '{path}' does not fit the {kind}: {error}. Use the {kind} that wrote it."
-        ) from error
-
-
-def optimizer_options(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the learning rate and all else that an optimiser was made with."""
-    return {k: plain(v) for k, v in optimizer.defaults.items() if k not in SPEED_OPTIONS}
-
-
 def options_of(loss: ELBO) -> dict[str, Any]:
     """Return the attributes of a loss that are arguments of its constructors."""
     attributes = vars(loss)
     names = {
         name
-        for kind in type(loss).__mro__
-        if "__init__" in vars(kind) and kind is not object
+        for kind in type(loss).__mro__[:-1]
+        if "__init__" in vars(kind)
         for name in inspect.signature(vars(kind)["__init__"]).parameters
     }
     # Pyro's losses set the nesting themselves, in their first call.

@@ -26,14 +26,10 @@ class DistributedStep:
 
     def __init__(self, processes: ProcessGroup) -> None:
         self.processes = processes
-        self.is_new = processes.count > 1  # whether `sync_initial` is still to be called
+        self.is_alone = processes.count == 1
+        self.is_new = not self.is_alone  # whether `sync_initial` is still to be called
         self.own_rows = self.rows = 1
         self._before: list[dict[str, Any]] = [{}, {}]  # versions of parameters and buffers
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is one process only."""
-        return self.processes.count == 1
 
     @property
     def has_no_rows(self) -> bool:
@@ -42,15 +38,11 @@ class DistributedStep:
 
     @property
     def weight(self) -> float:
-        """The weight of this process's loss in that of the whole batch."""
+        """This process's part of the rows."""
         return self.own_rows / self.rows
 
     def begin(self, batch: Batch, place: str) -> None:
-        """Exchange the numbers of rows.
-
-        Raises:
-            ValueError: a process has no row of the first batch.
-        """
+        """Exchange the numbers of rows; ``place`` names this point of the program."""
         self.own_rows = rows_of(batch)
         counts = [rows for (rows,) in self.processes.barrier_at(place, self.own_rows)]
         self.rows = sum(counts)
@@ -61,14 +53,10 @@ class DistributedStep:
             )
 
     def sync_initial(self, parameters: Tensors, buffers: Tensors) -> None:
-        """Copy the first process's parameters and buffers.
-
-        Raises:
-            ValueError: another process has other parameters or buffers.
-        """
+        """Copy the first process's parameters and buffers."""
         self._check_same({**parameters, **{f"buffer {n}": b for n, b in buffers.items()}})
-        self.is_new = False
         self.processes.copy_first([*parameters.values(), *buffers.values()])
+        self.is_new = False
 
     def watch(self, *tensors: Tensors) -> None:
         """Record the versions of parameters and buffers, to find those that the loss changes."""
@@ -79,38 +67,29 @@ class DistributedStep:
 
         Parameters that this step has created or changed, and then also loss and gradient, become
         the first process's: those of the others belong to other parameters.
-
-        Raises:
-            ValueError: a parameter is new in some of the processes only.
         """
-        changed = [
+        names = [
             [name for name, version in _versions(live).items() if version != before.get(name)]
             for live, before in zip((parameters, buffers), self._before, strict=True)
         ]
-        with_grad = [name for name, p in parameters.items() if p.grad is not None]
-        names, weight = [*changed, with_grad], self.weight
+        names.append([name for name, p in parameters.items() if p.grad is not None])
         codes = [zlib.crc32(",".join(each).encode()) for each in names]
         if len(set(self.processes.barrier_at("a step", len(parameters), *codes))) > 1 or names[0]:
             self._check_same(parameters)
             gathered = self.processes.gather(names, "what a step has changed")
-            names = [
-                [n for n in live if any(n in each for each in column)]
-                for live, column in zip(
-                    (parameters, buffers, parameters), zip(*gathered, strict=True), strict=True
-                )
-            ]
+            for i, live in enumerate((parameters, buffers, parameters)):
+                names[i] = [n for n in live if any(n in each[i] for each in gathered)]
         new, moved, with_grad = names
-        if new:
-            self.processes.copy_first([parameters[name] for name in new])
-            weight = float(self.processes.is_first)
+        self.processes.copy_first([parameters[name] for name in new])
         self.processes.copy_first([buffers[name] for name in moved])
-        return self._add(loss, [parameters[name] for name in with_grad], weight)
-
-    def _add(self, loss: Tensor, parameters: list[Tensor], weight: float) -> Tensor:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [
+            torch.zeros_like(p) if (p := parameters[name]).grad is None else p.grad
+            for name in with_grad
+        ]
+        weight = float(self.processes.is_first) if new else self.weight
         *sums, total = self.processes.add([*gradients, loss], weight)
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            parameter.grad = gradient
+        for name, gradient in zip(with_grad, sums, strict=True):
+            parameters[name].grad = gradient
         return total
 
     def _check_same(self, tensors: Tensors) -> None:

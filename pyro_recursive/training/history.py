@@ -2,10 +2,8 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,8 +16,8 @@ class History:
     Attributes:
         epoch: 1, 2, ...
         loss: mean over the epoch's batches of what the loss returned before each step, in nats;
-            weighted during KL warm-up. It is of the full data where the model's plate states their
-            size, of a batch where it does not; then ``loss / rows`` is per datum.
+            weighted during KL warm-up. ``loss / N`` is per datum where the model's plate states the
+            size N of the data, ``loss / rows`` where it has the size of a batch.
         validation: the same mean over the validation batches, never weighted; None without.
         rows, validation_rows: mean rows of a batch.
         learning_rate: that of the first parameter group in the epoch.
@@ -66,34 +64,20 @@ class History:
         """Return a summary in one line."""
         if not self.epoch:
             return "History(no epochs)"
+        rows = f" (batches of {self.rows[-1]:.4g} rows)" if self.rows else ""
         parts = [
             f"{len(self.epoch)} epochs{', stopped early' * self.stopped_early}",
             f"{sum(self.seconds):.1f} s",
-            f"loss {self.loss[-1]:.2f}{_batches_of(self.rows[-1:])}",
+            f"loss {self.loss[-1]:.2f}{rows}",
         ]
-        validated = [value for value in self.validation if value is not None]
-        if validated:
-            rows = [] if self.validation_rows is None else [self.validation_rows]
-            parts.append(f"validation {validated[-1]:.2f}{_batches_of(rows)}")
+        if validated := [value for value in self.validation if value is not None]:
+            of = self.validation_rows
+            rows = "" if of is None else f" (batches of {of:.4g} rows)"
+            parts.append(f"validation {validated[-1]:.2f}{rows}")
         if self.best_epoch is not None:
             best = self.validation[self.epoch.index(self.best_epoch)]
             parts.append(f"best {best:.2f} in epoch {self.best_epoch}")
         return f"History({'; '.join(parts)})"
-
-    @classmethod
-    def restored(cls, recorded: Mapping[str, Any]) -> "History":
-        """Return a history from its ``asdict``, also from one without aggressive training."""
-        epochs = len(recorded["epoch"])
-        missing = {
-            "aggressive": [False] * epochs,
-            "guide_steps": [0] * epochs,
-            "mutual_information": [None] * epochs,
-        }
-        return cls(**{**missing, **recorded})
-
-
-def _batches_of(rows: list[float]) -> str:
-    return f" (batches of {rows[0]:.4g} rows)" if rows else ""
 
 
 def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
@@ -118,7 +102,5 @@ def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
         >>> [round(rate, 6) for rate in scheduler.get_last_lr()]
         [0.00072]
     """
-    if num_stages < 1:
-        raise ValueError(f"num_stages must be at least 1, got {num_stages}.")
     ends = list(accumulate(3**stage for stage in range(num_stages)))
     return LambdaLR(optimizer, lambda epoch: 10 ** -(bisect_right(ends[:-1], epoch) / 7))

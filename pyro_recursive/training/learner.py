@@ -1,11 +1,9 @@
 """One step of training: the loss, its parameters and their one optimiser."""
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,70 +17,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.data import Batch, Minibatches
 from pyro_recursive.training.distributed import DistributedStep
-from pyro_recursive.training.nan_search import (
-    FirstNonFiniteSite,
-    NonFiniteError,
-    non_finite,
-    non_finite_data,
-)
+from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
 from pyro_recursive.training.plate_sizes import BatchTakenForData, check_shares
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 Owner = Literal["guide", "model"]
-Weights = dict[str, dict[str, Tensor]]  # "parameters" (unconstrained) and "buffers", by name
+Weights = dict[str, dict[str, Tensor]]  # "parameter" (unconstrained) and "buffer", by name
 
 ACCELERATOR_CHECKS_EVERY = 100  # steps; each check waits for the device
 VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
-
-
-class ParameterOwners:
-    """Which parameters are the guide's: those that Pyro sees while it runs.
-
-    All others are the model's; shared ones are the guide's. Runs of the model that a guide hides
-    from Pyro, as this package's guides do, do not count.
-    """
-
-    def __init__(self, guide: Callable) -> None:
-        self.guide = guide
-        self.of_guide: set[str] = set()
-        self.num_sorted = 0  # of the learner's list of parameters
-
-    def sort(self, parameters: Mapping[str, Tensor], batch: Batch) -> None:
-        """Find the owners of all parameters by a run of the guide.
-
-        Raises:
-            ValueError: all parameters are the guide's, or all the model's.
-        """
-        with torch.no_grad(), poutine.trace(param_only=True) as captured:
-            self.guide(*batch)
-        seen = {id(_unconstrained(site["value"])) for site in captured.trace.nodes.values()}
-        self.of_guide |= {name for name, tensor in parameters.items() if id(tensor) in seen}
-        self.num_sorted = len(parameters)
-        if not self.of_guide or len(self.of_guide) == len(parameters):
-            owner, other = ("model", "guide") if self.of_guide else ("guide", "model")
-            raise ValueError(
-                f"In aggressive training the {owner} has no parameters of its own: all are the "
-                f"{other}'s ({', '.join(parameters)})."
-            )
-
-    def others(self, parameters: Mapping[str, Tensor], owner: Owner) -> dict[str, Tensor]:
-        """Return the sorted parameters that are not the owner's."""
-        names = list(parameters)[: self.num_sorted]
-        is_other = owner == "model"
-        return {name: parameters[name] for name in names if (name in self.of_guide) == is_other}
-
-    def state(self) -> dict[str, Any]:
-        """Return what was found so far."""
-        return {"of_guide": sorted(self.of_guide), "num_sorted": self.num_sorted}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` returned."""
-        self.of_guide, self.num_sorted = set(state["of_guide"]), state["num_sorted"]
+SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optimisers; same results
 
 
 class Learner:
@@ -107,8 +56,9 @@ class Learner:
         self.modules = _modules([model, guide, loss, *modules])
         self.group = DistributedStep(processes or ProcessGroup())
         self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of appearance
-        self.owners = ParameterOwners(guide)
         self.num_initial = 0  # how many of them the optimiser was made with
+        self.num_sorted = 0  # how many of them have a known owner
+        self.of_guide: set[str] = set()  # those of the guide; shared ones are the guide's
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
@@ -119,16 +69,10 @@ class Learner:
     def step(self, batch: Batch, epoch: int, owner: Owner | None = None) -> Tensor:
         """Take one step; return the loss before it: a float64 scalar in nats, on its device.
 
-        Args:
-            batch: arguments of model and guide.
-            epoch: for messages.
-            owner: whose parameters move; None for all.
-
-        Raises:
-            NonFiniteError: before the optimiser has changed anything.
-            ValueError: there are no parameters, or none of the owner.
+        Only the owner's parameters move, all of them if it is None. A NonFiniteError comes before
+        the optimiser has changed anything.
         """
-        before = random_state()
+        before = random_state()  # of torch alone: this is done in each step
         self.group.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
         try:
             if not self.group.is_alone:
@@ -136,12 +80,15 @@ class Learner:
             with self.sizes or nullcontext():
                 loss = self._differentiate(batch, owner)
         except (ValueError, torch.linalg.LinAlgError) as error:  # Pyro's validation finds a NaN
-            site = self._first_site(batch, before)
-            if site is None and not non_finite_data(batch):
+            places = self._find_non_finite(batch, before)
+            if not places:
                 raise
-            raise self._error(self._places(batch, site), epoch, owner) from error
+            raise self._error(places, epoch, owner) from error
         if owner is not None:
-            self._hold_others(owner, batch)
+            if self.num_sorted < len(self.parameters):
+                self._find_owners(batch)
+            for parameter in self._others(owner):
+                parameter.grad = None  # torch's optimisers skip parameters without a gradient
         if not self.group.is_alone:
             loss = self.group.combine(loss, self.parameters, self._buffers())
         optimizer = self.optimizer or self._start_optimizer()
@@ -160,36 +107,31 @@ class Learner:
         self,
         batch: Batch,
         epoch: int,
-        before: list[Tensor] | None = None,
+        before: RandomState | None = None,
         owner: Owner | None = None,
     ) -> None:
-        """Raise if any loss or gradient so far was not finite; waits for the device.
+        """Raise NonFiniteError if any loss or gradient so far was not finite; waits for the device.
 
-        Raises:
-            NonFiniteError: names step, epoch and the place where the NaN or infinity arises.
+        The arguments are those of the step, and the random states before it.
         """
         if not math.isfinite(self.health.item()):
-            places = self._places(batch, self._first_site(batch, before or random_state()))
+            places = self._find_non_finite(batch, before or random_state())
             # The sums over the processes are not finite, so that all processes are here.
             gathered = self.group.processes.gather(places, "a NaN")
             if not self.group.is_alone:
                 places = [f"process {n}: {each}" for n, own in enumerate(gathered) for each in own]
-            raise self._error(places, epoch, owner)
+            raise self._error(places or ["only the sum overflows"], epoch, owner)
 
     def validate(self, loss: ELBO, held_out: Minibatches) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of held-out batches."""
+        group, found = self.group, []
         with self.evaluating(held_out):
-            pairs = [self._evaluate(loss, batch) for batch in held_out]
-        value, rows = torch.as_tensor(pairs, dtype=torch.float64).mean(0).tolist()
-        return sum(self.group.processes.gather(value, "the end of validation")), rows
-
-    def _evaluate(self, loss: ELBO, batch: Batch) -> tuple[float, int]:
-        """Return a process's part of a batch's loss in nats, and the rows of all processes."""
-        self.group.begin(batch, "a batch of validation")
-        if self.group.has_no_rows:
-            return 0.0, self.group.rows
-        value = loss.loss(self.model, self.guide, *batch)
-        return value if self.group.is_alone else self.group.weight * value, self.group.rows
+            for batch in held_out:
+                group.begin(batch, "a batch of validation")
+                own = 0.0 if group.has_no_rows else loss.loss(self.model, self.guide, *batch)
+                found.append((group.weight * own, group.rows))
+        value, rows = torch.as_tensor(found, dtype=torch.float64).mean(0).tolist()
+        return sum(group.processes.gather(value, "the end of validation")), rows
 
     @contextmanager
     def evaluating(self, held_out: Minibatches) -> Iterator[None]:
@@ -226,12 +168,12 @@ class Learner:
 
     def weights(self) -> Weights:
         """Return a copy of all parameters and buffers."""
-        return {"parameters": _copy(self.parameters), "buffers": _copy(self._buffers())}
+        return {kind: _copy(tensors) for kind, tensors in self._live().items()}
 
     def set_weights(self, weights: Weights) -> None:
         """Copy parameters and buffers in place."""
-        _load(self.parameters, weights["parameters"])
-        _load(self._buffers(), weights["buffers"])
+        for kind, tensors in self._live().items():
+            _load(tensors, weights[kind])
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on, random states aside."""
@@ -240,40 +182,19 @@ class Learner:
             "num_initial": self.num_initial,
             "steps": self.steps,
             "guide_steps": self.guide_steps,
-            "parts": self.owners.state(),
-            "optimizer": checkpoint.state_of(self.optimizer),
-            "optimizer options": (
-                checkpoint.optimizer_options(self.optimizer) if self.optimizer else {}
-            ),
-            "scheduler": checkpoint.state_of(self.scheduler),
+            "of_guide": sorted(self.of_guide),
+            "num_sorted": self.num_sorted,
+            "optimiser": self._optimiser_settings(),
+            "states": [each and each.state_dict() for each in (self.optimizer, self.scheduler)],
         }
 
     def set_state(self, path: Path, state: dict[str, Any], batches: Minibatches) -> None:
         """Load a state if it fits; runs of the loss on the batches create missing parameters.
 
-        Raises:
-            CheckpointError: the state is another program's; nothing has changed.
+        A CheckpointError comes before anything has changed.
         """
         saved: Weights = state["weights"]
-        self._create_parameters(batches, saved["parameters"].keys())
-        live = {"parameters": self.parameters, "buffers": self._buffers()}
-        for kind, tensors in live.items():
-            outlines = (checkpoint.outline(each, kind[:-1]) for each in (saved[kind], tensors))
-            checkpoint.check_same(path, *outlines)
-        self.parameters = {name: self.parameters[name] for name in saved["parameters"]}
-        optimizer = self._start_optimizer(state["num_initial"])
-        checkpoint.load_state_of(optimizer, path, "optimizer", state["optimizer"])
-        checkpoint.load_state_of(self.scheduler, path, "scheduler", state["scheduler"])
-        options = checkpoint.optimizer_options(optimizer)
-        checkpoint.check_settings(path, state.get("optimizer options"), options)
-        self.set_weights(saved)
-        self.steps, self.guide_steps = state["steps"], state.get("guide_steps", 0)
-        if "parts" in state:
-            self.owners.set_state(state["parts"])
-
-    def _create_parameters(self, batches: Minibatches, names: Iterable[str]) -> None:
-        """Run the loss until all named parameters exist; change nothing else."""
-        missing = set(names)
+        missing = set(saved["parameter"])
         with self._restoring(batches.generators):
             for batch in batches:
                 self._differentiate(batch)
@@ -281,6 +202,26 @@ class Learner:
                 if not missing:
                     break
         self._zero_gradients()
+        checkpoint.check_same(path, checkpoint.outline(saved), checkpoint.outline(self._live()))
+        self.parameters = {name: self.parameters[name] for name in saved["parameter"]}
+        self._start_optimizer(state["num_initial"])
+        checkpoint.check_same(path, state["optimiser"], self._optimiser_settings())
+        for each, own in zip((self.optimizer, self.scheduler), state["states"], strict=True):
+            if each is not None:
+                each.load_state_dict(own)
+        self.set_weights(saved)
+        self.steps, self.guide_steps = state["steps"], state["guide_steps"]
+        self.of_guide, self.num_sorted = set(state["of_guide"]), state["num_sorted"]
+
+    def _optimiser_settings(self) -> dict[str, Any]:
+        """Return the classes of optimiser and schedule, and what the optimiser was made with."""
+        assert self.optimizer is not None
+        options = self.optimizer.defaults.items()
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": self.scheduler and type(self.scheduler).__name__,
+            **{k: checkpoint.plain(v) for k, v in options if k not in SPEED_OPTIONS},
+        }
 
     @contextmanager
     def _restoring(self, generators: Iterable[Generator] = ()) -> Iterator[None]:
@@ -312,30 +253,39 @@ class Learner:
             some = next(iter(self.parameters.values()), torch.empty(()))
             return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)
-        run = self.loss.loss_and_grads if differentiable is None else differentiable
+        run = differentiable or self.loss.loss_and_grads
         with poutine.trace(param_only=True) as captured:
             value = run(self.model, self.guide, *batch)
         self._collect(captured.trace)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
         if differentiable is not None and loss.requires_grad:
             self._zero_gradients()  # those of parameters that are new in this run too
-            loss.backward(inputs=self._moving(owner))
+            others = {id(parameter) for parameter in self._others(owner)}
+            moving = [p for p in self.parameters.values() if id(p) not in others]
+            loss.backward(inputs=moving if owner else None)
         return loss.detach().double()
 
-    def _moving(self, owner: Owner | None) -> list[Tensor] | None:
-        """Return the parameters that need a gradient; None for all."""
-        if owner is None:
-            return None
-        others = self.owners.others(self.parameters, owner)
-        return [p for name, p in self.parameters.items() if name not in others]
+    def _find_owners(self, batch: Batch) -> None:
+        """Find the guide's parameters: those that Pyro sees while it runs, also if shared.
 
-    def _hold_others(self, owner: Owner, batch: Batch) -> None:
-        """Delete the other owner's gradients: torch's optimisers skip parameters without one."""
-        if self.owners.num_sorted < len(self.parameters):
-            with self._restoring():
-                self.owners.sort(self.parameters, batch)
-        for parameter in self.owners.others(self.parameters, owner).values():
-            parameter.grad = None
+        Runs of the model that a guide hides from Pyro, as this package's guides do, do not count.
+        """
+        with self._restoring(), torch.no_grad(), poutine.trace(param_only=True) as captured:
+            self.guide(*batch)
+        seen = {id(_unconstrained(site["value"])) for site in captured.trace.nodes.values()}
+        self.of_guide |= {name for name, tensor in self.parameters.items() if id(tensor) in seen}
+        self.num_sorted = len(self.parameters)
+        if not self.of_guide or len(self.of_guide) == len(self.parameters):
+            owner, other = ("model", "guide") if self.of_guide else ("guide", "model")
+            raise ValueError(
+                f"In aggressive training the {owner} needs parameters of its own: all are the "
+                f"{other}'s ({', '.join(self.parameters)})."
+            )
+
+    def _others(self, owner: Owner | None) -> list[Tensor]:
+        """Return the parameters that are known to be the other owner's."""
+        known = list(self.parameters.items())[: self.num_sorted if owner else 0]
+        return [p for name, p in known if (name in self.of_guide) == (owner == "model")]
 
     def _collect(self, trace: poutine.Trace) -> None:
         """Add the parameters that are new, under their first name."""
@@ -352,15 +302,13 @@ class Learner:
         """Make optimiser and schedule, with the first parameters and then those seen later."""
         parameters = list(self.parameters.values())
         if not parameters:
-            raise ValueError(
-                "Model and guide have no parameters to train. Register them with pyro.param or "
-                "pyro.module."
-            )
+            raise ValueError("Model and guide have no parameters to train.")
         self.num_initial = len(parameters) if num_initial is None else num_initial
         optimizer = self.make_optimizer(parameters[: self.num_initial])
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}."
+                f"optimizer must return a torch optimiser, got {type(optimizer).__name__}. Pass "
+                "e.g. partial(torch.optim.Adam, lr=1e-3)."
             )
         self.optimizer = optimizer
         for parameter in parameters[self.num_initial :]:
@@ -372,6 +320,9 @@ class Learner:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def _live(self) -> Weights:
+        return {"parameter": self.parameters, "buffer": self._buffers()}
+
     def _buffers(self) -> dict[str, Tensor]:
         # Collected anew each time: a module may replace the tensor of a buffer.
         return {
@@ -380,8 +331,8 @@ class Learner:
             for name, buffer in module.named_buffers()
         }
 
-    def _first_site(self, batch: Batch, state: list[Tensor]) -> str | None:
-        """Repeat a step's loss; return where its first NaN or infinity arises, None if nowhere."""
+    def _find_non_finite(self, batch: Batch, state: RandomState) -> list[str]:
+        """Repeat a step's loss; return the data, parameters, site or gradients with a NaN."""
         search = FirstNonFiniteSite()
         with self._restoring(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -389,37 +340,32 @@ class Learner:
             # The run may raise as it did before; the sites up to there are known.
             with suppress(Exception), validation_enabled(False), search:
                 self._differentiate(batch)
-        return search.first
-
-    def _places(self, batch: Batch, site: str | None) -> list[str]:
-        """Return where the NaN arises; the gradients are those of `_first_site`."""
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        places = [*non_finite_data(batch), *non_finite("parameter", self.parameters)]
-        return places + ([site] if site else non_finite("the gradient of parameter", gradients))
+        gradients = {name: p.grad for name, p in self.parameters.items()}
+        found = non_finite("data tensor", dict(enumerate(batch)))
+        found += non_finite("parameter", self.parameters)
+        return found + (
+            [search.first] if search.first else non_finite("the gradient of parameter", gradients)
+        )
 
     def _error(self, places: list[str], epoch: int, owner: Owner | None) -> NonFiniteError:
         self._zero_gradients()
-        alone = f"step {self.guide_steps + 1} of the guide alone, before "
-        step = f"{alone if owner == 'guide' else ''}step {self.steps + 1}, epoch {epoch}"
-        return NonFiniteError.at(places, step)
+        alone = f"step {self.guide_steps + 1} of the guide alone, before " * (owner == "guide")
+        return NonFiniteError(
+            f"The loss or its gradient is not finite in {alone}step {self.steps + 1}, epoch "
+            f"{epoch}: {'; '.join(places)}. Check the data and scales near 0, lower the learning "
+            "rate, or set clip_norm; check_every=1 finds the first such step."
+        )
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:
     """Return the modules among callables, under partials and bound methods, each once."""
-    modules: dict[int, Module] = {}
-    for owner in owners:
-        while isinstance(owner, partial):
-            owner = owner.func
-        if inspect.ismethod(owner):
-            owner = owner.__self__
-        if isinstance(owner, Module):
-            modules[id(owner)] = owner
-    return list(modules.values())
+    found = [getattr(each, "__self__", each) for each in map(poutine.unwrap, owners)]
+    return list({id(each): each for each in found if isinstance(each, Module)}.values())
 
 
 def _unconstrained(value: Any) -> Tensor:
     """Return the leaf tensor of a parameter's value, itself under Pyro's module_local_params."""
-    return value.unconstrained() if hasattr(value, "unconstrained") else value
+    return getattr(value, "unconstrained", lambda: value)()
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

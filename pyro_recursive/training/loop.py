@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pyro_recursive.evaluation.parallel import ProcessError, ProcessGroup
+from pyro_recursive.guides.mixture.recursive import RecursiveMixtureGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
@@ -95,14 +96,16 @@ def fit(
         >>> fit(model, guide, torch.randn(100), loss=loss, epochs=2, batch_size=20).steps
         [5, 10]
     """
-    _check_kinds(optimizer, loss, validation_loss)
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_at_least(0, kl_warmup=kl_warmup)
-    _check_combination(patience, validation, resume, checkpoint, aggressive)
+    if validation is None and (patience is not None or aggressive is not None):
+        raise ValueError("patience and aggressive need a validation loss. Pass validation data.")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")
     with _same_errors(), ProcessGroup.joined() as processes:
         processes.seed(seed)
         batches = Minibatches(data, batch_size, shuffle, transform, processes=processes)
-        held_out = None
+        held_out = phase = None
         if validation is not None:
             size = None if isinstance(validation, DataLoader) else batch_size
             held_out = Minibatches(
@@ -111,11 +114,10 @@ def fit(
         learner = Learner(
             model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules, processes
         )
-        phase = None
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
-        run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint is not None else None)
-        run.set_settings(clip_norm=clip_norm, kl_warmup=kl_warmup, seed=seed)
+        settings = {"clip_norm": clip_norm, "kl_warmup": kl_warmup, "seed": seed}
+        run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint else None, settings)
         if resume:
             run.resume()
         with _progress_bar(batches, epochs, learner.steps, progress and processes.is_first) as bar:
@@ -132,49 +134,6 @@ def fit(
         return run.history
 
 
-def _check_kinds(optimizer: Any, *losses: ELBO | None) -> None:
-    """Raise where a loss is no ELBO, or an optimiser is Pyro's or is made already."""
-    for loss in losses:
-        if loss is not None and not isinstance(loss, ELBO):
-            raise TypeError(f"loss must be a pyro.infer.ELBO, got {loss!r}. Pass an instance.")
-    of_pyro = str(getattr(optimizer, "__module__", None)).startswith("pyro.optim")
-    if of_pyro or isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must make a torch optimiser, got a {type(optimizer).__name__}. Pass e.g. "
-            "partial(torch.optim.Adam, lr=1e-3); pyro.optim needs SVI.step."
-        )
-
-
-def _check_combination(
-    patience: float | None,
-    validation: Data | None,
-    resume: bool,
-    checkpoint: str | os.PathLike | None,
-    aggressive: Aggressive | None,
-) -> None:
-    """Raise where arguments need others."""
-    if patience is not None and not patience >= 1:
-        raise ValueError(f"patience must be at least 1 epoch, or None, got {patience}.")
-    if patience is not None and validation is None:
-        raise ValueError(f"patience={patience} needs a validation loss. Pass validation data.")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")
-    if aggressive is not None and validation is None:
-        raise ValueError("Aggressive training measures on validation data. Pass validation data.")
-
-
-def _warn_if_unfinished(guide: Any) -> None:
-    """Warn where the schedule of a growing guide has steps left."""
-    left = getattr(guide, "steps_left", 0)
-    if isinstance(left, int) and left > 0:
-        warnings.warn(
-            f"The training of {type(guide).__name__} has ended with "
-            f"{len(guide.members)} of {len(guide.components)} components: {left} steps of its "
-            "schedule are left. Give fit more epochs, or the guide a shorter schedule.",
-            stacklevel=3,
-        )
-
-
 @contextmanager
 def _same_errors() -> Iterator[None]:
     """Raise the errors that `fit` documents also where they arise in another process."""
@@ -185,6 +144,15 @@ def _same_errors() -> Iterator[None]:
         if error.kind not in documented:
             raise
         raise documented[error.kind](str(error)) from error
+
+
+def _warn_if_unfinished(guide: Any) -> None:
+    if isinstance(guide, RecursiveMixtureGuide) and guide.steps_left:
+        warnings.warn(
+            f"Training has ended with {len(guide.members)} of {len(guide.components)} components "
+            f"and {guide.steps_left} steps left. Train longer, or shorten the guide's schedule.",
+            stacklevel=3,
+        )
 
 
 def _progress_bar(batches: Minibatches, epochs: int, done: int, wanted: bool) -> tqdm:
@@ -200,40 +168,42 @@ class _Run:
     """A run in progress; all of it but the data is in its checkpoint."""
 
     def __init__(
-        self, learner: Learner, batches: Minibatches, phase: Phase | None, path: Path | None
+        self,
+        learner: Learner,
+        batches: Minibatches,
+        phase: Phase | None,
+        path: Path | None,
+        settings: dict[str, Any],
     ) -> None:
         self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
         self.processes = learner.group.processes
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
-        self.settings: dict[str, Any] = {}  # in plain values
+        options = checkpoints.options_of(learner.loss)
+        settings = {  # what must not change when a run is resumed
+            **settings,
+            "number of processes": self.processes.count,
+            "number of data generators": len(self.generators),
+            "rows of data": batches.rows,
+            "batch_size": batches.size,
+            "shuffle": batches.order is not None,
+            "loss": type(learner.loss).__qualname__,
+            **{f"loss.{name}": value for name, value in options.items()},
+            "aggressive": None if phase is None else phase.options,
+        }
+        self.settings = {name: checkpoints.plain(value) for name, value in settings.items()}
 
     @property
     def num_epochs(self) -> int:
         """The number of epochs done."""
         return len(self.history.epoch)
 
-    def set_settings(self, **values: Any) -> None:
-        """Record the arguments that must not change when a run is resumed."""
-        loss, phase = self.learner.loss, {} if self.phase is None else vars(self.phase.options)
-        values |= {
-            "rows of data": self.batches.rows,
-            "batch_size": self.batches.size,
-            "shuffle": self.batches.order is not None,
-            "loss": type(loss).__qualname__,
-            **{f"loss.{name}": value for name, value in checkpoints.options_of(loss).items()},
-            "aggressive": self.phase is not None,
-            **{f"aggressive.{name}": value for name, value in phase.items()},
-        }
-        self.settings = {name: checkpoints.plain(value) for name, value in values.items()}
-
     def epoch(
         self, weight: float, held_out: Minibatches | None, validation_loss: ELBO, bar: tqdm
     ) -> None:
         """Train for one epoch, validate, and record both."""
-        start, history = time.perf_counter(), self.history
-        phase = self.phase
+        start, history, phase = time.perf_counter(), self.history, self.phase
         if phase is not None and not phase.options.goes_on(history.mutual_information):
             phase = None
         loss, rows = self._train(weight, phase, bar)
@@ -242,13 +212,13 @@ class _Run:
             validation, history.validation_rows = self.learner.validate(validation_loss, held_out)
         if phase is not None:
             information = self.processes.mean(phase.measure(), "mutual information")
+        seconds = time.perf_counter() - start
+        history.seconds.append(self.processes.from_first(seconds, f"epoch {self.num_epochs}"))
         history.epoch.append(self.num_epochs + 1)
         history.loss.append(loss)
         history.validation.append(validation)
         history.rows.append(rows)
         history.learning_rate.append(self.learner.learning_rate)
-        seconds = time.perf_counter() - start
-        history.seconds.append(self.processes.from_first(seconds, f"epoch {self.num_epochs}"))
         history.steps.append(self.learner.steps)
         history.aggressive.append(phase is not None)
         history.guide_steps.append(self.learner.guide_steps)
@@ -258,28 +228,23 @@ class _Run:
 
     def _train(self, weight: float, phase: Phase | None, bar: tqdm) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of one pass over the batches."""
-        step = self.learner.step if phase is None else phase.stepper()
+        learner = self.learner
+        step = learner.step if phase is None else phase.stepper()
         total, count, rows = torch.zeros(()), 0, 0  # on the device, which is not waited for
         warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
         self.batches.set_epoch(self.num_epochs + 1)
         with warmup:
             for batch in self.batches:
                 loss = step(batch, self.num_epochs + 1)
-                self._warn_of_sizes()
+                sizes, learner.sizes = learner.sizes, None
+                if sizes and self.batches.rows is not None and learner.group.is_alone:
+                    sizes.warn(learner.group.rows, self.batches.rows, stacklevel=4)
                 total, count = total.to(loss) + loss, count + 1
-                rows += self.learner.group.rows
+                rows += learner.group.rows
                 bar.update()
-            if not count:
-                raise ValueError("The DataLoader gave no batches. Check its data set.")
-            self.learner.check(batch, self.num_epochs + 1)
-            self.learner.end_pass()
+            learner.check(batch, self.num_epochs + 1)
+            learner.end_pass()
         return total.item() / count, rows / count
-
-    def _warn_of_sizes(self) -> None:
-        """After the first step, warn where a plate takes the batch for all data."""
-        sizes, self.learner.sizes = self.learner.sizes, None
-        if sizes is not None and self.batches.rows is not None and self.processes.count == 1:
-            sizes.warn(self.learner.group.rows, self.batches.rows, stacklevel=5)
 
     def end_epoch(self, keep_best: bool) -> None:
         """Step the schedule, keep the best weights, write the checkpoint."""
@@ -288,41 +253,31 @@ class _Run:
         if keep_best and self.history.best_epoch == self.num_epochs:
             self.best = self.learner.weights()
         if self.path is not None:
-            state = self._state()
+            own = checkpoints.random_states(self.generators)
+            state = {
+                "settings": self.settings,
+                "learner": self.learner.state(),
+                "history": asdict(self.history),
+                "best": self.best,
+                "random": self.processes.gather(own, "random states"),
+            }
             if self.processes.is_first:
                 checkpoints.save(self.path, state)
             self.processes.barrier_at("a checkpoint")
 
-    def _state(self) -> dict[str, Any]:
-        own = checkpoints.random_states(self.generators)
-        random, *others = self.processes.gather(own, "random states")
-        return {
-            "settings": self.settings,
-            "learner": self.learner.state(),
-            "history": asdict(self.history),
-            "best": self.best,
-            "random": random,
-            **({"other processes": others} if others else {}),
-        }
-
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
 
-        Raises:
-            CheckpointError: it is damaged or another program's; nothing has changed.
+        A CheckpointError comes before anything has changed.
         """
         path, first = self.path, self.processes.is_first
         state = checkpoints.load(path) if first and path is not None and path.exists() else None
         state = self.processes.from_first(state, "a checkpoint to resume from")
         if path is None or state is None:
             return
-        random = [state["random"], *state.get("other processes", ())]
-        counts = {"number of processes": len(random)}
-        checkpoints.check_same(path, counts, {"number of processes": self.processes.count})
-        checkpoints.check_settings(path, state.get("settings"), self.settings)
-        counts = {"number of data generators": len(random[0]["generators"])}
-        checkpoints.check_same(path, counts, {"number of data generators": len(self.generators)})
+        if self.settings["seed"] is None:  # the file has the random states
+            self.settings["seed"] = state["settings"]["seed"]
+        checkpoints.check_same(path, state["settings"], self.settings)
         self.learner.set_state(path, state["learner"], self.batches)
-        self.history, self.best = History.restored(state["history"]), state["best"]
-        checkpoints.set_random_states(random[self.processes.rank], self.generators)
-        self.settings |= state.get("settings", {})
+        self.history, self.best = History(**state["history"]), state["best"]
+        checkpoints.set_random_states(state["random"][self.processes.rank], self.generators)

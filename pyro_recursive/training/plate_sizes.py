@@ -15,9 +15,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import own_scale, plates_of, sites
+from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.data import Batch, rows_of
 
 Run = dict[str, poutine.Trace]  # of "guide" and "model"
@@ -31,7 +31,7 @@ def check_shares(model: Callable, guide: Callable, batch: Batch) -> None:
     allow it, the same values. Plates must have one full size. Only sites in plates whose minibatch
     has the size of the part may differ, and latents of the guide, which may be amortised.
     """
-    rows, state = rows_of(batch), random_state()
+    rows = rows_of(batch)
 
     def part(column: Any) -> Any:  # half of the rows; of less than 4 one more, for a batch norm
         if not isinstance(column, Tensor) or not column.dim() or len(column) != rows:
@@ -40,10 +40,9 @@ def check_shares(model: Callable, guide: Callable, batch: Batch) -> None:
 
     def run(batch: Batch, values: dict[str, Any]) -> Run:
         program = Program(model, guide, batch)
-        with poutine.block(), _SameValues(values):
-            set_random_state(state)
+        with poutine.block(), _SameValues(values), forked_rng():
             guided = program.run_guide()
-            set_random_state(state)
+        with poutine.block(), _SameValues(values), forked_rng():
             return {"guide": guided, "model": program.run_model(guided)}
 
     rest = tuple(map(part, batch))

@@ -561,7 +561,7 @@ def test_devices(name: str, tmp_path: Path) -> None:
 # --- Resumed by fit
 
 
-@pytest.mark.filterwarnings("ignore:The training of RecursiveMixtureGuide has ended")
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 @each(KIND, "refined_table")
 def test_fit_resumes(name: str, tmp_path: Path) -> None:
     """Three epochs in two runs end where three in one run do, bit for bit."""

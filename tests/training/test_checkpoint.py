@@ -53,23 +53,14 @@ def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> 
     program, path, other = PROGRAMS[name], tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = outcome(run(program, checkpoint=path), path)
     last = expected["history"]["steps"][-1]
-    for call in random.Random(name).sample(range(last), 2):
+    calls = range(last) if name == "vae" else random.Random(name).sample(range(last), 2)
+    for call in calls:
         other.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
             run(program, checkpoint=other, transform=interrupt_at(call))
         pyro.set_rng_seed(99)  # another process has another random state
         resumed = run(program, checkpoint=other, resume=True, seed=None if call >= 3 else 1)
         assert same(outcome(resumed, other), expected), f"interrupted in call {call}"
-
-
-@pytest.mark.parametrize("call", range(12))
-@pytest.mark.slow
-def test_every_kill_point(call: int, tmp_path: Path) -> None:
-    path, other = tmp_path / "whole.pt", tmp_path / "broken.pt"
-    expected = outcome(run(vae, checkpoint=path), path)
-    with pytest.raises(KeyboardInterrupt):
-        run(vae, checkpoint=other, transform=interrupt_at(call))
-    assert same(outcome(run(vae, checkpoint=other, resume=True), other), expected)
 
 
 def test_resume_in_the_same_process(tmp_path: Path) -> None:
@@ -96,15 +87,6 @@ def test_a_finished_run_returns_at_once_and_goes_on_with_more_epochs(tmp_path: P
     assert other.read_bytes() == written
     longer = run(whole, epochs=5, checkpoint=other, resume=True)
     assert same(outcome(longer, other), expected)
-
-
-def test_random_states_come_back() -> None:
-    pyro.set_rng_seed(5)
-    np.random.standard_normal()  # noqa: NPY002 - leaves half a pair behind
-    state = checkpoints.random_states()
-    first = (torch.rand(2), random.random(), np.random.standard_normal())  # noqa: NPY002
-    checkpoints.set_random_states(state)
-    assert same(first, (torch.rand(2), random.random(), np.random.standard_normal()))  # noqa: NPY002
 
 
 # --- Files
@@ -139,7 +121,7 @@ def truncate(path: Path) -> None:
 
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    state = checkpoints.load(path)["random"]["torch"].numpy().tobytes()
+    state = checkpoints.load(path)["random"][0]["torch"].numpy().tobytes()
     content[content.find(state) + 100] ^= 1
     path.write_bytes(content)
 
@@ -196,7 +178,7 @@ MISFITS = {
     "alpha": (auto_normal, auto_normal, {"loss": RenyiELBO(alpha=0.5)},
               "loss is 'Trace_ELBO' in the file, 'RenyiELBO' here"),
     "aggressive": (partial(lingering, 3), partial(lingering, 4), {},
-                   "aggressive.max_steps is 3 in the file, 4 here"),
+                   r"aggressive is 'Aggressive\(max_steps=3, .*in the file, .*\(max_steps=4"),
     **{" ".join(changes): (auto_normal, auto_normal, changes, message) for changes, message in (
         ({"optimizer": sgd}, "optimizer is 'Adam' in the file, 'SGD' here"),
         ({"scheduler": burda_schedule}, "scheduler is None in the file, 'LambdaLR' here"),
@@ -245,11 +227,9 @@ class Counting(Trace_ELBO):
         return super().differentiable_loss(*args, **kwargs)
 
 
-def test_what_may_differ_and_files_of_before(tmp_path: Path) -> None:
-    path, program = (
-        tmp_path / "run.pt",
-        {**auto_normal(), "loss": Counting(num_particles=2, vectorize_particles=True)},
-    )
+def test_what_may_differ(tmp_path: Path) -> None:
+    loss = Counting(num_particles=2, vectorize_particles=True)
+    path, program = tmp_path / "run.pt", {**auto_normal(), "loss": loss}
     options = {"validation": normal_data(), "checkpoint": path}
     run(lambda: program, **options, clip_norm=np.float64(5.0), batch_size=np.int64(4))
     options["clip_norm"] = 5
@@ -257,7 +237,3 @@ def test_what_may_differ_and_files_of_before(tmp_path: Path) -> None:
     assert len(run(lambda: program, **options, **changes, resume=True).epoch) == 6
     with pytest.raises(CheckpointError, match="seed is 1 in the file, 2 here"):
         run(lambda: program, **options, seed=2, resume=True)
-    state = checkpoints.load(path)
-    del state["settings"], state["learner"]["optimizer options"]
-    checkpoints.save(path, state)
-    assert len(run(lambda: program, **options, epochs=7, seed=2, resume=True).epoch) == 7

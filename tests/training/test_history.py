@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from pyro_recursive.training import (
-    History,
-    burda_schedule,
-)
-from tests.oracles.training import (
-    auto_normal,
-    normal_data,
-    run,
-    sgd,
-)
+from pyro_recursive.training import History, burda_schedule
+from tests.oracles.training import auto_normal, normal_data, run
 
 
 def test_history_tells_what_happened() -> None:
@@ -48,15 +40,6 @@ def test_a_history_is_read_at_a_glance() -> None:
     assert "30 epochs, stopped early" in str(history)
 
 
-def test_a_checkpoint_from_before_can_be_read() -> None:
-    old = {"epoch": [1, 2], "loss": [2.0, 1.0], "steps": [3, 6]}
-    history = History.restored(old)
-    assert history.aggressive == [False, False]
-    assert history.guide_steps == [0, 0]
-    assert history.mutual_information == [None, None]
-    assert History.restored(asdict(history)) == history
-
-
 def test_burda_schedule_changes_after_the_epochs_of_the_paper() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     scheduler = burda_schedule(optimizer)
@@ -70,8 +53,3 @@ def test_burda_schedule_changes_after_the_epochs_of_the_paper() -> None:
     changes = [epoch for epoch in range(1, 3280) if rates[epoch] != rates[epoch - 1]]
     assert changes == [1, 4, 13, 40, 121, 364, 1093]
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
-
-
-def test_number_of_stages_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
-        burda_schedule(sgd([torch.ones(1, requires_grad=True)]), num_stages=0)
