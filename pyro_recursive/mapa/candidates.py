@@ -30,11 +30,6 @@ class Candidates(NamedTuple):
     codes: Tensor
     log_weights: Tensor
 
-    @property
-    def shared(self) -> bool:
-        """Whether all rows share the codes."""
-        return self.codes.dim() == 1
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,8 +37,7 @@ class Plan:
 
     ``share`` is one of:
 
-    - ``"pair"``: row n has its own ``top + samples`` codes. Draws are from q~, the rest of q(i | n)
-      without its top.
+    - ``"pair"``: row n has its own ``top + samples`` codes, drawn from q~, the rest of q(i | n).
     - ``"shared"``: the same weights, and each code is listed once.
     - ``"pooled"``: all rows use the tops and draws of all rows. Draws are from the mixture of the
       rows' q~ (without all tops), which gives their weights (the balance heuristic).
@@ -64,18 +58,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.share not in SHARES:
-            raise ValueError(f"share must be one of {SHARES}, got {self.share!r}")
         top, samples = self.top, self.samples
-        if not isinstance(top, int) or top < 0 or not 0 <= samples < math.inf or top + samples == 0:
-            raise ValueError(
-                f"top must be an integer >= 0 and samples >= 0, one of them positive; got {top=}, "
-                f"{samples=}"
-            )
+        if self.share not in SHARES:
+            raise ValueError(f"share must be one of {SHARES}, got {self.share!r}.")
+        if top < 0 or samples < 0 or top + samples == 0:
+            raise ValueError(f"top and samples must not be negative or both 0, got {top, samples}.")
         if int(samples) != samples and (self.share != "pooled" or self.replace):
-            raise ValueError(
-                f"samples={samples} is a fraction: only a pool without replacement can draw it"
-            )
+            raise ValueError(f"samples={samples} needs a pool, without replacement.")
 
     def __call__(self, index: Tensor, log_q: Tensor, num_components: int) -> Candidates:
         """Choose codes by a proposal ``log_q`` on components ``index``, ``[B, k]`` both.
@@ -113,7 +102,8 @@ def _replaced(rest: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 def _without(rest: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """Draw different positions of each row, with weights of one over the inclusion probability."""
     chances = inclusion(rest.exp(), samples)
-    chosen = systematic(chances, *_random_pass(chances))
+    order = torch.rand_like(chances).argsort(-1)
+    chosen = systematic(chances, order, torch.rand_like(chances[:, :1]))
     # The chosen ones first, in any order; rows with fewer have positions left over.
     position = chosen.to(torch.uint8).topk(samples, -1).indices
     log_weights = -chances.gather(1, position).log()
@@ -209,12 +199,6 @@ def systematic(chances: Tensor, order: Tensor, start: Tensor) -> Tensor:
     counts = (ends - start).ceil().clamp(min=0)
     chosen = counts.diff(dim=-1, prepend=torch.zeros_like(whole)) > 0
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
-
-
-def _random_pass(chances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an order and a start for `systematic`."""
-    order = torch.rand_like(chances).argsort(-1)
-    return order, torch.rand_like(chances[:, :1])
 
 
 def _unique(own: Candidates) -> Candidates:

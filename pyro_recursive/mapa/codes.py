@@ -7,14 +7,13 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_recursive.priors.vamp import squash, unsquash
-from pyro_recursive.tracing.arguments import check_instance
 
 
 class Codes(nn.Module):
@@ -42,14 +41,15 @@ class Codes(nn.Module):
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        self._keep("logits", _logits(num_components, weights), learn_weights)
+        weights = torch.ones(num_components) if weights is None else torch.as_tensor(weights)
+        if weights.shape != (num_components,) or not (weights >= 0).all():
+            raise ValueError(f"weights must be {num_components} numbers, not negative.")
+        self._keep("logits", weights.to(torch.get_default_dtype()).log(), learn_weights)
         self.has_scale = scale is not None
         if scale is not None:
-            if not 0 < scale < math.inf:
-                raise ValueError(f"scale must be positive and finite, or None; got {scale}")
             self._keep("log_scale", torch.tensor(math.log(scale)), learn_scale)
         elif learn_scale:
-            raise ValueError("learn_scale needs a scale to start from")
+            raise ValueError("learn_scale needs a scale to start from.")
 
     def __len__(self) -> int:
         """Return M, the number of codes."""
@@ -64,11 +64,9 @@ class Codes(nn.Module):
         if index is None:
             index = torch.arange(len(self), device=self.logits.device)
         codes = self.select_codes(index)
-        if not isinstance(codes, Tensor) or codes.dim() != 2 or len(codes) != len(index):
-            got = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
+        if codes.dim() != 2 or len(codes) != len(index):
             raise ValueError(
-                f"{type(self).__name__} must return one vector for each of {len(index)} codes, "
-                f"[{len(index)}, D]; got {got}."
+                f"{type(self).__name__} returned shape {tuple(codes.shape)}, not [{len(index)}, D]."
             )
         return codes
 
@@ -105,8 +103,6 @@ class EncodedCodes(Codes):
     """
 
     def __init__(self, encoder: Callable[..., Any], inputs: Tensor, **options: Any) -> None:
-        check_instance("encoder", encoder)
-        _check_rows(inputs, "inputs")
         super().__init__(len(inputs), **options)
         self.encoder = encoder
         self._inputs = (inputs,)  # no buffer: `to(device)` would move all of it
@@ -130,9 +126,6 @@ class FreeCodes(Codes):
     """
 
     def __init__(self, start: Tensor, **options: Any) -> None:
-        _check_rows(start, "start")
-        if start.dim() != 2 or not start.is_floating_point():
-            raise ValueError(f"start must be floats [M, D], got {start.dtype} {tuple(start.shape)}")
         super().__init__(len(start), **options)
         self.codes: Tensor = nn.Parameter(start.detach().clone())
 
@@ -157,24 +150,13 @@ class GridCodes(Codes):
     codes: Tensor
 
     def __init__(
-        self,
-        points: int,
-        dims: int = 1,
-        *,
-        bound: float = 2.0,
-        normal: bool = False,
-        **options: Any,
+        self, points: int, dims: int = 1, *, bound: float = 2.0, normal: bool = False, **given: Any
     ) -> None:
-        if points < 2 or dims < 1 or not 0 < bound < math.inf:
-            raise ValueError(
-                f"a grid needs at least 2 points, 1 dim and a positive bound; got {points=}, "
-                f"{dims=}, {bound=}"
-            )
         axis = torch.linspace(-bound, bound, points)
         codes = torch.cartesian_prod(*[axis] * dims).reshape(-1, dims)
         if normal:
-            options["weights"] = (-0.5 * codes.square().sum(-1)).exp()
-        super().__init__(len(codes), **options)
+            given["weights"] = (-0.5 * codes.square().sum(-1)).exp()
+        super().__init__(len(codes), **given)
         self.register_buffer("codes", codes)
 
     def select_codes(self, index: Tensor) -> Tensor:
@@ -206,10 +188,6 @@ class PseudoInputCodes(Codes):
         bounds: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
-        check_instance("encoder", encoder)
-        _check_rows(pseudo_inputs, "pseudo_inputs")
-        if not pseudo_inputs.is_floating_point():
-            raise TypeError(f"pseudo_inputs are learned: floats, not {pseudo_inputs.dtype}")
         super().__init__(len(pseudo_inputs), **options)
         self.encoder, self.bounds = encoder, bounds
         self.raw_inputs = nn.Parameter(unsquash(pseudo_inputs.detach(), bounds))
@@ -222,21 +200,3 @@ class PseudoInputCodes(Codes):
     def select_codes(self, index: Tensor) -> Tensor:
         """Encode some of the pseudo-inputs."""
         return self.encoder(self.pseudo_inputs[index])
-
-
-def _logits(number: int, weights: Tensor | Sequence[float] | None) -> Tensor:
-    if weights is None:
-        return torch.zeros(number)
-    weights = torch.as_tensor(weights)
-    valid = weights.shape == (number,) and (weights.isfinite() & (weights >= 0)).all()
-    if not valid or not weights.sum() > 0:
-        raise ValueError(
-            f"weights must be {number} finite numbers, not negative and not all 0; got shape "
-            f"{tuple(weights.shape)}"
-        )
-    return weights.to(torch.get_default_dtype()).log()
-
-
-def _check_rows(rows: Tensor, what: str) -> None:
-    if rows.dim() < 1 or not len(rows):
-        raise ValueError(f"{what} must have a row for each code, got shape {tuple(rows.shape)}")

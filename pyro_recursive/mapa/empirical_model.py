@@ -7,13 +7,12 @@ subsample scale.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -38,58 +37,33 @@ class Plate(NamedTuple):
 class DecodedCodes(NamedTuple):
     """Codes to decode, and the log-weights of their terms in nats.
 
-    Codes shared by all rows are ``[U, D]``, with log-weights ``[B, U]`` (or ``[U]``); codes of each
-    row ``[B, K, D]``, with log-weights ``[B, K]``. Log-weights may also be ``[*batch, K]`` in
-    Pyro's order of plates, including those around the model.
+    Codes shared by all rows are ``[U, D]``, with log-weights ``[B, U]`` or ``[U]``; codes of each
+    row ``[B, K, D]``, with ``[B, K]``. Log-weights may also be ``[*batch, K]`` in Pyro's order of
+    plates, including those around the model.
     """
 
     codes: Tensor
     log_weights: Tensor
 
 
-class CodeIndex(TorchDistribution):
-    """An index of K codes with unnormalised log-weights ``logits`` ``[*batch, K]``.
+class CodeIndex(dist.Categorical):
+    """An index of K codes with unnormalised log-weights ``[*batch, K]``.
 
     Its log-density is the log-weight itself, so that a sum over K indices can estimate a sum over
     many more codes. Samples are in proportion to the weights.
     """
 
-    arg_constraints: ClassVar[dict] = {}
-    has_enumerate_support = True
-
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        super().__init__(logits.shape[:-1], validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        """0 to K - 1."""
-        return constraints.integer_interval(0, self.logits.shape[-1] - 1)
-
-    @property
-    def probs(self) -> Tensor:
-        """The normalised weights, ``[*batch, K]``."""
-        return self.logits.softmax(-1)
+        self.log_weights = logits
+        super().__init__(logits=logits, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "CodeIndex":
         """Expand the batch."""
-        return CodeIndex(self.logits.expand(*batch_shape, -1))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw in proportion to the weights."""
-        shape = (*sample_shape, *self.batch_shape)
-        probs = self.probs.expand(*shape, -1).reshape(-1, self.logits.shape[-1])
-        return torch.multinomial(probs, 1).reshape(shape)
+        return CodeIndex(self.log_weights.expand(*batch_shape, -1))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-weight of an index."""
-        return Vindex(self.logits)[..., value]
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all indices, ``[K, *batch]``, or ``[K, 1, ...]``."""
-        index = torch.arange(self.logits.shape[-1], device=self.logits.device)
-        index = index.reshape(-1, *[1] * len(self.batch_shape))
-        return index.expand(-1, *self.batch_shape) if expand else index
+        return Vindex(self.log_weights)[..., value]
 
 
 def index_site(site: str) -> str:
@@ -134,11 +108,6 @@ class OnCodes(Messenger):
         if msg["name"] != self.site or msg["is_observed"]:
             return
         frame = check_site(msg)
-        if "_markov_scope" in msg["infer"]:
-            raise NotImplementedError(
-                f"Latent site '{self.site}' is inside pyro.markov: sample the latent of the whole "
-                "series before the loop."
-            )
         plate = Plate(frame.full_size or frame.size, frame.size, self._rows.get(frame.name))
         decoded = self.select_codes(plate)
         log_weights = _at_plate(decoded.log_weights, frame.dim)
@@ -152,7 +121,7 @@ class OnCodes(Messenger):
         batch = torch.broadcast_shapes(
             value.shape[: value.dim() - event_dim], msg["fn"].batch_shape
         )
-        msg["fn"] = _Known(value, event_dim=event_dim).expand(batch)
+        msg["fn"] = dist.Delta(value, event_dim=event_dim).expand(batch)
         msg["value"], msg["is_observed"] = value, True
         self._shared_dim = frame.dim if decoded.codes.dim() == 2 else None
 
@@ -161,22 +130,14 @@ class OnCodes(Messenger):
             self._rows[msg["name"]] = msg["value"]
 
 
-class _Known(dist.Delta):
-    """A value of log-density 0: the prior is in the weights of the index."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros."""
-        return self.v.new_zeros(()).expand(self.batch_shape)
-
-
 class Empiricalized:
     """A model whose local latent site has an empirical prior: ``p(z) = sum_i w_i delta(z - c_i)``.
 
-    Called like the model. The index is a discrete site ``<site>_index`` inside the site's plate,
-    marked for enumeration: `pyro.infer.TraceEnum_ELBO` with an empty guide gives the exact sum over
-    all codes (with `GridCodes`, a generative topographic mapping), its ``compute_marginals`` the
-    posterior of the index, and `pyro.infer.Predictive` draws from the codes. Codes with a scale
-    have one draw of noise for each code and run, so that the ELBO is a bound of the evidence.
+    The index is a discrete site ``<site>_index`` inside the site's plate, marked for enumeration:
+    `pyro.infer.TraceEnum_ELBO` with an empty guide gives the exact sum over all codes (with
+    `GridCodes`, a generative topographic mapping), and ``compute_marginals`` the posterior of the
+    index. Codes with a scale have one draw of noise for each code and run, so that the ELBO is a
+    bound of the evidence.
 
     Args:
         model: any Pyro model.
@@ -230,10 +191,7 @@ def with_noise(codes: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def local_site(trace: poutine.Trace) -> str:
-    """Return the name of the one continuous latent site of a model's trace inside a plate.
-
-    Raises ValueError where there is none, or several.
-    """
+    """Return the name of the one continuous latent site of a model's trace inside a plate."""
     names = [
         site["name"]
         for site in sites(trace)
@@ -253,25 +211,24 @@ def check_site(site: Site) -> Any:
     name = site["name"]
     if _is_discrete(site):
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete ({type(site['fn']).__name__}): give codes to a "
-            "continuous site, and enumerate the discrete one."
+            f"Latent site '{name}' is discrete: give codes to a continuous one, and enumerate it."
+        )
+    if "_markov_scope" in site["infer"]:
+        raise NotImplementedError(
+            f"Latent site '{name}' is inside pyro.markov: sample the whole series before the loop."
         )
     frames = list(plates_of(site).values())  # the model's own, not those around its handlers
     if len(frames) != 1 or not frames[0].vectorized:
         where = ", ".join(f"'{frame.name}'" for frame in frames) or "no plate"
         raise NotImplementedError(
-            f"Latent site '{name}' is in {where}; it must be in one vectorised plate. Move inner "
-            "plates into its event with .to_event()."
+            f"Latent site '{name}' is in {where}, not in one vectorised plate. Move inner plates "
+            "into its event."
         )
     return frames[0]
 
 
 def check_latent(trace: poutine.Trace, name: str) -> None:
-    """Raise where a site of a model's trace cannot have codes.
-
-    Beyond `check_site`: where the model has no such latent, or its scale is not that of the
-    observations in its plate.
-    """
+    """Raise where a site of a model's trace cannot have codes, or has a scale of its own."""
     latent = {site["name"]: site for site in sites(trace) if not site["is_observed"]}
     if name not in latent:
         raise ValueError(f"The model has no latent site '{name}'; there are {sorted(latent)}.")
@@ -280,7 +237,7 @@ def check_latent(trace: poutine.Trace, name: str) -> None:
         if site["is_observed"] and frame.name in plates_of(site) and not same_scale(own, site):
             raise ValueError(
                 f"Latent site '{name}' has scale {own['scale']}, and '{site['name']}' has "
-                f"{site['scale']}: leave poutine.scale out, or put it around the whole model."
+                f"{site['scale']}: put poutine.scale around the whole model."
             )
 
 
@@ -309,8 +266,7 @@ def _value(fn: Any, u: Tensor, name: str) -> Tensor:
     shape = transform.inverse_shape(fn.event_shape)
     if u.shape[-1] != shape.numel():
         raise ValueError(
-            f"Codes have length {u.shape[-1]}, and latent site '{name}' has event shape "
-            f"{tuple(fn.event_shape)}: {shape.numel()} unconstrained numbers."
+            f"Codes have length {u.shape[-1]}; latent site '{name}' takes {shape.numel()}."
         )
     return transform(u.reshape(u.shape[:-1] + shape))
 
@@ -319,7 +275,5 @@ def _normalised_where_masked(log_weights: Tensor, mask: Any) -> Tensor:
     """Normalise the weights of the rows that a mask leaves out."""
     if mask is None or mask is True:
         return log_weights
-    total_one = log_weights.log_softmax(-1)
-    if mask is False:
-        return total_one
-    return torch.where(mask[..., None], log_weights, total_one)
+    mask = torch.as_tensor(mask, device=log_weights.device)
+    return torch.where(mask[..., None], log_weights, log_weights.log_softmax(-1))

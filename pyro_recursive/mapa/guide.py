@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.nn import pyro_method
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
@@ -33,7 +33,6 @@ from pyro_recursive.mapa.neighbour_rows import NeighbourRows, kernel_of_model
 from pyro_recursive.mapa.recover import recover_prior
 from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Rows, Table, neighbours
-from pyro_recursive.tracing.arguments import check_at_least, check_instance
 from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
@@ -54,8 +53,7 @@ class MAPAGuide(LatentGuide):
     The prior of one local latent is replaced by M codes, ``p(z) = sum_i w_i delta(z - c_i)``, by
     default ``c_i = g(x_i)`` and ``w_i = 1/N``. A fixed table ``q(i | n)``, proportional to a kernel
     of x_n and x_i, chooses the codes to decode in training with `pyro_recursive.MAPA_ELBO`. Other
-    calls give each row, known or new, the posterior over its nearest codes. The page on MAPA has
-    formulas, costs and advice.
+    calls give each row, known or new, the posterior over its nearest codes.
 
     Args:
         model: any Pyro model with a latent ``site`` in the one vectorised plate of the data.
@@ -119,22 +117,18 @@ class MAPAGuide(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        check_at_least(1, neighbours=neighbours)
-        check_at_least(0, warm_up=warm_up)
-        for what, value in (("codes", codes), ("kernel", kernel), ("rest", rest)):
-            check_instance(what, value)
         if kernel is not None and (table is not None or data is None):
             raise ValueError("kernel= makes the table from data: give data, and no table=.")
+        if data is None and not isinstance(codes, Codes):
+            raise ValueError("An encoder needs the training data as third argument.")
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
-        self.codes: Any = _codes_of(codes, data)
-        self.site, self.kernel = site, kernel
+        self.codes: Any = codes if isinstance(codes, Codes) else EncodedCodes(codes, data)
+        self.site, self.kernel, self.rest = site, kernel, rest
         self.num_neighbours, self.cache, self.cache_key = neighbours, cache, cache_key
         self.plan = Plan(top, samples, share, replace)
         self._data, self._indices_of = (data,), rows  # in a tuple: no part of the guide's state
         self._neighbour_rows: NeighbourRows | None = None
-        if table is not None:
-            self.table = table
-        self._set_rest(rest)
+        self.table = table
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
         self.passes: Passes | None = None
 
@@ -155,8 +149,7 @@ class MAPAGuide(LatentGuide):
             return
         if table.num_components != len(self.codes):
             raise ValueError(
-                f"The table is over {table.num_components} components, and there are "
-                f"{len(self.codes)} codes: pass table=, or no data."
+                f"The table is over {table.num_components} components for {len(self.codes)} codes."
             )
         data = self._data[0]
         if data is None and isinstance(self.codes, EncodedCodes):
@@ -174,12 +167,11 @@ class MAPAGuide(LatentGuide):
         check_latent(trace, self.site)
         super().look(*args, **kwargs)
         self.nesting = nesting_of(trace)
-        self._build_table(trace, raw, args, kwargs)
-        if self.table is None and int(self.steps_to_warm_up):
-            raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
+        if self.table is None and self._data[0] is not None:
+            self._build_table(trace, raw, args, kwargs)
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
-        if others and self._rest() is None:
-            self._set_rest(AmortizedGuide(poutine.block(model, hide=[self.site])))
+        if others and self.rest is None:
+            self.rest = AmortizedGuide(poutine.block(model, hide=[self.site]))
         with isolated(), torch.no_grad():
             self._check_broadcasting(self.new_call(args, kwargs))
 
@@ -190,10 +182,10 @@ class MAPAGuide(LatentGuide):
     def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
         """Check that the codes fit the site."""
         first = self.codes(torch.zeros(1, dtype=torch.long, device=self.codes.logits.device))
-        if first.shape[-1] != latents.size:
+        size = first.shape[-1]
+        if size != latents.size:
             raise ValueError(
-                f"Codes have length {first.shape[-1]}, and latent site '{self.site}' takes "
-                f"{latents.size} unconstrained numbers."
+                f"Codes have length {size}; latent site '{self.site}' takes {latents.size}."
             )
 
     def _check_broadcasting(self, call: GuideCall) -> None:
@@ -212,8 +204,7 @@ class MAPAGuide(LatentGuide):
         """Sample the latents that have no codes."""
         self.get_ready(args, kwargs)
         _ = self.codes  # registers its parameters with Pyro
-        rest = self._rest()
-        return None if rest is None else rest(*args, **kwargs)
+        return None if self.rest is None else self.rest(*args, **kwargs)
 
     def empiricalized(self, model: Callable) -> Callable:
         """Return the model with the codes of a training step, chosen anew in each run."""
@@ -287,10 +278,9 @@ class MAPAGuide(LatentGuide):
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Sample the other latents, and return the call with plates of the same minibatch."""
-        rest = self._rest()
-        if rest is None:
+        if self.rest is None:
             return super().new_call(args, kwargs)
-        trace = poutine.trace(rest).get_trace(*args, **kwargs)
+        trace = poutine.trace(self.rest).get_trace(*args, **kwargs)
         minibatch = {name: site["value"] for name, site in subsample_sites(trace).nodes.items()}
         with poutine.block(hide=list(minibatch)), SubstituteByName(minibatch):
             call = super().new_call(args, kwargs)
@@ -302,15 +292,12 @@ class MAPAGuide(LatentGuide):
         if rows is None:
             self.passes = Passes(len(self.codes), plate.size)
             return all_of(self.codes)
-        chosen = self._next_plan()(rows.index, rows.log_q, len(self.codes))
+        plan = self.plan
+        if torch.is_grad_enabled() and int(self.steps_to_warm_up):  # an autoencoder
+            plan = Plan(1, 0, "pair" if plan.share == "pair" else "shared")
+        chosen = plan(rows.index, rows.log_q, len(self.codes))
         self.passes = Passes(chosen.codes.numel(), plate.size)
         return self._decoded(chosen.codes, chosen.log_weights)
-
-    def _next_plan(self) -> Plan:
-        """Return the plan of a step; that of an autoencoder while there are steps to warm up."""
-        if not torch.is_grad_enabled() or int(self.steps_to_warm_up) == 0:
-            return self.plan
-        return Plan(1, 0, "pair" if self.plan.share == "pair" else "shared")
 
     def end_step(self) -> None:
         """Count a training step."""
@@ -354,20 +341,17 @@ class MAPAGuide(LatentGuide):
     def _build_table(
         self, trace: poutine.Trace, raw: Any, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        data = self._data[0]
-        if self.table is not None or data is None:
-            return
-        width, kernel = min(self.num_neighbours, len(data)), self.kernel
+        data, kernel, site = self._data[0], self.kernel, str(self.site)
+        width = min(self.num_neighbours, len(data))
         if kernel is None:
-            site, model = str(self.site), self.own_model()
             kernel = kernel_of_model(trace, site, raw, len(data), width)
             with isolated():
                 torch.rand(8)  # advance the random state: the next run draws another z
-                again = outline(model, args, kwargs, grad=True)
+                again = outline(self.own_model(), args, kwargs, grad=True)
             if kernel_of_model(again, site, raw, len(data), width) != kernel:
                 raise ValueError(
-                    "The likelihood has a scale that depends on other latents: give kernel=, such "
-                    "as pyro_recursive.mapa.kernels.Gaussian(perplexity=30)."
+                    "The likelihood's scale depends on other latents: give kernel=, such as "
+                    "pyro_recursive.mapa.kernels.Gaussian(perplexity=30)."
                 )
         self.table = neighbours(data, kernel, width, cache=self.cache, cache_key=self.cache_key)
 
@@ -377,30 +361,10 @@ class MAPAGuide(LatentGuide):
             return False
         return site["name"] != self.site
 
-    def _set_rest(self, rest: Any) -> None:
-        """Keep the guide of the other latents; a module's parameters become this guide's."""
-        self._function = None if isinstance(rest, nn.Module) else rest
-        if isinstance(rest, nn.Module):
-            self.rest: Any = rest
-
-    def _rest(self) -> Any:
-        return self.rest if self._has("rest") else self._function
-
 
 def _asks_for_the_prior(raw: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call has None in place of data; without arguments the model holds its data."""
     return raw is None and bool(args or kwargs)
-
-
-def _codes_of(codes: Any, data: Tensor | None) -> Codes:
-    if isinstance(codes, Codes):
-        return codes
-    if data is None:
-        raise ValueError(
-            "An encoder needs data: give the training data as third argument, or "
-            "pyro_recursive.mapa.EncodedCodes(encoder, inputs)."
-        )
-    return EncodedCodes(codes, data)
 
 
 def _plate_of(latents: LatentBlock, call: GuideCall) -> Plate:

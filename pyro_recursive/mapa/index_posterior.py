@@ -78,8 +78,8 @@ class IndexPosterior:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"The model fails with latent site '{self.site}' at many codes at once: count dims "
-                f"from the right, or use share='pair'. The error was: {error}"
+                f"The model fails with site '{self.site}' at many codes at once: count dims from "
+                f"the right, or use share='pair'. The error was: {error}"
             ) from error
 
     def at_rows(self, log_weights: Tensor, call: GuideCall) -> Tensor:

@@ -24,11 +24,8 @@ class MAPA_ELBO(TraceEnum_ELBO):
     For each row n the bound is ``log sum_j exp(log_weights[n, j]) w_j p(x_n | c_j)`` over the codes
     of the step, in nats, and beside it the ELBO of the other latents. As in Pyro's `TraceEnum_ELBO`
     other discrete sites can be enumerated, subsample scales and masks apply outside the logarithm,
-    and ``num_particles`` draws the other latents (all on the same codes when vectorised).
-    ``compute_marginals`` returns the posterior of the index among the step's codes. Unlike Pyro's,
-    one instance serves several models.
-
-    Args: those of `pyro.infer.TraceEnum_ELBO`.
+    and ``num_particles`` draws the other latents (all on the same codes when vectorised). Unlike
+    Pyro's, one instance serves several models. Arguments are those of `pyro.infer.TraceEnum_ELBO`.
 
     Raises:
         TypeError: the guide is no `pyro_recursive.tracing.protocols.CodeGuide`.
@@ -68,9 +65,7 @@ class MAPA_ELBO(TraceEnum_ELBO):
     ) -> Iterator[tuple[Any, Any]]:
         """Run the guide of the other latents, and the model on codes."""
         if not isinstance(guide, CodeGuide):
-            raise TypeError(
-                f"MAPA_ELBO trains a MAPAGuide, got a {type(guide).__name__}: use another loss."
-            )
+            raise TypeError(f"MAPA_ELBO trains a MAPAGuide, got a {type(guide).__name__}.")
         guessed = math.isinf(self.max_plate_nesting)
         if guessed:
             nesting = structure_of(Program(model, guide.others, args, kwargs)).max_plate_nesting
@@ -108,11 +103,9 @@ def merge_factors(trace: poutine.Trace, index: str) -> None:
     """Add up the factors that depend on an enumerated index, in place, in a packed model trace.
 
     Pyro sums products of factors, each divided by its own largest entry. Where two factors prefer
-    different codes, all products underflow to -inf, from 88 nats on in float32. Added as logarithms
-    they have one largest entry.
-
-    The sum, over inner plates too, becomes the index's own factor. Factors of other enumerated
-    sites stay, and those with dims that the largest has not, as the sum would grow.
+    different codes, all products underflow to -inf, from 88 nats on in float32. The sum, over inner
+    plates too, becomes the index's own factor. Factors of other enumerated sites stay, and those
+    with dims that the largest has not, as the sum would grow.
     """
     own = trace.nodes[index]
     symbol, plates = own["infer"].get("_enumerate_symbol"), _plates(trace, own)

@@ -364,7 +364,7 @@ def test_latent_scales_need_a_kernel() -> None:
         decoding(nn.Identity(), lambda y: dist.Normal(y, scale).to_event(1))(x)
 
     x = torch.randn(6, 2)
-    with pytest.raises(ValueError, match="scale that depends on other latents"):
+    with pytest.raises(ValueError, match="scale depends on other latents"):
         MAPAGuide(model, nn.Linear(2, 2), x).prepare(x)
 
 

@@ -281,7 +281,7 @@ SITES = {"constrained": "rate", "events": "v", "mask_false": "z", "obs_mask": "z
 SITES |= {"crossed": "r", "markov": "z0", "unequal_scales": "z", "vectorized_of_sequential": "z0"}
 SITES |= {"sequential_of_vectorized": "z0"}
 NOWHERE = ValueError, "no continuous latent site inside a vectorised pyro.plate"
-SCALED = ValueError, "'z' has scale .* put it around the whole model"
+SCALED = ValueError, "'z' has scale .* around the whole model"
 TWO_PLATES = NotImplementedError, "'z0?' is in '(row|item|group)', '(column|item|group)'"
 DISCRETE = NotImplementedError, "Latent site 'k' is discrete"
 REFUSED = {
@@ -394,17 +394,14 @@ def test_models_that_cannot_broadcast_are_told_how(share: str, samples: int) -> 
     ("options", "message"),
     [
         ({"share": "alone"}, "share must be one of"),
-        ({"top": -1}, "top must be an integer >= 0"),
-        ({"top": 0, "samples": 0}, "one of them positive"),
-        ({"samples": 0.5, "share": "pair"}, "only a pool without replacement"),
-        ({"warm_up": 3, "data": None}, "warm_up= takes each row's nearest code"),
+        ({"top": -1}, "top and samples must not be negative"),
+        ({"top": 0, "samples": 0}, "or both 0"),
+        ({"samples": 0.5, "share": "pair"}, "samples=0.5 needs a pool"),
         ({"kernel": Gaussian(1.0), "data": None}, "kernel= makes the table from data"),
         ({"inputs": lambda x: 2 * x}, "observes other numbers than the inputs"),
-        ({"warm_up": -1}, "warm_up must be an integer >= 0"),
-        ({"neighbours": 0}, "neighbours must be an integer >= 1"),
         ({"site": "w"}, "no latent site 'w'; there are .'z'"),
-        ({"data": torch.randn(5, 2)}, "over 5 components, and there are 9 codes"),
-        ({"codes": FreeCodes(torch.randn(N, 3))}, "length 3, and latent site 'z' takes 2"),
+        ({"data": torch.randn(5, 2)}, "over 5 components for 9 codes"),
+        ({"codes": FreeCodes(torch.randn(N, 3))}, "length 3; latent site 'z' takes 2"),
         ({"inputs": lambda x: x[:3], "kernel": Gaussian(1.0)}, "inputs= gives 3 rows, for 9 of 9"),
         ({"rows": lambda x: 2}, "rows= gives"),
     ],
@@ -417,5 +414,5 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 
 
 def test_encoder_without_data() -> None:
-    with pytest.raises(ValueError, match="give the training data as third argument"):
+    with pytest.raises(ValueError, match="needs the training data as third"):
         MAPAGuide(Curve().model, nn.Linear(2, 2))
