@@ -119,10 +119,12 @@ class MAPAGuide(LatentGuide):
     ) -> None:
         if kernel is not None and (table is not None or data is None):
             raise ValueError("kernel= makes the table from data: give data, and no table=.")
-        if data is None and not isinstance(codes, Codes):
-            raise ValueError("An encoder needs the training data as third argument.")
+        if not isinstance(codes, Codes):
+            if data is None:
+                raise ValueError("An encoder needs the training data as third argument.")
+            codes = EncodedCodes(codes, data)
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
-        self.codes: Any = codes if isinstance(codes, Codes) else EncodedCodes(codes, data)
+        self.codes: Any = codes
         self.site, self.kernel, self.rest = site, kernel, rest
         self.num_neighbours, self.cache, self.cache_key = neighbours, cache, cache_key
         self.plan = Plan(top, samples, share, replace)
@@ -167,8 +169,9 @@ class MAPAGuide(LatentGuide):
         check_latent(trace, self.site)
         super().look(*args, **kwargs)
         self.nesting = nesting_of(trace)
-        if self.table is None and self._data[0] is not None:
-            self._build_table(trace, raw, args, kwargs)
+        data = self._data[0]
+        if self.table is None and data is not None:
+            self._build_table(data, trace, raw, args, kwargs)
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
         if others and self.rest is None:
             self.rest = AmortizedGuide(poutine.block(model, hide=[self.site]))
@@ -339,10 +342,9 @@ class MAPAGuide(LatentGuide):
         return Rows(index.to(device), log_q.to(device))
 
     def _build_table(
-        self, trace: poutine.Trace, raw: Any, args: tuple, kwargs: dict[str, Any]
+        self, data: Tensor, trace: poutine.Trace, raw: Any, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        data, kernel, site = self._data[0], self.kernel, str(self.site)
-        width = min(self.num_neighbours, len(data))
+        kernel, site, width = self.kernel, str(self.site), min(self.num_neighbours, len(data))
         if kernel is None:
             kernel = kernel_of_model(trace, site, raw, len(data), width)
             with isolated():
