@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -18,10 +18,10 @@ from torch.distributions import biject_to
 from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide, Stratified_ELBO
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.tracing.handlers import ComponentAssignment
-from tests.models.small import normal_rows, square_rows
+from tests.models.small import square_rows
 from tests.oracles.mixtures import put, setting
 
-rows = partial(square_rows, prior=2.0)
+rows, X = partial(square_rows, prior=2.0), torch.ones(3, 2, dtype=torch.float64)
 
 # --- The guide's density
 
@@ -68,17 +68,6 @@ SUPPORTS = {
 }
 
 
-def flat(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return sites as one unconstrained vector, and the logarithm of its volume by theirs."""
-    parts, volume = [], torch.zeros(())
-    for name, support in SUPPORTS.items():
-        transform = biject_to(support)
-        u = transform.inv(values[name])
-        parts.append(u.reshape(-1))
-        volume = volume + transform.log_abs_det_jacobian(u, values[name]).sum()
-    return torch.cat(parts), volume
-
-
 def by_hand_guide(seed: int) -> Callable:
     def guide() -> None:
         # The sites in another order than the model's, and one that depends on another.
@@ -93,53 +82,48 @@ def by_hand_guide(seed: int) -> Callable:
     return guide
 
 
-def auto_normal_density(guide: AutoNormal, values: dict[str, Tensor]) -> Tensor:
-    total = torch.zeros(())
+def density(component: Any, values: dict[str, Tensor]) -> Tensor:
+    """Return a component's log-density by hand, from one unconstrained vector."""
+    if not isinstance(component, nn.Module):
+        alone = poutine.condition(component, data=values)
+        return poutine.trace(alone).get_trace().log_prob_sum()
+    parts, volume = [], torch.zeros(())
     for name, support in SUPPORTS.items():
         transform = biject_to(support)
-        u = transform.inv(values[name])
-        loc, scale = getattr(guide.locs, name), getattr(guide.scales, name)
-        total = total + dist.Normal(loc, scale).log_prob(u).sum()
-        total = total - transform.log_abs_det_jacobian(u, values[name]).sum()
-    return total
-
-
-def packed_density(guide: Any, values: dict[str, Tensor]) -> Tensor:
-    u, volume = flat(values)
-    if isinstance(guide, AutoMultivariateNormal):
-        factor = guide.scale[..., None] * guide.scale_tril
-        normal = dist.MultivariateNormal(guide.loc, scale_tril=factor)
+        parts.append(transform.inv(values[name]))
+        volume = volume + transform.log_abs_det_jacobian(parts[-1], values[name]).sum()
+    u = torch.cat([part.reshape(-1) for part in parts])
+    if isinstance(component, AutoNormal):
+        loc, scale = (
+            torch.cat([getattr(own, name).reshape(-1) for name in SUPPORTS])
+            for own in (component.locs, component.scales)
+        )
+        normal = dist.Normal(loc, scale).to_event(1)
+    elif isinstance(component, AutoMultivariateNormal):
+        factor = component.scale[..., None] * component.scale_tril
+        normal = dist.MultivariateNormal(component.loc, scale_tril=factor)
     else:
-        normal = guide.family(guide.free_global, len(u))
+        normal = component.family(component.free_global, len(u))
     return normal.log_prob(u) - volume
 
 
-def make_components(name: str) -> list[Any]:
-    if name == "by hand":
-        return [by_hand_guide(0), by_hand_guide(1)]
-    families = {"diagonal": "diagonal", "full": "full", "low rank": LowRank(2)}
-    kinds: dict[str, Callable] = {
-        "normal": lambda: AutoNormal(several_sites),
-        "multivariate": lambda: AutoMultivariateNormal(several_sites),
-        **{k: lambda f=f: AmortizedGuide(several_sites, family=f) for k, f in families.items()},
-    }
-    return [kinds[part]() for part in name.split(", ")]
-
-
-COMPONENTS = [
-    "diagonal, diagonal, diagonal",
-    "full, full",
-    "low rank, low rank",
-    "normal, normal",
-    "multivariate, multivariate",
-    "multivariate, full, diagonal, low rank",
-    "by hand",
-]
+KINDS: dict[str, Callable[[], Any]] = {
+    "diagonal": lambda: AmortizedGuide(several_sites),
+    "full": lambda: AmortizedGuide(several_sites, family="full"),
+    "low rank": lambda: AmortizedGuide(several_sites, family=LowRank(2)),
+    "normal": lambda: AutoNormal(several_sites),
+    "multivariate": lambda: AutoMultivariateNormal(several_sites),
+}
+COMPONENTS: dict[str, Callable[[], list[Any]]] = {
+    **{kind: lambda make=make: [make(), make()] for kind, make in KINDS.items()},
+    "unlike": lambda: [KINDS[kind]() for kind in ("multivariate", "full", "diagonal", "low rank")],
+    "by hand": lambda: [by_hand_guide(0), by_hand_guide(1)],
+}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_joint_density_of_several_constrained_sites(name: str) -> None:
-    components = make_components(name)
+    components = COMPONENTS[name]()
     guide = MixtureGuide(several_sites, components)
     guide()
     with torch.no_grad():
@@ -151,23 +135,12 @@ def test_joint_density_of_several_constrained_sites(name: str) -> None:
     draws.append(poutine.trace(poutine.replay(guide, trace=foreign)).get_trace())
     for trace in draws:
         values = {name: trace.nodes[name]["value"].detach() for name in SUPPORTS}
-        densities = []
-        for component in components:
-            if name == "by hand":
-                alone = poutine.condition(component, data=values)
-                densities.append(poutine.trace(alone).get_trace().log_prob_sum())
-            elif isinstance(component, AutoNormal):
-                densities.append(auto_normal_density(component, values))
-            else:
-                densities.append(packed_density(component, values))
-        expected = (torch.stack(densities) + logits.log_softmax(-1)).logsumexp(0)
+        densities = torch.stack([density(component, values) for component in components])
+        expected = (densities + logits.log_softmax(-1)).logsumexp(0)
         # The inverse of a correlation matrix's transform has rounding errors of 1e-8.
         tolerance = 1e-10 if name == "by hand" else 1e-7
         assert trace.log_prob_sum().item() == pytest.approx(expected.item(), abs=tolerance)
-    assert all(
-        torch.equal(draws[-1].nodes[name]["value"], foreign.nodes[name]["value"])
-        for name in SUPPORTS
-    )
+    assert all(torch.equal(values[name], foreign.nodes[name]["value"]) for name in SUPPORTS)
 
 
 @pytest.mark.parametrize("subsample", [None, 3])
@@ -267,80 +240,42 @@ def test_equal_weights_stay_equal() -> None:
     assert guide.weights.local.eq(0).all()
 
 
-# --- Running it
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("name", ["diagonal, diagonal, diagonal", "normal, normal", "by hand"])
-def test_predictive(name: str, parallel: bool) -> None:
-    guide = MixtureGuide(several_sites, make_components(name))
-    found = Predictive(several_sites, guide=guide, num_samples=7, parallel=parallel)()
-    shapes = {name: tuple(found[name].squeeze().shape) for name in SUPPORTS}
-    assert shapes == {
-        "simplex": (7, 3),
-        "rate": (7,),
-        "share": (7, 2),
-        "effect": (7, 3, 2),
-        "corr": (7, 3, 3),
-    }
-
-
-class Encoder(nn.Sequential):
-    def __init__(self, width: int = 8, dropout: float = 0.0) -> None:
-        hidden: list[nn.Module] = [nn.Linear(2, width), nn.Tanh()]
-        super().__init__(*hidden, *([nn.Dropout(dropout)] if dropout else []), nn.Linear(width, 2))
-
-
-def test_a_trunk_runs_once_and_trains() -> None:
-    calls = []
-
-    class Trunk(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(len(x))
-            return super().forward(x)
-
-    x = torch.randn(6, 2)
-
-    trunk = Trunk(2, 2)
-    components = [AmortizedGuide(normal_rows, Encoder()) for _ in range(3)]
-    guide = MixtureGuide(normal_rows, components, trunk=trunk)
-    guide.prepare(x)
-    Stratified_ELBO(2).loss(normal_rows, guide, x)
-    calls.clear()
-    guide(x)
-    assert calls == [6]
-    Stratified_ELBO(2).loss_and_grads(normal_rows, guide, x)
-    assert trunk.weight.grad.abs().sum() > 0
-
-
 # --- Refusals
 
 
-def test_what_mixtures_refuse() -> None:
-    with pytest.raises(ValueError, match="cannot be a component of a mixture"):
-        MixtureGuide(rows, [MixtureGuide(rows, 2)])
-
-    def lacking() -> None:
-        pyro.sample("rate", dist.Gamma(2.0, 1.0))
-
-    with pytest.raises(ValueError, match="does not sample"):
-        MixtureGuide(several_sites, [lacking, lacking])()
+def encoded(n: int = 2, inputs: Any = None) -> AmortizedGuide:
+    return AmortizedGuide(rows, nn.Linear(n, 2), inputs=inputs)
 
 
-def test_a_component_has_the_inputs_and_the_plate_of_the_mixture() -> None:
-    one = AmortizedGuide(rows, nn.Linear(2, 2))
-    other = AmortizedGuide(rows, nn.Linear(2, 2), inputs=lambda x: -x)
-    with pytest.raises(ValueError, match="A component has inputs= of its own"):
-        MixtureGuide(rows, [one, other], weights="shared")(torch.randn(3, 2))
-    alike = [AmortizedGuide(rows, nn.Linear(1, 2), inputs=lambda x: x[:, :1]) for _ in range(2)]
-    MixtureGuide(rows, alike, weights="shared")(torch.randn(3, 2))
-    both = [AmortizedGuide(rows, plate="data") for _ in range(2)]
-    with pytest.raises(ValueError, match="A component has plate='data'"):
-        MixtureGuide(rows, both)(torch.randn(3, 2))
-    MixtureGuide(rows, both, plate="data")(torch.randn(3, 2))
+def lacking() -> None:
+    pyro.sample("rate", dist.Gamma(2.0, 1.0))
 
 
-def test_a_flow_without_an_encoder_has_no_rows() -> None:
-    flows = [FlowGuide(rows) for _ in range(2)]
-    with pytest.raises(ValueError, match="A flow for each row of plate 'data' needs an encoder="):
-        MixtureGuide(rows, flows, plate="data")(torch.randn(3, 2))
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "nested": (lambda: MixtureGuide(rows, [MixtureGuide(rows, 2)]), "cannot be a component"),
+    "sites": (lambda: MixtureGuide(several_sites, [lacking])(), "lacking does not sample"),
+    "inputs": (
+        lambda: MixtureGuide(rows, [encoded(), encoded(inputs=lambda x: -x)], weights="shared")(X),
+        "A component has inputs= of its own",
+    ),
+    "plate": (
+        lambda: MixtureGuide(rows, [AmortizedGuide(rows, plate="data")])(X),
+        "A component has plate='data'",
+    ),
+    "flow": (
+        lambda: MixtureGuide(rows, [FlowGuide(rows)], plate="data")(X),
+        "A flow for each row of plate 'data' needs an encoder=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_remedy(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_components_may_have_the_same_inputs() -> None:
+    alike = [encoded(1, lambda x: x[:, :1]) for _ in range(2)]
+    assert MixtureGuide(rows, alike, weights="shared")(X)["z"].shape == (3,)

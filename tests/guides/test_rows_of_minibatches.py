@@ -85,35 +85,29 @@ def test_encoders_of_all_rows_in_another_order_are_unclear() -> None:
     torch.testing.assert_close(guide(x, order[:5])["z"], x[order[:5]], atol=1e-5, rtol=0)
 
 
-def of_values(x: Tensor) -> pyro.plate:
-    return pyro.plate("data", 3, subsample=x)
-
-
-def counts(x: Tensor) -> None:
-    with of_values(x):
-        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
-        pyro.sample("x", dist.Poisson(rate), obs=x)
-
-
 def test_values_in_the_place_of_row_numbers_are_no_order() -> None:
     """``subsample=x`` is right for minibatches that are passed as such, also of whole numbers."""
 
-    guide = AmortizedGuide(counts, plate="data", create_plates=of_values)
-    guide.prepare(torch.tensor([2, 0, 2]))
-    guide.free_local.data[:, 0] = torch.tensor([0.0, 2.0, 4.0])
-    guide.free_local.data[:, 1] = -30.0
-    found = guide(torch.tensor([2, 0, 2]))["rate"].log()
-    torch.testing.assert_close(found, torch.tensor([0.0, 2.0, 4.0]), atol=1e-6, rtol=0)
+    def of_values(x: Tensor) -> pyro.plate:
+        return pyro.plate("data", 3, subsample=x)
 
+    def counts(x: Tensor) -> None:
+        with of_values(x):
+            rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
 
-def test_encoders_of_whole_numbers() -> None:
     class Rate(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x.double(), torch.full((len(x),), -30.0)], -1)
 
-    guide = AmortizedGuide(counts, Rate(), create_plates=of_values)
-    x = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(guide(x)["rate"].log(), x.double(), atol=1e-6, rtol=0)
+    x, places = torch.tensor([2, 0, 1]), torch.tensor([0.0, 2.0, 4.0])
+    encoded = AmortizedGuide(counts, Rate(), create_plates=of_values)
+    torch.testing.assert_close(encoded(x)["rate"].log(), x.double(), atol=1e-6, rtol=0)
+    guide = AmortizedGuide(counts, plate="data", create_plates=of_values, name="table")
+    guide.prepare(x)
+    guide.free_local.data.copy_(torch.stack([places, torch.full((3,), -30.0)], -1))
+    found = guide(torch.tensor([2, 0, 2]))["rate"].log()
+    torch.testing.assert_close(found, places, atol=1e-6, rtol=0)
 
 
 def test_all_rows_in_another_order_have_their_own_parameters() -> None:

@@ -1,8 +1,6 @@
-"""Refinement leaves no trace: rows, handlers, statistics, random numbers, copies."""
+"""Refinement leaves no trace: rows, handlers, statistics, random numbers, cuDNN."""
 
 import copy
-import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -34,6 +32,10 @@ from tests.oracles.refinement import (
     subsampled,
 )
 
+CLOSE: dict[str, float] = {"atol": 1e-12, "rtol": 1e-12}
+
+# --- Rows
+
 
 @pytest.mark.parametrize("seed", [5, None])
 @pytest.mark.parametrize("base", ["diagonal", "mixture", "coupling"])
@@ -50,15 +52,12 @@ def test_a_row_does_not_depend_on_its_minibatch(
         family = guide.row_family(guide.groups[-1])
         noise = torch.randn(10, family.parts, 6, family.noise_dim)
         rows = iter([slice(0, 6), slice(0, 2), slice(2, 6)])
-        drawn = LocalBound.noise
         monkeypatch.setattr(LocalBound, "noise", lambda *args: noise[:, :, next(rows)])
-        together, *parts = (numbers_in(guide, each) for each in (x, x[:2], x[2:]))
-        monkeypatch.setattr(LocalBound, "noise", drawn)
     else:
-        together, *parts = (reached(guide, each) for each in (x, x[:2], x[2:]))
         clipped = guide.refine(x).clipped
         assert clipped[1] > clipped.min()
-    assert_all_close([torch.cat(parts)], [together], atol=1e-12, rtol=1e-12)
+    together, *parts = (reached(guide, each) for each in (x, x[:2], x[2:]))
+    assert_all_close([torch.cat(parts)], [together], **CLOSE)
     assert (together[0] - together[2]).abs().max() > 1e-3
 
 
@@ -67,17 +66,54 @@ def test_rows_do_not_know_how_many_they_are() -> None:
     net, encoder, x = network(), nn.Linear(3, 2 * SIZE), torch.randn(6, 3)
     expected = reached(semi(model_of(net), encoder, seed=5), x)
     outside = reached(semi(model_of(net, full=600), encoder, seed=5), x[:3])
-    assert_all_close([outside], [expected[:3]], atol=1e-12, rtol=1e-12)
+    assert_all_close([outside], [expected[:3]], **CLOSE)
     guide = semi(subsampled(net, 2), encoder, seed=5)
-    seen = set()
+    guide.prepare(x)
     for _ in range(4):
-        guide.prepare(x)
         call = guide.new_call((x,), {})
-        index = call.plates["data"].indices
         found = guide.variational_params(guide.groups[-1], call)
-        assert_all_close([found], [expected[index]], atol=1e-12, rtol=1e-12)
-        seen |= set(index.tolist())
-    assert len(seen) > 2
+        assert_all_close([found], [expected[call.plates["data"].indices]], **CLOSE)
+
+
+def test_the_minibatch_is_drawn_once() -> None:
+    """And latents have the shapes of the model in all of its runs: one, or a dim of the draws."""
+    seen: list[tuple[Tensor, torch.Size]] = []
+    x = torch.randn(9, 3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 9, subsample_size=3, dim=-1) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            seen.append((index, z.shape))
+            with pyro.plate("copy", 3, dim=-2):  # that z is not in
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[index].mT)
+
+    for draws, shape in {1: (3, 2), 4: (4, 1, 1, 3, 2)}.items():
+        guide = semi(model, steps=3, draws=draws, name=f"of_{draws}")
+        svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), MIWAE_ELBO(2, 2, estimator="dreg"))
+        svi.step(x)
+        for _ in range(2):
+            seen.clear()
+            svi.step(x)
+            assert len(seen) == 4 and all(torch.equal(index, seen[0][0]) for index, _ in seen)
+            assert [tuple(own) for _, own in seen[:3]] == [shape] * 3
+
+
+@pytest.mark.parametrize("base", ["diagonal", "table", "coupling"])
+def test_a_guide_that_was_trained_before(base: str) -> None:
+    model, x = model_of(network()), torch.randn(ROWS, 3)
+    trained_guide = BASES[base](model)
+    optimizer, loss = pyro.optim.SGD({"lr": 0.01}), Trace_ELBO(max_plate_nesting=1)
+    SVI(model, trained_guide, optimizer, loss).step(x)
+    start = numbers_in(trained_guide, x).detach().clone()
+    guide = SemiAmortizedGuide(model, trained_guide)
+    found = guide.refine(x, steps=0)
+    assert torch.equal(found.start, start)
+    SVI(model, guide, optimizer, loss).step(x)
+    assert (numbers_in(guide.guide, x) != start).any(-1).all()
+    assert torch.equal(found.start, start)  # it is no view of a table
+
+
+# --- Modules, handlers, random numbers
 
 
 def steps_of(net: nn.Module, x: Tensor, mode: str, **options: Any) -> tuple[Any, Any]:
@@ -103,6 +139,13 @@ def test_batch_norms_see_the_outer_run_alone(mode: str, norm: type, checkpoint: 
     assert fresh[1].num_batches_tracked == 1
     for name, buffer in fresh.named_buffers():
         assert torch.equal(buffer, net.get_buffer(name)), name
+
+
+def test_refine_leaves_the_encoders_statistics() -> None:
+    norm = nn.BatchNorm1d(3)
+    guide = semi(model_of(network()), nn.Sequential(norm, nn.Linear(3, 2 * SIZE)))
+    guide.refine(torch.randn(ROWS, 3))
+    assert norm.num_batches_tracked == 0
 
 
 class Dropout(nn.Module):
@@ -145,61 +188,43 @@ def test_only_the_guide_is_seen(mode: str, seed: int | None) -> None:
     params = {name for name, site in trace.nodes.items() if site["type"] == "param"}
     assert params == {f"refined.guide.encoder$$${name}" for name in ("weight", "bias")}
     assert all(parameter.grad is None for parameter in net.parameters())
-    value = (
-        trace.log_prob_sum() + trace.nodes["z"]["value"].sum() + torch.zeros((), requires_grad=True)
-    )
+    value = trace.log_prob_sum() + trace.nodes["z"]["value"].sum()
+    value = value + torch.zeros((), requires_grad=True)
     reached = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
     assert all((g is not None) == (mode == "second_order") for g in reached)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("mode", ["first_order", "distill"])
 @pytest.mark.parametrize("seed", [None, 5])
-def test_the_sample_has_noise_of_its_own(seed: int | None, draws: int, monkeypatch: Any) -> None:
-    inner: list[Tensor] = []
-    outer: list[Tensor] = []
+def test_the_sample_and_a_divergence_have_noise_of_their_own(
+    seed: int | None, mode: str, monkeypatch: Any
+) -> None:
+    """Where their draws had moved the rows, they would be biased."""
+    drawn: dict[str, list[Tensor]] = {"inner": [], "outer": []}
 
-    def noting(function: Callable, found: list[Tensor]) -> Callable:
+    def noting(function: Callable, key: str) -> Callable:
         def noted(*args: Any, **kwargs: Any) -> Tensor:
-            found.append(function(*args, **kwargs))
-            return found[-1]
+            noise = function(*args, **kwargs)
+            drawn[key].append(noise)
+            return noise
 
         return noted
 
-    guide, x = semi(model_of(Dropout(network())), seed=seed, draws=draws), torch.randn(ROWS, 3)
+    model = model_of(Dropout(network()))
+    guide, x = semi(model, seed=seed, draws=3, mode=mode), torch.randn(ROWS, 3)
     guide.prepare(x)
     normal = torch.distributions.normal
-    monkeypatch.setattr(LocalBound, "noise", noting(LocalBound.noise, inner))
-    monkeypatch.setattr(normal, "_standard_normal", noting(normal._standard_normal, outer))
+    monkeypatch.setattr(LocalBound, "noise", noting(LocalBound.noise, "inner"))
+    monkeypatch.setattr(normal, "_standard_normal", noting(normal._standard_normal, "outer"))
     for _ in range(2):
         guide(x)
-    assert len(inner) == len(outer) == 2
-    assert not (outer[0] == outer[1]).any()
-    assert torch.equal(*inner) == (seed is not None)
-    assert not any((noise == eps).any() for noise in inner for eps in outer)
-
-
-def test_the_minibatch_is_drawn_once() -> None:
-    seen = []
-    x = torch.randn(9, 3)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", 9, subsample_size=3) as index:
-            seen.append(index)
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index, 0])
-
-    svi = SVI(
-        model,
-        semi(model, nn.Linear(3, 2), steps=3),
-        pyro.optim.SGD({"lr": 0.1}),
-        MIWAE_ELBO(2, 2, estimator="dreg"),
-    )
-    svi.step(x)
-    for _ in range(2):
-        seen.clear()
-        svi.step(x)
-        assert len(seen) == 4
-        assert all(torch.equal(index, seen[0]) for index in seen)
+    steps, *divergence = drawn["inner"][: len(drawn["inner"]) // 2]
+    assert len(divergence) == (mode == "distill") and len(drawn["outer"]) == 2
+    for own in (*divergence, *drawn["outer"]):
+        assert not torch.isin(own, steps).any()
+    assert not (drawn["outer"][0] == drawn["outer"][1]).any()
+    again = drawn["inner"][len(drawn["inner"]) // 2]
+    assert torch.equal(steps, again) == (seed is not None)
 
 
 @pytest.mark.parametrize("estimator", ["pathwise", "stl", "dreg"])
@@ -216,55 +241,28 @@ def test_refinement_once_in_a_step(estimator: str, vectorize: bool) -> None:
     assert net.calls == (3 + 1 if vectorize else 2 * (3 + 1))
 
 
-def test_predictions_for_data_of_another_size() -> None:
-    net, x = network(), torch.randn(ROWS, 3)
-    model = model_of(net)
-    guide = semi(model)
-    SVI(model, guide, pyro.optim.SGD({"lr": 0.01}), Trace_ELBO()).step(x)
-    new = torch.randn(9, 3)
-    for parallel in (False, True):
-        predict = Predictive(model, guide=guide, num_samples=5, parallel=parallel)
-        drawn = predict(new)
-        assert drawn["z"].shape == (5, 9, SIZE)
-        assert drawn["z"].std(0).min() > 0
-    assert math.isfinite(IWAE_ELBO(3).loss(model, guide, new))
+# --- Networks without second derivatives
 
 
-def test_copies_share_the_model_and_pickles_leave_it_out() -> None:
-    net, x = network(), torch.randn(ROWS, 3)
-    model = model_of(net)  # a closure: pickle would refuse it
-    guide = semi(model, seed=5)
-    expected = reached(guide, x)
-    twin = copy.deepcopy(guide)
-    assert twin._model.model is model
-    assert torch.equal(reached(twin, x), expected)
-    with torch.no_grad():
-        twin.guide.encoder.bias.add_(1.0)
-    assert torch.equal(reached(guide, x), expected)
-    assert (reached(twin, x) != expected).any()
+class Attention(nn.Module):
+    """A decoder that fused attention would run in."""
 
-    loaded = pickle.loads(pickle.dumps(guide))
-    with pytest.raises(RuntimeError, match=r"without its model.*guide\.attach\(model\)"):
-        loaded(x)
-    loaded.test_steps = 0
-    assert loaded.eval()(x)["z"].shape == (ROWS, SIZE)
-    loaded.train().attach(model)
-    assert torch.equal(reached(loaded, x), expected)
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(SIZE, 1, batch_first=True)
+        self.last = nn.Linear(SIZE, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        words = z.reshape(-1, 1, SIZE).expand(-1, 2, -1)
+        seen = self.attention(words, words, words, need_weights=False)[0]
+        return self.last(seen.sum(1)).reshape(*z.shape[:-1], 3)
 
 
-@pytest.mark.parametrize("base", ["diagonal", "table", "coupling"])
-def test_a_guide_that_was_trained_before(base: str) -> None:
-    model, x = model_of(network()), torch.randn(ROWS, 3)
-    trained_guide = BASES[base](model)
-    optimizer, loss = pyro.optim.SGD({"lr": 0.01}), Trace_ELBO(max_plate_nesting=1)
-    SVI(model, trained_guide, optimizer, loss).step(x)
-    start = numbers_in(trained_guide, x).detach().clone()
-    guide = SemiAmortizedGuide(model, trained_guide)
-    found = guide.refine(x, steps=0)
-    assert torch.equal(found.start, start)
-    SVI(model, guide, optimizer, loss).step(x)
-    assert (numbers_in(guide.guide, x) != start).any(-1).all()
-    assert torch.equal(found.start, start)  # it is no view of a table
+def test_second_order_through_attention() -> None:
+    x, net = torch.randn(ROWS, 3), Attention()
+    guide = semi(model_of(net), mode="second_order", steps=2, seed=1)
+    Trace_ELBO().loss_and_grads(model_of(net), guide, x)
+    assert all(bool(p.grad.isfinite().all()) for p in guide.parameters())
 
 
 class Recurrent(nn.Module):
@@ -299,33 +297,20 @@ def test_where_cudnn_is_left_out(mode: str, training: bool) -> None:
 @pytest.mark.parametrize("mode", ["first_order", "second_order"])
 def test_recurrent_networks_on_cuda(mode: str, training: bool) -> None:
     """cuDNN's cannot be differentiated twice, nor at all in eval mode: torch's own are used."""
-
     net, encoder, x = Recurrent(), nn.Linear(3, 2 * SIZE), torch.randn(ROWS, 3)
     found = []
     for device in ("cpu", "cuda"):
         pyro.clear_param_store()
         net.to(device)
         encoder.to(device)
-        torch.set_default_device(device)
-        try:
-            model = model_of(net)
-            guide = semi(model, encoder, mode=mode, seed=5)
+        with torch.device(device):
+            guide = semi(model_of(net), encoder, mode=mode, seed=5)
             guide.prepare(x.to(device))
             net.train(training)
             parameters = [*encoder.parameters(), *net.parameters()]
             numbers = numbers_in(guide, x.to(device))
             gradient = gradients(numbers.square().sum(), parameters)
             refined = guide.refine(x.to(device)).params
-            found.append([each.cpu() for each in (numbers.detach(), refined, *gradient)])
-        finally:
-            torch.set_default_device(None)
+        found.append([each.cpu() for each in (numbers.detach(), refined, *gradient)])
     assert torch.backends.cudnn.enabled
     assert_all_close(found[0], found[1], atol=1e-8, rtol=1e-8)
-
-
-def test_refine_leaves_the_encoders_statistics() -> None:
-    x = torch.randn(ROWS, 3)
-    norm = nn.BatchNorm1d(3)
-    guide = semi(model_of(network()), nn.Sequential(norm, nn.Linear(3, 2 * SIZE)))
-    guide.refine(x)
-    assert norm.num_batches_tracked == 0
