@@ -1,6 +1,6 @@
 """Command line: python -m benchmarks [NAME] [options].
 
-Without a name the two main jobs run, bounds and guides, with the options that both have but
+Without a name the two main jobs run, bounds and guides, with all options but --methods and
 --output; --smoke runs them in a minute, to see that all is installed.
 """
 
@@ -29,9 +29,8 @@ def main(arguments: list[str]) -> None:
         if not arguments or arguments[0].startswith("-"):
             if {"-h", "--help"} & {*arguments}:
                 sys.exit(f"{__doc__}\nNames: {names}.\nOptions: python -m benchmarks NAME --help.")
-            if "--output" in arguments:
-                sys.exit(f"--output needs the name of a benchmark: {names}")
-            guides.parse_options(arguments)  # refuses wrong options before an hour of training
+            for option in {"--methods", "--output"} & {*arguments}:
+                sys.exit(f"{option} needs the name of a benchmark: {names}")
             bounds.main(arguments)
             guides.main(arguments)
         elif arguments[0] in COMMANDS:

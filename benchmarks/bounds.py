@@ -7,7 +7,8 @@ size; and by the cost of a step, timed side by side.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.report import (
     Results,
-    at,
     draw_costs,
     draw_learning,
     draw_values,
@@ -63,8 +63,7 @@ METHODS = {name: partial(_method, make_loss=loss) for name, loss in LOSSES.items
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
-    parser = training_parser("bounds", __doc__, METHODS)
-    options = parse(parser, arguments)
+    options = parse(training_parser("bounds", __doc__, METHODS), arguments)
     epochs = options.epochs or (60 if options.dataset == "digits" else 8)
     settings = Settings.of(options, epochs=epochs, **sizes(options.dataset))
     task = image_task(settings, options, settings.eval_points)
@@ -75,7 +74,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
-    assert task.train_sample is not None
     found: dict[str, Any] = {
         "test": _scores(method, task.test, settings.eval_samples),
         "train": _scores(method, task.train_sample, settings.eval_samples),
@@ -107,8 +105,8 @@ def report(results: Results) -> str:
 
 def _images(name: str, results: Results, *keys: str) -> Tensor:
     """Return the mean over seeds of a score of each image."""
-    runs = results["runs"][name]
-    return torch.tensor([at(run, *keys) for run in runs.values()]).mean(0)
+    runs = results["runs"][name].values()
+    return torch.tensor([reduce(getitem, keys, run) for run in runs]).mean(0)
 
 
 def _beta(name: str, results: Results) -> str:

@@ -47,7 +47,7 @@ TRAIN_POINTS = 100  # training images to evaluate on, at most
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, print the table; write JSON and a plot."""
-    options = parse_options(arguments)
+    options = parse(training_parser("guides", __doc__, METHODS), arguments)
     epochs = options.epochs or (60 if options.dataset == "digits" else 8)
     settings = Settings.of(options, epochs=epochs, **sizes(options.dataset))
     task = image_task(settings, options, min(TRAIN_POINTS, settings.eval_points))
@@ -67,14 +67,8 @@ def main(arguments: list[str]) -> None:
     experiment.finish(report, plot)
 
 
-def parse_options(arguments: list[str]) -> Any:
-    """Return the options."""
-    return parse(training_parser("guides", __doc__, METHODS), arguments)
-
-
 def _evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
     """Return scores and sizes; parameters that guide and prior share count as the guide's."""
-    assert task.train_sample is not None
     guide, every = count(method.guide), count(*method.modules())
     found: dict[str, Any] = {"guide_parameters": guide, "model_parameters": every - guide}
     if hasattr(method.guide, "stage"):

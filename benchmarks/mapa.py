@@ -65,10 +65,10 @@ from benchmarks.tasks.curves import (
     density_estimate,
     score,
     true_table,
-    uniform_table,
     validation,
 )
 from pyro_recursive.datasets import CURVES, Curve, curve
+from pyro_recursive.mapa import Table
 
 SEEDS_OF_A_DRAW = 100  # initial networks of one draw are not those of another
 NEIGHBOURS = 128  # that a row of the table keeps
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     "pooled .5": pooled(0.5, top=0),
     **{f"pooled {s}": pooled(s) for s in (1, 2)},
     "MAPA true 5": independent(5, top=0, table=true_table),
-    "uniform 5": independent(5, top=0, table=uniform_table),
+    "uniform 5": independent(5, top=0, table=lambda x: Table.uniform(len(x.train), len(x.train))),
     "AE": AUTOENCODER,
     "exact sum": pooled(0, top=ALL),
     KDE: Method(),

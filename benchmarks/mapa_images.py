@@ -75,7 +75,7 @@ SHOWN = 36  # samples of a picture
 
 METHODS: dict[str, Method] = {
     BASELINE: Method(1),
-    "IWAE 5": Method(5),
+    "IWAE 5": Method(5, estimator="dreg"),
     "AE": AUTOENCODER,
     "MAPA 5": independent(5),
     **{f"pooled {s}": pooled(s) for s in (1, 5)},
@@ -122,7 +122,9 @@ def main(arguments: list[str]) -> None:
                 pictures.setdefault(name, picture)
             results["table_seconds"] = data.table_seconds or results.get("table_seconds")
             write_json(folder / "results.json", results)
-    files = plot(pictures, folder / "codes.png") if pictures else []
+    files = [folder / "codes.png"] if pictures else []
+    for path in files:
+        plot(pictures, path)
     finish(results, folder / "results.json", report(results), files)
 
 
@@ -130,14 +132,13 @@ def image_data(settings: ImageSettings, options: argparse.Namespace) -> ImageDat
     """Binarise all images once: codes belong to data that are the same in each epoch."""
     found = load(settings.dataset, download=options.download)
     task = image_task(settings, options, settings.train_points or len(found.train))
-    assert task.train_sample is not None
     labels = found.train_labels[: len(task.train_sample)]
     return ImageData(task.train_sample, task.test, labels, settings.hidden)
 
 
 def learner_of(name: str, data: ImageData, seed: int) -> Learner:
     """Return a method with the initial networks of a seed."""
-    return build(METHODS[name], data, seed, NEIGHBOURS, estimator="dreg")
+    return build(METHODS[name], data, seed, NEIGHBOURS)
 
 
 Picture = tuple[Tensor, Tensor, Tensor]  # codes, their labels, and samples of images
@@ -277,7 +278,7 @@ COLUMNS: list[tuple[str, Callable[[str, dict[str, Runs]], str]]] = [
 ]
 
 
-def plot(pictures: dict[str, Picture], path: Path) -> list[Path]:
+def plot(pictures: dict[str, Picture], path: Path) -> None:
     """Draw codes by class and samples of every method."""
     with figure(path, 2, len(pictures), 90, figsize=(2.6 * len(pictures), 5.2)) as (_, axes):
         for (above, below), (name, kept) in zip(axes.T, pictures.items(), strict=True):
@@ -287,7 +288,6 @@ def plot(pictures: dict[str, Picture], path: Path) -> list[Path]:
             below.imshow(_tiled(samples).numpy(), cmap="Greys", vmin=0, vmax=1)
             below.set_axis_off()
         axes[0][0].set_ylabel("codes of training images")
-    return [path]
 
 
 def _tiled(images: Tensor) -> Tensor:

@@ -189,11 +189,16 @@ def _shares(problem: Problem, draws: Any) -> list[float]:
     return (count / count.sum()).tolist()
 
 
-def _nuts(problem: Problem, settings: Settings) -> tuple[dict[str, Any], Draws]:
+def _nuts(problem: Problem, settings: Settings) -> tuple[dict[str, Any], Any]:
     """Run chains from starts that are dispersed as the prior."""
     pyro.set_rng_seed(settings.seeds[0])
-    start = time.perf_counter()
-    chains = [_chain(problem, settings) for _ in range(settings.chains)]
+    start, chains = time.perf_counter(), []
+    for _ in range(settings.chains):
+        options = {"target_accept_prob": 0.9, "max_tree_depth": 6}
+        kernel = NUTS(problem.model, init_strategy=init_to_sample, **options)
+        sampler = MCMC(kernel, settings.kept, warmup_steps=settings.warmup, disable_progbar=True)
+        sampler.run()
+        chains.append(sampler.get_samples())
     seconds = time.perf_counter() - start
     draws = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
     views = torch.stack([problem.view(chain) for chain in chains])
@@ -203,15 +208,6 @@ def _nuts(problem: Problem, settings: Settings) -> tuple[dict[str, Any], Draws]:
         "r_hat": [pyro.ops.stats.split_gelman_rubin(v).item() for v in views.unbind(-1)],
         "seconds": seconds,
     }, draws
-
-
-def _chain(problem: Problem, settings: Settings) -> Draws:
-    kernel = NUTS(
-        problem.model, target_accept_prob=0.9, max_tree_depth=6, init_strategy=init_to_sample
-    )
-    sampler = MCMC(kernel, settings.kept, warmup_steps=settings.warmup, disable_progbar=True)
-    sampler.run()
-    return sampler.get_samples()
 
 
 # The report.
@@ -234,21 +230,16 @@ def report(found: dict[str, Any], problem: Problem) -> str:
 def _row(name: str, runs: list[dict[str, Any]], problem: Problem) -> list[str]:
     modes = sorted({_covered(run["modes"], problem) for run in runs})
     parts = sorted({run["components"] for run in runs})
+    keys = ("elbo", "kl", "log_marginal")
     return [
         name,
-        _over_seeds(runs, "elbo"),
-        _over_seeds(runs, "kl"),
-        _over_seeds(runs, "log_marginal"),
+        *(spread(torch.tensor([run[key] for run in runs]), digits=3) for key in keys),
         f"{max(run['standard_error'] for run in runs):.3f}",
         f"{min(run['ess'] for run in runs):.0f}",
         f"{'-'.join(map(str, modes))} of {problem.modes}",
         "-".join(map(str, parts)),
         f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
     ]
-
-
-def _over_seeds(runs: list[dict[str, Any]], key: str) -> str:
-    return spread(torch.tensor([run[key] for run in runs]), digits=3)
 
 
 def _covered(shares: list[float], problem: Problem) -> int:

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
         **(sequences.SIZES if of_sequences else sizes(options.dataset)),
     )
     task = sequences.sequence_task(settings) if of_sequences else image_task(settings, options)
-    experiment = Experiment(settings, task, METHODS, options, evaluated="log_p")
+    experiment = Experiment(settings, task, METHODS, options)
     experiment.run(_evaluate)
     if task.exact is not None:
         experiment.results["true model"] = task.exact.mean().item()
@@ -122,12 +122,9 @@ GAPS = {
 
 def _gap(runs: Runs, kind: str) -> Tensor:
     """Return a gap for each seed, of the means over rows; NaN where it has no meaning."""
-    found = []
-    for run in runs.values():
-        mean = {name: torch.tensor(v).mean() for name, v in run["gaps"].items()}
-        known = kind != "closed" or "start" in mean
-        found.append(GAPS[kind](mean) if known else torch.tensor(torch.nan))
-    return torch.stack(found)
+    nowhere = {"start": torch.tensor(torch.nan)}
+    each = [{n: torch.tensor(v).mean() for n, v in run["gaps"].items()} for run in runs.values()]
+    return torch.stack([GAPS[kind](nowhere | mean) for mean in each])
 
 
 def _closed(name: str, results: Results) -> str:

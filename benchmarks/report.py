@@ -6,7 +6,9 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from importlib.metadata import version
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +99,9 @@ def with_error(values: Tensor, sign: bool = False, digits: int = 2) -> str:
 # Statistics of stored results.
 
 
-def at(run: Mapping[str, Any], *keys: str) -> Any:
-    """Return an entry of nested dictionaries."""
-    found: Any = run
-    for key in keys:
-        found = found[key]
-    return found
-
-
 def means(runs: Runs, *keys: str) -> Tensor:
     """Return an entry for each seed ``[seeds]``; of a list over rows, its mean."""
-    found = [at(run, *keys) for run in runs.values()]
+    found = [reduce(getitem, keys, run) for run in runs.values()]
     return torch.tensor([sum(v) / len(v) if isinstance(v, list) else v for v in found])
 
 

@@ -26,6 +26,7 @@ from pyro_recursive.training import Aggressive, NonFiniteError
 
 OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
 Costs = dict[str, dict[str, float]]
+TRAINED = {"history", "processor_seconds"}  # what a run has before it is evaluated
 SMOKE = {"epochs": 1, "eval_points": 20, "eval_samples": 100, "timing_repeats": 1}
 
 
@@ -61,7 +62,7 @@ class Task:
     test: Tensor
     make_vae: Callable[[str], Any]
     transform: Callable | None = None  # of a minibatch
-    train_sample: Tensor | None = None  # training rows to evaluate on
+    train_sample: Any = None  # training rows to evaluate on
     exact: Tensor | None = None  # log p(x) of the test rows under the true model, where known
 
 
@@ -104,9 +105,9 @@ class Experiment:
     """Trains, evaluates and times every method with every seed; stores each result at once.
 
     The first of the methods is the baseline. ``results["runs"][method][seed]`` has the history and
-    the processor time of training, and what the evaluation returned; ``evaluated`` is an entry that
-    only evaluated runs have. ``results["diverged"][method][seed]`` has the error of a run that
-    ended in numbers that are not finite.
+    the processor time of training, and what the evaluation returned, and
+    ``results["diverged"][method][seed]`` the error of a run that ended in numbers that are not
+    finite.
     """
 
     def __init__(
@@ -115,11 +116,10 @@ class Experiment:
         task: Task,
         methods: Methods,
         options: argparse.Namespace,
-        evaluated: str = "test",
         validation_particles: int = 16,
     ) -> None:
         self.settings, self.task, self.methods, self.options = settings, task, methods, options
-        self.evaluated, self.validation_loss = evaluated, IWAE_ELBO(validation_particles)
+        self.validation_loss = IWAE_ELBO(validation_particles)
         self.baseline = next(iter(methods))
         self.folder = Path(options.output)
         self.path = self.folder / "results.json"
@@ -141,7 +141,7 @@ class Experiment:
         ):
             seed, found = str(number), runs.setdefault(name, {})
             failures = diverged.setdefault(name, {})
-            if self.evaluated in found.get(seed, {}) or seed in failures:
+            if found.get(seed, {}).keys() - TRAINED or seed in failures:
                 continue
             known = found.setdefault(seed, {})
             try:

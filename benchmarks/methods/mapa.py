@@ -24,6 +24,7 @@ class Method:
     particles: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     table: Callable[[Any], Table] | None = None  # from the data, in place of the kernel's
+    estimator: str = "pathwise"  # of an IWAE's gradient
 
 
 def independent(samples: int, top: int = 1, **more: Any) -> Method:
@@ -50,14 +51,14 @@ class Learner:
     guide: Any
     loss: ELBO
 
-    def __init__(self, data: Any, method: Method, estimator: str = "pathwise") -> None:
+    def __init__(self, data: Any, method: Method) -> None:
         self.data, self.method = data, method
         self.vae = data.vae(empirical=not method.particles)
         self.decoder, self.encoder = self.vae.decoder, self.vae.encoder
         if method.particles:
             self.guide = lambda x, rows=None: self.vae.guide(x)
-            one = method.particles == 1
-            self.loss = Trace_ELBO() if one else IWAE_ELBO(method.particles, estimator=estimator)
+            iwae = IWAE_ELBO(method.particles, estimator=method.estimator)
+            self.loss = Trace_ELBO() if method.particles == 1 else iwae
             self.loss.max_plate_nesting = 1
 
     def model(self, x: Tensor, rows: Tensor | None = None) -> None:
@@ -67,13 +68,6 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters, those of the decoder first."""
         return [*self.decoder.parameters(), *self.encoder.parameters()]
-
-    def start(self, batch_size: int) -> None:
-        """Create all parameters and the table."""
-
-    def begin(self, epoch: int, epochs: int) -> bool:
-        """Begin an epoch; return whether it is one of warming up."""
-        return epoch < WARM_UP * epochs
 
     def passes(self) -> float:
         """Return the decoder passes for each row of the last step."""
@@ -109,12 +103,6 @@ class Empirical(Learner):
             self.data.table = self.guide.table
             self.data.table_seconds = time.perf_counter() - start
 
-    def begin(self, epoch: int, epochs: int) -> bool:
-        """Begin as an autoencoder: with a constant decoder the gradient of the sums is small."""
-        warming = super().begin(epoch, epochs)
-        self.guide.plan = Plan(1, 0, "shared") if warming else self.plan
-        return warming
-
     def passes(self) -> float:
         """Return the different codes of the last step for each of its rows."""
         return self.guide.passes.codes / self.guide.passes.rows
@@ -129,14 +117,12 @@ class Empirical(Learner):
         return self.decoder(self.codes())
 
 
-def build(
-    method: Method, data: Any, seed: int, neighbours: int, estimator: str = "pathwise"
-) -> Learner:
+def build(method: Method, data: Any, seed: int, neighbours: int) -> Learner:
     """Return a method with the initial networks of a seed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     if method.particles:
-        return Learner(data, method, estimator)
+        return Learner(data, method)
     return Empirical(data, method, neighbours)
 
 
@@ -154,12 +140,15 @@ def train(
     """
     x, passes = learner.data.train, []
     order = torch.Generator().manual_seed(seed)
-    learner.start(batch_size)
+    if isinstance(learner, Empirical):
+        learner.start(batch_size)
     optimizer = torch.optim.Adam(learner.parameters(), lr=rate, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     start, processor = time.perf_counter(), time.process_time()
     for epoch in range(epochs):
-        warming = learner.begin(epoch, epochs)
+        warming = epoch < WARM_UP * epochs
+        if isinstance(learner, Empirical):  # sums have small gradients at a constant decoder
+            learner.guide.plan = Plan(1, 0, "shared") if warming else learner.plan
         for rows in torch.randperm(len(x), generator=order).split(batch_size):
             optimizer.zero_grad()
             loss = learner.loss.differentiable_loss(learner.model, learner.guide, x[rows], rows)

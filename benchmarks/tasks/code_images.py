@@ -52,26 +52,22 @@ def score(learner: Learner, nodes: int, samples: int, recovered_samples: int) ->
     recovered = isinstance(learner, Empirical)
     on_grid = learner.data.latents == GRID_LATENTS
     if isinstance(learner, Empirical):
-        found["codes"] = _rounded(code_evidence(learner, test))
+        found["codes"] = code_evidence(learner, test).tolist()
         found["train_codes"] = code_evidence(learner, some).mean().item()
     if on_grid:
         fine, coarse = grid_evidence(learner, torch.cat([test, some]), nodes)
-        found["continuous"] = _rounded(fine[: len(test)])
+        found["continuous"] = fine[: len(test)].tolist()
         found["train_continuous"] = fine[len(test) :].mean().item()
         found["grid_error"] = (fine - coarse).abs().max().item()
     if not (recovered and on_grid):
         draws = recovered_samples if recovered else samples
         evidence = sampled(learner, test, draws)
-        found["sampled"] = _rounded(evidence.log_marginal)
+        found["sampled"] = evidence.log_marginal.tolist()
         found |= {"ess": evidence.ess.median().item(), "samples": draws}
     if not (recovered or on_grid):
         evidence = sampled(learner, some, samples)
         found["train_sampled"] = evidence.log_marginal.mean().item()
     return found
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
 
 
 @torch.no_grad()

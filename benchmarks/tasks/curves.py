@@ -73,11 +73,6 @@ def true_table(data: CurveData) -> Table:
     return Table.from_log_weights((-0.5 * distance.square()).to(data.train.dtype))
 
 
-def uniform_table(data: CurveData) -> Table:
-    """Return all codes alike for every row."""
-    return Table.uniform(len(data.train), len(data.train))
-
-
 def generator(learner: Learner) -> Any:
     """Return what maps standard normals ``[n, 1]`` to points of the curve ``[n, 2]``.
 

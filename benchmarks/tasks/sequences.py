@@ -73,10 +73,9 @@ class SequenceVAE(nn.Module):
 
 
 class SequenceEncoder(nn.Module):
-    """``outputs`` numbers from the last state of an LSTM over the embedded symbols.
+    """The last state of an LSTM and a linear layer: int64 ``[rows, length]`` to ``[rows, D]``.
 
-    Maps int64 ``[rows, length]`` to ``[rows, outputs]``. PyTorch's initial values, but for the
-    last layer: uniform weights after Glorot, zero biases.
+    Initial values are PyTorch's, those of the last layer uniform after Glorot with zero biases.
     """
 
     def __init__(self, vocabulary: int, hidden: int, outputs: int) -> None:

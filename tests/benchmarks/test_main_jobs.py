@@ -11,7 +11,6 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import bounds, guides, refinement
 from benchmarks.methods.guides import METHODS, encoder_of, schedule, width_of
-from benchmarks.report import table
 from benchmarks.run import Settings, Task, count
 from benchmarks.tasks import images, sequences
 from pyro_recursive.datasets import dynamic_binarize
@@ -89,10 +88,6 @@ def test_known_sequences_resume_at_the_evaluation(
     assert "The true model's log p(x)" in refinement.report(resumed)
 
 
-def test_table() -> None:
-    assert table(["a", "b"], [["x", "1"]]).splitlines() == ["| a | b |", "| - | - |", "| x | 1 |"]
-
-
 def test_guides_are_of_equal_budgets() -> None:
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float32)
@@ -117,7 +112,7 @@ def test_names_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guides, "main", lambda arguments: seen.append(("guides", arguments)))
     command.main(["--smoke"])
     assert seen == [("bounds", ["--smoke"]), ("guides", ["--smoke"])]
-    with pytest.raises(SystemExit, match="--output needs the name of a benchmark"):
-        command.main(["--output", "here"])
+    with pytest.raises(SystemExit, match="--methods needs the name of a benchmark"):
+        command.main(["--methods", "VAE"])
     with pytest.raises(SystemExit, match="unknown benchmark 'nonsense': choose one of bounds"):
         command.main(["nonsense"])
