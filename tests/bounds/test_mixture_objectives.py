@@ -296,7 +296,8 @@ def test_a_clear_gain() -> None:
     assert near.is_clear(2.0) and not near.is_clear(1e9)
     assert near.is_clear(2.0, near.mean / 2) and not near.is_clear(2.0, 2 * near.mean)
     assert far.mean < 0 and not far.is_clear(2.0) and far.ceiling < 1e-3
-    same = found(PLACES[[0, 0]])  # the density of the mixture is that of its parts
+    draws = PLACES[:1, 0] + torch.randn(50, 1).expand(50, 2)
+    same = gain_at(PLACES[[0, 0]], log_weights, draws)  # two copies of one component
     assert abs(same.mean) < 1e-14 and same.standard_error < 1e-14
 
 
