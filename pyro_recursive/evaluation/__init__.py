@@ -20,7 +20,6 @@ from pyro_recursive.evaluation.information import (
     Rate,
     active_units,
     mutual_information,
-    posterior_table,
     rate_of,
 )
 from pyro_recursive.evaluation.parallel import evaluate_in_parallel
@@ -82,7 +81,6 @@ __all__ = [
     "plot_pareto_k",
     "plot_ranks",
     "posterior_draws",
-    "posterior_table",
     "predictive_draws",
     "prior_draws",
     "psis",

@@ -60,16 +60,16 @@ def to_arviz(
 ) -> Any:
     """Return draws from a guide as an ArviZ object: ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
 
-    Dims are (chain, draw, plates by name, event dims), with one chain. What each group holds:
-    `Is the guide any good?` of the documentation. Pass results of `loo`, not these objects, to
+    Dims are (chain, draw, plates by name, event dims), with one chain. What each group holds: `Is
+    the guide any good?` of the documentation. Pass results of `loo`, not these objects, to
     ``az.compare``: ArviZ's own LOO is not corrected for the guide.
 
     Args:
-        num_draws, resample, num_proposals: as in `posterior_draws`.
         posterior_predictive, prior_predictive, log_likelihood: whether to include these groups.
         coords: values of dims; of a plate for all its entries, or for those of the minibatch.
         dims: names of the event dims of sites, from left to right.
-        chunk_size, max_plate_nesting, vectorize_particles: as in `posterior_draws`.
+        num_draws, resample, num_proposals, chunk_size, max_plate_nesting, vectorize_particles: as
+            in `posterior_draws`.
 
     Raises:
         ValueError: names or numbers of dims do not fit; and as `posterior_draws` does.
@@ -80,8 +80,7 @@ def to_arviz(
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         pyro.sample("x", dist.Normal(z[..., None], torch.ones(2)).to_event(1), obs=x)
     >>> guide = pyro.infer.autoguide.AutoNormal(model)
-    >>> names = {"person": ["Ann", "Ben", "Cem"]}
-    >>> data = to_arviz(model, guide, torch.zeros(3, 2), coords=names, dims={"x": ["side"]})
+    >>> data = to_arviz(model, guide, torch.zeros(3, 2), dims={"x": ["side"]})
     >>> dict(data["posterior_predictive"]["x"].sizes)
     {'chain': 1, 'draw': 1000, 'person': 3, 'side': 2}
     """
@@ -111,16 +110,8 @@ def mcmc_to_arviz(
 ) -> Any:
     """Return the draws of a Pyro MCMC run in the form of `to_arviz`, to compare a guide with them.
 
-    The groups are those of `to_arviz`; ``sample_stats`` has ``diverging`` if the kernel records it.
-
-    Args:
-        mcmc: a ``pyro.infer.MCMC`` that has run.
-        model: the model of the run; other arguments are those of the run.
-        posterior_predictive, prior_predictive, log_likelihood, coords, dims: as in `to_arviz`.
-        chunk_size, vectorize_particles: as in `posterior_draws`.
-
-    Raises:
-        ValueError: the run has no draws of a latent site.
+    ``sample_stats`` has ``diverging`` if the kernel records it. The model and its arguments are
+    those of the run ``mcmc``; other options and errors as in `to_arviz`.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> def model(x):
@@ -209,11 +200,7 @@ def _stats(draws: Draws, labels: "Labels") -> xr.Dataset:
 
 
 class Labels:
-    """Makes labelled arrays of draws, ``[chain, draw, *plates, *event]``.
-
-    ``coords`` has values of dims, ``dims`` names of the event dims of sites; plates in the draws'
-    minibatch have the indices of their entries.
-    """
+    """Makes labelled arrays of draws, ``[chain, draw, *plates, *event]``."""
 
     def __init__(
         self,
@@ -231,7 +218,6 @@ class Labels:
         self.sizes = {name: s["fn"].size for name, s in draws.whole_minibatch.nodes.items()}
 
     def draws(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
-        """Return draws of sites."""
         return self._dataset(
             {n: (self._names(n, s), self._split(s.value)) for n, s in found.items()}
         )
@@ -246,7 +232,6 @@ class Labels:
         return self._dataset({name: (dims, self._split(value)) for name, value in values.items()})
 
     def check_used(self, groups: Mapping[str, xr.Dataset]) -> None:
-        """Raise if `coords` or `dims` name a dim that is not there."""
         known = {str(dim) for group in groups.values() for dim in group.dims}
         wanted = {*self.coords, *(name for names in self.dims.values() for name in names)}
         if unknown := sorted(wanted - known):
@@ -318,22 +303,19 @@ def loo(data: Any, var_name: str | None = None) -> Any:
         ValueError: the log-likelihood is missing or not finite; the model has a `poutine.scale`; or
             draws of a guide have no weights.
 
-    Source: `Bayesian leave-one-out cross-validation for large data` (Magnusson et al., arXiv
+    Reference: `Bayesian leave-one-out cross-validation for large data` (Magnusson et al.,
     1904.10679).
 
     >>> import pyro, pyro.distributions as dist, torch
-    >>> pyro.set_rng_seed(0)
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
     >>> def guide(x):  # the posterior's scale is 0.71
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("z", dist.Normal(x / 2, 0.9))
-    >>> x = torch.tensor([0.0, 1.0, 2.0])
-    >>> found = loo(to_arviz(model, guide, x, num_draws=4000))
-    >>> bool(abs(found.iloc[0] - dist.Normal(0.0, 2**0.5).log_prob(x).sum()) < 0.05)
-    True
+    >>> found = loo(to_arviz(model, guide, torch.zeros(3), num_draws=4000))
+    >>> round(found.iloc[0], 1)  # of the evidence: latents are local
+    -3.8
     """
     log_lik = _log_likelihood(data, var_name)
     matrix = _matrix(log_lik)

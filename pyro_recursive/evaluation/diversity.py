@@ -24,9 +24,8 @@ class Diversity(NamedTuple):
     """How different the M components of mixtures are: float64, in nats.
 
     ``divergence`` ``[*batch]`` is ``sum_m a_m KL(q_m || sum_j a_j q_j)`` for weights a: between 0,
-    of equal components, and ``entropy`` ``[*batch]``, that of the weights, without overlap.
-    ``error`` is the standard error of the divergence. ``pairwise`` ``[*batch, M, M]`` is the
-    divergence of two components with equal weights: between 0 and ``log 2``.
+    of equal components, and ``entropy``, that of the weights, without overlap; ``error`` is its
+    standard error. ``pairwise`` ``[*batch, M, M]`` is that of two components with equal weights.
     """
 
     divergence: Tensor
@@ -54,12 +53,10 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
         log_weights: ``[*batch, M]`` nats, normalised.
 
     Raises:
-        ValueError: the shapes do not fit; a density is not a number, or a draw has none under its
-            own component.
+        ValueError: the shapes do not fit; a draw has no finite density under its own component.
 
     References: 'Divergence Measures Based on the Shannon Entropy' (Lin, 1991); 'Multiple Importance
-    Sampling ELBO and Deep Ensembles of Variational Approximations' (Kviman et al., arXiv
-    2202.10951).
+    Sampling ELBO and Deep Ensembles' (Kviman et al., arXiv 2202.10951).
 
     >>> import torch.distributions as dist
     >>> parts = dist.Normal(torch.tensor([-50.0, 50.0]), 1.0)
@@ -108,15 +105,12 @@ def mixture_diversity(
 
     Args:
         guide: a `MixtureGuide`; or a `RecursiveMixtureGuide`, with the components kept so far.
-            Called as ``guide(*args, **kwargs)``.
-        num_draws: S, the draws from each component, at least 2. Each is evaluated under all
-            components: ``[M, S, *plates, M]``.
+        num_draws: S, the draws from each component, at least 2.
         shared: of a guide with two mixtures, take that of the latents outside the rows. The other
             is averaged over draws of those.
 
     Raises:
         TypeError: the guide has no mixture.
-        ValueError: as `jensen_shannon`, which also has the references.
 
     >>> import pyro.distributions as dist
     >>> from pyro_recursive import MixtureGuide

@@ -40,12 +40,10 @@ class SiteDraws:
 
     @property
     def plates(self) -> tuple[str, ...]:
-        """The names of the vectorised plates."""
         return tuple(frame.name for frame in self.frames)
 
     @property
     def event_shape(self) -> torch.Size:
-        """The shape of one entry of the plates."""
         return self.value.shape[1 + len(self.frames) :]
 
     def with_batch_dims(self, nesting: int | None = None) -> Tensor:
@@ -133,20 +131,17 @@ class Draws:
 
     @property
     def log_weights(self) -> Tensor:
-        """``log_p - log_q``, ``[S, *plates]`` in nats."""
+        """``[S, *plates]`` in nats."""
         log_p, log_q = self.log_densities
         return log_p - log_q
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the values of a site, ``[S, *plates, *event]``."""
         return self.sites[name].value
 
     def __len__(self) -> int:
-        """Return the number of draws."""
         return self.count
 
     def take(self, index: Tensor) -> "Draws":
-        """Return the draws of these indices, ``[S', *plates]``."""
         taken = {name: each.take(index, self.plates) for name, each in self.sites.items()}
         log_p, log_q = (log_density.gather(0, index) for log_density in self.log_densities)
         draws = replace(self, sites=taken, count=len(index), resampled=True)
@@ -182,16 +177,13 @@ class ModelRuns(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The number of samples in each trace."""
         return self.samples // len(self.traces)
 
     def latents(self) -> dict[str, SiteDraws]:
-        """Return the draws of the latent sites."""
         found = (s for s in sites(self.traces[0]) if not s["is_observed"] and not was_observed(s))
         return {site["name"]: self.site(site["name"]) for site in found}
 
     def computed(self) -> dict[str, SiteDraws]:
-        """Return the values of the deterministic sites."""
         found = self.traces[0].nodes.items()
         return {name: self._deterministic(name) for name, site in found if is_computed(site)}
 

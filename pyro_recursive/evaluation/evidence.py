@@ -22,9 +22,9 @@ CHUNK_ROWS = 5000
 class Evidence(NamedTuple):
     """Estimates per datum, ``[*plates]``-dim each, in float64.
 
-    ``log_marginal`` in nats; its Monte Carlo ``standard_error`` in nats by the delta method,
-    ``sqrt(1 / ess - 1 / K)``; ``ess``, the effective sample size in samples, between 1 and K. It is
-    0, with an infinite error, where all weights are 0. A small one makes the others unreliable.
+    ``log_marginal`` in nats; its ``standard_error`` in nats by the delta method, ``sqrt(1 / ess - 1
+    / K)``; ``ess``, the effective sample size in samples, between 1 and K: 0, with an infinite
+    error, where all weights are 0. A small one makes the others unreliable.
     """
 
     log_marginal: Tensor
@@ -82,9 +82,7 @@ def log_marginal(
 
     with K = ``num_particles``: a lower bound in expectation, to be reported as IWAE-5000. The rows
     are those of this minibatch, without any subsample scale. A user's own scales (`poutine.scale`)
-    stay in the weights; log p(x) needs a model without them. Modules run in the mode they are in:
-    call ``.eval()`` first for dropout and batch norm. Wrap a model whose keyword has the name of
-    one here.
+    stay in the weights. Modules run in the mode they are in: call ``.eval()`` first.
 
     Args:
         model, guide: called with the other arguments, as by `pyro.infer.SVI.step`.
@@ -101,13 +99,12 @@ def log_marginal(
         ValueError: a subsampled plate does not enclose every site; and as
             `pyro_recursive.MultiSampleELBO` does.
 
-    Source: `Importance Weighted Autoencoders` (Burda et al., arXiv 1509.00519).
+    Reference: `Importance Weighted Autoencoders` (Burda et al., arXiv 1509.00519).
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
     >>> def posterior(x):
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
@@ -136,12 +133,7 @@ def runs_in_chunks(
 ) -> Iterator[tuple[list[ParticleRun], PlateLayout]]:
     """Yield runs of the program and their plates, for `total` samples on one minibatch.
 
-    Args:
-        program: model, guide and arguments.
-        total: the number of samples.
-        chunk_size: samples in one pass; by default about `CHUNK_ROWS` rows.
-        any_minibatch: whether a subsampled plate may enclose only some of the sites.
-        **options: those of `run_particles`.
+    ``any_minibatch``: a subsampled plate may enclose only some of the sites.
     """
     size, minibatch = chunk_size or particles_per_chunk(program), None
     for start in range(0, total, size):

@@ -73,7 +73,7 @@ class Gaps(NamedTuple):
     def summary(self) -> dict[str, dict[str, float]]:
         """Return the mean over the rows, its standard error, and quantiles of each quantity.
 
-        The mean of ``closed`` is a ratio of means. A single row has no standard error (nan).
+        The mean of ``closed`` is a ratio of means.
         """
         names = ("log_marginal", "elbo", "best", "inference", "approximation", "amortization")
         table = {name: _summary(getattr(self, name)) for name in names}
@@ -87,7 +87,6 @@ class Gaps(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        """Return the summary as a table."""
         table = self.summary()
         lines = [f"{'nats':14}" + "".join(f"{name:>15}" for name in table["elbo"])]
         for name, row in table.items():
@@ -118,21 +117,18 @@ def gaps(
     first. Pass large data in minibatches, and `Gaps.join`.
 
     Args:
-        model: a Pyro model.
         guide: `AmortizedGuide`, `FlowGuide`, `MixtureGuide` or `RecursiveMixtureGuide` of those, or
             `SemiAmortizedGuide`; over the latents of the rows alone, or over all jointly.
         num_particles: the draws for each of the bounds that are reported.
         chunk_size: how many of them run at once; by default about 5,000 rows of draws.
         search: the settings of the search for q*.
-        args, kwargs: those of the model and the guide.
 
     Raises:
         NotImplementedError: the model has latents that the guide has not.
         TypeError: the guide, or a component of it, is not one of this package.
         ValueError: there are global and local latents; rows depend on each other.
 
-    Reference: 'Inference Suboptimality in Variational Autoencoders' (Cremer et al., arXiv
-    1801.03558).
+    Reference: 'Inference Suboptimality in Variational Autoencoders' (Cremer et al., 1801.03558).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_recursive import AmortizedGuide
@@ -226,19 +222,16 @@ class Moments:
         self.count, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, terms: Tensor) -> None:
-        """Add a chunk."""
         self.count += len(terms)
         self.first = self.first.to(terms) + terms.sum(0)
         self.second = self.second.to(terms) + terms.square().sum(0)
 
     @property
     def mean(self) -> Tensor:
-        """The mean, ``[*any]``."""
         return self.first / self.count
 
     @property
     def error(self) -> Tensor:
-        """The standard error of the mean, ``[*any]``."""
         variance = (self.second / self.count - self.mean.square()).clamp_min(0)
         return (variance / max(1, self.count - 1)).sqrt()
 

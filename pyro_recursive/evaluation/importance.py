@@ -44,25 +44,19 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
 
     The min(S / 5, 3 sqrt(S / relative_ess)) largest weights are replaced by quantiles of a
     generalised Pareto distribution fitted to them, by ``psislw`` of ArviZ. k-hat is 0 if the tail's
-    weights agree within 0.01 % (an exact guide). It is infinite, and nothing is smoothed, if S is
-    20 or less, if no more than 4 weights are above the tail's smallest, or if the fit fails.
+    weights agree within 0.01 %. It is infinite, and nothing is smoothed, if S is 20 or less, if no
+    more than 4 weights are above the tail's smallest, or if the fit fails.
 
     Args:
-        log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0.
-        relative_ess: effective sample size of the draws before weighting over S, 1 for independent
-            draws.
+        log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0. nan and +inf
+            raise ValueError.
+        relative_ess: effective sample size of the draws before weighting over S.
 
-    Raises:
-        ValueError: log_weights has nan or +inf.
+    Reference: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
 
-    Source: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
-
-    >>> import torch
-    >>> _ = torch.manual_seed(0)
     >>> z = torch.randn(4000, 2, dtype=torch.float64)
     >>> light, heavy = 0.1 * z[:, 0], 2.0 * z[:, 1] ** 2  # the second has no mean: k = 4
-    >>> result = psis(torch.stack([light, heavy], -1))
-    >>> (result.pareto_k < pareto_k_threshold(4000)).tolist()
+    >>> (psis(torch.stack([light, heavy], -1)).pareto_k < pareto_k_threshold(4000)).tolist()
     [True, False]
     """
     raw = _centred(log_weights)
@@ -119,16 +113,9 @@ def _centred(log_weights: Tensor) -> Tensor:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """Return Kish's effective sample size ``(sum w)^2 / sum w^2``, in samples, ``[*batch]``.
 
-    It is between 1 and S, 0 if all weights are 0, and overlooks parts of the posterior that have no
-    sample.
+    For log-weights ``[S, *batch]`` in nats, normalised or not. It is between 1 and S, 0 if all
+    weights are 0, and overlooks parts of the posterior that have no sample.
 
-    Args:
-        log_weights: ``[S, *batch]`` in nats, normalised or not.
-
-    Raises:
-        ValueError: log_weights has nan or +inf.
-
-    >>> import torch
     >>> round(effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -float("inf")])).item(), 3)
     3.0
     """
@@ -139,10 +126,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def pareto_k_threshold(num_samples: int) -> float:
     """Return the largest reliable k-hat for S samples, ``min(1 - 1 / log10(S), 0.7)``.
 
-    It is 0 for 10 samples or fewer.
-
-    >>> [round(pareto_k_threshold(S), 2) for S in (100, 1000, 5000)]
-    [0.5, 0.67, 0.7]
+    >>> pareto_k_threshold(100)
+    0.5
     """
     return 0.0 if num_samples <= 10 else min(1 - 1 / math.log10(num_samples), 0.7)
 
@@ -155,10 +140,6 @@ class ImportanceWeights:
     enclose every sample site; without any, one joint weight covers all data. ``points`` names the
     latent sites with point estimates, which the weights take as given. ``print`` shows a summary.
 
-    Source: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., arXiv
-    1802.02538).
-
-    >>> import torch
     >>> print(ImportanceWeights(torch.zeros(1000, 3, dtype=torch.float64), ("data",)))
     1000 draws from the guide, 3 entries of plates ['data'].
     k-hat: 0 of 3 above 0.67; the largest is 0.00, at (0,).
@@ -221,7 +202,6 @@ class ImportanceWeights:
         }
 
     def __str__(self) -> str:
-        """Return the summary in words."""
         s = self.summary()
         place = tuple(map(int, torch.unravel_index(self.pareto_k.argmax(), self.ess.shape)))
         lines = [
@@ -263,11 +243,9 @@ def importance_weights(
     Raises:
         ValueError: the guide has a `poutine.scale`; and as `pyro_recursive.log_marginal` does.
 
-    Source: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., arXiv
-    1802.02538).
+    Reference: `Yes, but Did It Work?: Evaluating Variational Inference` (Yao et al., 1802.02538).
 
     >>> import pyro, pyro.distributions as dist
-    >>> pyro.set_rng_seed(0)
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -278,8 +256,6 @@ def importance_weights(
     >>> weights = importance_weights(model, guide, torch.tensor([0.0, 1.0]))
     >>> (weights.pareto_k < weights.threshold).tolist()
     [True, False]
-    >>> weights.log_weights.shape, weights.plates
-    (torch.Size([1000, 2]), ('data',))
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)

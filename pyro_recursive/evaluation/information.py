@@ -42,30 +42,6 @@ class ActiveUnits(NamedTuple):
 
 
 @torch.no_grad()
-def posterior_table(
-    guide: Callable,
-    *args: Any,
-    plate: str | None = None,
-    chunk_size: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Return log q(z_j | x_i), with one draw z_j for each row: ``[B, B]`` nats, float64.
-
-    The draw j is the first dim, the row i of the posterior the second. Arguments and errors are
-    those of `mutual_information`.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> def guide(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("z", dist.Normal(x, 1.0))
-    >>> posterior_table(guide, torch.tensor([0.0, 50.0])).argmax(1)
-    tensor([0, 1])
-    """
-    table = table_of(guide, args, kwargs, plate, chunk_size)
-    return torch.cat(list(table.blocks(table.draw(1))))
-
-
-@torch.no_grad()
 def mutual_information(
     guide: Callable,
     *args: Any,
@@ -81,19 +57,17 @@ def mutual_information(
     lower bound in expectation. 0 is a collapsed posterior. Costs S * B**2 densities, in chunks.
 
     Args:
-        guide: samples the latents of a row inside the plate of the rows, from distributions; called
-            as ``guide(*args, **kwargs)``.
+        guide: samples the latents of a row inside the plate of the rows, from distributions.
         num_draws: S, the draws for each row.
         plate: the name of the rows' plate; None is the one around all latents that are in any.
         chunk_size: how many draws one pass evaluates under all rows; None is about 50,000 / B.
 
     Raises:
-        ValueError: the rows' plate is not clear; the latents have a joint density over the rows,
-            or none (an auxiliary site, a Delta).
+        ValueError: the rows' plate is not clear; the latents have a joint density over the rows, or
+            none (an auxiliary site, a Delta).
 
-    References: 'Lagging Inference Networks and Posterior Collapse in Variational Autoencoders' (He
-    et al., arXiv 1901.05534); 'On Variational Bounds of Mutual Information' (Poole et al., arXiv
-    1905.06922).
+    References: 'Lagging Inference Networks and Posterior Collapse' (He et al., arXiv 1901.05534);
+    'On Variational Bounds of Mutual Information' (Poole et al., arXiv 1905.06922).
 
     >>> import pyro, pyro.distributions as dist
     >>> def guide(x):
@@ -122,14 +96,8 @@ def rate_of(
 
     p(z) is the model's density of the rows' latents, given the latents outside of the rows; where
     it depends on the data, ``aggregate_kl`` is just the difference. With few rows ``aggregate_kl``
-    is that of a mixture with few components: large.
-
-    Args:
-        model: called as ``model(*args, **kwargs)``, like the guide.
-        guide, num_draws, plate, chunk_size: as in `mutual_information`.
-
-    Raises:
-        ValueError: as there; a latent is inside the rows' plate in one of the programs only.
+    is that of a mixture with few components: large. Arguments and errors as in
+    `mutual_information`.
 
     Reference: 'ELBO surgery' (Hoffman & Johnson, NIPS workshop 2016).
 
@@ -181,12 +149,9 @@ def active_units(
 
         sum_i (mean_s d_si ** 2 - var_s d_si / S) / (B - 1)
 
-    It is unbiased, and may be a little below 0 for an inactive unit.
-
-    Args:
-        guide, plate: as in `mutual_information`, as are errors.
-        threshold: in the square of the latent's own unit; the paper's 0.01 is for N(0, 1) priors.
-        num_draws: S, at least 2.
+    It is unbiased, and may be a little below 0 for an inactive unit. ``threshold`` is in the square
+    of the latent's own unit (the paper's 0.01 is for N(0, 1) priors), ``num_draws`` S is at least
+    2.
 
     Reference: 'Importance Weighted Autoencoders' (Burda et al., arXiv 1509.00519).
 

@@ -33,12 +33,9 @@ class ProcessError(RuntimeError):
 class ProcessGroup:
     """The processes of torch's default group, or this one alone where there is no such group.
 
-    A context manager: an error that ends the block in one process ends it in all of them.
-
-    Args:
-        rank: the number of this process, from 0.
-        count: the number of processes.
-        control: a gloo group for messages between CPUs, which do not wait for an accelerator.
+    A context manager: an error that ends the block in one process ends it in all of them. ``rank``
+    is the number of this process, ``count`` that of all, ``control`` a gloo group for messages
+    between CPUs, which do not wait for an accelerator.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, control: Any = None) -> None:
@@ -54,11 +51,9 @@ class ProcessGroup:
         return cls(dist.get_rank(), dist.get_world_size(), own)
 
     def __enter__(self) -> "ProcessGroup":
-        """Return the group."""
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Send an error to the other processes, and destroy the group of the messages."""
         if isinstance(error, Exception) and not self.is_over and self.count > 1:
             self._send_error(error)
         if self.control is not None:
@@ -182,8 +177,7 @@ def evaluate_in_parallel(
 
     For quantities with a value for each row: `pyro_recursive.log_marginal`, `gaps`,
     log-likelihoods. Where `torch.distributed` is initialised all its processes must call this with
-    the same rows; a single process computes all. A random function needs different seeds:
-    ``pyro.set_rng_seed(seed + rank)``.
+    the same rows. A random function needs different seeds: ``pyro.set_rng_seed(seed + rank)``.
 
     Args:
         function: called with some of the rows; returns a tensor whose first dim is these rows, or a
@@ -195,13 +189,8 @@ def evaluate_in_parallel(
     Returns:
         The rows of all processes in order, on the device of the first of ``rows``.
 
-    Raises:
-        ValueError: tensors of different lengths, or a result without these rows.
-        RuntimeError: the function failed in another process.
-
-    Example:
-        >>> evaluate_in_parallel(lambda x: x.sum(-1), torch.eye(3), batch_size=2)
-        tensor([1., 1., 1.])
+    >>> evaluate_in_parallel(lambda x: x.sum(-1), torch.eye(3), batch_size=2)
+    tensor([1., 1., 1.])
     """
     check_at_least(1, batch_size=batch_size)
     count = len(rows[0])

@@ -26,13 +26,9 @@ def plot_pareto_k(
 ) -> Any:
     """Plot the Pareto k-hat of each datum, with the limits above which it cannot be trusted.
 
-    The limit is ``min(1 - 1 / log10(S), 0.7)`` for S samples; above 1 the weights have no mean.
-    Values of nan are left out, infinite ones drawn at the top.
-
-    Args:
-        pareto_k: any shape, in the order of its entries; or importance weights.
-        num_samples: S, which importance weights have; None takes 0.7.
-        ax: matplotlib axes; None makes a figure.
+    The limit is ``min(1 - 1 / log10(S), 0.7)`` for S samples (``num_samples``, which importance
+    weights have; None takes 0.7); above 1 the weights have no mean. Values of nan are left out,
+    infinite ones drawn at the top.
 
     >>> import torch
     >>> plot_pareto_k(torch.tensor([0.1, 0.9]), num_samples=1000).get_ylabel()
@@ -54,13 +50,8 @@ def plot_pareto_k(
 def plot_gradient_snr(sweep: SNRSweep, over: str = "K", at: int = 0, ax: Any = None) -> Any:
     """Plot the signal-to-noise ratios of a sweep in log-log coordinates, one line a group.
 
-    Ratios that are not detected are left out. The slopes are in the legend.
-
-    Args:
-        sweep: of `gradient_snr_sweep`.
-        over: ``"K"`` or ``"M"``.
-        at: which of the Ms (of the Ks, for ``"M"``) is held.
-        ax: as in `plot_pareto_k`.
+    Ratios that are not detected are left out. The slopes are in the legend. ``over`` is ``"K"`` or
+    ``"M"``, ``at`` which of the Ms (of the Ks) is held.
     """
     ax = _axes(ax)
     for index, group in enumerate(sorted(sweep.ratio)):
@@ -78,12 +69,9 @@ def plot_ranks(
 ) -> Any:
     """Plot the histogram of one number's ranks, with the interval of uniform ranks in each bin.
 
-    Args:
-        ranks: one column of `Calibration.ranks`, ``[N]``, 0 to L.
-        num_draws: L.
-        bins: at most L + 1; None is at most 20, with about 10 ranks or more in each.
-        level: of the interval, for all bins together (Bonferroni).
-        ax: as in `plot_pareto_k`.
+    ``ranks`` ``[N]``, 0 to L = ``num_draws``, are a column of `Calibration.ranks`. ``bins`` is by
+    default at most 20, with about 10 ranks or more in each; ``level`` is that of all bins together
+    (Bonferroni).
 
     >>> import torch
     >>> len(plot_ranks(torch.arange(100), num_draws=99, bins=10).patches)
@@ -112,14 +100,9 @@ def plot_ecdf_difference(
     """Plot the distribution functions of ranks minus the uniform one, with a simultaneous band.
 
     Draws that are too narrow give a curve that is first above and then below 0, draws that are too
-    wide the reverse; draws too high a curve above 0, too low one below.
-
-    Args:
-        ranks: those of one site in `Calibration.ranks`, ``[N, dims]``, 0 to L.
-        num_draws: L.
-        level: the probability that the band contains one whole curve of uniform ranks.
-        labels: a name for each of the dims.
-        ax: as in `plot_pareto_k`.
+    wide the reverse; draws too high a curve above 0, too low one below. ``ranks`` ``[N, dims]``, 0
+    to L = ``num_draws``, are those of a site in `Calibration.ranks`, ``labels`` names of the dims;
+    ``level`` is the probability that the band contains one whole curve of uniform ranks.
 
     >>> import torch
     >>> len(plot_ecdf_difference(torch.randint(10, (50, 3)), num_draws=9).lines)
@@ -140,11 +123,7 @@ def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
     """Plot mean approximation and amortisation gaps as stacked bars, one for each guide, in nats.
 
     Error bars are the standard errors of the mean inference gap over the rows. A negative gap (by
-    chance) is below the axis.
-
-    Args:
-        gaps: the result of `pyro_recursive.gaps`, or several by name.
-        ax: as in `plot_pareto_k`.
+    chance) is below the axis. ``gaps`` is the result of `pyro_recursive.gaps`, or several by name.
     """
     found = gaps if isinstance(gaps, Mapping) else {"": gaps}
     ax = _axes(ax)
@@ -169,10 +148,7 @@ def plot_history(history: Any, ax: Any = None) -> Any:
     """Plot the losses of `pyro_recursive.fit` by epoch, training and validation, in nats.
 
     Losses that are not there or not finite are left out; a circle is around the best epoch.
-
-    Args:
-        history: a `pyro_recursive.training.history.History`, or several by name.
-        ax: as in `plot_pareto_k`.
+    ``history`` is a `pyro_recursive.training.history.History`, or several by name.
 
     >>> from pyro_recursive.training.history import History
     >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[None, 4.0])

@@ -84,11 +84,9 @@ class PosteriorTable:
 
     @property
     def num_rows(self) -> int:
-        """B, the number of rows."""
         return self.frame.size
 
     def draw(self, count: int) -> RowDraws:
-        """Draw ``count`` times for each row, in one pass."""
         state, memory = random_state(), RunCache()
         with memory:
             trace = self._run(count, self.minibatch)

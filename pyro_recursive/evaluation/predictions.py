@@ -52,28 +52,27 @@ def posterior_draws(
     Args:
         num_draws: S.
         resample: choose among proposals by their importance weights, raw (``"plain"``) or
-            Pareto-smoothed: each entry of the plates that enclose every site on its own.
+            Pareto-smoothed (``"psis"``): each entry of the plates that enclose every site on its
+            own.
         num_proposals: by default 10 for each draw.
         chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
 
     Raises:
         ValueError: draws cannot be weighted; and as `pyro_recursive.log_marginal` does.
 
-    Source: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
+    Reference: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
 
     >>> import pyro, pyro.distributions as dist
     >>> pyro.set_rng_seed(0)
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.deterministic("positive", z > 0)
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
     >>> def guide(x):  # too wide: the posterior is N(x / 2, 0.71)
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("z", dist.Normal(0.0, 2.0).expand([len(x)]))
     >>> draws = posterior_draws(model, guide, torch.tensor([2.0, -2.0]), resample="psis")
-    >>> draws["z"].mean(0).round(decimals=1).tolist(), draws["positive"].shape
-    ([1.0, -1.0], torch.Size([1000, 2]))
+    >>> draws["z"].mean(0).round(decimals=1).tolist()
+    [1.0, -1.0]
     """
     check_at_least(1, num_draws=num_draws, num_proposals=num_proposals, chunk_size=chunk_size)
     if resample not in (None, "plain", "psis"):
@@ -176,11 +175,7 @@ def predictive_draws(
 
     The model is called as in training, and draws what it observes, masked entries too. A site that
     depends on data gets the drawn data if it uses what `pyro.sample` returned, and the given data
-    if it uses the model's argument.
-
-    Args:
-        draws: latents that they lack are drawn from the model.
-        chunk_size, vectorize_particles: as in `posterior_draws`.
+    if it uses the model's argument. Latents that ``draws`` lacks are drawn from the model.
 
     Returns:
         The observed sites: ``draws["x"]`` is a ``[S, *plates, *event]``-dim tensor.
@@ -189,7 +184,6 @@ def predictive_draws(
         ValueError: a plate of latents has another size than in the draws.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pyro_recursive.evaluation import posterior_draws
     >>> pyro.set_rng_seed(0)
     >>> def model(x):
     ...     z = pyro.sample("z", dist.Normal(0.0, 10.0))
@@ -218,30 +212,24 @@ def log_likelihoods(
 ) -> Draws:
     """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
 
-    Args:
-        draws: draws of all latents.
-        chunk_size, vectorize_particles: as in `posterior_draws`.
-
     Returns:
         For every observed site and factor ``found["x"]``, a ``[S, *plates]``-dim tensor without
-        scales, nan where masked. ``found.scaled`` names the sites, latent ones too, that have a
-        scale of the user's own (`poutine.scale`): their posterior is a tempered one.
+            scales,
+        nan where masked. ``found.scaled`` names the sites, latent ones too, that have a scale of
+            the
+        user's own (`poutine.scale`): their posterior is a tempered one.
 
     Raises:
         ValueError: the draws are those of other data, or lack a latent.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pyro_recursive.evaluation import posterior_draws
     >>> def model(x):
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("data", len(x)):
     ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> def guide(x):
-    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-    >>> x = torch.tensor([0.0, 1.0, 2.0])
-    >>> draws = posterior_draws(model, guide, x, num_draws=4)
-    >>> found = log_likelihoods(model, draws, x)["x"]
-    >>> bool(torch.allclose(found, dist.Normal(draws["z"][:, None], 1.0).log_prob(x)))
+    >>> draws = prior_draws(model, torch.zeros(3), num_draws=4)
+    >>> found = log_likelihoods(model, draws, torch.zeros(3))["x"]
+    >>> bool(torch.allclose(found[:, 0], dist.Normal(draws["z"], 1.0).log_prob(torch.zeros(4))))
     True
     """
     check_at_least(1, chunk_size=chunk_size)
@@ -278,15 +266,8 @@ def prior_draws(
 ) -> Draws:
     """Draw all sites of a model from the model: prior and prior predictive.
 
-    The model is called as in training, with its data, which are drawn instead of observed.
-
-    Args:
-        num_draws: S.
-        minibatch: subsample sites to draw for (`Draws.minibatch`); drawn by default.
-        chunk_size, vectorize_particles: as in `posterior_draws`.
-
-    Returns:
-        Draws whose ``of_kind("observed")`` are the data.
+    The model is called as in training, with its data, which are drawn instead of observed:
+    ``of_kind("observed")``. ``minibatch`` has subsample sites to draw for (`Draws.minibatch`).
 
     Raises:
         ValueError: the density of one sample depends on another sample.
@@ -353,10 +334,7 @@ def drawing_data(model: Callable) -> Callable:
 
 
 class _DrawData(UnconditionMessenger):
-    """Draws data; deterministic sites, factors and minibatches stay as they are.
-
-    A deterministic site would get the dims of its plates twice, and a factor has no value.
-    """
+    """Draws data; deterministic sites, factors and minibatches stay as they are."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if _can_be_drawn(msg):

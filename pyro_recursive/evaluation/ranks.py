@@ -20,11 +20,7 @@ FEWEST = 20  # data sets, for the large-sample distribution of the test
 
 
 def ranks_of(truth: Tensor, draws: Tensor) -> Tensor:
-    """Return the ranks of values ``[*any]`` among draws ``[L, *any]``; ties are broken at random.
-
-    >>> ranks_of(torch.tensor([0.5, 2.0]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-    tensor([1, 2])
-    """
+    """Return the ranks of values ``[*any]`` among ``[L, *any]``; ties are broken at random."""
     below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
     share = torch.rand(equal.shape, dtype=torch.float64, device=equal.device)
     return below + (share * (equal + 1)).long().clamp_max(equal)
@@ -35,12 +31,9 @@ def uniformity(ranks: Tensor, num_draws: int) -> Tensor:
 
         sum_k (N ** -0.5 sum_i h_k(rank_i)) ** 2  ~  chi-square with 4 degrees of freedom
 
-    for the polynomials h_k of degrees 1 to 4 that are orthonormal over the ranks 0 to L: those of
-    Legendre, for large L. They detect a shift, a wrong width, a skew and wrong tails.
-
-    Args:
-        ranks: integers ``[N, dims]``.
-        num_draws: L.
+    for the polynomials h_k of degrees 1 to 4 that are orthonormal over the ranks 0 to L
+    (Legendre's, for large L): they detect a shift, a wrong width, a skew and wrong tails. ``ranks``
+    are integers ``[N, dims]``, ``num_draws`` is L.
 
     Raises:
         ValueError: fewer than 20 ranks; ranks below 0 or above L.
@@ -64,15 +57,10 @@ def uniformity(ranks: Tensor, num_draws: int) -> Tensor:
 def ecdf_difference(ranks: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
     """Return the empirical distribution function of ranks ``[N, dims]`` minus the uniform one.
 
-    Returns:
-        The positions k / (L + 1) for k = 1 .. L, ``[L]``; and at each the share of ranks below k
-        minus it, ``[L, dims]``.
+    At the positions k / (L + 1) for k = 1 .. L, ``[L]``, the share of ranks below k minus the
+    position, ``[L, dims]``.
 
-    Raises:
-        ValueError: ranks below 0 or above L.
-
-    Reference: 'Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit
-    Evaluation and Multiple Sample Comparison' (Säilynoja et al., arXiv 2103.10522).
+    Reference: 'Graphical Test for Discrete Uniformity' (Säilynoja et al., arXiv 2103.10522).
 
     >>> ecdf_difference(torch.tensor([[0], [0], [1], [1]]), num_draws=3)[1].T
     tensor([[0.2500, 0.5000, 0.2500]], dtype=torch.float64)
@@ -86,17 +74,10 @@ def ecdf_difference(ranks: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
 
 
 def ecdf_band(num_ranks: int, num_draws: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Return the band, ``[L]`` twice, that contains `ecdf_difference` of uniform ranks.
+    """Return the band, ``[L]`` twice, that contains `ecdf_difference` of N uniform ranks.
 
     Binomial intervals, as wide as 2,000 simulations need them to contain one whole curve with
     probability ``level``. The simulations have a fixed seed of their own.
-
-    Args:
-        num_ranks: N.
-        num_draws: L.
-        level: the probability, between 0 and 1.
-
-    Reference: as in `ecdf_difference`.
 
     >>> lower, upper = ecdf_band(100, 9)
     >>> bool((lower < 0).all() and (upper > 0).all() and (upper < 0.2).all())
@@ -114,11 +95,7 @@ def ecdf_band(num_ranks: int, num_draws: int, level: float = 0.95) -> tuple[Tens
 def binomial_interval(
     number: int, shares: np.ndarray, tail: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the limits ``[k]`` of binomial counts with a probability in each tail.
-
-    >>> binomial_interval(10, np.array([0.5]), 0.025)
-    (array([2.]), array([8.]))
-    """
+    """Return the limits ``[k]`` of binomial counts with a probability in each tail."""
     return _binomial_quantile(tail, number, shares), _binomial_quantile(1 - tail, number, shares)
 
 
@@ -139,26 +116,20 @@ def _check_range(ranks: Tensor, num_draws: int) -> None:
 class Calibration:
     """The ranks of true latents among L draws of a guide, and tests of whether they are uniform.
 
-    Args:
-        ranks: integers ``[N, dims]`` for each site, 0 to L: of N simulated data sets, in each of a
-            site's numbers (plates inside a data set and event dims, flattened).
-        num_draws: L.
+    ``ranks`` are integers ``[N, dims]`` for each site, 0 to L: of N simulated data sets, in each of
+    a site's numbers (plates inside a data set and event dims, flattened). ``num_draws`` is L.
 
     Raises:
         ValueError: no sites; and as `uniformity`.
 
-    >>> found = Calibration({"z": torch.arange(100).unsqueeze(1) // 2}, num_draws=99)
-    >>> print(found)
+    >>> print(Calibration({"z": torch.arange(100).unsqueeze(1) // 2}, num_draws=99))
     z: smallest adjusted p-value 9.5e-18, of 1 numbers
-    >>> found.is_calibrated()
-    False
     """
 
     ranks: dict[str, Tensor]
     num_draws: int
 
     def __post_init__(self) -> None:
-        """Test at once: ranks that cannot be tested raise here."""
         if not self.p_values:
             raise ValueError("There are no ranks: no latent site was ranked.")
 
@@ -181,7 +152,6 @@ class Calibration:
         return all(bool((p >= level).all()) for p in self.adjusted.values())
 
     def __str__(self) -> str:
-        """Return the smallest adjusted p-value of each site."""
         return "\n".join(
             f"{name}: smallest adjusted p-value {p.min().item():.2g}, of {len(p)} numbers"
             for name, p in self.adjusted.items()

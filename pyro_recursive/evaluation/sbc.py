@@ -47,24 +47,22 @@ def calibration(
     given; R rounds are R B data sets. Modules stay in their mode: call ``.eval()`` first.
 
     Args:
-        model: its sites are all inside the plate of the rows.
-        guide: reads the data from its arguments, which are those of the model.
+        model, guide: called with the same arguments; all sites are in the plate of the rows.
         num_draws: L, the draws that a true value is ranked among.
         num_rounds: R.
         plate: the name of the rows' plate; None is the one around all latents of the guide.
         names: the latent sites that are ranked; None is all.
         replace: from simulated values by site, args and kwargs to new (args, kwargs): for data in
-            the last of three columns,
-            ``lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k)``. None puts the
-            values into the arguments that the sites had their data from.
+            the last of three columns, ``lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]],
+            1),), k)``. None puts the values into the arguments that the sites had their data from.
 
     Raises:
-        ValueError: fewer than 20 data sets; a site is outside the rows' plate; it is not clear
-            where the data are; a latent is missing in the guide; else as `mutual_information`.
+        ValueError: a site is outside the rows' plate; it is not clear where the data are; a latent
+            is missing in the guide; else as `Calibration` and `mutual_information`.
         NotImplementedError: a latent site is masked.
 
-    References: 'Validating Bayesian Inference Algorithms with Simulation-Based Calibration' (Talts
-    et al., arXiv 1804.06788); 'Yes, but Did It Work?' (Yao et al., arXiv 1802.02538).
+    Reference: 'Validating Bayesian Inference Algorithms with Simulation-Based Calibration' (Talts
+    et al., arXiv 1804.06788).
 
     >>> import pyro.distributions as dist
     >>> def model(x):
@@ -109,18 +107,13 @@ def calibration_by_fits(
         fit_guide: ``fit_guide(*args, **kwargs)`` returns a new guide, trained on these data; or a
             guide that is amortised over whole data sets.
         num_datasets: the number of fits, at least 20.
-        num_draws: L, the draws that a true value is ranked among.
-        names, replace: as in `calibration`.
+        num_draws, names, replace: as in `calibration`, as are errors.
         vectorize_particles: whether the guide draws in one pass, under one more plate.
         progress: show a bar, on terminals.
 
-    Raises:
-        ValueError: as `calibration`, but for rows.
-
     >>> import pyro.distributions as dist
     >>> def model(x):
-    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    ...     pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
     >>> def fit_guide(x):  # "trained" by a formula
     ...     return lambda x: pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
     >>> found = calibration_by_fits(model, fit_guide, torch.tensor(0.0), num_datasets=40)
@@ -231,13 +224,7 @@ class Simulated(NamedTuple):
 def simulate(
     model: Callable, args: tuple, kwargs: dict[str, Any], replace: Replace | None = None
 ) -> Simulated:
-    """Draw latents and data from a model, and put the data where its arguments have them.
-
-    Raises:
-        ValueError: it is not clear where the data are; the model has a `pyro.factor`, or has its
-            data as inputs, too.
-        NotImplementedError: a latent site is masked.
-    """
+    """Draw latents and data from a model, and put the data where its arguments have them."""
     with poutine.block():
         trace = poutine.trace(drawing_data(model)).get_trace(*args, **kwargs)
         observed = {site["name"]: site for site in sites(trace) if was_observed(site)}
