@@ -103,7 +103,8 @@ class IndexPosterior:
             SubstituteByName(minibatch),
         ):
             handled = OnCodes(self.site, lambda plate: decoded, normalise_masked=False)
-            known = poutine.condition(handled(self.model), data=call.given)
+            others = {name: value for name, value in call.given.items() if name != self.site}
+            known = poutine.condition(handled(self.model), data=others)
             loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)
             return loss.differentiable_loss(known, _nothing, *call.args, **call.kwargs)
 
