@@ -42,19 +42,14 @@ class Dataset:
     def split_validation(self, size: int) -> "Dataset":
         """Return the training rows as a data set of their own, the last ``size`` as its ``test``.
 
-        A size of 400 leaves 59,600 rows of MNIST to train on.
-
-        Raises:
-            ValueError: ``size`` is not in ``0 < size < len(train)``.
-
         Example:
             >>> load("digits").split_validation(100)
             Dataset('digits-validation', train=[1337, 64], test=[100, 64], shape=(8, 8))
         """
         if not 0 < size < len(self.train):
             raise ValueError(
-                f"split_validation got size={size}, but {self.name} has {len(self.train)} training "
-                f"rows. Give a size from 1 to {len(self.train) - 1}."
+                f"size must be from 1 to {len(self.train) - 1}, the training rows of {self.name} "
+                f"less one, got {size}."
             )
         return replace(
             self,
@@ -77,7 +72,7 @@ def load(
     """Load a data set: ``digits``, ``mnist``, ``fashion_mnist`` or ``omniglot``.
 
     The digits are scikit-learn's (8x8, a fixed 1,437 + 360 split) and need no file. The others are
-    IDX files in ``root/name``; a ``SHA256SUMS`` in ``root`` is checked.
+    IDX files in ``root/name``.
 
     Omniglot is downloaded as drawings, box-averaged from 105x105 to 28x28 and split at random with
     a fixed seed into 24,345 + 8,115. This is not the 28x28 file of Burda et al. (arXiv 1509.00519):
@@ -90,9 +85,7 @@ def load(
         download: whether to fill pooch's cache, and use it, where ``root`` lacks a file.
 
     Raises:
-        ValueError: the name is unknown.
         DatasetError: a file is missing, damaged or wrong.
-        ImportError: the ``data`` extra is needed.
 
     Example:
         >>> load("digits")
@@ -111,27 +104,22 @@ def load(
 def dynamic_binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw binary images anew from Bernoulli(``x``), of the same shape and dtype.
 
-    Without a ``generator`` the draws are of torch's global one.
-
-    Raises:
-        ValueError: intensities outside [0, 1] or NaN, on the CPU; on CUDA `torch.bernoulli` stops
-            with a device-side assertion, as a check would make each step wait for the device.
+    Intensities outside [0, 1] raise ValueError on the CPU; on CUDA `torch.bernoulli` stops with a
+    device-side assertion, as a check would make each step wait for the device.
 
     Example:
         >>> dynamic_binarize(torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
     """
-    _check_intensities(x, values=x.device.type == "cpu")
+    if x.device.type == "cpu":
+        _check_intensities(x)
     return torch.bernoulli(x, generator=generator)
 
 
 def fixed_binarize(x: Tensor, seed: int = 0) -> Tensor:
     """Draw binary images from Bernoulli(``x``), the same for the same ``seed`` on any device.
 
-    Keeps shape and dtype; the global generator is not used.
-
-    Raises:
-        ValueError: intensities outside [0, 1] or NaN.
+    Keeps shape and dtype; intensities outside [0, 1] raise ValueError.
 
     Example:
         >>> x = torch.full((2, 3), 0.5)
@@ -145,14 +133,10 @@ def fixed_binarize(x: Tensor, seed: int = 0) -> Tensor:
     return (uniform.to(x.device) < x).to(x.dtype)
 
 
-def _check_intensities(x: Tensor, values: bool = True) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"Intensities must be floating point, got {x.dtype}. Divide by white.")
-    if values and not ((x >= 0) & (x <= 1)).all():  # NaN fails, an empty tensor passes
-        raise ValueError(
-            f"Intensities must lie in [0, 1], got values from {x.min().item():g} to "
-            f"{x.max().item():g}. Scale them."
-        )
+def _check_intensities(x: Tensor) -> None:
+    if not ((x >= 0) & (x <= 1)).all():  # NaN fails, an empty tensor passes
+        low, high = x.min().item(), x.max().item()
+        raise ValueError(f"Intensities must lie in [0, 1], got values from {low:g} to {high:g}.")
 
 
 def _load_digits() -> Dataset:
@@ -166,14 +150,9 @@ def _load_digits() -> Dataset:
 def _read_split(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
     if images.shape[1:] != SHAPE:
-        raise DatasetError(
-            f"{images_path}: images of {images.shape[1:]} pixels, not {SHAPE}. Fetch it again."
-        )
+        raise DatasetError(f"{images_path}: images of {images.shape[1:]} pixels, not {SHAPE}.")
     if len(images) != len(labels):
-        raise DatasetError(
-            f"{images_path}: {len(images)} images, but {len(labels)} labels in "
-            f"{labels_path.name}. Take both files from one source."
-        )
+        raise DatasetError(f"{images_path}: {len(images)} images, but {len(labels)} labels.")
     return _as_tensors(images, labels, white=255)
 
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from scipy.integrate import quad
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_recursive.datasets import CURVES, Curve, curve, curve_evidence
 
@@ -32,10 +32,6 @@ def even_evidence(data: Curve, x: Tensor, nodes: int, bound: float = 9.0) -> Ten
 
 
 # The curves
-
-
-def test_names() -> None:
-    assert CURVES == ("absolute-value", "circle", "clusters", "figure-8", "spiral-dots")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -91,81 +87,45 @@ def test_stairs_have_as_many_places_as_they_should(name: str, places: int) -> No
     assert still > 0.7, "and between them the curve is fast"
 
 
-def test_gradients_of_all_decoders() -> None:
-    z = torch.tensor([[-0.7], [0.4]], requires_grad=True)
-    for name in ALL:
-        assert torch.autograd.gradcheck(small(name).decoder, (z,))
-
-
 # The draws
 
 
-def test_seeds_sizes_and_the_global_generator() -> None:
+def test_seeds_sizes_and_dtypes() -> None:
     before = torch.get_rng_state()
-    data = small("circle", seed=3)
-    torch.testing.assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
-    again, larger, other = (
-        small("circle", seed=3),
-        small("circle", 50, seed=3),
-        small("circle", seed=4),
-    )
-    torch.testing.assert_close(again.train, data.train, rtol=0, atol=0)
-    torch.testing.assert_close(larger.test, data.test, rtol=0, atol=0)
-    torch.testing.assert_close(larger.validation, data.validation, rtol=0, atol=0)
-    assert not torch.isclose(other.test, data.test).any()
-    more = small("circle", validation_rows=9, seed=3)
-    torch.testing.assert_close(more.test, data.test, rtol=0, atol=0)
-
-
-def test_dtype_scale_and_pickle() -> None:
-    data = small("clusters")
-    single = small("clusters", dtype=torch.float32)
+    data = small("clusters", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(small("clusters", seed=3).train, data.train)
+    assert not torch.isclose(small("clusters", seed=4).test, data.test).any()
+    larger = small("clusters", 50, seed=3)
+    assert torch.equal(larger.test, data.test) and torch.equal(larger.validation, data.validation)
+    assert torch.equal(small("clusters", validation_rows=9, seed=3).test, data.test)
+    single = small("clusters", seed=3, dtype=torch.float32)
     assert single.train.dtype == single.train_latents.dtype == torch.float32
     torch.testing.assert_close(single.train, data.train.float())
-    quiet = small("clusters", scale=0.1)
-    torch.testing.assert_close(quiet.train_latents, data.train_latents)
-    ratio = (quiet.train - quiet.decoder(quiet.train_latents)) / (
-        data.train - data.decoder(data.train_latents)
-    )
+    quiet = small("clusters", seed=3, scale=0.1)
+    noise = quiet.train - quiet.decoder(quiet.train_latents)
+    ratio = noise / (data.train - data.decoder(data.train_latents))
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.1 / math.sqrt(0.2)))
     copied = pickle.loads(pickle.dumps(data))
-    torch.testing.assert_close(copied.decoder(data.test_latents), data.decoder(data.test_latents))
+    assert torch.equal(copied.decoder(data.test_latents), data.decoder(data.test_latents))
     assert repr(data) == "Curve('clusters', train=[20, 2], validation=[7, 2], test=[30, 2])"
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"name": "square"}, "name must be one of .*'square'"),
-        ({"rows": -1}, "rows must be an integer >= 0, got -1"),
-        ({"test_rows": 2.5}, "test_rows must be an integer"),
-        ({"scale": 0.0}, "scale must be finite and positive"),
-    ],
-)
-def test_wrong_arguments_of_the_draws(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        curve(**{"name": "circle", **options})
+    with pytest.raises(ValueError, match=r"name must be one of .*'square'"):
+        curve("square")
 
 
 # The exact evidence
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_evidence_is_that_of_a_finer_even_grid(name: str) -> None:
-    data = small(name, test_rows=60)
-    found, expected = data.evidence(data.test), even_evidence(data, data.test, 200_001)
-    assert (found - expected).abs().max() < ROW_ERROR[name]
-    assert (found - expected).mean().abs() < ROW_ERROR[name] / 5
-
-
-@pytest.mark.parametrize("name", ALL)
 def test_evidence_is_as_accurate_as_stated(name: str) -> None:
     data = curve(name, 0, validation_rows=0, dtype=torch.float64)
-    expected = data.evidence(data.test, nodes=64_001)
-    error = data.evidence(data.test) - expected
+    found, expected = data.evidence(data.test), data.evidence(data.test, nodes=64_001)
+    error = found - expected
     assert error.abs().max() < ROW_ERROR[name] and error.mean().abs() < 3e-5
     coarse = data.evidence(data.test, nodes=2001) - expected
     assert 2 < coarse.abs().max() / error.abs().max() < 8, "of second order"
+    error = found[:60] - even_evidence(data, data.test[:60], 200_001)
+    assert error.abs().max() < ROW_ERROR[name] and error.mean().abs() < ROW_ERROR[name] / 5
 
 
 def test_adaptive_quadrature_agrees() -> None:
@@ -217,7 +177,7 @@ def test_a_constant_decoder_and_a_jump() -> None:
 def test_chunks_single_precision_and_no_rows() -> None:
     data = small("figure-8")
     expected = data.evidence(data.test, nodes=501)
-    for chunk_size in (1, 1200, 10**9):
+    for chunk_size in (1, 1200):
         found = data.evidence(data.test, nodes=501, chunk_size=chunk_size)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     single = data.evidence(data.test.float())
@@ -226,29 +186,11 @@ def test_chunks_single_precision_and_no_rows() -> None:
     assert data.evidence(data.test[:0]).shape == (0,)
 
 
-def test_a_network_gets_no_gradient() -> None:
-    net = nn.Sequential(nn.Linear(1, 5), nn.ReLU(), nn.Linear(5, 2))
-    x = torch.randn(4, 2)
-    found = curve_evidence(net, x, 0.2)
-    finer = curve_evidence(net, x, 0.2, nodes=40_001)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, finer, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "options, error, message",
-    [
-        ({"x": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "floating-point"),
-        ({"x": torch.zeros(3)}, ValueError, r"x must be \[rows, D >= 1\], got \[3\]"),
-        ({"x": torch.zeros(3, 5)}, ValueError, r"decoder returned \[.*, 2\] .* \[.*, 5\]"),
-        ({"decoder": lambda z: z.expand(-1, 2).log()}, ValueError, "not finite"),
-        ({"scale": -1.0}, ValueError, "scale must be"),
-        ({"nodes": 1}, ValueError, "nodes must be an integer >= 2"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be an integer >= 1"),
-        ({"bound": math.inf}, ValueError, "bound must be"),
-    ],
-)
-def test_wrong_arguments_of_the_evidence(options: dict, error: type, message: str) -> None:
-    arguments = {"decoder": lambda z: z.expand(-1, 2), "x": torch.zeros(3, 2), "scale": 0.1}
-    with pytest.raises(error, match=message):
-        curve_evidence(**{**arguments, **options})
+def test_what_has_no_evidence_is_refused() -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(TypeError, match=r"floating-point numbers, got torch.int64"):
+        curve_evidence(lambda z: z.expand(-1, 2), x.long(), 0.1)
+    with pytest.raises(ValueError, match=r"returned \[.*, 2\] for .* latents and x \[3, 5\]"):
+        curve_evidence(lambda z: z.expand(-1, 2), torch.zeros(3, 5), 0.1)
+    with pytest.raises(ValueError, match="The decoder is not finite up to 8"):
+        curve_evidence(lambda z: z.expand(-1, 2).log(), x, 0.1)

@@ -76,26 +76,13 @@ def test_evidence_is_that_of_another_rule(true: bool) -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-6)
 
 
-def test_more_nodes_change_nothing() -> None:
-    data = tiny(length=4, vocabulary=5)
-    expected = sequence_evidence(data.decoder, data.test, nodes=301, bound=9.0)
-    found = sequence_evidence(data.decoder, data.test)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
 def test_all_sequences_have_probability_one() -> None:
-    data = tiny(vocabulary=3, length=4)
-    evidence = sequence_evidence(data.decoder, all_sequences(3, 4))
-    assert abs(evidence.exp().sum().item() - 1) < 1e-10
+    for decoder in (tiny(vocabulary=3, length=4).decoder, SequenceDecoder(3, 5, latent=1)):
+        evidence = sequence_evidence(decoder, all_sequences(3, 4))
+        assert abs(evidence.exp().sum().item() - 1) < 1e-10
 
 
-def test_one_latent_is_enough_for_the_evidence() -> None:
-    decoder = SequenceDecoder(3, 5, latent=1)
-    evidence = sequence_evidence(decoder, all_sequences(3, 2))
-    assert abs(evidence.exp().sum().item() - 1) < 1e-10
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 10, 11, 10_000_000])
+@pytest.mark.parametrize("chunk_size", [7, 10, 11])
 def test_chunks_change_nothing(chunk_size: int) -> None:
     data = tiny(vocabulary=4)
     expected = sequence_evidence(data.decoder, data.test, nodes=31)
@@ -163,15 +150,6 @@ def chi_squared_score(counts: Tensor, probabilities: Tensor) -> float:
     return ((statistic - (n - 1)) / variance.sqrt()).item()
 
 
-def test_first_symbols_come_as_often_as_they_should() -> None:
-    data = tiny(40_000, length=2, vocabulary=8)
-    probabilities = sequence_evidence(data.decoder, torch.arange(8)[:, None]).exp()
-    frequencies = data.train[:, 0].bincount(minlength=8) / 40_000
-    errors = (probabilities * (1 - probabilities) / 40_000).sqrt()
-    assert ((frequencies - probabilities) / errors).abs().max() < 4
-    assert (probabilities - 1 / 8).abs().max() > 20 * errors.max(), "a test that can fail"
-
-
 def test_sequences_come_as_often_as_they_should() -> None:
     data = tiny(40_000, length=3, vocabulary=3)
     probabilities = sequence_evidence(data.decoder, all_sequences(3, 3)).exp()
@@ -237,45 +215,6 @@ def test_sizes_dtypes_and_names() -> None:
         data.train = data.test  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("rows", 0, "rows must be an integer >= 1, got 0"),
-        ("test_rows", -3, "test_rows must be an integer >= 1, got -3"),
-        ("length", 0, "length must be an integer >= 1, got 0"),
-        ("hidden", 2.5, "hidden must be an integer >= 1, got 2.5"),
-        ("vocabulary", 1, "vocabulary must be an integer >= 2, got 1"),
-        ("gain", -1.0, "gain must be finite and not negative, got -1.0"),
-        ("gain", math.inf, "gain must be finite and not negative, got inf"),
-        ("latent_gain", math.nan, "latent_gain must be finite and not negative, got nan"),
-    ],
-)
-def test_bad_sizes_are_refused(name: str, value: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lstm_sequences(**{name: value})  # type: ignore[arg-type]
-
-
-def test_what_has_no_evidence_is_refused() -> None:
-    decoder, x = SequenceDecoder(4, 5), torch.tensor([[0, 3], [1, 2]])
-    for wrong, message in [
-        (x[0], r"int64 \[rows, length >= 1\], got torch.int64 \[2\]"),
-        (x[:, :0], r"got torch.int64 \[2, 0\]"),
-        (x.double(), r"got torch.float64 \[2, 2\]"),
-        (x + 1, "symbols from 1 to 4, and the decoder's are 0 to 3"),
-        (x - 1, "symbols from -1 to 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            sequence_evidence(decoder, wrong)
-    with pytest.raises(ValueError, match="nodes must be an integer >= 2, got 1"):
-        sequence_evidence(decoder, x, nodes=1)
-    with pytest.raises(ValueError, match="chunk_size must be an integer >= 1, got 0"):
-        sequence_evidence(decoder, x, chunk_size=0)
-    with pytest.raises(ValueError, match="bound must be finite and positive, got 0"):
-        sequence_evidence(decoder, x, bound=0.0)
-    with pytest.raises(ValueError, match="one or two latents, and the decoder has 3"):
-        sequence_evidence(SequenceDecoder(4, 5, latent=3), x)
-
-
 # The decoder
 
 
@@ -309,21 +248,15 @@ def small_vae(x: Tensor) -> tuple[SequenceVAE, AmortizedGuide]:
     return vae, guide
 
 
-def test_every_parameter_of_the_vae_learns() -> None:
-    data = tiny(20, vocabulary=6)
-    vae, guide = small_vae(data.train)
-    IWAE_ELBO(4, estimator="dreg").differentiable_loss(vae.model, guide, data.train).backward()
-    assert all(p.grad is not None and (p.grad != 0).any() for p in vae.parameters())
-
-
-def test_lstms_run_once_a_row() -> None:
+def test_lstms_run_once_a_row_and_every_parameter_learns() -> None:
     data = tiny(20, vocabulary=6)
     vae, guide = small_vae(data.train)
     seen = []
     for lstm in (vae.encoder.lstm, vae.decoder.lstm):
         lstm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    IWAE_ELBO(16).differentiable_loss(vae.model, guide, data.train)
+    IWAE_ELBO(16, estimator="dreg").differentiable_loss(vae.model, guide, data.train).backward()
     assert set(seen) == {(20, 3, 8)}, "without the particles"
+    assert all(p.grad is not None and (p.grad != 0).any() for p in vae.parameters())
 
 
 @pytest.mark.parametrize("of", ["AmortizedGuide", "VAE"])
@@ -356,15 +289,6 @@ def test_the_vae_learns_the_true_model() -> None:
     true = sequence_evidence(data.decoder, data.train[:200])
     gap = true - after
     assert abs(gap.mean()) < 0.15 < (true.mean() - before) / 2
-
-
-def test_svi_takes_the_guide_that_comes_with_it() -> None:
-    data = tiny(20, vocabulary=6)
-    vae = SequenceVAE(vocabulary=6, hidden=8, name="a ")
-    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.02}), loss=IWAE_ELBO(8))
-    losses = [svi.step(data.train) for _ in range(40)]
-    assert sum(losses[-5:]) < sum(losses[:5])
-    assert all(name.startswith(("a encoder", "a decoder")) for name in pyro.get_param_store())
 
 
 @pytest.mark.slow
