@@ -25,6 +25,7 @@ from pyro_recursive.evaluation import importance_weights
 from pyro_recursive.training import Aggressive, NonFiniteError
 
 OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
+Steps = Mapping[str, Callable[[], object]]
 Costs = dict[str, dict[str, float]]
 TRAINED = {"history", "processor_seconds"}  # what a run has before it is evaluated
 SMOKE = {"epochs": 1, "eval_points": 20, "eval_samples": 100, "timing_repeats": 1}
@@ -236,13 +237,7 @@ def count(*modules: nn.Module) -> int:
 # Timing.
 
 
-def costs_of(
-    steps: Mapping[str, Callable[[], object]],
-    repeats: int,
-    calls: int,
-    baseline: str,
-    title: str = "timing",
-) -> Costs:
+def costs_of(steps: Steps, repeats: int, calls: int, baseline: str) -> Costs:
     """Return each variant's median milliseconds a call, and median ratio to the baseline.
 
     Every variant runs in each repeat, in an order that is rotated, because caches depend on what
@@ -250,7 +245,7 @@ def costs_of(
     """
     timings: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for repeat in tqdm(range(repeats), desc=title, leave=False):
+    for repeat in tqdm(range(repeats), desc="timing", leave=False):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             steps[name]()

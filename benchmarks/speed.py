@@ -60,7 +60,7 @@ def time_steps(batch: int, particles: int, repeats: int) -> Costs:
         svi = SVI(vae.model, vae.guide, optimizer, losses(particles)[name])
         steps[f"{name}, stock SVI"] = partial(svi.step, x)
     calls = max(1, 200 // (batch * particles))
-    return costs_of(steps, repeats, calls, HAND, title=f"{batch} x {particles}")
+    return costs_of(steps, repeats, calls, HAND)
 
 
 def losses(particles: int) -> dict[str, ELBO]:
