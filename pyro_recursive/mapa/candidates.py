@@ -79,7 +79,6 @@ class Plan:
 
 
 def _own(index: Tensor, log_q: Tensor, top: int, samples: int, replace: bool) -> Candidates:
-    """Return codes of each row, ``[B, top + samples]``."""
     rest = _normalised(log_q[:, top:])
     samples = samples if replace else min(samples, rest.shape[-1])
     exact = log_q[:, :top]
@@ -202,7 +201,6 @@ def systematic(chances: Tensor, order: Tensor, start: Tensor) -> Tensor:
 
 
 def _unique(own: Candidates) -> Candidates:
-    """Return the codes of all rows once each, with the weights of each row."""
     codes, position = own.codes.unique(return_inverse=True)
     log_weights = own.log_weights.new_full((len(own.codes), len(codes)), -math.inf)
     # A row may have drawn a code several times: its weights add.

@@ -74,11 +74,8 @@ def index_site(site: str) -> str:
 class OnCodes(Messenger):
     """Replaces the prior of a latent site by a choice among codes: the model's innermost handler.
 
-    Args:
-        site: the latent site.
-        select_codes: the codes for a plate of the site.
-        normalise_masked: normalise the weights of rows that a mask leaves out, so that they
-            contribute nothing.
+    ``select_codes`` returns the codes for a plate of the site. With ``normalise_masked`` the
+    weights of rows that a mask leaves out are normalised, so that they contribute nothing.
 
     Raises:
         NotImplementedError: the site is discrete, or not in exactly one vectorised plate.
@@ -147,8 +144,7 @@ class Empiricalized:
     Raises:
         ValueError: several sites could be meant; and as `OnCodes` does.
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
+    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> from pyro.infer import SVI, TraceEnum_ELBO
     >>> from torch import nn
@@ -253,7 +249,6 @@ def _at_plate(log_weights: Tensor, dim: int) -> Tensor:
 
 
 def _at_index(codes: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Return the code of each index, ``[*index, D]``."""
     if codes.dim() == 2:
         return codes[index]
     rows = torch.arange(len(codes), device=codes.device).reshape(-1, *[1] * (-dim - 1))
@@ -272,7 +267,6 @@ def _value(fn: Any, u: Tensor, name: str) -> Tensor:
 
 
 def _normalised_where_masked(log_weights: Tensor, mask: Any) -> Tensor:
-    """Normalise the weights of the rows that a mask leaves out."""
     if mask is None or mask is True:
         return log_weights
     mask = torch.as_tensor(mask, device=log_weights.device)

@@ -182,16 +182,11 @@ class MAPAGuide(LatentGuide):
         """Return the model with the latent that has codes, the others hidden."""
         return poutine.block(super().served_model(), hide_fn=self._is_other)
 
-    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
-        """Check that the codes fit the site."""
-        first = self.codes(torch.zeros(1, dtype=torch.long, device=self.codes.logits.device))
-        size = first.shape[-1]
-        if size != latents.size:
-            raise ValueError(
-                f"Codes have length {size}; latent site '{self.site}' takes {latents.size}."
-            )
-
     def _check_broadcasting(self, call: GuideCall) -> None:
+        """Raise ValueError where the model cannot run on more codes than rows.
+
+        As many codes as rows would leave the error of a model that reshapes its latents unseen.
+        """
         (latents,) = self.groups
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)
@@ -200,7 +195,15 @@ class MAPAGuide(LatentGuide):
         self.codes.eval()  # a batch norm cannot train on a single code
         decoded = self._decoded(index, torch.zeros_like(index), noisy=False)
         self.codes.train(is_training)
-        self._index_posterior.check_broadcasting(call, decoded)
+        try:
+            self._index_posterior(call, decoded)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"The model fails with site '{self.site}' at many codes at once: count dims from "
+                f"the right, or use share='pair'. The error was: {error}"
+            ) from error
 
     @pyro_method
     def others(self, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +294,6 @@ class MAPAGuide(LatentGuide):
         return call
 
     def _step(self, rows: Rows | None, plate: Plate) -> DecodedCodes:
-        """Choose the codes of a training step, and count them."""
         if rows is None:
             self.passes = Passes(len(self.codes), plate.size)
             return all_of(self.codes)
@@ -358,7 +360,6 @@ class MAPAGuide(LatentGuide):
         self.table = neighbours(data, kernel, width, cache=self.cache, cache_key=self.cache_key)
 
     def _is_other(self, site: Any) -> bool:
-        """Whether a message is of a latent without codes."""
         if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
             return False
         return site["name"] != self.site

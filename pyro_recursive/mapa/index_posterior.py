@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock
-from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, index_site, with_noise
-from pyro_recursive.mapa.loss import IndexELBO
+from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, with_noise
+from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 
@@ -65,23 +66,6 @@ class IndexPosterior:
         (grad,) = torch.autograd.grad(self._minus_evidence(call, decoded), log_weights)
         return (grad / grad.sum(-1, keepdim=True)).log()
 
-    def check_broadcasting(self, call: GuideCall, decoded: DecodedCodes) -> None:
-        """Run the model on some codes, and raise ValueError where it cannot.
-
-        The number of codes must not be that of the rows: a model that reshapes its latents by the
-        number of rows would then be wrong without an error.
-        """
-        log_weights = self.at_rows(decoded.log_weights.detach(), call).requires_grad_()
-        try:
-            self._minus_evidence(call, DecodedCodes(decoded.codes, log_weights))
-        except NotImplementedError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"The model fails with site '{self.site}' at many codes at once: count dims from "
-                f"the right, or use share='pair'. The error was: {error}"
-            ) from error
-
     def at_rows(self, log_weights: Tensor, call: GuideCall) -> Tensor:
         """Repeat log-weights for all rows and the plates around, ``[*batch, K]``."""
         rows = log_weights.expand(*call.sizes(self.latents), log_weights.shape[-1])
@@ -94,7 +78,6 @@ class IndexPosterior:
         outer = [frame for frame in get_plates() if frame.vectorized]
         nesting = max([self.nesting, *(-frame.dim for frame in outer)])
         minibatch = {name: plate.indices for name, plate in call.plates.items()}
-
         with (
             isolated(noise=SharedNoise()),
             torch.enable_grad(),
@@ -105,8 +88,10 @@ class IndexPosterior:
             handled = OnCodes(self.site, lambda plate: decoded, normalise_masked=False)
             others = {name: value for name, value in call.given.items() if name != self.site}
             known = poutine.condition(handled(self.model), data=others)
-            loss = IndexELBO(index_site(self.site), max_plate_nesting=nesting)
-            return loss.differentiable_loss(known, _nothing, *call.args, **call.kwargs)
+            guide = SimpleNamespace(site=self.site, others=_nothing, end_step=_nothing)
+            guide.empiricalized = lambda model: known
+            loss = MAPA_ELBO(max_plate_nesting=nesting)
+            return loss.differentiable_loss(self.model, guide, *call.args, **call.kwargs)
 
 
 class _Around(Messenger):
@@ -122,4 +107,4 @@ class _Around(Messenger):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """The guide of a model without other latents."""
+    """The other latents, which are known, and the end of a step, which is none."""

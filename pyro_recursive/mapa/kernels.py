@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_recursive.mapa.distance_kernels import Distance, Gaussian, StudentT
 from pyro_recursive.mapa.kernel_base import (
+    Distance,
     Features,
+    Gaussian,
     InnerProductKernel,
     Kernel,
     LogKernel,
+    StudentT,
     check_data,
     check_positive,
     flat,
@@ -64,8 +66,8 @@ class Bernoulli(InnerProductKernel):
     Raises:
         ValueError: both are given or out of range; data are outside [0, 1].
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby et al., arXiv 2403.08941), which softens bits; the prior is ours.
+    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941),
+    which softens bits; the prior is ours.
 
     >>> x = torch.tensor([[0, 0], [0, 1]])
     >>> Bernoulli()(x, x).exp()
@@ -274,12 +276,8 @@ def kernel_for(
     A Normal with a known scale (the same for all rows, without gradient) has `Gaussian(scale)`;
     with a learned scale, or one that differs between rows, bandwidths have perplexity 30, or a
     third of the number of rows if that is less. The others have the kernels of their names.
-
-    Args:
-        fn: the distribution of an observed site.
-        value: the data ``[N, *x]``, or some of them.
-        number: N, where these are not all.
-        k: how many neighbours a table will keep, which bounds perplexities.
+    ``number`` is that of all data, where ``value`` ``[N, *x]`` are some; ``k`` that of neighbours
+    kept, which bounds perplexities.
 
     Raises:
         ValueError: for other distributions.

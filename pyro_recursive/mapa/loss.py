@@ -1,4 +1,4 @@
-"""The loss of MAPA, and sums over codes that do not underflow."""
+"""The loss of MAPA, by sums over codes that do not underflow."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,8 +31,7 @@ class MAPA_ELBO(TraceEnum_ELBO):
         TypeError: the guide is no `pyro_recursive.tracing.protocols.CodeGuide`.
         ValueError: sites that depend on the code have different scales.
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby, Pan & Doshi-Velez, arXiv 2403.08941).
+    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro_recursive import MAPAGuide
@@ -83,22 +82,6 @@ class MAPA_ELBO(TraceEnum_ELBO):
                 self.max_plate_nesting = math.inf
 
 
-class IndexELBO(TraceEnum_ELBO):
-    """`pyro.infer.TraceEnum_ELBO` of a model with an index of codes, without underflow."""
-
-    def __init__(self, index: str, **options: Any) -> None:
-        super().__init__(**options)
-        self.index = index
-
-    def _get_traces(
-        self, model: Callable, guide: Callable, args: Any, kwargs: Any
-    ) -> Iterator[tuple[Any, Any]]:
-        """Merge the factors of the index in each pair of traces."""
-        for model_trace, guide_trace in super()._get_traces(model, guide, args, kwargs):
-            merge_factors(model_trace, self.index)
-            yield model_trace, guide_trace
-
-
 def merge_factors(trace: poutine.Trace, index: str) -> None:
     """Add up the factors that depend on an enumerated index, in place, in a packed model trace.
 
@@ -109,13 +92,13 @@ def merge_factors(trace: poutine.Trace, index: str) -> None:
     """
     own = trace.nodes[index]
     symbol, plates = own["infer"].get("_enumerate_symbol"), _plates(trace, own)
+    of_enumerated = [_plates(trace, site) for site in sites(trace) if _is_enumerated(site)]
     terms = {}
     for site in sites(trace):
-        enumerated = site["infer"].get("_enumerate_dim") is not None and site is not own
-        term = _log_prob(site)
-        if symbol in _dims(term) and not enumerated and same_scale(site, own):
+        term, is_other = _log_prob(site), _is_enumerated(site) and site is not own
+        if symbol in _dims(term) and not is_other and same_scale(site, own):
             inner = _plates(trace, site) - plates
-            if _plates(trace, site) >= plates and not _enumerates_in(trace, inner):
+            if _plates(trace, site) >= plates and not any(inner & each for each in of_enumerated):
                 terms[site["name"]] = _summed(term, inner)
     if not terms:
         return  # one code: nothing is summed
@@ -127,30 +110,24 @@ def merge_factors(trace: poutine.Trace, index: str) -> None:
     _set(own, _named(merged, dims))
 
 
-def _enumerates_in(trace: poutine.Trace, plates: frozenset[str]) -> bool:
-    """Whether another site is enumerated for each entry of some plates."""
-    return any(
-        site["infer"].get("_enumerate_dim") is not None and plates & _plates(trace, site)
-        for site in sites(trace)
-    )
-
-
 def _plates(trace: poutine.Trace, site: Site) -> frozenset[str]:
-    """Return the symbols of a site's plates."""
     frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
     return frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
+
+
+def _is_enumerated(site: Site) -> bool:
+    return site["infer"].get("_enumerate_dim") is not None
 
 
 def _log_prob(site: Site) -> Tensor:
     """Return the term inside the logarithm: the density with its mask, without its scale."""
     tensors = site["packed"]
-    if site["infer"].get("_enumerate_dim") is not None:
+    if _is_enumerated(site):
         return tensors["unscaled_log_prob"]
     return packed.scale_and_mask(tensors["unscaled_log_prob"], mask=tensors["mask"])
 
 
 def _summed(term: Tensor, inner: frozenset[str]) -> Tensor:
-    """Sum a factor over inner plates."""
     dims = _dims(term)
     axes = [axis for axis, symbol in enumerate(dims) if symbol in inner]
     left = "".join(symbol for symbol in dims if symbol not in inner)

@@ -10,7 +10,6 @@ from pyro_recursive.mapa.kernel_base import (
     InnerProductKernel,
     Kernel,
     LogKernel,
-    check_data,
     check_shapes,
     origin_of,
 )
@@ -43,7 +42,8 @@ class Search:
     """
 
     def __init__(self, kernel: LogKernel, reference: Tensor, budget: int = BUDGET) -> None:
-        _check(kernel, reference)
+        if isinstance(kernel, Kernel):
+            kernel.check(reference)
         self.kernel, self.reference, self.budget = kernel, reference, budget
         if isinstance(kernel, InnerProductKernel):
             self.origin = origin_of(reference)
@@ -54,7 +54,8 @@ class Search:
     @torch.no_grad()
     def __call__(self, query: Tensor, k: int, own: bool = False) -> Neighbours:
         """Return the k nearest of queries ``[Q, *x]``; with ``own`` they are the references."""
-        _check(self.kernel, query)
+        if isinstance(self.kernel, Kernel):
+            self.kernel.check(query)
         check_shapes(query, self.reference)
         is_product = isinstance(self.kernel, InnerProductKernel)
         score = self._by_products if is_product else self._by_pairs
@@ -134,10 +135,3 @@ def _rounded(scores: Tensor, reach: Tensor) -> Tensor:
     """
     quantum = torch.ldexp(torch.ones_like(reach), reach.frexp().exponent - _DIGITS)
     return torch.where(reach > 0, (scores / quantum).round() * quantum, scores)
-
-
-def _check(kernel: LogKernel, data: Tensor) -> None:
-    if isinstance(kernel, Kernel):
-        kernel.check(data)
-    elif data.is_floating_point():
-        check_data(kernel, data)

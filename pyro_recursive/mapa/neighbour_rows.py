@@ -62,7 +62,6 @@ def _indices(plate: Plate) -> Tensor:
 
 
 def _of_minibatch(rows: Any, plate: Plate, what: str) -> Tensor:
-    """Return the rows of the minibatch, given these or all."""
     length = len(rows) if isinstance(rows, Tensor) and rows.dim() else None
     if length == plate.size:
         return rows

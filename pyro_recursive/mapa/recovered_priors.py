@@ -60,10 +60,9 @@ class RecoveredPrior(nn.Module, ABC):
 
 
 class QuantileMap(Transform):
-    """An increasing, piecewise linear function through given knots, with linear tails.
+    """An increasing, piecewise linear function through knots ``[K]``, with linear tails.
 
-    ``inputs`` and ``outputs`` are ``[K]``, both strictly increasing. Of the ``slopes`` ``[K + 1]``
-    the first and the last are those of the tails.
+    In the tails the slope is the mean one of the outermost ``sqrt(K)`` knots.
     """
 
     domain = constraints.real
@@ -71,56 +70,71 @@ class QuantileMap(Transform):
     bijective = True
     sign = 1
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, tails: Tensor) -> None:
+    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
         super().__init__()
-        self.inputs, self.outputs = inputs, outputs
-        inner = outputs.diff() / inputs.diff()
-        self.slopes = torch.cat([tails[:1], inner, tails[1:]])
+        width = min(len(inputs) - 1, math.isqrt(len(inputs)))
+        self.inputs, self.outputs = _extended(inputs, width), _extended(outputs, width)
 
     def _call(self, x: Tensor) -> Tensor:
-        piece = _piece(x, self.inputs)
-        knot = (piece - 1).clamp_min(0)
-        return self.outputs[knot] + self.slopes[piece] * (x - self.inputs[knot])
+        return _interpolated(x, self.inputs, self.outputs)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        piece = _piece(y, self.outputs)
-        knot = (piece - 1).clamp_min(0)
-        return self.inputs[knot] + (y - self.outputs[knot]) / self.slopes[piece]
+        return _interpolated(y, self.outputs, self.inputs)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the logarithm of the slope at ``x``."""
-        return self.slopes[_piece(y, self.outputs)].log()
+        return -_interpolated(y, self.outputs, self.inputs)[1].log()
+
+
+def _extended(knots: Tensor, width: int) -> Tensor:
+    """Add a knot at each end, as far from the last one as the one ``width`` before it."""
+    return torch.cat([2 * knots[:1] - knots[width], knots, 2 * knots[-1:] - knots[-1 - width]])
+
+
+def _interpolated(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the function's values and slopes; it goes on linearly outside of the knots."""
+    right = torch.bucketize(x.detach().contiguous(), knots).clamp(1, len(knots) - 1)
+    left = right - 1
+    slope = (values[right] - values[left]) / (knots[right] - knots[left])
+    return values[left] + slope * (x - knots[left]), slope
 
 
 class QuantilePrior(RecoveredPrior):
     """``z = h(w)`` with ``w ~ N(0, 1)`` and ``h`` the empirical quantile function of the codes.
 
     ``h`` maps ``Phi^-1((r - 1/2) / N)`` to the r-th smallest code (with weights, the middle of its
-    share of them) and is linear between. Equal codes are one knot. In the tails the slope is the
-    mean one of the outermost ``sqrt(K)`` of the K knots. With all codes as knots the log-density of
-    new codes is 0.42 nats (one less Euler's constant) below the true one; with fewer ``knots``, 10
-    codes each, about 0.05.
+    share of them). Equal codes are one knot. With all codes as knots the log-density of new codes
+    is 0.42 nats (one less Euler's constant) below the true one; with fewer ``knots``, 10 codes
+    each, about 0.05.
     """
 
     kind = "copula"
     inputs: Tensor
     outputs: Tensor
-    tails: Tensor
 
     def __init__(self, codes: Tensor, log_weights: Tensor, *, knots: int | None = None) -> None:
         super().__init__(1, len(codes))
         if codes.shape[1] != 1:
             raise ValueError("kind='copula' is for codes of one number: use 'flow' or 'kde'.")
-        inputs, outputs = _quantiles(codes[:, 0].double(), log_weights.double())
+        values, which = codes[:, 0].double().unique(return_inverse=True)
+        weights = torch.zeros_like(values).index_add_(0, which, log_weights.double().exp())
+        below = weights.cumsum(0) - weights / 2
+        above = weights.flip(0).cumsum(0).flip(0) - weights / 2
+        # The nearer tail, where a quantile close to one would have lost its digits.
+        ndtri = torch.special.ndtri
+        normals = torch.where(below < above, ndtri(below), -ndtri(above))
+        finite = normals.isfinite()  # the weights of the others are too small to matter
+        normals, values = normals[finite], values[finite]
         if knots is not None:
-            whole = QuantileMap(inputs, outputs, _tails(inputs, outputs))
-            middles = (torch.arange(knots).to(inputs) + 0.5) / knots
-            inputs = torch.special.ndtri(middles)
-            outputs = whole(inputs)
-        inputs, outputs = _increasing(inputs.to(codes.dtype), outputs.to(codes.dtype))
-        self.register_buffer("inputs", inputs)
-        self.register_buffer("outputs", outputs)
-        self.register_buffer("tails", _tails(inputs, outputs))
+            smooth = ndtri((torch.arange(knots).to(normals) + 0.5) / knots)
+            normals, values = smooth, QuantileMap(normals, values)(smooth)
+        inputs, outputs = normals.to(codes.dtype), values.to(codes.dtype)
+        differ = (inputs.diff() > 0) & (outputs.diff() > 0)
+        if not differ.any():
+            raise ValueError("Nearly all of the weight is on equal codes: no quantile map follows.")
+        kept = torch.cat([differ.new_ones(1), differ])
+        self.register_buffer("inputs", inputs[kept])
+        self.register_buffer("outputs", outputs[kept])
 
     def forward(self) -> Any:
         """Return the distribution of ``h(w)``, batch ``[]`` and event ``[1]``."""
@@ -132,42 +146,7 @@ class QuantilePrior(RecoveredPrior):
         return self._map()(noise.to(self.inputs.dtype))
 
     def _map(self) -> QuantileMap:
-        return QuantileMap(self.inputs, self.outputs, self.tails)
-
-
-def _piece(value: Tensor, knots: Tensor) -> Tensor:
-    """Return how many knots are below each value."""
-    return torch.bucketize(value.detach().contiguous(), knots)
-
-
-def _quantiles(codes: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the standard normals of the distinct codes' quantiles, and these codes in order."""
-    values, which = codes.unique(return_inverse=True)
-    weights = torch.zeros_like(values).index_add_(0, which, log_weights.exp())
-    below, above = weights.cumsum(0) - weights / 2, weights.flip(0).cumsum(0).flip(0) - weights / 2
-    # The nearer tail, where a quantile close to one would have lost its digits.
-    inputs = torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above))
-    return inputs, values
-
-
-def _increasing(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out the knots that do not differ from the one before in both numbers."""
-    finite = inputs.isfinite()  # the weights of the others are too small to matter
-    inputs, outputs = inputs[finite], outputs[finite]
-    differ = (inputs.diff() > 0) & (outputs.diff() > 0)
-    if not differ.any():
-        raise ValueError("Nearly all of the weight is on equal codes: no quantile map follows.")
-    kept = torch.cat([differ.new_ones(1), differ])
-    return inputs[kept], outputs[kept]
-
-
-def _tails(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Return the slopes of both tails, ``[2]``."""
-    last = len(inputs) - 1
-    width = min(last, math.isqrt(len(inputs)))
-    low = (outputs[width] - outputs[0]) / (inputs[width] - inputs[0])
-    high = (outputs[last] - outputs[last - width]) / (inputs[last] - inputs[last - width])
-    return torch.stack([low, high])
+        return QuantileMap(self.inputs, self.outputs)
 
 
 class KDEPrior(RecoveredPrior):
@@ -200,8 +179,6 @@ class KDEPrior(RecoveredPrior):
             self.register_buffer("loc", loc)
             self.register_buffer("scale_tril", scale_tril)
         widths = torch.as_tensor(scale, dtype=codes.dtype, device=codes.device).detach()
-        if not (widths > 0).all():
-            raise ValueError(f"scale must be positive, got {scale}.")
         self.centers = nn.Parameter(codes.clone())
         self.log_scale = nn.Parameter(widths.log().expand(codes.shape[1]).clone())
         self.log_weights = nn.Parameter(log_weights.clone())

@@ -45,8 +45,7 @@ class Table:
     Raises:
         ValueError: indices or log q are not as above.
 
-    Source: `Towards Model-Agnostic Posterior Approximation for Fast and Accurate Variational
-    Autoencoders` (Yacoby et al., arXiv 2403.08941).
+    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> table = Table.from_log_weights(torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.2, 0.8]]).log())
     >>> table
@@ -293,7 +292,6 @@ def _cached(path: Path) -> Table | None:
 
 
 def _digest(*parts: Tensor | str | None) -> str:
-    """Return the SHA-256 of tensors, with dtypes and shapes, and of words."""
     sha = hashlib.sha256(f"format {FORMAT}".encode())
     for part in parts:
         if isinstance(part, Tensor):
@@ -315,5 +313,4 @@ def _float_dtype(data: Tensor) -> torch.dtype:
 
 
 def _normalised(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows of log-weights, float64 ``[N, k]``, normalised, in a dtype."""
     return (log_weights - log_weights.logsumexp(1, keepdim=True)).to(dtype)

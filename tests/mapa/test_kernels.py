@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_recursive.mapa.distance_kernels import of_perplexity
-from pyro_recursive.mapa.kernel_base import InnerProductKernel, Kernel
+from pyro_recursive.mapa.kernel_base import InnerProductKernel, Kernel, of_perplexity
 from pyro_recursive.mapa.kernels import (
     Bernoulli,
     Categorical,

@@ -183,7 +183,6 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.randn(3, 5), {"kind": "kde", "held_out": 0}, ValueError, "in a hyperplane"),
         (torch.randn(5, 1), {"scale": 0.1}, ValueError, "scale is for kind='kernels'"),
         (torch.randn(5, 1), {"kind": "kernels"}, ValueError, "which needs it"),
-        (torch.randn(5, 2), {"kind": "kernels", "scale": -1.0}, ValueError, "be positive"),
         (torch.randn(2, 1), {}, ValueError, "too few to hold 1 out"),
         (torch.randn(5, 1), {"log_weights": torch.zeros(4)}, ValueError, r"must be \[5\]"),
         (torch.randn(2, 1), {"log_weights": torch.full((2,), -math.inf)}, ValueError, "above -inf"),
