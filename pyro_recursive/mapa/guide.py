@@ -79,7 +79,7 @@ class MAPAGuide(LatentGuide):
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> import pyro.distributions as dist
-    >>> encoder, decoder = nn.Linear(2, 1), nn.Linear(1, 2)
+    >>> encoder, decoder = torch.nn.Linear(2, 1), torch.nn.Linear(1, 2)
     >>> def model(x):
     ...     pyro.module("decoder", decoder)
     ...     with pyro.plate("data", len(x)):
