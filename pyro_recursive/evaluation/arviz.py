@@ -18,7 +18,6 @@ from torch import Tensor
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws, stacked
 from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
 from pyro_recursive.evaluation.predictions import (
-    Resample,
     log_likelihoods,
     observed_data,
     posterior_draws,
@@ -46,7 +45,7 @@ def to_arviz(
     guide: Callable,
     *args: Any,
     num_draws: int = 1000,
-    resample: Resample | None = None,
+    resample: str | None = None,
     num_proposals: int | None = None,
     posterior_predictive: bool = True,
     prior_predictive: bool = False,

@@ -94,7 +94,6 @@ def mixture_diversity(
     guide: Callable,
     *args: Any,
     num_draws: int = 100,
-    shared: bool = False,
     **kwargs: Any,
 ) -> Diversity:
     """Estimate how different the components of a mixture guide are, for each datum.
@@ -106,8 +105,6 @@ def mixture_diversity(
     Args:
         guide: a `MixtureGuide`; or a `RecursiveMixtureGuide`, with the components kept so far.
         num_draws: S, the draws from each component, at least 2.
-        shared: of a guide with two mixtures, take that of the latents outside the rows. The other
-            is averaged over draws of those.
 
     Raises:
         TypeError: the guide has no mixture.
@@ -130,7 +127,7 @@ def mixture_diversity(
     bare.prepare(*args, **kwargs)
     with poutine.block():
         call = bare.new_call(args, kwargs)
-        latents = bare.groups[0] if shared else bare.groups[-1]
+        latents = bare.groups[-1]
         rows = call.sizes(latents)
         size = max(1, CHUNK_ROWS // math.prod((1, *rows)))
         counts = [min(size, num_draws - start) for start in range(0, num_draws, size)]
@@ -157,7 +154,7 @@ def _by_row(tensor: Tensor, lead: int, latents: LatentBlock, rows: tuple[int, ..
     """``[*lead, *batch, M]`` to ``[*lead, *rows, M]``."""
     batch = latents.expand_rows(torch.empty(*rows, 1)).shape[:-1]
     outer, last = tensor.shape[:lead], tensor.shape[-1]
-    # Shared latents take fewer dims than the guide's plates, and what all rows share may, too.
+    # What all rows share may have fewer dims.
     inner = tensor.shape[max(lead, tensor.dim() - 1 - len(batch)) : -1]
     aligned = tensor.reshape(*outer, *(1,) * (len(batch) - len(inner)), *inner, last)
     return aligned.expand(*outer, *batch, last).reshape(*outer, *rows, last)

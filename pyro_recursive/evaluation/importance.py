@@ -141,10 +141,14 @@ class ImportanceWeights:
     latent sites with point estimates, which the weights take as given. ``print`` shows a summary.
 
     >>> print(ImportanceWeights(torch.zeros(1000, 3, dtype=torch.float64), ("data",)))
-    1000 draws from the guide, 3 entries of plates ['data'].
-    k-hat: 0 of 3 above 0.67; the largest is 0.00, at (0,).
-    Effective sample size: median 1000, smallest 1000.
-    log p(x): 0.000 nats in all.
+    draws                1000
+    entries                 3
+    threshold        0.666667
+    high_k                  0
+    largest_k               0
+    median_ess           1000
+    smallest_ess         1000
+    log_marginal            0
     """
 
     log_weights: Tensor
@@ -202,19 +206,7 @@ class ImportanceWeights:
         }
 
     def __str__(self) -> str:
-        s = self.summary()
-        place = tuple(map(int, torch.unravel_index(self.pareto_k.argmax(), self.ess.shape)))
-        lines = [
-            f"{s['draws']} draws from the guide, {s['entries']} entries of plates "
-            f"{list(self.plates)}.",
-            f"k-hat: {s['high_k']} of {s['entries']} above {s['threshold']:.2f}; the largest is "
-            f"{s['largest_k']:.2f}, at {place}.",
-            f"Effective sample size: median {s['median_ess']:.0f}, smallest "
-            f"{s['smallest_ess']:.0f}.",
-            f"log p(x): {s['log_marginal']:.3f} nats in all.",
-        ]
-        if s["high_k"]:
-            lines.append("High k-hats: do not rely on it. Train longer, or use a richer guide.")
+        lines = [f"{name:12} {value:12.6g}" for name, value in self.summary().items()]
         if self.points:
             lines.append(f"The weights take the point estimates of {list(self.points)} as given.")
         return "\n".join(lines)

@@ -148,27 +148,22 @@ def plot_history(history: Any, ax: Any = None) -> Any:
     """Plot the losses of `pyro_recursive.fit` by epoch, training and validation, in nats.
 
     Losses that are not there or not finite are left out; a circle is around the best epoch.
-    ``history`` is a `pyro_recursive.training.history.History`, or several by name.
+    ``history`` is a `pyro_recursive.training.history.History`.
 
     >>> from pyro_recursive.training.history import History
     >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[None, 4.0])
     >>> plot_history(history).get_ylabel()
     'loss, nats'
     """
-    ax = _axes(ax)
-    found = history if isinstance(history, Mapping) else {"": history}
-    for index, (name, each) in enumerate(found.items()):
-        color, prefix, epochs = f"C{index % 10}", f"{name}: " if name else "", np.array(each.epoch)
-        loss, validation = (np.array(v, dtype=float) for v in (each.loss, each.validation))
-        loss[~np.isfinite(loss)] = math.nan
-        ax.plot(epochs, loss, ".-", color=color, label=f"{prefix}training")
-        known = np.isfinite(validation)
+    ax, lines = _axes(ax), {"training": history.loss, "validation": history.validation}
+    for label, values in lines.items():
+        losses = np.array(values, dtype=float)
+        known = np.isfinite(losses)
         if known.any():
-            style = {"color": color, "label": f"{prefix}validation"}
-            ax.plot(epochs[known], validation[known], ".--", **style)
-        if each.best_epoch is not None:
-            best = each.epoch.index(each.best_epoch)
-            ax.plot(each.best_epoch, validation[best], "o", color=color, fillstyle="none")
+            ax.plot(np.array(history.epoch)[known], losses[known], ".-", label=label)
+    if history.best_epoch is not None:
+        best = history.epoch.index(history.best_epoch)
+        ax.plot(history.best_epoch, history.validation[best], "o", color="C1", fillstyle="none")
     ax.set(xlabel="epoch", ylabel="loss, nats")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _with_legend(ax)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -31,7 +31,6 @@ from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, sites, subsample_sites
 
-Resample = Literal["plain", "psis"]
 PROPOSALS = 10  # for each resampled draw, by default
 
 
@@ -40,7 +39,7 @@ def posterior_draws(
     guide: Callable,
     *args: Any,
     num_draws: int = 1000,
-    resample: Resample | None = None,
+    resample: str | None = None,
     num_proposals: int | None = None,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
@@ -51,9 +50,8 @@ def posterior_draws(
 
     Args:
         num_draws: S.
-        resample: choose among proposals by their importance weights, raw (``"plain"``) or
-            Pareto-smoothed (``"psis"``): each entry of the plates that enclose every site on its
-            own.
+        resample: ``"psis"`` chooses among proposals by their Pareto-smoothed importance weights:
+            each entry of the plates that enclose every site on its own.
         num_proposals: by default 10 for each draw.
         chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
 
@@ -75,8 +73,8 @@ def posterior_draws(
     [1.0, -1.0]
     """
     check_at_least(1, num_draws=num_draws, num_proposals=num_proposals, chunk_size=chunk_size)
-    if resample not in (None, "plain", "psis"):
-        raise ValueError(f"resample must be None, 'plain' or 'psis', got {resample!r}.")
+    if resample not in (None, "psis"):
+        raise ValueError(f"resample must be None or 'psis', got {resample!r}.")
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     with torch.no_grad():
@@ -84,9 +82,7 @@ def posterior_draws(
         chunks = runs_in_chunks(program, count, chunk_size, any_minibatch=True, **run)
         draws = _from_guide(chunks, count, weighted=resample is not None)
         if resample is not None:
-            smooth = resample == "psis"
-            index = resampled_index(draws.log_weights, num_draws, draws.plates, smooth=smooth)
-            draws = draws.take(index)
+            draws = draws.take(resampled_index(draws.log_weights, num_draws, draws.plates))
     call = model, args, kwargs, draws.of_this_call()
     computed = run_on_draws(*call, ModelRuns.computed, chunk_size, vectorize_particles)
     return replace(draws, sites={**draws.sites, **computed})
@@ -143,13 +139,10 @@ def _log_densities(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[Te
     return log_p[0].double(), log_q[0].double()
 
 
-def resampled_index(
-    log_weights: Tensor, count: int, plates: Sequence[str], *, smooth: bool
-) -> Tensor:
-    """Return ``[count, *plates]`` indices of draws by their ``[S, *plates]`` weights.
+def resampled_index(log_weights: Tensor, count: int, plates: Sequence[str]) -> Tensor:
+    """Return ``[count, *plates]`` indices of draws by their ``[S, *plates]`` weights, smoothed.
 
-    They are drawn with replacement, each entry of the plates on its own; `smooth` weights are
-    Pareto-smoothed first.
+    They are drawn with replacement, each entry of the plates on its own.
     """
     dead = (~log_weights.amax(0).isfinite()).nonzero()
     if len(dead):
@@ -157,7 +150,7 @@ def resampled_index(
             f"None of {len(log_weights)} draws of the guide has a weight, at "
             f"{tuple(dead[0].tolist())} of plates {list(plates)}."
         )
-    weights = psis(log_weights).log_weights if smooth else log_weights
+    weights = psis(log_weights).log_weights
     columns = weights.flatten(1).T if weights.dim() > 1 else weights.unsqueeze(0)
     index = torch.multinomial(columns.softmax(-1), count, replacement=True)
     return index.T.reshape(count, *log_weights.shape[1:])
@@ -212,12 +205,9 @@ def log_likelihoods(
 ) -> Draws:
     """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
 
-    Returns:
-        For every observed site and factor ``found["x"]``, a ``[S, *plates]``-dim tensor without
-            scales,
-        nan where masked. ``found.scaled`` names the sites, latent ones too, that have a scale of
-            the
-        user's own (`poutine.scale`): their posterior is a tempered one.
+    For every observed site and factor ``found["x"]``, a ``[S, *plates]``-dim tensor without scales,
+    nan where masked. ``found.scaled`` names the sites, latent ones too, that have a scale of the
+    user's own (`poutine.scale`): their posterior is a tempered one.
 
     Raises:
         ValueError: the draws are those of other data, or lack a latent.

@@ -35,7 +35,6 @@ def calibration(
     guide: Callable,
     *args: Any,
     num_draws: int = 127,
-    num_rounds: int = 1,
     plate: str | None = None,
     names: Sequence[str] | None = None,
     replace: Replace | None = None,
@@ -43,13 +42,12 @@ def calibration(
 ) -> Calibration:
     """Test whether an amortised guide is the posterior, with each row as a data set.
 
-    Latents and data of all B rows are drawn from the model at once, in the shapes of the data
-    given; R rounds are R B data sets. Modules stay in their mode: call ``.eval()`` first.
+    Latents and data of all rows are drawn from the model at once, in the shapes of the data given.
+    Modules stay in their mode: call ``.eval()`` first.
 
     Args:
         model, guide: called with the same arguments; all sites are in the plate of the rows.
         num_draws: L, the draws that a true value is ranked among.
-        num_rounds: R.
         plate: the name of the rows' plate; None is the one around all latents of the guide.
         names: the latent sites that are ranked; None is all.
         replace: from simulated values by site, args and kwargs to new (args, kwargs): for data in
@@ -74,15 +72,11 @@ def calibration(
     >>> calibration(model, narrow, torch.zeros(500)).is_calibrated()
     False
     """
-    check_at_least(1, num_draws=num_draws, num_rounds=num_rounds)
-    found = []
-    for _ in range(num_rounds):
-        simulated = simulate(model, args, kwargs, replace)
-        program = Program(model, guide, simulated.args, simulated.kwargs)
-        with poutine.block():
-            found.append(_ranks_of_rows(simulated, program, plate, names, num_draws))
-    ranks = {name: torch.cat([own[name] for own in found]) for name in found[0]}
-    return Calibration(ranks, num_draws)
+    check_at_least(1, num_draws=num_draws)
+    simulated = simulate(model, args, kwargs, replace)
+    program = Program(model, guide, simulated.args, simulated.kwargs)
+    with poutine.block():
+        return Calibration(_ranks_of_rows(simulated, program, plate, names, num_draws), num_draws)
 
 
 def calibration_by_fits(
@@ -94,7 +88,6 @@ def calibration_by_fits(
     names: Sequence[str] | None = None,
     replace: Replace | None = None,
     vectorize_particles: bool = True,
-    progress: bool = True,
     **kwargs: Any,
 ) -> Calibration:
     """Test whether guides fitted to one simulated data set each are the posterior.
@@ -109,7 +102,6 @@ def calibration_by_fits(
         num_datasets: the number of fits, at least 20.
         num_draws, names, replace: as in `calibration`, as are errors.
         vectorize_particles: whether the guide draws in one pass, under one more plate.
-        progress: show a bar, on terminals.
 
     >>> import pyro.distributions as dist
     >>> def model(x):
@@ -123,7 +115,7 @@ def calibration_by_fits(
     check_at_least(1, num_draws=num_draws)
     check_at_least(FEWEST, num_datasets=num_datasets)
     found = []
-    for _ in tqdm(range(num_datasets), disable=None if progress else True):
+    for _ in tqdm(range(num_datasets), disable=None):
         simulated = simulate(model, args, kwargs, replace)
         with _parameters_restored():
             seed, state = int(torch.randint(2**62, (), device="cpu")), random_state()

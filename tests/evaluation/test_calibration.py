@@ -153,10 +153,10 @@ def test_conjugate_rows(fault: dict[str, float]) -> None:
     assert found.is_calibrated(1e-3) == (not fault)
 
 
-def test_rounds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 300)
-    found = calibration(conjugate, posterior, torch.zeros(100), num_draws=10, num_rounds=3)
-    assert found.ranks["z"].shape == (300, 1) and found.is_calibrated(1e-3)
+    found = calibration(conjugate, posterior, torch.zeros(100), num_draws=10)
+    assert found.ranks["z"].shape == (100, 1) and found.is_calibrated(1e-3)
 
 
 def test_inner_plates_events_covariates_and_keywords() -> None:
@@ -232,7 +232,6 @@ def test_global_and_local_latents(vectorize: bool, width: float) -> None:
         num_datasets=50 if vectorize else 20,
         num_draws=63 if vectorize else 4,
         vectorize_particles=vectorize,
-        progress=False,
     )
     assert found.ranks["loc"].shape[1:] == (1,) and found.ranks["z"].shape[1:] == (3,)
     assert bool((found.adjusted["loc"] > 1e-3).all()) == (width == 1.0)
@@ -257,7 +256,7 @@ def test_fits_start_afresh_and_leave_nothing() -> None:
     x = torch.tensor(0.0)
     simulate(model, (x,), {})
     parameter = pyro.param("mu").unconstrained()
-    found = calibration_by_fits(model, fit, x, num_datasets=20, num_draws=15, progress=False)
+    found = calibration_by_fits(model, fit, x, num_datasets=20, num_draws=15)
     assert found.ranks["z"].shape == (20, 1)
     assert starts == [0.0] * 20 and len(set(data)) == 20
     assert list(pyro.get_param_store()) == ["mu"]
@@ -295,7 +294,7 @@ def test_an_explicit_minibatch() -> None:
             normal("z", (x + 1) / 2, HALF)
 
     args = torch.zeros(50), torch.arange(50)
-    assert calibration(model, guide, *args, num_rounds=4, num_draws=31).is_calibrated(1e-3)
+    assert calibration(model, guide, *args, num_draws=31).is_calibrated(1e-3)
 
 
 def transposed(x: Tensor) -> None:
@@ -369,7 +368,7 @@ def test_computed_and_reparameterised_sites() -> None:
     assert calibration(model, guide, x, num_draws=31).is_calibrated(1e-3)
     narrow = calibration(model, partial(guide, width=0.6), x, num_draws=31)
     assert set(narrow.ranks) == {"z_decentered"} and not narrow.is_calibrated()
-    by_fits = calibration_by_fits(model, lambda x: guide, x[:5], num_datasets=20, progress=False)
+    by_fits = calibration_by_fits(model, lambda x: guide, x[:5], num_datasets=20)
     assert set(by_fits.ranks) == {"z_decentered"} and by_fits.is_calibrated(1e-3)
 
 
@@ -391,7 +390,7 @@ def wrong_column(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tup
 
 
 local = in_rows(lambda x: normal("z", x / 2))
-by_fits = partial(calibration_by_fits, hierarchy, lambda x: local, progress=False)
+by_fits = partial(calibration_by_fits, hierarchy, lambda x: local)
 to_other = "calibration_by_fits, which simulates whole data sets"
 WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x), to_other),

@@ -191,9 +191,7 @@ def test_too_narrow_rows_are_told() -> None:
     summary = found.summary()
     assert summary["entries"] == 6 and summary["high_k"] == 2
     told = str(found)
-    assert "6 entries of plates ['data']" in told and "k-hat: 2 of 6 above 0.70" in told
-    assert f"at ({int(found.pareto_k.argmax())},)" in told
-    assert "richer guide" in told
+    assert "high_k                  2" in told
 
 
 def test_minibatches_are_joined() -> None:

@@ -59,7 +59,7 @@ def pictures() -> dict[str, Any]:
         "ranks": lambda **ax: plot_ranks(torch.randint(100, (300,)), 99, **ax),
         "ecdf": lambda **ax: plot_ecdf_difference(torch.randint(100, (300, 2)), 99, **ax),
         "gaps": lambda **ax: plot_gaps({"one": gaps(20, 1.0), "two": gaps(20, 2.0)}, **ax),
-        "history": lambda **ax: plot_history({"a": HISTORY, "b": HISTORY}, **ax),
+        "history": lambda **ax: plot_history(HISTORY, **ax),
     }
 
 
@@ -151,7 +151,7 @@ def test_gaps() -> None:
 
 def test_history() -> None:
     ax = plot_history(HISTORY)
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [100.0, 80.0, np.nan, 70.0])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [100.0, 80.0, 70.0])
     np.testing.assert_allclose(ax.lines[1].get_xdata(), [2, 4])
     assert list(ax.lines[2].get_xdata()) == [4]
     bare = plot_history(History(epoch=[1], loss=[1.0], validation=[None]))
