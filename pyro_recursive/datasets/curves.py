@@ -17,10 +17,6 @@ def _absolute_value(z: Tensor) -> Tensor:
     return torch.cat([height, height], -1)
 
 
-def _absolute_value_unbounded(z: Tensor) -> Tensor:
-    return torch.cat([z.abs(), z.abs()], -1)
-
-
 def _circle(z: Tensor) -> Tensor:
     angle = 2 * math.pi * torch.special.ndtr(z)
     return torch.cat([angle.cos(), angle.sin()], -1)
@@ -55,9 +51,8 @@ _FORMULAS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "clusters": (0.2, _clusters),
     "figure-8": (0.02, _figure_8),
     "spiral-dots": (0.01, _spiral_dots),
-    "absolute-value-unbounded": (0.01, _absolute_value_unbounded),
 }
-CURVES = tuple(name for name in _FORMULAS if name != "absolute-value-unbounded")
+CURVES = tuple(_FORMULAS)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,8 +107,7 @@ def curve(
     - ``"clusters"``: ``(cos 2t, sin 2t)``, ``u = 2 pi sg(pi z / 2)``, 0.2; four places;
     - ``"figure-8"``: ``sqrt(2) cos u / (sin(u)**2 + 1) (1/2, sin u)``,
       ``u = pi (0.6 + 1.8 Phi(z))``, 0.02; nine tenths of a lemniscate;
-    - ``"spiral-dots"``: ``(t cos t, t sin t)``, ``u = 4 pi sg(pi z / 2)``, 0.01; seven dots;
-    - ``"absolute-value-unbounded"``: ``(|z|, |z|)``, 0.01; not in ``CURVES``.
+    - ``"spiral-dots"``: ``(t cos t, t sin t)``, ``u = 4 pi sg(pi z / 2)``, 0.01; seven dots.
 
     Args:
         name: one of the above.
@@ -157,8 +151,8 @@ def curve_evidence(
     ``p(x) = int N(x; decoder(z), scale**2 I) N(z; 0, 1) dz`` by the trapezoid rule from ``-bound``
     to ``bound``. Half of the nodes are even in z, half along the curve, so that a steep part has
     as many nodes as it needs. The error falls with the square of ``nodes``: with the defaults it is
-    below 2e-4 nats a row for the points of `curve` (5e-3 for the spiral dots and the unbounded
-    absolute value) and below 3e-5 in the mean. For another decoder, compare with more nodes.
+    below 2e-4 nats a row for the points of `curve` (5e-3 for the spiral dots) and below 3e-5 in the
+    mean. For another decoder, compare with more nodes.
 
     Args:
         decoder: true or learned, from latents ``[n, 1]``, in the dtype of ``x``, to ``[n, D]``;

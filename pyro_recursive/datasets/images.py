@@ -72,11 +72,9 @@ def load(
     """Load a data set: ``digits``, ``mnist``, ``fashion_mnist`` or ``omniglot``.
 
     The digits are scikit-learn's (8x8, a fixed 1,437 + 360 split) and need no file. The others are
-    IDX files in ``root/name``.
-
-    Omniglot is downloaded as drawings, box-averaged from 105x105 to 28x28 and split at random with
-    a fixed seed into 24,345 + 8,115. This is not the 28x28 file of Burda et al. (arXiv 1509.00519):
-    its nats are not comparable with published ones.
+    IDX files in ``root/name``. Omniglot is downloaded as drawings, box-averaged from 105x105 to
+    28x28 and split at random with a fixed seed into 24,345 + 8,115: its nats are not comparable
+    with those of the file of Burda et al. (arXiv 1509.00519).
 
     Args:
         name: one of the four.

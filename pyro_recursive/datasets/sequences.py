@@ -143,8 +143,7 @@ def lstm_sequences(
 
     Args:
         rows, test_rows: how many sequences; those of ``test`` do not depend on ``rows``.
-        length, vocabulary, hidden: of a sequence, its symbols, and the decoder.
-        latent_gain, gain: as above.
+        length, vocabulary, hidden, latent_gain, gain: as above.
         seed, dtype, device: of the draws, which are the same for any dtype and device.
 
     Reference: in the manner of 'Semi-Amortized Variational Autoencoders' (Kim et al., arXiv

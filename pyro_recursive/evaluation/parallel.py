@@ -23,11 +23,7 @@ Found = TypeVar("Found")
 
 
 class ProcessError(RuntimeError):
-    """Another process failed, or is at another place; ``kind`` is the class of its error."""
-
-    def __init__(self, message: str, kind: str = "RuntimeError") -> None:
-        super().__init__(message)
-        self.kind = kind
+    """Another process failed, or is at another place."""
 
 
 class ProcessGroup:
@@ -92,7 +88,7 @@ class ProcessGroup:
         reports = self._exchange(("", place))
         if failed:
             kind, message = reports[failed[0]]
-            raise ProcessError(f"Process {failed[0]} failed: {kind}: {message}", kind)
+            raise ProcessError(f"Process {failed[0]} failed: {kind}: {message}")
         places = ", ".join(f"{rank} at {where}" for rank, (_, where) in enumerate(reports))
         raise ProcessError(
             f"The processes are at different places: {places}. Pass the same arguments and as many "

@@ -19,16 +19,9 @@ CHOICE_SEED = 0  # of the rows that `Minibatches.choose` returns
 class Minibatches:
     """The batches of an epoch, anew at each iteration: tuples of the arguments of model and guide.
 
-    Args:
-        data: a tensor, a tuple of tensors with the same number of rows, or a DataLoader, whose
-            batches are used as they are.
-        batch_size: rows per batch (the last may have fewer); None gives all rows in order.
-        shuffle: whether to draw another order of the rows each time.
-        transform: maps the tensors of a batch to a tensor or a tuple of tensors.
-        name: what messages call the data.
-        even: whether to leave out a last batch of fewer rows than the others.
-        processes: share the rows of each batch of tensors; some may have no row of the last batch,
-            which is then not transformed. A DataLoader is each process's own.
+    Tensors are cut into batches of ``batch_size`` rows (the last may have fewer, and is left out if
+    ``even``), all rows in order if it is None; the batches of a DataLoader are used as they are.
+    Several processes share the rows of each batch of tensors; a DataLoader is each process's own.
 
     Example:
         >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)

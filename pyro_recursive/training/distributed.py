@@ -48,8 +48,7 @@ class DistributedStep:
         self.rows = sum(counts)
         if self.is_new and not all(counts):
             raise ValueError(
-                f"The first batch has {self.rows} rows for {self.processes.count} processes. Use a "
-                "larger batch_size."
+                f"The first batch has {self.rows} rows for {self.processes.count} processes."
             )
 
     def sync_initial(self, parameters: Tensors, buffers: Tensors) -> None:

@@ -59,7 +59,7 @@ class Learner:
         self.num_initial = 0  # how many of them the optimiser was made with
         self.num_sorted = 0  # how many of them have a known owner
         self.of_guide: set[str] = set()  # those of the guide; shared ones are the guide's
-        self.optimizer: Optimizer | None = None
+        self.optimizer: Any = None  # made in the first step
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
@@ -67,10 +67,9 @@ class Learner:
         self.guide_steps = 0  # those of the guide alone, not among the others
 
     def step(self, batch: Batch, epoch: int, owner: Owner | None = None) -> Tensor:
-        """Take one step; return the loss before it: a float64 scalar in nats, on its device.
+        """Take one step of the owner's parameters, None for all; return the loss before it in nats.
 
-        Only the owner's parameters move, all of them if it is None. A NonFiniteError comes before
-        the optimiser has changed anything.
+        A NonFiniteError comes before the optimiser has changed anything.
         """
         before = random_state()  # of torch alone: this is done in each step
         self.group.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
@@ -160,12 +159,6 @@ class Learner:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the optimiser's first group."""
-        assert self.optimizer is not None
-        return float(self.optimizer.param_groups[0]["lr"])
-
     def weights(self) -> Weights:
         """Return a copy of all parameters and buffers."""
         return {kind: _copy(tensors) for kind, tensors in self._live().items()}
@@ -215,7 +208,6 @@ class Learner:
 
     def _optimiser_settings(self) -> dict[str, Any]:
         """Return the classes of optimiser and schedule, and what the optimiser was made with."""
-        assert self.optimizer is not None
         options = self.optimizer.defaults.items()
         return {
             "optimizer": type(self.optimizer).__name__,
@@ -260,9 +252,9 @@ class Learner:
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
         if differentiable is not None and loss.requires_grad:
             self._zero_gradients()  # those of parameters that are new in this run too
-            others = {id(parameter) for parameter in self._others(owner)}
+            others = set(map(id, self._others(owner)))
             moving = [p for p in self.parameters.values() if id(p) not in others]
-            loss.backward(inputs=moving if owner else None)
+            loss.backward(inputs=moving if others else None)
         return loss.detach().double()
 
     def _find_owners(self, batch: Batch) -> None:
@@ -277,9 +269,9 @@ class Learner:
         self.num_sorted = len(self.parameters)
         if not self.of_guide or len(self.of_guide) == len(self.parameters):
             owner, other = ("model", "guide") if self.of_guide else ("guide", "model")
+            names = ", ".join(self.parameters)
             raise ValueError(
-                f"In aggressive training the {owner} needs parameters of its own: all are the "
-                f"{other}'s ({', '.join(self.parameters)})."
+                f"The {owner} has no parameters of its own: all are the {other}'s ({names})."
             )
 
     def _others(self, owner: Owner | None) -> list[Tensor]:
@@ -304,13 +296,11 @@ class Learner:
         if not parameters:
             raise ValueError("Model and guide have no parameters to train.")
         self.num_initial = len(parameters) if num_initial is None else num_initial
-        optimizer = self.make_optimizer(parameters[: self.num_initial])
+        self.optimizer = optimizer = self.make_optimizer(parameters[: self.num_initial])
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must return a torch optimiser, got {type(optimizer).__name__}. Pass "
-                "e.g. partial(torch.optim.Adam, lr=1e-3)."
-            )
-        self.optimizer = optimizer
+            kind = type(optimizer).__name__
+            remedy = "Pass e.g. partial(torch.optim.Adam, lr=1e-3)."
+            raise TypeError(f"optimizer must return a torch optimiser, got {kind}. {remedy}")
         for parameter in parameters[self.num_initial :]:
             _add(optimizer, parameter)
         self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None

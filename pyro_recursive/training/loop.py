@@ -5,8 +5,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.nn import Module
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.parallel import ProcessError, ProcessGroup
+from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.guides.mixture.recursive import RecursiveMixtureGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.handlers import KLWarmup
@@ -27,7 +27,6 @@ from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.data import Data, Minibatches
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
-from pyro_recursive.training.nan_search import NonFiniteError
 
 
 def fit(
@@ -102,7 +101,7 @@ def fit(
         raise ValueError("patience and aggressive need a validation loss. Pass validation data.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")
-    with _same_errors(), ProcessGroup.joined() as processes:
+    with ProcessGroup.joined() as processes:
         processes.seed(seed)
         batches = Minibatches(data, batch_size, shuffle, transform, processes=processes)
         held_out = phase = None
@@ -132,18 +131,6 @@ def fit(
         if processes.is_first:
             _warn_if_unfinished(guide)
         return run.history
-
-
-@contextmanager
-def _same_errors() -> Iterator[None]:
-    """Raise the errors that `fit` documents also where they arise in another process."""
-    documented = {kind.__name__: kind for kind in (NonFiniteError, checkpoints.CheckpointError)}
-    try:
-        yield
-    except ProcessError as error:
-        if error.kind not in documented:
-            raise
-        raise documented[error.kind](str(error)) from error
 
 
 def _warn_if_unfinished(guide: Any) -> None:
@@ -218,7 +205,7 @@ class _Run:
         history.loss.append(loss)
         history.validation.append(validation)
         history.rows.append(rows)
-        history.learning_rate.append(self.learner.learning_rate)
+        history.learning_rate.append(float(self.learner.optimizer.param_groups[0]["lr"]))
         history.steps.append(self.learner.steps)
         history.aggressive.append(phase is not None)
         history.guide_steps.append(self.learner.guide_steps)

@@ -293,7 +293,8 @@ def uneven_loaders() -> Program:
 
 
 WRONG: dict[str, tuple[Callable[[], Program], list[str]]] = {
-    "nan": (nan_row, ["NonFiniteError.*data tensor '0'; model site 'x'"] * 2),
+    "nan": (nan_row, ["Process 1 failed: NonFiniteError.*data tensor '0'; model site 'x'",
+                      "NonFiniteError.*data tensor '0'; model site 'x'"]),
     "bug": (bug, ["ProcessError.*Process 1 failed: LookupError: a bug", "LookupError.*a bug"]),
     "parameter": (one_sided_parameter, ["ValueError.*Process 1 has other.*'loc_1'"] * 2),
     "density of rows": (lambda: point(factor_of_rows),
