@@ -17,10 +17,9 @@ from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 class AmortizedGuide(LatentGuide):
     """An autoguide whose Gaussians come from an encoder: ``q(z_i | x_i) = N(encoder(x_i))``.
 
-    All latents inside the data's plate are packed into one unconstrained vector a row, of length D.
-    Latents outside, without an encoder all latents, have one joint Gaussian with free parameters;
-    without an encoder inside a ``plate=`` each row has its own. Constrained supports add their
-    Jacobians.
+    All latents inside the data's plate are packed into one unconstrained vector a row, of length D;
+    constrained supports add their Jacobians. Latents outside, without an encoder all latents, have
+    one joint Gaussian with free parameters; without an encoder in a ``plate=`` each row has one.
 
     Args:
         model: a Pyro model with continuous latents; hide discrete ones with `pyro.poutine.block`.
@@ -88,8 +87,7 @@ class AmortizedGuide(LatentGuide):
 
     def scatter(self, latents: LatentBlock, other: "AmortizedGuide", width: float) -> None:
         """Put the free Gaussians at random around another guide's, ``width`` of its scales away."""
-        theirs = getattr(other, _free(latents)).detach()
-        loc, log_scale = theirs[..., : latents.size], theirs[..., latents.size : 2 * latents.size]
+        loc, log_scale, *_ = getattr(other, _free(latents)).detach().split(latents.size, -1)
         scale = log_scale.exp()
         self.restart(latents, loc + width * scale * torch.randn_like(loc), scale)
 

@@ -94,12 +94,9 @@ class LatentGuide(PyroModule):
             raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
     def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
-        """Create the parameters of a block.
+        """Create the parameters of a block, given a draw from its prior, ``[*batch, D]``.
 
-        Args:
-            latents: the block.
-            prior_draw: a draw from the prior, ``[*batch, D]``.
-            raw: the encoders' inputs, or what a shared trunk returns for two of their rows.
+        ``raw`` are the encoders' inputs, or what a shared trunk returns for two of their rows.
         """
 
     def attach(self, model: Callable) -> None:
@@ -132,27 +129,21 @@ class LatentGuide(PyroModule):
         try:
             setattr(self, name, module)
         except AssertionError as error:  # Pyro's own check
-            raise ValueError(
-                "A guide that has run on its own cannot be renamed. Copy its state_dict into a new "
-                "one."
-            ) from error
+            raise ValueError("A guide that has run on its own cannot be renamed.") from error
 
     # --- The first call
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once and create all parameters; the first call does so by itself.
 
-        Needed before `load_state_dict`. Draws from the model's prior, which moves the random state.
+        Needed before `load_state_dict`. Moves the random state.
         """
         if not self.groups:
             with self.rollback_first_call(), rows_needed(args, kwargs):
                 self.look(*args, **kwargs)
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
-        """If the block raises before the guide is prepared, restore the guide and Pyro's store.
-
-        Changes in place to tensors stay.
-        """
+        """If the block raises before the guide is prepared, restore the guide and Pyro's store."""
         return nullcontext() if self.groups else _rollback(self)
 
     def look(self, *args: Any, **kwargs: Any) -> None:

@@ -53,19 +53,18 @@ class GuideCall:
                 plate, length = self.plates[frame.name], rows.shape[dim]
                 if plate.subsample_size < plate.size and length == plate.size:
                     rows = rows.index_select(dim, plate.indices.to(rows.device))
-                elif length == plate.size and self._is_reordered(plate):
+                elif (
+                    length == plate.size
+                    and self.input_sizes.get(plate.name) != "minibatch"
+                    and plate.indices is not self.raw
+                    and self._order_of(plate) is not None
+                ):  # the inputs may be in the data's order or in that of the plate
                     raise ValueError(
                         f"Plate '{plate.name}' has all {length} rows in another order than the "
                         "data. Sort them."
                     )
             self._rows = rows if self.trunk is None else self.trunk(rows)
         return self._rows
-
-    def _is_reordered(self, plate: Any) -> bool:
-        """Whether inputs of all rows may be in the data's order or in another one of the plate."""
-        if self.input_sizes.get(plate.name) == "minibatch" or plate.indices is self.raw:
-            return False
-        return self._order_of(plate) is not None
 
     def _order_of(self, plate: Any) -> Tensor | None:
         """Return the order of a plate that has all rows, None where it is that of the data.
@@ -81,11 +80,7 @@ class GuideCall:
         return index if is_other else None
 
     def table_rows(self, table: Tensor, latents: LatentBlock) -> Tensor:
-        """Return a table's rows for the minibatch, ``[*all rows, n]`` to ``[*rows, n]``.
-
-        Raises:
-            ValueError: the plate has another size than the table.
-        """
+        """Return a table's rows for the minibatch, ``[*all rows, n]`` to ``[*rows, n]``."""
         for dim, frame in enumerate(latents.rows):
             plate = self.plates[frame.name]
             if plate.size != table.shape[dim]:
@@ -109,15 +104,7 @@ class GuideCall:
     ) -> Tensor:
         """Return a network's output for the rows of the minibatch, ``[*batch, width]``.
 
-        Args:
-            network: maps the rows ``[*rows, ...]``, and ``extra``, to ``[*rows, width]``.
-            latents: whose rows, and who needs the output.
-            width: None for any.
-            extra: further inputs.
-            name: of the network, in messages.
-
-        Raises:
-            ValueError: the output has another shape, or is not finite.
+        It maps the rows ``[*rows, ...]``, and ``extra``, to ``[*rows, width]``.
         """
         output = run(network, self.rows(latents), latents, *extra, name=name)
         return self.place(output, latents, width, name)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Family(ABC):
-    """A family of Gaussians over vectors of any length D, given by a vector of parameters."""
+    """A family of Gaussians over vectors of any length D, given by a vector of parameters.
+
+    The first D are locations, the next D logarithms of scales.
+    """
 
     @abstractmethod
     def num_parameters(self, size: int) -> int:
@@ -29,9 +32,9 @@ class Family(ABC):
 
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
         """Return the parameters of ``N(loc, scale ** 2 I)``, ``[*batch, D]`` to ``[*batch, P]``."""
-        size = loc.shape[-1]
-        rest = loc.new_zeros(*loc.shape[:-1], self.num_parameters(size) - 2 * size)
-        return torch.cat([loc, _log(scale, loc), rest], -1)
+        log_scale = torch.as_tensor(scale).to(loc).log().expand_as(loc)
+        rest = self.num_parameters(loc.shape[-1]) - 2 * loc.shape[-1]
+        return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], rest)], -1)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ class LowRank(Family):
 
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
         """Return parameters of about ``N(loc, scale ** 2 I)``; zero factors have no gradient."""
-        log_scale = _log(scale, loc)
-        noise = torch.randn(*loc.shape, self.rank).to(loc)
-        factors = (0.1 * log_scale.exp().unsqueeze(-1) * noise).flatten(-2)
-        return torch.cat([loc, log_scale, factors], -1)
+        diagonal = Diagonal().initial(loc, scale)
+        scales = diagonal[..., loc.shape[-1] :].exp().unsqueeze(-1)
+        factors = 0.1 * scales * torch.randn(*loc.shape, self.rank).to(loc)
+        return torch.cat([diagonal, factors.flatten(-2)], -1)
 
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the low-rank normal."""
@@ -109,7 +112,6 @@ class Full(Family):
         return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
 
     def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Return locations and Cholesky factors."""
         lower = size * (size - 1) // 2
         loc, log_diagonal, below = parameters.split([size, size, lower], -1)
         rows, columns = torch.tril_indices(size, size, -1, device=parameters.device)
@@ -128,7 +130,3 @@ def family_of(family: str | Family) -> Family:
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {sorted(FAMILIES)} or LowRank(2), got {family!r}.")
     return FAMILIES[family]
-
-
-def _log(scale: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(scale).to(like).log().expand_as(like)

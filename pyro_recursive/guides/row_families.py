@@ -5,7 +5,6 @@ Refinement and `pyro_recursive.gaps` optimise these parameters for any kind of g
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -21,24 +20,14 @@ START = 0.3  # the scale that a search starts from: a wide normal over two modes
 class RowFamily(ABC):
     """Distributions over vectors ``[D]`` of a row, each given by P parameters ``params``.
 
-    A draw is a smooth function of standard normal noise. A mixture draws once from each of its J
-    parts; others have one part.
+    A draw is a smooth function of ``noise_dim`` standard normals, n. A mixture draws once from each
+    of its J ``parts``; others have one part. ``blocks`` are the numbers of parameters of each kind,
+    P in all: locations, logarithms of scales, ...
     """
 
-    @property
-    @abstractmethod
-    def blocks(self) -> tuple[int, ...]:
-        """How many parameters of each kind there are, P in all: locations, log-scales, ..."""
-
-    @property
-    @abstractmethod
-    def noise_dim(self) -> int:
-        """The number of standard normals of a draw, n."""
-
-    @property
-    def parts(self) -> int:
-        """J."""
-        return 1
+    blocks: tuple[int, ...]
+    noise_dim: int
+    parts: int = 1
 
     @abstractmethod
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:
@@ -66,23 +55,14 @@ class RowFamily(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not define start().")
 
 
-@dataclass(frozen=True)
 class GaussianRows(RowFamily):
     """Gaussians of one family over vectors of length ``size``."""
 
-    family: Family
-    size: int
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Locations, logarithms of scales, and the rest, if any."""
-        rest = self.family.num_parameters(self.size) - 2 * self.size
-        return (self.size, self.size, rest) if rest else (self.size, self.size)
-
-    @property
-    def noise_dim(self) -> int:
-        """The family's."""
-        return self.family.noise_dim(self.size)
+    def __init__(self, family: Family, size: int) -> None:
+        self.family, self.size = family, size
+        rest = family.num_parameters(size) - 2 * size
+        self.blocks = (size, size, rest) if rest else (size, size)
+        self.noise_dim = family.noise_dim(size)
 
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Move and scale the noise."""
@@ -102,26 +82,13 @@ class GaussianRows(RowFamily):
         return self.family.initial(loc, START)
 
 
-@dataclass(frozen=True)
 class MixtureRows(RowFamily):
     """Mixtures: the parameters of all parts, then the logits of their weights."""
 
-    members: tuple[RowFamily, ...]
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Those of all parts, and the logits."""
-        return (*(n for member in self.members for n in member.blocks), len(self.members))
-
-    @property
-    def noise_dim(self) -> int:
-        """The largest of the parts'."""
-        return max(member.noise_dim for member in self.members)
-
-    @property
-    def parts(self) -> int:
-        """The number of components."""
-        return len(self.members)
+    def __init__(self, members: Sequence[RowFamily]) -> None:
+        self.members, self.parts = tuple(members), len(members)
+        self.blocks = (*(n for member in members for n in member.blocks), len(members))
+        self.noise_dim = max(member.noise_dim for member in members)
 
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Draw from each part with noise of its own."""
@@ -145,9 +112,10 @@ class MixtureRows(RowFamily):
     def distribution(self, params: Tensor) -> Any:
         """Return the mixture, evaluated at once where all parts are of one family."""
         log_weights, own = self._logits(params).log_softmax(-1), self._split(params)
-        first = self.members[0]
-        if isinstance(first, GaussianRows) and len(set(self.members)) == 1:
-            return StackedMixture(log_weights, torch.stack(list(own)), first.family, first.size)
+        gaussian = [member for member in self.members if isinstance(member, GaussianRows)]
+        if len(gaussian) == self.parts and len({member.family for member in gaussian}) == 1:
+            (family, size), parameters = (gaussian[0].family, gaussian[0].size), torch.stack(own)
+            return StackedMixture(log_weights, parameters, family, size)
         pairs = zip(self.members, own, strict=True)
         return ListMixture(log_weights, [member.distribution(each) for member, each in pairs])
 
@@ -166,8 +134,8 @@ class MixtureRows(RowFamily):
         return torch.cat([*starts, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
 
     def _logits(self, params: Tensor) -> Tensor:
-        return params[..., -len(self.members) :]
+        return params[..., -self.parts :]
 
-    def _split(self, params: Tensor) -> Sequence[Tensor]:
+    def _split(self, params: Tensor) -> list[Tensor]:
         sizes = [sum(member.blocks) for member in self.members]
-        return params.split([*sizes, len(self.members)], -1)[:-1]
+        return list(params.split([*sizes, self.parts], -1)[:-1])

@@ -317,7 +317,7 @@ def test_a_banana_is_closer_than_to_any_gaussian(kind: str, gaussian_divergence:
 
 def test_refusals(zuko: Any) -> None:
     x = mixed_data()
-    with pytest.raises(ValueError, match=r"flow must be one of \['coupling', 'spline'"):
+    with pytest.raises(ValueError, match=r"flow must be one of \('coupling', 'spline'"):
         FlowGuide(mixed_model, "planar")
     with pytest.raises(ValueError, match=r"each row of plate 'data' needs an encoder="):
         FlowGuide(mixed_model, plate="data")

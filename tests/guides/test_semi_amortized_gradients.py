@@ -140,7 +140,7 @@ def test_other_modes(mode: str, loss: str) -> None:
 
 def test_divergence_of_mixtures() -> None:
     """Without a closed form: from draws, by quadrature."""
-    family = MixtureRows((GaussianRows(FAMILIES["diagonal"], 1),) * 2)
+    family = MixtureRows([GaussianRows(FAMILIES["diagonal"], 1)] * 2)
     first, second = torch.tensor([[-0.5, -0.3, 1.0, 0.2, 0.4, -0.1]]), torch.randn(1, 6)
     points = torch.arange(-12, 12, 0.01)[:, None, None]
     log_p, log_q = (family.log_prob(numbers, points) for numbers in (first, second))

@@ -1,7 +1,6 @@
 """Normalising-flow guides: by an encoder for each row of the data, or one joint flow."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ class FlowGuide(LatentGuide):
 
     All latents inside the data's plate are packed into one unconstrained vector u a row, of length
     D; an encoder maps the rows of the data to contexts c. Latents outside the plate, without an
-    encoder all latents, have one joint flow without context. With noise e, ``log q(u) = log N(e; 0,
-    I) - log |df / de| - sum log scale`` in nats; constrained supports add their Jacobians. A flow
-    starts as a diagonal Gaussian around a draw from the prior. Kinds, their cost, and sources: the
-    page on flows of the documentation.
+    encoder all latents, have one joint flow without context. Constrained supports add their
+    Jacobians. A flow starts as a diagonal Gaussian around a draw from the prior. Kinds, their cost,
+    and sources: the page on flows of the documentation.
 
     Args:
         model: a Pyro model with continuous latents; hide discrete ones with `pyro.poutine.block`.
@@ -40,10 +38,6 @@ class FlowGuide(LatentGuide):
         hidden: the widths of the hidden layers of each transform's network.
         init_scale: the scale of the Gaussian that a flow starts as.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
-
-    Raises:
-        ImportError: zuko is not installed.
-        NotImplementedError: the flow's inverse is inexact (GF, CNF).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import SVI, Trace_ELBO
@@ -112,24 +106,13 @@ class FlowGuide(LatentGuide):
         return FlowRows(getattr(self, _flow(latents)), latents.size)
 
 
-@dataclass(frozen=True)
 class FlowRows(RowFamily):
     """One flow with any context, followed by any affine map: the networks are the same for all."""
 
-    flow: AffineFlow
-    size: int
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """The context, if any, locations, logarithms of scales."""
-        linear = self.flow.linear
-        context = () if linear is None else (linear.in_features,)
-        return (*context, self.size, self.size)
-
-    @property
-    def noise_dim(self) -> int:
-        """D."""
-        return self.size
+    def __init__(self, flow: AffineFlow, size: int) -> None:
+        self.flow, self.size, self.noise_dim = flow, size, size
+        self.context = () if flow.linear is None else (flow.linear.in_features,)
+        self.blocks = (*self.context, size, size)
 
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:
         """Push the noise through the flow."""
@@ -147,13 +130,12 @@ class FlowRows(RowFamily):
 
     def distribution(self, params: Tensor) -> ZukoDistribution:
         """Return the flow, batch ``[*batch]`` and event ``[D]``."""
-        context, head = params.split([sum(self.blocks[:-2]), 2 * self.size], -1)
-        given = None if self.flow.linear is None else context
-        return self.flow.at(given, head, params.shape[:-1])
+        context, head = params.split([sum(self.context), 2 * self.size], -1)
+        return self.flow.at(context if self.context else None, head, params.shape[:-1])
 
     def start(self, loc: Tensor) -> Tensor:
         """Return a context of zeros, a location and the scale of a start."""
-        context = loc.new_zeros(*loc.shape[:-1], sum(self.blocks[:-2]))
+        context = loc.new_zeros(*loc.shape[:-1], sum(self.context))
         return torch.cat([context, loc, torch.full_like(loc, START).log()], -1)
 
 

@@ -15,7 +15,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.distributions import AffineTransform
 
-SLOPE = 0.1
+FLOWS = ("coupling", "spline", "iaf", "maf")
+SLOPE = 0.1  # bounds scales by 0.1 and 10, against heavy tails in early steps
 
 
 def build_flow(
@@ -27,9 +28,7 @@ def build_flow(
     """
     zuko = _zuko()
     if isinstance(flow, str):
-        built = FLOWS[flow](zuko, size, context, transforms=transforms, hidden_features=hidden)
-        _start_as_identity(zuko, built)
-        return built
+        return _named(zuko, flow, size, context, transforms=transforms, hidden_features=hidden)
     built = flow(size, context)
     if not isinstance(built, zuko.lazy.Flow):
         raise TypeError(f"flow returned {type(built).__name__}; it must return a zuko flow.")
@@ -43,11 +42,30 @@ def build_flow(
     return built
 
 
+def _named(zuko: Any, kind: str, size: int, context: int, **options: Any) -> nn.Module:
+    options["activation"] = nn.ELU
+    options["univariate"] = partial(zuko.transforms.MonotonicAffineTransform, slope=SLOPE)
+    if kind == "spline":
+        options["univariate"] = zuko.transforms.MonotonicRQSTransform
+        options["shapes"] = [(8,), (8,), (7,)]
+    family = zuko.flows.NICE if kind in ("coupling", "spline") else zuko.flows.MAF
+    flow = family(size, context, **options)
+    if kind != "maf":  # zuko's cheap direction is the density, and a guide draws in each step
+        flow = zuko.lazy.Flow(flow.transform.inv, flow.base)
+    for part in flow.modules():  # affine and spline transforms are identities where all is zero
+        last: Any = part if isinstance(part, nn.ParameterList) else ()
+        if isinstance(part, zuko.nn.MLP | zuko.nn.MaskedMLP):
+            last = part[-1].parameters()
+        for parameter in last:
+            nn.init.zeros_(parameter)
+    return flow
+
+
 def check_flow(flow: str | Callable) -> None:
     """Raise where zuko is missing, or no flow has this name."""
     _zuko()
     if not callable(flow) and flow not in FLOWS:
-        raise ValueError(f"flow must be one of {list(FLOWS)} or a function, got {flow!r}.")
+        raise ValueError(f"flow must be one of {FLOWS} or a function, got {flow!r}.")
 
 
 def _zuko() -> Any:
@@ -58,51 +76,6 @@ def _zuko() -> Any:
     except ImportError as error:
         raise ImportError("FlowGuide needs zuko: pip install 'pyro_recursive[flows]'") from error
     return zuko
-
-
-def _coupling(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
-    options = {"univariate": _affine(zuko), **options}
-    return _inverted(zuko, zuko.flows.NICE(size, context, activation=nn.ELU, **options))
-
-
-def _spline(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
-    univariate, shapes = zuko.transforms.MonotonicRQSTransform, [(8,), (8,), (7,)]
-    return _coupling(zuko, size, context, univariate=univariate, shapes=shapes, **options)
-
-
-def _maf(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
-    univariate = _affine(zuko)
-    return zuko.flows.MAF(size, context, activation=nn.ELU, univariate=univariate, **options)
-
-
-def _affine(zuko: Any) -> Any:
-    """Bound a transform's scales by SLOPE and 1 / SLOPE, against heavy tails in early steps."""
-    return partial(zuko.transforms.MonotonicAffineTransform, slope=SLOPE)
-
-
-def _iaf(zuko: Any, size: int, context: int, **options: Any) -> nn.Module:
-    return _inverted(zuko, _maf(zuko, size, context, **options))
-
-
-FLOWS = {"coupling": _coupling, "spline": _spline, "iaf": _iaf, "maf": _maf}
-
-
-def _inverted(zuko: Any, flow: Any) -> nn.Module:
-    """Invert a flow: zuko's cheap direction is the density, and a guide draws in each step."""
-    return zuko.lazy.Flow(flow.transform.inv, flow.base)
-
-
-def _start_as_identity(zuko: Any, flow: nn.Module) -> None:
-    """Zero the last layers: affine and spline transforms with zero parameters are identities."""
-    for part in flow.modules():
-        if isinstance(part, zuko.nn.MLP | zuko.nn.MaskedMLP):
-            last = list(part[-1].parameters())
-        elif isinstance(part, nn.ParameterList):
-            last = list(part)
-        else:
-            continue
-        for parameter in last:
-            nn.init.zeros_(parameter)
 
 
 class ZukoDistribution(TorchDistribution):
@@ -158,10 +131,6 @@ class ZukoDistribution(TorchDistribution):
                 return log_prob
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.flow.log_prob(value.expand(shape + self.event_shape))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the last draw: tensors with a graph cannot be copied."""
-        return {**self.__dict__, "_last": []}
 
 
 class AffineFlow(nn.Module):

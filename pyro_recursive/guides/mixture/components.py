@@ -38,9 +38,6 @@ def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
 
 def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) -> Any:
     """Return an autoguide's posterior, if it packs the same sites."""
-    if guide.prototype_trace is None:
-        with poutine.block():
-            guide(*call.args, **call.kwargs)
     names = [site["name"] for site in latent_sites(guide.prototype_trace)]
     expected = [slot.name for slot in latents.slots]
     if names != expected:

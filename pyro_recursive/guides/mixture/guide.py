@@ -41,20 +41,17 @@ class MixtureGuide(LatentGuide):
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for Gaussians with parameters of their own.
-            They must differ from the start: copies never separate. Parameters of plain functions
-            are in Pyro's store alone, not in the `state_dict`.
+            Copies never separate. Parameters of plain functions are not in the `state_dict`.
         weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, bounded by
             ``8 tanh(l / 8)``; ``"linear"`` for a linear one (the default with an encoder), or
             ``"shared"`` for the same weights in all rows. By default each row has its own.
         learn_weights: False keeps the weights where they start.
-        trunk: a module that all encoders and weights share: applied once to the rows of the inputs,
-            and held while single components are trained.
+        trunk: a module before all encoders and weights, held while single components are trained.
         family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
             component has an encoder or is written by hand; else all latents are one group.
 
-    Raises:
-        NotImplementedError: a latent is discrete; a component has no density at given values.
+    `Automatic Differentiation Variational Inference with Mixtures` (arXiv 2003.01687).
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from pyro_recursive import Stratified_ELBO
@@ -239,7 +236,7 @@ class MixtureGuide(LatentGuide):
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the mixtures that a row may have."""
-        return MixtureRows(tuple(guide.row_family(latents) for guide in self._packed_members()))
+        return MixtureRows([guide.row_family(latents) for guide in self._packed_members()])
 
     def _packed_members(self) -> list[LatentGuide]:
         guides = [self.component(m) for m in self.members]

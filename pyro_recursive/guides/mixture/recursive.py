@@ -25,14 +25,13 @@ class RecursiveMixtureGuide(MixtureGuide):
     """A mixture guide whose components are added one by one: ``Q_m = (1 - e_m) Q_m-1 + e_m q_m``.
 
     `pyro_recursive.RecursiveMixture_ELBO` trains each new component where the mixture so far does
-    not reach, in `pyro.infer.SVI` or `pyro_recursive.fit`, and keeps it if the bound improves. It
-    takes `num_steps` training steps, of which `steps_left` remain; under any other loss this is a
-    `MixtureGuide` over its `members` that does not grow. All parameters exist from the start.
+    not reach, and keeps it if the bound improves. It takes `num_steps` training steps; under any
+    other loss this is a `MixtureGuide` over its `members` that does not grow.
 
     Args:
         model: a Pyro model with continuous latents.
-        components: `AmortizedGuide` or `FlowGuide` components, one encoder each; or their number,
-            for Gaussians with parameters of their own.
+        components: `AmortizedGuide` or `FlowGuide` components, or their number, as in
+            `MixtureGuide`. They share no parameters but ``trunk``'s.
         schedule: the steps of each stage, and when a component is kept; a `Schedule`.
         epsilon: the initial weight ``e_m`` of a component.
         conditional: the encoder of the m-th component gets the detached parameters of the earlier
@@ -40,9 +39,6 @@ class RecursiveMixtureGuide(MixtureGuide):
             Encoders must be `AmortizedGuide`'s of one family.
         weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
             `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
-
-    Raises:
-        ValueError: fewer than two components; components share parameters other than ``trunk``'s.
 
     `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020).
 

@@ -27,15 +27,10 @@ class Schedule:
 
     Args:
         confidence: a component is kept if its gain is more than so many standard errors.
-        patience: how often a dropped component is proposed again, with new initial weights in
-            torch's own layers, before growth ends.
+        patience: how often a dropped component is proposed again, with new initial weights.
         min_gain: a component is kept only if it gains more than this, in nats over the data, and
             growth ends where a proposal could not.
-        draws: the draws of each component in the acceptance test, over all rows together; at least
-            32 for each row.
-
-    Raises:
-        ValueError: a negative number, or a stage of growth without steps.
+        draws: of each component in the acceptance test, over all rows; at least 32 for each row.
 
     >>> [stage.kind for stage in Schedule(first=10, propose=5, refine=5, joint=10).stages(2)]
     ['first', 'propose', 'refine', 'joint']

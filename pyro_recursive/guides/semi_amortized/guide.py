@@ -6,7 +6,6 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_recursive.guides.base import LatentGuide
@@ -42,24 +41,22 @@ class Refinement(NamedTuple):
 class SemiAmortizedGuide(LatentGuide):
     """An amortised guide whose output is refined by T steps on each row's own ELBO.
 
-    The encoder gives each row variational parameters ``lambda_0``. T steps of an `Update` improve
-    ``elbo_i(lambda) = E[log p(x_i, z_i) - log q(z_i; lambda)]``, and the guide samples from
-    ``q(z_i; lambda_T)``. Latents outside the data's plate are not refined. The mathematics, cost,
-    and what is left alone by the runs of the model: the documentation's page on refinement.
+    The encoder gives each row parameters ``lambda_0``. T steps of an `Update` improve the row's
+    ``E[log p(x_i, z_i) - log q(z_i; lambda)]``, and the guide samples from ``q(z_i; lambda_T)``.
+    Latents outside the data's plate are not refined. Mathematics and cost: the documentation's page
+    on refinement.
 
     Args:
         model: the model whose bound the rows climb.
         guide: gives lambda_0: `AmortizedGuide`, `FlowGuide` (contexts, locations and scales are
             refined), or a `MixtureGuide` of those (all components and weights).
-        steps: T in training.
-        test_steps: T in eval mode, if not the same.
+        steps, test_steps: T in training, and in eval mode if not the same.
         mode: what trains the encoder. ``"first_order"``: the bound's gradient at lambda_T;
             ``"second_order"``: that through all steps; ``"distill"``, ``"distill_reverse"``: the KL
             divergence of lambda_0 and lambda_T; ``"vae_svi"``: the ELBO at lambda_0; ``"svi"``:
             nothing (start from `FixedStart`, or a table of parameters).
         update: a step of `pyro_recursive.guides.semi_amortized.updates`; `GradientUpdate` if None.
-        direct: the weight of the ELBO at lambda_0 for the encoder in the first two modes; if None
-            the update's own.
+        direct: the weight of the ELBO at lambda_0 in the first two modes; if None the update's.
         draws: S, the number of draws of z in each step.
         estimator: of a step's gradient: ``"stl"`` (exact where q is the posterior), ``"pathwise"``.
         seed: for the same fixed draws in all rows and calls.
@@ -192,25 +189,18 @@ class SemiAmortizedGuide(LatentGuide):
         if not latents.local:
             return self.guide.sample(latents, call)
         refined = self._refined(latents, call, self.num_steps)
-        if refined.encoder_term is not None:
+        term = refined.encoder_term
+        if term is not None:  # losses with -log q maximise it; the density is 1
             with inside(latents.rows, call.plates):
-                term = GradientSite(refined.encoder_term)
-                infer = {"is_auxiliary": True}
-                pyro.sample(f"{self.name}_direct", term, obs=term.rsample(), infer=infer)
+                pyro.factor(f"{self.name}_direct", term.detach() - term, has_rsample=True)
         posterior = self.row_family(latents).distribution(refined.params)
         return self.guide.sample_from(posterior, latents, call)
 
     def _target(self, latents: LatentBlock, call: GuideCall, twice: bool = False) -> LocalBound:
-        return LocalBound(
-            self.own_model(),
-            latents,
-            call,
-            self.row_family(latents),
-            max(self.nesting, len(outer_shape())),
-            latent_weight=latent_weight(),
-            estimator=self.estimator,
-            double_backward=twice,
-        )
+        nesting = max(self.nesting, len(outer_shape()))
+        options: dict[str, Any] = {"estimator": self.estimator, "double_backward": twice}
+        family, weight = self.row_family(latents), latent_weight()
+        return LocalBound(self.own_model(), latents, call, family, nesting, weight, **options)
 
     def _refined(self, latents: LatentBlock, call: GuideCall, steps: int) -> Trajectory:
         """Refine the rows; once, where a loss runs the guide twice on the same noise."""
@@ -264,27 +254,3 @@ class SemiAmortizedGuide(LatentGuide):
         pairs = zip([start, *found.points[1:count]], found.gradients[:count], strict=True)
         terms = [(params * gradient.detach()).sum(-1) for params, gradient in pairs]
         return self.direct * torch.stack(torch.broadcast_tensors(*terms)).sum(0)
-
-
-class GradientSite(TorchDistribution):
-    """A site with density 1 and the gradient of minus a term: losses with -log q maximise it."""
-
-    arg_constraints: ClassVar[dict] = {}
-    support = constraints.real
-    has_rsample = True
-
-    def __init__(self, term: Tensor) -> None:
-        self.term = term
-        super().__init__(term.shape, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "GradientSite":
-        """Expand the term."""
-        return GradientSite(self.term.expand(batch_shape))
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Return zeros: the value has no meaning."""
-        return self.term.new_zeros(torch.Size(sample_shape) + self.batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return zeros, with a gradient."""
-        return self.term.detach() - self.term

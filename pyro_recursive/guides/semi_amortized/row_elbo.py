@@ -37,17 +37,11 @@ DRAWS = "refinement_draws"  # the plate of the draws
 
 @dataclass(frozen=True)
 class LocalBound:
-    """The ELBO of the rows of one call of a guide.
+    """The ELBO of the rows of one call of a guide, by runs of the model on ``shared_noise``.
 
-    Args:
-        model: the model.
-        latents, call: the block of latents, and the call with its plates and sampled values.
-        family: the distributions that a row may have.
-        nesting: how many dims the model's plates take, and the plates around the guide.
-        latent_weight: KL warm-up's factor of the latents' densities.
-        estimator: of the gradient: ``"stl"`` leaves out the score of q, or ``"pathwise"``.
-        shared_noise: the random numbers of all runs of the model.
-        double_backward: whether gradients are differentiated again.
+    ``nesting`` is how many dims the model's plates take and those around the guide, and
+    ``latent_weight`` KL warm-up's factor of the latents' densities. The gradient leaves out the
+    score of q (``"stl"``) or not (``"pathwise"``); with ``double_backward`` it has one itself.
     """
 
     model: Callable

@@ -9,43 +9,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+Blocks = Sequence[int]  # the lengths of the blocks of parameters
+Features = Tensor | None  # of the rows, [*batch, F]
+
 
 class Update(nn.Module, ABC):
     """One step of refinement, for each row by itself.
 
-    ``direct`` is the default weight of the ELBO at the start in the encoder's objective; with
-    ``every_step`` of the ELBO after each step, for updates that are trained.
+    ``direct`` is the default weight of the ELBO at the start in the encoder's objective, or with
+    ``every_step``, for updates that are trained, of the ELBO after each step.
     """
 
     direct: ClassVar[float] = 0.0
     every_step: ClassVar[bool] = False
 
-    def features_of(self, rows: Any, row_dims: int) -> Tensor | None:
+    def features_of(self, rows: Any, row_dims: int) -> Features:
         """Return features of the rows for `forward`, ``[*rows, F]``, if any."""
         return None
 
-    def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
+    def build(self, size: int, blocks: Blocks, features: Features) -> None:
         """Create modules for P parameters, ``size``, and these features."""
 
     @abstractmethod
     def forward(
-        self,
-        params: Tensor,
-        gradient: Tensor,
-        state: Any,
-        blocks: Sequence[int],
-        features: Tensor | None,
+        self, params: Tensor, gradient: Tensor, state: Any, blocks: Blocks, features: Features
     ) -> tuple[Tensor, Any]:
         """Return the next parameters, ``[*batch, P]``, and the state for the next step.
 
-        Args:
-            params, gradient: ``[*batch, P]``; a gradient without a graph is a constant.
-            state: of the last step, None at first.
-            blocks: the lengths of the blocks of parameters.
-            features: ``[*batch, F]``, if any.
+        ``state`` is that of the last step, None at first; a gradient without a graph is a constant.
         """
 
-    def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+    def clips(self, gradient: Tensor, blocks: Blocks) -> Tensor:
         """Return which rows have a block whose gradient is clipped, ``[*batch]``."""
         return torch.zeros_like(gradient[..., 0], dtype=torch.bool)
 
@@ -53,12 +47,10 @@ class Update(nn.Module, ABC):
 class GradientUpdate(Update):
     """Gradient ascent with momentum: ``v' = momentum v + g``, ``params' = params + rate v'``.
 
-    The gradient ``g`` is that of the ELBO of one row, not of a mean over a batch: a published rate
-    for the mean over B rows is B times too large here. It is clipped for each row and
-    each block of parameters (locations, logarithms of scales, ...) by itself.
-
-    Over a Gaussian posterior of variance v the distance of the locations from the optimum shrinks
-    by ``1 - rate / v`` a step without momentum; steps are stable for ``rate < 2 (1 + momentum) v``.
+    The gradient ``g`` is that of the ELBO of one row: a published rate for the mean over B rows is
+    B times too large here. It is clipped for each row and each block of parameters (locations,
+    logarithms of scales, ...). Over a Gaussian posterior of variance v steps are stable for
+    ``rate < 2 (1 + momentum) v``.
 
     Args:
         rate: the step size.
@@ -88,12 +80,7 @@ class GradientUpdate(Update):
         return self._rate if self.log_rate is None else self.log_rate.exp()
 
     def forward(
-        self,
-        params: Tensor,
-        gradient: Tensor,
-        state: Any,
-        blocks: Sequence[int],
-        features: Tensor | None,
+        self, params: Tensor, gradient: Tensor, state: Any, blocks: Blocks, features: Features
     ) -> tuple[Tensor, Any]:
         """Take a step; the state is the velocity."""
         velocity = self._clipped(gradient, blocks)
@@ -101,12 +88,12 @@ class GradientUpdate(Update):
             velocity = self.momentum * state + velocity
         return params + self.rate * velocity, velocity
 
-    def clips(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+    def clips(self, gradient: Tensor, blocks: Blocks) -> Tensor:
         """Return which rows have a block whose norm is above ``clip``, ``[*batch]``."""
         norms = [part.detach().norm(dim=-1) for part in gradient.split(list(blocks), -1)]
         return torch.stack(norms).amax(0) > self.clip
 
-    def _clipped(self, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
+    def _clipped(self, gradient: Tensor, blocks: Blocks) -> Tensor:
         if math.isinf(self.clip):
             return gradient
         tiny = torch.finfo(gradient.dtype).tiny  # the norm has no derivative at 0
@@ -120,17 +107,15 @@ class GradientUpdate(Update):
 class LearnedUpdate(Update):
     """A network of the gradient: iterative amortised inference.
 
-    Its inputs are features of a row, the parameters, and their gradient divided by its root mean
-    square in each block, with the logarithm of that. It returns a gate s and a proposal:
-    ``params' = s params + (1 - s) proposal``. Unless the guide's mode is ``"second_order"`` the
-    inputs are constants, and each step learns from the ELBO after it.
+    Of features of a row, the parameters, and their gradient divided by its root mean square in each
+    block, with the logarithm of that, it makes a gate s and a proposal:
+    ``params' = s params + (1 - s) proposal``. Each step learns from the ELBO after it.
 
     After `Iterative Amortized Inference` (Marino, Yue, Mandt, arXiv 1807.09356).
 
     Args:
         hidden: the widths of the network's hidden layers.
-        features: a module from the encoder's inputs to features ``[*rows, F]``; the inputs
-            themselves, flattened, if not given.
+        features: a module from the encoder's inputs to ``[*rows, F]``; flattens them if None.
         network: a module of your own, ``[*rows, F + 2 P + number of blocks]`` to ``[*rows, 2 P]``.
 
     >>> update = LearnedUpdate(hidden=(8,))
@@ -162,7 +147,7 @@ class LearnedUpdate(Update):
             raise ValueError(f"LearnedUpdate got inputs of type {kind}. Give it features=.")
         return rows.flatten(row_dims) if rows.dim() > row_dims else rows.unsqueeze(-1)
 
-    def build(self, size: int, blocks: Sequence[int], features: Tensor | None) -> None:
+    def build(self, size: int, blocks: Blocks, features: Features) -> None:
         """Make the network, if none was given."""
         if self.network is not None or features is None:
             return
@@ -176,12 +161,7 @@ class LearnedUpdate(Update):
         self.network = nn.Sequential(*layers, last).to(features)
 
     def forward(
-        self,
-        params: Tensor,
-        gradient: Tensor,
-        state: Any,
-        blocks: Sequence[int],
-        features: Tensor | None,
+        self, params: Tensor, gradient: Tensor, state: Any, blocks: Blocks, features: Features
     ) -> tuple[Tensor, Any]:
         """Return the gated step of the network, without state."""
         if not gradient.requires_grad:
