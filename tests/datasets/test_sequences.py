@@ -3,11 +3,9 @@
 import itertools
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
 from torch import Tensor
 
 from benchmarks.tasks.sequences import SequenceVAE
@@ -82,21 +80,17 @@ def test_all_sequences_have_probability_one() -> None:
         assert abs(evidence.exp().sum().item() - 1) < 1e-10
 
 
-@pytest.mark.parametrize("chunk_size", [7, 10, 11])
-def test_chunks_change_nothing(chunk_size: int) -> None:
-    data = tiny(vocabulary=4)
-    expected = sequence_evidence(data.decoder, data.test, nodes=31)
-    found = sequence_evidence(data.decoder, data.test, nodes=31, chunk_size=chunk_size)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-def test_single_precision_and_no_rows() -> None:
+def test_chunks_single_precision_and_no_rows() -> None:
     data = tiny()
+    expected = sequence_evidence(data.decoder, data.test)
+    for chunk_size in (7, 10, 11):
+        found = sequence_evidence(data.decoder, data.test, chunk_size=chunk_size)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     single = SequenceDecoder(3, 6, dtype=torch.float32)
     single.load_state_dict(data.decoder.state_dict())
     found = sequence_evidence(single, data.test)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, sequence_evidence(data.decoder, data.test), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert sequence_evidence(single, data.test[:0]).shape == (0,)
 
 
@@ -112,27 +106,6 @@ def test_evidence_is_as_accurate_as_stated_at_the_default_sizes() -> None:
     ):
         found = sequence_evidence(decoder, data.test, nodes=nodes)
         torch.testing.assert_close(found, expected, rtol=0, atol=error)
-
-
-@pytest.mark.slow
-def test_importance_sampling_agrees() -> None:
-    data = tiny(length=4, vocabulary=5)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("sequences", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            symbols = dist.Categorical(logits=data.decoder(z, x))
-            pyro.sample("x", symbols.to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("sequences", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(2), 1.3).to_event(1))
-
-    found = log_marginal(model, guide, data.test, num_particles=50_000, diagnostics=True)
-    z_scores = (found.log_marginal - sequence_evidence(data.decoder, data.test)) / (
-        found.standard_error
-    )
-    assert z_scores.abs().max() < 4 and found.standard_error.max() < 0.02
 
 
 # The draws
@@ -211,8 +184,6 @@ def test_sizes_dtypes_and_names() -> None:
     double = lstm_sequences(7, test_rows=3, length=4, vocabulary=6, hidden=5, dtype=torch.float64)
     assert torch.equal(double.train, data.train), "the dtype is of what is returned"
     assert repr(data) == "Sequences(train=[7, 4], test=[3, 4], vocabulary=6)"
-    with pytest.raises(AttributeError):
-        data.train = data.test  # type: ignore[misc]
 
 
 # The decoder
@@ -289,17 +260,3 @@ def test_the_vae_learns_the_true_model() -> None:
     true = sequence_evidence(data.decoder, data.train[:200])
     gap = true - after
     assert abs(gap.mean()) < 0.15 < (true.mean() - before) / 2
-
-
-@pytest.mark.slow
-def test_inference_alone_is_trained_for_the_true_decoder() -> None:
-    data = tiny(100, vocabulary=6)
-    vae = SequenceVAE(vocabulary=6, hidden=6)
-    vae.decoder = data.decoder
-    true = {name: p.clone() for name, p in data.decoder.named_parameters()}
-    guide, loss = AmortizedGuide(vae.model, vae.encoder), IWAE_ELBO(16)
-    svi = SVI(vae.model, guide, pyro.optim.Adam({"lr": 0.02}), loss=loss)
-    losses = [svi.step(data.train) for _ in range(40)]
-    log_p = sequence_evidence(data.decoder, data.train).sum()
-    assert -log_p < sum(losses[-5:]) / 5 < sum(losses[:5]) / 5
-    assert all(torch.equal(p, true[name]) for name, p in data.decoder.named_parameters())

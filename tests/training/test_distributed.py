@@ -5,6 +5,7 @@ files; the tests read these.
 """
 
 import datetime
+import itertools
 import math
 import re
 import time
@@ -102,15 +103,10 @@ def point(model: Callable) -> Program:
     return {"model": model, "guide": guide, "data": few_rows(), "loss": Trace_ELBO()}
 
 
-def own_constant_scale(x: Tensor) -> None:
-    with poutine.scale(scale=0.1):
-        known_size(x)
-
-
 NOISELESS: dict[str, Callable[[], Program]] = {
     "full batch": lambda: {**point(prior_factor), "batch_size": None},
     "loop": lambda: point(loop_over_rows),
-    "constant scale": lambda: point(own_constant_scale),
+    "constant scale": lambda: point(poutine.scale(known_size, 0.1)),
     "idle in the last batch": lambda: {**vae_with_noise(), "batch_size": 6},
     "in order": lambda: {**point(known_size), "shuffle": False, "batch_size": 3},
     "clipped": lambda: {**vae_with_noise(), "clip_norm": 0.1},
@@ -212,35 +208,6 @@ def late_and_different() -> Program:
 
     full = {"batch_size": None, "shuffle": False, "epochs": LATE, "optimizer": sgd}
     return {**point(known_size), "guide": guide, **full}
-
-
-class Wandering(nn.Module):
-    """A guide that depends on a buffer, which it changes by a random draw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.zeros(()))
-        self.register_buffer("state", torch.zeros(()))
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> None:
-        pyro.module("wandering", self)
-        self.seen.append(self.state.item())
-        pyro.sample("mean", dist.Normal(self.loc + self.state, 1.0))
-        self.state += torch.rand(())
-
-
-def states_and_draws() -> dict[str, Any]:
-    """Return buffers and draws of the steps of one epoch, without the extra runs of the first."""
-    guide, draws = Wandering(), []
-
-    def draw(x: Tensor) -> Tensor:
-        draws.append(torch.rand(()).item())
-        return x
-
-    program = {**point(known_size), "guide": guide, "data": few_rows(6), "transform": draw}
-    run(lambda: program, batch_size=2, epochs=1)
-    return {"states": guide.seen[-3:], "draws": draws}
 
 
 SAME: dict[str, Callable[[], Program]] = {
@@ -377,8 +344,7 @@ def work(rank: int, folder: Path) -> None:
     parts: dict[str, Callable[[], Any]] = {name: partial(run, programs[name]) for name in programs}
     for name, (program, _) in WRONG.items():
         parts[name] = partial(raised, partial(run, program), name != "unvalidated nan")
-    parts |= {"states and draws": states_and_draws, "evaluations": evaluations}
-    parts["checkpoints"] = partial(checkpoints, folder)
+    parts |= {"evaluations": evaluations, "checkpoints": partial(checkpoints, folder)}
     found = {}
     for name, part in parts.items():
         start = time.perf_counter()
@@ -429,10 +395,6 @@ def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
     assert histories["aggressive"]["guide_steps"][-1] > 0
     progress = found[0]["recursive mixture"]["buffers"][1]["progress"]
     assert progress[3:].tolist() == [1, 1]
-    first, second = (each["states and draws"] for each in found)
-    assert len(set(first["states"])) == 3
-    assert first["states"] == second["states"]
-    assert len(set(first["draws"]) | set(second["draws"])) == len(first["draws"] + second["draws"])
 
 
 @pytest.mark.slow
@@ -485,11 +447,10 @@ def test_evaluation_in_parallel(found: Any) -> None:
 
 
 def test_shares_are_all_rows_in_order() -> None:
-    for count in range(1, 6):
-        for rows in range(12):
-            parts = [range(rows)[ProcessGroup(rank, count).share(rows)] for rank in range(count)]
-            assert [row for part in parts for row in part] == list(range(rows))
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for count, rows in itertools.product(range(1, 6), range(12)):
+        parts = [range(rows)[ProcessGroup(rank, count).share(rows)] for rank in range(count)]
+        assert [row for part in parts for row in part] == list(range(rows))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_evaluation_by_one_process() -> None:

@@ -74,27 +74,19 @@ def test_equals_a_loop_by_hand_bit_for_bit(batch_size: int | None) -> None:
         return losses
 
     expected, parameters = by_hand(), store()
-    pyro.clear_param_store()
-    history = fit(
-        **auto_normal(),
-        epochs=3,
-        batch_size=batch_size,
-        optimizer=partial(torch.optim.Adam, lr=0.01),
-        seed=7,
-        progress=False,
-    )
-    assert history.loss == expected
+    adam = partial(torch.optim.Adam, lr=0.01)
+    options = {"optimizer": adam, "epochs": 3, "seed": 7, "transform": None}
+    assert run(auto_normal, batch_size=batch_size, **options).loss == expected
     assert same(store(), parameters)
 
 
 @pytest.mark.parametrize("loss", [Trace_ELBO(), RenyiELBO(alpha=0.5, num_particles=2)])
 def test_equals_svi(loss: Any) -> None:
-    pyro.set_rng_seed(7)
-    svi = SVI(normal_model, AutoNormal(normal_model), pyro.optim.Adam({"lr": 0.01}), loss)
-    expected = [svi.step(normal_data()) for _ in range(5)]
-    pyro.clear_param_store()
-    arguments = {**auto_normal(), "loss": loss, "optimizer": partial(torch.optim.Adam, lr=0.01)}
-    assert fit(**arguments, epochs=5, seed=7, progress=False).loss == pytest.approx(expected)
+    pyro.set_rng_seed(1)
+    svi = SVI(normal_model, AutoNormal(normal_model), pyro.optim.Adam({"lr": 1e-3}), loss)
+    expected = [svi.step(normal_data()) for _ in range(4)]
+    found = run(auto_normal, loss=loss, batch_size=None, transform=None)
+    assert found.loss == pytest.approx(expected)
 
 
 def test_late_parameters_share_the_optimiser_and_its_schedule() -> None:
@@ -155,40 +147,36 @@ def test_warmup_weights_the_latents_of_model_and_guide() -> None:
         KLWarmup(0.0)
 
 
-def local_vae() -> dict[str, Any]:
-    class Model(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decoder = nn.Linear(1, 1)
-            self.width = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+class LocalModel(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(1, 1)
+        self.width = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
 
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                mean = self.decoder(z[:, None])[:, 0]
-                pyro.sample("x", dist.Normal(mean, self.width), obs=x)
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.decoder(z[:, None])[:, 0], self.width), obs=x)
 
-    class Guide(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.loc = nn.Parameter(torch.tensor(0.1))
 
-        def forward(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(self.loc * x, 0.5))
+class LocalGuide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.1))
 
-    data = {"data": normal_data(), "validation": normal_data()}
-    return {"model": Model(), "guide": Guide(), "loss": Trace_ELBO(), **data}
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc * x, 0.5))
 
 
 @pytest.mark.parametrize("aggressive", [None, Aggressive(max_steps=3, check_every=1)])
 def test_module_local_parameters_are_trained_the_same(aggressive: Aggressive | None) -> None:
     def trained() -> list[Tensor]:
-        pyro.clear_param_store()
         torch.manual_seed(3)
-        program = local_vae()
-        fit(**program, epochs=3, batch_size=4, seed=1, progress=False, aggressive=aggressive)
-        return [*program["guide"].parameters(), *program["model"].parameters()]
+        model, guide, x = LocalModel(), LocalGuide(), normal_data()
+        options = {"loss": Trace_ELBO(), "data": x, "validation": x, "aggressive": aggressive}
+        run(lambda: {"model": model, "guide": guide, **options}, epochs=3)
+        return [*guide.parameters(), *model.parameters()]
 
     expected = trained()
     with pyro.settings.context(module_local_params=True):
