@@ -269,21 +269,18 @@ def _modes(name: str, found: dict[str, Any], problem: Problem) -> str:
 
 def _panel(panel: Any, problem: Problem, draws: Tensor, color: str) -> None:
     density = (problem.reference - problem.reference.max()).exp()
-    points = [
-        torch.linspace(low, high, size)
-        for (_, low, high), size in zip(problem.axes, density.shape, strict=True)
-    ]
-    name, low, high = problem.axes[0]
-    panel.set(xlabel=name, xlim=(low, high))
+    names, lows, highs = zip(*problem.axes, strict=True)
+    points = [torch.linspace(*axis) for axis in zip(lows, highs, density.shape, strict=True)]
+    panel.set_xlabel(names[0])
     if draws.shape[-1] == 1:
         mass = density / (density.sum() * (points[0][1] - points[0][0]))
         panel.fill_between(points[0], mass, color="0.75")
         options = {"density": True, "histtype": "step", "color": color}
-        panel.hist(draws[:, 0].numpy(), 120, (low, high), **options)
+        panel.hist(draws[:, 0].numpy(), 120, (lows[0], highs[0]), **options)
         return
     levels = [0.01, 0.1, 0.5, 1.01]  # of the highest density
     panel.contourf(*points, density.T, levels=levels, colors=["0.9", "0.8", "0.65"])
     shown = draws[:: max(1, len(draws) // 1000)]
     panel.plot(*shown.T, ".", markersize=1.5, color=color, alpha=0.7)
-    name, low, high = problem.axes[1]
-    panel.set(ylabel=name, ylim=(low, high))
+    x, y = (points[axis][(density > 1e-3).any(1 - axis)] for axis in (0, 1))
+    panel.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), ylabel=names[1])
