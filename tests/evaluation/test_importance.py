@@ -19,7 +19,6 @@ from pyro_recursive.evaluation import (
     ImportanceWeights,
     effective_sample_size,
     importance_weights,
-    pareto_k_threshold,
     psis,
 )
 from tests.models import ROWS, SCALED, Row
@@ -85,32 +84,15 @@ def test_arviz_1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.log_weights, expected)
 
 
-@pytest.mark.parametrize("k", [-0.5, 0.0, 0.3, 0.6, 1.2])
-def test_k_is_the_shape_of_the_tail(k: float) -> None:
-    """Weights of a Pareto distribution; the weak prior pulls k-hat to 0.5."""
-    u = torch.rand(4000, 200)
-    weights = -u.log() if k == 0 else torch.expm1(-k * u.log()) / k
-    found = psis((1 + weights).log()).pareto_k
-    size = 3 * 4000**0.5
-    expected = (size * k + 5) / (size + 10)
-    spread = found.std() / 200**0.5
-    assert abs(found.mean() - expected) < 4 * spread + 0.02  # the estimate has a bias of 1 / size
-    assert spread < 0.02
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("level", [0.0, -123.4])
-def test_constant_weights_have_no_tail(dtype: torch.dtype, level: float) -> None:
+def test_constant_weights_have_no_tail(dtype: torch.dtype) -> None:
     """An exact guide is not reported as bad, whatever rounding does."""
     rounding = 30 * torch.finfo(dtype).eps * torch.randn(1000, 2, dtype=dtype)
-    log_weights = torch.tensor(level, dtype=dtype) + rounding
+    log_weights = torch.tensor(-123.4, dtype=dtype) + rounding
     log_weights[::2, 1] = -INF  # draws without weight leave the others equal
     found = psis(log_weights)
     assert found.pareto_k.tolist() == [0.0, 0.0]
-    assert found.log_weights.dtype == torch.float64
-    expected = log_weights.double() - log_weights.double().logsumexp(0)
-    torch.testing.assert_close(found.log_weights, expected)
-    assert found.pareto_k[0] < pareto_k_threshold(1000)
+    torch.testing.assert_close(found.log_weights, log_weights.double().log_softmax(0))
 
 
 def test_too_little_to_say_anything() -> None:
@@ -122,16 +104,6 @@ def test_too_little_to_say_anything() -> None:
     nothing = psis(torch.full((1000, 2), -INF))
     assert (nothing.pareto_k == INF).all()
     assert (nothing.log_weights == -INF).all()
-
-
-def test_a_column_does_not_feel_the_others() -> None:
-    columns = [TAILS[tail](torch.randn(500)) for tail in TAILS]
-    columns += [torch.zeros(500), torch.full((500,), -INF)]
-    together = psis(torch.stack(columns, -1))
-    for number, column in enumerate(columns):
-        alone = psis(column)
-        torch.testing.assert_close(together.pareto_k[number], alone.pareto_k)
-        torch.testing.assert_close(together.log_weights[:, number], alone.log_weights)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, INF])
