@@ -1,6 +1,7 @@
 """Models with latents in one data plate, and everything that Pyro lets one put around them."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -49,21 +50,6 @@ def scalar_guide(x: Tensor) -> None:
     normal("z", real("a", 0.2), positive("s", 0.9))
 
 
-def annealed() -> Any:
-    return poutine.scale(scale=0.3)
-
-
-def masked(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(real("mu", 0.3), 1.0).mask(mask()))
-        pyro.sample("x", dist.Normal(z, 1.0).mask(mask()), obs=x)
-
-
-def masked_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(real("a", 0.4) * x, positive("s", 0.9)).mask(mask()))
-
-
 def half_observed(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = normal("z", real("mu", 0.3), 1.0)
@@ -91,9 +77,6 @@ def switched_off_guide(x: Tensor) -> None:
         normal("z", real("a", 0.4) * x, positive("s", 0.9))
         with poutine.mask(mask=False):
             normal("w", real("c", 0.2), positive("t", 1.1))
-
-
-# Sites that are no plain latent or observation.
 
 
 def deterministic(x: Tensor) -> None:
@@ -131,35 +114,12 @@ def factor_guide(x: Tensor, in_delta: bool = False) -> None:
             pyro.sample("z", dist.Delta(log_z.exp()))
 
 
-def outside_auxiliary_guide(x: Tensor) -> None:
-    """An auxiliary site outside the data plate makes all data share one weight."""
-    noise = normal("noise", real("c", 0.2), 0.6, infer={"is_auxiliary": True})
-    with pyro.plate("data", len(x)):
-        normal("z", real("a", 0.4) * x + 0.3 * noise, positive("s", 0.9))
-
-
 def events(x: Tensor) -> None:
     """A matrix-normal like pair of sites: ``to_event`` and a full covariance."""
     with pyro.plate("data", len(x)):
         u = pyro.sample("u", dist.Normal(real("mu", 0.3), 1.0).expand([2, 3]).to_event(2))
         v = pyro.sample("v", dist.MultivariateNormal(u.sum(-1), 0.5 * torch.eye(2) + 0.5))
         pyro.sample("x", dist.Normal(v.sum(-1, keepdim=True), 1.0).to_event(1), obs=x[:, None])
-
-
-def events_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        loc = (real("a", 0.2) * x)[:, None, None].expand(-1, 2, 3)
-        u = pyro.sample("u", dist.Normal(loc, positive("s", 0.8)).to_event(2))
-        tril = torch.tensor([[0.8, 0.0], [0.2, 0.7]]) * positive("t", 1.0)
-        mean = real("c", 0.6) * u.sum(-1) + 0.2 * x[:, None]
-        pyro.sample("v", dist.MultivariateNormal(mean, scale_tril=tril))
-
-
-def expanded(x: Tensor) -> None:
-    """Batch shapes written out, one of them of size 1."""
-    with pyro.plate("data", len(x), dim=-2):
-        z = pyro.sample("z", dist.Normal(real("mu", 0.3), 1.0).expand([len(x), 1]))
-        observe(z, x[:, None])
 
 
 def constrained(x: Tensor) -> None:
@@ -179,6 +139,9 @@ def empty_guide(x: Tensor) -> None:
     pass
 
 
+ANNEALED = partial(poutine.scale, scale=0.3)
+
+
 def both(**options: Any) -> Any:
     return pair(local, local_guide, **options)
 
@@ -196,20 +159,17 @@ ROWS = [
         plates=(2,),
         other_args=lambda: (data(), torch.tensor([0, 1, 3])),
     ),
-    Row("annealed", both(around=annealed)),
+    Row("annealed", both(around=ANNEALED)),
     Row("tensor_scale", both(around=lambda: poutine.scale(scale=data().abs()))),
     Row("tempered", rows.handled(poutine.scale, local, local_guide, scale=0.4)),
     Row("mask_handler", both(around=lambda: poutine.mask(mask=mask()))),
-    Row("mask_method", pair(masked, masked_guide)),
     Row("mask_false", pair(switched_off, switched_off_guide)),
     Row("obs_mask", pair(half_observed, half_observed_guide)),
     Row("deterministic", pair(deterministic, local_guide)),
     Row("factor", pair(factor, local_guide)),
     Row("factor_in_guide", pair(warped, factor_guide), sites="delta"),
     Row("delta_log_density", lambda: (warped, lambda x: factor_guide(x, True)), sites="delta"),
-    Row("auxiliary_outside", pair(local, outside_auxiliary_guide), **rows.JOINT),
-    Row("events", pair(events, events_guide)),
-    Row("expanded", lambda: (expanded, lambda x: local_guide(x, dim=-2))),
+    Row("events", rows.guided(events, autoguide.AutoNormal, init_scale=0.5)),
     Row("constrained", rows.guided(constrained, autoguide.AutoNormal, init_scale=0.5)),
     Row("no_latents", pair(no_latents, empty_guide)),
 ]

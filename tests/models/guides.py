@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from pyro_recursive import (
     AmortizedGuide,
+    FlowGuide,
     MixtureGuide,
     RecursiveMixtureGuide,
     Schedule,
     SemiAmortizedGuide,
 )
 from pyro_recursive.guides.base import LatentGuide
-from pyro_recursive.guides.flow.guide import FlowGuide
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
 from pyro_recursive.tracing.sites import sites
@@ -40,10 +40,10 @@ from tests.models import INDEX, ROWS, Row, normal, observe
 def supports(x: Tensor) -> None:
     """Supports of every kind, inside and outside the plate."""
     factor = pyro.sample("factor", dist.LKJCholesky(3, 1.5))
-    steps = dist.TransformedDistribution(
-        dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.transforms.OrderedTransform()
+    steps = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    ordered = pyro.sample(
+        "ordered", dist.TransformedDistribution(steps, dist.transforms.OrderedTransform())
     )
-    ordered = pyro.sample("ordered", steps)
     with pyro.plate("data", len(x)):
         positive = pyro.sample("positive", dist.HalfNormal(1.0))
         unit = pyro.sample("unit", dist.Beta(2.0, 2.0))
@@ -83,30 +83,19 @@ def no_guide(*args: Any) -> None:
 
 
 MORE = [
-    Row("supports", lambda: (supports, no_guide)),
-    Row("inner_events", lambda: (inner_events, no_guide)),
-    Row("series", lambda: (series, no_guide), plates=()),
-    Row("mixture_prior", lambda: (mixture_prior, no_guide)),
+    Row(model.__name__, lambda model=model: (model, no_guide))
+    for model in (supports, inner_events, series, mixture_prior)
 ]
 # Rows that differ from another one in their guide alone.
 SAME_MODEL = {
-    *("delta_log_density", "shared_parameter", "lazy_parameter", "mixed_below", "mixture"),
-    *("auto_normal", "auto_normal_subsample", "auto_delta", "auto_delta_local", "guide_list"),
-    *("auto_multivariate", "auto_low_rank", "auto_iaf", "auto_gaussian", "auto_messenger"),
-    *("messenger_of_prior", "messenger_subsample", "auxiliary_outside"),
+    *("delta_log_density", "lazy_parameter", "mixed_below", "guide_list"),
+    *("auto_normal", "auto_normal_subsample", "auto_delta", "auto_delta_local", "auto_messenger"),
+    *("auto_multivariate", "auto_low_rank", "auto_iaf", "auto_gaussian"),
+    *("messenger_of_prior", "messenger_subsample"),
 }
 MODELS = [row for row in ROWS if row.name not in SAME_MODEL] + MORE
 ROW = {row.name: row for row in MODELS}
 
-PLATES: dict[str, str | None] = {
-    **dict.fromkeys(["no_plate", "exact_no_plate", "exact_global", "series"]),
-    **dict.fromkeys(["sequential", "sequential_twice", "sequential_global"]),
-    **dict.fromkeys(["sequential_subsample", "sequential_mixed"]),
-    **dict.fromkeys(["nested", "exact_groups"], "group"),
-    **dict.fromkeys(["grid", "grid_reversed", "exact_grid_reversed", "crossed"], "row"),
-    **dict.fromkeys(["sequential_of_vectorized", "vectorized_of_sequential"], "item"),
-    "exact_loop_of_plate": "item",
-}
 # Rows whose data have the rows of the latents in their second dim.
 TRANSPOSED = {
     *("grid_reversed", "exact_grid_reversed", "exact_loop_of_plate"),
@@ -122,7 +111,7 @@ EXPLICIT: dict[str, Callable] = {
 
 
 class Encoder(nn.Module):
-    """A linear map of the sum of each row to n numbers; ``rank`` dims of the input are rows."""
+    """A linear map of the sum of each row to n outputs; ``rank`` dims of the input are rows."""
 
     def __init__(self, rank: int, n: int) -> None:
         super().__init__()
@@ -130,9 +119,15 @@ class Encoder(nn.Module):
         self.slope = nn.Parameter(0.1 * torch.randn(n))
         self.start = nn.Parameter(0.2 * torch.randn(n) - 0.1)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, *told: Tensor) -> Tensor:
+        """Encode rows; ``told`` are the parameters of the components before this one."""
         summed = rows.reshape(*rows.shape[: self.rank], -1).sum(-1, keepdim=True)
-        return summed * self.slope + self.start
+        found = summed * self.slope + self.start
+        return found + sum(0.1 * each[..., : found.shape[-1]] for each in told)
+
+
+def transposed(x: Tensor, *rest: Any) -> Tensor:
+    return x.mT
 
 
 @dataclass(frozen=True)
@@ -147,14 +142,15 @@ class Setting:
     @property
     def options(self) -> dict[str, Any]:
         """What every guide is told about this model."""
-        options: dict[str, Any] = {"create_plates": EXPLICIT.get(self.row.name)}
-        if self.row.name in TRANSPOSED:
-            options["inputs"] = transposed
-        return options
+        inputs = {"inputs": transposed} if self.row.name in TRANSPOSED else {}
+        return {"create_plates": EXPLICIT.get(self.row.name), **inputs}
 
-    @property
-    def plate(self) -> str:
-        return PLATES.get(self.row.name, "data") or "data"
+    @cached_property
+    def plate(self) -> str | None:
+        """The first vectorised plate around a latent site."""
+        trace = poutine.trace(self.model).get_trace(*self.args)
+        frames = (f for site in latents_in(trace).values() for f in site["cond_indep_stack"])
+        return next((frame.name for frame in frames if frame.vectorized), None)
 
     def encoder(self, family: Any = "diagonal") -> Encoder:
         """Make an encoder for the latents in the plate of the rows, as many as there are."""
@@ -163,19 +159,14 @@ class Setting:
         (latents,) = [latents for latents in probe.groups if latents.local]
         return Encoder(len(latents.rows), probe.num_parameters(latents))
 
-    def amortized(self, family: Any = "diagonal", **more: Any) -> AmortizedGuide:
-        encoder = self.encoder(family)
-        return AmortizedGuide(self.model, encoder, family=family, **self.options | more)
+    def amortized(self, family: Any = "diagonal") -> AmortizedGuide:
+        return AmortizedGuide(self.model, self.encoder(family), family=family, **self.options)
 
 
-def transposed(x: Tensor, *rest: Any) -> Tensor:
-    return x.mT
-
+# The kinds.
 
 FLOW = {"transforms": 2, "hidden": (4,)}
 SCHEDULE = Schedule(first=2, propose=2, refine=2, joint=2, draws=64)
-
-# The kinds.
 
 
 @dataclass(frozen=True)
@@ -189,13 +180,15 @@ class Kind:
     name: str
     build: Callable[[Setting], LatentGuide]
     rows: str = "joint"
-    mixture: bool = False
-    learned: bool = True  # the weights of a mixture
     auto: str = ""
 
     @property
     def recursive(self) -> bool:
         return self.name.startswith("recursive")
+
+    @property
+    def mixture(self) -> bool:
+        return "mixture" in self.name or self.recursive
 
 
 def joint(make: Callable, *args: Any, **options: Any) -> Callable[[Setting], LatentGuide]:
@@ -203,18 +196,11 @@ def joint(make: Callable, *args: Any, **options: Any) -> Callable[[Setting], Lat
 
 
 def table(make: Callable, *args: Any, **options: Any) -> Callable[[Setting], LatentGuide]:
-    return lambda s: make(s.model, *args, plate=s.plate, **options, **s.options)
+    return lambda s: make(s.model, *args, plate=s.plate or "data", **options, **s.options)
 
 
-def pair_of(make: Callable) -> Callable[[Setting], LatentGuide]:
-    """A mixture of two guides of Pyro's."""
-
-    def build(s: Setting) -> MixtureGuide:
-        create_plates = s.options["create_plates"]
-        guides = [make(s.model, create_plates=create_plates, init_scale=0.8) for _ in range(2)]
-        return MixtureGuide(s.model, guides, **s.options)
-
-    return build
+def mixture(s: Setting, *components: Callable, **options: Any) -> MixtureGuide:
+    return MixtureGuide(s.model, list(components), **options, **s.options)
 
 
 def flow(s: Setting) -> FlowGuide:
@@ -222,41 +208,25 @@ def flow(s: Setting) -> FlowGuide:
 
 
 def encoders(s: Setting) -> MixtureGuide:
-    return MixtureGuide(s.model, [s.amortized(), s.amortized()], weights="shared", **s.options)
+    return mixture(s, s.amortized(), s.amortized(), weights="shared")
 
 
 def unlike(s: Setting) -> MixtureGuide:
-    weights = WeightsOf(s.encoder())
-    return MixtureGuide(s.model, [s.amortized(), flow(s)], weights=weights, **s.options)
+    return mixture(s, s.amortized(), flow(s), weights=Encoder(s.encoder().rank, 2))
 
 
-def by_hand(s: Setting) -> MixtureGuide:
-    return MixtureGuide(s.model, [s.by_hand, s.amortized()], weights="shared", **s.options)
+def auto_normals(s: Setting) -> MixtureGuide:
+    options = {"create_plates": s.options["create_plates"], "init_scale": 0.8}
+    return mixture(s, *(autoguide.AutoNormal(s.model, **options) for _ in range(2)))
+
+
+def auto_diagonals(s: Setting) -> MixtureGuide:
+    return mixture(s, *(autoguide.AutoDiagonalNormal(s.model, init_scale=0.8) for _ in range(2)))
 
 
 def recursive_encoders(s: Setting, **options: Any) -> RecursiveMixtureGuide:
-    return RecursiveMixtureGuide(
-        s.model,
-        [s.amortized(), s.amortized()],
-        weights="shared",
-        schedule=SCHEDULE,
-        **s.options | options,
-    )
-
-
-class Told(Encoder):
-    """An encoder that is also told the parameters of the components before it."""
-
-    def forward(self, rows: Tensor, told: Tensor | None = None) -> Tensor:
-        found = super().forward(rows)
-        return found if told is None else found + 0.1 * told[..., : found.shape[-1]]
-
-
-def recursive_conditional(s: Setting) -> RecursiveMixtureGuide:
-    guide = recursive_encoders(s, conditional=True)
-    for component in guide.components:
-        component.encoder.__class__ = Told
-    return guide
+    options |= {"weights": "shared", "schedule": SCHEDULE, **s.options}
+    return RecursiveMixtureGuide(s.model, [s.amortized(), s.amortized()], **options)
 
 
 def refined(s: Setting, guide: LatentGuide, **options: Any) -> SemiAmortizedGuide:
@@ -264,22 +234,14 @@ def refined(s: Setting, guide: LatentGuide, **options: Any) -> SemiAmortizedGuid
     return SemiAmortizedGuide(s.model, guide, steps=2, seed=1, **options)
 
 
-def _continuous(make: Callable, model: Callable, create_plates: Any = None, **options) -> Callable:
-    return make(model, **options)
+def refined_by_network(s: Setting) -> SemiAmortizedGuide:
+    return refined(s, s.amortized("full"), update=LearnedUpdate(hidden=(4,)))
 
 
-class WeightsOf(nn.Module):
-    """The first two numbers of an encoder as logits."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = Encoder(encoder.rank, 2)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.encoder(rows)
+def refined_second_order(s: Setting) -> SemiAmortizedGuide:
+    return refined(s, s.amortized(), mode="second_order", checkpoint=True)
 
 
-MIXTURE: dict[str, Any] = {"mixture": True}
 RECURSIVE = partial(RecursiveMixtureGuide, schedule=SCHEDULE)
 KINDS = [
     Kind("gaussian", joint(AmortizedGuide)),
@@ -290,36 +252,27 @@ KINDS = [
     Kind("encoder_full", lambda s: s.amortized("full"), "encoder"),
     Kind("flow", joint(FlowGuide, **FLOW)),
     Kind("flow_encoder", flow, "encoder"),
-    Kind("mixture", joint(MixtureGuide, 2), **MIXTURE),
-    Kind("mixture_table", table(MixtureGuide, 2), "table", **MIXTURE),
-    Kind("mixture_equal", joint(MixtureGuide, 2, learn_weights=False), learned=False, **MIXTURE),
-    Kind("mixture_encoders", encoders, "encoder", **MIXTURE),
-    Kind("mixture_unlike", unlike, "encoder", **MIXTURE),
-    Kind("mixture_auto_normal", pair_of(autoguide.AutoNormal), "auto", auto="sites", **MIXTURE),
+    Kind("mixture", joint(MixtureGuide, 2)),
+    Kind("mixture_table", table(MixtureGuide, 2), "table"),
+    Kind("mixture_encoders", encoders, "encoder"),
+    Kind("mixture_unlike", unlike, "encoder"),
+    Kind("mixture_auto_normal", auto_normals, "auto", auto="sites"),
+    Kind("mixture_auto_diagonal", auto_diagonals, auto="joint"),
     Kind(
-        "mixture_auto_diagonal",
-        pair_of(partial(_continuous, autoguide.AutoDiagonalNormal)),
-        auto="joint",
-        **MIXTURE,
+        "mixture_by_hand",
+        lambda s: mixture(s, s.by_hand, s.amortized(), weights="shared"),
+        "encoder",
+        auto="hand",
     ),
-    Kind("mixture_by_hand", by_hand, "encoder", auto="hand", **MIXTURE),
-    Kind("recursive", joint(RECURSIVE, 2), **MIXTURE),
-    Kind("recursive_table", table(RECURSIVE, 2), "table", **MIXTURE),
-    Kind("recursive_encoders", recursive_encoders, "encoder", **MIXTURE),
-    Kind("recursive_conditional", recursive_conditional, "encoder", **MIXTURE),
+    Kind("recursive", joint(RECURSIVE, 2)),
+    Kind("recursive_table", table(RECURSIVE, 2), "table"),
+    Kind("recursive_encoders", recursive_encoders, "encoder"),
+    Kind("recursive_conditional", partial(recursive_encoders, conditional=True), "encoder"),
     Kind("refined", lambda s: refined(s, s.amortized()), "encoder"),
-    Kind(
-        "refined_second_order",
-        lambda s: refined(s, s.amortized(), mode="second_order", checkpoint=True),
-        "encoder",
-    ),
-    Kind(
-        "refined_by_network",
-        lambda s: refined(s, s.amortized("full"), update=LearnedUpdate(hidden=(4,))),
-        "encoder",
-    ),
+    Kind("refined_second_order", refined_second_order, "encoder"),
+    Kind("refined_by_network", refined_by_network, "encoder"),
     Kind("refined_table", lambda s: refined(s, table(AmortizedGuide)(s), mode="svi"), "table"),
-    Kind("refined_mixture", lambda s: refined(s, encoders(s)), "encoder", **MIXTURE),
+    Kind("refined_mixture", lambda s: refined(s, encoders(s)), "encoder"),
 ]
 KIND = {kind.name: kind for kind in KINDS}
 
@@ -332,11 +285,10 @@ def kinds(*names: str) -> Any:
 
 
 def setting(row: Row) -> Setting:
-    model, by_hand = row.build()
-    return Setting(row, model, by_hand, row.args())
+    return Setting(row, *row.build(), row.args())
 
 
-def made(row: Row, kind: Kind) -> tuple[Setting, LatentGuide]:
+def made(row: Row, kind: Kind) -> tuple[Setting, Any]:
     """Build a guide, make its parameters, and move them off the symmetric points they start at."""
     s = setting(row)
     guide = kind.build(s)
@@ -344,16 +296,17 @@ def made(row: Row, kind: Kind) -> tuple[Setting, LatentGuide]:
         guide.prepare(*s.args)
         guide(*s.args)  # Pyro's guides make their parameters now
     bring_together(guide)
-    shake(guide)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
     return s, guide
 
 
-def shake(guide: nn.Module, scale: float = 0.01) -> None:
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+def of(row: str, kind: str) -> tuple[Setting, Any]:
+    return made(ROW[row], KIND[kind])
 
 
+@torch.no_grad()
 def bring_together(guide: nn.Module) -> None:
     """Let the components of a mixture overlap, so that they have a say about each other's draws."""
     first, *others = getattr(getattr(guide, "guide", guide), "components", [None])
@@ -361,16 +314,8 @@ def bring_together(guide: nn.Module) -> None:
         if type(other) is type(first):
             other.load_state_dict(first.state_dict())
         elif hasattr(first, "free_global") and hasattr(other, "flow_global"):
-            _centre(other.flow_global.bias, first.free_global)
-
-
-@torch.no_grad()
-def _centre(bias: Tensor, free: Tensor) -> None:
-    bias[: len(bias) // 2] = free[: len(bias) // 2]
-
-
-def of(row: str, kind: str) -> tuple[Setting, Any]:
-    return made(ROW[row], KIND[kind])
+            bias = other.flow_global.bias
+            bias[: len(bias) // 2] = first.free_global[: len(bias) // 2]
 
 
 @contextmanager
@@ -382,7 +327,7 @@ def quiet() -> Iterator[None]:
 
 
 def members_of(guide: LatentGuide) -> tuple[int, ...]:
-    """Return the numbers of the components that make up the mixture; none where there is none."""
+    """Return the indices of the components that make up the mixture; none where there is none."""
     return getattr(getattr(guide, "guide", guide), "members", ())
 
 
@@ -391,8 +336,7 @@ SCORED = ("vimco", "dreg+vimco")
 
 
 def estimators_of(kind: Kind, guide: LatentGuide) -> tuple[str, ...]:
-    draws = kind.mixture and len(members_of(guide)) > 1 and kind.learned
-    return SCORED if draws else SMOOTH
+    return SCORED if kind.mixture and len(members_of(guide)) > 1 else SMOOTH
 
 
 def latents_in(trace: poutine.Trace) -> dict[str, Any]:

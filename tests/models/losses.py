@@ -34,10 +34,6 @@ BOUNDS = {
 }
 # Losses of guides that are mixtures.
 OF_MIXTURES: dict[str, Callable[..., Any]] = {
-    "Stratified_ELBO": lambda M, K, **options: Stratified_ELBO(K, num_estimates=M, **options),
-    "SIWAE_ELBO": lambda M, K, **options: SIWAE_ELBO(K, num_estimates=M, **options),
-    "MISELBO": lambda M, K, **options: MISELBO(K, num_estimates=M, **options),
-    "RecursiveMixture_ELBO": lambda M, K, **options: RecursiveMixture_ELBO(
-        K, num_estimates=M, **options
-    ),
+    loss.__name__: lambda M, K, loss=loss, **options: loss(K, num_estimates=M, **options)
+    for loss in (Stratified_ELBO, SIWAE_ELBO, MISELBO, RecursiveMixture_ELBO)
 }

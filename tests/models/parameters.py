@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from tests.models import row as rows
-from tests.models.data_plate import local, local_guide
+from tests.models.data_plate import local
 from tests.models.row import Programs, Row, normal, observe, pair, positive, real
 
 
@@ -74,12 +74,6 @@ class Encoder(PyroModule):
             normal("z", self.a * x, self.s)
 
 
-def shared_parameter_guide(x: Tensor) -> None:
-    """The prior's location is the guide's too."""
-    with pyro.plate("data", len(x)):
-        normal("z", 0.4 * x + real("mu", 0.3), positive("s", 0.9))
-
-
 def lazy_guide(x: Tensor) -> None:
     """Parameters whose first value is random, and made on the first call."""
     loc = pyro.param("loc", lambda: 0.3 * torch.randn(len(x)))
@@ -137,20 +131,6 @@ def mixed_global_guide(x: Tensor, **plate: Any) -> None:
         pyro.sample("k", dist.Bernoulli(logits=real("b", 0.7) * w + real("c", 0.4) * x[index]))
 
 
-def mixture_latent(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        observe(normal("k_z", real("mu", 0.3), 1.0), x)
-
-
-def mixture_guide(x: Tensor) -> None:
-    """A mixture distribution has a density and no reparameterised samples."""
-    logits = torch.stack([0.0 * x, real("b", 0.3) + 0.0 * x], -1)
-    locs = torch.stack([real("a", 0.2) * x, real("c", 0.8) * x], -1)
-    parts = dist.Normal(locs, positive("s", 0.7))
-    with pyro.plate("data", len(x)):
-        pyro.sample("k_z", dist.MixtureSameFamily(dist.Categorical(logits=logits), parts))
-
-
 # Guides of Pyro's.
 
 
@@ -174,16 +154,6 @@ def reparameterized() -> Programs:
     return model, autoguide.AutoNormal(model, init_scale=0.7)
 
 
-def conditioned() -> Programs:
-    """A latent site that a handler turns into data."""
-
-    def prior(_: Tensor) -> None:
-        with pyro.plate("data", 4):
-            normal("x", normal("z", real("mu", 0.3), 1.0), 1.0)
-
-    return poutine.condition(prior, data={"x": rows.data()}), local_guide
-
-
 def other_rows() -> tuple:
     return (torch.linspace(-1.0, 1.0, 7),)
 
@@ -194,7 +164,6 @@ HALF = partial(local, subsample_size=2)
 ROWS = [
     Row("modules", modules, other_args=other_rows),
     Row("pyro_modules", lambda: (Decoder(), Encoder())),
-    Row("shared_parameter", pair(local, shared_parameter_guide), shared_parameter="mu"),
     Row("lazy_parameter", pair(local, lazy_guide)),
     Row("discrete", pair(discrete, discrete_guide), **DISCRETE),
     Row("mixed_above", pair(mixed, mixed_above_guide), **DISCRETE),
@@ -207,7 +176,6 @@ ROWS = [
         )
         for model, guide in ((discrete, discrete_guide), (mixed, mixed_above_guide))
     ),
-    Row("mixture", pair(mixture_latent, mixture_guide), **DISCRETE),
     Row("mixed_global", pair(mixed_global, mixed_global_guide), **DISCRETE, **rows.JOINT),
     *(
         Row(f"auto_{name}", rows.guided(scales, make, **options), sites=sites, **rows.JOINT)
@@ -237,5 +205,4 @@ ROWS = [
     ),
     Row("guide_list", guide_list, sites="delta", **rows.JOINT),
     Row("reparam", reparameterized),
-    Row("condition", conditioned),
 ]

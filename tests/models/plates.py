@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from tests.models import row as rows
@@ -87,14 +88,6 @@ def deeper(x: Tensor, depth: int) -> Iterator:
 sequential, sequential_guide = independent(in_loop)
 
 
-def sequential_twice(x: Tensor) -> None:
-    """One loop for the latents, and one for the data."""
-    loop = pyro.plate("data", len(x))
-    latent = [normal(f"z{i}", real("mu", 0.3), 1.0) for i in loop]
-    for i in loop:
-        observe(latent[i], x[i], f"x{i}")
-
-
 # Latents that depend on each other.
 
 
@@ -106,14 +99,6 @@ def nested(x: Tensor) -> None:
             observe(normal("z", w, 0.7), x)
 
 
-def nested_guide(x: Tensor) -> None:
-    with pyro.plate("group", x.shape[0], dim=-2):
-        loc = real("a", 0.4) * x.mean(-1, keepdim=True)
-        w = normal("w", loc, positive("s", 0.7))
-        with pyro.plate("item", x.shape[1], dim=-1):
-            normal("z", real("b", 0.5) * w + real("c", 0.3) * x, positive("t", 0.6))
-
-
 def crossed(x: Tensor) -> None:
     """A latent for each row and for each column: nothing encloses both."""
     in_rows, in_columns = pyro.plate("row", len(x), dim=-2), pyro.plate("column", x.shape[1])
@@ -123,41 +108,6 @@ def crossed(x: Tensor) -> None:
         c = normal("c", 0.0, 1.0)
     with in_rows, in_columns:
         observe(r + c, x)
-
-
-def crossed_guide(x: Tensor) -> None:
-    s = positive("s", 0.6)
-    with pyro.plate("row", x.shape[0], dim=-2):
-        normal("r", real("a", 0.5) * x.mean(1, keepdim=True), s)
-    with pyro.plate("column", x.shape[1], dim=-1):
-        normal("c", real("b", 0.3) * x.mean(0), s)
-
-
-def sequential_global(x: Tensor) -> None:
-    w = normal("w", real("mu", 0.3), 1.0)
-    for i in pyro.plate("data", len(x)):
-        observe(normal(f"z{i}", w, 0.7), x[i], f"x{i}")
-
-
-def sequential_global_guide(x: Tensor) -> None:
-    w = normal("w", real("b", 0.4), positive("t", 0.5))
-    for i in pyro.plate("data", len(x)):
-        normal(f"z{i}", real("a", 0.4) * x[i] + 0.3 * w, positive("s", 0.6))
-
-
-def sequential_mixed(x: Tensor) -> None:
-    """All but the first latent are discrete: not every kind of site is in every iteration."""
-    for i in pyro.plate("data", len(x)):
-        z = normal("z0", 0.0, 1.0) if i == 0 else pyro.sample(f"k{i}", dist.Bernoulli(0.4))
-        observe(z + real("mu", 0.3), x[i], f"x{i}")
-
-
-def sequential_mixed_guide(x: Tensor) -> None:
-    for i in pyro.plate("data", len(x)):
-        if i == 0:
-            normal("z0", real("a", 0.4), positive("s", 0.9))
-        else:
-            pyro.sample(f"k{i}", dist.Bernoulli(logits=real("b", 0.5) * x[i]))
 
 
 def markov(x: Tensor) -> None:
@@ -276,15 +226,12 @@ ROWS = [
     Row("grid", laid_out(in_grid), **rows.GRID),
     Row("grid_reversed", laid_out(in_grid, dims=TURNED), **rows.TRANSPOSED),
     Row("sequential", laid_out(in_loop)),
-    Row("sequential_twice", pair(sequential_twice, sequential_guide)),
     Row("sequential_subsample", laid_out(in_loop, subsample_size=2), plates=(2,)),
     Row("sequential_of_vectorized", laid_out(in_loop_of_plate), **rows.ITEMS),
     Row("vectorized_of_sequential", laid_out(in_plate_of_loop), **rows.ITEMS),
     Row("deeper", laid_out(deeper), **LATER),
-    Row("nested", pair(nested, nested_guide), **rows.GROUPS),
-    Row("crossed", pair(crossed, crossed_guide), **rows.TABLE, **rows.JOINT),
-    Row("sequential_global", pair(sequential_global, sequential_global_guide), **rows.JOINT),
-    Row("sequential_mixed", pair(sequential_mixed, sequential_mixed_guide), sites="discrete"),
+    Row("nested", rows.guided(nested, AutoNormal, init_scale=0.7), **rows.GROUPS),
+    Row("crossed", rows.guided(crossed, AutoNormal, init_scale=0.7), **rows.TABLE, **rows.JOINT),
     Row("markov", pair(markov, markov_guide), **PAIRS),
     Row("unequal_scales", pair(unequal, unequal_guide), **PAIRS),
     Row("hierarchy", pair(hierarchy, hierarchy_guide), **rows.JOINT),
@@ -307,21 +254,12 @@ ROWS += [
         **rows.TRANSPOSED,
     ),
     Row("exact_loop_of_plate", laid_out(in_loop_of_plate, True), evidence=evidence, **rows.ITEMS),
-    Row(
-        "exact_groups",
-        pair(exact_groups, exact_groups_guide),
-        evidence=joint_evidence,
-        **rows.GROUPS,
-    ),
-    Row(
-        "exact_global",
-        pair(exact_global, exact_global_guide),
-        evidence=joint_evidence,
-        **rows.ALONE,
-    ),
-    Row(
-        "exact_masked",
-        pair(exact_masked, exact_masked_guide),
-        evidence=lambda x: evidence(x) * mask(),
-    ),
+]
+ROWS += [
+    Row(f"exact_{name}", pair(*programs), evidence=exact_evidence, **options)
+    for name, programs, exact_evidence, options in (
+        ("groups", (exact_groups, exact_groups_guide), joint_evidence, rows.GROUPS),
+        ("global", (exact_global, exact_global_guide), joint_evidence, rows.ALONE),
+        ("masked", (exact_masked, exact_masked_guide), lambda x: evidence(x) * mask(), {}),
+    )
 ]

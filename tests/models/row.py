@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -75,15 +75,14 @@ GRID: dict[str, Any] = {**TABLE, "shared": ("row", "column"), "plates": (2, 3)}
 TRANSPOSED: dict[str, Any] = {**TABLE, "shared": ("column", "row"), "plates": (3, 2)}
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A program that raises for K > 1, whatever the loss; ``options`` are the loss's."""
+class Refusal(NamedTuple):
+    """Programs that a loss with these options must refuse for K > 1."""
 
     name: str
-    build: Callable[[], Programs]
+    model: Callable
+    guide: Callable
     message: str
-    error: type[Exception] = ValueError
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = {}  # noqa: RUF012
 
 
 def pair(model: Callable, guide: Callable, **options: Any) -> Callable[[], Programs]:

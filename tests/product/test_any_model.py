@@ -28,7 +28,7 @@ from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO, b
 from pyro_recursive.bounds.estimators import ESTIMATORS
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
-from tests.models.data_plate import annealed
+from tests.models.data_plate import ANNEALED
 from tests.models.losses import BOUNDS, LOSSES, OF_MIXTURES
 from tests.models.row import pair
 from tests.oracles.recordings import K, M, Pinned, Recording, record, scale_of, weights_by_hand
@@ -225,8 +225,8 @@ def test_refusals(refusal: Refusal, loss: str) -> None:
         pytest.skip("PIWAE has no such option")
     for vectorize in (True, False):
         each = LOSSES[loss](1, 4, vectorize_particles=vectorize, **refusal.options)
-        with pytest.raises(refusal.error, match=refusal.message):
-            each.loss_and_grads(*refusal.build(), models.data())
+        with pytest.raises((ValueError, NotImplementedError), match=refusal.message):
+            each.loss_and_grads(refusal.model, refusal.guide, models.data())
 
 
 @pytest.mark.parametrize("loss", [slow("MIWAE_ELBO"), "PIWAE_ELBO"])
@@ -356,7 +356,7 @@ HIERARCHY = (models.hierarchy, models.hierarchy_guide)
 MIXED_GLOBAL = (models.mixed_global, models.mixed_global_guide)
 MINIBATCHED = {
     "vectorized": (models.local, models.local_guide),
-    "annealed": pair(models.local, models.local_guide, around=annealed)(),
+    "annealed": pair(models.local, models.local_guide, around=ANNEALED)(),
     "sequential": (models.sequential, models.sequential_guide),
 }
 

@@ -1,4 +1,4 @@
-"""The documentation names everything that is public, and what it shows is executed."""
+"""Docs, README and CONTRIBUTING: all public names, links that lead somewhere, blocks that run."""
 
 import ast
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "repository")
 REFERENCE = "\n".join(path.read_text() for path in sorted((DOCS / "api").glob("*.rst")))
 
@@ -83,8 +84,23 @@ def python_blocks(page: Path) -> str:
     return "\n".join(blocks)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", list(filter(python_blocks, PAGES)), ids=lambda page: page.stem)
+SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+SLOW = [pytest.param(page, marks=pytest.mark.slow) for page in filter(python_blocks, PAGES)]
+
+
+@pytest.mark.parametrize("page", [*SHOWN, *SLOW], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some of them write files
     exec(python_blocks(page), {"__name__": "docs"})
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("page", [*SHOWN, ROOT / "benchmarks/README.md"], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose)
+    local = [link for link in links if "://" not in link]
+    assert not [link for link in local if not (page.parent / link).exists()]

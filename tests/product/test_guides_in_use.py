@@ -26,8 +26,6 @@ from pyro_recursive import (
     AmortizedGuide,
     FlowGuide,
     RecursiveMixture_ELBO,
-    SemiAmortizedGuide,
-    Stratified_ELBO,
     log_marginal,
 )
 from tests import models
@@ -282,20 +280,6 @@ def test_hidden_sites_have_a_guide_of_their_own() -> None:
 # Training.
 
 
-@kinds("encoder", "mixture_encoders", "recursive_encoders", "flow_encoder", "refined")
-@pytest.mark.slow
-def test_training_lowers_the_loss(kind: str) -> None:
-    row = Row("far", lambda: (lambda x: models.local(x + 4.0), no_guide))
-    s, guide = made(row, KIND[kind])
-    loss = Stratified_ELBO(4) if "mixture" in kind else Trace_ELBO(4)
-    evaluate = partial(Trace_ELBO(100).loss, s.model, guide, *s.args)
-    before = evaluate()
-    svi = SVI(s.model, guide, Adam({"lr": 0.05}), loss)
-    for _ in range(40):
-        svi.step(*s.args)
-    assert evaluate() < before - 1
-
-
 @kinds("recursive", "recursive_table", "recursive_encoders", "recursive_conditional")
 @pytest.mark.parametrize("row", ["nested", slow("data_plate"), slow("markov")])
 def test_growing_through_all_stages(row: str, kind: str) -> None:
@@ -308,26 +292,3 @@ def test_growing_through_all_stages(row: str, kind: str) -> None:
             assert math.isfinite(svi.step(*s.args))
     assert set(seen) == {"first", "propose", "refine", "joint"}
     assert guide.stage.kind == "joint"
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@kinds("mixture_encoders", "mixture_unlike", "recursive_encoders", "refined")
-def test_cuda(kind: str) -> None:
-    s, guide = of("data_plate", kind)
-    pyro.clear_param_store()
-    guide.to("cuda")
-    x = s.args[0].to("cuda")
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), device="cuda"):
-            models.observe(models.normal("z", torch.zeros((), device="cuda"), 1.0), x)
-
-    loss: Any = RecursiveMixture_ELBO(4) if KIND[kind].recursive else Stratified_ELBO(4)
-    if isinstance(guide, SemiAmortizedGuide):
-        guide.attach(model)
-        loss = Trace_ELBO()
-    svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
-    for _ in range(3):
-        assert math.isfinite(svi.step(x))
-    assert guide(x)["z"].device.type == "cuda"
