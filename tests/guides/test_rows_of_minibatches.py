@@ -36,11 +36,11 @@ GUIDES = {
 }
 
 
-def put_at_their_numbers(guide: LatentGuide) -> None:
+def put_at_their_params(guide: LatentGuide) -> None:
     """Let every component draw a row's number, nearly, and weigh component 1 in odd rows only."""
     for part in getattr(guide, "components", [guide]):
-        numbers = torch.arange(7.0)[:, None, None].expand(7, 2, 1)
-        part.free_local.data[:] = torch.cat([numbers, torch.full_like(numbers, -20.0)], -1)
+        params = torch.arange(7.0)[:, None, None].expand(7, 2, 1)
+        part.free_local.data[:] = torch.cat([params, torch.full_like(params, -20.0)], -1)
     if isinstance(guide, MixtureGuide):
         for parameter in guide.weights.parameters():
             odd = (torch.arange(7) % 2).reshape(7, *[1] * (parameter.dim() - 1))
@@ -52,7 +52,7 @@ def put_at_their_numbers(guide: LatentGuide) -> None:
 def test_rows_of_a_minibatch_have_their_own_parameters(kind: str) -> None:
     guide = GUIDES[kind]()
     guide.prepare(X)
-    put_at_their_numbers(guide)
+    put_at_their_params(guide)
     if kind == "recursive":
         guide.progress[3:] = 1
     for rows in ([5, 1], [6, 0, 3], [2], [4, 5, 6, 0, 1, 2]):
@@ -122,6 +122,6 @@ def test_all_rows_in_another_order_have_their_own_parameters() -> None:
     guide = AmortizedGuide(shuffled, plate="data", create_plates=plate)
     x, order = torch.zeros(4), torch.tensor([2, 0, 3, 1])
     guide.prepare(x, order)
-    numbers = torch.stack([torch.arange(4.0), torch.full((4,), -30.0)], -1)
-    guide.free_local.data.copy_(numbers)
+    params = torch.stack([torch.arange(4.0), torch.full((4,), -30.0)], -1)
+    guide.free_local.data.copy_(params)
     torch.testing.assert_close(guide(x, order)["z"].detach(), order.to(x))

@@ -41,7 +41,7 @@ from tests.oracles.refinement import (
     masked,
     model_of,
     network,
-    numbers_in,
+    params_in,
     reached,
     semi,
     shake,
@@ -55,9 +55,9 @@ from tests.oracles.refinement import (
 class Held(GradientUpdate):
     """Moves locations alone."""
 
-    def forward(self, numbers: Tensor, gradient: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+    def forward(self, params: Tensor, gradient: Tensor, *rest: Any) -> tuple[Tensor, Any]:
         loc, log_scale = gradient.chunk(2, -1)
-        return super().forward(numbers, torch.cat([loc, 0 * log_scale], -1), *rest)
+        return super().forward(params, torch.cat([loc, 0 * log_scale], -1), *rest)
 
 
 def contracted(steps: int, scale: float, rate: float, momentum: float, estimator: str) -> Tensor:
@@ -74,7 +74,7 @@ def contracted(steps: int, scale: float, rate: float, momentum: float, estimator
     table = guide.guide.free_local
     with torch.no_grad():
         table[:, 1] = math.log(scale)
-    reached = numbers_in(guide, X)[:, 0]
+    reached = params_in(guide, X)[:, 0]
     (slope,) = torch.autograd.grad(reached.sum(), table)
     return torch.stack([table[:, 0].detach(), reached.detach(), slope[:, 0]])
 
@@ -153,7 +153,7 @@ def test_steps_in_evaluation() -> None:
 
     for training, steps in {True: 2, False: 4}.items():
         guide.train(training)
-        found = [reached(guide, x), numbers_in(guide, x), guide.refine(x).params]
+        found = [reached(guide, x), params_in(guide, x), guide.refine(x).params]
         assert_all_close(found, [after(steps)] * 3)
     for steps in (0, 1):
         assert_all_close([guide.refine(x, steps=steps).params], [after(steps)])
@@ -167,8 +167,8 @@ def test_what_refine_returns() -> None:
     assert [part.shape for part in found] == [(400, 2), (400, 2), (400,), (400,), (400,)]
     assert not found.params.requires_grad
     exact = torch.stack([V * W / NOISE**2 * x, torch.full((400,), 0.5 * math.log(V))], -1)
-    for numbers, elbo in ((found.start, found.elbo_start), (found.params, found.elbo)):
-        error = elbo - (evidence(x) - kl(numbers, exact))
+    for params, elbo in ((found.start, found.elbo_start), (found.params, found.elbo)):
+        error = elbo - (evidence(x) - kl(params, exact))
         assert abs(error.mean()) < 4 * error.std() / 400**0.5 < 0.1
     assert (found.elbo - found.elbo_start).mean() > 0.3
     assert all(p.grad is None for p in guide.parameters())
@@ -182,16 +182,16 @@ def test_draws_have_the_density_of_their_family(base: str) -> None:
     guide = SemiAmortizedGuide(model, BASES[base](model))
     guide.prepare(x)
     shake(guide)
-    whole, numbers = guide.row_family(guide.groups[-1]), reached(guide.guide, x)[0]
+    whole, params = guide.row_family(guide.groups[-1]), reached(guide.guide, x)[0]
     noise = torch.randn(whole.parts, whole.noise_dim)
 
     def draw(noise: Tensor) -> Tensor:
-        return whole.draw(numbers, noise[None])[0]
+        return whole.draw(params, noise[None])[0]
 
     slope = torch.autograd.functional.jacobian(draw, noise)
     members = getattr(whole, "members", (whole,))
     sizes = [sum(member.blocks) for member in members]
-    split = numbers.split([*sizes, len(numbers) - sum(sizes)])[: len(members)]
+    split = params.split([*sizes, len(params) - sum(sizes)])[: len(members)]
     for j, (member, own) in enumerate(zip(members, split, strict=True)):
         others = [i for i in range(whole.parts) if i != j]
         assert slope[j][:, others].eq(0).all()
@@ -298,17 +298,17 @@ def test_a_site_that_couples_rows(full: int | None) -> None:
         draws=3,
         seed=5,
     )
-    numbers = start.expand(5, -1)
+    params = start.expand(5, -1)
     for noise in fixed_noise(5, 5, 3, size=1):
-        numbers = numbers.detach().requires_grad_()
-        loc, log_scale = numbers.unbind(-1)
+        params = params.detach().requires_grad_()
+        loc, log_scale = params.unbind(-1)
         z = loc + log_scale.exp() * noise[..., 0]
         q = dist.Normal(loc.detach(), log_scale.detach().exp())
         gain = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z)
         total = dist.Normal(z.sum(-1), 0.7).log_prob(torch.tensor(1.0))
         value = gain.sum(-1).mean() + 5 / (full or 5) * total.mean()
-        numbers = numbers + 0.05 * torch.autograd.grad(value, numbers)[0]
-    assert_all_close([reached(guide, x)], [numbers.detach()])
+        params = params + 0.05 * torch.autograd.grad(value, params)[0]
+    assert_all_close([reached(guide, x)], [params.detach()])
 
 
 @pytest.mark.slow

@@ -33,14 +33,14 @@ from tests.oracles.refinement import (
     TAKEN_UP,
     Watched,
     assert_all_close,
-    at_numbers,
+    at_params,
     fixed_noise,
     gradients,
     hierarchy,
     kl,
     model_of,
     network,
-    numbers_in,
+    params_in,
     semi,
     shake,
     subsampled,
@@ -52,7 +52,7 @@ from tests.oracles.refinement import (
 
 
 class Case:
-    """A guide with fixed draws, its numbers along the way by hand, and the loss at their end."""
+    """A guide with fixed draws, its parameters along the way by hand, and the loss at their end."""
 
     def __init__(
         self, loss: str, full: int | None = None, around: Callable = nullcontext, **options: Any
@@ -81,12 +81,12 @@ class Case:
             assert self.loss.loss(self.model, self.guide, self.x) == pytest.approx(loss.item())
         noise, start = fixed_noise(5, 4, 2), self.encoder(self.x)
         options = {"estimator": self.guide.estimator, "weight": weight}
-        numbers, steps = way(self.net, self.x, start, noise, self.update, **options)
+        params, steps = way(self.net, self.x, start, noise, self.update, **options)
         with self.around():
-            value, by_model, by_numbers = at_numbers(
-                self.loss, self.model, self.net, numbers[-1], self.x
+            value, by_model, by_params = at_params(
+                self.loss, self.model, self.net, params[-1], self.x
             )
-        objective = end * (start * by_numbers).sum() + term(start, numbers[-1], steps)
+        objective = end * (start * by_params).sum() + term(start, params[-1], steps)
         expected = torch.autograd.grad(objective, list(self.encoder.parameters()))
         assert loss.item() == pytest.approx(value.item())
         assert_all_close(found, [*expected, *by_model], atol=1e-9, rtol=1e-9)
@@ -143,7 +143,7 @@ def test_divergence_of_mixtures() -> None:
     family = MixtureRows([GaussianRows(FAMILIES["diagonal"], 1)] * 2)
     first, second = torch.tensor([[-0.5, -0.3, 1.0, 0.2, 0.4, -0.1]]), torch.randn(1, 6)
     points = torch.arange(-12, 12, 0.01)[:, None, None]
-    log_p, log_q = (family.log_prob(numbers, points) for numbers in (first, second))
+    log_p, log_q = (family.log_prob(params, points) for params in (first, second))
     expected = (log_p.exp() * (log_p - log_q)).sum(0) * 0.01
     draws = torch.stack(
         [divergence(family, first, second, noise) for noise in torch.randn(400, 50, 2, 1, 1)]
@@ -172,7 +172,7 @@ def test_svi_keeps_rows_by_their_place_in_the_data() -> None:
     guide.prepare(x)
     before = table.free_local.detach().clone()
     noise = fixed_noise(5, 3, 1)
-    numbers, _ = way(net, x[index], before[index], noise, update, estimator="stl")
+    params, _ = way(net, x[index], before[index], noise, update, estimator="stl")
 
     svi.evaluate_loss(x)
     guide.refine(x)
@@ -187,7 +187,7 @@ def test_svi_keeps_rows_by_their_place_in_the_data() -> None:
     svi.step(x)
     others = torch.tensor([0, 2, 3, 5])
     assert torch.equal(table.free_local[others], before[others])
-    assert_all_close([table.free_local[index]], [numbers[-1]])
+    assert_all_close([table.free_local[index]], [params[-1]])
 
 
 def test_svi_keeps_rows_of_two_plates() -> None:
@@ -297,7 +297,7 @@ CASES = [
 
 @pytest.mark.parametrize(("base", "estimator"), [*CASES, ("learned", "stl")])
 def test_second_order_of_every_family(base: str, estimator: str) -> None:
-    """The derivative of the numbers that are reached by every parameter of guide and model."""
+    """The derivative of the parameters that are reached by every parameter of guide and model."""
     net, x = network(), torch.randn(ROWS, 3)
     model = model_of(net)
     if base == "learned":
@@ -307,10 +307,10 @@ def test_second_order_of_every_family(base: str, estimator: str) -> None:
     guide.prepare(x)
     shake(guide)
     parameters = [*guide.parameters(), *net.parameters()]
-    direction = torch.randn_like(numbers_in(guide, x))
+    direction = torch.randn_like(params_in(guide, x))
 
     def ahead() -> Tensor:
-        return (direction * numbers_in(guide, x)).sum()
+        return (direction * params_in(guide, x)).sum()
 
     found = gradients(ahead(), parameters)
     assert all(g.ne(0).any() for g in found)
@@ -357,24 +357,24 @@ def test_sticking_the_landing_through_global_values(mode: str) -> None:
     parameters = [*encoder.parameters(), base.free_global]
     outer = {1: torch.randn(1), 4: torch.randn(4, 1)}
 
-    def log_q(numbers: Tensor, z: Tensor) -> Tensor:
-        loc, log_scale = numbers.unbind(-1)
+    def log_q(params: Tensor, z: Tensor) -> Tensor:
+        loc, log_scale = params.unbind(-1)
         return dist.Normal(loc, log_scale.exp()).log_prob(z)
 
     def log_joint(w: Tensor, z: Tensor) -> Tensor:
         return dist.Normal(w, 0.8).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
 
-    def refined(w: Tensor, numbers: Tensor) -> Tensor:
-        start, velocity = numbers, torch.zeros(())
+    def refined(w: Tensor, params: Tensor) -> Tensor:
+        start, velocity = params, torch.zeros(())
         for noise in fixed_noise(5, 3, 1, size=1):
-            path, density = numbers.view_as(numbers), numbers.view_as(numbers)
+            path, density = params.view_as(params), params.view_as(params)
             loc, log_scale = path.unbind(-1)
             z = loc + log_scale.exp() * noise[..., 0]
             gain = log_joint(w, z) - log_q(density, z)
             (found,) = torch.autograd.grad(gain.sum(), path, create_graph=True)
             velocity = update.momentum * velocity + found
-            numbers = numbers + update.rate * velocity
-        return numbers if mode == "second_order" else start + (numbers - start).detach()
+            params = params + update.rate * velocity
+        return params if mode == "second_order" else start + (params - start).detach()
 
     free = base.free_global
     w = free[0] + free[1].exp() * outer[1]

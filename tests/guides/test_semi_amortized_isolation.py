@@ -26,7 +26,7 @@ from tests.oracles.refinement import (
     gradients,
     model_of,
     network,
-    numbers_in,
+    params_in,
     reached,
     semi,
     subsampled,
@@ -104,12 +104,12 @@ def test_a_guide_that_was_trained_before(base: str) -> None:
     trained_guide = BASES[base](model)
     optimizer, loss = pyro.optim.SGD({"lr": 0.01}), Trace_ELBO(max_plate_nesting=1)
     SVI(model, trained_guide, optimizer, loss).step(x)
-    start = numbers_in(trained_guide, x).detach().clone()
+    start = params_in(trained_guide, x).detach().clone()
     guide = SemiAmortizedGuide(model, trained_guide)
     found = guide.refine(x, steps=0)
     assert torch.equal(found.start, start)
     SVI(model, guide, optimizer, loss).step(x)
-    assert (numbers_in(guide.guide, x) != start).any(-1).all()
+    assert (params_in(guide.guide, x) != start).any(-1).all()
     assert torch.equal(found.start, start)  # it is no view of a table
 
 
@@ -308,9 +308,9 @@ def test_recurrent_networks_on_cuda(mode: str, training: bool) -> None:
             guide.prepare(x.to(device))
             net.train(training)
             parameters = [*encoder.parameters(), *net.parameters()]
-            numbers = numbers_in(guide, x.to(device))
-            gradient = gradients(numbers.square().sum(), parameters)
+            params = params_in(guide, x.to(device))
+            gradient = gradients(params.square().sum(), parameters)
             refined = guide.refine(x.to(device)).params
-        found.append([each.cpu() for each in (numbers.detach(), refined, *gradient)])
+        found.append([each.cpu() for each in (params.detach(), refined, *gradient)])
     assert torch.backends.cudnn.enabled
     assert_all_close(found[0], found[1], atol=1e-8, rtol=1e-8)

@@ -18,12 +18,12 @@ from tests.oracles.refinement import (
     SIZE,
     TAKEN_UP,
     assert_all_close,
-    at_numbers,
+    at_params,
     fixed_noise,
     masked,
     model_of,
     network,
-    numbers_in,
+    params_in,
     row_gradient,
     semi,
     shake,
@@ -86,14 +86,14 @@ def test_what_a_learned_update_learns(loss: str) -> None:
     shake(update)
     parameters = [*encoder.parameters(), *update.parameters()]
     found = trained(TAKEN_UP[loss](), model, guide, x, parameters)[1]
-    numbers = encoder(x)
+    params = encoder(x)
     climbed = torch.zeros(())
     for each in fixed_noise(5, 3, 1):
-        gradient = row_gradient(net, x, numbers, each, "stl")
-        climbed = climbed + (numbers * gradient).sum()
-        numbers, _ = update(numbers.detach(), gradient, None, (SIZE, SIZE), x)
-    _, _, by_numbers = at_numbers(TAKEN_UP[loss](), model, net, numbers, x)
-    expected = torch.autograd.grad((numbers * by_numbers).sum() - climbed, parameters)
+        gradient = row_gradient(net, x, params, each, "stl")
+        climbed = climbed + (params * gradient).sum()
+        params, _ = update(params.detach(), gradient, None, (SIZE, SIZE), x)
+    _, _, by_params = at_params(TAKEN_UP[loss](), model, net, params, x)
+    expected = torch.autograd.grad((params * by_params).sum() - climbed, parameters)
     assert all(e.ne(0).any() for e in expected)
     assert_all_close(found, expected)
 
@@ -119,7 +119,7 @@ def test_a_row_without_data(dtype: torch.dtype) -> None:
     }.items():
         start = AmortizedGuide(masked, FixedStart(2))
         options: dict[str, Any] = {"update": update, "mode": "second_order", "name": name}
-        found[name] = numbers_in(SemiAmortizedGuide(masked, start, steps=1, **options), x).squeeze(
+        found[name] = params_in(SemiAmortizedGuide(masked, start, steps=1, **options), x).squeeze(
             -2
         )
     assert found["fixed"][1].eq(0).all() and found["fixed"][0].ne(0).all()

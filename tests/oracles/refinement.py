@@ -24,7 +24,7 @@ from pyro_recursive import (
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate
 
-ROWS, SIZE = 4, 2  # rows of data, and numbers of z in a row
+ROWS, SIZE = 4, 2  # rows of data, and dims of z
 
 
 def network() -> nn.Sequential:
@@ -54,30 +54,30 @@ def row_gain(net: nn.Module, x: Tensor, z: Tensor, q: Sequence[Tensor], weight: 
 
 
 def row_gradient(
-    net: nn.Module, x: Tensor, numbers: Tensor, noise: Tensor, estimator: str, weight: float = 1.0
+    net: nn.Module, x: Tensor, params: Tensor, noise: Tensor, estimator: str, weight: float = 1.0
 ) -> Tensor:
-    """Differentiate the rows' ELBO by their numbers, ``[B, 2 D]``, with noise ``[S, B, D]``."""
-    numbers = numbers.detach().requires_grad_()
-    q = numbers.chunk(2, -1)
+    """Differentiate the rows' ELBO by their parameters, ``[B, 2 D]``, with noise ``[S, B, D]``."""
+    params = params.detach().requires_grad_()
+    q = params.chunk(2, -1)
     z = q[0] + q[1].exp() * noise
     if estimator == "stl":
         q = [part.detach() for part in q]
     gain = row_gain(net, x, z, q, weight).mean(0).sum()
-    return torch.autograd.grad(gain, numbers)[0]
+    return torch.autograd.grad(gain, params)[0]
 
 
 def way(
     net: nn.Module, x: Tensor, start: Tensor, noise: Tensor, update: GradientUpdate, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the numbers at the start and after each step, and the gradients, step by step."""
-    numbers, velocity, gradients = [start.detach()], torch.zeros(()), []
+    """Return the parameters at the start and after each step, and the gradients, step by step."""
+    params, velocity, gradients = [start.detach()], torch.zeros(()), []
     for each in noise:
-        gradients.append(row_gradient(net, x, numbers[-1], each, **options))
+        gradients.append(row_gradient(net, x, params[-1], each, **options))
         blocks = gradients[-1].chunk(2, -1)
         clipped = [b * (update.clip / b.norm(dim=-1, keepdim=True)).clamp_max(1) for b in blocks]
         velocity = update.momentum * velocity + torch.cat(clipped, -1)
-        numbers.append(numbers[-1] + update.rate * velocity)
-    return numbers, gradients
+        params.append(params[-1] + update.rate * velocity)
+    return params, gradients
 
 
 def fixed_noise(seed: int, steps: int, draws: int, size: int = SIZE) -> Tensor:
@@ -88,13 +88,13 @@ def fixed_noise(seed: int, steps: int, draws: int, size: int = SIZE) -> Tensor:
 
 
 def semi(model: Callable, encoder: Any = None, **options: Any) -> SemiAmortizedGuide:
-    """Return a guide over a linear encoder of three numbers."""
+    """Return a guide over a linear encoder of three features."""
     encoder = nn.Linear(3, 2 * SIZE) if encoder is None else encoder
     return SemiAmortizedGuide(model, AmortizedGuide(model, encoder), **options)
 
 
-def numbers_in(guide: Any, *args: Any) -> Tensor:
-    """Return the numbers of the rows of a call, with their graph."""
+def params_in(guide: Any, *args: Any) -> Tensor:
+    """Return the variational parameters of the rows of a call, with their graph."""
     guide.prepare(*args)
     return guide.variational_params(guide.groups[-1], guide.new_call(args, {}))
 
@@ -114,7 +114,7 @@ def trained(
 def reached(guide: Any, *args: Any) -> Tensor:
     """Return the same without a graph."""
     with torch.no_grad():
-        return numbers_in(guide, *args).clone()
+        return params_in(guide, *args).clone()
 
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -149,26 +149,26 @@ def evidence(x: Tensor) -> Tensor:
     return dist.Normal(0.0, math.sqrt(W**2 + NOISE**2)).log_prob(x)
 
 
-def at_numbers(
-    loss: Any, model: Callable, net: nn.Module, numbers: Tensor, x: Tensor
+def at_params(
+    loss: Any, model: Callable, net: nn.Module, params: Tensor, x: Tensor
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return a loss where rows have these numbers, its gradients by the model, by the numbers."""
-    start = nn.Parameter(numbers.detach().clone())
+    """Return a loss at these parameters of rows, and its gradients by the model and by them."""
+    start = nn.Parameter(params.detach().clone())
     held = AmortizedGuide(model, Leaf(start), name="held")
     held.prepare(x)
-    value, (*direct, by_numbers) = trained(loss, model, held, x, [*net.parameters(), start])
-    return value, direct, by_numbers
+    value, (*direct, by_params) = trained(loss, model, held, x, [*net.parameters(), start])
+    return value, direct, by_params
 
 
 class Leaf(nn.Module):
     """An encoder whose output is a parameter."""
 
-    def __init__(self, numbers: nn.Parameter) -> None:
+    def __init__(self, params: nn.Parameter) -> None:
         super().__init__()
-        self.numbers = numbers
+        self.params = params
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.numbers[: len(x)]
+        return self.params[: len(x)]
 
 
 BASES = {
