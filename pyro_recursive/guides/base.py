@@ -44,10 +44,8 @@ class LatentGuide(PyroModule):
     With an encoder or ``plate=``, the latents inside the plate of the data are one block, with a
     distribution for each row, and those outside another. Else all latents have one joint
     distribution. A subclass defines `posterior` and `build`; for refinement and
-    `pyro_recursive.gaps` also `variational_params` and `row_family`.
-
-    A state loaded by ``load_state_dict`` takes precedence over values that Pyro's store has under
-    the guide's name. Copies share the model; pickles leave it out, see `attach`.
+    `pyro_recursive.gaps` also `variational_params` and `row_family`. Copies share the model, and
+    pickles leave it out: see `attach`.
     """
 
     can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`
@@ -174,7 +172,10 @@ class LatentGuide(PyroModule):
 
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
         """Return the names of the latents that have a distribution for each row of the data."""
-        plates = {site["name"]: _vectorized(site) for site in latent}
+        plates = {
+            site["name"]: {name for name, frame in plates_of(site).items() if frame.vectorized}
+            for site in latent
+        }
         plate = self.plate
         if plate is None and self.by_row:
             # The plate of all data; of nested ones that with the most latents.
@@ -300,16 +301,15 @@ class LatentGuide(PyroModule):
 
     def _claim_name(self) -> None:
         """Raise where another guide of this name has its parameters in Pyro's store."""
-        other = _OWNERS.get(self._pyro_name)
+        name, other = self._pyro_name, _OWNERS.get(self._pyro_name)
         if other is not None:
-            theirs = {id(parameter) for parameter in other.parameters()}
-            theirs -= {id(parameter) for parameter in self.parameters()}
-            for name, parameter in pyro.get_param_store().named_parameters():
-                if id(parameter) in theirs and name.startswith(f"{self._pyro_name}."):
+            theirs = {id(p) for p in other.parameters()} - {id(p) for p in self.parameters()}
+            for stored, parameter in pyro.get_param_store().named_parameters():
+                if id(parameter) in theirs and stored.startswith(f"{name}."):
                     raise ValueError(
-                        f"Another guide named '{self._pyro_name}' is in Pyro's store. Give name=."
+                        f"Another guide named '{name}' is in Pyro's store. Give name=."
                     )
-        _OWNERS[self._pyro_name] = self
+        _OWNERS[name] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled; models are neither (`ModelReference`).
@@ -372,10 +372,6 @@ def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) 
 def _note_loaded(guide: Any, keys: Any) -> None:
     """Let what is loaded take precedence over Pyro's store in the next call: torch's hook."""
     guide.is_loaded = True
-
-
-def _vectorized(site: Site) -> dict[str, Any]:
-    return {name: frame for name, frame in plates_of(site).items() if frame.vectorized}
 
 
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:

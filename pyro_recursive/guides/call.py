@@ -14,16 +14,11 @@ from pyro_recursive.guides.packing import LatentBlock, Values
 
 @dataclass
 class GuideCall:
-    """One call of a guide: its arguments, its plates by name, and the values sampled so far.
+    """One call of a guide: the model's arguments, plates, and the values sampled so far, by name.
 
-    Args:
-        args, kwargs: the arguments of the model.
-        plates: Pyro's plates by name.
-        inputs: the function from the arguments to the encoders' inputs.
-        given: the values that have been sampled, by site.
-        trunk: a function of the inputs' rows that all encoders share, None for the rows themselves.
-        created: the names of plates that a user's ``create_plates`` made, in any order.
-        input_sizes: by plate, whether the inputs have "all" of its rows or its "minibatch".
+    ``inputs`` maps the arguments to the encoders' inputs, and ``trunk`` their rows to what all
+    encoders share. ``created`` are the plates that a user's ``create_plates`` made, in any order.
+    ``input_sizes`` says by plate whether the inputs have "all" of its rows or its "minibatch".
     """
 
     args: tuple

@@ -1,7 +1,4 @@
-"""The distributions that a row may have, as functions of its variational parameters.
-
-Refinement and `pyro_recursive.gaps` optimise these parameters for any kind of guide.
-"""
+"""The distributions that a row may have, as functions of its variational parameters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

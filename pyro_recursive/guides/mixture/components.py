@@ -1,8 +1,7 @@
 """Any guide as a component of a mixture: a distribution over the packed vector of a group.
 
-A mixture needs the density of every component at the draws of the others. Guides of this package
-and Pyro's `AutoContinuous` have a distribution over the packed vector; other guides, which sample
-the model's own sites, are run again on given values.
+Guides of this package and Pyro's `AutoContinuous` have one; other guides, which sample the model's
+own sites, are run again on the values at which a density is needed.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Mixtures of guides."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -112,12 +112,13 @@ class MixtureGuide(LatentGuide):
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters, those of the components too."""
         for component in self.components:
-            if (
-                isinstance(component, LatentGuide)
-                and component.by_row
-                and component.inputs not in (self.inputs, first_argument)
-                and not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs))
-            ):
+            if not isinstance(component, LatentGuide) or not component.by_row:
+                continue
+            if component.inputs in (self.inputs, first_argument):
+                continue
+            own, shared = component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)
+            tensors = isinstance(own, Tensor) and isinstance(shared, Tensor)
+            if own is not shared and not (tensors and torch.equal(own, shared)):
                 raise ValueError("A component has inputs= of its own. Give them to the mixture.")
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
@@ -196,28 +197,24 @@ class MixtureGuide(LatentGuide):
         log_weights = self.log_weights(latents, call, members)
         guides = [self.component(m) for m in members]
         if _alike(guides):
-            parameters = self.parameters_of(latents, call, members, frozen)
-            return StackedMixture(log_weights, parameters, guides[0].family, latents.size)
+            params = torch.broadcast_tensors(*self.params_of(latents, call, members, frozen))
+            return StackedMixture(log_weights, torch.stack(params), guides[0].family, latents.size)
         components = []
         for column, guide in enumerate(guides):
             with _gradients(column not in frozen):
                 components.append(component_of(guide, latents, call))
         return ListMixture(log_weights, components)
 
-    def parameters_of(
-        self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: frozenset[int]
-    ) -> Tensor:
-        """Return the parameters of Gaussian members, ``[J, *batch, num_parameters]``.
-
-        ``frozen`` are columns among the members.
-        """
-        guides = [self.component(m) for m in members]
+    def params_of(
+        self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: Container[int]
+    ) -> list[Tensor]:
+        """Return the parameters of each member, ``[*batch, P]``; ``frozen`` are columns."""
         known: dict[int, Tensor] = {}
-        for column, (m, guide) in enumerate(zip(members, guides, strict=True)):
+        for column, m in enumerate(members):
             with _gradients(column not in frozen):
                 extra = self.earlier_params(m, known, call.sizes(latents))
-                known[m] = guide.variational_params(latents, call, *extra)
-        return torch.stack(torch.broadcast_tensors(*known.values()))
+                known[m] = self.component(m).variational_params(latents, call, *extra)
+        return list(known.values())
 
     def earlier_params(self, m: int, known: dict[int, Tensor], rows: Sequence[int]) -> list[Tensor]:
         """Return what the encoder of component ``m`` gets beside its inputs."""
@@ -225,28 +222,24 @@ class MixtureGuide(LatentGuide):
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return the parameters of all members and their log-weights, ``[*batch, P]``."""
-        guides = self._packed_members()
-        if _alike(guides):
-            params = list(self.parameters_of(latents, call, self.members, frozenset()))
-        else:
-            params = [guide.variational_params(latents, call) for guide in guides]
+        self._check_members()
+        params = self.params_of(latents, call, self.members, ())
         params.append(self.log_weights(latents, call, self.members))
         batch = torch.broadcast_shapes(*(own.shape[:-1] for own in params))
         return torch.cat([own.expand(*batch, -1) for own in params], -1)
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the mixtures that a row may have."""
-        return MixtureRows([guide.row_family(latents) for guide in self._packed_members()])
+        self._check_members()
+        return MixtureRows([self.component(m).row_family(latents) for m in self.members])
 
-    def _packed_members(self) -> list[LatentGuide]:
-        guides = [self.component(m) for m in self.members]
-        for guide in guides:
+    def _check_members(self) -> None:
+        for guide in (self.component(m) for m in self.members):
             if not isinstance(guide, LatentGuide):
                 raise TypeError(
                     f"Component {type(guide).__name__} has no parameters of a row. Use "
                     "AmortizedGuide or FlowGuide."
                 )
-        return guides
 
     def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""
@@ -281,12 +274,6 @@ class MixtureGuide(LatentGuide):
             return assignment.reference(table, mixture.log_weights, volume, particle)
 
         return emit(latents, call.plates, u, density)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs are one object, or tensors with the same values."""
-    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return one is other or (tensors and torch.equal(one, other))
 
 
 def _alike(guides: Sequence[Any]) -> bool:

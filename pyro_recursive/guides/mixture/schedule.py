@@ -62,7 +62,3 @@ class Schedule:
         cycle = [Stage("cycle", m, self.cycle) for m in range(num_components)]
         found += [*self.cycles * cycle, Stage("joint", None, self.joint)]
         return tuple(stage for stage in found if stage.steps)
-
-    def total(self, num_components: int) -> int:
-        """Return the steps of all stages, if every component is kept at once."""
-        return sum(stage.steps for stage in self.stages(num_components))

@@ -34,10 +34,7 @@ class Weights(PyroModule):
         self.register_buffer("initial", _unsquashed(initial))
 
     def start_separately(self, initial: Tensor) -> None:
-        """Give each logit another start, and parameters of its own unless a module returns all.
-
-        An optimiser can then leave a logit alone.
-        """
+        """Give each logit a start and parameters of its own, which an optimiser can leave alone."""
         self.initial, self.separate = _unsquashed(initial), True
 
     def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:

@@ -1,14 +1,12 @@
 """The ELBO of each row as a function of its variational parameters.
 
 ``elbo_i(params) = E[log p(x_i, z_i) - log q(z_i; params)]`` in nats, from isolated runs of the
-model on the rows of the minibatch, with the user's scales and masks, and without the subsample
-scale.
+model on the minibatch, with the user's scales and masks, and without the subsample scale.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyro
 import torch
@@ -60,11 +58,9 @@ class LocalBound:
         batch, n = params.shape[:-1], self.family.noise_dim
         if seed is None:
             return torch.randn(*shape, *batch, n, dtype=params.dtype, device=params.device)
-        # By the CPU's generator, whatever the default device.
-        options: dict[str, Any] = {"dtype": params.dtype, "device": "cpu"}
-        generator = torch.Generator("cpu").manual_seed(seed)
-        same = torch.randn(*shape, *[1] * len(batch), n, generator=generator, **options)
-        return same.to(params.device).expand(*shape, *batch, n)
+        generator = torch.Generator("cpu").manual_seed(seed)  # whatever the default device
+        same = torch.empty(*shape, *[1] * len(batch), n, dtype=params.dtype, device="cpu")
+        return same.normal_(generator=generator).to(params.device).expand(*shape, *batch, n)
 
     def value(self, params: Tensor, noise: Tensor) -> Tensor:
         """Return the estimate for each row in nats, ``[*batch, P]`` to ``[*batch]``."""

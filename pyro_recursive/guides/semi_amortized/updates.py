@@ -97,11 +97,10 @@ class GradientUpdate(Update):
         if math.isinf(self.clip):
             return gradient
         tiny = torch.finfo(gradient.dtype).tiny  # the norm has no derivative at 0
-        parts = []
-        for part in gradient.split(list(blocks), -1):
-            norm = part.square().sum(-1, keepdim=True).clamp_min(tiny).sqrt()
-            parts.append(part * (self.clip / norm).clamp_max(1))
-        return torch.cat(parts, -1)
+        parts = gradient.split(list(blocks), -1)
+        norms = [part.square().sum(-1, keepdim=True).clamp_min(tiny).sqrt() for part in parts]
+        pairs = zip(parts, norms, strict=True)
+        return torch.cat([part * (self.clip / norm).clamp_max(1) for part, norm in pairs], -1)
 
 
 class LearnedUpdate(Update):
@@ -109,9 +108,8 @@ class LearnedUpdate(Update):
 
     Of features of a row, the parameters, and their gradient divided by its root mean square in each
     block, with the logarithm of that, it makes a gate s and a proposal:
-    ``params' = s params + (1 - s) proposal``. Each step learns from the ELBO after it.
-
-    After `Iterative Amortized Inference` (Marino, Yue, Mandt, arXiv 1807.09356).
+    ``params' = s params + (1 - s) proposal``. Each step learns from the ELBO after it. After
+    `Iterative Amortized Inference` (Marino, Yue, Mandt, arXiv 1807.09356).
 
     Args:
         hidden: the widths of the network's hidden layers.
