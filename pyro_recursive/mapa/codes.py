@@ -65,9 +65,7 @@ class Codes(nn.Module):
             index = torch.arange(len(self), device=self.logits.device)
         codes = self.select_codes(index)
         if codes.dim() != 2 or len(codes) != len(index):
-            raise ValueError(
-                f"{type(self).__name__} returned shape {tuple(codes.shape)}, not [{len(index)}, D]."
-            )
+            raise ValueError(f"Codes must be [{len(index)}, D], got {list(codes.shape)}.")
         return codes
 
     @property

@@ -206,20 +206,13 @@ def check_site(site: Site) -> Any:
     """Return the frame of the one plate that a site is in, or raise."""
     name = site["name"]
     if _is_discrete(site):
-        raise NotImplementedError(
-            f"Latent site '{name}' is discrete: give codes to a continuous one, and enumerate it."
-        )
+        raise NotImplementedError(f"Latent site '{name}' is discrete; codes are continuous.")
     if "_markov_scope" in site["infer"]:
-        raise NotImplementedError(
-            f"Latent site '{name}' is inside pyro.markov: sample the whole series before the loop."
-        )
+        raise NotImplementedError(f"Latent site '{name}' is in pyro.markov: sample it before.")
     frames = list(plates_of(site).values())  # the model's own, not those around its handlers
     if len(frames) != 1 or not frames[0].vectorized:
         where = ", ".join(f"'{frame.name}'" for frame in frames) or "no plate"
-        raise NotImplementedError(
-            f"Latent site '{name}' is in {where}, not in one vectorised plate. Move inner plates "
-            "into its event."
-        )
+        raise NotImplementedError(f"Latent site '{name}' is in {where}, not one vectorised plate.")
     return frames[0]
 
 
@@ -231,10 +224,7 @@ def check_latent(trace: poutine.Trace, name: str) -> None:
     frame, own = check_site(latent[name]), latent[name]
     for site in sites(trace):
         if site["is_observed"] and frame.name in plates_of(site) and not same_scale(own, site):
-            raise ValueError(
-                f"Latent site '{name}' has scale {own['scale']}, and '{site['name']}' has "
-                f"{site['scale']}: put poutine.scale around the whole model."
-            )
+            raise ValueError(f"Site '{name}' has its own scale: scale the whole model.")
 
 
 def _is_discrete(site: Site) -> bool:
@@ -260,9 +250,7 @@ def _value(fn: Any, u: Tensor, name: str) -> Tensor:
     transform = biject_to(plain_support(fn.support))
     shape = transform.inverse_shape(fn.event_shape)
     if u.shape[-1] != shape.numel():
-        raise ValueError(
-            f"Codes have length {u.shape[-1]}; latent site '{name}' takes {shape.numel()}."
-        )
+        raise ValueError(f"Site '{name}' takes codes [{shape.numel()}], got [{u.shape[-1]}].")
     return transform(u.reshape(u.shape[:-1] + shape))
 
 

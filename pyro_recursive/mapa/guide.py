@@ -151,7 +151,7 @@ class MAPAGuide(LatentGuide):
             return
         if table.num_components != len(self.codes):
             raise ValueError(
-                f"The table is over {table.num_components} components for {len(self.codes)} codes."
+                f"{table.num_components} components in the table, {len(self.codes)} codes."
             )
         data = self._data[0]
         if data is None and isinstance(self.codes, EncodedCodes):
@@ -353,10 +353,7 @@ class MAPAGuide(LatentGuide):
                 torch.rand(8)  # advance the random state: the next run draws another z
                 again = outline(self.own_model(), args, kwargs, grad=True)
             if kernel_of_model(again, site, raw, len(data), width) != kernel:
-                raise ValueError(
-                    "The likelihood's scale depends on other latents: give kernel=, such as "
-                    "pyro_recursive.mapa.kernels.Gaussian(perplexity=30)."
-                )
+                raise ValueError("The likelihood's scale depends on other latents: give kernel=.")
         self.table = neighbours(data, kernel, width, cache=self.cache, cache_key=self.cache_key)
 
     def _is_other(self, site: Any) -> bool:

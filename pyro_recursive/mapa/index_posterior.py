@@ -32,10 +32,7 @@ class CodeMixture(Mixture):
     def table(self, u: Tensor) -> Tensor:
         """Return the log-density of the normal around each code, ``[*batch, K]``."""
         if self.scale is None:
-            raise NotImplementedError(
-                "Codes are points without a density: train with MAPA_ELBO, give the codes a scale, "
-                "or use guide.recovered()."
-            )
+            raise NotImplementedError("Codes are points without a density: give them a scale.")
         normal = torch.distributions.Normal(self.codes, self.scale, validate_args=False)
         return normal.log_prob(u[..., None, :]).sum(-1)
 

@@ -159,9 +159,7 @@ def check_data(
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{kernel!r} needs finite data.")
     if low < least or high > most:
-        raise ValueError(
-            f"{kernel!r} needs data in [{least:g}, {most:g}], got {low:g} to {high:g}."
-        )
+        raise ValueError(f"{kernel!r} needs data in [{least:g}, {most:g}], got {low:g}, {high:g}.")
     if whole and data.is_floating_point() and (data != data.floor()).any():
         raise ValueError(f"{kernel!r} needs whole numbers.")
 
@@ -334,10 +332,7 @@ def of_perplexity(scores: Tensor, perplexity: float) -> Tensor:
     than the perplexity gets the least possible, their number.
     """
     if not 1 < perplexity < scores.shape[-1]:
-        raise ValueError(
-            f"The perplexity must be above 1 and below the {scores.shape[-1]} neighbours, got "
-            f"{perplexity:g}."
-        )
+        raise ValueError(f"Perplexity {perplexity:g} is not between 1 and k = {scores.shape[-1]}.")
     below = scores - scores.amax(-1, keepdim=True)
     unit = -below.masked_fill(below.isinf(), 0).mean(-1, keepdim=True)
     below = below / unit.masked_fill(unit == 0, 1)

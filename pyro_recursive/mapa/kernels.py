@@ -305,10 +305,7 @@ def kernel_for(
             return Categorical(fn.event_shape[-1], one_hot=True)
         case td.Gamma():
             return _gamma(fn.concentration)
-    raise ValueError(
-        f"No kernel is known for a {type(fn).__name__} likelihood. Give kernel=, such as "
-        "Gaussian(perplexity=30), or table=."
-    )
+    raise ValueError(f"No kernel is known for {type(fn).__name__}: give kernel= or table=.")
 
 
 def _gaussian(scale: Tensor, value: Tensor, number: int, k: int | None) -> Gaussian:
@@ -328,10 +325,7 @@ def _gaussian(scale: Tensor, value: Tensor, number: int, k: int | None) -> Gauss
 def _gamma(concentration: Tensor) -> Gamma:
     first = concentration.detach().flatten()[0]
     if concentration.requires_grad or (concentration != first).any():
-        raise ValueError(
-            "The Gamma likelihood's concentration is learned or differs between data. Give "
-            "kernel=Gamma(concentration)."
-        )
+        raise ValueError("The Gamma's concentration is learned or differs: give kernel=Gamma(...).")
     return Gamma(float(first))
 
 

@@ -71,10 +71,7 @@ class Search:
         lost = ~(log_k[:, 0] > -math.inf)  # nan too
         if lost.any():
             row = int(lost.nonzero()[0])
-            raise ValueError(
-                f"Log k is {float(log_k[row, 0])} between row {row} and all references. Give a "
-                "kernel with wider tails."
-            )
+            raise ValueError(f"Log k is -inf or nan between row {row} and all references.")
         if isinstance(self.kernel, Kernel):
             log_k = self.kernel.rescaled(log_k, math.prod(query.shape[1:]))
         return Neighbours(index, log_k)

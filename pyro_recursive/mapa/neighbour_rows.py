@@ -28,10 +28,7 @@ class NeighbourRows:
         self.table, self.indices_of = table, indices_of
         self.data = table.reference if data is None else data
         if self.data is None and indices_of is None:
-            raise ValueError(
-                "A table alone does not identify rows: give its data, or rows=, a function from "
-                "the model's arguments to indices."
-            )
+            raise ValueError("A table does not identify rows: give its data, or rows=.")
 
     def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
         """Return the rows for inputs ``raw``, those of the minibatch or of all data."""
@@ -68,19 +65,14 @@ def _of_minibatch(rows: Any, plate: Plate, what: str) -> Tensor:
     if length == plate.full_size:
         return rows[_indices(plate).to(rows.device)]
     got = type(rows).__name__ if length is None else f"{length} rows"
-    raise ValueError(
-        f"{what} gives {got}, for {plate.size} of {plate.full_size} rows of the plate."
-    )
+    raise ValueError(f"{what} gives {got}; the plate has {plate.size} of {plate.full_size}.")
 
 
 def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: int) -> Kernel:
     """Return the kernel of the one observed site of a model's trace, if it observes the inputs."""
     observed = [each for each in sites(trace) if each["is_observed"]]
     if len(observed) != 1:
-        raise ValueError(
-            f"The model observes {[each['name'] for each in observed]}, not one site: give kernel= "
-            "or table=."
-        )
+        raise ValueError("The model must observe one site: give kernel= or table=.")
     (seen,) = observed
     check_finite(seen)
     (frame,) = plates_of(trace.nodes[site]).values()
@@ -89,10 +81,7 @@ def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: i
     if isinstance(raw, Tensor) and frame.name in trace.nodes and len(raw) != frame.size:
         rows = raw[trace.nodes[frame.name]["value"].to(raw.device)]
     if raw is not None and not (isinstance(rows, Tensor) and _same(rows, value)):
-        raise ValueError(
-            f"Site '{seen['name']}' observes other numbers than the inputs: give kernel=, in the "
-            "units of the data."
-        )
+        raise ValueError(f"Site '{seen['name']}' does not observe the inputs: give kernel=.")
     return kernel_for(seen["fn"], value, number, k)
 
 

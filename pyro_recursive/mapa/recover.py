@@ -142,20 +142,14 @@ def _fitted(kind: str, codes: Tensor, weights: Tensor, options: dict[str, Any]) 
     size = codes.abs().amax(0)
     constant = codes.std(0, correction=0) <= 10 * torch.finfo(codes.dtype).eps * size
     if kind != "kernels" and constant.any():
-        raise ValueError(
-            f"All codes have the same coordinates {constant.nonzero()[:, 0].tolist()}, without a "
-            f"{kind!r} density: drop the latent, or use kind='kernels'."
-        )
+        raise ValueError("All codes are equal in a coordinate: use kind='kernels'.")
     return KINDS[kind](codes, weights, **options)
 
 
 def _weighted(codes: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the codes of positive weight, ``[N, D]``, and normalised log-weights."""
     if codes.dim() != 2 or not codes.is_floating_point():
-        raise ValueError(
-            f"codes must be floats [N, D], got {codes.dtype} {list(codes.shape)}. Codes of a "
-            "scalar site are codes[:, None]."
-        )
+        raise ValueError("codes must be floats [N, D]; those of a scalar site are codes[:, None].")
     codes = codes.detach()
     if not codes.isfinite().all():
         raise ValueError(f"{int((~codes.isfinite()).any(1).sum())} codes are not finite.")

@@ -48,9 +48,7 @@ class RecoveredPrior(nn.Module, ABC):
         With one latent, ``decoder(prior.from_normal(w))`` is the decoder of the same model with the
         prior ``w ~ N(0, 1)``, for quadrature over ``w``. Mixtures have no such map.
         """
-        raise NotImplementedError(
-            f"The {self.kind!r} prior is a mixture and no map of normals: use 'copula' or 'flow'."
-        )
+        raise NotImplementedError(f"A {self.kind!r} prior is no map of normals; 'flow' is.")
 
     def extra_repr(self) -> str:
         """Show the size, the number of codes and the held-out log-density."""
@@ -248,8 +246,5 @@ def _moments(codes: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     correlation = covariance / deviation / deviation[:, None]
     eigenvalues = torch.linalg.eigvalsh(correlation)
     if eigenvalues[0] < 100 * torch.finfo(codes.dtype).eps * eigenvalues[-1]:
-        raise ValueError(
-            f"The {len(codes)} codes lie in a hyperplane, without a 'kde' density: use more codes, "
-            "fewer latents, or kind='kernels'."
-        )
+        raise ValueError("The codes lie in a hyperplane: use more, or kind='kernels'.")
     return loc, deviation[:, None] * torch.linalg.cholesky(correlation)

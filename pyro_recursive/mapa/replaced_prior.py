@@ -17,10 +17,8 @@ from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.tracing.sites import is_delta
 
 
-def with_prior(
-    model: Callable, site: str, prior: Distribution | Callable[[], Any]
-) -> "ReplacedPrior":
-    """Return the same model with the prior of one latent site replaced.
+class ReplacedPrior:
+    """The same model with the prior of one latent site replaced; `with_prior` is another name.
 
     A value of the site is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its
     density; each entry of the site's plates has a vector of its own. Names, plates, scales and
@@ -50,11 +48,6 @@ def with_prior(
     >>> draws.shape, bool((draws.log() - 2).abs().mean() < 0.2)
     (torch.Size([20, 1000]), True)
     """
-    return ReplacedPrior(model, site, prior)
-
-
-class ReplacedPrior:
-    """A model with another prior: a callable with ``model``, ``site`` and ``prior``."""
 
     def __init__(self, model: Callable, site: str, prior: Distribution | Callable[[], Any]) -> None:
         self.model, self.site, self.prior = model, site, prior
@@ -70,6 +63,9 @@ class ReplacedPrior:
         if self.site not in handler.seen:
             raise ValueError(f"The model has no sample site '{self.site}'; it has {handler.seen}.")
         return result
+
+
+with_prior = ReplacedPrior
 
 
 class _ReplacePrior(Messenger):
@@ -120,10 +116,7 @@ def _replaced(old: Any, new: Any, site: str) -> Any:
     whole = transform.inverse_shape(old.batch_shape + old.event_shape)  # bounds may have rows
     shape = whole[len(old.batch_shape) :]
     if new.batch_shape or new.event_shape != (shape.numel(),):
-        raise ValueError(
-            f"The prior has batch {tuple(new.batch_shape)} and event {tuple(new.event_shape)}; "
-            f"site '{site}' needs vectors of length {shape.numel()}."
-        )
+        raise ValueError(f"Site '{site}' needs a prior over vectors of length {shape.numel()}.")
     new = new.expand(old.batch_shape)
     steps = [] if shape == new.event_shape else [ReshapeTransform(new.event_shape, shape)]
     while isinstance(support, constraints.independent):

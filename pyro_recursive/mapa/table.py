@@ -65,28 +65,17 @@ class Table:
         """Check indices, log q and the reference: other ones would give wrong sums in silence."""
         index, log_q, number = self.index, self.log_q, self.num_components
         if index.dim() != 2 or index.shape != log_q.shape:
-            raise ValueError(
-                f"index and log_q must be [N, k], got {list(index.shape)}, {list(log_q.shape)}."
-            )
+            raise ValueError("index and log_q must be of one shape [N, k].")
         ascending = index.sort(1).values
-        if ascending[:, 0].min() < 0 or ascending[:, -1].max() >= number:
-            raise ValueError(f"index must be from 0 to {number - 1}, for {number} components.")
-        twice = (ascending[:, 1:] == ascending[:, :-1]).any(1)
-        if twice.any():
-            raise ValueError(
-                f"Row {int(twice.nonzero()[0])} of index holds a component twice. Add its weights "
-                "by logsumexp."
-            )
+        is_inside = ascending[:, 0].min() >= 0 and ascending[:, -1].max() < number
+        if not is_inside or (ascending[:, 1:] == ascending[:, :-1]).any():
+            raise ValueError(f"index must hold different components below {number} in each row.")
         tolerance = max(1e-6, 8 * self.width * torch.finfo(log_q.dtype).eps)
         normalised = (log_q.double().logsumexp(1).abs() <= tolerance).all()
         if not normalised or not (log_q[:, 1:] <= log_q[:, :-1]).all():
-            raise ValueError(
-                "log_q must be normalised and descending in each row, as from_neighbours makes it."
-            )
+            raise ValueError("log_q must be normalised and descending in each row.")
         if self.reference is not None and len(self.reference) != number:
-            raise ValueError(
-                f"The reference has {len(self.reference)} rows for {number} components."
-            )
+            raise ValueError(f"The reference must have {number} rows, one a component.")
 
     @classmethod
     def uniform(cls, num_rows: int, num_components: int) -> "Table":
@@ -129,10 +118,7 @@ class Table:
         (tensor([[2, 4]]), tensor([[-0.1269, -2.1269]]))
         """
         if log_kernel.shape != index.shape:
-            raise ValueError(
-                f"index and log_kernel must be [N, k], got {list(index.shape)} and "
-                f"{list(log_kernel.shape)}."
-            )
+            raise ValueError("index and log_kernel must be of one shape [N, k].")
         own = _own(index, num_components)
         index, scores = in_order(log_kernel.detach().double(), index, own)
         return cls(index, _normalised(scores, _float_dtype(log_kernel)), num_components)
@@ -202,10 +188,7 @@ class Table:
     @cached_property
     def _search(self) -> Search:
         if self.kernel is None or self.reference is None:
-            raise ValueError(
-                "The table has no kernel and reference for new data. Use neighbours(data, kernel), "
-                "or dataclasses.replace(table, kernel=..., reference=...)."
-            )
+            raise ValueError("The table has no kernel for new data: make it by neighbours().")
         return Search(self.kernel, self.reference)
 
     def __getstate__(self) -> dict[str, Any]:

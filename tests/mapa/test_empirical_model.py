@@ -199,10 +199,10 @@ def test_weights_of_codes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FreeCodes(torch.zeros(3))(), r"shape \(3,\), not \[3, D\]"),
+        (lambda: FreeCodes(torch.zeros(3))(), r"must be \[3, D\], got \[3\]"),
         (lambda: FreeCodes(torch.zeros(3, 1), weights=torch.tensor([1.0, -1.0, 1.0])), "negative"),
         (lambda: FreeCodes(torch.zeros(3, 1), learn_scale=True), "learn_scale needs a scale"),
-        (lambda: EncodedCodes(lambda x: x[0], torch.zeros(3, 2))(), r"not \[3, D\]"),
+        (lambda: EncodedCodes(lambda x: x[0], torch.zeros(3, 2))(), r"must be \[3, D\]"),
     ],
 )
 def test_codes_refuse(make, message: str) -> None:
@@ -365,7 +365,7 @@ def two_sites(x: Tensor) -> None:
     ("model", "size", "message"),
     [
         (two_sites, 2, r"\['z', 'y'\]; name one with site="),
-        (gaussian, 3, "length 3; latent site 'z' takes 2"),
+        (gaussian, 3, "'z' takes codes .2., got .3."),
     ],
 )
 def test_refusals(model, size: int, message: str) -> None:

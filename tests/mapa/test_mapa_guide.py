@@ -271,7 +271,7 @@ SITES = {"constrained": "rate", "events": "v", "mask_false": "z", "obs_mask": "z
 SITES |= {"crossed": "r", "markov": "z0", "unequal_scales": "z", "vectorized_of_sequential": "z0"}
 SITES |= {"sequential_of_vectorized": "z0"}
 NOWHERE = ValueError, "no continuous latent site inside a vectorised pyro.plate"
-SCALED = ValueError, "'z' has scale .* around the whole model"
+SCALED = ValueError, "'z' has its own scale: scale the whole model"
 TWO_PLATES = NotImplementedError, "'z0?' is in '(row|item|group)', '(column|item|group)'"
 DISCRETE = NotImplementedError, "Latent site 'k' is discrete"
 REFUSED = {
@@ -282,7 +282,7 @@ REFUSED = {
     **dict.fromkeys(["annealed", "annealed_subsample", "tensor_scale", "unequal_scales"], SCALED),
     **dict.fromkeys(["grid", "grid_with_gap", "grid_reversed"], TWO_PLATES),
     **dict.fromkeys(["sequential_of_vectorized", "vectorized_of_sequential"], TWO_PLATES),
-    "markov": (NotImplementedError, "'z0' is inside pyro.markov"),
+    "markov": (NotImplementedError, "'z0' is in pyro.markov"),
     **dict.fromkeys(["mixed_above", "annealed_mixed", "masked_mixed"], DISCRETE),
 }
 
@@ -388,11 +388,14 @@ def test_models_that_cannot_broadcast_are_told_how(share: str, samples: int) -> 
         ({"top": 0, "samples": 0}, "or both 0"),
         ({"samples": 0.5, "share": "pair"}, "samples=0.5 needs a pool"),
         ({"kernel": Gaussian(1.0), "data": None}, "kernel= makes the table from data"),
-        ({"inputs": lambda x: 2 * x}, "observes other numbers than the inputs"),
+        ({"inputs": lambda x: 2 * x}, "'x' does not observe the inputs"),
         ({"site": "w"}, "no latent site 'w'; there are .'z'"),
-        ({"data": torch.randn(5, 2)}, "over 5 components for 9 codes"),
-        ({"codes": FreeCodes(torch.randn(N, 3))}, "length 3; latent site 'z' takes 2"),
-        ({"inputs": lambda x: x[:3], "kernel": Gaussian(1.0)}, "inputs= gives 3 rows, for 9 of 9"),
+        ({"data": torch.randn(5, 2)}, "not over the 9 codes"),
+        ({"codes": FreeCodes(torch.randn(N, 3))}, "'z' takes codes .2., got .3."),
+        (
+            {"inputs": lambda x: x[:3], "kernel": Gaussian(1.0)},
+            "inputs= gives 3 rows",
+        ),
         ({"rows": lambda x: 2}, "rows= gives"),
     ],
 )

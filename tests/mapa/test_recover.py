@@ -149,7 +149,7 @@ def test_maps_of_normals(kind: str) -> None:
     )
     expected = dist.Normal(0.0, 1.0).log_prob(w).sum(-1) - volume
     torch.testing.assert_close(prior().log_prob(z.clone()), expected)
-    with pytest.raises(NotImplementedError, match="'kde' prior is a mixture"):
+    with pytest.raises(NotImplementedError, match="'kde' prior is no map"):
         short(codes, "kde").from_normal(w)
 
 
@@ -164,12 +164,12 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     "codes, options, error, message",
     [
         (torch.zeros(3, 1, dtype=torch.int64), {}, ValueError, "floats"),
-        (torch.randn(5), {}, ValueError, r"floats \[N, D\].*\[5\].*codes\[:, None\]"),
+        (torch.randn(5), {}, ValueError, r"floats \[N, D\].*codes\[:, None\]"),
         (torch.tensor([[0.0], [math.nan]]), {}, ValueError, "1 codes are not finite"),
         (torch.randn(5, 1), {"kind": "gmm"}, ValueError, "kind must be 'auto' or one of"),
         (torch.randn(5, 2), {"kind": "copula"}, ValueError, "codes of one number"),
-        (torch.ones(5, 1), {}, ValueError, r"same coordinates \[0\], without a 'copula'"),
-        (torch.ones(5, 2), {"kind": "kde"}, ValueError, r"same coordinates \[0, 1\]"),
+        (torch.ones(5, 1), {}, ValueError, "equal in a coordinate"),
+        (torch.ones(5, 2), {"kind": "kde"}, ValueError, "equal in a coordinate"),
         (torch.ones(5, 2), {"kind": "flow"}, ValueError, "kind='kernels'"),
         (torch.randn(3, 5), {"kind": "kde", "held_out": 0}, ValueError, "in a hyperplane"),
         (torch.randn(5, 1), {"scale": 0.1}, ValueError, "scale is for kind='kernels'"),
@@ -456,7 +456,7 @@ def model_of(fn: Any, obs: Tensor | None = None) -> Any:
         (model_of(dist.Normal(0.0, 1.0), torch.zeros(())), "z", "is observed, masked or a Delta"),
         (model_of(dist.Delta(torch.zeros(()))), "z", "is observed, masked or a Delta"),
         (model_of(dist.Normal(0.0, 1.0).mask(True)), "z", "is observed, masked or a Delta"),
-        (model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1)), "z", "event .1,.*of length 2"),
+        (model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1)), "z", "vectors of length 2"),
     ],
 )
 def test_sites_without_a_prior_to_replace(model: Any, site: str, message: str) -> None:
