@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_recursive.training import History, checkpoint, fit
+from pyro_recursive.training import Aggressive, History, checkpoint, fit
 
 ROWS = 12
 sgd = partial(torch.optim.SGD, lr=1e-3)
@@ -123,6 +123,12 @@ def early(patience: float) -> dict[str, Any]:
     return {**vae(), "validation": torch.ones(5, 2), "patience": patience, "kl_warmup": 3}
 
 
+def aggressive(loader: bool) -> dict[str, Any]:
+    options = Aggressive(max_steps=3, check_every=1)
+    program = vae_loader(generator=True) if loader else vae()
+    return {**program, "validation": torch.ones(7, 2).cumsum(0), "aggressive": options}
+
+
 def late_parameters() -> dict[str, Any]:
     def guide(x: Tensor) -> None:
         loc = pyro.param(f"loc_{int(x[0] > 1)}", torch.tensor(0.1))
@@ -178,6 +184,8 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "plateau": plateau,
     "best kept": partial(early, patience=float("inf")),
     "stopped early": partial(early, patience=1),
+    "aggressive": partial(aggressive, loader=False),
+    "aggressive, loader": partial(aggressive, loader=True),
     "late parameters": late_parameters,
     "PyroModule, RenyiELBO": pyro_module_renyi,
     "loss with parameters": own_loss,
