@@ -150,9 +150,7 @@ class MAPAGuide(LatentGuide):
             self._neighbour_rows = None
             return
         if table.num_components != len(self.codes):
-            raise ValueError(
-                f"{table.num_components} components in the table, {len(self.codes)} codes."
-            )
+            raise ValueError(f"The table is not over the {len(self.codes)} codes.")
         data = self._data[0]
         if data is None and isinstance(self.codes, EncodedCodes):
             data = self.codes.inputs
