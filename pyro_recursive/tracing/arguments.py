@@ -1,14 +1,7 @@
-"""Checks of arguments that would otherwise fail late, or do something else in silence."""
+"""A check of counts, which would otherwise fail late, or do something else in silence."""
 
 import numbers
 from typing import Any
-
-from torch import nn
-
-
-def is_count(value: Any) -> bool:
-    """Return whether a value is an integer, of Python or NumPy, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_at_least(least: int, **counts: Any) -> None:
@@ -19,22 +12,6 @@ def check_at_least(least: int, **counts: Any) -> None:
     ValueError: num_particles must be an integer >= 1, got 2.0.
     """
     for name, count in counts.items():
-        if count is not None and (not is_count(count) or count < least):
+        is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+        if count is not None and (not is_count or count < least):
             raise ValueError(f"{name} must be an integer >= {least}, got {count!r}.")
-
-
-def check_instance(name: str, value: Any) -> None:
-    """Raise TypeError where an argument is a class: called with data, it would be constructed."""
-    if isinstance(value, type):
-        raise TypeError(f"{name} must be an instance, got the class {value.__name__}.")
-
-
-def check_module(name: str, value: Any) -> None:
-    """Raise TypeError where an argument (None aside) is no module: it would not be trained."""
-    check_instance(name, value)
-    if value is not None and not isinstance(value, nn.Module):
-        got = getattr(value, "__name__", type(value).__name__)
-        raise TypeError(
-            f"{name} must be a torch module, got {got}. Call a function in the forward() of a "
-            "module with its parameters."
-        )

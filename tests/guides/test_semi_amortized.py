@@ -13,13 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    AmortizedGuide,
-    MixtureGuide,
-    SemiAmortizedGuide,
-)
+from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, AmortizedGuide, MixtureGuide, SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.guide import MODES
 from pyro_recursive.guides.semi_amortized.updates import FixedStart, GradientUpdate
 from tests.oracles.refinement import (

@@ -14,13 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import (
-    IWAE_ELBO,
-    MIWAE_ELBO,
-    AmortizedGuide,
-    SemiAmortizedGuide,
-    log_marginal,
-)
+from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, AmortizedGuide, SemiAmortizedGuide, log_marginal
 from pyro_recursive.guides.gaussian_families import FAMILIES
 from pyro_recursive.guides.row_families import GaussianRows, MixtureRows
 from pyro_recursive.guides.semi_amortized.refinement import divergence
@@ -43,7 +37,6 @@ from tests.oracles.refinement import (
     params_in,
     semi,
     shake,
-    subsampled,
     trained,
     way,
 )
@@ -159,7 +152,7 @@ def test_divergence_of_mixtures() -> None:
 def test_svi_keeps_rows_by_their_place_in_the_data() -> None:
     net, x = network(), torch.randn(6, 3)
     index = torch.tensor([4, 1])
-    model = subsampled(net, 2, subsample=index)
+    model = model_of(net, subsample=index)
     table = AmortizedGuide(
         model,
         plate="data",

@@ -29,7 +29,6 @@ from tests.oracles.refinement import (
     params_in,
     reached,
     semi,
-    subsampled,
 )
 
 CLOSE: dict[str, float] = {"atol": 1e-12, "rtol": 1e-12}
@@ -67,7 +66,7 @@ def test_rows_do_not_know_how_many_they_are() -> None:
     expected = reached(semi(model_of(net), encoder, seed=5), x)
     outside = reached(semi(model_of(net, full=600), encoder, seed=5), x[:3])
     assert_all_close([outside], [expected[:3]], **CLOSE)
-    guide = semi(subsampled(net, 2), encoder, seed=5)
+    guide = semi(model_of(net, subsample_size=2), encoder, seed=5)
     guide.prepare(x)
     for _ in range(4):
         call = guide.new_call((x,), {})

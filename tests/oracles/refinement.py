@@ -31,14 +31,18 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(SIZE, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def model_of(net: nn.Module, full: int | None = None) -> Callable:
-    """Return the model; with ``full`` its rows are a minibatch of so many."""
+def model_of(net: nn.Module, full: int | None = None, **plate: Any) -> Callable:
+    """Return the model; with ``full`` its rows are a minibatch of so many.
+
+    With a size or indices for the plate it takes a minibatch of its data itself.
+    """
 
     def model(x: Tensor) -> None:
         pyro.module("net", net)
-        with pyro.plate("data", full or len(x), subsample_size=len(x)):
+        with pyro.plate("data", full or len(x), **plate or {"subsample_size": len(x)}) as index:
             z = pyro.sample("z", dist.Normal(torch.zeros(SIZE), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(net(z), 0.5).to_event(1), obs=x)
+            obs = x[index] if plate else x
+            pyro.sample("x", dist.Normal(net(z), 0.5).to_event(1), obs=obs)
 
     return model
 
@@ -128,14 +132,8 @@ def assert_all_close(found: Sequence[Tensor], expected: Sequence[Tensor], **tole
 
 
 W, NOISE = 1.4, 0.8
-
-
 V = 1 / (1 + W**2 / NOISE**2)  # the posterior's variance
-
-
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-
-
 POSTERIOR = V * W / NOISE**2 * X
 
 
@@ -237,18 +235,6 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
     (m, log_s), (n, log_t) = first.chunk(2, -1), second.chunk(2, -1)
     ratio = ((m - n) ** 2 + (2 * log_s).exp()) / (2 * log_t).exp()
     return (log_t - log_s + ratio / 2 - 0.5).sum(-1)
-
-
-def subsampled(net: nn.Module, size: int, **plate: Any) -> Callable:
-    """Return the model with a minibatch of its own choice."""
-
-    def model(x: Tensor) -> None:
-        pyro.module("net", net)
-        with pyro.plate("data", len(x), subsample_size=size, **plate) as index:
-            z = pyro.sample("z", dist.Normal(torch.zeros(SIZE), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(net(z), 0.5).to_event(1), obs=x[index])
-
-    return model
 
 
 def masked(x: Tensor) -> None:
