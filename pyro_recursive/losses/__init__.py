@@ -2,8 +2,12 @@
 
 from pyro_recursive.losses.ciwae import CIWAE_ELBO
 from pyro_recursive.losses.mixture import MISELBO, SIWAE_ELBO, Stratified_ELBO
-from pyro_recursive.losses.multi_sample import MultiSampleELBO
-from pyro_recursive.losses.named import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
+from pyro_recursive.losses.multi_sample import (
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    MultiSampleELBO,
+)
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO
 
 __all__ = [

@@ -8,7 +8,8 @@ whose covariance is taken to fall as 1/K.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -150,15 +151,14 @@ def check_replicates(num_estimates: int, num_particles: int, estimator: Estimato
 
 def optimal_beta(runs: Sequence[ParticleRun], local: Densities, estimator: Estimator) -> Tensor:
     """Return this batch's estimate of the best beta, a scalar in [0, 1] without a graph."""
-    log_weights = local.log_weights
-    replicates = log_weights
-    if log_weights.shape[0] == 1:
+    log_weights = replicates = local.log_weights
+    if len(log_weights) == 1:
         replicates = log_weights.squeeze(0).unflatten(0, (2, -1))
-    covariance, square = log_weights.new_zeros(()), log_weights.new_zeros(())
+    count = len(replicates)
+    covariance = square = log_weights.new_zeros(())
     for samples in _path_derivatives(runs, local, estimator):
         iwae, difference = _gradients(samples, replicates, local, estimator)
         moved = (iwae - iwae.mean(0)) * (difference - difference.mean(0))
-        count = replicates.shape[0]
         covariance = covariance + moved.sum() / (count * (count - 1))
         _, whole = _gradients(samples, log_weights, local, estimator)
         square = square + whole.mean(0).square().sum()
@@ -170,14 +170,13 @@ Samples = list[tuple[dict, int, Tensor]]  # for one site: where each run sampled
 
 def _path_derivatives(
     runs: Sequence[ParticleRun], local: Densities, estimator: Estimator
-) -> list[Samples]:
+) -> Iterable[Samples]:
     """Return each reparameterised site's derivative, as the estimator sends it along the path.
 
     Pathwise, the density moves with its location, and only log p has a derivative there.
     """
     if estimator.replay == "paths":
         cut = [(path.site, path.particle, path.stand_in) for run in runs for path in run.guide_cuts]
-        objective = _total(local.model) - _total(local.density) - _total(local.jacobian)
     else:
         cut = [
             (record.site, number, record.site["value"])
@@ -185,17 +184,17 @@ def _path_derivatives(
             for record in run.table.guide
             if record.group == "density" and record.site["value"].requires_grad
         ]
-        objective = _total(local.model) - _total(local.jacobian)
+        local = replace(local, density=None)
     cut = [entry for entry in cut if local.names is None or entry[0]["name"] in local.names]
-    if not cut or isinstance(objective, float):
-        return []
-    values = [value for _, _, value in cut]
-    derivatives = torch.autograd.grad(objective, values, retain_graph=True, allow_unused=True)
-    by_site: dict[str, Samples] = {}
-    for (site, particle, value), derivative in zip(cut, derivatives, strict=True):
-        derivative = torch.zeros_like(value) if derivative is None else derivative
-        by_site.setdefault(site["name"], []).append((site, particle, derivative))
-    return list(by_site.values())
+    objective, by_site = local.reparameterized.sum(), dict[str, Samples]()
+    if cut and objective.requires_grad:
+        values = [value for _, _, value in cut]
+        derivatives = torch.autograd.grad(
+            objective, values, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for (site, particle, _), derivative in zip(cut, derivatives, strict=True):
+            by_site.setdefault(site["name"], []).append((site, particle, derivative))
+    return by_site.values()
 
 
 def _gradients(
@@ -213,7 +212,3 @@ def _gradients(
         # Coefficients of R replicates hold 1 / R each.
         sums.append(every.unflatten(0, shape).sum(1) * shape[0])
     return sums[0], sums[1] - sums[0]
-
-
-def _total(log_density: Tensor | None) -> Tensor | float:
-    return 0.0 if log_density is None else log_density.sum()

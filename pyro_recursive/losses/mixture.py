@@ -4,10 +4,9 @@ All are lower bounds on log p(x) in nats, with gradients for the weights and no 
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from pyro import poutine
 from torch import Tensor
@@ -25,23 +24,8 @@ from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.runs import ParticleRun
 
 
-class Strata(NamedTuple):
-    """E estimates with K samples each, and the component of each of the E * K samples."""
-
-    num_estimates: int
-    num_particles: int
-    components: tuple[int, ...]
-
-    @classmethod
-    def one_by_one(cls, components: tuple[int, ...]) -> "Strata":
-        """Return strata with one sample inside each logarithm."""
-        return cls(len(components), 1, components)
-
-
 class MixtureLoss(LogWeightELBO):
     """Base of the losses of mixture guides; a subclass says which samples share a logarithm."""
-
-    estimators: ClassVar[tuple[str, ...]] = ("pathwise", "stl")
 
     def __init__(self, num_particles: int = 1, **options: Any) -> None:
         super().__init__(bounds.iwae, num_particles=num_particles, **options)
@@ -55,44 +39,42 @@ class MixtureLoss(LogWeightELBO):
             )
 
     def _allowed_estimators(self) -> tuple[str, ...]:
-        return self.estimators
+        return "pathwise", "stl"
 
     @property
     def draws_per_component(self) -> int:
         """The samples of each component in all, ``num_estimates * num_particles``."""
         return self.num_estimates * self.num_particles
 
-    @abstractmethod
-    def _strata(self, count: int) -> Strata:
-        """Return the strata for a mixture of ``count`` components."""
+    def _strata(self, count: int) -> tuple[tuple[int, ...], int]:
+        """Return the component of each sample, and how many samples share a logarithm."""
+        return tuple(range(count)) * self.draws_per_component, 1
 
     def _evaluate(self, program: Program, *, fresh: bool = False, **options: Any) -> Evaluation:
         mixture = mixture_of(program.guide)
-        return self._evaluate_strata(
-            program, mixture, self._strata(len(mixture.members)), **options
-        )
+        strata = self._strata(len(mixture.members))
+        return self._evaluate_strata(program, mixture, *strata, **options)
 
     def _evaluate_strata(
         self,
         program: Program,
         mixture: MixtureLike,
-        strata: Strata,
+        components: tuple[int, ...],
+        num_particles: int = 1,
         *,
         replay: str = "none",
         cut_model: bool = False,
         **assignment: Any,
     ) -> Evaluation:
-        """Draw the strata; further options are those of `ComponentAssignment`."""
+        """Draw a sample of each of some components; ``assignment`` as in `ComponentAssignment`."""
         # A guide that stops the gradient in its densities itself need not run a second time.
         stops = replay == "paths" and mixture.holds_densities
         evaluation = super()._evaluate(
             program,
-            shape=strata[:2],
+            shape=(len(components) // num_particles, num_particles),
             replay="none" if stops else replay,
             cut_model=cut_model,
-            assignment=ComponentAssignment(
-                strata.components, stop_density_gradient=stops, **assignment
-            ),
+            assignment=ComponentAssignment(components, stop_density_gradient=stops, **assignment),
         )
         _check_rows(evaluation.runs[0], evaluation.local.layout)
         return evaluation
@@ -135,15 +117,11 @@ class Stratified_ELBO(MixtureLoss):
     Raises:
         TypeError, ValueError, NotImplementedError: as in `MISELBO`.
 
-    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et
-    al., arXiv 2003.01687).
+    `Automatic Differentiation Variational Inference with Mixtures` (arXiv 2003.01687).
 
     >>> Stratified_ELBO(4).num_particles
     4
     """
-
-    def _strata(self, count: int) -> Strata:
-        return Strata.one_by_one(tuple(range(count)) * self.draws_per_component)
 
 
 class MISELBO(MixtureLoss):
@@ -163,8 +141,8 @@ class MISELBO(MixtureLoss):
         ValueError: another estimator than these.
         NotImplementedError: a plate of the guide's mixture does not enclose all sites.
 
-    Source: `Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations`
-    (Kviman et al., arXiv 2202.10951).
+    `Multiple Importance Sampling ELBO and Deep Ensembles of Variational Approximations` (arXiv
+    2202.10951).
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro_recursive import MixtureGuide
@@ -178,13 +156,11 @@ class MISELBO(MixtureLoss):
     def _allowed_estimators(self) -> tuple[str, ...]:
         # Inside a logarithm a sample's coefficient depends on its component, and the gradient of
         # the parameters in log Q is not zero in expectation.
-        return self.estimators if self.num_particles == 1 else ("pathwise",)
+        return super()._allowed_estimators() if self.num_particles == 1 else ("pathwise",)
 
-    def _strata(self, count: int) -> Strata:
+    def _strata(self, count: int) -> tuple[tuple[int, ...], int]:
         one = [m for m in range(count) for _ in range(self.num_particles)]
-        return Strata(
-            self.num_estimates * count, self.num_particles, tuple(one * self.num_estimates)
-        )
+        return tuple(one * self.num_estimates), self.num_particles
 
 
 class SIWAE_ELBO(MixtureLoss):
@@ -193,18 +169,17 @@ class SIWAE_ELBO(MixtureLoss):
     In nats; tighter than `MISELBO` with the same samples. Arguments and errors are `MISELBO`'s, but
     ``estimator`` is ``"pathwise"``.
 
-    Source: `Automatic Differentiation Variational Inference with Mixtures` (Morningstar et
-    al., arXiv 2003.01687).
+    `Automatic Differentiation Variational Inference with Mixtures` (arXiv 2003.01687).
 
     >>> SIWAE_ELBO(8).num_particles
     8
     """
 
-    estimators: ClassVar[tuple[str, ...]] = ("pathwise",)
+    def _allowed_estimators(self) -> tuple[str, ...]:
+        return ("pathwise",)
 
-    def _strata(self, count: int) -> Strata:
-        components = tuple(range(count)) * self.draws_per_component
-        return Strata(self.num_estimates, self.num_particles * count, components)
+    def _strata(self, count: int) -> tuple[tuple[int, ...], int]:
+        return super()._strata(count)[0], self.num_particles * count
 
     def _weighed(self, densities: Densities) -> tuple[Densities, Bound, Tensor | None]:
         count = densities.layout.particles.total // self.draws_per_component
@@ -213,7 +188,7 @@ class SIWAE_ELBO(MixtureLoss):
 
 
 def remaining_estimator(estimator: Estimator, evaluation: Evaluation) -> Estimator:
-    """Return the estimator for runs in which the guide may have stopped the density's gradient."""
+    """Return the estimator of runs where the guide may have stopped the density's gradient."""
     return estimator if evaluation.runs[0].guide_cuts else ESTIMATORS["pathwise"]
 
 

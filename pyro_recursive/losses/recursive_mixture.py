@@ -26,7 +26,6 @@ from pyro_recursive.losses.base import Evaluation
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
-    Strata,
     joined_density,
     log_mixture_weights,
     mixture_of,
@@ -100,16 +99,12 @@ class RecursiveMixture_ELBO(MixtureLoss):
         own = ("objective", "proposal", "update", "weights")
         return super()._options() | {name: getattr(self, name) for name in own}
 
-    def _strata(self, count: int) -> Strata:
-        return Strata.one_by_one(tuple(range(count)) * self.draws_per_component)
-
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return a scalar whose gradient is that of this step's stage, and count the step.
 
-        Its value is minus the mixture's ELBO; minus the objective, where only the component is
-        trained.
+        Its value is minus the mixture's ELBO, or the objective if only the component is trained.
         """
         if not torch.is_grad_enabled():
             return super().differentiable_loss(model, guide, *args, **kwargs)
@@ -147,7 +142,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
     def gain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Gain:
         """Return what the newest member adds to the mixture's ELBO, in nats summed over the data.
 
-        From paired draws of each component, as many as the schedule says, on ``holdout`` if given.
+        From paired draws of each component, on ``holdout`` if given.
         """
         if self.holdout is not None:
             args, kwargs = tuple(self.holdout), {}
@@ -195,11 +190,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         return component_loss(run, estimator, mixture.parameters())
 
     def _test_component(self, program: Program, mixture: GrowingMixture) -> Tensor:
-        """Keep or drop the component on trial; return minus the ELBO before that.
-
-        The test is a step of its own: its graph has no parameter, so that the step's backward pass
-        does not move what the test has changed.
-        """
+        """Keep or drop the component on trial; return minus the ELBO, whose graph is empty."""
         with torch.no_grad():
             value = self._value(self._evaluate(program))
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
@@ -233,7 +224,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         evaluation = self._evaluate_strata(
             program,
             mixture,
-            Strata.one_by_one(plan.components),
+            plan.components,
             reference=reference,
             frozen=plan.frozen,
             members=plan.members,
@@ -246,8 +237,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
 class StepPlan:
     """What a step trains: ``component``, one of ``members``, by an objective; and the model.
 
-    A component that ``is_proposed`` stands beside the mixture of the others, with the weight
-    ``epsilon``.
+    One that ``is_proposed`` stands beside the mixture of the others, with the weight ``epsilon``.
     """
 
     objective: Objective
@@ -322,11 +312,7 @@ class PlanRun(NamedTuple):
 
 
 def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tensor]) -> Tensor:
-    """Return a scalar whose gradient is that of a step which trains one component.
-
-    Each of the E draws has the coefficients ``[E, *plates]`` of the model's and the component's
-    gradients; a weight's gradient comes from all draws' ``log p - log Q``.
-    """
+    """Return a scalar whose gradient is that of a step which trains one component."""
     plan, evaluation = run.plan, run.evaluation
     local, scale = joined_density(evaluation.local), evaluation.local.layout.scale
     count, shape = len(set(plan.components)), (len(plan.components), *local.layout.shape)
@@ -335,36 +321,25 @@ def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tens
     own = own.to(weights, non_blocking=True).reshape(-1, *[1] * (weights.dim() - 1)).expand(shape)
     log_q = run.gather(plan.log_mixture)
     gains = (run.log_p(log_q) - log_q).detach().expand(shape)
-    coefficients = _coefficients(plan, weights.detach(), own)
-    each = [Weighted(elbo, coefficient) for coefficient in coefficients]
+    held, each = weights.detach(), []  # bounds of the model and of the component
+    if plan.trains_model:
+        model = held * (1 - own) / (1 - plan.epsilon) if plan.is_proposed else held
+        each.append(Weighted(elbo, model))
+    if plan.trains_guide:
+        guide = count * own
+        if plan.objective.held:  # a row counts as much as the component weighs in it
+            guide = guide * (own * held) / ((own * held).sum() / own.sum())
+        each.append(Weighted(elbo, guide))
     bound = Split(*each) if len(each) > 1 else each[0]
     total = surrogate(evaluation.runs, local, bound, remaining_estimator(estimator, evaluation))
     if plan.trains_weight:
         total = total + (weights * gains).mean(0).sum()
     if plan.trains_model:
-        value = -scale * (coefficients[0] * gains).mean(0).sum()
+        value = -scale * (each[0].weights * gains).mean(0).sum()
     else:
         total = _restricted(total, parameters)
         value = -scale * ((local.log_weights[:, 0] * own).sum() / plan.num_draws)
     return value - scale * (total - total.detach()) if total.requires_grad else value
-
-
-def _coefficients(plan: StepPlan, weights: Tensor, own: Tensor) -> list[Tensor]:
-    """Return the coefficients of the model's gradient and of the component's, as far as trained.
-
-    ``weights`` are those of the draws' components, ``own`` is 1 for draws of the one in training.
-    """
-    coefficients = []
-    if plan.trains_model:
-        model = weights * (1 - own) / (1 - plan.epsilon) if plan.is_proposed else weights
-        coefficients.append(model)
-    if plan.trains_guide:
-        guide = len(set(plan.components)) * own
-        if plan.objective.held:  # a row counts as much as the component weighs in it
-            share = own * weights
-            guide = guide * share / (share.sum() / own.sum())
-        coefficients.append(guide)
-    return coefficients
 
 
 def best_log_weights(run: PlanRun, weights: str) -> Tensor:

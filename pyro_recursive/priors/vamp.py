@@ -20,9 +20,8 @@ _MARGIN = 0.01  # of the bounds' width: at the bounds themselves the sigmoid has
 class VampPrior(nn.Module):
     """A mixture of the encoder's posteriors at K learned pseudo-inputs.
 
-    ``p(z) = sum_k w_k q(z | u_k)``. Calling the module runs the encoder on the pseudo-inputs and
-    returns a distribution: batch ``[]``, event ``[D]``; plates expand it. Its density has gradients
-    to the pseudo-inputs, weights and encoder; its samples have none.
+    ``p(z) = sum_k w_k q(z | u_k)``. Calling the module encodes the pseudo-inputs and returns a
+    distribution: batch ``[]``, event ``[D]``; plates expand it. Its samples have no gradient.
 
     Args:
         encoder: a module, or any callable, from inputs ``[K, *input]`` to parameters ``[K, n]`` of

@@ -28,28 +28,23 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
     """Raise where the sites of model and guide do not fit together."""
     latent = {record.name: record for record in table.model if not record.site["is_observed"]}
     guided = {record.name: record for record in table.guide if not record.site["is_observed"]}
-    for name, record in guided.items():
+    for name, record in {**latent, **guided}.items():
         infer = record.site["infer"]
         if infer.get("enumerate"):
             raise NotImplementedError(
-                f"Guide site '{name}' asks for enumeration. Use estimator='vimco' without it, or "
-                "TraceEnum_ELBO."
+                f"Site '{name}' is to be enumerated. Use TraceEnum_ELBO, or sample it in the guide "
+                "with estimator='vimco'."
+            )
+        if name not in guided:
+            raise ValueError(
+                f"Model site '{name}' is latent and the guide does not sample it. Sample it in the "
+                "guide, or observe it."
             )
         if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
                 f"Guide site '{name}' is no latent site of the model. Sample it there too, or mark "
                 "it infer={'is_auxiliary': True}."
             )
-    for name in latent.keys() - guided.keys():
-        if latent[name].site["infer"].get("enumerate"):
-            raise NotImplementedError(
-                f"Model site '{name}' is to be enumerated. Use TraceEnum_ELBO, or sample it in the "
-                "guide (estimator='vimco')."
-            )
-        raise ValueError(
-            f"Model site '{name}' is latent and the guide does not sample it. Sample it in the "
-            "guide, or observe it."
-        )
     check_latent(record.site for record in table.guide)
     check_sizes(table)
     check_shapes = is_validation_enabled()
@@ -70,12 +65,10 @@ def check_latent(guide: Iterable[Site]) -> None:
         if not site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue
         if not isinstance(site["fn"], dist.Unit):
-            remedy = "Drop its obs=: data are observed in the model."
-            if is_delta(site):
-                remedy = "If it is computed by poutine.reparam, put that around the model."
+            remedy = "put poutine.reparam around the model" if is_delta(site) else "drop its obs="
             raise ValueError(
                 f"Guide site '{site['name']}' is observed, and would count in the weights as if it "
-                f"had been sampled. {remedy}"
+                f"had been sampled: {remedy}."
             )
 
 

@@ -1,8 +1,6 @@
 """Effect handlers by which losses, guides and training tell each other about a run.
 
-A guide asks by an effectful function, a loss answers by a handler around the run:
-`current_assignment` and `ComponentAssignment`, `run_cache` and `RunCache`, `is_dry_run` and
-`DryRun`, `latent_weight` and `KLWarmup`.
+A guide asks by an effectful function, a loss answers by a handler around the run.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,16 +42,11 @@ class ComponentIndex(dist.Categorical):
 class ComponentAssignment(Messenger):
     """Gives each particle a component of every mixture guide that runs under it.
 
-    Components are counted among ``members``, those that make up the mixture in this run.
-
-    Args:
-        components: the component of each particle, the same for all rows.
-        reference: what the guide reports in place of the mixture's log-density, if anything.
-        frozen: the components whose parameters are constants of this run.
-        points: packed unconstrained vectors ``[*batch, D]`` to sample in place of draws.
-        members: the numbers of the guide's components that make up the mixture, None for its own.
-        stop_density_gradient: whether parameters in the densities (not in the draws) are constants;
-            only for guides that can (``holds_densities``).
+    ``components`` has one for each particle, counted among ``members``, the guide's components in
+    this run (None for its own). The guide reports ``reference`` in place of the mixture's
+    log-density, holds the parameters of ``frozen`` components and, if it can
+    (``holds_densities``), with ``stop_density_gradient`` those in all densities, and samples
+    ``points``, packed and unconstrained ``[*batch, D]``, in place of draws.
     """
 
     def __init__(

@@ -27,7 +27,6 @@ class Particles:
 
     @cached_property
     def total(self) -> int:
-        """The number of samples in all."""
         return self.num_estimates * self.num_particles
 
 
@@ -58,8 +57,8 @@ def structure_in(table: SiteTable) -> ProgramStructure:
 class PlateLayout:
     """How Pyro's dims become ``[M, K, *plates]``.
 
-    ``plates`` are frames of the shared plates: sequential ones first, then the vectorised from left
-    to right. ``scale`` is the product of their ``full_size / size``.
+    ``plates`` are frames of the shared plates: ``sequential`` ones first, then the vectorised from
+    left to right, at ``dims`` in Pyro's count. ``scale`` is the product of ``full_size / size``.
     """
 
     particles: Particles
@@ -68,28 +67,23 @@ class PlateLayout:
 
     @cached_property
     def scale(self) -> float:
-        """The subsample scale of the shared plates."""
         subsampled = [f for f in self.plates if f.full_size not in (None, f.size)]
         return math.prod(map(subsample_scale, subsampled), start=1.0)
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The names of the shared plates."""
         return frozenset(frame.name for frame in self.plates)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of the shared plates."""
         return tuple(frame.size for frame in self.plates)
 
     @cached_property
     def dims(self) -> tuple[int, ...]:
-        """The dims of the shared vectorised plates, in Pyro's count from the right."""
         return tuple(frame.dim for frame in self.plates if frame.vectorized)
 
     @cached_property
     def sequential(self) -> tuple[str, ...]:
-        """The names of the shared sequential plates."""
         return tuple(frame.name for frame in self.plates if not frame.vectorized)
 
     def cell(self, site: Site) -> tuple[int, ...]:
@@ -133,10 +127,7 @@ class PlateLayout:
         return torch.stack(rows, 1).reshape(total, *self.shape)
 
     def at_site(self, tensor: Tensor, site: Site, particle: int = 0) -> Tensor:
-        """Broadcast an ``[M, K, *plates]`` tensor against the value of one site.
-
-        If particles run one by one, only the row of ``particle``.
-        """
+        """Broadcast ``[M, K, *plates]``, or a looped particle's row, against a site's value."""
         rows = tensor.flatten(0, 1)
         rows = rows[particle : particle + 1] if self.particles.dim is None else rows
         if self.sequential:

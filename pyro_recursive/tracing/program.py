@@ -41,11 +41,7 @@ class Program:
             nodes = replayed.nodes.items()
             values = {name: site["value"] for name, site in nodes if site["type"] == "sample"}
             guide = SubstituteByName(values)(guide)
-        try:
-            trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-        except ZeroDivisionError:
-            _check_rows(self.args, self.kwargs)
-            raise
+        trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         if isinstance(poutine.unwrap(self.guide), Messenger):
             # A guide messenger runs the model too, and what the model observes is not the guide's.
             trace = without(trace, lambda site: site["is_observed"])
@@ -57,9 +53,6 @@ class Program:
         replayed = poutine.replay(model, trace=guide)
         try:
             return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
-        except ZeroDivisionError:
-            _check_rows(self.args, self.kwargs)
-            raise
         except RuntimeError:
             check_latent(sites(guide))  # Pyro's error is less clear
             raise
@@ -71,18 +64,14 @@ def rows_needed(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except ZeroDivisionError:
-        _check_rows(args, kwargs)
+        named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
+        for name, value in named.items():
+            if isinstance(value, torch.Tensor) and not value.numel():
+                raise ValueError(
+                    f"A plate cannot be empty, and {name} has shape {list(value.shape)}. "
+                    "Leave out batches without rows."
+                ) from None
         raise
-
-
-def _check_rows(args: tuple, kwargs: dict[str, Any]) -> None:
-    named = {**{f"argument {n}": each for n, each in enumerate(args)}, **kwargs}
-    for name, value in named.items():
-        if isinstance(value, torch.Tensor) and not value.numel():
-            raise ValueError(
-                f"A plate cannot be empty, and {name} has shape {list(value.shape)}. "
-                "Leave out batches without rows."
-            )
 
 
 def without(trace: poutine.Trace, unwanted: Callable[[Site], bool]) -> poutine.Trace:
@@ -174,7 +163,7 @@ def _broadcasting(arguments: tuple | list | dict) -> Any:
 
 def _discover(program: Program) -> ProgramStructure:
     """Run guide and model once, outside any particle plate."""
-    with isolated(), DryRun():
+    with isolated(), DryRun(), rows_needed(program.args, program.kwargs):
         guide = program.run_guide()
         table = SiteTable(program.run_model(guide), guide)
         check_sizes(table)

@@ -26,13 +26,6 @@ class MixtureLike(Protocol):
     holds_densities: bool
 
 
-class TrainingStage(Protocol):
-    """A stage: "first", "propose", "refine", "cycle" or "joint"; component None trains all."""
-
-    kind: str
-    component: int | None
-
-
 class FreeComponent(Protocol):
     """A Gaussian component with parameters of its own, ``size`` latents for each of the ``rows``.
 
@@ -53,15 +46,15 @@ class FreeComponent(Protocol):
 class GrowingMixture(MixtureLike, Protocol):
     """A mixture guide whose components are added one by one; the schedule is its state.
 
-    In its ``stage`` it has taken ``steps_taken`` training steps. The next one may be the first for
-    a component (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of
-    each component and row, after which ``end_trial`` returns whether the component is kept. A
-    proposed component has the weight ``epsilon``. Log-weights can be set, ``[J]``, where all rows
-    share one vector.
+    Its ``stage`` has a ``kind`` ("first", "propose", "refine", "cycle", "joint") and a
+    ``component``, None for all. The next step may be the first for a component
+    (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of each
+    component and row, after which ``end_trial`` returns whether it is kept. A proposed component
+    has the weight ``epsilon``. Log-weights can be set, ``[J]``, where all rows share one vector.
     """
 
     epsilon: float
-    stage: TrainingStage
+    stage: Any
     steps_taken: int
     starts_component: bool
     is_trial: bool

@@ -12,8 +12,7 @@ import torch
 def write_whole(path: Path, content: Mapping[str, Any], temporary: Path) -> None:
     """Write tensors and plain containers to a file, which holds the old or the new ones whole.
 
-    They go to a ``temporary`` file in the same folder (a rename is atomic only within one file
-    system) and from there, once on the disk, take the place of the old file.
+    They go to a ``temporary`` file in the same folder, which then takes the place of the old one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -29,8 +28,7 @@ def write_whole(path: Path, content: Mapping[str, Any], temporary: Path) -> None
 def read_whole(path: Path, error: type[Exception], message: str) -> Any:
     """Read what `write_whole` wrote, on the CPU.
 
-    Whatever a damaged file causes is raised as ``error``, with what it was in place of ``{}``
-    in the message; FileNotFoundError is left as it is.
+    What a damaged file causes is raised as ``error``, in place of ``{}`` in the message.
     """
     try:
         with zipfile.ZipFile(path) as archive:
