@@ -31,8 +31,13 @@ def surrogate(
 ) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
     log_weights, is_split = local.log_weights, bound.is_split
-    if local.score is not None and estimator.signal is None and estimator.replay != "values":
-        _refuse_score_sites(runs, local, estimator)
+    is_scored = local.score is not None and local.score.requires_grad
+    if is_scored and estimator.signal is None and estimator.replay != "values":
+        raise NotImplementedError(
+            f"Guide site '{_first_score_site(runs)}' is not reparameterised, so "
+            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' or "
+            "'dreg+vimco'."
+        )
     if estimator.wake:
         _refuse_moving_deltas(runs)
     if is_split or estimator.wake:
@@ -159,17 +164,6 @@ def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
 
 def _first_score_site(runs: Sequence[ParticleRun]) -> str:
     return next(record.name for record in runs[0].table.guide if record.group == "score")
-
-
-def _refuse_score_sites(
-    runs: Sequence[ParticleRun], local: Densities, estimator: Estimator
-) -> None:
-    if local.score is not None and local.score.requires_grad:
-        raise NotImplementedError(
-            f"Guide site '{_first_score_site(runs)}' is not reparameterised, so "
-            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' or "
-            "'dreg+vimco'."
-        )
 
 
 def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:

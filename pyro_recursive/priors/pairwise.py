@@ -39,21 +39,6 @@ def bernoulli_pairs(x: Tensor, logits: Tensor) -> Tensor:
 _KINDS = (td.Bernoulli, dist.Bernoulli, td.Normal, dist.Normal)
 
 
-def _names(base: Any) -> tuple[str, ...]:
-    """Return the names of the parameters that a distribution was made with."""
-    if isinstance(base, td.Normal):
-        return "loc", "scale"
-    return ("probs",) if "probs" in vars(base) else ("logits",)
-
-
-def _table(base: Any, x: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Return log-densities ``[B, J]`` of rows ``[B, D]`` under parameters ``[J, D]``."""
-    if isinstance(base, td.Normal):
-        return normal_pairs(x, *parameters)
-    (only,) = parameters
-    return bernoulli_pairs(x, probs_to_logits(only, True) if "probs" in vars(base) else only)
-
-
 def pairwise(fn: Any, dim: int) -> Any:
     """Return a distribution with the same density, by products of matrices where that is faster.
 
@@ -98,7 +83,12 @@ class PairwiseLikelihood(TorchDistribution):
         rows = value.reshape(self.batch_shape[self.dim], -1).to(parameters[0])
         others = parameters[0].shape[:-1]
         flat = [parameter.reshape(-1, rows.shape[-1]) for parameter in parameters]
-        table = _table(base, rows, flat)
+        if isinstance(base, td.Normal):
+            table = normal_pairs(rows, *flat)
+        elif "probs" in vars(base):
+            table = bernoulli_pairs(rows, probs_to_logits(flat[0], is_binary=True))
+        else:
+            table = bernoulli_pairs(rows, *flat)
         return table.mT.reshape(*others, len(rows)).movedim(-1, self.dim)
 
     def _has_rows(self, value: Tensor) -> bool:
@@ -111,7 +101,9 @@ class PairwiseLikelihood(TorchDistribution):
     def _decoded(self) -> list[Tensor] | None:
         """Return the parameters ``[*others, D]``, None where they differ between the entries."""
         base, events = self.fn.base_dist, len(self.event_shape)
-        parameters = [getattr(base, name) for name in _names(base)]
+        bernoulli = "probs" if "probs" in vars(base) else "logits"
+        names = ("loc", "scale") if isinstance(base, td.Normal) else (bernoulli,)
+        parameters = [getattr(base, name) for name in names]
         if any(parameter.stride(self.dim - events) != 0 for parameter in parameters):
             return None
         return [_without(parameter, self.dim - events).flatten(-events) for parameter in parameters]

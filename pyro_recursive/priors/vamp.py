@@ -142,24 +142,17 @@ class ExemplarPrior(nn.Module):
         self.log_scale = nn.Parameter(scale)
 
     def forward(self, leave_out: Tensor | None = None) -> EncodedMixture:
-        """Return the prior for the present parameters.
-
-        ``leave_out`` are the indices of the rows' own data, ``[*batch]``.
-        """
-        chosen = self._chosen()
-        exemplars = self.exemplars if chosen is None else self.exemplars[chosen]
+        """Return the prior without the rows' own data, ``[*batch]`` indices, if given."""
+        exemplars, chosen = self.exemplars, None
+        if self.num_exemplars is not None and self.training:
+            order = torch.randperm(len(exemplars), device=exemplars.device)
+            chosen = order[: self.num_exemplars]
+            exemplars = exemplars[chosen]
         log_weights, components = encoded(self.encoder, exemplars, self.family)
         used = self._used(log_weights, chosen, leave_out)
         centers = components.mean.flatten(0, -2)
         windows = dist.Normal(centers, self.log_scale.exp().expand_as(centers)).to_event(1)
         return EncodedMixture((used[..., None] + log_weights).flatten(-2), windows)
-
-    def _chosen(self) -> Tensor | None:
-        """Return the indices of a random subset in training, None for all."""
-        if self.num_exemplars is None or not self.training:
-            return None
-        order = torch.randperm(len(self.exemplars), device=self.exemplars.device)
-        return order[: self.num_exemplars]
 
     def _used(self, like: Tensor, chosen: Tensor | None, leave_out: Tensor | None) -> Tensor:
         """Return the logarithms of the exemplars' weights, ``[*batch, their number]``."""

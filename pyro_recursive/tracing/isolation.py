@@ -90,12 +90,11 @@ def isolated(
     >>> norm.running_mean
     tensor([0., 0.])
     """
-    state = random_state() if noise is None else None
-    if noise is not None:
-        noise.start()
     with ExitStack() as stack:
-        if state is not None:
-            stack.callback(set_random_state, state)
+        if noise is None:
+            stack.callback(set_random_state, random_state())
+        else:
+            noise.start()
         if programs:
             stack.enter_context(_restored_in_place(*programs))
         if double_backward:

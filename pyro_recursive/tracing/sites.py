@@ -145,27 +145,19 @@ def own_scale(site: Site, plates: Container[str] | None = None) -> Any:
     return scale
 
 
-def nesting_of(*traces: poutine.Trace) -> int:
-    """Return how many dims to the right the plates of traces use, the particle plate aside."""
-    return max(
-        (
-            -frame.dim
-            for trace in traces
-            for site in trace.nodes.values()  # deterministic ones too: their plates take dims
-            if site["type"] == "sample"
-            for frame in plates_of(site).values()
-            if frame.vectorized
-        ),
-        default=0,
-    )
+def nesting_of(trace: poutine.Trace) -> int:
+    """Return how many dims to the right the plates of a trace use, the particle plate aside."""
+    found = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    frames = [frame for site in found for frame in plates_of(site).values() if frame.vectorized]
+    return max((-frame.dim for frame in frames), default=0)
 
 
 def same_scale(one: Site, other: Site) -> bool:
     """Whether two sites have one scale, as Pyro asks of all that is enumerated together."""
-    scales = one["scale"], other["scale"]
-    if any(isinstance(scale, Tensor) for scale in scales):
-        return scales[0] is scales[1]
-    return float(scales[0]) == float(scales[1])
+    first, second = one["scale"], other["scale"]
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return first is second
+    return float(first) == float(second)
 
 
 def subsample_sites(*traces: poutine.Trace) -> poutine.Trace:

@@ -29,7 +29,6 @@ from pyro_recursive import (
 from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_breaking
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.recursive_mixture import best_log_weights
-from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.program import Program
 from tests.models.small import normal_rows, ring, square_rows
 from tests.oracles.bitwise import same
@@ -177,15 +176,7 @@ def test_looped_equals_vectorised(
     for vectorize in (True, False):
         s = growing(5, families=families, progress=progress)
         loss = RecursiveMixture_ELBO(3, objective=objective, vectorize_particles=vectorize)
-        loss.loss(s.model, s.guide)  # has a look at the plates
-
-        def standard(shape: Any, dtype: Any, device: Any) -> Tensor:
-            particle = current_assignment().particle
-            return (noise if particle is None else noise[particle]).unsqueeze(-1).reshape(shape)
-
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("normal", "multivariate_normal"):
-                patch.setattr(f"torch.distributions.{module}._standard_normal", standard)
+        with pinned(noise):
             value = loss.differentiable_loss(s.model, s.guide)
         results.append((value.detach(), *gradients_of(value, s.parameters())))
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
+from pyro_recursive.tracing.handlers import current_assignment
 from tests.models.small import square_global
 from tests.oracles.quadrature import Grid, log_normal
 
@@ -41,10 +42,13 @@ def grid(size: int) -> Grid:
 
 @contextmanager
 def pinned(noise: Tensor) -> Iterator[None]:
-    """Give all normals this noise, ``[draws, rows]`` or ``[rows]``, in passes over all draws."""
+    """Give all normals this noise, ``[draws, rows]`` or ``[rows]``, in one pass or draw by draw."""
     modules = (torch.distributions.normal, torch.distributions.multivariate_normal)
 
     def standard(shape: Any, dtype: Any, device: Any) -> Tensor:
+        assignment = current_assignment()
+        if noise.dim() > 1 and assignment and assignment.particle is not None:
+            return noise[assignment.particle].unsqueeze(-1).reshape(shape)
         if len(shape) <= noise.dim():  # a look at the plates
             return torch.zeros(shape)
         return noise.unsqueeze(-1).expand(shape)
