@@ -4,11 +4,9 @@ For one datum, in ascent form, an estimator moves the guide's parameters phi alo
 
     sum_k path_k * <d log w_k / d z_k, d z_k / d phi>  +  sum_k density_k * d log q(z_k; phi)/d phi
 
-where the first derivative freezes phi as a parameter of the density, and the second freezes the
-sample. The parameters of the model move along ``sum_k c_k * d log p(x, z_k; theta)/d theta`` with
-``c`` the derivative of the bound, whatever the estimator. With L the bound as a function of the K
-log-weights, ``c = dL/dlog w`` and ``curvature = d2L/dlog w^2``, the rows below are right for every
-bound. A new estimator is one function and one row of `ESTIMATORS`.
+and those of the model along ``sum_k c_k * d log p(x, z_k; theta)/d theta`` with ``c`` the first
+derivative of the bound. The rows below are right for every bound, by its two derivatives. A new
+estimator is one function and one row of `ESTIMATORS`.
 """
 
 from collections.abc import Callable

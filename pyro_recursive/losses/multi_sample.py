@@ -11,7 +11,7 @@ class MultiSampleELBO(LogWeightELBO):
 
     With log-weights ``log p(x, z) - log q(z)`` of shape ``[M, K, *plates]``, where ``plates``
     enclose every sample site, the loss is ``-scale * bound(log_weights).sum()`` in nats: each datum
-    has its own weights, and minibatches are unbiased for the full data.
+    has its own weights, and minibatches are unbiased.
 
     Args:
         bound: a `pyro_recursive.bounds.Bound`.
@@ -19,11 +19,9 @@ class MultiSampleELBO(LogWeightELBO):
             ``"dreg"``, ``"stl"`` (biased for K > 1); ``"vimco"`` and ``"score"`` for sites that are
             not reparameterised (others stay pathwise, or DReG with ``"dreg+vimco"``); ``"rws"`` and
             ``"rws-dreg"``, wake-phase updates of the guide (biased).
-        num_estimates: M, the number of independent estimates.
-        num_particles: K, the number of samples inside each logarithm.
+        num_estimates, num_particles: M, and K, the samples inside each logarithm.
         max_plate_nesting: the number of plate dims of the model; found by one run if not given.
-        vectorize_particles: whether all M * K samples run in one pass, under one more plate on the
-            left; otherwise one by one, on the same minibatch.
+        vectorize_particles: whether all samples run in one pass, under one more plate on the left.
         global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives those
             outside the data's plates the ELBO and the others the bound: unbiased if subsampled.
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from pyro_recursive.bounds.bound import Bound
-from pyro_recursive.bounds.estimators import Coefficients, Estimator
+from pyro_recursive.bounds.bound import Bound, Pooled, elbo
+from pyro_recursive.bounds.estimators import ESTIMATORS, Coefficients, Estimator
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
@@ -74,14 +74,8 @@ def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
             "global_latents='elbo' needs reparameterised global latents, and "
             f"'{_first_score_site(runs)}' is not; use the full data with estimator='vimco'."
         )
-    particles = shared.layout.particles
-    each = torch.full_like(shared.log_weights, 1 / particles.total)
-    cuts = _cuts_in(runs, shared)
-    table = Coefficients(path=each, density=None if cuts else -each)
-    total = _weighted_sum(
-        (each, shared.model), (-each, shared.jacobian), (table.density, shared.density)
-    )
-    return torch.as_tensor(total + _along_paths(shared, cuts, table, each))
+    estimator = ESTIMATORS["stl" if _cuts_in(runs, shared) else "pathwise"]
+    return surrogate(runs, shared, Pooled(elbo), estimator)
 
 
 def _along_paths(

@@ -34,11 +34,9 @@ class VampPrior(nn.Module):
         family: ``"diagonal"`` (n = 2 D: locations, then logarithms of scales), ``"full"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
 
-    Raises:
-        ValueError: there are fewer than K pseudo-inputs, or some are out of bounds; the encoder's
-            output or a value has the wrong shape.
+    Raises ValueError for fewer than K pseudo-inputs, some out of bounds, and wrong shapes.
 
-    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120).
+    `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120).
 
     >>> import pyro
     >>> encoder, x = nn.Linear(5, 4), torch.rand(20, 5)
@@ -103,13 +101,10 @@ class ExemplarPrior(nn.Module):
         init_scale: where ``s`` starts.
         family: as in `VampPrior`.
 
-    Raises:
-        IndexError: ``leave_out`` has an index out of range.
-        ValueError: there are fewer than ``num_exemplars`` exemplars; the encoder's output has the
-            wrong shape.
+    Raises IndexError where ``leave_out`` is out of range, ValueError for fewer exemplars than
+    ``num_exemplars`` and wrong shapes.
 
-    Source: `Exemplar VAE: Linking Generative Models, Nearest Neighbor Retrieval, and Data
-    Augmentation` (Norouzi, Fleet & Norouzi, arXiv 2004.04795).
+    `Exemplar VAE` (Norouzi, Fleet & Norouzi, arXiv 2004.04795).
 
     >>> import pyro
     >>> encoder, x = nn.Linear(5, 4), torch.rand(20, 5)

@@ -79,15 +79,12 @@ def check_sizes(table: SiteTable) -> None:
         for name, frame in record.plates.items():
             size = frame.size, frame.full_size or frame.size
             if sizes.setdefault(name, size) != size:
+                (first, full), (second, other) = sizes[name], size
                 raise ValueError(
-                    f"Plate '{name}' has {_entries(*sizes[name])} where it is met first and "
-                    f"{_entries(*size)} at site '{record.name}'. Give it the same size in model "
+                    f"Plate '{name}' has {first} of {full} entries where it is met first and "
+                    f"{second} of {other} at site '{record.name}'. Give it the same size in model "
                     "and guide."
                 )
-
-
-def _entries(size: int, full_size: int) -> str:
-    return f"{size} entries" if size == full_size else f"{size} of {full_size} entries"
 
 
 def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
+from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.gaussian_families import LowRank, family_of
 from pyro_recursive.priors.vamp import ExemplarPrior, VampPrior
@@ -260,12 +260,11 @@ def test_subsets_have_the_priors_mean_and_a_lower_logarithm(leave_out: int | Non
 class Programs:
     """A small VAE on 8 data, in minibatches of 3."""
 
-    def __init__(self, kind: str = "vamp", own: bool = False) -> None:
+    def __init__(self, kind: str = "vamp") -> None:
         self.encoder, self.decoder = Encoder(), nn.Linear(D, INPUTS)
         self.x = torch.randn(SIZE, INPUTS)
-        encoder = copy.deepcopy(self.encoder) if own else self.encoder
         make: Callable = VampPrior if kind == "vamp" else ExemplarPrior
-        self.prior = make(encoder, self.x)
+        self.prior = make(self.encoder, self.x)
         self.leave_out = kind == "left out"
 
     def model(self, indices: Tensor) -> None:
@@ -347,17 +346,6 @@ def test_training_moves_every_parameter_once(kind: str, loss: Any) -> None:
     for old, new in zip(before, programs.parameters(), strict=True):
         moved = (new - old).abs()
         assert 0.9 * rate < moved.max() < 1.001 * rate  # Adam's first step is the rate
-
-
-@pytest.mark.parametrize("loss", [PIWAE_ELBO(2, 4), IWAE_ELBO(4, estimator="rws")])
-def test_two_objectives_need_an_encoder_of_its_own(loss: Any) -> None:
-    indices = torch.tensor([0, 5, 2])
-    shared, own = Programs(), Programs(own=True)
-    with pytest.raises(ValueError, match="belongs to model and guide"):
-        loss.loss_and_grads(shared.model, shared.guide, indices)
-    pyro.clear_param_store()
-    loss.loss_and_grads(own.model, own.guide, indices)
-    assert all(p.grad is not None for p in own.parameters())
 
 
 def test_with_an_autoguide_and_predictive() -> None:
