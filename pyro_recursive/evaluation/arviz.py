@@ -183,7 +183,7 @@ def _groups(
         new = prior_draws(model, *args, **options, **kwargs)
         found["prior"] = labels.draws(new.of_kind("latent", "computed"))
         found["prior_predictive"] = labels.draws(new.of_kind("observed"))
-    found["observed_data"] = labels.first(observed_data(model, draws, *args, **kwargs).sites)
+    found["observed_data"] = labels.data(observed_data(model, draws, *args, **kwargs).sites)
     return {name: group for name, group in found.items() if group.data_vars}
 
 
@@ -209,26 +209,25 @@ class Labels:
         chains: int = 1,
     ) -> None:
         self.coords, self.dims, self.chains = coords, dims, chains
-        self.minibatch = {
-            name: site["value"]
-            for name, site in draws.whole_minibatch.nodes.items()
-            if _is_index(site["value"], site["fn"].size)
+        subsamples = draws.whole_minibatch.nodes
+        self.sizes = {name: site["fn"].size for name, site in subsamples.items()}
+        self.index = {
+            name: site["value"].tolist()
+            for name, site in subsamples.items()
+            if _is_index(site["value"], self.sizes[name])
         }
-        self.sizes = {name: s["fn"].size for name, s in draws.whole_minibatch.nodes.items()}
 
     def draws(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
-        return self._dataset(
-            {n: (self._names(n, s), self._split(s.value)) for n, s in found.items()}
-        )
+        return self._dataset({n: (self._names(n, s), s.value) for n, s in found.items()})
 
-    def first(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
-        """Return the first draw of sites, without dims of chain and draw: data."""
-        return self._dataset({n: (self._names(n, s)[2:], s.value[0]) for n, s in found.items()})
+    def data(self, found: Mapping[str, SiteDraws]) -> xr.Dataset:
+        """Return the first draw of sites, without dims of chain and draw."""
+        names = {name: self._names(name, site) for name, site in found.items()}
+        return self._dataset({n: (names[n], s.value) for n, s in found.items()}, ())
 
     def numbers(self, values: Mapping[str, Tensor], plates: Sequence[str]) -> xr.Dataset:
         """Return numbers of each draw, ``[S, *plates]``."""
-        dims = ("chain", "draw", *plates)
-        return self._dataset({name: (dims, self._split(value)) for name, value in values.items()})
+        return self._dataset({name: (tuple(plates), value) for name, value in values.items()})
 
     def check_used(self, groups: Mapping[str, xr.Dataset]) -> None:
         known = {str(dim) for group in groups.values() for dim in group.dims}
@@ -239,42 +238,38 @@ class Labels:
     def _names(self, name: str, site: SiteDraws) -> tuple[str, ...]:
         count = len(site.event_shape)
         default = tuple(f"{name}_dim_{i}" for i in range(count))
-        event = tuple(self.dims.get(name, default)) if count else ()
-        names = ("chain", "draw", *site.plates, *event)
-        if len(event) != count or len(set(names)) < len(names):
-            raise ValueError(
-                f"Site '{name}' has {count} event dims; its names are {list(names)}. Use dims= or "
-                "rename a plate."
-            )
+        names = (*site.plates, *(self.dims.get(name, default) if count else ()))
+        if len(names) != len(site.plates) + count or len(set(names)) < len(names):
+            raise ValueError(f"Site '{name}' has {count} event dims; its names are {list(names)}.")
         return names
 
-    def _split(self, value: Tensor) -> Tensor:
-        return value.unflatten(0, (self.chains, -1))
-
-    def _dataset(self, tensors: Mapping[str, tuple[tuple[str, ...], Tensor]]) -> xr.Dataset:
-        arrays = {name: (dims, t.detach().cpu().numpy()) for name, (dims, t) in tensors.items()}
-        sizes: dict[str, int] = {}
-        for dims, array in arrays.values():
-            sizes.update(zip(dims, array.shape, strict=True))
+    def _dataset(
+        self,
+        tensors: Mapping[str, tuple[tuple[str, ...], Tensor]],
+        sample: tuple[str, ...] = ("chain", "draw"),
+    ) -> xr.Dataset:
+        arrays, sizes = {}, {}
+        for name, (dims, tensor) in tensors.items():
+            tensor = tensor.unflatten(0, (self.chains, -1)) if sample else tensor[0]
+            arrays[name] = ((*sample, *dims), tensor.detach().cpu().numpy())
+            sizes.update(zip((*sample, *dims), tensor.shape, strict=True))
         coords = {dim: self._coord(dim, size) for dim, size in sizes.items()}
         return xr.Dataset(arrays, coords, attrs={"inference_library": "pyro_recursive"})
 
     def _coord(self, dim: str, size: int) -> Any:
-        index = [int(i) for i in self.minibatch.get(dim, range(size))]
-        values = self.coords.get(dim, ())
-        if dim in self.minibatch and len(values) == self.sizes[dim]:
-            return [values[i] for i in index]
-        return list(values) if dim in self.coords else np.asarray(index)
+        index, values = self.index.get(dim, range(size)), self.coords.get(dim)
+        if values is None:
+            return np.asarray(index)
+        is_whole = dim in self.index and len(values) == self.sizes[dim]
+        return [values[i] for i in index] if is_whole else list(values)
 
 
 def _is_index(value: Any, size: int) -> bool:
     """Whether a plate's subsample are indices: ``pyro.plate(..., subsample=x)`` may have data."""
-    value = torch.as_tensor(value) if isinstance(value, list | tuple | range) else value
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int, torch.long):
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype is not torch.long:
         return False
-    if value.dim() != 1 or len(value.unique()) < len(value):
-        return False
-    return bool(((value >= 0) & (value < size)).all())
+    inside = bool(((value >= 0) & (value < size)).all())
+    return inside and len(value.unique()) == len(value)
 
 
 # --- Leave-one-out
@@ -361,8 +356,7 @@ def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
     names = [str(name) for name in group.data_vars]
     if var_name is None and len(names) > 1:
         raise ValueError(f"There are log-likelihoods of {names}: choose one with var_name=.")
-    found = group[names[0] if var_name is None else var_name]
-    return found.transpose("chain", "draw", ...)
+    return group[var_name or names[0]].transpose("chain", "draw", ...)
 
 
 def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:

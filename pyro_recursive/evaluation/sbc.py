@@ -74,9 +74,26 @@ def calibration(
     """
     check_at_least(1, num_draws=num_draws)
     simulated = simulate(model, args, kwargs, replace)
-    program = Program(model, guide, simulated.args, simulated.kwargs)
     with poutine.block():
-        return Calibration(_ranks_of_rows(simulated, program, plate, names, num_draws), num_draws)
+        try:
+            table = PosteriorTable(Program(model, guide, *simulated[:2]), plate)
+        except ValueError as error:
+            remedy = "Or use calibration_by_fits, which simulates whole data sets."
+            raise ValueError(f"{error} {remedy}") from error
+        chunks = [table.values(draws) for draws in table.split(num_draws)]
+    frame = table.frame
+    for site in sites(simulated.trace):
+        if frame.name not in independent_plates_of(site):
+            raise ValueError(
+                f"Site '{site['name']}' is outside the rows' plate '{frame.name}'. Use "
+                "calibration_by_fits."
+            )
+    ranks = {}
+    for site in _ranked(simulated.trace, names):
+        name, rows = site["name"], site["value"].movedim(frame.dim - site["fn"].event_dim, 0)
+        drawn = [chunk[name] for chunk in chunks if name in chunk]
+        ranks[name] = _checked_ranks(name, rows.reshape(len(rows), -1), drawn)
+    return Calibration(ranks, num_draws)
 
 
 def calibration_by_fits(
@@ -114,7 +131,7 @@ def calibration_by_fits(
     """
     check_at_least(1, num_draws=num_draws)
     check_at_least(FEWEST, num_datasets=num_datasets)
-    found = []
+    ranks: dict[str, list[Tensor]] = {}
     for _ in tqdm(range(num_datasets), disable=None):
         simulated = simulate(model, args, kwargs, replace)
         with _parameters_restored():
@@ -125,67 +142,25 @@ def calibration_by_fits(
             program = Program(model, guide, simulated.args, simulated.kwargs)
             with poutine.block(), torch.no_grad():
                 _, runs = run_particles(program, 1, num_draws, vectorize=vectorize_particles)
-        traces = [run.guide for run in runs]
-        found.append(_ranks_of_data(simulated, traces, names, num_draws))
-    ranks = {name: torch.stack([own[name] for own in found]) for name in found[0]}
-    return Calibration(ranks, num_draws)
-
-
-def _ranks_of_rows(
-    simulated: "Simulated",
-    program: Program,
-    plate: str | None,
-    names: Sequence[str] | None,
-    num_draws: int,
-) -> dict[str, Tensor]:
-    """Return the ranks of each site in each row, ``[B, dims]``."""
-    try:
-        table = PosteriorTable(program, plate)
-    except ValueError as error:
-        remedy = "Or use calibration_by_fits, which simulates whole data sets."
-        raise ValueError(f"{error} {remedy}") from error
-    frame = table.frame
-    for site in sites(simulated.trace):
-        if frame.name not in independent_plates_of(site):
-            raise ValueError(
-                f"Site '{site['name']}' is outside the rows' plate '{frame.name}'. Use "
-                "calibration_by_fits."
-            )
-    chunks = [table.values(draws) for draws in table.split(num_draws)]
-    ranks = {}
-    for site in _ranked(simulated.trace, names):
-        name, rows = site["name"], site["value"].movedim(frame.dim - site["fn"].event_dim, 0)
-        drawn = [chunk[name] for chunk in chunks if name in chunk]
-        ranks[name] = _checked_ranks(name, rows.reshape(len(rows), -1), drawn)
-    return ranks
-
-
-def _ranks_of_data(
-    simulated: "Simulated",
-    traces: list[poutine.Trace],
-    names: Sequence[str] | None,
-    num_draws: int,
-) -> dict[str, Tensor]:
-    """Return the ranks of each site, ``[dims]``."""
-    ranks = {}
-    size = num_draws // len(traces)  # one draw each, or all draws in the dim on the left
-    for site in _ranked(simulated.trace, names):
-        name = site["name"]
-        values = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
-        drawn = [value.reshape(size, -1) for value in values]
-        ranks[name] = _checked_ranks(name, site["value"].flatten(), drawn)
-    return ranks
+        size = num_draws // len(runs)  # one draw each, or all draws in the dim on the left
+        for site in _ranked(simulated.trace, names):
+            name = site["name"]
+            found = [run.guide.nodes[name]["value"] for run in runs if name in run.guide.nodes]
+            drawn = [value.reshape(size, -1) for value in found]
+            own = _checked_ranks(name, site["value"].flatten(), drawn)
+            ranks.setdefault(name, []).append(own)
+    return Calibration({name: torch.stack(own) for name, own in ranks.items()}, num_draws)
 
 
 def _checked_ranks(name: str, truth: Tensor, drawn: list[Tensor]) -> Tensor:
     """Return the ranks of a site's true values ``[*any]`` among draws ``[s, *any]``."""
-    if not drawn:
-        raise ValueError(f"The guide does not sample latent site '{name}'. Choose with names=.")
-    draws = torch.cat(drawn)
-    if draws.shape[1:] != truth.shape:
-        shapes = f"{tuple(draws.shape[1:])} in the guide, {tuple(truth.shape)} in the model"
-        raise ValueError(f"Site '{name}' has different shapes: {shapes}.")
-    return ranks_of(truth, draws)
+    if not drawn or drawn[0].shape[1:] != truth.shape:
+        found = tuple(drawn[0].shape[1:]) if drawn else "no draws"
+        raise ValueError(
+            f"Latent site '{name}' has shape {tuple(truth.shape)} in the model, {found} in the "
+            "guide. Choose sites with names=."
+        )
+    return ranks_of(truth, torch.cat(drawn))
 
 
 @contextmanager
@@ -289,9 +264,8 @@ def _equal(argument: Any, value: Any) -> bool:
     """Whether an argument has the observed values, in their order."""
     if not isinstance(argument, Tensor) or not isinstance(value, Tensor):
         return False
-    if argument.numel() != value.numel() or argument.device != value.device:
-        return False
-    return torch.equal(argument.flatten().to(value.dtype), value.flatten())
+    same = argument.device == value.device
+    return same and torch.equal(argument.flatten().to(value.dtype), value.flatten())
 
 
 def _check_same(simulated: poutine.Trace, again: poutine.Trace) -> None:

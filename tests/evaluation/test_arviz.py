@@ -356,7 +356,7 @@ def test_values_dims_and_coordinates() -> None:
     stats = data["sample_stats"]
     np.testing.assert_allclose(stats["log_p"] - stats["log_q"], stats["log_weight"])
     for names in (["person", "side"], ["person"]):
-        with pytest.raises(ValueError, match=r"'z' has 1 event dims; its names are \['chain', 'd"):
+        with pytest.raises(ValueError, match=r"'z' has 1 event dims; its names are \['person', '"):
             to_arviz(model, guide, x, num_draws=3, dims={"z": names})
 
 

@@ -400,7 +400,7 @@ WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
         lambda x: calibration(conjugate, posterior, x, names=["q"]),
         r"names= has \['q'\]; the latent sites are \['z'\]",
     ),
-    (lambda x: by_fits(x, num_datasets=20), "does not sample latent site 'loc'"),
+    (lambda x: by_fits(x, num_datasets=20), "'loc' has shape .* no draws in the guide"),
     (lambda x: calibration(conjugate, posterior, x[:10]), "needs 20 ranks, got 10"),
     (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
     (
