@@ -47,7 +47,6 @@ def mutual_information(
     *args: Any,
     num_draws: int = 1,
     plate: str | None = None,
-    chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Estimate ``I_q = E[log q(z | x)] - E[log q(z)]`` over a batch, a float64 scalar in nats.
@@ -60,7 +59,6 @@ def mutual_information(
         guide: samples the latents of a row inside the plate of the rows, from distributions.
         num_draws: S, the draws for each row.
         plate: the name of the rows' plate; None is the one around all latents that are in any.
-        chunk_size: how many draws one pass evaluates under all rows; None is about 50,000 / B.
 
     Raises:
         ValueError: the rows' plate is not clear; the latents have a joint density over the rows, or
@@ -77,7 +75,7 @@ def mutual_information(
     3.0
     """
     check_at_least(1, num_draws=num_draws)
-    table = table_of(guide, args, kwargs, plate, chunk_size)
+    table = table_of(guide, args, kwargs, plate)
     found = [_information(table, draws)[1] for draws in table.split(num_draws)]
     return torch.cat(found).mean()
 
@@ -89,7 +87,6 @@ def rate_of(
     *args: Any,
     num_draws: int = 1,
     plate: str | None = None,
-    chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Rate:
     """Estimate the mean KL(q(z | x) || p(z)) over a batch, and its two parts, from the same draws.
@@ -112,7 +109,7 @@ def rate_of(
     0.0
     """
     check_at_least(1, num_draws=num_draws)
-    table = PosteriorTable(Program(model, guide, args, kwargs), plate, chunk_size)
+    table = PosteriorTable(Program(model, guide, args, kwargs), plate)
     parts = [
         (*_information(table, draws), table.log_prior(draws).flatten())
         for draws in table.split(num_draws)

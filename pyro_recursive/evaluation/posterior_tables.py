@@ -15,7 +15,6 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_match
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import ComponentIndex, RunCache
@@ -28,6 +27,7 @@ from pyro_recursive.tracing.sites import (
     SiteTable,
     independent_plates_of,
     is_delta,
+    latent_sites,
     plates_of,
     sites,
     subsample_sites,
@@ -60,13 +60,9 @@ class PosteriorTable:
     Args:
         program: the guide and its arguments, with the model where `log_prior` is called.
         plate: the rows' plate; None is the one around all latents that are in any.
-        chunk_size: how many rows' draws one pass gives to all rows; None is about 50,000 / B.
     """
 
-    def __init__(
-        self, program: Program, plate: str | None = None, chunk_size: int | None = None
-    ) -> None:
-        check_at_least(1, chunk_size=chunk_size)
+    def __init__(self, program: Program, plate: str | None = None) -> None:
         structure = structure_of(program, fresh=True)
         if structure.mixing is not None:
             raise ValueError(
@@ -80,11 +76,7 @@ class PosteriorTable:
         local = [site for site in latent_sites(trace) if self.frame.name in plates_of(site)]
         _check_density(local)
         self.local = frozenset(site["name"] for site in local)
-        self.chunk_size = chunk_size or max(1, CHUNK_ROWS // self.num_rows)
-
-    @property
-    def num_rows(self) -> int:
-        return self.frame.size
+        self.num_rows = self.frame.size
 
     def draw(self, count: int) -> RowDraws:
         state, memory = random_state(), RunCache()
@@ -115,13 +107,17 @@ class PosteriorTable:
         The draws j are in the order of ``[S, B]``.
         """
         after = random_state()
-        for index in torch.arange(draws.count * self.num_rows).split(self.chunk_size):
+        size = max(1, CHUNK_ROWS // self.num_rows)
+        for index in torch.arange(draws.count * self.num_rows).split(size):
             given = self._given(draws, index)
             set_random_state(draws.state)
             with RunCache(draws.memory):
                 again = self._run(len(index), without(given, is_delta))
             set_random_state(after)
-            self._check_computed(again, given)
+            for site in (s for s in latent_sites(again) if s["name"] in self.local and is_delta(s)):
+                expected = given.nodes[site["name"]]["value"]
+                if not torch.allclose(site["value"], expected, 1e-4, 1e-6, equal_nan=True):
+                    raise _no_density(site)
             counted = [site for site in sites(again) if _is_density(site)]
             yield self._summed([s for s in counted if self.frame.name in plates_of(s)], index)
 
@@ -132,7 +128,7 @@ class PosteriorTable:
 
         Raises ValueError where a site is inside the rows' plate in one of the programs only.
         """
-        with self._particles(draws.count):
+        with pyro.plate(PARTICLE_PLATE, draws.count, dim=-self.nesting - 1):
             model = self.program.run_model(draws.trace)
         check_match(SiteTable(model, draws.trace), self.nesting)
         found = [site for site in latent_sites(model) if self.frame.name in plates_of(site)]
@@ -145,12 +141,9 @@ class PosteriorTable:
             )
         return self._summed(found, range(draws.count))
 
-    def _particles(self, count: int) -> pyro.plate:
-        return pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1)
-
     def _run(self, count: int, values: poutine.Trace | None) -> poutine.Trace:
         try:
-            with self._particles(count):
+            with pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1):
                 return self.program.run_guide(values)
         except Exception as error:
             error.add_note("Samples run in one pass, under one more plate: it must broadcast.")
@@ -178,14 +171,6 @@ class PosteriorTable:
             copy.nodes[site["name"]] = {**site, "value": value}
         return copy
 
-    def _check_computed(self, again: poutine.Trace, given: poutine.Trace) -> None:
-        """Raise where rows compute different values from the same draws."""
-        for site in latent_sites(again):
-            if site["name"] in self.local and is_delta(site):
-                expected = given.nodes[site["name"]]["value"]
-                if not torch.allclose(site["value"], expected, 1e-4, 1e-6, equal_nan=True):
-                    raise _no_density(site)
-
     def _summed(self, found: list[Site], index: Collection) -> Tensor:
         """Sum log-densities over all but particles and rows, ``[particles, B]``."""
         frame = plates_of(found[0])[self.frame.name]
@@ -197,19 +182,10 @@ class PosteriorTable:
 
 
 def table_of(
-    guide: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    plate: str | None = None,
-    chunk_size: int | None = None,
+    guide: Callable, args: tuple, kwargs: dict[str, Any], plate: str | None = None
 ) -> PosteriorTable:
     """Return the table of a guide without its model."""
-    return PosteriorTable(Program(lambda *_, **__: None, guide, args, kwargs), plate, chunk_size)
-
-
-def latent_sites(trace: poutine.Trace) -> list[Site]:
-    """Return the latent sites of a trace, auxiliary ones included."""
-    return [site for site in sites(trace) if not site["is_observed"]]
+    return PosteriorTable(Program(lambda *_, **__: None, guide, args, kwargs), plate)
 
 
 def _is_density(site: Site) -> bool:
@@ -219,26 +195,29 @@ def _is_density(site: Site) -> bool:
 
 def _log_prob(site: Site, frame: Any) -> Tensor:
     """Return a site's log-density with its mask and without its scale."""
-    masks = (site["mask"], getattr(site["fn"], "_mask", None))
-    if any(isinstance(mask, Tensor) and _varies(mask, frame.dim) for mask in masks):
-        raise ValueError(
-            f"The mask of site '{site['name']}' differs between the rows of plate '{frame.name}'."
-        )
+    for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
+        varies = isinstance(mask, Tensor) and mask.dim() >= -frame.dim
+        if varies and bool((mask != mask.narrow(frame.dim, 0, 1)).any()):
+            raise ValueError(
+                f"The mask of site '{site['name']}' differs between rows of plate '{frame.name}'."
+            )
     return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
 
-def _varies(mask: Tensor, dim: int) -> bool:
-    return mask.dim() >= -dim and bool((mask != mask.narrow(dim, 0, 1)).any())
-
-
 def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
-    """Return the frame of the rows' plate, whose entries have densities of their own."""
-    if plate is None:
-        plate = _shared_plate(found)
-    inside = [site for site in found if plate in plates_of(site)]
+    """Return the frame of the rows' plate: by default the one around all latents in any plate."""
+    inside = [site for site in found if plates_of(site) and plate in (None, *plates_of(site))]
     if not inside:
-        known = sorted({name for site in found for name in plates_of(site)})
-        raise ValueError(f"No latent site of the guide is in plate '{plate}'; there are {known}.")
+        listed = {site["name"]: sorted(plates_of(site)) for site in found}
+        raise ValueError(f"No latent of the guide is in a plate (of that name): {listed}.")
+    if plate is None:
+        shared = set.intersection(*(set(plates_of(site)) for site in inside))
+        own = shared.intersection(*(independent_plates_of(site) for site in inside))
+        candidates = own or shared
+        if len(candidates) != 1:
+            listed = {site["name"]: sorted(plates_of(site)) for site in inside}
+            raise ValueError(f"The rows' plate is not clear: {listed}. Name it with plate=.")
+        (plate,) = candidates
     for site in inside:
         if plate not in independent_plates_of(site):
             raise ValueError(
@@ -249,20 +228,6 @@ def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
     if not frame.vectorized:
         raise ValueError(f"Plate '{plate}' is a loop. Write it as `with pyro.plate(...)`.")
     return frame
-
-
-def _shared_plate(found: Sequence[Site]) -> str:
-    """Return the name of the one plate around all latents that are in any."""
-    inside = [site for site in found if plates_of(site)]
-    if not inside:
-        raise ValueError(f"None of the guide's sites {[s['name'] for s in found]} is in a plate.")
-    shared = set.intersection(*(set(plates_of(site)) for site in inside))
-    own = shared.intersection(*(independent_plates_of(site) for site in inside))
-    candidates = own or shared
-    if len(candidates) != 1:
-        listed = {site["name"]: sorted(plates_of(site)) for site in inside}
-        raise ValueError(f"The rows' plate is not clear: {listed}. Name it with plate=.")
-    return candidates.pop()
 
 
 def _check_density(local: Sequence[Site]) -> None:
