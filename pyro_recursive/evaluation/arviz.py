@@ -248,7 +248,8 @@ class Labels:
         tensors: Mapping[str, tuple[tuple[str, ...], Tensor]],
         sample: tuple[str, ...] = ("chain", "draw"),
     ) -> xr.Dataset:
-        arrays, sizes = {}, {}
+        arrays: dict[str, tuple] = {}
+        sizes: dict[str, int] = {}
         for name, (dims, tensor) in tensors.items():
             tensor = tensor.unflatten(0, (self.chains, -1)) if sample else tensor[0]
             arrays[name] = ((*sample, *dims), tensor.detach().cpu().numpy())

@@ -196,8 +196,9 @@ def _is_density(site: Site) -> bool:
 def _log_prob(site: Site, frame: Any) -> Tensor:
     """Return a site's log-density with its mask and without its scale."""
     for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
-        varies = isinstance(mask, Tensor) and mask.dim() >= -frame.dim
-        if varies and bool((mask != mask.narrow(frame.dim, 0, 1)).any()):
+        if not isinstance(mask, Tensor) or mask.dim() < -frame.dim:
+            continue
+        if bool((mask != mask.narrow(frame.dim, 0, 1)).any()):
             raise ValueError(
                 f"The mask of site '{site['name']}' differs between rows of plate '{frame.name}'."
             )

@@ -13,9 +13,8 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_recursive import AmortizedGuide
 from pyro_recursive.evaluation.ranks import (
     Calibration,
     ecdf_band,
@@ -186,25 +185,6 @@ def test_inner_plates_events_covariates_and_keywords() -> None:
     assert list(only.ranks) == ["w"] and only.is_calibrated(1e-3)
 
 
-def test_amortized_guide_on_a_constrained_site() -> None:
-    @in_rows
-    def model(x: Tensor) -> None:
-        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
-        normal("x", z.log(), obs=x[:, 0])
-
-    guide, x = AmortizedGuide(model, nn.Linear(1, 2)), torch.zeros(200, 1)
-    guide.prepare(x)
-    with torch.no_grad():
-        guide.encoder.weight.copy_(torch.tensor([[0.5], [0.0]]))
-        guide.encoder.bias.copy_(torch.tensor([0.0, math.log(HALF)]))
-    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
-    assert calibration(model, guide, x, num_draws=63).is_calibrated(1e-3)
-    assert all(torch.equal(pyro.get_param_store()[name], value) for name, value in before.items())
-    with torch.no_grad():
-        guide.encoder.bias[1] -= 1.0
-    assert not calibration(model, guide, x, num_draws=63).is_calibrated()
-
-
 def test_discrete_latents() -> None:
     @in_rows
     def model(x: Tensor) -> None:
@@ -282,19 +262,6 @@ def test_data_in_another_shape_and_dtype() -> None:
     found = simulate(model, (torch.arange(6),), {})
     assert found.args[0].dtype == torch.long and found.args[0].shape == (6,)
     assert torch.equal(found.args[0].double(), value(found, "x").flatten())
-
-
-def test_an_explicit_minibatch() -> None:
-    def model(x: Tensor, index: Tensor) -> None:
-        with pyro.plate("data", 100, subsample=index):
-            normal("x", normal("z", 1.0), obs=x)
-
-    def guide(x: Tensor, index: Tensor) -> None:
-        with pyro.plate("data", 100, subsample=index):
-            normal("z", (x + 1) / 2, HALF)
-
-    args = torch.zeros(50), torch.arange(50)
-    assert calibration(model, guide, *args, num_draws=31).is_calibrated(1e-3)
 
 
 def transposed(x: Tensor) -> None:

@@ -18,8 +18,6 @@ from pyro_recursive import (
     FlowGuide,
     MAPAGuide,
     MixtureGuide,
-    RecursiveMixtureGuide,
-    SemiAmortizedGuide,
 )
 from pyro_recursive.evaluation import (
     Draws,
@@ -328,17 +326,12 @@ def test_sequential_plates_choose_their_own_cell() -> None:
 rows_model = partial(vector_rows, noise=0.5)
 
 
-def amortized() -> AmortizedGuide:
-    return AmortizedGuide(rows_model, nn.Linear(2, 4))
-
-
 GUIDES: dict[str, Callable[[Tensor], Callable]] = {
-    "amortized": lambda x: amortized(),
     "of rows": lambda x: AmortizedGuide(rows_model, plate="data"),
-    "mixture": lambda x: MixtureGuide(rows_model, [amortized(), amortized()]),
-    "recursive": lambda x: RecursiveMixtureGuide(rows_model, 2),
+    "mixture": lambda x: MixtureGuide(
+        rows_model, [AmortizedGuide(rows_model, nn.Linear(2, 4)) for _ in range(2)]
+    ),
     "flow": lambda x: FlowGuide(rows_model, "coupling", encoder=nn.Linear(2, 4)),
-    "refined": lambda x: SemiAmortizedGuide(rows_model, amortized(), steps=2),
     "joint": lambda x: AutoDiagonalNormal(rows_model),
     "mapa": lambda x: MAPAGuide(rows_model, EncodedCodes(nn.Linear(2, 2), x, scale=0.4), x),
 }
@@ -351,9 +344,8 @@ def test_guides_of_this_package(name: str) -> None:
     guide(x)
     draws = posterior_draws(rows_model, guide, x, num_draws=40, resample="psis")
     assert draws["z"].shape == (40, 6, 2)
-    assert draws.plates == (() if name in ("joint", "recursive") else ("data",))
+    assert draws.plates == (() if name == "joint" else ("data",))
     check_draw(rows_model, (x,), draws, 3)
-    assert predictive_draws(rows_model, draws, x)["x"].shape == (40, 6, 2)
 
 
 def test_a_guide_without_density() -> None:
@@ -427,15 +419,6 @@ def test_draws_of_other_data_are_refused() -> None:
         log_likelihoods(normal_rows, Draws({}, 5), torch.zeros(3))
     with pytest.raises(ValueError, match="no log p"):
         predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
-
-
-def test_wrong_options() -> None:
-    for options, message in (
-        ({"num_draws": 0}, "num_draws must be an integer >= 1"),
-        ({"resample": "sir"}, "None or 'psis', got 'sir'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            posterior_draws(normal_rows, wide_guide, torch.zeros(2), **options)
 
 
 def mixing_model(x: Tensor) -> None:

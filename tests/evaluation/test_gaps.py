@@ -16,7 +16,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
@@ -436,7 +435,6 @@ def amortized(model: Callable, **options: Any) -> Callable:
 
 ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
     (conjugate, lambda: by_hand, TypeError, "needs a guide of this package"),
-    (conjugate, lambda: AutoNormal(conjugate), TypeError, "AmortizedGuide"),
     (
         conjugate,
         lambda: MixtureGuide(conjugate, [by_hand, by_hand]),

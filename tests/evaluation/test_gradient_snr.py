@@ -10,14 +10,12 @@ import pytest
 import torch
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_recursive import (
     CIWAE_ELBO,
     IWAE_ELBO,
-    MAPA_ELBO,
     MIWAE_ELBO,
-    MAPAGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
 )
@@ -28,8 +26,7 @@ from pyro_recursive.evaluation.snr import (
     signal_to_noise,
 )
 from pyro_recursive.guides.mixture.schedule import Schedule
-from pyro_recursive.mapa import FreeCodes
-from tests.models.small import in_rows, normal, normal_rows, square_global
+from tests.models.small import normal, square_global
 
 MU, A, SCALE, X = 0.5, 0.9, 0.8, 2.1
 COPIES = 100  # of one coordinate: many draws of it in each gradient
@@ -157,21 +154,6 @@ def test_a_failure_leaves_nothing_either() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_batch_norm_keeps_its_statistics() -> None:
-    net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-
-    def encoded(x: Tensor) -> None:
-        loc = pyro.module("net", net)(x.unsqueeze(-1)).squeeze(-1)
-        with pyro.plate("data", len(x)):
-            normal("z", loc)
-
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = gradient_snr(normal_rows, encoded, Trace_ELBO(), torch.randn(5), num_draws=10)
-    assert list(found) == ["guide"]
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 quartic = partial(square_global, torch.tensor(4.0))
 
 
@@ -192,30 +174,6 @@ def test_stages_of_a_recursive_mixture_stand_still() -> None:
         assert all(torch.equal(*pair) for pair in zip(values, mixture.parameters(), strict=False))
         loss.loss_and_grads(quartic, mixture)
     assert refused >= 2 and len(mixture.trials) == 1
-
-
-def test_all_draws_are_of_one_stage() -> None:
-    mixture = RecursiveMixtureGuide(quartic, 2, schedule=Schedule(first=5, propose=5, refine=5))
-    mixture.prepare()
-    mixture.eval()  # modules in training mode have their buffers swapped anyway
-
-    loss, group = RecursiveMixture_ELBO(2), "RecursiveMixtureGuide.components.1"
-    found = gradient_snr(quartic, mixture, loss, num_draws=10, groups=[group])[group]
-    assert found.by_coordinate.isnan().all() and mixture.steps_taken == 0
-
-
-def test_warm_up_of_mapa_stands_still() -> None:
-    @in_rows
-    def rows(x: Tensor) -> None:
-        normal("x", normal("z", 0.0), pyro.param("s", torch.tensor(1.0)), obs=x)
-
-    x = torch.tensor([0.0, 1.0, 3.0])
-    codes = MAPAGuide(rows, FreeCodes(x[:, None]))
-    MAPA_ELBO().loss_and_grads(rows, codes, x)
-    codes.steps_to_warm_up.fill_(5)
-    found = gradient_snr(rows, codes, MAPA_ELBO(), x, num_draws=10)
-    assert codes.steps_to_warm_up == 5
-    assert found["model"].ratio.isinf() and not found["model"].by_coordinate.isnan().any()
 
 
 def test_a_minibatch_that_the_model_draws_is_noise() -> None:
