@@ -72,7 +72,7 @@ def refusal(row: Row, kind: Kind, by_row: bool) -> Refused | None:
         (kind.rows == "joint" and is_subsampled, ValueError, r"is subsampled \(2 of 4\)"),
         (is_auto and row.name in LOOPS, NotImplementedError, "not support sequential pyro.plate"),
         (is_auto and row.name == "mixture_prior", NotImplementedError, "Cannot transform Mixture"),
-        (is_hand and row.name == "factor_in_guide", NotImplementedError, "site 'z'"),
+        (is_hand and row.name == "factor_in_guide", NotImplementedError, "site 'u'"),
         (is_hand and row.name in MASKED, NotImplementedError, r"masks site"),
     )
     return next(((error, words) for holds, error, words in cases if holds), None)

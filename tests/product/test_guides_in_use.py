@@ -29,7 +29,7 @@ from pyro_recursive import (
     log_marginal,
 )
 from tests import models
-from tests.models import Row, small
+from tests.models import Row
 from tests.models.guides import (
     KIND,
     KINDS,
@@ -193,15 +193,6 @@ def test_float32_from_the_start(kind: str) -> None:
     loss = MIWAE_ELBO(2, 3, estimator=estimators_of(KIND[kind], guide)[0])
     with quiet():
         assert loss.differentiable_loss(s.model, guide, *s.args).dtype == torch.float32
-
-
-def test_a_minibatch_after_all_rows_keeps_the_scale_of_the_model() -> None:
-    """The guide was prepared with all rows; the model says that fewer are a part of them."""
-    guide = AmortizedGuide(partial(small.normal_rows, size=6), nn.Linear(1, 2))
-    guide.prepare(torch.randn(6, 1))
-    trace = poutine.trace(guide).get_trace(torch.randn(3, 1))
-    assert trace.nodes["z"]["scale"] == 2.0
-    assert guide(torch.randn(6, 1))["z"].shape == (6,)
 
 
 # Names.
