@@ -19,9 +19,8 @@ from pyro_recursive.mapa.codes import (
 from pyro_recursive.mapa.empirical_model import Empiricalized
 from pyro_recursive.mapa.guide import MAPAGuide
 from pyro_recursive.mapa.loss import MAPA_ELBO
-from pyro_recursive.mapa.recover import recover_prior
+from pyro_recursive.mapa.recover import recover_prior, with_prior
 from pyro_recursive.mapa.recovered_priors import RecoveredPrior
-from pyro_recursive.mapa.replaced_prior import with_prior
 from pyro_recursive.mapa.table import Table, neighbours
 
 __all__ = [

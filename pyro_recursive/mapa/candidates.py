@@ -47,8 +47,6 @@ class Plan:
     are independent, as in the paper. In a pool without replacement ``samples`` may be a fraction,
     rounded up over all rows.
 
-    Raises:
-        ValueError: a number is out of range.
     """
 
     top: int

@@ -6,7 +6,6 @@
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from pyro_recursive.priors.vamp import squash, unsquash
 class Codes(nn.Module):
     """M codes with their weights and, around each, a normal of scale ``s``.
 
-    A kind of codes defines `select_codes`.
+    A kind of codes has them as ``codes`` ``[M, D]``, or defines `select_codes`.
 
     Args:
         num_components: M.
@@ -28,6 +27,7 @@ class Codes(nn.Module):
         scale: s; None for points. A number is fixed, or learned from there by ``learn_scale``.
     """
 
+    codes: Tensor
     logits: Tensor
     log_scale: Tensor
 
@@ -55,9 +55,9 @@ class Codes(nn.Module):
         """Return M, the number of codes."""
         return len(self.logits)
 
-    @abstractmethod
     def select_codes(self, index: Tensor) -> Tensor:
-        """Return the codes of components ``[n]``, ``[n, D]``."""
+        """Return the codes of components ``[n]``, ``[n, D]``: by default rows of ``codes``."""
+        return self.codes[index]
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Return the codes of components ``[n]``, of all if not given: ``[n, D]``."""
@@ -125,11 +125,7 @@ class FreeCodes(Codes):
 
     def __init__(self, start: Tensor, **options: Any) -> None:
         super().__init__(len(start), **options)
-        self.codes: Tensor = nn.Parameter(start.detach().clone())
-
-    def select_codes(self, index: Tensor) -> Tensor:
-        """Return some of the codes."""
-        return self.codes[index]
+        self.codes = nn.Parameter(start.detach().clone())
 
 
 class GridCodes(Codes):
@@ -145,8 +141,6 @@ class GridCodes(Codes):
     torch.Size([25, 2])
     """
 
-    codes: Tensor
-
     def __init__(
         self, points: int, dims: int = 1, *, bound: float = 2.0, normal: bool = False, **given: Any
     ) -> None:
@@ -156,10 +150,6 @@ class GridCodes(Codes):
             given["weights"] = (-0.5 * codes.square().sum(-1)).exp()
         super().__init__(len(codes), **given)
         self.register_buffer("codes", codes)
-
-    def select_codes(self, index: Tensor) -> Tensor:
-        """Return some of the grid's points."""
-        return self.codes[index]
 
 
 class PseudoInputCodes(Codes):

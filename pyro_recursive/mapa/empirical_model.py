@@ -141,9 +141,6 @@ class Empiricalized:
         codes: `pyro_recursive.mapa.Codes`; they are registered under ``name``.
         site: the latent site; optional where only one is inside a plate.
 
-    Raises:
-        ValueError: several sites could be meant; and as `OnCodes` does.
-
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> from pyro.infer import SVI, TraceEnum_ELBO

@@ -30,8 +30,7 @@ from pyro_recursive.mapa.empirical_model import (
 )
 from pyro_recursive.mapa.index_posterior import CodeMixture, IndexPosterior
 from pyro_recursive.mapa.neighbour_rows import NeighbourRows, kernel_of_model
-from pyro_recursive.mapa.recover import recover_prior
-from pyro_recursive.mapa.replaced_prior import with_prior
+from pyro_recursive.mapa.recover import recover_prior, with_prior
 from pyro_recursive.mapa.table import Rows, Table, neighbours
 from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated, outline

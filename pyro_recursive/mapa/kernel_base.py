@@ -34,15 +34,6 @@ class Kernel(ABC):
 
     A subclass defines `scores`. Make it a frozen dataclass of numbers: its ``repr`` then names it
     in caches.
-
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True)
-    ... class Laplace(Kernel):
-    ...     scale: float
-    ...     def scores(self, query, reference):
-    ...         return -torch.cdist(query, reference, p=1) / self.scale
-    >>> Laplace(2.0)(torch.zeros(1, 3), torch.ones(2, 3))
-    tensor([[-1.5000, -1.5000]])
     """
 
     support: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
@@ -92,11 +83,8 @@ class Kernel(ABC):
 class InnerProductKernel(Kernel):
     """A kernel whose scores are inner products, up to terms of one side.
 
-    ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``. Features are float64, since the scores
-    are often small differences of large numbers.
-
-    ``origin`` ``[D]`` is a central point of the flattened data. Kernels of differences measure from
-    it, so that data far from zero lose no digits; others ignore it.
+    ``score(x_n, x_i) = q(x_n) @ r(x_i) + a(x_n) + b(x_i)``, all in float64. Kernels of differences
+    measure from ``origin`` ``[D]``, a central point, so that data far from zero lose no digits.
     """
 
     @abstractmethod

@@ -59,12 +59,7 @@ class Bernoulli(InnerProductKernel):
     the default. For sharp decoders a smaller ``a`` is nearer to their posterior. Grey values in
     [0, 1] are means of random bits; for those of x_n log k is the mean over the bits, no density.
 
-    Args:
-        concentration: c.
-        softening: a, below 1/2, instead of c.
-
-    Raises:
-        ValueError: both are given or out of range; data are outside [0, 1].
+    ``concentration`` is c; ``softening`` is a, below 1/2, instead of c.
 
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941),
     which softens bits; the prior is ours.
@@ -107,12 +102,8 @@ class Bernoulli(InnerProductKernel):
 class ContinuousBernoulli(InnerProductKernel):
     """The kernel of intensities in [0, 1]: a continuous Bernoulli with mean x_i.
 
-    The density at the most likely parameter after x_i: that with mean x_i, not with ``probs`` x_i.
-    Means are clamped to [margin, 1 - margin], where the density is no spike. There is no closed
-    predictive density.
-
-    Raises:
-        ValueError: not ``0 < margin < 1/2``; data are outside [0, 1].
+    The density at the most likely parameter after x_i, as there is no closed predictive density.
+    Means are clamped to [margin, 1 - margin], where the density is no spike.
 
     Source: `The continuous Bernoulli: fixing a pervasive error in variational autoencoders`
     (Loaiza-Ganem & Cunningham, arXiv 1907.06845).

@@ -21,14 +21,9 @@ _CHUNK_PAIRS = 2**22
 class RecoveredPrior(nn.Module, ABC):
     """A continuous prior made of codes: calling it builds a distribution over vectors ``[D]``.
 
-    The distribution has batch ``[]`` and densities in nats; plates expand it. Priors are made by
-    `pyro_recursive.mapa.recover_prior`, and are modules that can be moved, copied and pickled.
-
-    Attributes:
-        kind: the name of the kind.
-        size: D.
-        num_codes: how many codes were given.
-        held_out_log_prob: the mean log-density in nats of codes left out of a first fit, or None.
+    The distribution has batch ``[]`` and densities in nats; plates expand it. It is made by
+    `pyro_recursive.mapa.recover_prior` of ``num_codes`` codes of ``size`` D; ``held_out_log_prob``
+    is the mean log-density in nats of codes left out of a first fit, or None.
     """
 
     kind: str
@@ -45,8 +40,7 @@ class RecoveredPrior(nn.Module, ABC):
     def from_normal(self, noise: Tensor) -> Tensor:
         """Map standard normals to draws of the prior, ``[..., D]`` to ``[..., D]``.
 
-        With one latent, ``decoder(prior.from_normal(w))`` is the decoder of the same model with the
-        prior ``w ~ N(0, 1)``, for quadrature over ``w``. Mixtures have no such map.
+        ``decoder(prior.from_normal(w))`` is the decoder of the same model with ``w ~ N(0, 1)``.
         """
         raise NotImplementedError(f"A {self.kind!r} prior is no map of normals; 'flow' is.")
 

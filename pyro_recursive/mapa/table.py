@@ -42,9 +42,6 @@ class Table:
         num_components: M.
         kernel, reference: for `for_data`; the reference is ``[M, *x]``.
 
-    Raises:
-        ValueError: indices or log q are not as above.
-
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
     >>> table = Table.from_log_weights(torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.2, 0.8]]).log())
@@ -79,9 +76,7 @@ class Table:
 
     @classmethod
     def uniform(cls, num_rows: int, num_components: int) -> "Table":
-        """Return the table in which all components are equally likely; k = M.
-
-        A row's own component is first where N = M, then all are in order.
+        """Return the table of equally likely components, a row's own one first where N = M.
 
         >>> Table.uniform(3, 3).index
         tensor([[0, 1, 2],
@@ -95,7 +90,7 @@ class Table:
         """Return the table of the k largest of dense log-weights ``[N, M]``, normalised.
 
         Ties go to a row's own component where N = M, then to the lower index. The default k = M
-        keeps all. Raises ValueError for nan, +inf, and rows of -inf.
+        keeps all.
 
         >>> Table.from_log_weights(torch.zeros(2, 5), k=3).index
         tensor([[0, 1, 2],
@@ -110,8 +105,7 @@ class Table:
         """Return the table of given neighbours ``[N, k]`` with their log k, in any order.
 
         For example those of a library of nearest neighbours, with minus half the squared
-        distances in units of a bandwidth. Raises ValueError for indices that are out of range or
-        twice in a row, for nan, +inf, and rows of -inf.
+        distances in units of a bandwidth.
 
         >>> table = Table.from_neighbours(torch.tensor([[4, 2]]), torch.tensor([[-3.0, -1.0]]), 9)
         >>> table.index, table.log_q
@@ -140,10 +134,7 @@ class Table:
         return Rows(self.index[index], self.log_q[index])
 
     def for_data(self, x: Tensor) -> Rows:
-        """Return rows for any data ``[B, *x]``, by the table's kernel.
-
-        The first call prepares the search. Raises ValueError where the table has no kernel.
-        """
+        """Return rows for any data ``[B, *x]``, by the table's kernel and reference."""
         index, log_k = self._search(x, self.width)
         log_q = _normalised(log_k, self.log_q.dtype)
         return Rows(index.to(self.index.device), log_q.to(self.index.device))
@@ -166,16 +157,7 @@ class Table:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Table":
-        """Read a table that `save` wrote, on the CPU.
-
-        Raises FileNotFoundError, and `TableError` for a damaged file or one that is no table.
-
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "table.pt"
-        >>> Table.uniform(10, 5).save(path)
-        >>> Table.load(path)
-        Table(rows=10, width=5, components=5)
-        """
+        """Read a table that `save` wrote, on the CPU; raise `TableError` for any other file."""
         message = f"'{path}' cannot be read as a table: {{}}. Delete it, and compute it again."
         tensors = read_whole(Path(path), TableError, message)
         try:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from pyro_recursive import log_marginal
 from pyro_recursive.datasets import curve_evidence
-from pyro_recursive.mapa.recover import KINDS, recover_prior
+from pyro_recursive.mapa.recover import KINDS, recover_prior, with_prior
 from pyro_recursive.mapa.recovered_priors import RecoveredPrior, bandwidth, leave_one_out
-from pyro_recursive.mapa.replaced_prior import with_prior
 
 pytestmark = pytest.mark.slow  # fits and integrals
 
