@@ -188,31 +188,27 @@ def corrective_weights(
     *,
     tolerance: float = 1e-4,
     max_steps: int = 2000,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Maximise the mixture's ELBO over the weights of fixed components, by mirror ascent.
 
-    ``log_p`` is ``[S, J, *rows]`` for S draws of each component, ``table`` ``[S, J, *rows, J]`` the
-    log-densities of all components there, and ``log_weights``, ``[*rows, J]``, where to start.
-    Stops where the gap of every row is below ``tolerance`` nats, or after ``max_steps``. Returns
-    log-weights and the gap, ``max_m E_m[log p - log Q] - L(Q)``: no other weights gain more.
+    ``log_p`` is ``[S, J]`` for S draws of each component, ``table`` ``[S, J, J]`` the log-densities
+    of all components there, and ``log_weights``, ``[J]``, where to start. Stops where no weights
+    gain more than ``tolerance`` nats, which is ``max_m E_m[log p - log Q] - L(Q)``.
     """
     weights = log_weights.detach().clone()
-    gap = weights.new_full(weights.shape[:-1], float("inf"))
     for step in range(max_steps):
-        slopes = (log_p - log_mixture(table, weights)).mean(0).movedim(0, -1)
-        bound = (weights.exp() * slopes).sum(-1)
-        gap = slopes.max(-1).values - bound
-        if step % 10 == 0 and bool((gap < tolerance).all()):
+        slopes = (log_p - log_mixture(table, weights)).mean(0)
+        bound = (weights.exp() * slopes).sum()
+        if step % 10 == 0 and bool(slopes.max() - bound < tolerance):
             break
-        weights = (weights + slopes - bound.unsqueeze(-1)).log_softmax(-1)
-    return weights, gap
+        weights = (weights + slopes - bound).log_softmax(-1)
+    return weights
 
 
 def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Tensor:
     """Return weights with the best share of component ``m``, the others keeping their proportions.
 
-    Bisects the slope of the mixture's ELBO, which is concave in the share. Shapes as in
-    `corrective_weights`, for one row: ``[S, J]``, ``[S, J, J]`` and ``[J]``.
+    Bisects the slope of the ELBO, which is concave in the share. Shapes: `corrective_weights`.
     """
     others = log_weights.clone()
     others[m] = -torch.inf

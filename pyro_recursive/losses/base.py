@@ -77,7 +77,6 @@ class LogWeightELBO(ELBO):
 
     @property
     def bound(self) -> Bound:
-        """The bound of the log-weights."""
         return self._bound
 
     def __repr__(self) -> str:
@@ -156,7 +155,6 @@ class LogWeightELBO(ELBO):
         return Evaluation(self.bound, runs, in_weights, shared)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
-        """Return minus the bound, without a graph."""
         bound, _, local, shared = evaluation
         value = bound(local.log_weights)
         if is_validation_enabled() and bool((dead := value.isneginf()).any()):
@@ -181,7 +179,6 @@ class LogWeightELBO(ELBO):
         return total
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
-        """Return one pair of traces, as every `pyro.infer.ELBO` must."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
 

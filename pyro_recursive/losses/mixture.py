@@ -43,7 +43,6 @@ class MixtureLoss(LogWeightELBO):
 
     @property
     def draws_per_component(self) -> int:
-        """The samples of each component in all, ``num_estimates * num_particles``."""
         return self.num_estimates * self.num_particles
 
     def _strata(self, count: int) -> tuple[tuple[int, ...], int]:
@@ -193,7 +192,6 @@ def mixture_of(guide: Callable) -> MixtureLike:
 
 
 def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
-    """Raise where the components' draws cannot be weighed by row."""
     for record in run.table.guide:
         if record.group != "score":
             continue

@@ -202,7 +202,6 @@ class RecursiveMixture_ELBO(MixtureLoss):
 
     @torch.no_grad()
     def _draw_members(self, program: Program, mixture: GrowingMixture) -> "PlanRun":
-        """Draw from every member, and evaluate all members' densities at all draws."""
         members, exact = mixture.members, OBJECTIVES["exact"]
         plan = StepPlan(exact, members, members[-1], mixture.num_draws, trains_guide=False)
         return self._run(program, mixture, plan)
@@ -357,7 +356,7 @@ def best_log_weights(run: PlanRun, weights: str) -> Tensor:
     table = table.movedim(1, -2).reshape(-1, count, count)
     start = run.log_weights().reshape(-1, count)[0]
     if weights == "corrective":
-        return corrective_weights(log_p, table, start)[0]
+        return corrective_weights(log_p, table, start)
     return line_search(log_p, table, start, count - 1)
 
 

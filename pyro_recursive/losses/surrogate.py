@@ -149,7 +149,6 @@ def _weighted_sum(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | float
 
 
 def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
-    """Return the cuts of the guide's samples at the sites of densities."""
     cuts = [cut for run in runs for cut in run.guide_cuts]
     if dens.names is None:
         return cuts

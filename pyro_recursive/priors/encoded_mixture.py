@@ -40,7 +40,6 @@ class EncodedMixture(Mixture):
         return weights @ (within + shift**2) - (weights @ shift) ** 2
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "EncodedMixture":
-        """Expand the weights; the components stay as they are."""
         return EncodedMixture(self.log_weights.expand(*batch_shape, -1), self.components)
 
     def table(self, u: Tensor) -> Tensor:
@@ -102,7 +101,6 @@ def encoded(encoder: Callable[..., Any], inputs: Tensor, family: Family) -> tupl
 
 
 def _size(family: Family, count: int) -> int:
-    """Return the length of the vectors for which a family has so many parameters."""
     size = next(n for n in itertools.count(1) if family.num_parameters(n) >= count)
     if family.num_parameters(size) != count:
         raise ValueError(

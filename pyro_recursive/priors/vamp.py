@@ -79,7 +79,6 @@ class VampPrior(nn.Module):
         return squash(self.raw_inputs, self.bounds)
 
     def forward(self) -> EncodedMixture:
-        """Return the prior for the present parameters."""
         log_weights, components = encoded(self.encoder, self.pseudo_inputs, self.family)
         log_weights = log_weights + self.logits.log_softmax(0)[:, None]
         return EncodedMixture(log_weights.flatten(), components)
@@ -150,7 +149,6 @@ class ExemplarPrior(nn.Module):
         return EncodedMixture((used[..., None] + log_weights).flatten(-2), windows)
 
     def _used(self, like: Tensor, chosen: Tensor | None, leave_out: Tensor | None) -> Tensor:
-        """Return the logarithms of the exemplars' weights, ``[*batch, their number]``."""
         number = len(like)
         if leave_out is None:
             return like.new_full((number,), -math.log(number))

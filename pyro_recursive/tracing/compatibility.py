@@ -88,7 +88,6 @@ def check_sizes(table: SiteTable) -> None:
 
 
 def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) -> None:
-    """Raise where a latent site has one shape in the model and another in the guide."""
     found = []
     for record in (model, guide):
         fn = record.site["fn"]
@@ -103,7 +102,6 @@ def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) 
 
 
 def _leaves_out(record: SiteRecord) -> bool:
-    """Whether a mask leaves out any of a site's density."""
     site = record.site
     masks = [site["mask"], *(getattr(layer, "_mask", None) for layer in layers(site["fn"]))]
     return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)

@@ -28,7 +28,6 @@ class ComponentIndex(dist.Categorical):
     """
 
     def log_choice(self, value: Tensor) -> Tensor:
-        """Return the logarithm of the weight of the component chosen."""
         return super().log_prob(value)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -114,7 +114,6 @@ def outline(
 
 @contextmanager
 def _restored_in_place(*programs: Callable) -> Iterator[None]:
-    """Restore the parameters and buffers that the block writes to."""
     modules = [m for m in map(poutine.unwrap, programs) if isinstance(m, nn.Module)]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     before = [(t, t.detach().clone(), t._version) for t in tensors]

@@ -48,7 +48,6 @@ class Program:
         return trace
 
     def run_model(self, guide: poutine.Trace) -> poutine.Trace:
-        """Trace the model on the guide's values."""
         model = GivenMinibatches()(self.model) if _draws_minibatch(guide) else self.model
         replayed = poutine.replay(model, trace=guide)
         try:
@@ -111,7 +110,6 @@ class GivenMinibatches(Messenger):
 
 
 def _draws_minibatch(trace: poutine.Trace) -> bool:
-    """Whether a trace has a plate with fewer entries than its full size."""
     return any(
         len(site["value"]) < site["fn"].size
         for site in trace.nodes.values()
@@ -162,7 +160,6 @@ def _broadcasting(arguments: tuple | list | dict) -> Any:
 
 
 def _discover(program: Program) -> ProgramStructure:
-    """Run guide and model once, outside any particle plate."""
     with isolated(), DryRun(), rows_needed(program.args, program.kwargs):
         guide = program.run_guide()
         table = SiteTable(program.run_model(guide), guide)

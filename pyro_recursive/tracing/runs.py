@@ -184,7 +184,6 @@ def _stand_ins(
 
 
 def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:
-    """Return a site with a stand-in for its value, where that has a gradient."""
     if not site["value"].requires_grad:
         return site
     cuts.append(GradientCut(site, particle))

@@ -153,8 +153,7 @@ def best_bound(log_p: Tensor, table: Tensor, size: int) -> float:
 def test_corrective_weights_are_optimal(count: int) -> None:
     log_p, table = fixed(count)
     start = torch.zeros(count).log_softmax(-1)
-    found, gap = corrective_weights(log_p, table, start, tolerance=1e-6, max_steps=20_000)
-    assert gap < 1e-6
+    found = corrective_weights(log_p, table, start, tolerance=1e-6, max_steps=20_000)
     best = best_bound(log_p, table, count)
     reached = bound_of(log_p, table, found)
     # A finite sample's slopes are those of its bound up to the sample's own error.
@@ -162,41 +161,11 @@ def test_corrective_weights_are_optimal(count: int) -> None:
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(()))
 
 
-def test_the_gap_bounds_what_is_missing() -> None:
-    log_p, table = fixed(3)
-    best = best_bound(log_p, table, 3)
-    start = torch.tensor([0.05, 0.05, 0.9]).log()
-    gaps = []
-    for steps in (1, 3, 10, 100):
-        found, gap = corrective_weights(log_p, table, start, tolerance=1e-9, max_steps=steps)
-        missing = best - bound_of(log_p, table, found)
-        gaps.append(gap)
-        # The gap is that of the step before, when more was missing.
-        assert 0 <= missing <= gap + 1e-5
-    assert gaps == sorted(gaps, reverse=True)
-
-
-def test_corrective_weights_of_rows_are_those_of_each_row() -> None:
-    log_p, table = fixed(3)
-    tilted = log_p + 0.8 * sample(PLACES[:3], len(log_p))
-    start = torch.zeros(3).log_softmax(-1)
-    both, _ = corrective_weights(
-        torch.stack([log_p, tilted], -1),
-        torch.stack([table, table], 2),
-        start.expand(2, 3),
-        tolerance=1e-7,
-    )
-    for row, each in enumerate((log_p, tilted)):
-        alone, _ = corrective_weights(each, table, start, tolerance=1e-7)
-        torch.testing.assert_close(both[row], alone, atol=1e-3, rtol=0)
-    assert (both[0] - both[1]).abs().max() > 0.5
-
-
 @pytest.mark.parametrize("m", [0, 1])
 def test_line_search_of_two_is_fully_corrective(m: int) -> None:
     log_p, table = fixed(2)
     start = torch.tensor([0.9, 0.1]).log()
-    corrective, _ = corrective_weights(log_p, table, start, tolerance=1e-10, max_steps=20_000)
+    corrective = corrective_weights(log_p, table, start, tolerance=1e-10, max_steps=20_000)
     found = line_search(log_p, table, start, m)
     torch.testing.assert_close(found, corrective, atol=1e-5, rtol=0)
 

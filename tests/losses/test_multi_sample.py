@@ -162,16 +162,6 @@ def discrete_guide() -> None:
         pyro.sample("z", dist.Bernoulli(logits=logit).expand([COPIES]))
 
 
-@pytest.mark.parametrize(
-    ("bound", "expected"),
-    [(bounds.iwae, (-1.60407317, -0.05080123)), (bounds.renyi(0.5), (-1.62814344, -0.10934283))],
-    ids=["iwae", "renyi"],
-)
-def test_discrete_guide(bound: bounds.Bound, expected: tuple[float, float]) -> None:
-    loss = MultiSampleELBO(bound, estimator="vimco", num_particles=4)
-    assert_means(draws(loss, discrete_model, discrete_guide, ("logit",)), expected)
-
-
 @pytest.mark.parametrize("estimator", ["pathwise", "dreg", "stl", "rws-dreg"])
 def test_no_estimator_is_silent_about_a_site_it_cannot_handle(estimator: str) -> None:
     loss = IWAE_ELBO(3, estimator=estimator)
