@@ -1,9 +1,4 @@
-"""Real images, and synthetic data whose exact log p(x) is known.
-
-:func:`load` returns images. :func:`lstm_sequences` draws sequences, and :func:`sequence_evidence`
-computes their log p(x); :func:`curve` draws points around a curve in the plane, and
-:func:`curve_evidence` computes log p(x) for any decoder of one latent.
-"""
+"""Real images by `load`, and synthetic sequences and curves whose exact log p(x) is known."""
 
 from pyro_recursive.datasets.curves import CURVES, Curve, curve, curve_evidence
 from pyro_recursive.datasets.image_files import DatasetError

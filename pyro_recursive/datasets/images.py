@@ -47,10 +47,7 @@ class Dataset:
             Dataset('digits-validation', train=[1337, 64], test=[100, 64], shape=(8, 8))
         """
         if not 0 < size < len(self.train):
-            raise ValueError(
-                f"size must be from 1 to {len(self.train) - 1}, the training rows of {self.name} "
-                f"less one, got {size}."
-            )
+            raise ValueError(f"size must be from 1 to {len(self.train) - 1}, got {size}.")
         return replace(
             self,
             name=f"{self.name}-validation",

@@ -157,7 +157,21 @@ def lstm_sequences(
         torch.Size([5])
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    decoder = _random_decoder(vocabulary, hidden, latent_gain, gain, generator)
+    with torch.random.fork_rng(devices=[]):  # PyTorch's initial values are not used
+        cpu = torch.device("cpu")
+        decoder = SequenceDecoder(vocabulary, hidden, LATENT, dtype=torch.float64, device=cpu)
+    scales = {
+        "embedding.weight": 1.0,
+        "lstm.weight_ih_l0": LSTM_GAIN / math.sqrt(hidden),
+        "lstm.weight_hh_l0": LSTM_GAIN / math.sqrt(hidden),
+        "from_state.weight": STATE_GAIN / math.sqrt(hidden),
+        "from_latents.weight": latent_gain,
+        "to_symbols.weight": gain / math.sqrt(hidden),
+    }
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.copy_(scales.get(name, 0.0) * _normal(parameter.shape, generator))
+    decoder.eval()  # Pyro warns of modules in training mode without trainable parameters
     drawn = []
     for count in (test_rows, rows):  # in this order the test rows do not depend on `rows`
         z = _normal((count, LATENT), generator)
@@ -209,28 +223,6 @@ def sequence_evidence(
             total = torch.logaddexp(total, (log_p + weights[:, None]).logsumexp(0))
         found.append(total)
     return torch.cat(found)
-
-
-def _random_decoder(
-    vocabulary: int, hidden: int, latent_gain: float, gain: float, generator: torch.Generator
-) -> SequenceDecoder:
-    """Return a decoder in float64 on the CPU, its parameters drawn from the generator and fixed."""
-    with torch.random.fork_rng(devices=[]):  # PyTorch's initial values are not used
-        decoder = SequenceDecoder(
-            vocabulary, hidden, LATENT, dtype=torch.float64, device=torch.device("cpu")
-        )
-    scales = {
-        "embedding.weight": 1.0,
-        "lstm.weight_ih_l0": LSTM_GAIN / math.sqrt(hidden),
-        "lstm.weight_hh_l0": LSTM_GAIN / math.sqrt(hidden),
-        "from_state.weight": STATE_GAIN / math.sqrt(hidden),
-        "from_latents.weight": latent_gain,
-        "to_symbols.weight": gain / math.sqrt(hidden),
-    }
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(False)
-        parameter.copy_(scales.get(name, 0.0) * _normal(parameter.shape, generator))
-    return decoder.eval()  # Pyro warns of modules in training mode without trainable parameters
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -69,7 +69,7 @@ def random_states(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     state: dict[str, Any] = get_rng_state()
     kind, keys, *rest = state["numpy"]
     state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
-    # To read the state of a CUDA that is not in use would initialise it.
+    # Reading the state of CUDA would initialise it.
     state["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state["generators"] = [generator.get_state() for generator in generators]
     return state
@@ -101,7 +101,6 @@ def forked_rng(seed: int | None = None, generators: Iterable[Generator] = ()) ->
 
 def options_of(loss: ELBO) -> dict[str, Any]:
     """Return the attributes of a loss that are arguments of its constructors."""
-    attributes = vars(loss)
     names = {
         name
         for kind in type(loss).__mro__[:-1]
@@ -110,8 +109,8 @@ def options_of(loss: ELBO) -> dict[str, Any]:
     }
     # Pyro's losses set the nesting themselves, in their first call.
     names -= {"self", "max_plate_nesting", "max_iarange_nesting"}
-    found = {name: attributes.get(name, attributes.get(f"_{name}", ...)) for name in sorted(names)}
-    return {name: plain(value) for name, value in found.items() if value is not ...}
+    own = {name.removeprefix("_"): value for name, value in vars(loss).items()} | vars(loss)
+    return {name: plain(own[name]) for name in sorted(names & own.keys())}
 
 
 def plain(value: Any) -> Any:

@@ -43,11 +43,9 @@ class Minibatches:
         self.batch_size, self.transform, self.name = batch_size, transform, name
         self.even, self.processes = even, processes or ProcessGroup()
         check_at_least(1, batch_size=batch_size)
+        self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         if isinstance(data, DataLoader):
-            self.data: DataLoader | Batch = data
             self._check_loader(data)
-        else:
-            self.data = _columns(data, name)
         self.order: Generator | None = None
         if shuffle and batch_size is not None:
             # The global random state decides the order by this one draw, and nothing else of it.
@@ -57,15 +55,11 @@ class Minibatches:
 
     def _check_loader(self, loader: DataLoader) -> None:
         if self.batch_size is not None:
-            raise ValueError(
-                f"batch_size={self.batch_size} has no effect on a DataLoader, which has its own."
-            )
+            raise ValueError(f"batch_size={self.batch_size} has no effect on a DataLoader.")
         ordinary = type(_samplers(loader)[-1]) in (RandomSampler, SequentialSampler)
         if ordinary and self.processes.count > 1:
-            raise ValueError(
-                f"DataLoader {self.name} gives the same rows to each process. Give it a "
-                "DistributedSampler, or pass tensors."
-            )
+            problem = f"DataLoader {self.name} gives the same rows to each process."
+            raise ValueError(f"{problem} Give it a DistributedSampler, or pass tensors.")
 
     @property
     def generators(self) -> list[Generator]:
@@ -105,9 +99,8 @@ class Minibatches:
                 self.data, self.batch_size, True, self.transform, self.name, True, self.processes
             )
         if self.data.num_workers and self.data.persistent_workers:
-            raise ValueError(
-                f"DataLoader {self.name} is iterated twice at once. Set persistent_workers=False."
-            )
+            problem = f"DataLoader {self.name} is iterated twice at once."
+            raise ValueError(f"{problem} Set persistent_workers=False.")
         return self
 
     def __iter__(self) -> Iterator[Batch]:
@@ -184,8 +177,7 @@ def _columns(data: Any, name: str) -> Batch:
     columns = _as_tuple(data)
     for column in columns:
         if not isinstance(column, Tensor):
-            kind = type(column).__name__
-            raise TypeError(f"{name} must be tensors or a torch DataLoader, got {kind}.")
+            raise TypeError(f"{name} must be tensors or a DataLoader, got {type(column).__name__}.")
     lengths = [len(column) for column in columns]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"The tensors of {name} need one number of rows, got lengths {lengths}.")

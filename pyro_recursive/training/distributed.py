@@ -20,8 +20,7 @@ Tensors = Mapping[str, Tensor]
 class DistributedStep:
     """What a learner's step exchanges with the other processes; nothing, if there are none.
 
-    A step is `begin`, the loss and its gradient, and `combine`. ``rows`` is the number of rows of
-    all processes in this step.
+    A step is `begin`, the loss and its gradient, and `combine`; ``rows`` is that of all processes.
     """
 
     def __init__(self, processes: ProcessGroup) -> None:
@@ -47,9 +46,7 @@ class DistributedStep:
         counts = [rows for (rows,) in self.processes.barrier_at(place, self.own_rows)]
         self.rows = sum(counts)
         if self.is_new and not all(counts):
-            raise ValueError(
-                f"The first batch has {self.rows} rows for {self.processes.count} processes."
-            )
+            raise ValueError(f"The first batch has {self.rows} rows for {len(counts)} processes.")
 
     def sync_initial(self, parameters: Tensors, buffers: Tensors) -> None:
         """Copy the first process's parameters and buffers."""

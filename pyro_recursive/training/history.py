@@ -88,7 +88,7 @@ def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
 
     Args:
         optimizer: any torch optimiser; the paper uses Adam(lr=1e-3, eps=1e-4).
-        num_stages: at least 1; eight take ``(3**8 - 1) / 2 = 3280`` epochs.
+        num_stages: eight take ``(3**8 - 1) / 2 = 3280`` epochs.
 
     Reference: 'Importance Weighted Autoencoders' (Burda et al., arXiv 1509.00519).
 

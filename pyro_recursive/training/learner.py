@@ -43,18 +43,18 @@ class Learner:
         guide: Callable,
         loss: ELBO,
         make_optimizer: MakeOptimizer,
-        make_scheduler: MakeScheduler | None = None,
-        clip_norm: float = math.inf,
-        check_every: int | None = None,
-        modules: Iterable[Module] = (),
-        processes: ProcessGroup | None = None,
+        make_scheduler: MakeScheduler | None,
+        clip_norm: float,
+        check_every: int | None,
+        modules: Iterable[Module],
+        processes: ProcessGroup,
     ) -> None:
         """Store the arguments of `fit`; the first step finds parameters and makes the optimiser."""
         self.model, self.guide, self.loss = model, guide, loss
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.clip_norm, self.check_every = clip_norm, check_every
         self.modules = _modules([model, guide, loss, *modules])
-        self.group = DistributedStep(processes or ProcessGroup())
+        self.group = DistributedStep(processes)
         self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of appearance
         self.num_initial = 0  # how many of them the optimiser was made with
         self.num_sorted = 0  # how many of them have a known owner

@@ -107,9 +107,7 @@ def fit(
         held_out = phase = None
         if validation is not None:
             size = None if isinstance(validation, DataLoader) else batch_size
-            held_out = Minibatches(
-                validation, size, shuffle=False, name="validation", processes=processes
-            )
+            held_out = Minibatches(validation, size, False, name="validation", processes=processes)
         learner = Learner(
             model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules, processes
         )

@@ -30,13 +30,11 @@ class FirstNonFiniteSite(Messenger):
         (self._replayed.add if replayed else self._replayed.discard)(msg["name"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        known = self.first
-        if site_is_subsample(msg) or (known is not None and not known.endswith("-inf")):
-            return
-        if fault := _fault(msg):
+        is_open = self.first is None or self.first.endswith("-inf")
+        fault = _fault(msg) if is_open and not site_is_subsample(msg) else None
+        if fault and (self.first is None or not fault.endswith("-inf")):
             program = "model" if msg["name"] in self._replayed else "guide"
-            if known is None or not fault.endswith("-inf"):
-                self.first = f"{program} site '{msg['name']}', its {fault}"
+            self.first = f"{program} site '{msg['name']}', its {fault}"
 
 
 def _fault(site: Any) -> str | None:

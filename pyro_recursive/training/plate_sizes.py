@@ -40,17 +40,16 @@ def check_shares(model: Callable, guide: Callable, batch: Batch) -> None:
 
     def run(batch: Batch, values: dict[str, Any]) -> Run:
         program = Program(model, guide, batch)
-        with poutine.block(), _SameValues(values), forked_rng():
-            guided = program.run_guide()
-        with poutine.block(), _SameValues(values), forked_rng():
-            return {"guide": guided, "model": program.run_model(guided)}
+        with poutine.block(), _SameValues(values):
+            with forked_rng():
+                guided = program.run_guide()
+            with forked_rng():
+                return {"guide": guided, "model": program.run_model(guided)}
 
     rest = tuple(map(part, batch))
     if rows_of(rest) == rows:
-        raise ValueError(
-            f"Several processes share the rows of a batch, but a {type(batch[0]).__name__} has "
-            "none. Give tensors."
-        )
+        kind = type(batch[0]).__name__
+        raise ValueError(f"Processes share the rows of a batch, but a {kind} has none.")
     remedy = "subsample=x) with N all rows of the data: several processes share a batch."
     with pyro.validation_enabled(False):
         whole = run(batch, {})

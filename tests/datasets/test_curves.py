@@ -142,15 +142,6 @@ def test_adaptive_quadrature_agrees() -> None:
         assert found == pytest.approx(math.log(expected), abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["absolute-value", "figure-8", "clusters"])
-def test_density_integrates_to_one(name: str) -> None:
-    data, width = small(name), 4.0 if name == "clusters" else 2.5
-    axis = torch.linspace(-width, width, 161)
-    x = torch.cartesian_prod(axis, axis)
-    total = data.evidence(x, nodes=1001).exp().sum() * (axis[1] - axis[0]) ** 2
-    assert total.item() == pytest.approx(1, abs=1e-4)
-
-
 def test_evidence_of_a_linear_decoder_in_many_dimensions() -> None:
     line, x = torch.randn(1, 7), torch.randn(20, 7)
     covariance = line.T @ line + 0.3**2 * torch.eye(7)

@@ -296,7 +296,7 @@ def test_validation_is_the_end_of_train(small: Path) -> None:
     assert fold.train_labels.tolist() == [3, 1, 4] and fold.test_labels.tolist() == [1, 5]
     assert (fold.name, fold.shape) == ("mnist-validation", (28, 28))
     for size in (-1, 0, 5, 6):
-        with pytest.raises(ValueError, match=rf"from 1 to 4, the training rows of .*got {size}"):
+        with pytest.raises(ValueError, match=f"from 1 to 4, got {size}"):
             data.split_validation(size)
 
 
@@ -394,9 +394,3 @@ def test_real_omniglot() -> None:
     assert labels.bincount().tolist() == [20] * 1623, "twenty drawers of each character"
     assert data.train.min() == 0 and data.train.max() == 1
     assert data.train.mean() < 0.2, "ink is 1, paper 0"
-
-
-def test_real_fashion_mnist() -> None:
-    data = real_or_skip("fashion_mnist")
-    assert data.train_labels.bincount().tolist() == [6000] * 10
-    assert data.test_labels.bincount().tolist() == [1000] * 10

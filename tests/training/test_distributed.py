@@ -122,9 +122,7 @@ def run(program: Callable[[], Program], **changes: Any) -> dict[str, Any]:
     arguments = {**defaults, **program(), **changes}
     record = asdict(fit(**arguments))
     owners = [getattr(each, "__self__", each) for each in (arguments["model"], arguments["guide"])]
-    buffers = [
-        dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {} for owner in owners
-    ]
+    buffers = [dict(each.named_buffers()) for each in owners if isinstance(each, nn.Module)]
     return {"history": record, "parameters": ordinary.store(), "buffers": buffers}
 
 
@@ -145,10 +143,6 @@ class Noisy(ordinary.VAE):
         return super().mean(z) + self.offset
 
 
-def noisy(*batch: Tensor) -> tuple[Tensor, ...]:
-    return tuple(column + 0.1 * torch.randn_like(column) for column in batch)
-
-
 def noisy_vae() -> Program:
     torch.manual_seed(50 + ProcessGroup.joined().rank)
     vae, x = Noisy(), torch.linspace(-2, 2, 26).sin().reshape(13, 2)
@@ -158,7 +152,7 @@ def noisy_vae() -> Program:
         "data": x,
         "loss": TraceMeanField_ELBO(),
         "optimizer": partial(torch.optim.Adam, lr=0.01),
-        "transform": noisy,
+        "transform": ordinary.noisy,
         "batch_size": 8,
         "validation": x[:5],
         "kl_warmup": 2,
@@ -369,10 +363,12 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"found_{n}.pt", weights_only=False) for n in range(WORLD)]
 
 
+pytestmark = pytest.mark.slow
+
+
 # --- Two processes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NOISELESS)
 def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> None:
     alone, (first, second) = run(NOISELESS[name]), (each[name] for each in found)
@@ -384,7 +380,6 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> No
         assert value == (pytest.approx(expected, rel=1e-9) if numbers else expected), key
 
 
-@pytest.mark.slow
 def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
     for name in SAME:
         assert same(*(each[name] for each in found)), name
@@ -393,11 +388,10 @@ def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
     assert histories["DataLoader"]["rows"] == [7.0] * 4  # the sampler repeats a row
     assert histories["DataLoader"]["validation_rows"] == 6
     assert histories["aggressive"]["guide_steps"][-1] > 0
-    progress = found[0]["recursive mixture"]["buffers"][1]["progress"]
+    progress = found[0]["recursive mixture"]["buffers"][0]["progress"]
     assert progress[3:].tolist() == [1, 1]
 
 
-@pytest.mark.slow
 def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
     """Loss and gradient are the first process's: 4 of 7 rows at 0.3; the other has 3 at 1.3."""
     x, start = few_rows()[:4], torch.tensor(0.3)
@@ -410,7 +404,6 @@ def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
         torch.testing.assert_close(moved, -0.01 * gradient, rtol=1e-9, atol=0)
 
 
-@pytest.mark.slow
 def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
     for each in found:
         assert same(each["checkpoints"]["whole"], each["checkpoints"]["resumed"])
@@ -419,7 +412,6 @@ def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
         run(noisy_vae, checkpoint=folder / "cut.pt", resume=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
     for each, message in zip(found, WRONG[name][1], strict=True):
@@ -427,7 +419,6 @@ def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
         assert each[f"{name} seconds"] < PATIENCE / 2  # nobody waited for the others
 
 
-@pytest.mark.slow
 def test_evaluation_in_parallel(found: Any) -> None:
     x = torch.arange(7.0)
     for each in (each["evaluations"] for each in found):

@@ -1,7 +1,10 @@
 """What `fit` learns: loops by hand, `SVI` and closed forms are the oracles."""
 
 import io
+import json
+import re
 import sys
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,8 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_recursive import RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
-from pyro_recursive.training import Aggressive, KLWarmup, fit
+from pyro_recursive.training import Aggressive, History, KLWarmup, burda_schedule, fit
 from pyro_recursive.training import checkpoint as checkpoints
+from pyro_recursive.training.data import Minibatches
 from tests.oracles.bitwise import same
 from tests.oracles.training import (
     ROWS,
@@ -222,13 +226,72 @@ def test_stops_early_and_puts_the_best_back() -> None:
     assert history.best_epoch == 2
     assert same(store(), scripted.seen[1])
     assert not same(scripted.seen[1], scripted.seen[4])
-
-
-def test_without_patience_nothing_is_put_back() -> None:
-    scripted = Scripted(range(9))
-    history = run(auto_normal, validation=normal_data()[:4], validation_loss=scripted)
+    scripted = Scripted(range(9))  # without patience nothing is put back
+    history = run(auto_normal, **{**changes, "validation_loss": scripted})
     assert (history.best_epoch, history.stopped_early) == (1, False)
     assert same(store(), scripted.seen[-1])
+
+
+# --- Data, the record and schedules
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [5, 5]), (12, [12]), (20, [12]), (4, [4] * 3)]
+)
+def test_even_minibatches(batch_size: int, sizes: list[int]) -> None:
+    batches = Minibatches(torch.randn(12, 2), batch_size, shuffle=False).again()
+    assert [len(x) for (x,) in batches] == sizes
+    assert batches.count == len(sizes)
+    assert batches.generators
+
+
+def test_validation_rows() -> None:
+    x, y = torch.arange(10.0), torch.arange(10)
+    held_out = Minibatches((x, y), 3, shuffle=False)
+    first = held_out.choose(4)
+    assert same(first, held_out.choose(4))
+    assert torch.equal(first[0].long(), first[1])
+    assert len(set(first[1].tolist())) == 4
+    assert same(held_out.choose(99), (x, y))
+    batches = Minibatches(DataLoader(TensorDataset(x, y), 3))
+    assert same(batches.choose(4), (x[:4], y[:4]))
+    assert same(batches.choose(99), (x, y))
+
+
+def test_history_tells_what_happened() -> None:
+    step = partial(LambdaLR, lr_lambda=lambda epoch: 0.5**epoch)
+    options = {"validation": normal_data()[:4], "validate_every": 2}
+    history = run(auto_normal, scheduler=step, **options)
+    assert history.epoch == [1, 2, 3, 4]
+    assert history.steps == [3, 6, 9, 12]
+    assert history.learning_rate == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
+    assert [value is None for value in history.validation] == [True, False, True, False]
+    assert all(seconds > 0 for seconds in history.seconds)
+    assert json.loads(json.dumps(asdict(history))) == asdict(history)
+    assert repr(History()) == "History(no epochs)"
+    history.stopped_early = True
+    best = min(value for value in history.validation if value is not None)
+    assert re.fullmatch(
+        rf"History\(4 epochs, stopped early; \d+\.\d s; loss {history.loss[-1]:.2f} "
+        rf"\(batches of 4 rows\); validation {history.validation[3]:.2f} \(batches of 4 rows\); "
+        rf"best {best:.2f} in epoch {history.best_epoch}\)",
+        repr(history),
+    )
+
+
+def test_burda_schedule_changes_after_the_epochs_of_the_paper() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = burda_schedule(optimizer)
+    rates = []
+    for _ in range(3280):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    changes = [epoch for epoch in range(1, 3280) if rates[epoch] != rates[epoch - 1]]
+    assert changes == [1, 4, 13, 40, 121, 364, 1093]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 # --- What is shown

@@ -80,19 +80,16 @@ class LocalGuide(nn.Module):
 
 vectorised = Trace_ELBO(num_particles=4, vectorize_particles=True)
 loader = DataLoader(TensorDataset(normal_data()), 4)
-batches = DataLoader(list(normal_data().split(2)), batch_size=None)
 
 MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "plate of the batch": (grouped(of_batch), {"kl_warmup": 5}, True),
     "in a loop": (loop, {}, True),
     "loader": (grouped(of_batch), {"data": loader, "batch_size": None}, True),
-    "batches by themselves": (grouped(of_batch), {"data": batches, "batch_size": None}, False),
     "all scaled": (grouped(of_batch, all_=0.1), {}, True),
     "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
     "plate of all": (grouped(of_all), {}, False),
     "plate of all, as many columns": (grouped(of_all), {"batch_size": 2}, False),
     "full batch": (grouped(of_batch), {"batch_size": None}, False),
-    "one batch": (grouped(of_batch), {"batch_size": 99}, False),
     "local": (local, {"guide": LocalGuide()}, False),
     "vectorised": (grouped(of_batch), {"loss": vectorised}, True),
 }
@@ -159,20 +156,9 @@ def event(mean: Tensor, x: Tensor) -> None:
     pyro.sample("x", dist.Normal(mean, 1.0).expand([len(x)]).to_event(1), obs=x)
 
 
-def mean_over_rows(x: Tensor) -> None:
-    with poutine.scale(scale=1 / len(x)):
-        known_size(x)
-
-
 def mean_of_likelihoods(mean: Tensor, x: Tensor) -> None:
     with pyro.plate("data", 7, subsample=x), poutine.scale(scale=1 / len(x)):
         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-
-def latent_rows(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def four_rows(x: Tensor) -> None:
@@ -200,7 +186,6 @@ REFUSED: dict[str, tuple[Callable, Any, str]] = {
               r"'data' has the size of a batch. Write pyro.plate\('data', N, subsample=x\) with N"),
     "loop": (loop, AutoNormal, "Plate 'data' has the size of a batch"),
     "twice": (of_mean(two_for_each_row), AutoNormal, "Plate 'twice' has the size of a batch"),
-    "rows": (latent_rows, AutoNormal, "Plate 'data' has the size of a batch"),
     "fixed": (four_rows, AutoNormal, r"do not run with a part of a batch \(index 2 is out of"),
     "event": (of_mean(event), AutoNormal, in_no_plate("model site 'x'")),
     "no plate": (of_mean(no_plate), AutoDelta, in_no_plate(r"model site 'x\d'")),
@@ -208,8 +193,7 @@ REFUSED: dict[str, tuple[Callable, Any, str]] = {
     "factor": (factor_of_rows, AutoDelta, in_no_plate("model site 'all'")),
     "prior": (prior_of_rows, AutoDelta, in_no_plate("model site 'mean'")),
     "guide's factor": (known_size, lambda _: factor_in_guide, in_no_plate("guide site 'guided'")),
-    "scale": (mean_over_rows, AutoNormal, in_no_plate("model site 'mean'")),
-    "scale of rows": (of_mean(mean_of_likelihoods), AutoNormal, "The scale of model site 'x' dep"),
+    "scale": (of_mean(mean_of_likelihoods), AutoNormal, "The scale of model site 'x' dep"),
 }  # fmt: skip
 
 
