@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, autoguide, config_enumerate
 from torch import Tensor, nn
 
-from pyro_recursive import MAPA_ELBO, MAPAGuide, fit
+from pyro_recursive import MAPA_ELBO, MAPAGuide
 from pyro_recursive.mapa.codes import EncodedCodes, FreeCodes, GridCodes
 from pyro_recursive.mapa.empirical_model import Empiricalized
 from pyro_recursive.mapa.kernels import Gaussian
@@ -106,13 +105,6 @@ def test_the_true_posterior_has_no_variance(replace: bool, samples: int) -> None
     guide = toy.guide(table=posterior, **options)
     for _ in range(3):
         assert toy.bound(guide) == pytest.approx(toy.exact().sum().item(), abs=1e-9)
-
-
-def test_few_neighbours_are_a_lower_bound() -> None:
-    toy = Curve()
-    exact = toy.exact().sum().item()
-    values = [toy.bound(toy.guide(neighbours=k, top=k, samples=0, share="pair")) for k in (2, 5)]
-    assert values[0] < values[1] < exact
 
 
 @over_shares
@@ -206,49 +198,6 @@ def test_looped_particles_are_one_step() -> None:
     assert guide.steps_to_warm_up == 4
     loss.loss(with_global, guide, x)
     assert guide.steps_to_warm_up == 4
-
-
-@pytest.mark.parametrize("top", [0, 1])
-def test_fractions_draw_at_least_one(top: int) -> None:
-    toy = Curve()
-    guide = toy.guide(top=top, samples=0.2)
-    guide.prepare(toy.x)
-    MAPA_ELBO().loss(toy.model, guide, toy.x[:1])
-    assert guide.passes.codes == top + 1
-
-
-@pytest.mark.slow
-def test_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """Minibatches made outside of the model, rows told apart by numbers, and a warm-up."""
-    results = []
-    for stops in ((4,), (1, 2, 4)):
-        for place, epochs in enumerate(stops):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            toy = Curve()
-
-            def model(x: Tensor, rows: Tensor, toy: Curve = toy) -> None:
-                toy.model(x)
-
-            options = {"rows": lambda x, rows: rows, "warm_up": 5, "inputs": lambda x, rows: x}
-            guide = MAPAGuide(model, toy.encoder, toy.x, top=1, samples=2, **options)
-            options = {"epochs": epochs, "batch_size": 3, "seed": 1, "resume": place > 0}
-            options |= {"checkpoint": tmp_path / f"{len(stops)}.pt", "progress": False}
-            fit(model, guide, (toy.x, torch.arange(N)), loss=MAPA_ELBO(), **options)
-        results.append([value.detach().clone() for value in toy.decoder.parameters()])
-    for one, other in zip(*results, strict=True):
-        assert (one == other).all()
-
-
-@pytest.mark.slow
-def test_training_climbs() -> None:
-    toy = Curve(rows=40)
-    guide = toy.guide(top=1, samples=4)
-    svi = SVI(toy.model, guide, pyro.optim.Adam({"lr": 0.02}), MAPA_ELBO())
-    before = toy.exact().mean()
-    for _ in range(150):
-        svi.step(toy.x)
-    assert toy.exact().mean() > before + 1.0
 
 
 # Likelihoods: the kernel follows from the model.

@@ -90,18 +90,6 @@ def test_against_brute_force_and_in_blocks_of_any_size(name: str) -> None:
         torch.testing.assert_close(parts.log_k, whole.log_k)
 
 
-def test_float32_cannot_tell_these_apart() -> None:
-    """Pairs of references at distances that differ by one part in 1e8; the fifth is of a pair."""
-    centers = 4.0 * torch.cartesian_prod(torch.arange(4.0), torch.arange(5.0))
-    radii = (1 + 0.01 * torch.arange(10.0)).repeat(20, 2)
-    radii[:, 10:] += 1e-8 * torch.tensor([-1.0, 1.0])[torch.randint(2, (20, 10))]
-    angles = 6.28 * torch.rand(20, 20)
-    offsets = torch.stack([angles.cos(), angles.sin()], -1) * radii[..., None]
-    references = (centers[:, None] + offsets).flatten(0, 1)
-    check(centers, references, Gaussian(0.01))
-    check(centers, references, Gaussian(perplexity=3.0))
-
-
 def test_data_far_from_zero_outliers_and_tiny_units() -> None:
     x = torch.randn(ROWS, 3)
     check(1e5 + x, 1e5 + x, Gaussian(0.1), own=True)
@@ -141,20 +129,6 @@ def test_equal_data(kernel: Any) -> None:
     torch.testing.assert_close(found.log_k[0, 0], torch.as_tensor(kernel(x[:1], x[:1])).squeeze())
     some = torch.cat([torch.randn(100, 3), x[:100], torch.randn(100, 3)])
     check(some, some, kernel, own=True)
-
-
-def test_memory_follows_the_budget() -> None:
-    """A function's blocks: 2000 x 2000 numbers would be 32 megabytes."""
-    sizes = []
-
-    def recorded(query: Tensor, reference: Tensor) -> Tensor:
-        sizes.append(len(query) * len(reference))
-        return laplace(query, reference)
-
-    x = torch.randn(2000, 3)
-    Search(recorded, x, 2**20)(x[:200], K)
-    assert max(sizes) * 24 <= 2**20
-    assert sum(sizes) == 200 * 2000
 
 
 @dataclass(frozen=True)
