@@ -1,9 +1,7 @@
 """The effect handler that replaces a latent site's prior by a choice among codes.
 
-At the site, inside its plate, a model under `OnCodes` samples an index to enumerate,
-``<site>_index``, and gets the value of its code. `pyro.infer.TraceEnum_ELBO` then takes the
-logarithm of a sum over codes for each row, beside other enumerated sites, and inside of any
-subsample scale.
+A model under `OnCodes` samples an index to enumerate, ``<site>_index``, in the site's plate.
+`pyro.infer.TraceEnum_ELBO` then takes the logarithm of a sum over codes for each row.
 """
 
 from collections.abc import Callable

@@ -180,10 +180,7 @@ class MAPAGuide(LatentGuide):
         return poutine.block(super().served_model(), hide_fn=self._is_other)
 
     def _check_broadcasting(self, call: GuideCall) -> None:
-        """Raise ValueError where the model cannot run on more codes than rows.
-
-        As many codes as rows would leave the error of a model that reshapes its latents unseen.
-        """
+        """Run the model on more codes than rows: with as many, a wrong reshape would fit."""
         (latents,) = self.groups
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)

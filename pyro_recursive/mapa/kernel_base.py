@@ -65,11 +65,8 @@ class Kernel(ABC):
     def cache_key(self) -> str | None:
         """A name for files; None where the ``repr`` does not identify the kernel."""
         plain = (int, float, str, tuple, type(None))  # a tensor's repr is not all of it
-        if is_dataclass(self) and not all(
-            isinstance(getattr(self, field.name), plain) for field in fields(self)
-        ):
-            return None
-        return repr(self)
+        named = is_dataclass(self) and all(isinstance(v, plain) for v in vars(self).values())
+        return repr(self) if named else None
 
     def __repr__(self) -> str:
         """Show the numbers that are given."""

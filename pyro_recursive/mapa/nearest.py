@@ -31,14 +31,6 @@ class Search:
     Ties go to the query's own index, if queries are the references, then to the lower index. Log k
     are rounded to about eleven digits of their largest terms, so that ties are the same on every
     machine. A kernel that is no inner product is called with blocks of both sides.
-
-    >>> from pyro_recursive.mapa.kernels import Gaussian
-    >>> x = torch.tensor([[0.0], [1.0], [5.0], [5.5]])
-    >>> Search(Gaussian(1.0), x)(x, k=2, own=True).index
-    tensor([[0, 1],
-            [1, 0],
-            [2, 3],
-            [3, 2]])
     """
 
     def __init__(self, kernel: LogKernel, reference: Tensor, budget: int = BUDGET) -> None:

@@ -219,8 +219,7 @@ class ReplacedPrior:
 
     A value of the site is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its
     density; each entry of the site's plates has a vector of its own. Names, plates, scales and
-    shapes stay, so that the result works like any Pyro model, and can be pickled if its parts can.
-    Parameters of a module with gradients are registered as ``<site>_prior``.
+    shapes stay. Parameters of a module with gradients are registered as ``<site>_prior``.
 
     Args:
         model: any Pyro model.
@@ -229,9 +228,7 @@ class ReplacedPrior:
             ``[]`` and event ``[D]``, with D the size of the site's event in unconstrained space; or
             a callable that returns one, such as a `pyro_recursive.VampPrior`.
 
-    Raises:
-        ValueError: when the model runs, the site is absent, observed, a Delta, or masked; or the
-            prior is not over vectors of its size.
+    Raises ValueError when the model runs and the site is absent, observed, a Delta, or masked.
 
     >>> from pyro.infer import Predictive
     >>> def model(size):

@@ -196,9 +196,8 @@ def neighbours(
     """Return the table of each datum's k nearest under a kernel, by an exact search.
 
     ``q(i | n) = k(x_n, x_i) / sum_j k(x_n, x_j)`` over the k largest. The components are the data
-    themselves, or the rows of ``reference``, such as prototypes. Log q have the data's dtype where
-    it is floating-point, and PyTorch's default otherwise. Ties go to a row's own component, then to
-    the lower index.
+    themselves, or the rows of ``reference``, such as prototypes. Ties go to a row's own component,
+    then to the lower index.
 
     Args:
         data: ``[N, *x]``.
@@ -209,12 +208,7 @@ def neighbours(
         reference: ``[M, *x]``.
         cache: a folder. Its file is named by a SHA-256 of the data, the kernel and the other
             arguments; a damaged one gives a warning and is computed again.
-        cache_key: a name for a kernel without a ``repr`` of its own, such as a function. Change it
-            with the function.
-
-    Raises:
-        ValueError: the data do not suit the kernel; the kernel returns nan or +inf, or -inf for all
-            references of a datum; a cache has no name for the kernel.
+        cache_key: a name for a kernel that is a function. Change it with the function.
 
     >>> from pyro_recursive.mapa.kernels import Gaussian
     >>> table = neighbours(torch.tensor([[0.0], [1.0], [5.0]]), Gaussian(1.0), k=2)
