@@ -135,7 +135,7 @@ class Bad(NamedTuple):
 ENCODER = r"(encoder|weights' network) of latents \['z'\] in plate 'data' "
 FED = ENCODER + r"failed on inputs of shape \[{}\], {}"
 OF_PYRO = RuntimeError, "mat1 and mat2"  # a guide by hand: its own error, with Pyro's trace shapes
-OF_MAPA = {"mapa": (ValueError, "queries have shape"), "mapa first": (ValueError, "latent site")}
+OF_MAPA = {"mapa": (ValueError, "ueries have shape"), "mapa first": (ValueError, "site 'z'")}
 LINEAR = ValueError, "weights='linear' needs inputs that are one tensor"
 NOT_FINITE = "Site 'y' observes values that are NaN or infinite"
 FINE = dict.fromkeys((*KINDS, *EVALUATIONS))
@@ -162,7 +162,7 @@ DATA = {
     ),
     "y is a column": Bad(
         lambda: (features(), targets()[:, None]), ValueError,
-        r"Site 'y' has batch shape \(4, [14]\).* dim -2 belongs to no plate",
+        r"Site 'y' has batch shape \(4, [14]\).* dim -2 .*no plate",
     ),
     "y has NaN": Bad(
         lambda: (features(), spoiled(targets(), torch.nan)), ValueError, NOT_FINITE,
