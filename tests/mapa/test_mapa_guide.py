@@ -215,8 +215,7 @@ def test_on_a_gpu(share: str) -> None:
 
 # Each model once: some rows differ in their guides alone.
 SAME = ("auto_", "messenger_", "exact_")
-SAME_MODEL = {"delta_log_density", "shared_parameter", "lazy_parameter", "mixed_below", "mixture"}
-SAME_MODEL |= {"guide_list", "auxiliary_outside"}
+SAME_MODEL = {"delta_log_density", "lazy_parameter", "mixed_below", "guide_list"}
 MODELS = [
     row for row in models.ROWS if not row.name.startswith(SAME) and row.name not in SAME_MODEL
 ]
@@ -231,10 +230,9 @@ DISCRETE = NotImplementedError, "Latent site 'k' is discrete"
 REFUSED = {
     **dict.fromkeys(["no_plate", "no_latents", "discrete", "annealed_discrete"], NOWHERE),
     **dict.fromkeys(["masked_discrete", "mixed_global"], NOWHERE),
-    **dict.fromkeys(["sequential", "sequential_twice", "sequential_subsample"], NOWHERE),
-    **dict.fromkeys(["sequential_global", "sequential_mixed"], NOWHERE),
-    **dict.fromkeys(["annealed", "annealed_subsample", "tensor_scale", "unequal_scales"], SCALED),
-    **dict.fromkeys(["grid", "grid_with_gap", "grid_reversed"], TWO_PLATES),
+    **dict.fromkeys(["sequential", "sequential_subsample"], NOWHERE),
+    **dict.fromkeys(["annealed", "tensor_scale", "unequal_scales"], SCALED),
+    **dict.fromkeys(["grid", "grid_reversed"], TWO_PLATES),
     **dict.fromkeys(["sequential_of_vectorized", "vectorized_of_sequential"], TWO_PLATES),
     "markov": (NotImplementedError, "'z0' is in pyro.markov"),
     **dict.fromkeys(["mixed_above", "annealed_mixed", "masked_mixed"], DISCRETE),
