@@ -148,7 +148,7 @@ def gradient_snr(
         set_random_state(state)
     members: dict[str, list[Tensor]] = {group: [] for group in groups or ()}
     for parameter, name in names.items():
-        group = of_program(name) if groups is None else _prefix_of(name, groups)
+        group = of_program.get(name, "loss") if groups is None else _prefix_of(name, groups)
         if group is not None and parameter.requires_grad:
             members.setdefault(group, []).append(parameter)
     if not members or not all(members.values()):
@@ -273,15 +273,13 @@ def _check_stage(loss: ELBO, guide: Callable) -> None:
     if isinstance(loss, RecursiveMixture_ELBO):
         mixture = growing_mixture_of(guide)
         if mixture.starts_component or mixture.is_trial:
-            what = "tests" if mixture.is_trial else "begins"
             raise ValueError(
-                f"The next step of RecursiveMixture_ELBO {what} a component. Take it first, by "
-                "loss_and_grads."
+                "The next step of RecursiveMixture_ELBO begins or tests a component. Take it first."
             )
 
 
-def _by_program(program: Program) -> Callable[[str], str]:
-    """Run both programs once; return a function from a parameter's name to its program."""
+def _by_program(program: Program) -> dict[str, str]:
+    """Run both programs once; return the program of each parameter."""
     with isolated(), torch.no_grad():
         with poutine.trace(param_only=True) as guide_trace:
             trace = program.run_guide()
@@ -290,13 +288,8 @@ def _by_program(program: Program) -> Callable[[str], str]:
     of_guide, of_model = set(guide_trace.trace.nodes), set(model_trace.trace.nodes)
     if isinstance(poutine.unwrap(program.guide), Messenger):
         of_guide -= of_model  # it runs the model, too
-
-    def group_of(name: str) -> str:
-        if name in of_guide:
-            return "shared" if name in of_model else "guide"
-        return "model" if name in of_model else "loss"
-
-    return group_of
+    found = {**dict.fromkeys(of_guide, "guide"), **dict.fromkeys(of_model, "model")}
+    return {**found, **dict.fromkeys(of_guide & of_model, "shared")}
 
 
 def _prefix_of(name: str, prefixes: Sequence[str]) -> str | None:
