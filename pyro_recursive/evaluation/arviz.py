@@ -386,7 +386,7 @@ def _seen(matrix: Tensor, name: str) -> Tensor:
     seen = ~matrix.isnan().all(0)
     wrong = (seen & ~matrix.isfinite().all(0)).nonzero().flatten().tolist()
     if wrong or not bool(seen.any()):
-        raise ValueError(f"The log-likelihood of '{name}' is not finite, at data {wrong}.")
+        raise ValueError(f"The log-likelihood of '{name}' is not finite, at {wrong}.")
     return seen
 
 

@@ -73,7 +73,7 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
         )
     own = torch.einsum("ms...m->ms...", table)  # the density under the component drawn from
     if not bool(own.isfinite().all()) or bool(table.isnan().any()):
-        raise ValueError("A draw has no finite log-density under its own component.")
+        raise ValueError("A draw has no finite log-density of its own.")
     weights = log_weights.exp().movedim(-1, 0)  # [M, *batch]
     excess = own - torch.logsumexp(table + log_weights, -1)
     excess = torch.where(weights.unsqueeze(1) > 0, excess, 0.0)

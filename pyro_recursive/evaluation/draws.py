@@ -126,7 +126,7 @@ class Draws:
     def log_densities(self) -> tuple[Tensor, Tensor]:
         """``log_p`` and ``log_q``; raises ValueError for draws that have none."""
         if self.log_p is None or self.log_q is None:
-            raise ValueError(f"These draws have no log p and log q. {self.unweighted}")
+            raise ValueError(f"These draws have no log p, log q. {self.unweighted}")
         return self.log_p, self.log_q
 
     @property

@@ -144,7 +144,7 @@ def gaps(
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     if not isinstance(guide, LatentGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
-        raise TypeError(f"gaps needs a guide of this package (AmortizedGuide), got {name}.")
+        raise TypeError(f"gaps needs a guide like AmortizedGuide, got {name}.")
     shared = SharedNoise()
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)
@@ -209,10 +209,7 @@ def _check_rows(target: LocalBound, params: Tensor, noise: Noise) -> None:
         weighted = torch.autograd.grad((weights * rows).sum(), u)[0]
     excess = (weighted / weights.unsqueeze(-1) - plain).abs().max()
     if bool(excess > torch.finfo(u.dtype).eps ** 0.5 * plain.abs().max()):
-        raise ValueError(
-            "The log-density of a row depends on the latents of other rows. Put all sites into the "
-            "plates, or use a joint guide."
-        )
+        raise ValueError("A row's density depends on the latents of other rows. Use a joint guide.")
 
 
 class Moments:

@@ -217,7 +217,7 @@ def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
         candidates = own or shared
         if len(candidates) != 1:
             listed = {site["name"]: sorted(plates_of(site)) for site in inside}
-            raise ValueError(f"The rows' plate is not clear: {listed}. Name it with plate=.")
+            raise ValueError(f"The rows' plate is not clear: {listed}. Pass plate=.")
         (plate,) = candidates
     for site in inside:
         if plate not in independent_plates_of(site):
@@ -227,7 +227,7 @@ def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
             )
     frame = plates_of(inside[0])[plate]
     if not frame.vectorized:
-        raise ValueError(f"Plate '{plate}' is a loop. Write it as `with pyro.plate(...)`.")
+        raise ValueError(f"Plate '{plate}' is a loop. Use `with pyro.plate(...)`.")
     return frame
 
 

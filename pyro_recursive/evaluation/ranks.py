@@ -44,7 +44,7 @@ def uniformity(ranks: Tensor, num_draws: int) -> Tensor:
     tensor([1.], dtype=torch.float64)
     """
     if len(ranks) < FEWEST:
-        raise ValueError(f"The test needs {FEWEST} ranks, got {len(ranks)}. Simulate more data.")
+        raise ValueError(f"The test needs {FEWEST} ranks, got {len(ranks)}.")
     _check_range(ranks, num_draws)
     possible = torch.linspace(-1, 1, num_draws + 1, dtype=torch.float64)
     powers = torch.stack([possible**k for k in range(min(ORDERS, num_draws) + 1)], 1)

@@ -85,8 +85,7 @@ def calibration(
     for site in sites(simulated.trace):
         if frame.name not in independent_plates_of(site):
             raise ValueError(
-                f"Site '{site['name']}' is outside the rows' plate '{frame.name}'. Use "
-                "calibration_by_fits."
+                f"Site '{site['name']}' is outside plate '{frame.name}'. Use calibration_by_fits."
             )
     ranks = {}
     for site in _ranked(simulated.trace, names):
@@ -225,15 +224,13 @@ def _is_latent(site: Site) -> bool:
 def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
     """Raise where a model has no distribution of its data."""
     if not observed:
-        raise ValueError("The model observes nothing: there are no data to simulate.")
+        raise ValueError("The model observes nothing to simulate.")
     for site in sites(trace):
         if is_factor(site):
-            raise ValueError(
-                f"Site '{site['name']}' is a pyro.factor, from which no data can be drawn."
-            )
+            raise ValueError(f"Site '{site['name']}' is a pyro.factor, which draws no data.")
         if isinstance(site["mask"], Tensor) and _is_latent(site):
             raise NotImplementedError(
-                f"Latent site '{site['name']}' is masked. Pass data without missing entries."
+                f"Latent site '{site['name']}' is masked. Pass complete data."
             )
 
 
@@ -273,10 +270,10 @@ def _check_same(simulated: poutine.Trace, again: poutine.Trace) -> None:
     expected = {site["name"]: site for site in sites(simulated)}
     found = {site["name"]: site for site in sites(again)}
     for name in expected.keys() ^ found.keys():
-        raise ValueError(f"Site '{name}' depends on the data: it is there for some only.")
+        raise ValueError(f"Site '{name}' is not there for all data.")
     for name, site in expected.items():
         if not _close(found[name]["value"], site["value"]):
-            raise ValueError(f"Site '{name}' does not observe what was simulated. Pass replace=.")
+            raise ValueError(f"Site '{name}' does not observe the simulation. Pass replace=.")
         if not _close(*(log_prob_of(s, s["fn"]) for s in (found[name], site))):
             raise ValueError(
                 f"The distribution of site '{name}' depends on the data, or is random. Pass inputs "

@@ -65,7 +65,7 @@ def signal_to_noise(gradients: Tensor) -> SignalToNoise:
         raise ValueError(f"A ratio needs at least {FEWEST} draws, got {n}.")
     if not bool(draws.isfinite().all()):
         raise ValueError(
-            "The gradient is not finite in some draws. torch.autograd.detect_anomaly() finds where."
+            "The gradient is not finite in some draws. Use torch.autograd.detect_anomaly()."
         )
     deviation = draws - mean
     squares = deviation.square().sum(0)

@@ -202,7 +202,7 @@ def test_loo_of_what_has_none() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
 
-    with pytest.raises(ValueError, match=r"'x' is not finite, at data \[0, 1"):
+    with pytest.raises(ValueError, match=r"'x' is not finite, at \[0, 1"):
         loo(to_arviz(hard_edge, shifted_guide(0.0, 1.0), X))
     rows = X[:, None]
 

@@ -297,9 +297,9 @@ AMBIGUOUS: dict[str, tuple[Callable, tuple]] = {
     "observes nothing": (lambda x: None, (X,)),
     "distribution of site 'x' depends on": (autoregression, (X,)),
     "distribution of site 'z' depends on": (data_dependent_prior, (X,)),
-    "'x' does not observe what was": (transposed, (torch.zeros(3, 3),)),
+    "'x' does not observe the simulation": (transposed, (torch.zeros(3, 3),)),
     r"data of site 'x' are in arguments \[\]": (minibatch, (torch.arange(5.0),)),
-    "Site 'more' depends on the data": (other_sites, (X,)),
+    "Site 'more' is not there for all": (other_sites, (X,)),
     r"in arguments \[0, 1\]": (lambda x, y: conjugate(x + 0), (X, torch.zeros(3))),
     r"'y' are in arguments \[0\], not in one of their own": (lambda x: two_sites(x, x), (X,)),
 }
@@ -362,7 +362,7 @@ to_other = "calibration_by_fits, which simulates whole data sets"
 WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x), to_other),
     (lambda x: calibration(conjugate, AutoDiagonalNormal(conjugate), x), to_other),
-    (lambda x: calibration(hierarchy, local, x), "'loc' is outside the rows' plate 'data'"),
+    (lambda x: calibration(hierarchy, local, x), "'loc' is outside plate 'data'"),
     (
         lambda x: calibration(conjugate, posterior, x, names=["q"]),
         r"names= has \['q'\]; the latent sites are \['z'\]",
@@ -372,7 +372,7 @@ WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
     (
         lambda x: simulate(two_sites, (x,), {"y": x + 0}, wrong_column),
-        "'x' does not observe what was simulated",
+        "'x' does not observe the simulation",
     ),
     (lambda x: simulate(masked, (x,), {}), "Latent site 'z' is masked"),
 ]

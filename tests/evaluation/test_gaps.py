@@ -434,7 +434,7 @@ def amortized(model: Callable, **options: Any) -> Callable:
 
 
 ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
-    (conjugate, lambda: by_hand, TypeError, "needs a guide of this package"),
+    (conjugate, lambda: by_hand, TypeError, "needs a guide like AmortizedGuide"),
     (
         conjugate,
         lambda: MixtureGuide(conjugate, [by_hand, by_hand]),
