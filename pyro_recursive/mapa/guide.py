@@ -28,10 +28,10 @@ from pyro_recursive.mapa.empirical_model import (
     local_site,
     with_noise,
 )
-from pyro_recursive.mapa.index_posterior import CodeMixture, IndexPosterior
-from pyro_recursive.mapa.neighbour_rows import NeighbourRows, kernel_of_model
+from pyro_recursive.mapa.index_posterior import CodeMixture, at_rows, index_posterior
+from pyro_recursive.mapa.kernels import kernel_of_model
 from pyro_recursive.mapa.recover import recover_prior, with_prior
-from pyro_recursive.mapa.table import Rows, Table, neighbours
+from pyro_recursive.mapa.table import NeighbourRows, Rows, Table, neighbours
 from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
@@ -190,7 +190,7 @@ class MAPAGuide(LatentGuide):
         decoded = self._decoded(index, torch.zeros_like(index), noisy=False)
         self.codes.train(is_training)
         try:
-            self._index_posterior(call, decoded)
+            index_posterior(self, call, decoded)
         except NotImplementedError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -228,7 +228,7 @@ class MAPAGuide(LatentGuide):
         with poutine.block(), torch.no_grad():
             call = self.new_call(args, kwargs)
             index, decoded = self._neighbours(call)
-            log_q = self._index_posterior(call, decoded)
+            log_q = index_posterior(self, call, decoded)
         plate = _plate_of(self.groups[0], call)
         return Rows(index.expand(plate.size, -1), log_q.reshape(plate.size, -1))
 
@@ -251,13 +251,13 @@ class MAPAGuide(LatentGuide):
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""
         _, decoded = self._neighbours(call)
         if _asks_for_the_prior(call.raw, call.args, call.kwargs):
-            prior = self._index_posterior.at_rows(decoded.log_weights, call)
+            prior = at_rows(decoded.log_weights, latents, call)
             return CodeMixture(prior, decoded.codes, self.codes.scale)
         codes = decoded.codes
         if codes.dim() == 3:
             codes = latents.expand_rows(codes.flatten(1)).unflatten(-1, codes.shape[1:])
         with torch.no_grad():
-            log_weights = self._index_posterior(call, decoded)
+            log_weights = index_posterior(self, call, decoded)
         return CodeMixture(log_weights, codes, self.codes.scale)
 
     def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
@@ -322,11 +322,6 @@ class MAPAGuide(LatentGuide):
         if noisy:
             codes = with_noise(codes, self.codes.scale)
         return DecodedCodes(codes, prior[index] + log_weights.to(prior))
-
-    @property
-    def _index_posterior(self) -> IndexPosterior:
-        model = self.own_model()
-        return IndexPosterior(model, str(self.site), self.groups[0], self.nesting)
 
     def _rows_of(self, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """Return the table's rows for the rows of a plate; None where all codes are candidates."""

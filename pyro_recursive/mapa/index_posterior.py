@@ -1,7 +1,6 @@
 """The posterior over given codes, by the likelihood of any model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,52 +42,42 @@ class CodeMixture(Mixture):
         return with_noise(codes.gather(-2, index).squeeze(-2), self.scale)
 
 
-@dataclass(frozen=True)
-class IndexPosterior:
-    """The posterior of a site's index of codes; the model's plates take ``nesting`` dims."""
+def index_posterior(guide: Any, call: GuideCall, decoded: DecodedCodes) -> Tensor:
+    """Return the posterior over codes by the likelihood of a guide's model, ``[*batch, K]`` nats.
 
-    model: Callable
-    site: str
-    latents: LatentBlock
-    nesting: int
+    It is the derivative of the log-evidence in the log-weights, with other enumerated sites summed
+    and other latents as in the call; each entry of the plates around has its own.
+    """
+    (latents,), site = guide.groups, str(guide.site)
+    log_weights = at_rows(decoded.log_weights.detach(), latents, call).requires_grad_()
+    decoded = DecodedCodes(decoded.codes.detach(), log_weights)
+    outer = [frame for frame in get_plates() if frame.vectorized]
+    nesting = max([guide.nesting, *(-frame.dim for frame in outer)])
+    minibatch = {name: plate.indices for name, plate in call.plates.items()}
+    others = {name: value for name, value in call.given.items() if name != site}
+    handled = OnCodes(site, lambda plate: decoded, normalise_masked=False)(guide.own_model())
+    known = poutine.condition(handled, data=others)
+    codes = SimpleNamespace(site=site, others=_nothing, end_step=_nothing)
+    codes.empiricalized = lambda model: known
+    with (
+        isolated(noise=SharedNoise()),
+        torch.enable_grad(),
+        poutine.broadcast(),
+        _Around(outer),
+        SubstituteByName(minibatch),
+    ):
+        loss = MAPA_ELBO(max_plate_nesting=nesting)
+        minus_evidence = loss.differentiable_loss(known, codes, *call.args, **call.kwargs)
+    (grad,) = torch.autograd.grad(minus_evidence, log_weights)
+    return (grad / grad.sum(-1, keepdim=True)).log()
 
-    def __call__(self, call: GuideCall, decoded: DecodedCodes) -> Tensor:
-        """Return the posterior by the model's likelihood, ``[*batch, K]`` nats.
 
-        It is the derivative of the log-evidence in the log-weights, with other enumerated sites
-        summed; each entry of the plates around has its own.
-        """
-        log_weights = self.at_rows(decoded.log_weights.detach(), call).requires_grad_()
-        decoded = DecodedCodes(decoded.codes.detach(), log_weights)
-        (grad,) = torch.autograd.grad(self._minus_evidence(call, decoded), log_weights)
-        return (grad / grad.sum(-1, keepdim=True)).log()
-
-    def at_rows(self, log_weights: Tensor, call: GuideCall) -> Tensor:
-        """Repeat log-weights for all rows and the plates around, ``[*batch, K]``."""
-        rows = log_weights.expand(*call.sizes(self.latents), log_weights.shape[-1])
-        rows = self.latents.expand_rows(rows)
-        batch = torch.broadcast_shapes(outer_shape(), rows.shape[:-1])
-        return rows.expand(*batch, -1).clone()
-
-    def _minus_evidence(self, call: GuideCall, decoded: DecodedCodes) -> Tensor:
-        """Run the model on codes, given all other latents, isolated."""
-        outer = [frame for frame in get_plates() if frame.vectorized]
-        nesting = max([self.nesting, *(-frame.dim for frame in outer)])
-        minibatch = {name: plate.indices for name, plate in call.plates.items()}
-        with (
-            isolated(noise=SharedNoise()),
-            torch.enable_grad(),
-            poutine.broadcast(),
-            _Around(outer),
-            SubstituteByName(minibatch),
-        ):
-            handled = OnCodes(self.site, lambda plate: decoded, normalise_masked=False)
-            others = {name: value for name, value in call.given.items() if name != self.site}
-            known = poutine.condition(handled(self.model), data=others)
-            guide = SimpleNamespace(site=self.site, others=_nothing, end_step=_nothing)
-            guide.empiricalized = lambda model: known
-            loss = MAPA_ELBO(max_plate_nesting=nesting)
-            return loss.differentiable_loss(self.model, guide, *call.args, **call.kwargs)
+def at_rows(log_weights: Tensor, latents: LatentBlock, call: GuideCall) -> Tensor:
+    """Repeat log-weights for all rows and the plates around, ``[*batch, K]``."""
+    rows = log_weights.expand(*call.sizes(latents), log_weights.shape[-1])
+    rows = latents.expand_rows(rows)
+    batch = torch.broadcast_shapes(outer_shape(), rows.shape[:-1])
+    return rows.expand(*batch, -1).clone()
 
 
 class _Around(Messenger):

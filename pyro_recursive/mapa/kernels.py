@@ -7,9 +7,11 @@ flattened, and independent given the parameters.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch import distributions as td
 
@@ -26,6 +28,8 @@ from pyro_recursive.mapa.kernel_base import (
     flat,
     sum_of_pairs,
 )
+from pyro_recursive.tracing.compatibility import check_finite
+from pyro_recursive.tracing.sites import plates_of, sites
 
 __all__ = [
     "Bernoulli",
@@ -297,6 +301,29 @@ def kernel_for(
         case td.Gamma():
             return _gamma(fn.concentration)
     raise ValueError(f"No kernel is known for {type(fn).__name__}: give kernel= or table=.")
+
+
+def kernel_of_model(trace: poutine.Trace, site: str, raw: Any, number: int, k: int) -> Kernel:
+    """Return the kernel of the one observed site of a model's trace, if it observes the inputs."""
+    observed = [each for each in sites(trace) if each["is_observed"]]
+    if len(observed) != 1:
+        raise ValueError("The model must observe one site: give kernel= or table=.")
+    (seen,) = observed
+    check_finite(seen)
+    (frame,) = plates_of(trace.nodes[site]).values()
+    value = seen["value"].detach()
+    rows = raw
+    if isinstance(raw, Tensor) and frame.name in trace.nodes and len(raw) != frame.size:
+        rows = raw[trace.nodes[frame.name]["value"].to(raw.device)]
+    if raw is not None and not (isinstance(rows, Tensor) and same_numbers(rows, value)):
+        raise ValueError(f"Site '{seen['name']}' does not observe the inputs: give kernel=.")
+    return kernel_for(seen["fn"], value, number, k)
+
+
+def same_numbers(rows: Tensor, value: Tensor) -> bool:
+    """Whether two tensors have the same numbers, whatever their shapes."""
+    same_size = len(rows) and rows.numel() == value.numel()
+    return bool(same_size and (rows.to(value).flatten() == value.flatten()).all())
 
 
 def _gaussian(scale: Tensor, value: Tensor, number: int, k: int | None) -> Gaussian:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_recursive.mapa.empirical_model import Plate
 from pyro_recursive.mapa.kernel_base import Kernel, LogKernel
+from pyro_recursive.mapa.kernels import same_numbers
 from pyro_recursive.mapa.nearest import Search, best_of_all, in_order
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 
@@ -182,6 +185,60 @@ class Table:
         kernel = "" if self.kernel is None else f", kernel={self.kernel!r}"
         sizes = f"rows={len(self)}, width={self.width}, components={self.num_components}"
         return f"Table({sizes}{kernel})"
+
+
+class NeighbourRows:
+    """Finds the rows of a table for the rows of a plate.
+
+    By the indices that ``indices_of`` returns for a call's arguments, if any; else by the plate's
+    indices, where the inputs are the ``data`` of the table (or the model takes none); else by the
+    table's kernel.
+    """
+
+    def __init__(
+        self, table: Table, data: Tensor | None, indices_of: Callable[..., Tensor] | None
+    ) -> None:
+        self.table, self.indices_of = table, indices_of
+        self.data = table.reference if data is None else data
+        if self.data is None and indices_of is None:
+            raise ValueError("A table does not identify rows: give its data, or rows=.")
+
+    def __call__(self, raw: Any, plate: Plate, args: tuple, kwargs: dict[str, Any]) -> Rows:
+        """Return the rows for inputs ``raw``, those of the minibatch or of all data."""
+        if self.indices_of is not None:
+            indices = self.indices_of(*args, **kwargs)
+            if indices is not None:
+                return self.table.rows(_of_minibatch(torch.as_tensor(indices), plate, "rows="))
+        if self._is_data(raw, plate):
+            return self.table.rows(_indices(plate))
+        return self.table.for_data(_of_minibatch(raw, plate, "inputs="))
+
+    def _is_data(self, raw: Any, plate: Plate) -> bool:
+        """Whether the inputs are the rows of the data at the plate's indices."""
+        data = self.data
+        if plate.full_size != len(self.table):
+            return False
+        if raw is None or raw is data:  # a model without arguments has its own data
+            return True
+        if not isinstance(raw, Tensor) or data is None or len(data) != len(self.table):
+            return False
+        indices = _indices(plate)
+        rows = raw[indices.to(raw.device)] if raw.shape == data.shape else raw
+        return same_numbers(rows, data[indices.to(data.device)])
+
+
+def _indices(plate: Plate) -> Tensor:
+    return torch.arange(plate.size) if plate.indices is None else plate.indices
+
+
+def _of_minibatch(rows: Any, plate: Plate, what: str) -> Tensor:
+    length = len(rows) if isinstance(rows, Tensor) and rows.dim() else None
+    if length == plate.size:
+        return rows
+    if length == plate.full_size:
+        return rows[_indices(plate).to(rows.device)]
+    got = type(rows).__name__ if length is None else f"{length} rows"
+    raise ValueError(f"{what} gives {got}; the plate has {plate.size} of {plate.full_size}.")
 
 
 def neighbours(
