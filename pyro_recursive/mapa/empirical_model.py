@@ -141,10 +141,9 @@ class Empiricalized:
 
     Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
 
-    >>> from pyro.infer import SVI, TraceEnum_ELBO
-    >>> from torch import nn
+    >>> from pyro.infer import TraceEnum_ELBO
     >>> from pyro_recursive.mapa import GridCodes
-    >>> decoder = nn.Linear(1, 2)
+    >>> decoder = torch.nn.Linear(1, 2)
     >>> def model(x):
     ...     pyro.module("decoder", decoder)
     ...     with pyro.plate("data", len(x)):
@@ -152,8 +151,7 @@ class Empiricalized:
     ...         pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
     >>> topographic = Empiricalized(model, GridCodes(9))
     >>> loss = TraceEnum_ELBO(max_plate_nesting=1)
-    >>> svi = SVI(topographic, lambda x: None, pyro.optim.Adam({"lr": 0.01}), loss)
-    >>> svi.step(torch.randn(5, 2)) > 0
+    >>> loss.loss(topographic, lambda x: None, torch.randn(5, 2)) > 0
     True
     """
 
