@@ -214,8 +214,10 @@ def _fit(
     return best_step
 
 
-class ReplacedPrior:
-    """The same model with the prior of one latent site replaced; `with_prior` is another name.
+def with_prior(
+    model: Callable, site: str, prior: Distribution | Callable[[], Any]
+) -> "ReplacedPrior":
+    """Return the same model with the prior of one latent site replaced.
 
     A value of the site is ``biject_to(support)`` of a vector of the prior, with the Jacobian in its
     density; each entry of the site's plates has a vector of its own. Names, plates, scales and
@@ -241,6 +243,11 @@ class ReplacedPrior:
     >>> draws.shape, bool((draws.log() - 2).abs().mean() < 0.2)
     (torch.Size([20, 1000]), True)
     """
+    return ReplacedPrior(model, site, prior)
+
+
+class ReplacedPrior:
+    """A model with another prior: a callable with ``model``, ``site`` and ``prior``."""
 
     def __init__(self, model: Callable, site: str, prior: Distribution | Callable[[], Any]) -> None:
         self.model, self.site, self.prior = model, site, prior
@@ -256,9 +263,6 @@ class ReplacedPrior:
         if self.site not in handler.seen:
             raise ValueError(f"The model has no sample site '{self.site}'; it has {handler.seen}.")
         return result
-
-
-with_prior = ReplacedPrior
 
 
 class _ReplacePrior(Messenger):
