@@ -392,5 +392,4 @@ def test_real_omniglot() -> None:
     assert data.train.shape == (24_345, 784) and data.test.shape == (8_115, 784)
     labels = torch.cat([data.train_labels, data.test_labels])
     assert labels.bincount().tolist() == [20] * 1623, "twenty drawers of each character"
-    assert data.train.min() == 0 and data.train.max() == 1
     assert data.train.mean() < 0.2, "ink is 1, paper 0"

@@ -363,12 +363,10 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"found_{n}.pt", weights_only=False) for n in range(WORLD)]
 
 
-pytestmark = pytest.mark.slow
-
-
 # --- Two processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOISELESS)
 def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> None:
     alone, (first, second) = run(NOISELESS[name]), (each[name] for each in found)
@@ -380,6 +378,7 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, found: Any) -> No
         assert value == (pytest.approx(expected, rel=1e-9) if numbers else expected), key
 
 
+@pytest.mark.slow
 def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
     for name in SAME:
         assert same(*(each[name] for each in found)), name
@@ -392,6 +391,7 @@ def test_processes_stay_the_same_bit_for_bit(found: Any) -> None:
     assert progress[3:].tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
     """Loss and gradient are the first process's: 4 of 7 rows at 0.3; the other has 3 at 1.3."""
     x, start = few_rows()[:4], torch.tensor(0.3)
@@ -404,6 +404,7 @@ def test_a_step_with_a_new_parameter_is_the_first_process_s(found: Any) -> None:
         torch.testing.assert_close(moved, -0.01 * gradient, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
     for each in found:
         assert same(each["checkpoints"]["whole"], each["checkpoints"]["resumed"])
@@ -412,6 +413,7 @@ def test_it_resumes_bit_for_bit(found: Any, folder: Path) -> None:
         run(noisy_vae, checkpoint=folder / "cut.pt", resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
     for each, message in zip(found, WRONG[name][1], strict=True):
@@ -419,6 +421,7 @@ def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
         assert each[f"{name} seconds"] < PATIENCE / 2  # nobody waited for the others
 
 
+@pytest.mark.slow
 def test_evaluation_in_parallel(found: Any) -> None:
     x = torch.arange(7.0)
     for each in (each["evaluations"] for each in found):

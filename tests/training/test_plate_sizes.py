@@ -87,7 +87,6 @@ MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "loader": (grouped(of_batch), {"data": loader, "batch_size": None}, True),
     "all scaled": (grouped(of_batch, all_=0.1), {}, True),
     "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
-    "plate of all": (grouped(of_all), {}, False),
     "plate of all, as many columns": (grouped(of_all), {"batch_size": 2}, False),
     "full batch": (grouped(of_batch), {"batch_size": None}, False),
     "local": (local, {"guide": LocalGuide()}, False),
