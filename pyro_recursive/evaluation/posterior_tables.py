@@ -210,7 +210,7 @@ def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:
     inside = [site for site in found if plates_of(site) and plate in (None, *plates_of(site))]
     if not inside:
         listed = {site["name"]: sorted(plates_of(site)) for site in found}
-        raise ValueError(f"No latent of the guide is in a plate (of that name): {listed}.")
+        raise ValueError(f"No latent of the guide is in plate '{plate or 'any'}': {listed}.")
     if plate is None:
         shared = set.intersection(*(set(plates_of(site)) for site in inside))
         own = shared.intersection(*(independent_plates_of(site) for site in inside))
