@@ -88,6 +88,18 @@ class PowerMeans(Bound):
 
     terms: tuple[tuple[float | Tensor, float], ...]
 
+    def __repr__(self) -> str:
+        match self.terms:
+            case ((1.0, 0.0),):
+                return "iwae"
+            case ((1.0, 1.0),):
+                return "elbo"
+            case ((1.0, order),):
+                return f"renyi({order})"
+            case ((beta, 1.0), (_, 0.0)):
+                return f"ciwae({float(beta):.4g})"
+        return f"PowerMeans({self.terms})"
+
     def is_linear(self, num_estimates: int, num_particles: int) -> bool:
         return num_particles == 1 or all(order == 1 for _, order in self.terms)
 
@@ -192,6 +204,9 @@ class Jackknife(Bound):
     ``K L_K - (K - 1) mean_k L_(without k)``, from `Debiasing Evidence Approximations: On
     Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018).
     """
+
+    def __repr__(self) -> str:
+        return "jackknife"
 
     def estimate(self, log_weights: Tensor) -> Tensor:
         size = log_weights.shape[1]

@@ -16,6 +16,7 @@ from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
     is_delta,
+    latent_sites,
     nesting_of,
     plates_of,
     sites,
@@ -159,9 +160,16 @@ class Draws:
 def joined(chunks: Sequence[dict[str, SiteDraws]]) -> dict[str, SiteDraws]:
     """Concatenate draws of the same sites."""
     return {
-        name: replace(first, value=torch.cat([chunk[name].value for chunk in chunks]))
-        for name, first in chunks[0].items()
+        name: replace(draws[0], value=torch.cat([each.value for each in draws]))
+        for name in dict.fromkeys(name for chunk in chunks for name in chunk)
+        for draws in [_of_each(name, chunks)]
     }
+
+
+def _of_each(name: str, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    if any(name not in run for run in runs):
+        raise ValueError(f"Site '{name}' is in some runs only. Sample it in all, under a mask.")
+    return [run[name] for run in runs]
 
 
 class ModelRuns(NamedTuple):
@@ -180,12 +188,13 @@ class ModelRuns(NamedTuple):
         return self.samples // len(self.traces)
 
     def latents(self) -> dict[str, SiteDraws]:
-        found = (s for s in sites(self.traces[0]) if not s["is_observed"] and not was_observed(s))
-        return {site["name"]: self.site(site["name"]) for site in found}
+        found = (site for site in latent_sites(*self.traces) if not was_observed(site))
+        return {name: self.site(name) for name in dict.fromkeys(site["name"] for site in found)}
 
     def computed(self) -> dict[str, SiteDraws]:
-        found = self.traces[0].nodes.items()
-        return {name: self._deterministic(name) for name, site in found if is_computed(site)}
+        found = (site for trace in self.traces for site in trace.nodes.values())
+        names = dict.fromkeys(site["name"] for site in found if is_computed(site))
+        return {name: self._deterministic(name) for name in names}
 
     def site(
         self,
@@ -195,18 +204,14 @@ class ModelRuns(NamedTuple):
         event_dim: int | None = None,
     ) -> SiteDraws:
         """Return the draws of a site, or a function of them."""
-        group = self._in_all(name)
+        group = _of_each(name, [trace.nodes for trace in self.traces])
         values = [value_of(site) for site in group]
         return stacked(group[0], values, self.total, self.nesting, kind, event_dim)
 
-    def _in_all(self, name: str) -> list[Site]:
-        if any(name not in trace.nodes for trace in self.traces):
-            raise ValueError(f"Site '{name}' is in some runs only. Sample it in all, under a mask.")
-        return [trace.nodes[name] for trace in self.traces]
-
     def _deterministic(self, name: str) -> SiteDraws:
         """Return the values of a deterministic site; its shape in a single run gives its dims."""
-        group, single = self._in_all(name), self.single.nodes.get(name, self.traces[0].nodes[name])
+        group = _of_each(name, [trace.nodes for trace in self.traces])
+        single = self.single.nodes.get(name, group[0])
         shape, depth = single["value"].shape, _plate_dims(single)
         values = []
         for site in group:

@@ -231,7 +231,7 @@ def log_likelihoods(
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
         return {
             site["name"]: runs.site(site["name"], "observed", _log_likelihood, event_dim=0)
-            for site in sites(runs.traces[0])
+            for site in sites(*runs.traces)
             if site["is_observed"] and not is_computed(site)
         }
 
@@ -299,7 +299,7 @@ def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in their place; factors have none."""
     return {
         site["name"]: runs.site(site["name"], "observed")
-        for site in sites(runs.traces[0])
+        for site in sites(*runs.traces)
         if was_observed(site) or _can_be_drawn(site)
     }
 

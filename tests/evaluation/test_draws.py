@@ -1,5 +1,6 @@
 """Draws of guides and models: single runs of the model for each, conjugate posteriors, refusals."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -191,7 +192,8 @@ def test_rows_choose_on_their_own() -> None:
     shares = torch.stack([(index == number).double().mean(0) for number in range(50)])
     expected = psis(draws.log_weights).log_weights.exp()
     z = (shares - expected) / (expected * (1 - expected) / 1000).sqrt()
-    assert abs(z.pow(2).mean() - 1) < 0.05  # 20,000 of them
+    z = z[expected > 0.005]  # five draws or more: the square of a rare one has a long tail
+    assert abs(z.pow(2).mean() - 1) < 6 * (2 / len(z)) ** 0.5 and len(z) > 5000
 
 
 def test_proposals_without_weight_are_refused() -> None:
@@ -438,13 +440,18 @@ def test_models_that_mix_samples() -> None:
         assert draws["z"].shape == (5, 2)
 
 
-def test_sites_that_come_and_go() -> None:
-    def model(x: Tensor) -> None:
-        k = pyro.sample("k", dist.Bernoulli(0.5))
-        if k:
-            pyro.deterministic("sometimes", k)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+def test_sites_that_come_and_go(first: int, chunk_size: int | None) -> None:
+    """Whether the first run has the site or not."""
+    runs = itertools.count(first)
 
-    options = {"num_draws": 40, "vectorize_particles": False}
+    def model(x: Tensor) -> None:
+        pyro.sample("k", dist.Bernoulli(0.5))
+        if next(runs) % 2:
+            pyro.deterministic("sometimes", x)
+
+    options = {"num_draws": 5, "vectorize_particles": False, "chunk_size": chunk_size}
     with pytest.raises(ValueError, match="'sometimes' is in some runs"):
         posterior_draws(model, prior_of(model), torch.zeros(1), **options)
 

@@ -92,3 +92,20 @@ def test_losses_keep_nothing_from_a_call(kind: type[ELBO]) -> None:
         loss.loss_and_grads(normal_rows, guide, X)
         pyro.clear_param_store()
     assert pickle.dumps(loss) == before
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [
+        (bounds.iwae, "iwae"),
+        (bounds.elbo, "elbo"),
+        (bounds.renyi(0.5), "renyi(0.5)"),
+        (bounds.ciwae(0.25), "ciwae(0.25)"),
+        (bounds.jackknife, "jackknife"),
+        (bounds.piwae, "Split(model_bound=Pooled(bound=iwae), guide_bound=iwae)"),
+        (bounds.PowerMeans(((0.5, 0.0), (0.5, 0.5))), "PowerMeans(((0.5, 0.0), (0.5, 0.5)))"),
+    ],
+)
+def test_a_loss_prints_its_bound(bound: bounds.Bound, text: str) -> None:
+    loss = MultiSampleELBO(bound, num_particles=2)
+    assert repr(loss).startswith(f"MultiSampleELBO(bound={text}, num_estimates=1")
