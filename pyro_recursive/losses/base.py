@@ -71,8 +71,7 @@ class LogWeightELBO(ELBO):
             )
         if global_latents == "elbo" and (bound.is_split or self.estimator.wake):
             raise ValueError(
-                "global_latents='elbo' needs one bound for model and guide: not PIWAE, and no "
-                "wake-phase estimator."
+                "global_latents='elbo' needs one bound for model and guide, not PIWAE or 'rws'."
             )
 
     @property

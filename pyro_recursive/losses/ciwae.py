@@ -89,8 +89,7 @@ class CIWAE_ELBO(MultiSampleELBO):
             self._learned.load_state_dict(state)
         elif state:
             raise RuntimeError(
-                f"The state has a learned beta, and this CIWAE_ELBO a fixed beta of {self._beta}: "
-                "make it with learn_beta=True."
+                f"This CIWAE_ELBO has a fixed beta of {self._beta}: make it with learn_beta=True."
             )
 
     def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> ELBOModule:
@@ -144,8 +143,8 @@ def check_replicates(num_estimates: int, num_particles: int, estimator: Estimato
     can_halve = num_particles >= 4 and num_particles % 2 == 0
     if num_particles < 2 or (num_estimates == 1 and not can_halve):
         raise ValueError(
-            "learn_beta compares replicates: give num_estimates >= 2 and num_particles >= 2, or an "
-            f"even num_particles >= 4; got {num_estimates} and {num_particles}"
+            "learn_beta needs num_estimates and num_particles >= 2, or an even num_particles >= 4; "
+            f"got {num_estimates} and {num_particles}"
         )
 
 

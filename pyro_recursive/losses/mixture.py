@@ -198,14 +198,12 @@ def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
         site = record.site
         if not (site["is_observed"] and site["infer"].get("is_auxiliary")):
             raise NotImplementedError(
-                f"Guide site '{record.name}' is not reparameterised, as a stratified loss needs. "
-                "Use another loss with estimator='vimco'."
+                f"Guide site '{record.name}' is not reparameterised, as a stratified loss needs."
             )
         if record.plates.keys() != layout.names:
             raise NotImplementedError(
-                f"The guide's mixture is in plates {sorted(record.plates)}, but plates "
-                f"{sorted(layout.names)} enclose all sites. Give it their plate=, or use "
-                "estimator='vimco'."
+                f"The guide's mixture is in plates {sorted(record.plates)}, and plates "
+                f"{sorted(layout.names)} enclose all sites: give it their plate=."
             )
 
 

@@ -365,8 +365,8 @@ def growing_mixture_of(guide: Callable) -> GrowingMixture:
     mixture = mixture_of(guide)
     if not isinstance(mixture, GrowingMixture):
         raise TypeError(
-            f"RecursiveMixture_ELBO needs a RecursiveMixtureGuide, got {type(mixture).__name__}; "
-            "train other mixtures with Stratified_ELBO."
+            f"Growth needs a RecursiveMixtureGuide, got {type(mixture).__name__}: train other "
+            "mixtures with Stratified_ELBO."
         )
     return mixture
 

@@ -35,8 +35,7 @@ def surrogate(
     if is_scored and estimator.signal is None and estimator.replay != "values":
         raise NotImplementedError(
             f"Guide site '{_first_score_site(runs)}' is not reparameterised, so "
-            f"estimator='{estimator.name}' has no gradient for it. Use estimator='vimco' or "
-            "'dreg+vimco'."
+            f"estimator='{estimator.name}' has no gradient for it: use 'vimco' or 'dreg+vimco'."
         )
     if estimator.wake:
         _refuse_moving_deltas(runs)
@@ -70,9 +69,9 @@ def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
     expectation is zero.
     """
     if shared.score is not None and shared.score.requires_grad:
+        name = _first_score_site(runs)
         raise NotImplementedError(
-            "global_latents='elbo' needs reparameterised global latents, and "
-            f"'{_first_score_site(runs)}' is not; use the full data with estimator='vimco'."
+            f"global_latents='elbo' needs reparameterised global latents, and '{name}' is not."
         )
     estimator = ESTIMATORS["stl" if _cuts_in(runs, shared) else "pathwise"]
     return surrogate(runs, shared, Pooled(elbo), estimator)
@@ -112,7 +111,7 @@ def _along_paths(
                 continue
             raise ValueError(
                 f"Guide site '{path.site['name']}': its log-density does not depend smoothly on "
-                "its value. Use estimator='pathwise'."
+                "its value: use estimator='pathwise'."
             )
         total = total + (derivative * path.value).sum()
     return total
@@ -163,8 +162,7 @@ def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:
     for site in sites(runs[0].guide):
         if is_delta(site) and _parameters([site["value"]], runs):
             raise NotImplementedError(
-                f"Guide site '{site['name']}' is computed from parameters, for which a wake-phase "
-                "estimator has no gradient. Use estimator='dreg'."
+                f"Guide site '{site['name']}' is computed from parameters: use estimator='dreg'."
             )
 
 
@@ -177,8 +175,8 @@ def _refuse_shared_parameters(runs: Sequence[ParticleRun], local: Densities) -> 
         name = pyro.get_param_store().param_name(parameter)
         known = f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"
         raise ValueError(
-            f"Parameter {known} belongs to model and guide, which climb different objectives "
-            "here. Give each its own, or use MIWAE_ELBO with estimator='dreg'."
+            f"Parameter {known} belongs to model and guide, which climb different objectives: "
+            "give each its own."
         )
 
 

@@ -95,8 +95,7 @@ def encoded(encoder: Callable[..., Any], inputs: Tensor, family: Family) -> tupl
                 return logits.log_softmax(-1), family(parameters, size)
     raise ValueError(
         f"The encoder returned {type(output).__name__} for {rows} inputs. Return parameters "
-        f"[{rows}, n], logits [{rows}, M] with parameters [{rows}, M, n], or a distribution with "
-        f"batch [{rows}] and event [D]."
+        f"[{rows}, n], logits with parameters [{rows}, M, n], or a distribution of batch [{rows}]."
     )
 
 

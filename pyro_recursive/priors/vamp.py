@@ -154,10 +154,8 @@ class ExemplarPrior(nn.Module):
             return like.new_full((number,), -math.log(number))
         size = len(self.exemplars)
         if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
-            raise IndexError(
-                f"leave_out has indices from {leave_out.min()} to {leave_out.max()}, and there are "
-                f"{size} exemplars."
-            )
+            span = f"from {leave_out.min()} to {leave_out.max()}"
+            raise IndexError(f"leave_out goes {span}, and there are {size} exemplars.")
         if chosen is None:
             chosen = torch.arange(number, device=leave_out.device)
         own = leave_out[..., None] == chosen
@@ -180,10 +178,8 @@ def unsquash(inputs: Tensor, bounds: tuple[float, float] | None) -> Tensor:
         return inputs.clone()
     low, high = bounds
     if not low <= inputs.min() <= inputs.max() <= high:
-        raise ValueError(
-            f"pseudo_inputs go from {inputs.min():g} to {inputs.max():g}, out of their bounds "
-            f"{(low, high)}."
-        )
+        span = f"from {inputs.min():g} to {inputs.max():g}"
+        raise ValueError(f"pseudo_inputs go {span}, out of {(low, high)}.")
     return ((inputs - low) / (high - low)).clamp(_MARGIN, 1 - _MARGIN).logit()
 
 

@@ -32,18 +32,13 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         infer = record.site["infer"]
         if infer.get("enumerate"):
             raise NotImplementedError(
-                f"Site '{name}' is to be enumerated. Use TraceEnum_ELBO, or sample it in the guide "
-                "with estimator='vimco'."
+                f"Site '{name}' is to be enumerated: use TraceEnum_ELBO or estimator='vimco'."
             )
         if name not in guided:
-            raise ValueError(
-                f"Model site '{name}' is latent and the guide does not sample it. Sample it in the "
-                "guide, or observe it."
-            )
+            raise ValueError(f"Model site '{name}' is latent and the guide does not sample it.")
         if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
-                f"Guide site '{name}' is no latent site of the model. Sample it there too, or mark "
-                "it infer={'is_auxiliary': True}."
+                f"Guide site '{name}' is no latent site of the model: mark it is_auxiliary."
             )
     check_latent(record.site for record in table.guide)
     check_sizes(table)
@@ -52,8 +47,7 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         one, other = latent[name], guided[name]
         if one.is_masked and _leaves_out(one) and not _leaves_out(other):
             raise ValueError(
-                f"Model site '{name}' is masked and the guide's is not. Sample it there under the "
-                "same poutine.mask; beside an autoguide, by AutoGuideList with the site blocked."
+                f"Model site '{name}' is masked and the guide's is not: use the same poutine.mask."
             )
         if check_shapes:
             _check_shapes(one, other, max_plate_nesting)
@@ -66,10 +60,7 @@ def check_latent(guide: Iterable[Site]) -> None:
             continue
         if not isinstance(site["fn"], dist.Unit):
             remedy = "put poutine.reparam around the model" if is_delta(site) else "drop its obs="
-            raise ValueError(
-                f"Guide site '{site['name']}' is observed, and would count in the weights as if it "
-                f"had been sampled: {remedy}."
-            )
+            raise ValueError(f"Guide site '{site['name']}' is observed: {remedy}.")
 
 
 def check_sizes(table: SiteTable) -> None:
@@ -82,8 +73,7 @@ def check_sizes(table: SiteTable) -> None:
                 (first, full), (second, other) = sizes[name], size
                 raise ValueError(
                     f"Plate '{name}' has {first} of {full} entries where it is met first and "
-                    f"{second} of {other} at site '{record.name}'. Give it the same size in model "
-                    "and guide."
+                    f"{second} of {other} at site '{record.name}'."
                 )
 
 
@@ -96,8 +86,7 @@ def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) 
     if found[0] != found[1]:
         raise ValueError(
             f"Model and guide disagree at site '{model.name}': shapes {found[0]} in plates "
-            f"{sorted(model.plates)}, and {found[1]} in plates {sorted(guide.plates)}. "
-            "Give both the same plates, dims and shapes."
+            f"{sorted(model.plates)}, {found[1]} in plates {sorted(guide.plates)}."
         )
 
 
@@ -115,15 +104,13 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
             frame = plates.get(dim)
             if frame is not None and shape[dim] not in (1, frame.size):
                 raise ValueError(
-                    f"Site '{site['name']}' has batch shape {tuple(shape)}, and plate "
-                    f"'{frame.name}' at dim {dim} has {frame.size} entries. Give data and plate "
-                    "the same number of rows."
+                    f"Site '{site['name']}' has batch shape {tuple(shape)}, but plate "
+                    f"'{frame.name}' has {frame.size} rows at dim {dim}."
                 )
             if shape[dim] != 1 and frame is None:
                 raise ValueError(
                     f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
-                    "to no plate. Put it inside a pyro.plate, use .to_event(...), or, if it is "
-                    "right as it is, vectorize_particles=False."
+                    "to no plate: use pyro.plate, .to_event() or vectorize_particles=False."
                 )
 
 
@@ -131,10 +118,8 @@ def batch_shapes(site: Site) -> list[torch.Size]:
     """Return the shapes that a site's log-density is made of: distribution, value, scale, mask."""
     value = site["value"]
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"Site '{site['name']}' has a {type(value).__name__} as its value. Convert it with "
-            "torch.as_tensor."
-        )
+        kind = type(value).__name__
+        raise TypeError(f"Site '{site['name']}' has a {kind} as its value: use torch.as_tensor.")
     tensors = [site[key] for key in ("scale", "mask") if isinstance(site[key], Tensor)]
     batch = value.shape[: value.dim() - site["fn"].event_dim]
     return [site["fn"].batch_shape, batch, *(tensor.shape for tensor in tensors)]
@@ -148,8 +133,7 @@ def check_finite(site: Site) -> None:
     where = (~finite).nonzero().tolist()
     raise ValueError(
         f"Site '{site['name']}' observes values that are NaN or infinite: {len(where)} of "
-        f"{value.numel()}, at {where[:5]}{'...' if len(where) > 5 else ''}. Clean the data, or "
-        "leave them out with pyro.poutine.mask."
+        f"{value.numel()}, at {where[:5]}. Clean the data, or use pyro.poutine.mask."
     )
 
 
@@ -160,8 +144,7 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
         frame, outside = found
         raise ValueError(
             f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-            f"not enclose site '{outside}': the bound has no unbiased estimate. Use "
-            "global_latents='elbo', full data, or Trace_ELBO."
+            f"not enclose site '{outside}'. Use global_latents='elbo', full data, or Trace_ELBO."
         )
 
 

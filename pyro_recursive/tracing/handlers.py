@@ -131,7 +131,7 @@ class KLWarmup(Messenger):
 
     def __init__(self, weight: float) -> None:
         if not weight > 0:
-            raise ValueError(f"The weight of the latents must be above 0, got {weight}.")
+            raise ValueError(f"weight must be above 0, got {weight}.")
         super().__init__()
         self.weight = weight
 

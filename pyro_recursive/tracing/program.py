@@ -105,7 +105,7 @@ class GivenMinibatches(Messenger):
         if given.shape != used.shape or bool((given != used).any()):
             raise ValueError(
                 f"The model was given a minibatch for plate '{msg['name']}', and the guide drew "
-                "another. Give it the same subsample, to an autoguide by create_plates."
+                "another: give autoguides create_plates=."
             )
 
 

@@ -89,8 +89,8 @@ def run_particles(
             guide = program.run_guide()
             check_match(SiteTable(program.run_model(guide), guide), structure.max_plate_nesting)
         raise ValueError(
-            f"The density of one sample depends on the value of '{structure.mixing}' in another. "
-            "Count dims from the right (z.sum(-1)), or use vectorize_particles=False."
+            f"One sample's density depends on the value of '{structure.mixing}' in another. Count "
+            "dims from the right (z.sum(-1)), or use vectorize_particles=False."
         )
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)

@@ -155,7 +155,7 @@ DATA = {
     ),
     "y has another length": Bad(
         lambda: (features(), targets()[:3]), ValueError,
-        r"Site 'y' has batch shape \(3,\).*plate 'data'.*same number of rows",
+        r"Site 'y' has batch shape \(3,\).*plate 'data' has 4 rows",
     ),
     "y has one row": Bad(  # broadcasting, as everywhere in Pyro; of data, `fit` knows better
         lambda: (features(), targets()[:1]), ValueError, "", FINE | {"fit": None},
