@@ -101,7 +101,7 @@ def test_beta_is_a_parameter_of_the_module() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(CIWAE_ELBO, 1, learn_beta=True), "num_estimates and num_particles >= 2.*got 1 and 1"),
+        (partial(CIWAE_ELBO, 1, learn_beta=True), "num_particles >= 2.*got 1 and 1"),
         (partial(CIWAE_ELBO, 3, learn_beta=True), "or an even num_particles >= 4; got 1 and 3"),
         (partial(CIWAE_ELBO, 4, beta=0.0, learn_beta=True), r"inside \(0, 1\), got 0.0"),
         (partial(CIWAE_ELBO, 4, learn_beta=True, estimator="vimco"), "path derivatives"),

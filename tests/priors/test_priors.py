@@ -404,7 +404,7 @@ GOOD = nn.Linear(INPUTS, 2 * D, dtype=torch.float64)
         (lambda: VampPrior(GOOD, torch.ones(K, 3), family="odd"), "family must be"),
         (lambda: ExemplarPrior(GOOD, torch.ones(4, 3), num_exemplars=0), "got 0"),
         (lambda: exemplar_prior()().log_prob(torch.ones(5, 1)), r"length 2, got .* \(5, 1\)"),
-        (lambda: exemplar_prior()(leave_out=torch.tensor([-1, 6])), "from -1 to 6, and there are 6"),
+        (lambda: exemplar_prior()(leave_out=torch.tensor([-1, 6])), "from -1 to 6, .* 6"),
     ],
 )
 def test_wrong_arguments(make: Callable, message: str) -> None:
