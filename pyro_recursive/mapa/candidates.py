@@ -147,10 +147,7 @@ def _pool_without(
 
 
 def _by_owner(index: Tensor, rest: Tensor, codes: Tensor, num_components: int) -> Tensor:
-    """Return a random order ``[1, n]`` in which codes nearest to the same row are adjacent.
-
-    A systematic draw in this order is spread over the rows in proportion to their masses.
-    """
+    """Return a random order ``[1, n]`` in which codes nearest to the same row are adjacent."""
     best = rest.new_full((num_components,), -math.inf)
     best = best.scatter_reduce(0, index.flatten(), rest.flatten(), "amax")
     owner = torch.zeros(num_components, dtype=torch.long, device=index.device)
@@ -163,8 +160,7 @@ def _by_owner(index: Tensor, rest: Tensor, codes: Tensor, num_components: int) -
 def inclusion(weights: Tensor, number: int) -> Tensor:
     """Return inclusion probabilities in proportion to ``weights``, at most 1, ``[R, k]``.
 
-    Each row sums to ``number``, or to the number of its positive weights, if that is less. Codes
-    that would be drawn more than once have probability 1; the others share the rest.
+    Each row sums to ``number``, or to the number of its positive weights, if that is less.
     """
     if not weights.shape[-1]:
         return weights

@@ -160,8 +160,7 @@ class PseudoInputCodes(Codes):
         pseudo_inputs: their initial values, floats ``[M, *input]``: data, or draws around them.
         bounds: the range of the data, ``(low, high)``, enforced by a sigmoid.
 
-    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120), where each pseudo-input
-    has a normal of its own scale, as in `pyro_recursive.VampPrior`.
+    Source: `VAE with a VampPrior` (Tomczak & Welling, arXiv 1705.07120).
 
     >>> codes = PseudoInputCodes(nn.Linear(3, 2), torch.rand(10, 3), bounds=(0, 1))
     >>> codes().shape

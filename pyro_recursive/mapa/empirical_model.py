@@ -47,8 +47,7 @@ class DecodedCodes(NamedTuple):
 class CodeIndex(dist.Categorical):
     """An index of K codes with unnormalised log-weights ``[*batch, K]``.
 
-    Its log-density is the log-weight itself, so that a sum over K indices can estimate a sum over
-    many more codes. Samples are in proportion to the weights.
+    Its log-density is the log-weight itself: a sum over K indices may stand for many more codes.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -74,10 +73,6 @@ class OnCodes(Messenger):
 
     ``select_codes`` returns the codes for a plate of the site. With ``normalise_masked`` the
     weights of rows that a mask leaves out are normalised, so that they contribute nothing.
-
-    Raises:
-        NotImplementedError: the site is discrete, or not in exactly one vectorised plate.
-        ValueError: codes have another length than the site.
     """
 
     def __init__(

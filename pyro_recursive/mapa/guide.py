@@ -243,10 +243,9 @@ class MAPAGuide(LatentGuide):
         return on_codes
 
     def explain(self, *args: Any, **kwargs: Any) -> Rows:
-        """Return the posterior over the codes of each row's neighbours.
+        """Return the posterior over the codes of each row's neighbours, ``[B, k]``.
 
-        ``index`` ``[B, k]`` and normalised ``log_q`` ``[B, k]`` in nats, by the decoder's
-        likelihood, given one draw of the other latents.
+        It is by the decoder's likelihood, given one draw of the other latents.
         """
         self.prepare(*args, **kwargs)
         with poutine.block(), torch.no_grad():

@@ -1,8 +1,7 @@
 """Kernels, log-weights of how well one datum explains another: base classes, and distances.
 
-A kernel is any callable ``log_kernel(query [Q, *x], reference [R, *x]) -> [Q, R]``. The kernels of
-this package also check their data and, where they are inner products, give the features of both
-sides, which makes a search for neighbours a matrix product.
+A kernel is any callable ``log_kernel(query [Q, *x], reference [R, *x]) -> [Q, R]``. Those that are
+inner products give the features of both sides: a search for neighbours is then a matrix product.
 """
 
 import math
@@ -114,10 +113,7 @@ def origin_of(data: Tensor) -> Tensor:
 
 
 def sum_of_pairs(term: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Return ``sum_d term(x_d, y_d)`` of all pairs of rows, ``[Q, D]`` and ``[R, D]``: ``[Q, R]``.
-
-    A few dimensions at once, so that the pairs fit into memory.
-    """
+    """Return ``sum_d term(x_d, y_d)`` of all pairs of ``[Q, D]`` and ``[R, D]``: ``[Q, R]``."""
     size = max(1, _CHUNK_NUMBERS // max(1, len(x) * len(y)))
     total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     for left, right in zip(x.split(size, 1), y.split(size, 1), strict=True):
@@ -187,9 +183,6 @@ class Gaussian(_Euclidean):
         scale: the noise's standard deviation, or a tuple of one for each flattened dimension.
         bandwidth: h, in place of ``sqrt(2) * scale``.
         perplexity: above 1, and below the number k of neighbours.
-
-    Raises:
-        ValueError: not exactly one of the three is given, and positive; data are not finite.
 
     Sources: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941);
     perplexity: `Visualizing Data using t-SNE` (van der Maaten & Hinton, JMLR 2008).
@@ -274,9 +267,6 @@ class Distance(Kernel):
     series, for example. It need not be symmetric. The bandwidth is given, or found for each row by
     its ``perplexity`` as in `Gaussian`.
 
-    Raises:
-        ValueError: not exactly one of the two is given; distances are negative or nan.
-
     >>> def of_means(query, reference):
     ...     return torch.cdist(query.mean(1, keepdim=True), reference.mean(1, keepdim=True))
     >>> series = torch.tensor([[0.0, 2.0], [3.0, 3.0]])
@@ -313,8 +303,7 @@ class Distance(Kernel):
 def of_perplexity(scores: Tensor, perplexity: float) -> Tensor:
     """Return each row of ``[Q, k]`` times the factor that gives its softmax a perplexity.
 
-    By bisection of the factor's logarithm, for all rows at once. A row with more equal best scores
-    than the perplexity gets the least possible, their number.
+    A row with more equal best scores than the perplexity gets the least possible, their number.
     """
     if not 1 < perplexity < scores.shape[-1]:
         raise ValueError(f"Perplexity {perplexity:g} is not between 1 and k = {scores.shape[-1]}.")

@@ -218,10 +218,9 @@ class Poisson(_GammaConjugate):
 class Gamma(_GammaConjugate):
     """The kernel of positive data whose likelihood is a gamma of a known concentration m.
 
-    The posterior predictive under a prior Gamma(shape, rate) on the likelihood's rates, a compound
-    gamma: ``k = prod_d x_nd ** (m - 1) (rate + x_id) ** (shape + m) / (rate + x_id + x_nd) **
-    (shape + 2 m)`` over ``B(m, shape + m)``. Under Jeffreys' prior, the default, only ratios of
-    data matter. Zeros are allowed where rate > 0 and the concentration is 1.
+    The posterior predictive under a prior Gamma(shape, rate) on the likelihood's rates, by default
+    Jeffreys', is a compound gamma: ``k = prod_d x_nd ** (m - 1) (rate + x_id) ** (shape + m) /
+    (rate + x_id + x_nd) ** (shape + 2 m) / B(m, shape + m)``.
 
     >>> x = torch.tensor([[1.0], [10.0]])
     >>> Gamma(3.0)(x, x).exp().round(decimals=4)
@@ -348,10 +347,9 @@ def _gamma(concentration: Tensor) -> Gamma:
 
 
 def _logits_of_mean(mean: Tensor) -> Tensor:
-    """Return the logits of continuous Bernoullis with given means in (0, 1), by Newton's method.
+    """Return the logits of continuous Bernoullis with means in (0, 1), by Newton's method.
 
-    For positive logits the mean is increasing and concave, and the start lies between zero and the
-    root, so that no step passes the root.
+    The mean is concave in positive logits and starts below the root: no step passes the root.
     """
     logits = 1 / (1 - mean) - 1 / mean
     for _ in range(_NEWTON_STEPS):
@@ -364,10 +362,7 @@ def _logits_of_mean(mean: Tensor) -> Tensor:
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:
-    """Return ``log((exp(t) - 1) / t)``, the logarithm of the integral of ``exp(t x)`` over [0, 1].
-
-    An even function of t beside t / 2: ``t / 2 + log(sinh(t / 2) / (t / 2))``.
-    """
+    """Return ``log((exp(t) - 1) / t)``: t / 2 and an even function of t."""
     t = logits.abs()
     safe = t.masked_fill(t < _SERIES, 1)
     away = 0.5 * safe + (-(-safe).expm1()).log() - safe.log()

@@ -85,10 +85,9 @@ class MAPA_ELBO(TraceEnum_ELBO):
 def merge_factors(trace: poutine.Trace, index: str) -> None:
     """Add up the factors that depend on an enumerated index, in place, in a packed model trace.
 
-    Pyro sums products of factors, each divided by its own largest entry. Where two factors prefer
-    different codes, all products underflow to -inf, from 88 nats on in float32. The sum, over inner
-    plates too, becomes the index's own factor. Factors of other enumerated sites stay, and those
-    with dims that the largest has not, as the sum would grow.
+    Pyro sums products of factors, each divided by its own largest entry: where two factors prefer
+    different codes, all products underflow, from 88 nats on in float32. The sum, over inner plates
+    too, is the index's factor. Factors with dims that the largest has not stay: it would grow.
     """
     own = trace.nodes[index]
     symbol, plates = own["infer"].get("_enumerate_symbol"), _plates(trace, own)

@@ -117,10 +117,6 @@ def in_order(scores: Tensor, columns: Tensor, own: Tensor | None) -> tuple[Tenso
 
 
 def _rounded(scores: Tensor, reach: Tensor) -> Tensor:
-    """Return scores ``[B, R]`` with about eleven decimal digits of their largest terms, ``reach``.
-
-    Scores that differ by rounding errors alone become equal: ties do not depend on the order of
-    summation.
-    """
+    """Round scores ``[B, R]``: ties must not depend on the order of summation of ``reach``."""
     quantum = torch.ldexp(torch.ones_like(reach), reach.frexp().exponent - _DIGITS)
     return torch.where(reach > 0, (scores / quantum).round() * quantum, scores)

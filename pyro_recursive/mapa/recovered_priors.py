@@ -144,10 +144,9 @@ class QuantilePrior(RecoveredPrior):
 class KDEPrior(RecoveredPrior):
     """``p(z) = sum_i w_i N(z; c_i, h**2 C)``: a mixture of normals around the codes.
 
-    As a kernel density estimate C is the codes' covariance, and the bandwidth h, unless ``width``
-    is given, has the highest mean log-density of each code under all others. With a ``scale`` it is
-    the prior of codes with that scale, kind "kernels": h is the scale, and C the identity. Trained,
-    it learns centers, weights, and a scale for each of D.
+    As a kernel density estimate C is the codes' covariance, and h is ``width`` or the `bandwidth`.
+    With a ``scale``, kind "kernels", h is the scale, and C the identity. Trained, it learns
+    centers, weights, and a scale for each of D.
     """
 
     loc: Tensor
@@ -194,8 +193,7 @@ class KDEPrior(RecoveredPrior):
 def bandwidth(codes: Tensor, log_weights: Tensor, *, seed: int = 0) -> float:
     """Return the h of normals ``N(c_i, h**2 I)`` with the highest `leave_one_out` log-density.
 
-    The best of 32 between 0.05 and 4 times Silverman's, 15% apart. Of more than 2000 distinct
-    codes, 2000 are evaluated, under all.
+    The best of 32, 15% apart. Of more than 2000 distinct codes, 2000 are evaluated, under all.
     """
     number, size = codes.unique(dim=0).shape
     silverman = (4 / ((size + 2) * number)) ** (1 / (size + 4))

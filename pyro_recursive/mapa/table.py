@@ -62,7 +62,7 @@ class Table:
     reference: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check indices, log q and the reference: other ones would give wrong sums in silence."""
+        """Check indices, log q and the reference: others would give wrong sums in silence."""
         index, log_q, number = self.index, self.log_q, self.num_components
         if index.dim() != 2 or index.shape != log_q.shape:
             raise ValueError("index and log_q must be of one shape [N, k].")
@@ -190,9 +190,8 @@ class Table:
 class NeighbourRows:
     """Finds the rows of a table for the rows of a plate.
 
-    By the indices that ``indices_of`` returns for a call's arguments, if any; else by the plate's
-    indices, where the inputs are the ``data`` of the table (or the model takes none); else by the
-    table's kernel.
+    By the indices that ``indices_of`` returns, if any; else by the plate's indices, where the
+    inputs are the ``data`` of the table (or the model takes none); else by the table's kernel.
     """
 
     def __init__(
