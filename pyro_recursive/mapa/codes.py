@@ -117,11 +117,7 @@ class EncodedCodes(Codes):
 
 
 class FreeCodes(Codes):
-    """Codes that are free parameters, ``[M, D]``; a step trains those that it decodes.
-
-    >>> len(FreeCodes(torch.randn(20, 2)))
-    20
-    """
+    """Codes that are free parameters, ``[M, D]``; a step trains those that it decodes."""
 
     def __init__(self, start: Tensor, **options: Any) -> None:
         super().__init__(len(start), **options)
@@ -136,9 +132,6 @@ class GridCodes(Codes):
 
     Source: `GTM: The Generative Topographic Mapping` (Bishop, Svensen & Williams, Neural
     Computation 1998).
-
-    >>> GridCodes(5, 2)().shape
-    torch.Size([25, 2])
     """
 
     def __init__(

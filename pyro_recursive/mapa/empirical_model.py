@@ -134,8 +134,6 @@ class Empiricalized:
         codes: `pyro_recursive.mapa.Codes`; they are registered under ``name``.
         site: the latent site; optional where only one is inside a plate.
 
-    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
-
     >>> from pyro.infer import TraceEnum_ELBO
     >>> from pyro_recursive.mapa import GridCodes
     >>> decoder = torch.nn.Linear(1, 2)

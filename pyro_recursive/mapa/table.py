@@ -45,11 +45,7 @@ class Table:
         num_components: M.
         kernel, reference: for `for_data`; the reference is ``[M, *x]``.
 
-    Source: `Towards Model-Agnostic Posterior Approximation` (Yacoby et al., arXiv 2403.08941).
-
     >>> table = Table.from_log_weights(torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.2, 0.8]]).log())
-    >>> table
-    Table(rows=2, width=3, components=3)
     >>> rows = table.rows(torch.tensor([1]))
     >>> rows.index, rows.log_q.exp()
     (tensor([[2, 1, 0]]), tensor([[0.8000, 0.2000, 0.0000]]))
@@ -79,13 +75,7 @@ class Table:
 
     @classmethod
     def uniform(cls, num_rows: int, num_components: int) -> "Table":
-        """Return the table of equally likely components, a row's own one first where N = M.
-
-        >>> Table.uniform(3, 3).index
-        tensor([[0, 1, 2],
-                [1, 0, 2],
-                [2, 0, 1]])
-        """
+        """Return the table of equally likely components, a row's own one first where N = M."""
         return cls.from_log_weights(torch.zeros(1, num_components).expand(num_rows, -1))
 
     @classmethod
@@ -94,10 +84,6 @@ class Table:
 
         Ties go to a row's own component where N = M, then to the lower index. The default k = M
         keeps all.
-
-        >>> Table.from_log_weights(torch.zeros(2, 5), k=3).index
-        tensor([[0, 1, 2],
-                [0, 1, 2]])
         """
         weights, number = log_weights.detach().double(), log_weights.shape[1]
         index, scores = best_of_all(weights, _own(weights, number), number if k is None else k)
