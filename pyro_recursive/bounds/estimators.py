@@ -83,7 +83,7 @@ def sticking_the_landing(derivatives: Derivatives) -> Coefficients:
 def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
     """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152)."""
     first, second = derivatives
-    # Less its mean, which a score may have without bias: no noise where all weights are equal.
+    # A constant times the score has mean zero. Less 1 / (M K), equal weights give no noise.
     rest = first - 1 / first.shape[:2].numel()
     return Coefficients(path=first - second, density=None, density_rest=rest)
 

@@ -60,7 +60,7 @@ class Alone(Objective):
 class Exact(Objective):
     """``R = Q'`` with its parameters held: the exact gradient of the mixture's ELBO, over e.
 
-    That of the parameters inside ``log Q'`` is zero on average: draws from q alone suffice.
+    The gradient through the parameters inside ``log Q'`` has mean zero: draws from q suffice.
     """
 
     held: ClassVar[bool] = True

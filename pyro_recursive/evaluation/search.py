@@ -62,6 +62,8 @@ class Search:
         """Check the numbers that would end the search at once."""
         counts = ("draws", "steps", "window", "patience")
         check_at_least(1, **{name: getattr(self, name) for name in counts})
+        if not (self.lr > 0 and self.tolerance > 0):
+            raise ValueError(f"lr and tolerance must be above 0, got {self.lr}, {self.tolerance}.")
 
     def __call__(self, target: LocalBound, params: Tensor, noise: Noise) -> Tensor:
         """Return the best parameters found from a start, ``[*batch, P]`` both."""

@@ -210,6 +210,8 @@ class SNRSweep:
 
     def line(self, group: str, over: str = "K", at: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return sizes, ratios and errors, ``[n]`` each; nan where a ratio is not detected."""
+        if over not in ("K", "M"):
+            raise ValueError(f"over must be 'K' or 'M', got {over!r}.")
         index: Any = at if over == "K" else (slice(None), at)
         sizes = self.num_particles if over == "K" else self.num_estimates
         ratio = self.ratio[group].where(self.detected[group], torch.nan)[index]

@@ -96,9 +96,10 @@ class AmortizedGuide(LatentGuide):
 
         ``extra`` are further inputs of the encoder.
         """
-        if latents.local and self.by_row:
+        table = getattr(self, _free(latents), None)
+        if table is None:
             return call.encode(self.encoder, latents, self.num_parameters(latents), *extra)
-        return latents.expand_rows(call.table_rows(getattr(self, _free(latents)), latents))
+        return latents.expand_rows(call.table_rows(table, latents))
 
     @torch.no_grad()
     def keep_rows(self, latents: LatentBlock, call: GuideCall, params: Tensor) -> None:

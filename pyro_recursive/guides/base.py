@@ -87,7 +87,7 @@ class LatentGuide(PyroModule):
         raise NotImplementedError(f"{type(self).__name__} does not define row_family().")
 
     def keep_rows(self, latents: LatentBlock, call: GuideCall, params: Tensor) -> None:
-        """Put ``[*batch, P]`` into the table of parameters for the minibatch's rows, if any."""
+        """Write ``[*batch, P]`` to the minibatch's rows of the parameters, if each row has some."""
         if not self.by_row:
             raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
@@ -119,15 +119,15 @@ class LatentGuide(PyroModule):
         return self._has("encoder")
 
     def _has(self, name: str) -> bool:
-        """Whether there is a network; getting it from a PyroModule would register parameters."""
+        """Whether an attribute is set; `getattr` of a PyroModule would register its parameters."""
         return any(own.get(name) is not None for own in (self._modules, vars(self)))
 
     def register(self, name: str, module: nn.Module) -> None:
-        """Set an attribute to a module with guides of other names."""
+        """Set an attribute to a module; Pyro renames the guides in it."""
         try:
             setattr(self, name, module)
         except AssertionError as error:  # Pyro's own check
-            raise ValueError("A guide that has run on its own cannot be renamed.") from error
+            raise ValueError("The guide has run by itself: it keeps its names.") from error
 
     # --- The first call
 
@@ -178,7 +178,7 @@ class LatentGuide(PyroModule):
         }
         plate = self.plate
         if plate is None and self.by_row:
-            # The plate of all data; of nested ones that with the most latents.
+            # The plate around all observed sites; of several, that around the most latents.
             observed = [set(plates_of(s)) for s in sites(trace) if s["is_observed"]]
             shared = set.intersection(*observed) if observed else set()
             frames = [name for own in plates.values() for name in own if name in shared]
@@ -217,7 +217,7 @@ class LatentGuide(PyroModule):
         return call.given
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Prepare a new guide, and settle with Pyro's store whose parameters count."""
+        """Prepare a new guide; load parameters from Pyro's store, or evict another guide's."""
         is_new = _OWNERS.get(self._pyro_name) is not self
         if is_new:
             self._claim_name()
@@ -260,7 +260,7 @@ class LatentGuide(PyroModule):
         return None
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
-        """Copy the model's plate, with the inputs' present length if its size was their length."""
+        """Copy the model's plate; a size that was the inputs' length is their present length."""
         name, full, size = frame.name, frame.full_size or frame.size, frame.size
         inputs_are = self._input_sizes.get(name)
         if name in self._given_minibatches and inputs_are != "minibatch":
@@ -278,7 +278,7 @@ class LatentGuide(PyroModule):
     def _full_size(self, name: str, length: int, call: GuideCall) -> int:
         """Return a plate's full size for inputs of another length than the first.
 
-        They may be a minibatch now. A run of the model shows it, once for each length.
+        These may be all data or a minibatch. One run of the model for each length decides.
         """
         if (name, length) not in self._full_sizes:
             trace = outline(self.own_model(), call.args, call.kwargs)
@@ -336,7 +336,7 @@ _OWNERS: WeakValueDictionary[str, LatentGuide] = WeakValueDictionary()
 
 @contextmanager
 def _rollback(guide: LatentGuide) -> Iterator[None]:
-    """Restore attributes and their containers, not what is in these, where the block raises."""
+    """If the block raises, restore modules' attributes (containers shallowly) and Pyro's store."""
     containers = (dict, list, set)
     before = {
         module: {k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()}
@@ -357,7 +357,7 @@ def _rollback(guide: LatentGuide) -> Iterator[None]:
 
 
 def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Raise where a state has parameters that a guide creates when it is prepared: torch's hook."""
+    """Raise for a state with parameters that `prepare` has yet to create: a hook of torch."""
     if guide.groups:
         return
     known = guide.state_dict(prefix=prefix)
@@ -370,7 +370,7 @@ def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) 
 
 
 def _note_loaded(guide: Any, keys: Any) -> None:
-    """Let what is loaded take precedence over Pyro's store in the next call: torch's hook."""
+    """Prefer the loaded state to Pyro's store in the next call: a hook of torch."""
     guide.is_loaded = True
 
 

@@ -64,8 +64,8 @@ class GuideCall:
     def _order_of(self, plate: Any) -> Tensor | None:
         """Return the order of a plate that has all rows, None where it is that of the data.
 
-        Only a user's plate can have another one. It may be given the rows' values in place of their
-        indices (``subsample=x``): they are no permutation of the indices.
+        Only a user's plate can have another one. Values in place of indices (``subsample=x``) are
+        no order.
         """
         index = plate.indices
         if plate.name not in self.created or index.dim() != 1 or index.is_floating_point():

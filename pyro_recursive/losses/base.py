@@ -27,7 +27,11 @@ DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_
 
 
 class Evaluation(NamedTuple):
-    """Densities in the log-weights, and of the global latents under ``global_latents="elbo"``."""
+    """One evaluation of a bound: its runs and their densities.
+
+    ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
+    ``global_latents="elbo"``.
+    """
 
     bound: Bound
     runs: list[ParticleRun]
@@ -83,7 +87,7 @@ class LogWeightELBO(ELBO):
         return f"{type(self).__name__}({options})"
 
     def _options(self) -> dict[str, Any]:
-        """Return the options by the names of the arguments, without common defaults."""
+        """Return the options by argument name; those of DEFAULTS only where they differ."""
         options = {"num_estimates": self.num_estimates, "num_particles": self.num_particles}
         options |= {"estimator": self.estimator.name}
         common = {name: getattr(self, name) for name in DEFAULTS}
@@ -124,7 +128,7 @@ class LogWeightELBO(ELBO):
         shape: tuple[int, int] | None = None,
         **options: Any,
     ) -> Evaluation:
-        """Draw M * K samples, ``shape`` where it is given, and gather their log-densities."""
+        """Draw M * K samples and gather their log-densities; ``shape`` overrides (M, K)."""
         shape = shape or (self.num_estimates, self.num_particles)
         is_linear = self._bound.is_linear(*shape)
         structure, local = None, None

@@ -90,6 +90,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
             raise ValueError(
                 "A clamped objective needs all draws of a row at once: vectorize_particles=True."
             )
+        if isinstance(holdout, Tensor):
+            raise TypeError("holdout must be the model's arguments, got a tensor. Use (tensor,).")
         for name, value, choices in (("update", update, UPDATES), ("weights", weights, WEIGHTS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}.")

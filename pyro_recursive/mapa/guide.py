@@ -44,7 +44,7 @@ _ENCODED_AT_ONCE = 4096
 
 
 class Passes(NamedTuple):
-    """The codes decoded in the last evaluation of the loss, and its rows."""
+    """How many codes were decoded in the last evaluation of the loss, and for how many rows."""
 
     codes: int
     rows: int
@@ -193,6 +193,8 @@ class MAPAGuide(LatentGuide):
         data = self._data[0]
         if self.table is None and data is not None:
             self._build_table(data, trace, raw, args, kwargs)
+        if self.table is None and int(self.steps_to_warm_up):
+            raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
         if others and self.rest is None:
             self.rest = AmortizedGuide(poutine.block(model, hide=[self.site]))
@@ -204,7 +206,7 @@ class MAPAGuide(LatentGuide):
         return poutine.block(super().served_model(), hide_fn=self._is_other)
 
     def _check_broadcasting(self, call: GuideCall) -> None:
-        """Run the model on more codes than rows: with as many, a wrong reshape would fit."""
+        """Run the model on more codes than rows; a wrong reshape could pass on equal numbers."""
         (latents,) = self.groups
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)
@@ -335,7 +337,7 @@ class MAPAGuide(LatentGuide):
         return rows.index, self._decoded(rows.index, padding, noisy=False)
 
     def _decoded(self, index: Tensor, log_weights: Tensor, noisy: bool = True) -> DecodedCodes:
-        """Compute codes, each once, ``[U]`` or ``[B, K]``, and add the prior's weights."""
+        """Decode ``[U]`` or ``[B, K]`` indices, each code once; add the prior's log-weights."""
         prior = self.codes.log_weights
         if index.dim() == 1:
             codes = self.codes(index)
@@ -375,7 +377,7 @@ class MAPAGuide(LatentGuide):
 
 
 def _asks_for_the_prior(raw: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a call has None in place of data; without arguments the model holds its data."""
+    """Whether the data are None; a call without arguments is one of a model that holds its data."""
     return raw is None and bool(args or kwargs)
 
 
@@ -387,8 +389,8 @@ def _plate_of(latents: LatentBlock, call: GuideCall) -> Plate:
 def index_posterior(guide: Any, call: GuideCall, decoded: DecodedCodes) -> Tensor:
     """Return the posterior over codes by the likelihood of a guide's model, ``[*batch, K]`` nats.
 
-    It is the derivative of the log-evidence in the log-weights, with other enumerated sites summed
-    and other latents as in the call; each entry of the plates around has its own.
+    It is the derivative of the log-evidence in the log-weights. Other enumerated sites are summed,
+    other latents have the call's values, and each entry of outer plates has its own posterior.
     """
     (latents,), site = guide.groups, str(guide.site)
     log_weights = at_rows(decoded.log_weights.detach(), latents, call).requires_grad_()
@@ -423,7 +425,7 @@ def at_rows(log_weights: Tensor, latents: LatentBlock, call: GuideCall) -> Tenso
 
 
 class _Around(Messenger):
-    """Adds the plates around, which a block hides, to sites."""
+    """Adds to each site the outer plates that a block hides."""
 
     def __init__(self, frames: Sequence[Any]) -> None:
         super().__init__()
@@ -435,4 +437,4 @@ class _Around(Messenger):
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """The other latents, which are known, and the end of a step, which is none."""
+    """Do nothing: in place of a guide's ``others`` and ``end_step``."""

@@ -181,7 +181,7 @@ class _GammaConjugate(Kernel):
     rate: float
 
     def __post_init__(self) -> None:
-        """Check the prior; a shape or rate of zero is improper, with a proper posterior."""
+        """Check the prior, which is improper for a shape or rate of zero."""
         check_positive(self, zero=True, shape=self.shape, rate=self.rate)
 
 
@@ -233,6 +233,11 @@ class Gamma(_GammaConjugate):
     rate: float = 0.0
 
     support = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        """Check the likelihood's concentration and the prior."""
+        super().__post_init__()
+        check_positive(self, concentration=self.concentration)
 
     def check(self, data: Tensor) -> None:
         """Raise ValueError for data that are not positive."""

@@ -87,7 +87,7 @@ def merge_factors(trace: poutine.Trace, index: str) -> None:
 
     Pyro sums products of factors, each divided by its own largest entry: where two factors prefer
     different codes, all products underflow, from 88 nats on in float32. The sum, over inner plates
-    too, is the index's factor. Factors with dims that the largest has not stay: it would grow.
+    too, is the index's factor. Factors with dims that the largest lacks are left as they are.
     """
     own = trace.nodes[index]
     symbol, plates = own["infer"].get("_enumerate_symbol"), _plates(trace, own)

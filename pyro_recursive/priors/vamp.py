@@ -152,6 +152,8 @@ class ExemplarPrior(nn.Module):
         number = len(like)
         if leave_out is None:
             return like.new_full((number,), -math.log(number))
+        if leave_out.dtype == torch.bool or leave_out.is_floating_point():
+            raise TypeError(f"leave_out must be indices of exemplars, got {leave_out.dtype}.")
         size = len(self.exemplars)
         if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
             span = f"from {leave_out.min()} to {leave_out.max()}"

@@ -19,7 +19,7 @@ from pyro_recursive.tracing.sites import Site, SiteTable, plates_of, subsample_s
 
 @dataclass(frozen=True)
 class Particles:
-    """M * K samples, m varying slowest; ``dim``, their plate's, is None where runs are looped."""
+    """M * K samples, m varying slowest; ``dim`` is that of their plate, None in looped runs."""
 
     num_estimates: int
     num_particles: int
@@ -34,7 +34,7 @@ class Particles:
 class ProgramStructure:
     """The plate nesting of a program and the plates of each sample site, from one run.
 
-    ``mixing`` names a latent whose particles would be mixed in one pass; see `tracing.program`.
+    ``mixing`` names a latent whose value in one sample changes densities of another in one pass.
     """
 
     max_plate_nesting: int
@@ -58,7 +58,7 @@ class PlateLayout:
     """How Pyro's dims become ``[M, K, *plates]``.
 
     ``plates`` are frames of the shared plates: ``sequential`` ones first, then the vectorised from
-    left to right, at ``dims`` in Pyro's count. ``scale`` is the product of ``full_size / size``.
+    left to right, at ``dims`` (negative). ``scale`` is the product of ``full_size / size``.
     """
 
     particles: Particles
@@ -87,7 +87,7 @@ class PlateLayout:
         return tuple(frame.name for frame in self.plates if not frame.vectorized)
 
     def cell(self, site: Site) -> tuple[int, ...]:
-        """Return where the site stands in the shared sequential plates.
+        """Return the site's iteration of each shared sequential plate.
 
         Pyro's counter continues when a plate is iterated again, hence the modulo.
         """
@@ -117,7 +117,7 @@ class PlateLayout:
             cells[cell] = cells[cell] + reduced if cell in cells else reduced
         total = 1 if self.particles.dim is None else self.particles.total
         target = (total, *self.shape[len(self.sequential) :])
-        # Cells without a site of this group count as 0.
+        # Iterations without a site of this group contribute 0.
         zero = next(iter(cells.values())).new_zeros(())
         every = itertools.product(*map(range, self.shape[: len(self.sequential)]))
         rows = [cells.get(cell, zero) for cell in every]

@@ -69,9 +69,9 @@ class Learner:
     def step(self, batch: Batch, epoch: int, owner: Owner | None = None) -> Tensor:
         """Take one step of the owner's parameters, None for all; return the loss before it in nats.
 
-        A NonFiniteError comes before the optimiser has changed anything.
+        A NonFiniteError comes before this step's update; earlier ones may have been unchecked.
         """
-        before = random_state()  # of torch alone: this is done in each step
+        before = random_state()  # that of torch alone, as it is read in each step
         self.group.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
         try:
             if not self.group.is_alone:
@@ -111,11 +111,11 @@ class Learner:
     ) -> None:
         """Raise NonFiniteError if any loss or gradient so far was not finite; waits for the device.
 
-        The arguments are those of the step, and the random states before it.
+        ``before`` is the random state before the step, the other arguments are those of the step.
         """
         if not math.isfinite(self.health.item()):
             places = self._find_non_finite(batch, before or random_state())
-            # The sums over the processes are not finite, so that all processes are here.
+            # The sum over all processes is not finite, so that all of them come here.
             gathered = self.group.processes.gather(places, "a NaN")
             if not self.group.is_alone:
                 places = [f"process {n}: {each}" for n, own in enumerate(gathered) for each in own]
@@ -184,7 +184,7 @@ class Learner:
     def set_state(self, path: Path, state: dict[str, Any], batches: Minibatches) -> None:
         """Load a state if it fits; runs of the loss on the batches create missing parameters.
 
-        A CheckpointError comes before anything has changed.
+        A CheckpointError comes before any parameter has changed.
         """
         saved: Weights = state["weights"]
         missing = set(saved["parameter"])
@@ -219,9 +219,11 @@ class Learner:
     def _restoring(self, generators: Iterable[Generator] = ()) -> Iterator[None]:
         """Restore random states and buffers after the block."""
         buffers = _copy(self._buffers())
-        with checkpoint.forked_rng(generators=generators):
-            yield
-        _load(self._buffers(), buffers)
+        try:
+            with checkpoint.forked_rng(generators=generators):
+                yield
+        finally:
+            _load(self._buffers(), buffers)
 
     def _prepare(self, batch: Batch) -> None:
         """Start from the first process's parameters; record what the loss may change."""
@@ -260,7 +262,7 @@ class Learner:
     def _find_owners(self, batch: Batch) -> None:
         """Find the guide's parameters: those that Pyro sees while it runs, also if shared.
 
-        Runs of the model that a guide hides from Pyro, as this package's guides do, do not count.
+        Parameters of model runs that a guide hides from Pyro are not counted.
         """
         with self._restoring(), torch.no_grad(), poutine.trace(param_only=True) as captured:
             self.guide(*batch)
@@ -354,7 +356,7 @@ def _modules(owners: Iterable[Any]) -> list[Module]:
 
 
 def _unconstrained(value: Any) -> Tensor:
-    """Return the leaf tensor of a parameter's value, itself under Pyro's module_local_params."""
+    """Return the leaf tensor of a value; under module_local_params the value is that leaf."""
     return getattr(value, "unconstrained", lambda: value)()
 
 

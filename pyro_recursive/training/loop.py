@@ -99,6 +99,8 @@ def fit(
     check_at_least(0, kl_warmup=kl_warmup)
     if validation is None and (patience is not None or aggressive is not None):
         raise ValueError("patience and aggressive need a validation loss. Pass validation data.")
+    if not (clip_norm > 0 and (patience is None or patience >= 1)):
+        raise ValueError(f"clip_norm={clip_norm} must be above 0, patience={patience} at least 1.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a file to resume from. Pass it as checkpoint.")
     with ProcessGroup.joined() as processes:

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[Callable], Any], str]] = {
     "clip": (lambda m: GradientUpdate(clip=0.0), "clip=0.0 > 0"),
     "twice": (lambda m: SemiAmortizedGuide(m, semi(m)), "cannot be refined again"),
     "component": (lambda m: MixtureGuide(m, [semi(m)]), "cannot be a component of a mixture"),
-    "used": (lambda m: SemiAmortizedGuide(m, used(m)), "run on its own cannot be renamed"),
+    "used": (lambda m: SemiAmortizedGuide(m, used(m)), "run by itself: it keeps its names"),
     "autoguides": (lambda m: called(m, autoguides(m)), "AutoNormal.*Use AmortizedGuide"),
     "no_rows": (lambda m: called(m, AmortizedGuide(m)), "Refinement needs rows.*plate="),
     "tables": (

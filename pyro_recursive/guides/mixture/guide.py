@@ -41,7 +41,8 @@ class MixtureGuide(LatentGuide):
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for Gaussians with parameters of their own.
-            Copies never separate. Parameters of plain functions are not in the `state_dict`.
+            Identical components stay identical: start each elsewhere. Parameters of plain functions
+            are not in the `state_dict`.
         weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, bounded by
             ``8 tanh(l / 8)``; ``"linear"`` for a linear one (the default with an encoder), or
             ``"shared"`` for the same weights in all rows. By default each row has its own.
@@ -140,9 +141,9 @@ class MixtureGuide(LatentGuide):
                 component.adopt(groups, prior, raw)
         super().adopt(groups, prior, raw)
 
-    def build(self, latents: LatentBlock, place: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
         """Create the weights of a group."""
-        self.weights.build(latents, place, raw)
+        self.weights.build(latents, prior_draw, raw)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         if not self._has("trunk"):
