@@ -56,7 +56,7 @@ class Row:
     def refusal(self, loss: str, estimator: str) -> tuple[type[Exception], str] | None:
         """Return the error that a loss with an estimator must raise here, and its message."""
         if self.sites == "discrete" and estimator in ("pathwise", "stl", "dreg", "rws-dreg"):
-            return NotImplementedError, r"Guide site 'k\w*' is not reparam.*estimator='vimco'"
+            return NotImplementedError, r"Guide site 'k\w*' is not reparam.*'vimco'"
         if self.sites == "delta" and estimator.startswith("rws"):
             return NotImplementedError, r"Guide site '\w+' is computed from.*estimator='dreg'"
         split = loss == "PIWAE_ELBO" or estimator.startswith("rws")
