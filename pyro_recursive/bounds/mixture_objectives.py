@@ -96,6 +96,11 @@ class Clamped(Objective):
     clamp: float
     strength: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check that both constants are positive."""
+        if not (self.clamp > 0 and self.strength > 0):
+            raise ValueError(f"clamp and strength must be positive, got {self}.")
+
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         ratio = table[..., m] - log_others(table, log_weights, m)
         draws = ratio[list(own)].mean(0) if own else ratio
@@ -113,6 +118,11 @@ class Relbo(Objective):
     """
 
     regularization: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that the entropy is not penalised."""
+        if not self.regularization > 0:
+            raise ValueError(f"regularization must be positive, got {self.regularization}.")
 
     def __call__(self, table: Tensor, log_weights: Tensor, m: int, own: Sequence[int]) -> Tensor:
         return log_others(table, log_weights, m) + self.regularization * table[..., m]

@@ -71,6 +71,8 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
             f"log_densities must be [M, S, *batch, M] and log_weights [*batch, M], got "
             f"{tuple(table.shape)} and {tuple(log_weights.shape)}."
         )
+    if table.shape[1] < 2:
+        raise ValueError(f"A standard error needs 2 draws, got {table.shape[1]}.")
     own = torch.einsum("ms...m->ms...", table)  # the density under the component drawn from
     if not bool(own.isfinite().all()) or bool(table.isnan().any()):
         raise ValueError("A draw has no finite log-density of its own.")

@@ -184,8 +184,10 @@ class ImportanceWeights:
     def join(
         cls, parts: Sequence["ImportanceWeights"], plate: str | None = None
     ) -> "ImportanceWeights":
-        """Concatenate the weights of several minibatches along a plate, by default the first."""
+        """Concatenate the weights of several minibatches along a plate, by default the only one."""
         plates = parts[0].plates
+        if plate is None and len(plates) > 1:
+            raise ValueError(f"plate= is needed, one of {list(plates)}.")
         if not plates or any(part.plates != plates for part in parts):
             found = [part.plates for part in parts]
             raise ValueError(f"Weights to join need the same plates, got {found}.")

@@ -195,7 +195,10 @@ def evaluate_in_parallel(
     with ProcessGroup.joined() as processes:
         own, size = processes.share(count), batch_size or count
         parts = [slice(i, min(i + size, own.stop)) for i in range(own.start, own.stop, size)]
-        found = [_mapped(_on_cpu, function(*(column[part] for column in rows))) for part in parts]
+        found = []
+        for part in parts:
+            check = partial(_checked, rows=part.stop - part.start)
+            found.append(_mapped(check, function(*(column[part] for column in rows))))
         by_process = processes.gather(found, "an evaluation")
 
     def join(*leaves: Any) -> Any:
@@ -203,19 +206,20 @@ def evaluate_in_parallel(
             if any(leaf != leaves[0] for leaf in leaves):
                 raise ValueError(f"Values other than tensors differ between the rows: {leaves}.")
             return leaves[0]
-        joined = torch.cat([torch.atleast_1d(leaf) for leaf in leaves])
-        if len(joined) != count:
-            raise ValueError(
-                f"The function returned {len(joined)} values for {count} rows. Return a value for "
-                "each row, in the first dim."
-            )
-        return joined.to(rows[0].device)
+        return torch.cat(leaves).to(rows[0].device)
 
     return _mapped(join, *(part for parts in by_process for part in parts))
 
 
-def _on_cpu(leaf: Any) -> Any:
-    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+def _checked(leaf: Any, rows: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.shape[:1] != (rows,):
+        raise ValueError(
+            f"The function returned shape {tuple(leaf.shape)} for {rows} rows. Return a value for "
+            "each row, in the first dim."
+        )
+    return leaf.detach().cpu()
 
 
 def _mapped(function: Callable, *results: Any) -> Any:

@@ -229,11 +229,9 @@ def log_likelihoods(
         if missing := sorted(runs.latents().keys() - draws.sites.keys()):
             raise ValueError(f"There are no draws of {missing}, only of {[*draws.sites]}.")
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
-        return {
-            site["name"]: runs.site(site["name"], "observed", _log_likelihood, event_dim=0)
-            for site in sites(*runs.traces)
-            if site["is_observed"] and not is_computed(site)
-        }
+        found = (s for s in sites(*runs.traces) if s["is_observed"] and not is_computed(s))
+        names = dict.fromkeys(site["name"] for site in found)
+        return {n: runs.site(n, "observed", _log_likelihood, event_dim=0) for n in names}
 
     run = chunk_size, vectorize_particles
     found = run_on_draws(model, args, kwargs, draws, collect, *run)
@@ -297,11 +295,8 @@ def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
 
 def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in their place; factors have none."""
-    return {
-        site["name"]: runs.site(site["name"], "observed")
-        for site in sites(*runs.traces)
-        if was_observed(site) or _can_be_drawn(site)
-    }
+    found = (site for site in sites(*runs.traces) if was_observed(site) or _can_be_drawn(site))
+    return {n: runs.site(n, "observed") for n in dict.fromkeys(site["name"] for site in found)}
 
 
 def _log_likelihood(site: Site) -> Tensor:

@@ -70,7 +70,7 @@ def ecdf_difference(ranks: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
     ordered = ranks.T.sort(-1).values.contiguous()
     below = torch.searchsorted(ordered, position.repeat(len(ordered), 1))
     at = position.double() / (num_draws + 1)
-    return at, below.T / len(ranks) - at.unsqueeze(1)
+    return at, below.T.double() / len(ranks) - at.unsqueeze(1)
 
 
 def ecdf_band(num_ranks: int, num_draws: int, level: float = 0.95) -> tuple[Tensor, Tensor]:

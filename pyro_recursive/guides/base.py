@@ -173,7 +173,7 @@ class LatentGuide(PyroModule):
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
         """Return the names of the latents that have a distribution for each row of the data."""
         plates = {
-            site["name"]: {name for name, frame in plates_of(site).items() if frame.vectorized}
+            site["name"]: [name for name, frame in plates_of(site).items() if frame.vectorized]
             for site in latent
         }
         plate = self.plate

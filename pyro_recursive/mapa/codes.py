@@ -42,8 +42,9 @@ class Codes(nn.Module):
     ) -> None:
         super().__init__()
         weights = torch.ones(num_components) if weights is None else torch.as_tensor(weights)
-        if weights.shape != (num_components,) or not (weights >= 0).all():
-            raise ValueError(f"weights must be {num_components} numbers, not negative.")
+        valid = weights.shape == (num_components,) and (weights >= 0).all()
+        if not (valid and 0 < weights.sum() < math.inf):
+            raise ValueError(f"weights must be {num_components} finite numbers >= 0, not all 0.")
         self._keep("logits", weights.to(torch.get_default_dtype()).log(), learn_weights)
         self.has_scale = scale is not None
         if scale is not None:

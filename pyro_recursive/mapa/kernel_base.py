@@ -291,8 +291,8 @@ class Distance(Kernel):
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return minus half the squared distances, in units of the bandwidth if there is one."""
         distances = self.distance(query, reference).to(torch.float64)
-        if not (distances >= 0).all():
-            raise ValueError("distance returned negative numbers or nan.")
+        if distances.shape != (len(query), len(reference)) or not (distances >= 0).all():
+            raise ValueError("distance must return [Q, R] numbers, none of them negative or nan.")
         return -0.5 * (distances / (self.bandwidth or 1.0)).square()
 
     def rescaled(self, scores: Tensor, size: int) -> Tensor:

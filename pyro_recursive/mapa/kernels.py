@@ -204,6 +204,11 @@ class Poisson(_GammaConjugate):
     support = (0.0, math.inf)
     whole = True
 
+    def __post_init__(self) -> None:
+        """Check the prior, whose posterior is improper for a shape of zero and a count of zero."""
+        super().__post_init__()
+        check_positive(self, shape=self.shape)
+
     def scores(self, query: Tensor, reference: Tensor) -> Tensor:
         """Return log k, ``[Q, R]``, float64."""
         x, shape = flat(query), flat(reference) + self.shape

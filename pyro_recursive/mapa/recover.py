@@ -120,6 +120,10 @@ def recover_prior(
         kind = "copula" if codes.shape[1] == 1 else several
     if kind not in KINDS:
         raise ValueError(f"kind must be 'auto' or one of {list(KINDS)}, got {kind!r}.")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {held_out}.")
+    if kind == "copula" and trainable:
+        raise ValueError("kind='copula' has nothing to train: use 'flow', 'kde' or 'kernels'.")
     if (scale is None) == (kind == "kernels"):
         raise ValueError(f"scale is for kind='kernels', which needs it; got kind={kind!r}.")
     if kind == "kernels":

@@ -154,6 +154,8 @@ class ExemplarPrior(nn.Module):
             return like.new_full((number,), -math.log(number))
         if leave_out.dtype == torch.bool or leave_out.is_floating_point():
             raise TypeError(f"leave_out must be indices of exemplars, got {leave_out.dtype}.")
+        if number < 2:
+            raise ValueError(f"leave_out needs 2 exemplars at a time, got {number}.")
         size = len(self.exemplars)
         if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
             span = f"from {leave_out.min()} to {leave_out.max()}"
@@ -179,7 +181,7 @@ def unsquash(inputs: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     if bounds is None:
         return inputs.clone()
     low, high = bounds
-    if not low <= inputs.min() <= inputs.max() <= high:
+    if not (low < high and low <= inputs.min() <= inputs.max() <= high):
         span = f"from {inputs.min():g} to {inputs.max():g}"
         raise ValueError(f"pseudo_inputs go {span}, out of {(low, high)}.")
     return ((inputs - low) / (high - low)).clamp(_MARGIN, 1 - _MARGIN).logit()

@@ -151,12 +151,16 @@ def latent_weight() -> float:
 
 
 class SubstituteByName(Messenger):
-    """Gives sites, subsample sites too, values by name, where no handler inside has done so."""
+    """Gives sites, subsample sites too, values by name.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    A site that has a value, such as an explicit ``subsample``, keeps it without ``override``.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], override: bool = False) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.override = values, override
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"] and not msg["done"]:
+        is_free = self.override or msg["value"] is None
+        if is_free and msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True

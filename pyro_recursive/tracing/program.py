@@ -40,7 +40,7 @@ class Program:
             # Not `poutine.replay`: guide messengers keep the prior of their own run in `infer`.
             nodes = replayed.nodes.items()
             values = {name: site["value"] for name, site in nodes if site["type"] == "sample"}
-            guide = SubstituteByName(values)(guide)
+            guide = SubstituteByName(values, override=True)(guide)
         trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         if isinstance(poutine.unwrap(self.guide), Messenger):
             # A guide messenger runs the model too, and what the model observes is not the guide's.

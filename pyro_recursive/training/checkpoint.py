@@ -119,5 +119,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Real):  # NumPy's numbers too: weights_only=True does not load these
         return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, torch.Tensor | list | tuple):
+        value = value.tolist() if isinstance(value, torch.Tensor) else value
+        return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
     name = getattr(value, "name", None) or getattr(value, "__qualname__", None)
     return name or re.sub(" at 0x[0-9a-f]+", "", repr(value))

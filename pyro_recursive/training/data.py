@@ -82,7 +82,9 @@ class Minibatches:
         """The rows of the data; None where a DataLoader's are batches or have no length."""
         if not isinstance(self.data, DataLoader):
             return len(self.data[0])
-        return None if self.data.batch_sampler is None else _length(self.data.dataset)
+        sampler = self.data.sampler
+        sized = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
+        return None if self.data.batch_sampler is None else _length(sized)
 
     @property
     def size(self) -> int | None:

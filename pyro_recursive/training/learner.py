@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -351,8 +352,14 @@ class Learner:
 
 def _modules(owners: Iterable[Any]) -> list[Module]:
     """Return the modules among callables, under partials and bound methods, each once."""
-    found = [getattr(each, "__self__", each) for each in map(poutine.unwrap, owners)]
-    return list({id(each): each for each in found if isinstance(each, Module)}.values())
+    found: dict[int, Module] = {}
+    for owner in owners:
+        while isinstance(owner, partial):
+            owner = owner.func
+        owner = poutine.unwrap(getattr(owner, "__self__", owner))
+        if isinstance(owner, Module):
+            found[id(owner)] = owner
+    return list(found.values())
 
 
 def _unconstrained(value: Any) -> Tensor:

@@ -116,7 +116,9 @@ def fit(
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
         settings = {"clip_norm": clip_norm, "kl_warmup": kl_warmup, "seed": seed}
-        run = _Run(learner, batches, phase, Path(checkpoint) if checkpoint else None, settings)
+        run = _Run(
+            learner, batches, phase, Path(checkpoint) if checkpoint is not None else None, settings
+        )
         if resume:
             run.resume()
         with _progress_bar(batches, epochs, learner.steps, progress and processes.is_first) as bar:

@@ -117,8 +117,10 @@ def _figures(run: Run, of_rows: set[str]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _is_close(one: Any, other: Any) -> bool:
     # The computation is the same; accelerators may sum in another order.
-    one, other = (torch.as_tensor(each).double().cpu() for each in (one, other))
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+    one, other = (torch.as_tensor(each).double().cpu().squeeze() for each in (one, other))
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=1e-5, atol=1e-6, equal_nan=True
+    )
 
 
 class BatchTakenForData(Messenger):

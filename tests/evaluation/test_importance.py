@@ -175,6 +175,8 @@ def test_minibatches_are_joined() -> None:
         ImportanceWeights.join([joined, ImportanceWeights(joined.log_weights.sum(1))])
     first, second = torch.randn(30, 3, 4), torch.randn(30, 3, 2)
     parts = [ImportanceWeights(each, ("cols", "data")) for each in (first, second)]
+    with pytest.raises(ValueError, match=r"plate= is needed, one of \['cols', 'data'\]"):
+        ImportanceWeights.join(parts)
     joined = ImportanceWeights.join(parts, plate="data")
     assert torch.equal(joined.log_weights, torch.cat([first, second], 2))
 

@@ -13,7 +13,14 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, SemiAmortizedGuide
+from pyro_recursive import (
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    AmortizedGuide,
+    MixtureGuide,
+    SemiAmortizedGuide,
+)
+from pyro_recursive.guides.call import first_argument
 from pyro_recursive.guides.semi_amortized.guide import MODES
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate
@@ -72,6 +79,29 @@ def test_rows_do_not_know_how_many_they_are() -> None:
         call = guide.new_call((x,), {})
         found = guide.variational_params(guide.groups[-1], call)
         assert_all_close([found], [expected[call.plates["data"].indices]], **CLOSE)
+
+
+@pytest.mark.parametrize("base", ["diagonal", "mixture"])
+def test_an_explicit_minibatch_is_kept(base: str) -> None:
+    """``subsample=x`` of the model is what the rows' ELBO is of, not the guide's indices."""
+
+    def model(x: Tensor, reads_plate: bool) -> None:
+        with pyro.plate("data", 60, subsample=x) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(SIZE), 1.0).to_event(1))
+            observed = rows if reads_plate else x
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=observed)
+
+    x, encoder, found = torch.randn(6, 3), nn.Linear(3, 2 * SIZE), []
+    for reads_plate in (False, True):
+        guide = AmortizedGuide(model, encoder, name=f"encoder_{reads_plate}")
+        if base == "mixture":
+            options = {"inputs": first_argument, "name": f"mixture_{reads_plate}"}
+            guide = MixtureGuide(model, [guide], **options)
+        refined = SemiAmortizedGuide(model, guide, name=f"refined_{reads_plate}")
+        refined.prepare(x, reads_plate)
+        torch.manual_seed(0)
+        found.append(refined.refine(x, reads_plate).elbo)
+    assert_all_close(found[:1], found[1:], **CLOSE)
 
 
 def test_the_minibatch_is_drawn_once() -> None:

@@ -19,11 +19,19 @@ from torch import Tensor
 from pyro_recursive import (
     IWAE_ELBO,
     AmortizedGuide,
+    ExemplarPrior,
     MixtureGuide,
     RecursiveMixture_ELBO,
+    SemiAmortizedGuide,
+    VampPrior,
     fit,
     log_marginal,
 )
+from pyro_recursive.bounds.mixture_objectives import Clamped, Relbo
+from pyro_recursive.evaluation.search import Search
+from pyro_recursive.evaluation.snr import SNRSweep
+from pyro_recursive.mapa import FreeCodes, recover_prior
+from pyro_recursive.mapa.kernels import Gamma, Poisson
 from pyro_recursive.mapa.table import Table, TableError
 from pyro_recursive.training import CheckpointError
 from tests import models
@@ -64,6 +72,60 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
         lambda x: mixture(encoded(inputs=in_a_dict), encoded(), weights="linear")(x),
         ValueError,
         "weights='linear' needs",
+    ),
+    "holdout without a tuple": (
+        lambda x: RecursiveMixture_ELBO(holdout=x),
+        TypeError,
+        r"Use \(tensor,\)",
+    ),
+    "objective turned round": (
+        lambda x: RecursiveMixture_ELBO(objective=Clamped(1.0, strength=-1.0)),
+        ValueError,
+        "must be positive",
+    ),
+    "penalised entropy": (lambda x: Relbo(0.0), ValueError, "must be positive"),
+    "negative direct term": (
+        lambda x: SemiAmortizedGuide(local, encoded(), direct=-1.0),
+        ValueError,
+        "direct must be at least 0",
+    ),
+    "search without steps": (lambda x: Search(lr=0.0), ValueError, "lr and tolerance"),
+    "codes without weight": (
+        lambda x: FreeCodes(torch.ones(2, 1), weights=torch.zeros(2)),
+        ValueError,
+        "not all 0",
+    ),
+    "shape of zero": (lambda x: Poisson(shape=0.0), ValueError, "shape must be positive"),
+    "negative concentration": (lambda x: Gamma(-0.5), ValueError, "concentration must be"),
+    "copula to train": (
+        lambda x: recover_prior(x[:, None], kind="copula", trainable=True),
+        ValueError,
+        "nothing to train",
+    ),
+    "negative share": (
+        lambda x: recover_prior(x[:, None], held_out=-0.5),
+        ValueError,
+        "held_out must lie in",
+    ),
+    "empty bounds": (
+        lambda x: VampPrior(Encoder(1, 2), x[:, None], bounds=(0.5, 0.5)),
+        ValueError,
+        "out of",
+    ),
+    "values for indices": (
+        lambda x: ExemplarPrior(Encoder(1, 2), x[:, None])(leave_out=x),
+        TypeError,
+        "leave_out must be indices",
+    ),
+    "one exemplar at a time": (
+        lambda x: ExemplarPrior(Encoder(1, 2), x[:, None], num_exemplars=1)(torch.zeros(1).long()),
+        ValueError,
+        "2 exemplars",
+    ),
+    "law in another size": (
+        lambda x: SNRSweep((1,), (1, 2), {}, {}, {}).slope("guide", over="k"),
+        ValueError,
+        "over must be",
     ),
     "unknown weights": (
         lambda x: MixtureGuide(local, 2, weights="best"),

@@ -202,6 +202,14 @@ def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) ->
     assert all(before[-1])
 
 
+def test_tensors_among_options_are_compared_by_value() -> None:
+    """A loss's ``holdout`` of any size, on any device."""
+    one, other = torch.zeros(2000), torch.zeros(2000)
+    other[1000] = 1e-6
+    plain = checkpoints.plain
+    assert plain((one, "x")) == plain((one.clone(), "x")) != plain((other, "x"))
+
+
 def test_what_may_differ(tmp_path: Path) -> None:
     loss = Trace_ELBO(num_particles=2, vectorize_particles=True)
     path, program = tmp_path / "run.pt", {**auto_normal(), "loss": loss}

@@ -455,3 +455,6 @@ def test_evaluation_by_one_process() -> None:
             evaluate_in_parallel(torch.exp, *rows)
     with pytest.raises(ValueError, match="differ between the rows"):
         evaluate_in_parallel(lambda x: (x, x[0].item()), x, batch_size=2)
+    for wrong in (lambda x: torch.ones(3 if len(x) > 1 else 0), torch.sum):
+        with pytest.raises(ValueError, match="Return a value for each row"):
+            evaluate_in_parallel(wrong, x[:4], batch_size=3)

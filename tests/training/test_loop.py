@@ -13,13 +13,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from pyro_recursive import RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
 from pyro_recursive.training import Aggressive, History, KLWarmup, burda_schedule, fit
@@ -217,6 +218,51 @@ def test_validation_leaves_no_trace_and_repeats_its_draws() -> None:
     assert len(set(fixed.validation)) == 1
 
 
+class WithDropout(nn.Module):
+    """A model whose module says in which mode it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> None:
+        self.modes.append(self.training)
+        with pyro.plate("data", ROWS, subsample=x), poutine.scale(scale=torch.ones(len(x))):
+            mean = pyro.sample("mean", dist.Normal(0.0, scale).expand([len(x)]))
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, partial, lambda m: partial(partial(m.forward), scale=2.0)]
+)
+def test_modules_in_partials_are_found(wrap: Any) -> None:
+    """They validate in evaluation mode; scales may be tensors."""
+    module = WithDropout()
+    model = wrap(module)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", ROWS, subsample=x):
+            pyro.sample("mean", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    x = torch.randn(ROWS)
+    fit(model, guide, x, loss=Trace_ELBO(), epochs=2, validation=x, optimizer=sgd, progress=False)
+    assert module.modes.count(False) == 2 < len(module.modes)
+
+
+def test_a_sampler_of_a_part_has_all_rows() -> None:
+    """No warning that the plate has fewer rows than the data set."""
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    part = SubsetRandomSampler(range(8))
+    loader = DataLoader(TensorDataset(torch.randn(10)), batch_size=8, sampler=part)
+    programs = {**auto_normal(), "model": model, "guide": AutoNormal(model)}
+    run(lambda: {**programs, "data": loader}, epochs=1, batch_size=None)
+
+
 def test_stops_early_and_puts_the_best_back() -> None:
     scripted = Scripted([5.0, 3.0, float("nan"), 4.0, 3.0, 1.0])
     changes = {"validation": normal_data()[:4], "validation_loss": scripted, "epochs": 9}
@@ -347,6 +393,8 @@ WRONG = {
     "kl_warmup": ({"kl_warmup": -1}, ValueError, "kl_warmup must be an integer >= 0, got -1"),
     "patience": ({"patience": 2}, ValueError, "need a validation loss"),
     "aggressive": ({"aggressive": Aggressive()}, ValueError, "need a validation loss"),
+    "no patience": ({"patience": 0, "validation": torch.ones(2)}, ValueError, "patience=0"),
+    "no gradient": ({"clip_norm": 0.0}, ValueError, "clip_norm=0.0 must be above 0"),
     "no file": ({"resume": True}, ValueError, "resume=True needs a file"),
     "empty": ({"data": torch.ones(0, 2)}, ValueError, r"data need one number .* lengths \[0\]"),
     "nothing": ({"data": ()}, ValueError, r"got lengths \[\]"),

@@ -117,9 +117,7 @@ class MixtureGuide(LatentGuide):
                 continue
             if component.inputs in (self.inputs, first_argument):
                 continue
-            own, shared = component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)
-            tensors = isinstance(own, Tensor) and isinstance(shared, Tensor)
-            if own is not shared and not (tensors and torch.equal(own, shared)):
+            if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
                 raise ValueError("A component has inputs= of its own. Give them to the mixture.")
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
@@ -304,3 +302,11 @@ def _on_device(components: tuple[int, ...], device: torch.device) -> Tensor:
     """Return component numbers as a tensor, copied to the device once."""
     with torch.inference_mode(False):  # also for calls outside of it
         return torch.tensor(components, device=device)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same, or tensors with the same values, perhaps in tuples."""
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (tensors and torch.equal(one, other))

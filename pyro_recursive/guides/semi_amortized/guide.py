@@ -108,6 +108,8 @@ class SemiAmortizedGuide(LatentGuide):
             direct = 1.0 if mode == "vae_svi" else 0.0
         self.steps, self.test_steps, self.mode = steps, test_steps, mode
         self.direct = self.update.direct if direct is None else direct
+        if not self.direct >= 0:
+            raise ValueError(f"direct must be at least 0, got {self.direct}.")
         self.draws, self.estimator, self.seed, self.checkpoint = draws, estimator, seed, checkpoint
 
     @property
