@@ -1,6 +1,7 @@
 """Checkpoint files: what they hold, how they are written, and whether they fit a call of `fit`.
 
-A file is replaced as a whole, holds tensors and plain containers only, and loading it runs no code.
+A file is replaced as a whole (`tracing.tensor_files`), holds tensors and plain containers only, and
+loading it runs no code.
 """
 
 import inspect
