@@ -21,7 +21,14 @@ from torch.distributions import constraints
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
+from pyro_recursive import (
+    AmortizedGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+)
 from pyro_recursive.training import Aggressive, History, checkpoint, fit
+from tests.models.small import square_rows
 
 ROWS = 12
 sgd = partial(torch.optim.SGD, lr=1e-3)
@@ -129,6 +136,17 @@ def aggressive(loader: bool) -> dict[str, Any]:
     return {**program, "validation": torch.ones(7, 2).cumsum(0), "aggressive": options}
 
 
+def growing() -> dict[str, Any]:
+    """A mixture that keeps all that gains: stages, trials and members are part of its state."""
+    torch.manual_seed(3)
+    model, x = partial(square_rows, prior=1.5), torch.randn(ROWS, 2).abs() + 1
+    components = [AmortizedGuide(model, nn.Linear(2, 2)) for _ in range(3)]
+    schedule = Schedule(first=2, propose=2, refine=3, joint=2, confidence=0.0, draws=64)
+    guide = RecursiveMixtureGuide(model, components, schedule=schedule)
+    loss = RecursiveMixture_ELBO(2)
+    return {"model": model, "guide": guide, "data": (x,), "loss": loss, "epochs": 7}
+
+
 def late_parameters() -> dict[str, Any]:
     def guide(x: Tensor) -> None:
         loc = pyro.param(f"loc_{int(x[0] > 1)}", torch.tensor(0.1))
@@ -144,17 +162,32 @@ def late_parameters() -> dict[str, Any]:
     }
 
 
-def pyro_module_renyi() -> dict[str, Any]:
-    class Guide(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.loc = nn.Parameter(torch.tensor(0.1))
-            self.scale = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+class LocalModel(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(1, 1)
+        self.width = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
 
-        def forward(self, x: Tensor) -> None:
-            pyro.sample("mean", dist.Normal(self.loc, self.scale))
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.decoder(z[..., None])[..., 0], self.width), obs=x)
 
-    return {**auto_normal(), "guide": Guide(), "loss": RenyiELBO(alpha=0.5, num_particles=2)}
+
+class LocalGuide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc * x, 0.5))
+
+
+def pyro_modules() -> dict[str, Any]:
+    torch.manual_seed(3)
+    loss = RenyiELBO(alpha=0.5, num_particles=2)
+    return {"model": LocalModel(), "guide": LocalGuide(), "data": normal_data(), "loss": loss}
 
 
 class LossWithModule(Trace_ELBO):
@@ -186,8 +219,9 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "stopped early": partial(early, patience=1),
     "aggressive": partial(aggressive, loader=False),
     "aggressive, loader": partial(aggressive, loader=True),
+    "growing mixture": growing,
     "late parameters": late_parameters,
-    "PyroModule, RenyiELBO": pyro_module_renyi,
+    "PyroModule, RenyiELBO": pyro_modules,
     "loss with parameters": own_loss,
 }
 

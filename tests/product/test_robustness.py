@@ -317,22 +317,6 @@ def test_a_bad_third_batch_ends_fit(name: str, kind: str) -> None:
     assert same(after_bad, after_two)
 
 
-WHOLE = {
-    "y has another length": (ValueError, r"one number of rows, got lengths \[4, 3\]"),
-    "y has one row": (ValueError, r"one number of rows, got lengths \[4, 1\]"),
-    "no rows": (ValueError, r"got lengths \[0, 0\]"),
-    "y is an array": (TypeError, "got ndarray"),
-}
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_fit_knows_what_data_are(name: str) -> None:
-    run = Run("amortized")
-    with pytest.raises(WHOLE[name][0], match=WHOLE[name][1]):
-        fit(run.model, run.guide, DATA[name].arguments(), loss=IWAE_ELBO(2), epochs=1)
-    assert not pyro.get_param_store().keys()
-
-
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own
 def test_without_validation_nan_data_are_seen_in_the_loss_alone() -> None:
     """Nothing waits for the device then: the step is taken, and the loss is NaN, as in Pyro."""

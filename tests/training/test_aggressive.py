@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormalMessenger
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -57,7 +57,7 @@ def linear_guide(x: Tensor) -> None:
 MODELS, GUIDES = {"weight", "slope", "scale"}, {"loc", "log_scale"}
 
 
-def linear() -> dict[str, Any]:
+def linear(**changes: Any) -> dict[str, Any]:
     return {
         "model": linear_model,
         "guide": linear_guide,
@@ -65,6 +65,7 @@ def linear() -> dict[str, Any]:
         "loss": Trace_ELBO(),
         "validation": rows(5, seed=1),
         "aggressive": few,
+        **changes,
     }
 
 
@@ -84,7 +85,8 @@ class Watched(torch.optim.Adam):
         before = store()
         super().step(closure)
         after = store()
-        self.moved.append({name for name in after if not torch.equal(before[name], after[name])})
+        moved = {name for name in after if not torch.equal(before[name], after[name])}
+        self.moved.append({name.replace("$$$", ".") for name in moved})
 
 
 def movements(**changes: Any) -> tuple[History, list[set[str]]]:
@@ -94,24 +96,57 @@ def movements(**changes: Any) -> tuple[History, list[set[str]]]:
     return history, Watched.moved
 
 
+def shared() -> dict[str, Any]:
+    """A VampPrior: the model uses the guide's encoder, and inputs of its own."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(2, 4), nn.Linear(2, 2)
+    prior = VampPrior(lambda u: pyro.module("encoder", encoder)(u), rows(3))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        pyro.module("prior", prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc, log_scale = pyro.module("encoder", encoder)(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return linear(model=model, guide=guide)
+
+
+def amortized() -> dict[str, Any]:
+    """Parameters of the model that the guide's own runs of it use remain the model's."""
+    torch.manual_seed(0)
+    return linear(guide=AmortizedGuide(linear_model, nn.Linear(2, 2)))
+
+
+def of_net(name: str) -> set[str]:
+    return {f"{name}.weight", f"{name}.bias"}
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("program", "guides", "models"),
     [
-        TraceMeanField_ELBO,
-        partial(RenyiELBO, alpha=0.5, num_particles=2),
-        partial(IWAE_ELBO, 3, estimator="dreg"),
-        partial(PIWAE_ELBO, 2, 2),
-        ordinary.LossWithModule,
+        (partial(linear, loss=TraceMeanField_ELBO()), GUIDES, MODELS),
+        (partial(linear, loss=RenyiELBO(alpha=0.5, num_particles=2)), GUIDES, MODELS),
+        (partial(linear, loss=IWAE_ELBO(3, estimator="dreg")), GUIDES, MODELS),
+        (partial(linear, loss=PIWAE_ELBO(2, 2)), GUIDES, MODELS),
+        (lambda: linear(loss=ordinary.LossWithModule()), GUIDES, MODELS | of_net("own")),
+        (shared, of_net("encoder"), of_net("decoder") | {"prior.raw_inputs"}),
+        (amortized, of_net("AmortizedGuide.encoder"), MODELS),
     ],
 )
-def test_the_guide_moves_alone_and_then_the_model(make: Callable[[], ELBO]) -> None:
-    loss = make()
-    own = {"own$$$weight", "own$$$bias"} if isinstance(loss, ordinary.LossWithModule) else set()
+def test_the_guide_moves_alone_and_then_the_model(
+    program: Callable[[], dict[str, Any]], guides: set[str], models: set[str]
+) -> None:
     options = Aggressive(max_steps=3, check_every=99)
-    history, moved = movements(loss=loss, aggressive=options, batch_size=6)
+    history, moved = movements(program=program, aggressive=options, batch_size=6)
     assert history.guide_steps == [6, 12]
     assert history.steps == [2, 4]
-    assert moved == [GUIDES, GUIDES, GUIDES, MODELS | own] * 4
+    assert moved == [guides, guides, guides, models] * 4
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -139,35 +174,6 @@ def test_steps_are_those_of_two_optimisers(fused: bool) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
-def shared() -> dict[str, Any]:
-    """A VampPrior: the model uses the guide's encoder, and inputs of its own."""
-    torch.manual_seed(0)
-    encoder, decoder = nn.Linear(2, 4), nn.Linear(2, 2)
-    prior = VampPrior(lambda u: pyro.module("encoder", encoder)(u), rows(3))
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        pyro.module("prior", prior)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior())
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        loc, log_scale = pyro.module("encoder", encoder)(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    return {**linear(), "model": model, "guide": guide}
-
-
-def test_what_both_use_is_the_guide_s() -> None:
-    _, moved = movements(program=shared, aggressive=Aggressive(max_steps=1), batch_size=None)
-    encoder, decoder = (
-        {f"{net}$$${name}" for name in ("weight", "bias")} for net in ("encoder", "decoder")
-    )
-    assert moved == [encoder, decoder | {"prior$$$raw_inputs"}] * 2
-
-
 def late_guide(x: Tensor) -> None:
     """A parameter that the first minibatches do not create."""
     shift = pyro.param("late", torch.tensor(0.1)) if x[0, 0] > 1 else 0.0
@@ -180,7 +186,7 @@ def late() -> dict[str, Any]:
     data = rows()
     data[:, 0] = 0.0
     data[-1, 0] = 2.0  # alone in its minibatch
-    return {**linear(), "guide": late_guide, "data": data}
+    return linear(guide=late_guide, data=data)
 
 
 def test_parameters_that_come_late_find_their_part() -> None:
@@ -425,13 +431,3 @@ def test_a_lagging_guide_keeps_its_latent() -> None:
     assert found[1] > 0.12
     assert history.aggressive[0]
     assert not history.aggressive[-1]
-
-
-def test_guides_of_the_package() -> None:
-    """Parameters of the model that their own runs of it use remain the model's."""
-    torch.manual_seed(0)
-    guide = AmortizedGuide(linear_model, nn.Linear(2, 2))
-    _, moved = movements(guide=guide, aggressive=Aggressive(max_steps=1), batch_size=None)
-    encoder = {f"AmortizedGuide.encoder.{name}" for name in ("weight", "bias")}
-    names = {frozenset(n.replace("$$$", ".") for n in part) for part in moved}
-    assert names == {frozenset(encoder), frozenset(MODELS)}

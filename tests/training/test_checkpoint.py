@@ -38,7 +38,7 @@ from tests.oracles.training import (
     vae_loader,
 )
 
-QUICK = {"auto_normal", "vae", "late parameters", "loss with parameters"}
+QUICK = {"auto_normal", "vae", "growing mixture", "late parameters", "loss with parameters"}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> 
     program, path, other = PROGRAMS[name], tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = outcome(run(program, checkpoint=path), path)
     last = expected["history"]["steps"][-1] + expected["history"]["guide_steps"][-1]
-    calls = range(last) if name == "vae" else random.Random(name).sample(range(last), 2)
+    calls = range(last) if name == "vae" else random.Random(name).sample(range(last), 3)
     for call in calls:
         other.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_recursive.training import fit
 from pyro_recursive.training.plate_sizes import check_shares
@@ -80,6 +80,7 @@ class LocalGuide(nn.Module):
 
 vectorised = Trace_ELBO(num_particles=4, vectorize_particles=True)
 loader = DataLoader(TensorDataset(normal_data()), 4)
+part = DataLoader(TensorDataset(normal_data()), 8, sampler=SubsetRandomSampler(range(8)))
 
 MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "plate of the batch": (grouped(of_batch), {"kl_warmup": 5}, True),
@@ -89,6 +90,7 @@ MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
     "plate of all, as many columns": (grouped(of_all), {"batch_size": 2}, False),
     "full batch": (grouped(of_batch), {"batch_size": None}, False),
+    "all of a part": (grouped(of_batch), {"data": part, "batch_size": None}, False),
     "local": (local, {"guide": LocalGuide()}, False),
     "vectorised": (grouped(of_batch), {"loss": vectorised}, True),
 }
