@@ -114,6 +114,7 @@ def cases() -> Iterator[tuple[dict[str, Any], tuple[int, ...], Sequence[Tensor |
     """Yield options of the loss, the progress, and minus the loss's derivatives by quadrature."""
     whole, alone = mixture_derivatives(), alone_derivatives()
     exact, guide_only = whole.second / SHARE, {"update": "guide"}
+    yield {}, FIRST, (alone.theta, alone.first, None, None)  # an ELBO with one component
     yield {}, REFINE, (whole.theta, None, exact, whole.logits)
     yield guide_only, REFINE, (None, None, exact, whole.logits)
     yield guide_only, PROPOSE, (None, None, climbed(skewed(0.1)), None)
@@ -134,14 +135,6 @@ def test_gradients_of_each_stage(families: tuple[str, str]) -> None:
     for options, progress, expected in cases():
         s = growing(len(weight), families=families, progress=progress)
         assert_same(s.gradients(RecursiveMixture_ELBO(1, **options), eps[0], weight), expected)
-
-
-def test_first_stage_is_an_elbo_with_one_component() -> None:
-    eps, weight = grid(1)
-    found = growing(len(weight), progress=FIRST).gradients(RecursiveMixture_ELBO(1), eps[0], weight)
-    assert found.logits is None or not found.logits.any()
-    expected = alone_derivatives()._replace(second=None, logits=None)
-    assert_same(found._replace(logits=None), expected)
 
 
 @pytest.mark.parametrize("progress", [PROPOSE, REFINE], ids=["propose", "refine"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
 from pyro_recursive.tracing.handlers import current_assignment
 from tests.models.small import square_global
-from tests.oracles.quadrature import Grid, log_normal
+from tests.oracles.quadrature import Grid, log_normal, tensor_grid
 
 THETA = torch.tensor(0.2, dtype=torch.float64)
 PLACES = torch.tensor([[0.9, math.log(0.5)], [-0.6, math.log(0.7)]], dtype=torch.float64)
@@ -32,12 +32,8 @@ bimodal = partial(square_global, torch.tensor(4.0, dtype=torch.float64))  # mode
 
 def grid(size: int) -> Grid:
     """Return the trapezoidal rule for standard normals, exact to 1e-9 here."""
-    step = 0.125 if size == 1 else 0.2
-    points = torch.arange(-40, 41) * step if size > 1 else torch.arange(-64, 65) * step
-    weights = (-0.5 * points**2).exp()
-    eps = torch.stack(torch.meshgrid(*[points] * size, indexing="ij")).flatten(1)
-    weight = torch.stack(torch.meshgrid(*[weights] * size, indexing="ij")).prod(0).flatten()
-    return Grid(eps, weight / weight.sum())
+    points = torch.arange(-64, 65) * 0.125 if size == 1 else torch.arange(-40, 41) * 0.2
+    return tensor_grid(points, (-0.5 * points**2).exp(), size)
 
 
 @contextmanager

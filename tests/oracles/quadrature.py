@@ -25,12 +25,14 @@ class Grid(NamedTuple):
 
 def normal_grid(size: int, nodes: int = 48) -> Grid:
     """Return the tensor Gauss-Hermite grid in ``size`` dimensions."""
-    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    weights = torch.as_tensor(weights / weights.sum())
-    points = torch.as_tensor(points)
+    return tensor_grid(*map(torch.as_tensor, np.polynomial.hermite_e.hermegauss(nodes)), size)
+
+
+def tensor_grid(points: Tensor, weights: Tensor, size: int) -> Grid:
+    """Return a rule for one dimension in ``size`` of them; its weights sum up to one."""
     eps = torch.stack(torch.meshgrid(*[points] * size, indexing="ij")).flatten(1)
     weight = torch.stack(torch.meshgrid(*[weights] * size, indexing="ij")).prod(0).flatten()
-    return Grid(eps, weight)
+    return Grid(eps, weight / weight.sum())
 
 
 def log_normal(x: Tensor | float, loc: Tensor | float, scale: Tensor | float) -> Tensor:

@@ -33,7 +33,7 @@ from tests.oracles.training import (
 # --- One process: a batch taken for all data
 
 
-def grouped(plate: Callable[[Tensor], Any], own: float = 1.0, all_: float = 1.0) -> Callable:
+def grouped(plate: Callable[[Tensor], Any], own: Any = 1.0, all_: float = 1.0) -> Callable:
     """Return a model of a global mean whose rows, and two columns, are in plates."""
 
     def model(x: Tensor) -> None:
@@ -88,6 +88,7 @@ MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "loader": (grouped(of_batch), {"data": loader, "batch_size": None}, True),
     "all scaled": (grouped(of_batch, all_=0.1), {}, True),
     "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
+    "row by row": (grouped(of_batch, own=torch.tensor([3.0, 1.0, 1.0, 1.0])), {}, False),
     "plate of all, as many columns": (grouped(of_all), {"batch_size": 2}, False),
     "full batch": (grouped(of_batch), {"batch_size": None}, False),
     "all of a part": (grouped(of_batch), {"data": part, "batch_size": None}, False),
