@@ -23,19 +23,16 @@ from pyro_recursive.evaluation.ranks import (
     uniformity,
 )
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits, simulate
-from tests.models.small import in_rows, normal
+from tests.models import local as local_model
+from tests.models.small import in_rows, normal, normal_rows
 
 HALF = 0.5**0.5  # the scale of a posterior of one observation with unit variance
 
 
 @in_rows
-def conjugate(x: Tensor) -> None:
-    normal("x", normal("z", 1.0), obs=x)
-
-
-@in_rows
 def posterior(x: Tensor, shift: float = 0.0, width: float = 1.0) -> None:
-    normal("z", (x + 1) / 2 + shift, width * HALF)
+    """Of `normal_rows`, with two faults."""
+    normal("z", x / 2 + shift, width * HALF)
 
 
 @in_rows
@@ -128,34 +125,17 @@ def test_difference_by_hand() -> None:
     torch.testing.assert_close(difference[:, 0], expected)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: uniformity(torch.zeros(19, 1).long(), 9), "needs 20 ranks, got 19"),
-        (lambda: uniformity(torch.full((20, 1), 10), 9), "are 0 to 9, got 10 to 10"),
-        (lambda: Calibration({}, 9), "no ranks"),
-    ],
-)
-def test_ranks_that_cannot_be_tested(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 # --- Rows
 
 
 @pytest.mark.parametrize("fault", [{}, {"width": 0.6}, {"width": 1.6}, {"shift": 0.3}])
-def test_conjugate_rows(fault: dict[str, float]) -> None:
+def test_conjugate_rows(fault: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of draws."""
+    monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 3000)
     guide = partial(posterior, **fault)
-    found = calibration(conjugate, guide, torch.zeros(400), num_draws=63)
+    found = calibration(normal_rows, guide, torch.zeros(400), num_draws=63)
     assert found.ranks["z"].shape == (400, 1) and found.ranks["z"].max() <= 63
     assert found.is_calibrated(1e-3) == (not fault)
-
-
-def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_recursive.evaluation.posterior_tables.DRAWN_ROWS", 300)
-    found = calibration(conjugate, posterior, torch.zeros(100), num_draws=10)
-    assert found.ranks["z"].shape == (100, 1) and found.is_calibrated(1e-3)
 
 
 def test_inner_plates_events_covariates_and_keywords() -> None:
@@ -205,14 +185,10 @@ def test_discrete_latents() -> None:
 
 @pytest.mark.parametrize(("width", "vectorize"), [(1.0, True), (0.4, True), (1.0, False)])
 def test_global_and_local_latents(vectorize: bool, width: float) -> None:
-    found = calibration_by_fits(
-        hierarchy,
-        lambda x: partial(exact_hierarchy, width=width),
-        torch.zeros(3),
-        num_datasets=50 if vectorize else 20,
-        num_draws=63 if vectorize else 4,
-        vectorize_particles=vectorize,
-    )
+    sizes = {"num_datasets": 50, "num_draws": 63} if vectorize else {"num_draws": 4}
+    options = {"num_datasets": 20, **sizes, "vectorize_particles": vectorize}
+    guide = partial(exact_hierarchy, width=width)
+    found = calibration_by_fits(hierarchy, lambda x: guide, torch.zeros(3), **options)
     assert found.ranks["loc"].shape[1:] == (1,) and found.ranks["z"].shape[1:] == (3,)
     assert bool((found.adjusted["loc"] > 1e-3).all()) == (width == 1.0)
 
@@ -247,13 +223,11 @@ def test_fits_start_afresh_and_leave_nothing() -> None:
 # --- Where the data go
 
 
-def test_identity_comes_before_equality() -> None:
+def test_data_by_identity_or_in_another_shape_and_dtype() -> None:
     found = simulate(two_sites, (torch.zeros(4),), {"y": torch.zeros(4)})
     assert torch.equal(found.args[0], value(found, "x"))
     assert torch.equal(found.kwargs["y"], value(found, "y"))
 
-
-def test_data_in_another_shape_and_dtype() -> None:
     def model(counts: Tensor) -> None:
         with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
             rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
@@ -269,13 +243,8 @@ def transposed(x: Tensor) -> None:
         normal("x", normal("z", 0.0), obs=x.T)
 
 
-def minibatch(x: Tensor) -> None:
-    with pyro.plate("data", len(x), subsample_size=2) as index:
-        normal("x", normal("z", 0.0), obs=x[index])
-
-
 def other_sites(x: Tensor) -> None:
-    conjugate(x)
+    normal_rows(x)
     if bool((x == 0).all()):
         normal("more", 0.0)
 
@@ -290,17 +259,18 @@ def masked(x: Tensor) -> None:
 X = torch.zeros(3)
 
 
+minibatch = partial(local_model, subsample_size=2)
 autoregression = in_rows(lambda x: normal("x", normal("z", 0.0) + x.mean(), obs=x))
 data_dependent_prior = in_rows(lambda x: normal("x", normal("z", x), obs=x))
 AMBIGUOUS: dict[str, tuple[Callable, tuple]] = {
-    "'f' is a pyro.factor": (lambda x: (conjugate(x), pyro.factor("f", x.sum())), (X,)),
+    "'f' is a pyro.factor": (lambda x: (normal_rows(x), pyro.factor("f", x.sum())), (X,)),
     "observes nothing": (lambda x: None, (X,)),
     "distribution of site 'x' depends on": (autoregression, (X,)),
     "distribution of site 'z' depends on": (data_dependent_prior, (X,)),
     "'x' does not observe the simulation": (transposed, (torch.zeros(3, 3),)),
     r"data of site 'x' are in arguments \[\]": (minibatch, (torch.arange(5.0),)),
     "Site 'more' is not there for all": (other_sites, (X,)),
-    r"in arguments \[0, 1\]": (lambda x, y: conjugate(x + 0), (X, torch.zeros(3))),
+    r"in arguments \[0, 1\]": (lambda x, y: normal_rows(x + 0), (X, torch.zeros(3))),
     r"'y' are in arguments \[0\], not in one of their own": (lambda x: two_sites(x, x), (X,)),
 }
 
@@ -342,13 +312,11 @@ def test_computed_and_reparameterised_sites() -> None:
 def test_a_column_of_an_argument() -> None:
     model = in_rows(lambda x: normal("y", normal("z", 0.0) + x[:, 0], obs=x[:, 2]))
     exact = in_rows(lambda x: normal("z", (x[:, 2] - x[:, 0]) / 2, HALF))
-    found = calibration(
-        model,
-        exact,
-        torch.randn(400, 3),
-        num_draws=31,
-        replace=lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]], 1),), k),
-    )
+
+    def replace(simulated: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (torch.cat([args[0][:, :2], simulated["y"][:, None]], 1),), kwargs
+
+    found = calibration(model, exact, torch.randn(400, 3), num_draws=31, replace=replace)
     assert found.is_calibrated(1e-3)
 
 
@@ -360,15 +328,17 @@ local = in_rows(lambda x: normal("z", x / 2))
 by_fits = partial(calibration_by_fits, hierarchy, lambda x: local)
 to_other = "calibration_by_fits, which simulates whole data sets"
 WRONG: list[tuple[Callable[[Tensor], Any], str]] = [
-    (lambda x: calibration(conjugate, lambda x: normal("loc", 0.0), x), to_other),
-    (lambda x: calibration(conjugate, AutoDiagonalNormal(conjugate), x), to_other),
+    (lambda x: uniformity(torch.full((20, 1), 10), 9), "are 0 to 9, got 10 to 10"),
+    (lambda x: Calibration({}, 9), "no ranks"),
+    (lambda x: calibration(normal_rows, lambda x: normal("loc", 0.0), x), to_other),
+    (lambda x: calibration(normal_rows, AutoDiagonalNormal(normal_rows), x), to_other),
     (lambda x: calibration(hierarchy, local, x), "'loc' is outside plate 'data'"),
     (
-        lambda x: calibration(conjugate, posterior, x, names=["q"]),
+        lambda x: calibration(normal_rows, posterior, x, names=["q"]),
         r"names= has \['q'\]; the latent sites are \['z'\]",
     ),
     (lambda x: by_fits(x, num_datasets=20), "'loc' has shape .* no draws in the guide"),
-    (lambda x: calibration(conjugate, posterior, x[:10]), "needs 20 ranks, got 10"),
+    (lambda x: calibration(normal_rows, posterior, x[:10]), "needs 20 ranks, got 10"),
     (lambda x: by_fits(x, num_datasets=10), "num_datasets must be an integer >= 20, got 10"),
     (
         lambda x: simulate(two_sites, (x,), {"y": x + 0}, wrong_column),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide
 from pyro_recursive.evaluation.diversity import Diversity, jensen_shannon, mixture_diversity
+from tests.models.guides import of
 from tests.models.small import in_rows, normal
 from tests.models.small import square_global as square
 
@@ -132,17 +133,13 @@ def handwritten(x: Tensor) -> None:
     normal("z", pyro.param("m", torch.tensor(5.0)))
 
 
-def test_components_of_all_kinds() -> None:
+def test_components_of_all_kinds_whole_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [AmortizedGuide(square), AutoMultivariateNormal(square), handwritten]
-    found = mixture_diversity(MixtureGuide(square, parts), torch.tensor(4.0), num_draws=50)
-    assert found.divergence.shape == () and 0 < found.divergence <= found.entropy
-    assert found.entropy.item() == pytest.approx(math.log(3))
-    assert 1 < found.effective_components <= 3
-
-
-def test_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    guide = MixtureGuide(square, [handwritten, AmortizedGuide(square, init_scale=1.0)])
+    guide = MixtureGuide(square, parts)
     whole = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
+    assert whole.divergence.shape == () and 0 < whole.divergence <= whole.entropy
+    assert whole.entropy.item() == pytest.approx(math.log(3))
+    assert 1 < whole.effective_components <= 3
     monkeypatch.setattr("pyro_recursive.evaluation.diversity.CHUNK_ROWS", 900)
     parts = mixture_diversity(guide, torch.tensor(4.0), num_draws=4000)
     error = (whole.error.square() + parts.error.square()).sqrt()
@@ -157,16 +154,9 @@ def test_a_recursive_mixture_has_its_members_alone() -> None:
     assert mixture_diversity(guide, torch.tensor(4.0)).pairwise.shape == (2, 2)
 
 
-def with_global(x: Tensor) -> None:
-    loc = normal("loc", 0.0)
-    with pyro.plate("data", 6, subsample=None, subsample_size=len(x)):
-        normal("x", normal("z", loc), obs=x[:, 0])
-
-
 def test_global_and_local_mixtures() -> None:
-    parts = [AmortizedGuide(with_global, nn.Linear(1, 2)) for _ in range(2)]
-    guide, x = MixtureGuide(with_global, parts), torch.randn(6, 1)
-    assert mixture_diversity(guide, x).divergence.shape == (6,)
+    s, guide = of("hierarchy", "mixture_encoders")
+    assert mixture_diversity(guide, *s.args).divergence.shape == (4,)
 
 
 @pytest.mark.parametrize("guide", [AmortizedGuide(square), handwritten])

@@ -11,15 +11,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDiagonalNormal
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_recursive import (
-    AmortizedGuide,
-    FlowGuide,
-    MAPAGuide,
-    MixtureGuide,
-)
+from pyro_recursive import MAPAGuide
 from pyro_recursive.evaluation import (
     Draws,
     importance_weights,
@@ -35,7 +29,9 @@ from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.sites import is_delta, sites, subsample_scale
 from tests import models
 from tests.models import ROWS, SCALED, Row
-from tests.models.small import normal_global, normal_loop, normal_rows, prior_of, vector_rows
+from tests.models.autoencoder import Curve
+from tests.models.guides import KIND, kinds, of
+from tests.models.small import in_rows, normal, normal_global, normal_loop, normal_rows, prior_of
 
 QUICK = {
     "no_plate", "far_dim", "explicit_subsample", "obs_mask", "events", "deterministic", "factor",
@@ -152,13 +148,7 @@ def test_simulated_data_have_the_shape_of_the_data(row: Row, vectorize: bool) ->
 # --- Conjugate models
 
 
-def wide_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.2 + 0 * x, 1.3))
-
-
-def mean_guide(x: Tensor) -> None:
-    pyro.sample("z", dist.Normal(0.5, 0.8))
+wide_guide = in_rows(lambda x: normal("z", 0.2 + 0 * x, 1.3))
 
 
 def scaled_data(x: Tensor) -> None:
@@ -174,7 +164,7 @@ def test_resampled_draws_are_those_of_the_posterior() -> None:
     options = {"num_draws": 4000, "num_proposals": 60_000, "resample": "psis"}
     for model, guide, mean, variance in (
         (normal_rows, wide_guide, x / 2, torch.tensor(0.5)),
-        (normal_global, mean_guide, x.sum() / 3.25, torch.tensor(1 / 3.25)),
+        (normal_global, prior_of(normal_global), x.sum() / 3.25, torch.tensor(1 / 3.25)),
         (scaled_data, wide_guide, 0.75 * x, torch.tensor(0.25)),
     ):
         z = posterior_draws(model, guide, x, **options)["z"]
@@ -197,14 +187,8 @@ def test_rows_choose_on_their_own() -> None:
 
 
 def test_proposals_without_weight_are_refused() -> None:
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.tensor([0.5, -50.0]), 0.1))
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
-
+    guide = in_rows(lambda x: normal("z", torch.tensor([0.5, -50.0]), 0.1))
+    model = in_rows(lambda x: pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False)))
     with pytest.raises(ValueError, match=r"None of 50 draws.*at \(1,\) of plates \['data'\]"):
         posterior_draws(model, guide, torch.zeros(2), num_draws=5, resample="psis")
 
@@ -266,7 +250,7 @@ def test_masked_data() -> None:
             pyro.sample("c", parts.to_event(1), obs=torch.stack([x, x], -1))
 
     x = models.data()
-    draws = posterior_draws(model, mean_guide, x, num_draws=3)
+    draws = posterior_draws(model, prior_of(model), x, num_draws=3)
     found = log_likelihoods(model, draws, x)
     expected = dist.Normal(draws["z"][:, None], 1.0).log_prob(x)
     torch.testing.assert_close(found["c"], expected)
@@ -325,38 +309,25 @@ def test_sequential_plates_choose_their_own_cell() -> None:
 # --- This package's guides
 
 
-rows_model = partial(vector_rows, noise=0.5)
+@kinds("table", "mixture_encoders", "flow_encoder", "gaussian")
+def test_guides_of_this_package(kind: str) -> None:
+    s, guide = of("events", kind)
+    draws = posterior_draws(s.model, guide, *s.args, num_draws=40, resample="psis")
+    assert draws.plates == (() if KIND[kind].rows == "joint" else ("data",))
+    check_draw(s.model, s.args, draws, 3)
 
 
-GUIDES: dict[str, Callable[[Tensor], Callable]] = {
-    "of rows": lambda x: AmortizedGuide(rows_model, plate="data"),
-    "mixture": lambda x: MixtureGuide(
-        rows_model, [AmortizedGuide(rows_model, nn.Linear(2, 4)) for _ in range(2)]
-    ),
-    "flow": lambda x: FlowGuide(rows_model, "coupling", encoder=nn.Linear(2, 4)),
-    "joint": lambda x: AutoDiagonalNormal(rows_model),
-    "mapa": lambda x: MAPAGuide(rows_model, EncodedCodes(nn.Linear(2, 2), x, scale=0.4), x),
-}
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_guides_of_this_package(name: str) -> None:
-    x = torch.randn(6, 2)
-    guide = GUIDES[name](x)
-    guide(x)
-    draws = posterior_draws(rows_model, guide, x, num_draws=40, resample="psis")
-    assert draws["z"].shape == (40, 6, 2)
-    assert draws.plates == (() if name == "joint" else ("data",))
-    check_draw(rows_model, (x,), draws, 3)
-
-
-def test_a_guide_without_density() -> None:
-    x = torch.randn(6, 2)
-    guide = MAPAGuide(rows_model, nn.Linear(2, 2), x)
-    draws = posterior_draws(rows_model, guide, x, num_draws=30, chunk_size=20)
-    assert draws["z"].shape == (30, 6, 2) and draws.log_p is None
+def test_codes_with_a_density_and_without() -> None:
+    curve = Curve()
+    model, x = curve.model, curve.x
+    guide = MAPAGuide(model, EncodedCodes(curve.encoder, x, scale=0.4), x)
+    draws = posterior_draws(model, guide, x, num_draws=40, resample="psis")
+    assert draws["z"].shape == (40, 9, 2) and draws.plates == ("data",)
+    check_draw(model, (x,), draws, 3)
+    draws = posterior_draws(model, curve.guide(), x, num_draws=30, chunk_size=20)
+    assert draws["z"].shape == (30, 9, 2) and draws.log_p is None
     with pytest.raises(ValueError, match="without a density"):
-        posterior_draws(rows_model, guide, x, num_draws=30, resample="psis")
+        posterior_draws(model, curve.guide(), x, num_draws=30, resample="psis")
 
 
 # --- Scales of the user's own
@@ -369,12 +340,7 @@ def test_scales_are_told_apart_from_those_of_subsamples() -> None:
     prior = poutine.scale(normal_rows, 0.2)
     assert log_likelihoods(prior, draws, x).scaled == ("z", "x")
     for count in range(1, 8):  # 7 / 3, say, is no number of floats
-
-        def model(x: Tensor, count: int = count) -> None:
-            with pyro.plate("data", 7, subsample_size=count) as index:
-                z = pyro.sample("z", dist.Normal(torch.zeros(count), 1.0))
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
-
+        model = partial(models.local, subsample_size=count)
         draws = posterior_draws(model, prior_of(model), x, num_draws=3)
         assert draws.log_p is not None
         assert log_likelihoods(model, draws, x).scaled == ()
@@ -392,7 +358,8 @@ def subsampled_mean(x: Tensor) -> None:
 
 def test_draws_need_no_full_data() -> None:
     x = torch.arange(50.0)
-    draws = posterior_draws(subsampled_mean, mean_guide, x, num_draws=6, chunk_size=4)
+    drawn = partial(posterior_draws, subsampled_mean, lambda x: normal("z", 0.5, 0.8), x)
+    draws = drawn(num_draws=6, chunk_size=4)
     assert draws["z"].shape == (6,) and draws.log_p is None and draws.plates == ()
     index = draws.whole_minibatch.nodes["data"]["value"]
     torch.testing.assert_close(draws["mean"], draws["z"][:, None] + 100 * index)
@@ -407,7 +374,7 @@ def test_draws_need_no_full_data() -> None:
     with pytest.raises(ValueError, match=r"no log p.*Plate 'data' is subsampled \(4 of 50\)"):
         draws.log_weights  # noqa: B018
     with pytest.raises(ValueError, match=r"not enclose site 'z'.*Pass the full data"):
-        posterior_draws(subsampled_mean, mean_guide, x, resample="psis")
+        drawn(resample="psis")
 
 
 # --- Refusals
@@ -423,21 +390,21 @@ def test_draws_of_other_data_are_refused() -> None:
         predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
 
 
-def mixing_model(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z + z.sum(0), 1.0), obs=x)
+@in_rows
+def mixing(x: Tensor) -> None:
+    z = normal("z", 0.0)
+    normal("x", z + z.sum(0), obs=x)
 
 
-def test_models_that_mix_samples() -> None:
+@pytest.mark.parametrize(
+    "draw", [partial(posterior_draws, mixing, wide_guide), partial(prior_draws, mixing)]
+)
+def test_models_that_mix_samples(draw: Callable) -> None:
     """One pass is refused; one by one, the draws are right."""
-    x = torch.zeros(2)
-    for draw in (posterior_draws, prior_draws):
-        programs = (mixing_model, wide_guide) if draw is posterior_draws else (mixing_model,)
-        with pytest.raises(ValueError, match="vectorize_particles=False"):
-            draw(*programs, x, num_draws=5)
-        draws = draw(*programs, x, num_draws=5, vectorize_particles=False)
-        assert draws["z"].shape == (5, 2)
+    with pytest.raises(ValueError, match="vectorize_particles=False"):
+        draw(torch.zeros(2), num_draws=5)
+    draws = draw(torch.zeros(2), num_draws=5, vectorize_particles=False)
+    assert draws["z"].shape == (5, 2)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -52,20 +52,19 @@ HISTORY = History(
 )
 
 
-def pictures() -> dict[str, Any]:
-    return {
-        "pareto": lambda **ax: plot_pareto_k(torch.randn(50) / 3 + 0.4, 1000, **ax),
-        "snr": lambda **ax: plot_gradient_snr(sweep(), **ax),
-        "ranks": lambda **ax: plot_ranks(torch.randint(100, (300,)), 99, **ax),
-        "ecdf": lambda **ax: plot_ecdf_difference(torch.randint(100, (300, 2)), 99, **ax),
-        "gaps": lambda **ax: plot_gaps({"one": gaps(20, 1.0), "two": gaps(20, 2.0)}, **ax),
-        "history": lambda **ax: plot_history(HISTORY, **ax),
-    }
+PICTURES: dict[str, Any] = {
+    "pareto": lambda **ax: plot_pareto_k(torch.randn(50) / 3 + 0.4, 1000, **ax),
+    "snr": lambda **ax: plot_gradient_snr(sweep(), **ax),
+    "ranks": lambda **ax: plot_ranks(torch.randint(100, (300,)), 99, **ax),
+    "ecdf": lambda **ax: plot_ecdf_difference(torch.randint(100, (300, 2)), 99, **ax),
+    "gaps": lambda **ax: plot_gaps({"one": gaps(20, 1.0), "two": gaps(20, 2.0)}, **ax),
+    "history": lambda **ax: plot_history(HISTORY, **ax),
+}
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize("name", PICTURES)
 def test_draws_on_the_axes_given_and_changes_nothing(name: str) -> None:
-    draw, settings = pictures()[name], dict(mpl.rcParams)
+    draw, settings = PICTURES[name], dict(mpl.rcParams)
     _, (left, right) = plt.subplots(1, 2)
     plt.sca(left)
     assert draw(ax=right) is right
