@@ -168,10 +168,12 @@ def _warn_if_joint(table: SiteTable) -> None:
                 continue
             outside = next((other.name for other in latent if name not in other.plates), None)
             cause = f" but not '{outside}'" if outside else ", over which the guide has one density"
-            remedy = "global_latents='elbo'" if outside else "a guide with plate= or an encoder"
+            remedy = (
+                "Use global_latents='elbo'" if outside else "Give the guide plate= or an encoder"
+            )
             warnings.warn(
                 f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
-                f"entries share one joint weight. {remedy} gives each entry its own.",
+                f"entries share one joint weight. {remedy}.",
                 stacklevel=5,
             )
             return
