@@ -338,7 +338,11 @@ def test_wrong_numbers(make: Callable, message: str) -> None:
         (Poisson(), torch.tensor([[1.5]]), "whole numbers"),
         (Gamma(2.0, 1.0, 1.0), torch.tensor([[0.0]]), "above 0"),
         (Exponential(), torch.tensor([[0.0]]), "above 0"),
-        (Distance(lambda q, r: -torch.cdist(q, r), 1.0), torch.randn(3, 1), "negative numbers"),
+        (
+            Distance(lambda q, r: -torch.cdist(q, r), 1.0),
+            torch.randn(3, 1),
+            "none of them negative",
+        ),
     ],
     ids=name_of,
 )

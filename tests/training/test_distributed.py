@@ -432,7 +432,7 @@ def test_evaluation_in_parallel(found: Any) -> None:
         torch.testing.assert_close(each["evidence"].log_marginal, exact)
         assert each["evidence"].ess.tolist() == pytest.approx([4] * 7)
         assert same(each["one row"], (torch.ones(1), None))
-        assert "2 values for 7 rows" in each["shape"]
+        assert "Return a value for each row" in each["shape"]
         assert "a bug" in each["bug"]
     assert "Process 1 failed: LookupError" in found[0]["evaluations"]["bug"]
 
