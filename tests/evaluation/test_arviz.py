@@ -66,7 +66,7 @@ def local_guide(x: Tensor) -> None:
 X = torch.tensor([1.2, -0.3, 0.8, 2.1, 0.4, -1.0, 1.7, 0.9], dtype=torch.float64)
 
 
-def repeated(estimate: Callable[[], Tensor], times: int = 16) -> tuple[Tensor, Tensor]:
+def repeated(estimate: Callable[[], Tensor], times: int = 32) -> tuple[Tensor, Tensor]:
     found = torch.stack([estimate() for _ in range(times)])
     return found.mean(0), found.std(0) / times**0.5
 
@@ -154,7 +154,8 @@ def test_loo_is_exact(case: Callable) -> None:
     name = "x1" if case is of_loop else None
     mean, error = repeated(lambda: pointwise(loo_of(model, guide, x, name)))
     assert mean.shape == exact.shape
-    assert ((mean - exact).abs() < 4.5 * error + 0.003).all()
+    # The weights of the hand-made guides have long tails, and so has the mean's error.
+    assert ((mean - exact).abs() < 6 * error + 0.003).all()
     assert case is of_masked or error.max() < 0.04
 
 

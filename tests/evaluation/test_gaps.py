@@ -278,10 +278,10 @@ def test_rows_of_a_minibatch() -> None:
     guide = AmortizedGuide(model, plate="data")
     guide.prepare(x)
     with torch.no_grad():
-        guide.free_local.copy_(torch.tensor([0.5, 0.5 * math.log(0.5)]))
+        guide.free_local.copy_(torch.tensor([2.0, 0.5 * math.log(0.5)]))
     found = gaps(model, guide, x, search=QUICK)
     assert found.elbo.shape == (5,)
-    gap = ((0.3 + x) / 2 - 0.5) ** 2
+    gap = ((0.3 + x) / 2 - 2.0) ** 2  # 0.12 to 11.2, far from each other
     rows = (found.amortization[:, None] - gap).abs().argmin(1)
     assert len(set(rows.tolist())) == 5
     close(found.amortization, gap[rows], found.amortization_error)

@@ -252,7 +252,7 @@ def test_scaled_codes_have_a_bound_of_their_evidence() -> None:
     runs = torch.tensor([-loss.loss(model, nothing, x) for _ in range(200)])
     evidence = mixture_evidence(x, codes, (0.7**2 + 0.4**2) ** 0.5).sum()
     assert runs.mean() < evidence + 3 * runs.std() / 200**0.5
-    assert runs.mean() > evidence - 1.5
+    assert runs.mean() > evidence - 2.5
     assert runs.std() > 0.01
 
 

@@ -153,7 +153,7 @@ def test_the_guide_moves_alone_and_then_the_model(
 def test_steps_are_those_of_two_optimisers(fused: bool) -> None:
     """Parameters that are held keep their own number of steps, as with an Adam for each owner."""
     make = partial(torch.optim.Adam, lr=0.05, fused=fused, weight_decay=0.01)
-    options = Aggressive(max_steps=2, check_every=99)
+    options = Aggressive(max_steps=2, check_every=99, patience=9)  # to the end
     train(optimizer=make, batch_size=None, aggressive=options, epochs=3, loss=TraceMeanField_ELBO())
     found = store()
     pyro.clear_param_store()
