@@ -111,17 +111,18 @@ def options_of(loss: ELBO) -> dict[str, Any]:
     # Pyro's losses set the nesting themselves, in their first call.
     names -= {"self", "max_plate_nesting", "max_iarange_nesting"}
     own = {name.removeprefix("_"): value for name, value in vars(loss).items()} | vars(loss)
-    return {name: plain(own[name]) for name in sorted(names & own.keys())}
+    return {name: own[name] for name in sorted(names & own.keys())}
 
 
 def plain(value: Any) -> Any:
     """Return a value in plain types, which are the same in each process and in each run."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
     if isinstance(value, Real):  # NumPy's numbers too: weights_only=True does not load these
         return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, torch.Tensor | list | tuple):
-        value = value.tolist() if isinstance(value, torch.Tensor) else value
-        return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
     name = getattr(value, "name", None) or getattr(value, "__qualname__", None)
     return name or re.sub(" at 0x[0-9a-f]+", "", repr(value))
