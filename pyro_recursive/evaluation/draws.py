@@ -16,7 +16,6 @@ from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
     is_delta,
-    latent_sites,
     nesting_of,
     plates_of,
     sites,
@@ -188,13 +187,20 @@ class ModelRuns(NamedTuple):
         return self.samples // len(self.traces)
 
     def latents(self) -> dict[str, SiteDraws]:
-        found = (site for site in latent_sites(*self.traces) if not was_observed(site))
-        return {name: self.site(name) for name in dict.fromkeys(site["name"] for site in found)}
+        return self.each(is_latent)
 
     def computed(self) -> dict[str, SiteDraws]:
         found = (site for trace in self.traces for site in trace.nodes.values())
         names = dict.fromkeys(site["name"] for site in found if is_computed(site))
         return {name: self._deterministic(name) for name in names}
+
+    def each(
+        self, is_wanted: Callable[[Site], bool], kind: Kind = "latent", **options: Any
+    ) -> dict[str, SiteDraws]:
+        """Return the draws of the sites wanted of any run; ``options`` are those of `site`."""
+        found = (site for site in sites(*self.traces) if is_wanted(site))
+        names = dict.fromkeys(site["name"] for site in found)
+        return {name: self.site(name, kind, **options) for name in names}
 
     def site(
         self,
@@ -245,6 +251,11 @@ def _plate_dims(site: Site) -> int:
 def was_observed(site: Site) -> bool:
     """Whether a site's value was drawn in the place of data, as by `poutine.uncondition`."""
     return "was_observed" in site["infer"]
+
+
+def is_latent(site: Site) -> bool:
+    """Whether a site is drawn, and not in the place of data."""
+    return not site["is_observed"] and not was_observed(site)
 
 
 def is_computed(site: Site) -> bool:

@@ -29,7 +29,7 @@ from pyro_recursive.tracing.densities import densities, log_prob_of
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import Site, sites, subsample_sites
+from pyro_recursive.tracing.sites import Site, subsample_sites
 
 PROPOSALS = 10  # for each resampled draw, by default
 
@@ -229,9 +229,8 @@ def log_likelihoods(
         if missing := sorted(runs.latents().keys() - draws.sites.keys()):
             raise ValueError(f"There are no draws of {missing}, only of {[*draws.sites]}.")
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
-        found = (s for s in sites(*runs.traces) if s["is_observed"] and not is_computed(s))
-        names = dict.fromkeys(site["name"] for site in found)
-        return {n: runs.site(n, "observed", _log_likelihood, event_dim=0) for n in names}
+        options = {"value_of": _log_likelihood, "event_dim": 0}
+        return runs.each(lambda s: s["is_observed"] and not is_computed(s), "observed", **options)
 
     run = chunk_size, vectorize_particles
     found = run_on_draws(model, args, kwargs, draws, collect, *run)
@@ -295,8 +294,7 @@ def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
 
 def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in their place; factors have none."""
-    found = (site for site in sites(*runs.traces) if was_observed(site) or _can_be_drawn(site))
-    return {n: runs.site(n, "observed") for n in dict.fromkeys(site["name"] for site in found)}
+    return runs.each(lambda site: was_observed(site) or _can_be_drawn(site), "observed")
 
 
 def _log_likelihood(site: Site) -> Tensor:

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.draws import was_observed
+from pyro_recursive.evaluation.draws import is_latent, was_observed
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.predictions import drawing_data, is_factor
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
@@ -208,17 +208,12 @@ def simulate(
 
 def _ranked(trace: poutine.Trace, names: Sequence[str] | None) -> list[Site]:
     """Return the latent sites that are ranked."""
-    known = {site["name"]: site for site in sites(trace) if _is_latent(site)}
+    known = {site["name"]: site for site in sites(trace) if is_latent(site)}
     if names is None:
         return [site for site in known.values() if not site["infer"].get("enumerate")]
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"names= has {unknown}; the latent sites are {list(known)}.")
     return [known[name] for name in names]
-
-
-def _is_latent(site: Site) -> bool:
-    """Whether a site is drawn, and not in the place of data."""
-    return not site["is_observed"] and not was_observed(site)
 
 
 def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
@@ -228,7 +223,7 @@ def _check_generative(trace: poutine.Trace, observed: dict[str, Site]) -> None:
     for site in sites(trace):
         if is_factor(site):
             raise ValueError(f"Site '{site['name']}' is a pyro.factor, which draws no data.")
-        if isinstance(site["mask"], Tensor) and _is_latent(site):
+        if isinstance(site["mask"], Tensor) and is_latent(site):
             raise NotImplementedError(
                 f"Latent site '{site['name']}' is masked. Pass complete data."
             )

@@ -92,9 +92,9 @@ def sites(*traces: poutine.Trace) -> list[Site]:
     ]
 
 
-def latent_sites(*traces: poutine.Trace) -> list[Site]:
+def latent_sites(trace: poutine.Trace) -> list[Site]:
     """Return the sites that have a density and are not observed."""
-    return [site for site in sites(*traces) if not site["is_observed"]]
+    return [site for site in sites(trace) if not site["is_observed"]]
 
 
 def is_delta(site: Site) -> bool:
