@@ -45,6 +45,8 @@ class AmortizedGuide(LatentGuide):
     True
     """
 
+    _version = 2  # of the state_dict: since 2 factors are in units of the scales
+
     def __init__(
         self,
         model: Callable,
@@ -87,8 +89,8 @@ class AmortizedGuide(LatentGuide):
 
     def scatter(self, latents: LatentBlock, other: "AmortizedGuide", width: float) -> None:
         """Put the free Gaussians at random around another guide's, ``width`` of its scales away."""
-        loc, log_scale, *_ = getattr(other, _free(latents)).detach().split(latents.size, -1)
-        scale = log_scale.exp()
+        normal = other.family(getattr(other, _free(latents)).detach(), latents.size)
+        loc, scale = normal.mean, normal.stddev
         self.restart(latents, loc + width * scale * torch.randn_like(loc), scale)
 
     def variational_params(self, latents: LatentBlock, call: GuideCall, *extra: Any) -> Tensor:
@@ -113,6 +115,23 @@ class AmortizedGuide(LatentGuide):
         rows = params.reshape(-1, *sizes, params.shape[-1]).mean(0)
         indices = [call.plates[frame.name].indices.to(table.device) for frame in latents.rows]
         table[torch.meshgrid(*indices, indexing="ij")] = rows
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Load a state; in one of version 1 factors are not in units of the scales."""
+        is_scaled = type(self.family).from_unscaled is not Family.from_unscaled
+        if is_scaled and metadata.get("version") == 1:
+            for latents in self.groups:
+                key = f"{prefix}{_free(latents)}_unconstrained"
+                if key in state:
+                    state[key] = self.family.from_unscaled(state[key], latents.size)
+                elif latents.local and self.by_row:
+                    rest[-1].append(
+                        f"{prefix}encoder was trained for factors without the scales. Load it by "
+                        "itself, and apply family.from_unscaled(output, size) to its output."
+                    )
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the Gaussians that a row may have."""

@@ -36,6 +36,13 @@ class Family(ABC):
         rest = self.num_parameters(loc.shape[-1]) - 2 * loc.shape[-1]
         return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], rest)], -1)
 
+    def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
+        """Return parameters from those whose factors were not in units of the scales.
+
+        So they were before `state_dict` had version 2, and are what encoders trained then return.
+        """
+        return parameters
+
 
 @dataclass(frozen=True)
 class Diagonal(Family):
@@ -58,7 +65,10 @@ class Diagonal(Family):
 
 @dataclass(frozen=True)
 class LowRank(Family):
-    """Covariance ``diag(scale ** 2) + F F'``, with F of ``rank`` columns."""
+    """Covariance ``diag(scale) (I + B B') diag(scale)``, with B of ``rank`` columns.
+
+    D locations, D logarithms of scales, and B row by row, without a unit as the logarithms are.
+    """
 
     rank: int
 
@@ -68,10 +78,14 @@ class LowRank(Family):
 
     def initial(self, loc: Tensor, scale: float | Tensor) -> Tensor:
         """Return parameters of about ``N(loc, scale ** 2 I)``; zero factors have no gradient."""
-        diagonal = Diagonal().initial(loc, scale)
-        scales = diagonal[..., loc.shape[-1] :].exp().unsqueeze(-1)
-        factors = 0.1 * scales * torch.randn(*loc.shape, self.rank).to(loc)
-        return torch.cat([diagonal, factors.flatten(-2)], -1)
+        factors = 0.1 * torch.randn(*loc.shape, self.rank).to(loc)
+        return torch.cat([Diagonal().initial(loc, scale), factors.flatten(-2)], -1)
+
+    def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
+        """Divide the rows of F by the scales, to ``F = diag(scale) B``."""
+        loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
+        rows = factor.unflatten(-1, (size, self.rank)) / log_scale.exp().unsqueeze(-1)
+        return torch.cat([loc, log_scale, rows.flatten(-2)], -1)
 
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the low-rank normal."""
@@ -83,19 +97,25 @@ class LowRank(Family):
         return size + self.rank
 
     def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
-        """Return ``loc + scale * noise + F noise``."""
+        """Return ``loc + scale * (noise + B noise')``, with noise of its own for the columns."""
         loc, log_scale, factor = self._split(parameters, size)
         along = (factor @ noise[..., size:, None]).squeeze(-1)
         return loc + log_scale.exp() * noise[..., :size] + along
 
     def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return locations, logarithms of scales, and ``F = diag(scale) B``."""
         loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
-        return loc, log_scale, factor.unflatten(-1, (size, self.rank))
+        factor = factor.unflatten(-1, (size, self.rank))
+        return loc, log_scale, log_scale.exp().unsqueeze(-1) * factor
 
 
 @dataclass(frozen=True)
 class Full(Family):
-    """Any covariance, by its Cholesky factor with the logarithm of its diagonal."""
+    """Any covariance, by its Cholesky factor ``L = diag(scale) U`` with a unit diagonal of U.
+
+    D locations, D logarithms of scales, and the entries of U below the diagonal, row by row. They
+    have no unit, so that a step of an optimiser moves them alike at all scales of the posterior.
+    """
 
     def num_parameters(self, size: int) -> int:
         """Return D + D (D + 1) / 2."""
@@ -112,12 +132,18 @@ class Full(Family):
         return loc + (factor @ noise.unsqueeze(-1)).squeeze(-1)
 
     def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        lower = size * (size - 1) // 2
-        loc, log_diagonal, below = parameters.split([size, size, lower], -1)
+        """Return locations and ``L``."""
+        loc, log_scale, below = parameters.split([size, size, size * (size - 1) // 2], -1)
         rows, columns = torch.tril_indices(size, size, -1, device=parameters.device)
-        factor = torch.diag_embed(log_diagonal.exp())
+        factor = torch.diag_embed(torch.ones_like(log_scale))
         factor[..., rows, columns] = below
-        return loc, factor
+        return loc, log_scale.exp().unsqueeze(-1) * factor
+
+    def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
+        """Divide the rows of L by its diagonal."""
+        loc, log_scale, below = parameters.split([size, size, size * (size - 1) // 2], -1)
+        rows, _ = torch.tril_indices(size, size, -1, device=parameters.device)
+        return torch.cat([loc, log_scale, below / log_scale[..., rows].exp()], -1)
 
 
 FAMILIES = {"diagonal": Diagonal(), "full": Full()}

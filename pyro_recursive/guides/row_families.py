@@ -57,8 +57,9 @@ class GaussianRows(RowFamily):
 
     def __init__(self, family: Family, size: int) -> None:
         self.family, self.size = family, size
-        rest = family.num_parameters(size) - 2 * size
-        self.blocks = (size, size, rest) if rest else (size, size)
+        count = family.num_parameters(size)  # a user's family may have fewer than 2 D
+        parts = (min(count, size), min(count - size, size), count - 2 * size)
+        self.blocks = tuple(part for part in parts if part > 0)
         self.noise_dim = family.noise_dim(size)
 
     def draw(self, params: Tensor, noise: Tensor) -> Tensor:
