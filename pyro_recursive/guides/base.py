@@ -19,7 +19,7 @@ from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
-from pyro_recursive.tracing.program import GivenMinibatches, rows_needed
+from pyro_recursive.tracing.program import GivenMinibatches, form_of, rows_needed
 from pyro_recursive.tracing.sites import Site, latent_sites, nesting_of, plates_of, sites
 
 
@@ -69,6 +69,7 @@ class LatentGuide(PyroModule):
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
         self._full_sizes: dict[tuple[str, int], int] = {}  # of plates, by name and input length
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
+        self._known_calls: set[Any] = set()  # forms of arguments that have these latents
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(_check_prepared)
@@ -139,6 +140,7 @@ class LatentGuide(PyroModule):
         if not self.groups:
             with self.rollback_first_call(), rows_needed(args, kwargs):
                 self.look(*args, **kwargs)
+                self._known_calls.add((form_of(args), form_of(kwargs)))
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
         """If the block raises before the guide is prepared, restore the guide and Pyro's store."""
@@ -153,7 +155,7 @@ class LatentGuide(PyroModule):
                 return poutine.trace(given(model)).get_trace(*args, **kwargs)
 
         trace, raw = prior(), self.inputs(*args, **kwargs)
-        latent = [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]
+        latent = _own_latents(trace)
         if not latent:
             raise ValueError(
                 f"{type(self).__name__} found no latent sites. Use an empty function as guide."
@@ -227,6 +229,33 @@ class LatentGuide(PyroModule):
             self.is_loaded, self._shared = False, None
         elif is_new or self._store_was_loaded():
             load_from_store(self, self._pyro_name)
+        self._check_latents(args, kwargs)
+
+    def _check_latents(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise where another form of arguments has other latents; one run of the model for each.
+
+        `pyro.infer.Trace_ELBO` would count the entropy of what the model observes.
+        """
+        form = form_of(args), form_of(kwargs)
+        if form in self._known_calls:
+            return
+        try:
+            trace = outline(self.served_model(), args, kwargs)
+        except Exception:  # the model raises by itself, if it is called so
+            return
+        latent = {site["name"] for site in _own_latents(trace)}
+        own = {slot.name for latents in self.groups for slot in latents.slots}
+        if missing := sorted(latent - own):
+            raise ValueError(
+                f"Sites {missing} are latent in this call and were not in the guide's first. Call "
+                "guide.prepare(...) before, with arguments for which they are."
+            )
+        if absent := sorted(own - latent):
+            raise ValueError(
+                f"Sites {absent} are observed or absent in this call; {type(self).__name__} always "
+                "samples them. Use a hand-written guide that samples them only where latent."
+            )
+        self._known_calls.add(form)
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Return a call of the guide, with its plates."""
@@ -372,6 +401,11 @@ def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) 
 def _note_loaded(guide: Any, keys: Any) -> None:
     """Prefer the loaded state to Pyro's store in the next call: a hook of torch."""
     guide.is_loaded = True
+
+
+def _own_latents(trace: poutine.Trace) -> list[Site]:
+    """Return the latent sites of a model that a guide samples."""
+    return [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]
 
 
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:

@@ -133,26 +133,28 @@ def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
         return _discover(program)
-    keywords = program.kwargs and _broadcasting(program.kwargs)
-    key = (methods, _broadcasting(program.args), keywords or None)
+    key = (methods, form_of(program.args), form_of(program.kwargs))
     if fresh or key not in known:
         known[key] = _discover(program)
     return known[key]
 
 
-def _broadcasting(arguments: tuple | list | dict) -> Any:
-    """Return what decides how tensors broadcast: for each dim whether it is empty, 1, or longer.
+def form_of(arguments: tuple | list | dict) -> Any:
+    """Return what decides which sites and plates a call has: a structure is known by it.
 
-    Data of another form than those that a structure was found with may fit by chance alone.
+    Of tensors whether each dim is empty, 1, or longer: data of another form than those that a
+    structure was found with may fit by chance alone. Flags, strings and None are their own form.
     """
     if isinstance(arguments, dict):
-        values = _broadcasting(tuple(arguments.values()))
+        values = form_of(tuple(arguments.values()))
         return frozenset(zip(arguments, values, strict=True))
     forms = [
         tuple(min(size, 2) for size in each.shape)
         if isinstance(each, torch.Tensor)
-        else _broadcasting(each)
+        else form_of(each)
         if isinstance(each, tuple | list | dict)
+        else repr(each)
+        if isinstance(each, bool | str | None)
         else None
         for each in arguments
     ]
