@@ -166,11 +166,14 @@ def _warn_if_joint(table: SiteTable) -> None:
             local = next((other.name for other in latent if name in other.plates), None)
             if local is None or frame.size == 1:
                 continue
-            outside = next((other.name for other in latent if name not in other.plates), None)
-            cause = f" but not '{outside}'" if outside else ", over which the guide has one density"
-            remedy = (
-                "Use global_latents='elbo'" if outside else "Give the guide plate= or an encoder"
-            )
+            outside = [other.name for other in (*latent, *table.model) if name not in other.plates]
+            if not outside:
+                cause = ", over which the guide has one density"
+                remedy = "Give the guide plate= or an encoder"
+            else:
+                cause = f" but not '{outside[0]}'"
+                is_global = any(other.name == outside[0] for other in latent)
+                remedy = "Use global_latents='elbo'" if is_global else "Put that site in the plate"
             warnings.warn(
                 f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
                 f"entries share one joint weight. {remedy}.",
