@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_match, check_subsampling
+from pyro_recursive.tracing.compatibility import check_likelihood, check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, structure_of
@@ -142,6 +142,7 @@ def runs_in_chunks(
         layout = layout_of(particles, [run.table for run in runs])
         if minibatch is None:
             check_match(runs[0].table, layout.max_plate_nesting)
+            check_likelihood(runs[0].model)
             if not any_minibatch:
                 check_subsampling(runs[0].table, layout)
             minibatch = subsample_sites(runs[0].guide, runs[0].model)

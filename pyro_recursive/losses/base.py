@@ -1,7 +1,6 @@
 """The base of all losses: runs of model and guide, their log-weights, a bound, an estimator."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +15,12 @@ from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_runs
+from pyro_recursive.tracing.compatibility import check_likelihood, check_runs
 from pyro_recursive.tracing.densities import Densities, densities
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
+from pyro_recursive.tracing.user_warnings import warn_user
 
 GLOBAL_LATENTS = ("joint", "elbo")
 DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
@@ -151,6 +151,8 @@ class LogWeightELBO(ELBO):
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, tables, only=local)
         check_runs(tables, layout, is_linear=is_linear)
+        if not is_linear:
+            check_likelihood(runs[0].model)
         in_weights, shared = densities(runs, layout, only=local), None
         if local is not None:
             outside = frozenset(record.name for record in tables[0].records) - local
@@ -158,20 +160,19 @@ class LogWeightELBO(ELBO):
         return Evaluation(self.bound, runs, in_weights, shared)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
-        bound, _, local, shared = evaluation
-        value = bound(local.log_weights)
-        if is_validation_enabled() and bool((dead := value.isneginf()).any()):
-            warnings.warn(
-                f"The bound is -inf at plate indices {dead.nonzero().tolist()[:5]}: the model's "
-                "density is 0 at every sample of the guide.",
-                stacklevel=3,
-            )
-        total = local.layout.scale * value.sum()
+        local, shared = evaluation.local, evaluation.shared
+        each = self._bounds(evaluation)
+        warn_if_infinite(each)
+        total = local.layout.scale * each.sum()
         if shared is not None:
             total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
         if is_validation_enabled():
             warn_if_nan(total, "loss")
         return -total
+
+    def _bounds(self, evaluation: Evaluation) -> Tensor:
+        """Return the bound of each entry of the plates, ``[*plates]``."""
+        return evaluation.bound(evaluation.local.log_weights)
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         """Return a scalar whose gradient is the estimator's, for ascent."""
@@ -183,6 +184,15 @@ class LogWeightELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+
+def warn_if_infinite(bounds: Tensor) -> None:
+    """Warn where a bound, ``[*plates]``, is -inf, under validation; waits for the device."""
+    if is_validation_enabled() and bool((dead := bounds.isneginf()).any()):
+        warn_user(
+            f"The bound is -inf at plate indices {dead.nonzero().tolist()[:5]}: the model's "
+            "density is 0 at the guide's samples."
+        )
 
 
 def _estimator(estimator: str | Estimator) -> Estimator:

@@ -1,6 +1,8 @@
 """Where a new component with free parameters starts: where it would gain most."""
 
+import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -16,12 +18,33 @@ from pyro_recursive.tracing.protocols import FreeComponent, GrowingMixture
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
 
-NUM_POINTS = 1000  # half from the mixture, widened, half from the prior
-NUM_LOCATIONS = 48  # half of them the best points in log p - log Q, half random ones
 WIDENING = 3.0
 SCALES = (0.25, 0.5, 1.0)  # of the mixture's
-NUM_DRAWS = 64  # of each candidate: with fewer, the largest estimate is mostly noise
 CHUNK = 2000  # points evaluated in one pass
+
+logger = logging.getLogger(__name__)
+
+
+class Effort(NamedTuple):
+    """How much a search evaluates.
+
+    ``points``: half from the mixture, widened, half from the prior. ``locations`` of candidates:
+    half of them the best points in log p - log Q, half random ones. ``draws`` of each candidate:
+    with few, the largest estimate is mostly noise.
+    """
+
+    points: int
+    locations: int
+    draws: int
+
+    @property
+    def num_runs(self) -> int:
+        """How often the model is evaluated."""
+        return 2 * self.points + self.draws * (1 + len(SCALES) * self.locations)
+
+
+IN_ONE_PASS = Effort(points=1000, locations=48, draws=64)
+LOOPED = Effort(points=200, locations=12, draws=16)  # 1,000 runs of the model
 
 
 @torch.no_grad()
@@ -30,23 +53,36 @@ def place_component(program: Program, mixture: GrowingMixture, *, vectorize: boo
 
     Only Gaussians with parameters of their own have a start; encoders keep their initial weights.
     Where rows are a minibatch, every row starts at random around the first component, as the rows
-    outside of the minibatch have no candidates. A user's scales are left out.
+    outside of the minibatch have no candidates. A user's scales are left out. Runs of the model are
+    fewer where they are looped; the logger of this module reports a search at level INFO.
     """
     component = mixture.free_component()
+    number = mixture.stage.component
     if component is None:
+        logger.info("Component %s starts from its initial weights.", number)
         return
     if any(subsample_scale(frame) != 1 for frame in component.rows):
+        logger.info("Component %s starts at random: the rows are a minibatch.", number)
         component.scatter(WIDENING)
         return
-    search = _Search(program, mixture, component, vectorize)
+    search = _Search(program, mixture, component, vectorize, IN_ONE_PASS if vectorize else LOOPED)
+    how = "in one pass each for many" if vectorize else "one by one"
+    logger.info("Component %s: %d runs of the model, %s.", number, search.effort.num_runs, how)
     own = search.points_of_guide()
     centers = search.locations(own, search.points_of_prior())
     locs = centers.repeat(len(SCALES), *[1] * (centers.dim() - 1))
     factors = torch.tensor(SCALES).to(locs).repeat_interleave(len(centers))
-    scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * own.std(0)
-    best = search.best(own[:NUM_DRAWS], locs, scales)
+    scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * _spread(own)
+    best = search.best(own[: search.effort.draws], locs, scales)
     index = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
     component.place(locs.gather(0, index)[0], scales.gather(0, index)[0])
+
+
+def _spread(points: Tensor) -> Tensor:
+    """Return the standard deviations of points, at least the rounding error of their values."""
+    limits = torch.finfo(points.dtype)
+    smallest = (limits.eps * points.abs().amax(0)).clamp_min(limits.tiny**0.5)
+    return torch.maximum(points.std(0), smallest)
 
 
 @dataclass
@@ -60,11 +96,12 @@ class _Search:
     mixture: GrowingMixture
     component: FreeComponent
     vectorize: bool
+    effort: Effort
 
     def points_of_guide(self) -> Tensor:
         """Return draws of the mixture so far, and keep their minibatch for the other points."""
         self.particles, runs = run_particles(
-            self.program, 1, NUM_POINTS // 2, vectorize=self.vectorize
+            self.program, 1, self.effort.points // 2, vectorize=self.vectorize
         )
         self.minibatch = subsample_sites(runs[0].guide, runs[0].model)
         return torch.cat([self.component.pack(run.guide) for run in runs])
@@ -81,19 +118,20 @@ class _Search:
 
     def locations(self, own: Tensor, prior: Tensor) -> Tensor:
         """Return locations for candidates: where log p - log Q is largest, and random points."""
+        count = self.effort.locations
         center = own.mean(0, keepdim=True)
         points = torch.cat([center + WIDENING * (own - center), prior])
         log_p, log_q = self.evaluate(points)
         # Far below the largest log p a large ratio only says that Q has thin tails.
         far = log_p < log_p.amax(0) - (5.0 + self.component.size / 2)
-        ranked = (log_p - log_q).masked_fill(far, -torch.inf).topk(NUM_LOCATIONS // 2, 0).indices
+        ranked = (log_p - log_q).masked_fill(far, -torch.inf).topk(count // 2, 0).indices
         best = points.gather(0, ranked.unsqueeze(-1).expand(-1, *points.shape[1:]))
-        anywhere = torch.randperm(len(points), device=points.device)[: NUM_LOCATIONS - len(best)]
+        anywhere = torch.randperm(len(points), device=points.device)[: count - len(best)]
         return torch.cat([best, points[anywhere]])
 
     def best(self, own: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
         """Return the index of the best of C candidates for each row, ``[*rows]``."""
-        noise = torch.randn(len(locs), NUM_DRAWS, *locs.shape[1:]).to(locs)
+        noise = torch.randn(len(locs), self.effort.draws, *locs.shape[1:]).to(locs)
         draws = locs.unsqueeze(1) + scales.unsqueeze(1) * noise
         log_p, log_q = self.evaluate(torch.cat([own, draws.flatten(0, 1)]))
         candidates = torch.distributions.Normal(locs.unsqueeze(1), scales.unsqueeze(1))

@@ -15,7 +15,7 @@ from pyro_recursive import bounds
 from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.base import Evaluation, LogWeightELBO
-from pyro_recursive.losses.surrogate import surrogate
+from pyro_recursive.losses.surrogate import finite, surrogate
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.plates import PlateLayout
@@ -88,16 +88,17 @@ class MixtureLoss(LogWeightELBO):
         weights = count * log_mixture_weights(densities)[:, 0].exp()
         return joined_density(densities), Weighted(self.bound, weights.detach()), weights
 
-    def _value(self, evaluation: Evaluation) -> Tensor:
+    def _bounds(self, evaluation: Evaluation) -> Tensor:
         local, bound, _ = self._weighed(evaluation.local)
-        return -local.layout.scale * bound(local.log_weights).sum()
+        return bound(local.log_weights)
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         local, bound, weights = self._weighed(evaluation.local)
         estimator = remaining_estimator(self.estimator, evaluation)
         total = surrogate(evaluation.runs, local, bound, estimator)
         if weights is not None:
-            total = total + (weights * self.bound.estimate(local.log_weights)).mean(0).sum()
+            estimates = finite(self.bound.estimate(local.log_weights))
+            total = total + (weights * estimates).mean(0).sum()
         return local.layout.scale * total
 
 

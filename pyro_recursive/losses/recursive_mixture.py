@@ -22,7 +22,7 @@ from pyro_recursive.bounds.mixture_objectives import (
     log_mixture,
     log_others,
 )
-from pyro_recursive.losses.base import Evaluation
+from pyro_recursive.losses.base import Evaluation, warn_if_infinite
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
@@ -31,13 +31,14 @@ from pyro_recursive.losses.mixture import (
     mixture_of,
     remaining_estimator,
 )
-from pyro_recursive.losses.surrogate import surrogate
+from pyro_recursive.losses.surrogate import finite, surrogate
 from pyro_recursive.tracing.densities import weighted
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import GrowingMixture
 
 WEIGHTS = ("gradient", "line_search", "corrective")
 UPDATES = ("simultaneous", "alternating", "guide")
+WATCHED_EVERY = 100  # steps; waits for the device
 
 
 class RecursiveMixture_ELBO(MixtureLoss):
@@ -117,13 +118,16 @@ class RecursiveMixture_ELBO(MixtureLoss):
                 mixture.check_shared_weights()
             program = Program(model, guide, args, kwargs)
             if mixture.is_trial:
-                return self._test_component(program, mixture)
-            plan = self._plan(mixture)
-            if plan is None:
-                loss = super().differentiable_loss(model, guide, *args, **kwargs)
+                loss = self._test_component(program, mixture)
             else:
-                loss = self._train_component(program, mixture, plan)
-            mixture.count_step()
+                plan = self._plan(mixture)
+                if plan is None:
+                    loss = super().differentiable_loss(model, guide, *args, **kwargs)
+                else:
+                    loss = self._train_component(program, mixture, plan)
+                mixture.count_step()
+            if not mixture.is_growing and mixture.steps_taken % WATCHED_EVERY == 0:
+                mixture.watch(*args, **kwargs)
             return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -168,7 +172,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
             return None
         if part == "alternating":
             part = "model" if mixture.steps_taken % 2 else "guide"
-        objectives = {"first": OBJECTIVES["elbo"], "propose": self.proposal}
+        alone = "exact" if self.estimator.replay == "paths" else "elbo"  # the same, or held
+        objectives = {"first": OBJECTIVES[alone], "propose": self.proposal}
         return StepPlan(
             objective=objectives.get(stage.kind, self.objective),
             members=tuple(sorted({*mixture.members, stage.component})),
@@ -334,12 +339,17 @@ def component_loss(run: PlanRun, estimator: Estimator, parameters: Iterable[Tens
     bound = Split(*each) if len(each) > 1 else each[0]
     total = surrogate(evaluation.runs, local, bound, remaining_estimator(estimator, evaluation))
     if plan.trains_weight:
-        total = total + (weights * gains).mean(0).sum()
+        total = total + (weights * finite(gains)).mean(0).sum()
     if plan.trains_model:
-        value = -scale * (each[0].weights * gains).mean(0).sum()
+        counts = each[0].weights
+        bounds = torch.where(counts == 0, counts, counts * gains).mean(0)  # not 0 times infinity
+        warn_if_infinite(bounds)
+        value = -scale * bounds.sum()
     else:
         total = _restricted(total, parameters)
-        value = -scale * ((local.log_weights[:, 0] * own).sum() / plan.num_draws)
+        each_draw = torch.where(own == 0, own, local.log_weights[:, 0])
+        warn_if_infinite(each_draw.sum(0))
+        value = -scale * (each_draw.sum() / plan.num_draws)
     return value - scale * (total - total.detach()) if total.requires_grad else value
 
 

@@ -143,8 +143,14 @@ def _weighted_sum(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | float
     total: Tensor | float = 0.0
     for coefficients, log_density in pairs:
         if coefficients is not None and log_density is not None:
-            total = total + (coefficients * log_density.clamp(-HUGE, HUGE)).sum()
+            total = total + (coefficients * finite(log_density)).sum()
     return total
+
+
+def finite(log_density: Tensor) -> Tensor:
+    """Return log-densities that are not infinite, in their own dtype."""
+    limit = min(HUGE, torch.finfo(log_density.dtype).max)
+    return log_density.clamp(-limit, limit)
 
 
 def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:

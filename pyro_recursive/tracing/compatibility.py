@@ -1,11 +1,13 @@
 """Whether model, guide and plates fit: every refusal and warning that follows from their sites."""
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -94,6 +96,21 @@ def _leaves_out(record: SiteRecord) -> bool:
     site = record.site
     masks = [site["mask"], *(getattr(layer, "_mask", None) for layer in layers(site["fn"]))]
     return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)
+
+
+def check_likelihood(model: poutine.Trace) -> None:
+    """Raise for `pyro.contrib.gp`'s variational models, whose likelihood contains the guide.
+
+    Their model reads the guide's parameters, and observes under an expectation over the guide.
+    """
+    if "pyro.contrib.gp.models.vgp" not in sys.modules:
+        return
+    params = {n.rpartition(".")[2] for n, site in model.nodes.items() if site["type"] == "param"}
+    if {"f_loc", "f_scale_tril"} <= params or {"u_loc", "u_scale_tril"} <= params:
+        raise NotImplementedError(
+            "The likelihood of pyro.contrib.gp's variational models is an expectation over the "
+            "guide, so that importance weights are wrong. Use Trace_ELBO or TraceMeanField_ELBO."
+        )
 
 
 def check_batch_shape(site: Site, *shapes: torch.Size) -> None:

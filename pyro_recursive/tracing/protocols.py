@@ -51,6 +51,7 @@ class GrowingMixture(MixtureLike, Protocol):
     (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of each
     component and row, after which ``end_trial`` returns whether it is kept. A proposed component
     has the weight ``epsilon``. Log-weights can be set, ``[J]``, where all rows share one vector.
+    It can ``watch`` for members that have lost their weight, once it is no longer growing.
     """
 
     epsilon: float
@@ -58,6 +59,7 @@ class GrowingMixture(MixtureLike, Protocol):
     steps_taken: int
     starts_component: bool
     is_trial: bool
+    is_growing: bool
     num_draws: int
 
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
@@ -68,6 +70,7 @@ class GrowingMixture(MixtureLike, Protocol):
     def set_log_weights(self, log_weights: Tensor) -> None: ...
     def count_step(self) -> None: ...
     def end_trial(self, gain: Gain) -> bool: ...
+    def watch(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyro_recursive import (
+    IWAE_ELBO,
     AmortizedGuide,
     FlowGuide,
     RecursiveMixture_ELBO,
@@ -115,6 +116,42 @@ def test_a_dropped_component_is_tried_again_and_skipped_by_cycles() -> None:
     # Growth has ended: nothing proposes the third one, and cycles are over the first alone.
     assert [stage[:2] for stage in kinds(guide)] == [("cycle", 0), ("joint", None)]
     assert guide.members == (0,)
+
+
+@pytest.mark.parametrize("kind", ["shared", "linear"])
+def test_components_without_a_part_are_reported_once(kind: str) -> None:
+    """Also by a guide into which the state was loaded; its repr names them."""
+    schedule = Schedule(first=1, propose=1, refine=1)
+    guide = guide_of(4, weights=kind, schedule=schedule)
+    guide.prepare(X)
+    guide.progress.copy_(torch.tensor([7, 99, 0, 1, 1, 1, 0]))  # the last one was dropped
+    with torch.no_grad():
+        for name, parameter in guide.weights.named_parameters():  # the second one has died
+            if "0" in name and "weight" not in name:
+                parameter.fill_(-100.0)
+    loss = RecursiveMixture_ELBO(1)
+    message = r"of 4 components 2 have no part .*dropped: \[3\]; weight below 0.001: \[1\]"
+    with pytest.warns(UserWarning, match=message) as caught:
+        loss.differentiable_loss(square_rows, guide, X)
+    assert caught[0].filename == __file__
+    assert "members=(0, 1, 2) of 4, dropped=(3,), dead=(1,), stage='joint'" in repr(guide)
+    for _ in range(2):
+        guide.progress[1] = 99  # the next step looks again
+        loss.differentiable_loss(square_rows, guide, X)
+    pyro.clear_param_store()
+    other = guide_of(4, weights=kind, schedule=schedule)
+    other.prepare(X)
+    assert "dropped" not in repr(other)
+    other.load_state_dict(guide.state_dict())
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=message):
+        IWAE_ELBO(2).loss(square_rows, other, X)
+    assert "dropped=(3,), dead=(1,)" in repr(other)
+    other.load_state_dict(guide.state_dict())
+    torch.set_rng_state(state)
+    first = other(X)["z"]
+    torch.set_rng_state(state)
+    assert torch.equal(other(X)["z"], first)  # a look moves no random state
 
 
 # --- Members and weights

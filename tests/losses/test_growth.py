@@ -108,6 +108,56 @@ def test_a_search_stays_away_from_where_the_model_overflows() -> None:
     assert guide.component(1).free_global[0] < 10
 
 
+@pytest.mark.parametrize("far", [0.0, 3e7])
+def test_a_search_goes_on_where_all_draws_coincide(far: float) -> None:
+    """In float32 a scale of 1e-4 vanishes beside 3e7, and one of 1e-30 beside 0."""
+    torch.set_default_dtype(torch.float32)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(far, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.full((2,), far))
+
+    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1, propose=2, refine=2))
+    guide.prepare()
+    guide.end_stage()
+    log_scale = -9.0 if far else -60.0
+    put(guide, [[far, far, log_scale, log_scale]])
+    place_component(Program(model, guide), guide)
+    loc, log_scales = guide.component(1).free_global.split(2)
+    assert (loc - far).abs().max() < 20 and log_scales.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    """It takes a thousand runs of the model, says so, and finds the mode in most of three searches.
+
+    In one pass there are more points, and few runs.
+    """
+    parts, counts, found = TARGETS["separated"], [], []
+    first, plain = best_single(parts)[1], two_modes(parts)
+    runs: list[int] = []
+
+    def model() -> None:
+        runs.append(1)
+        plain()
+
+    for vectorize in (False, True, False, False):
+        pyro.clear_param_store()
+        guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1))
+        guide.prepare()
+        put(guide, [first])
+        guide.end_stage()
+        runs.clear()
+        with caplog.at_level("INFO", logger="pyro_recursive"):
+            place_component(Program(model, guide), guide, vectorize=vectorize)
+        counts.append(len(runs))
+        if not vectorize:
+            found.append(abs(guide.component(1).free_global[0].item() - parts[1][1]) < 1.5)
+    assert all(900 < n <= 1000 for n in counts[:1] + counts[2:]) and counts[1] < 30
+    assert sum(found) >= 2
+    assert "Component 1: 992 runs of the model, one by one." in caplog.messages
+
+
 # --- Beside a given first component
 
 # The objective; the divergences that it ends with by quadrature, on the four targets.
@@ -131,6 +181,7 @@ STARTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
 @pytest.mark.parametrize(("objective", "name", "expected"), CELLS)
 def test_divergence_of_two_components(objective: Any, name: str, expected: float) -> None:
     """The exact objective wins; the boosting objective has no optimum here, and gains nothing."""

@@ -10,8 +10,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
-from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, MultiSampleELBO, bounds
+from pyro_recursive import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    MultiSampleELBO,
+    bounds,
+    log_marginal,
+)
 from tests.models.small import conjugate_guide, conjugate_model
 from tests.oracles.quadrature import LOC, MU, SCALE, X
 
@@ -210,8 +219,10 @@ def test_an_impossible_datum_leaves_the_parameters_finite(estimator: str) -> Non
             scored = estimator in ("score", "vimco")
             pyro.sample("z", z.has_rsample_(False) if scored else z)
 
-    with pytest.warns(UserWarning, match=r"The bound is -inf at plate indices \[\[1\]\]"):
+    match = r"The bound is -inf at plate indices \[\[1\]\]"
+    with pytest.warns(UserWarning, match=match) as caught:
         value = IWAE_ELBO(3, estimator=estimator).loss_and_grads(model, guide)
+    assert caught[0].filename == __file__
     gradient = pyro.param("loc").unconstrained().grad
     assert value == torch.inf and gradient is not None and gradient.isfinite()
 
@@ -231,3 +242,62 @@ def test_an_impossible_datum_leaves_the_parameters_finite(estimator: str) -> Non
 def test_wrong_options(make: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg", "stl", "score", "vimco", "rws"])
+def test_half_precision(dtype: torch.dtype, estimator: str) -> None:
+    """At the exact posterior every draw gives log p(x), and some estimators have no noise."""
+    x = torch.tensor([0.3, -1.0, 2.0])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", lambda: x / 2)
+        with pyro.plate("data", 3):
+            q = dist.Normal(loc, x.new_full((3,), 0.5**0.5))
+            pyro.sample("z", q.has_rsample_(estimator not in ("score", "vimco")))
+
+    exact = -dist.Normal(0.0, 2**0.5).log_prob(x).sum().item()
+    value = IWAE_ELBO(8, estimator=estimator).loss_and_grads(model, guide, x.to(dtype))
+    assert value == pytest.approx(exact, rel=0.01)
+    gradient = pyro.param("loc").unconstrained().grad
+    assert gradient is not None and gradient.dtype == dtype
+    assert gradient.isfinite().all()
+    if estimator in ("dreg", "stl"):
+        assert gradient.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Pyro's own import
+def test_variational_gaussian_processes_have_no_multi_sample_bound(sparse: bool) -> None:
+    """Their "log p" would be above the exact one; an ELBO, and exact Gaussian processes, run."""
+    from pyro.contrib import gp
+
+    x = torch.linspace(0.0, 1.0, 5)
+    y, kernel, noise = torch.sin(6 * x), gp.kernels.RBF(1), torch.tensor(0.1)
+    likelihood = gp.likelihoods.Gaussian(noise)
+    if sparse:
+        process = gp.models.VariationalSparseGP(
+            x, y, kernel, x[::2].clone(), likelihood, whiten=True
+        )
+    else:
+        process = gp.models.VariationalGP(x, y, kernel, likelihood, whiten=True)
+
+    def model() -> None:
+        process.model()
+
+    for program in (process.model, model):
+        with pytest.raises(NotImplementedError, match="expectation over the guide"):
+            IWAE_ELBO(4).loss(program, process.guide)
+        with pytest.raises(NotImplementedError, match="expectation over the guide"):
+            log_marginal(program, process.guide, num_particles=4)
+    elbo = MIWAE_ELBO(4, 1).loss(process.model, process.guide)
+    assert elbo == pytest.approx(Trace_ELBO().loss(process.model, process.guide))
+    exact = gp.models.GPRegression(x, y, gp.kernels.RBF(1), noise=noise)
+    covariance = exact.kernel(x).detach() + (0.1 + exact.jitter) * torch.eye(5)
+    expected = dist.MultivariateNormal(torch.zeros(5), covariance).log_prob(y).item()
+    assert -IWAE_ELBO(4).loss(exact.model, exact.guide) == pytest.approx(expected, rel=1e-6)

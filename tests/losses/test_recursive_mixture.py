@@ -5,6 +5,7 @@ Where draws are pinned to nodes, equality is to rounding.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.recursive_mixture import best_log_weights
 from pyro_recursive.tracing.program import Program
-from tests.models.small import normal_rows, ring, square_rows
+from tests.models.small import normal_global, normal_rows, ring, square_rows
 from tests.oracles.mixtures import (
     ALIKE,
     LOGITS,
@@ -422,6 +423,28 @@ def test_a_proposal_scatters_all_rows_where_there_is_a_minibatch() -> None:
             assert (after[:, 1] - guide.component(0).free_local[:, 1]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("stage", ["first", "propose", "refine", "joint"])
+def test_a_density_of_zero_is_reported_at_the_users_line(stage: str) -> None:
+    """The bound is -inf where a draw of the mixture has no density, not NaN."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z > 0, 0.0, -torch.inf))
+
+    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=9, propose=9, refine=9))
+    guide.prepare()
+    put(guide, [[-9.0, 0.0], [9.0, -1.0]])
+    guide.progress.copy_(torch.tensor(STAGES[stage]))
+    loss = RecursiveMixture_ELBO(2)
+    with pytest.warns(UserWarning, match="The bound is -inf") as caught:
+        value = loss.differentiable_loss(model, guide)
+    assert caught[0].filename == __file__
+    assert value.item() == math.inf
+    with pytest.warns(UserWarning, match="The bound is -inf") as caught:
+        assert loss.loss(model, guide) == math.inf
+    assert caught[0].filename == __file__
+
+
 # --- Acceptance
 
 
@@ -434,10 +457,42 @@ def test_an_exact_first_component_ends_growth() -> None:
     put(guide, [[0.55, -0.5 * math.log(2)]])
     guide.end_stage()
     loss = RecursiveMixture_ELBO(4)
-    assert train(guide, loss, 61, model, x) == (["propose"] * 10 + ["refine"] * 10) * 3 + ["joint"]
+    with pytest.warns(UserWarning, match=r"3 components 2 have no part .*dropped: \[1, 2\]"):
+        stages = train(guide, loss, 61, model, x)
+    assert stages == (["propose"] * 10 + ["refine"] * 10) * 3 + ["joint"]
     assert guide.members == (0,)
     assert [(trial.component, trial.is_kept) for trial in guide.trials] == [(1, False)] * 3
     assert all(trial.gain.mean < 2 * trial.gain.standard_error for trial in guide.trials)
+
+
+@pytest.mark.parametrize("estimator", ["stl", "pathwise"])
+def test_the_first_stage_has_the_estimator_of_the_loss(estimator: str) -> None:
+    """Sticking the landing has no noise at the exact posterior, 1 / (1 / 1.5**2 + 1 / 0.7**2)."""
+    model, x = partial(normal_rows, prior=1.5, noise=0.7), torch.tensor([[1.3], [-0.4]])
+    gain = 1.5**2 / (1.5**2 + 0.7**2)
+    head = nn.Linear(1, 2)
+    head.weight.data.copy_(torch.tensor([[gain], [0.0]]))
+    head.bias.data.copy_(torch.tensor([0.0, math.log(0.7 * gain**0.5)]))
+    components = [AmortizedGuide(model, each) for each in (head, nn.Linear(1, 2))]
+    guide = RecursiveMixtureGuide(model, components)
+    loss = RecursiveMixture_ELBO(8, estimator=estimator)
+    loss.differentiable_loss(model, guide, x).backward()
+    noise = max(parameter.grad.abs().max().item() for parameter in head.parameters())
+    assert noise < 1e-12 if estimator == "stl" else noise > 0.05
+
+
+@pytest.mark.slow
+def test_a_component_that_an_exact_posterior_does_not_need_is_dropped() -> None:
+    """In every run, from first steps to the acceptance test."""
+    model, x = normal_global, torch.tensor([1.7, 0.4, 1.1])
+    schedule = Schedule(first=200, propose=20, refine=30, patience=0)
+    for seed in range(4):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        guide = RecursiveMixtureGuide(model, 2, schedule=schedule)
+        with pytest.warns(UserWarning, match=r"dropped: \[1\]"):
+            train(guide, RecursiveMixture_ELBO(8), guide.num_steps, model, x)
+        assert guide.members == (0,), seed
 
 
 def test_min_gain_ends_growth() -> None:
@@ -448,7 +503,8 @@ def test_min_gain_ends_growth() -> None:
             first=2, propose=2, refine=2, confidence=1e9, min_gain=min_gain, draws=100
         )
         guide = RecursiveMixtureGuide(bimodal, 2, schedule=schedule)
-        train(guide, RecursiveMixture_ELBO(2), 6)
+        with pytest.warns(UserWarning, match="dropped") if min_gain else nullcontext():
+            train(guide, RecursiveMixture_ELBO(2), 6)
         assert guide.stage.kind == kind and guide.members == (0,)
 
 

@@ -271,6 +271,7 @@ def test_hidden_sites_have_a_guide_of_their_own() -> None:
 # Training.
 
 
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
 @kinds("recursive", "recursive_table", "recursive_encoders", "recursive_conditional")
 @pytest.mark.parametrize("row", ["nested", slow("data_plate"), slow("markov")])
 def test_growing_through_all_stages(row: str, kind: str) -> None:

@@ -17,8 +17,11 @@ from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.handlers import current_assignment
+from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
+DEAD = 1e-3  # a component with a smaller weight in all rows is reported
 
 
 class RecursiveMixtureGuide(MixtureGuide):
@@ -82,6 +85,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
+        self.dead: tuple[int, ...] = ()  # members without weight, when `watch` last looked
+        self._reported: set[int] = set()
 
     @property
     def num_steps(self) -> int:
@@ -109,6 +114,12 @@ class RecursiveMixtureGuide(MixtureGuide):
     def members(self) -> tuple[int, ...]:
         """The components that make up the mixture; one that is being proposed is not among them."""
         return tuple(m for m, inside in enumerate(self.progress[3:].tolist()) if inside)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The components that did not become members; none while growth goes on."""
+        outside = set(range(len(self.components))) - set(self.members)
+        return () if self.is_growing else tuple(sorted(outside))
 
     @property
     def is_growing(self) -> bool:
@@ -189,6 +200,35 @@ class RecursiveMixtureGuide(MixtureGuide):
         if self.stage.kind == "refine":
             self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
+    def watch(self, *args: Any, **kwargs: Any) -> None:
+        """Warn once of each component that was left out, or has no weight for these arguments.
+
+        Waits for the device. `RecursiveMixture_ELBO` calls it when growth has ended and then every
+        100 steps, and the guide itself after its state was loaded.
+        """
+        with isolated(), torch.no_grad():
+            weights = self.component_weights(*args, **kwargs)
+        largest = weights.reshape(-1, weights.shape[-1]).amax(0).tolist()
+        pairs = zip(self.members, largest, strict=True)
+        self.dead = tuple(m for m, weight in pairs if weight < DEAD)
+        new = set(self.left_out) | set(self.dead)
+        if new <= self._reported:
+            return
+        self._reported |= new
+        found = {"dropped": self.left_out, f"weight below {DEAD:g}": self.dead}
+        lost = "; ".join(f"{name}: {list(these)}" for name, these in found.items() if these)
+        warn_user(
+            f"{self.name}: of {len(self.components)} components {len(new)} have no part in the "
+            f"mixture ({lost}). See guide.trials."
+        )
+
+    def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Prepare the guide; look for components without a part in a state that was loaded."""
+        was_loaded = self.is_loaded
+        super().get_ready(args, kwargs)
+        if was_loaded and not self.is_growing:
+            self.watch(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
         found = super().forward(*args, **kwargs)
@@ -200,9 +240,10 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def extra_repr(self) -> str:
         """Return the state of the schedule."""
-        stage = self.stage
+        stage, lost = self.stage, {"dropped": self.left_out, "dead": self.dead}
+        parts = "".join(f"{name}={these}, " for name, these in lost.items() if these)
         return (
-            f"members={self.members} of {len(self.components)}, stage='{stage.kind}', "
+            f"members={self.members} of {len(self.components)}, {parts}stage='{stage.kind}', "
             f"steps_left={self.steps_left}, component={stage.component}, "
             f"steps_taken={self.steps_taken}, failures={int(self.progress[2])}"
         )
