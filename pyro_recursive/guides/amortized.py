@@ -113,7 +113,11 @@ class AmortizedGuide(LatentGuide):
             return
         table, sizes = getattr(self, _free(latents)), call.sizes(latents)
         rows = params.reshape(-1, *sizes, params.shape[-1]).mean(0)
-        indices = [call.plates[frame.name].indices.to(table.device) for frame in latents.rows]
+        found = [call.row_index(f.name, n) for f, n in zip(latents.rows, table.shape, strict=False)]
+        indices = [
+            torch.arange(n, device=table.device) if index is None else index.to(table.device)
+            for index, n in zip(found, table.shape, strict=False)
+        ]
         table[torch.meshgrid(*indices, indexing="ij")] = rows
 
     def _load_from_state_dict(

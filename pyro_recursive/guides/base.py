@@ -1,8 +1,9 @@
 """What all guides of this package share: blocks of latents, plates, and names in Pyro's store."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,9 @@ from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
+from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import GivenMinibatches, form_of, rows_needed
 from pyro_recursive.tracing.sites import Site, latent_sites, nesting_of, plates_of, sites
@@ -67,9 +70,14 @@ class LatentGuide(PyroModule):
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
-        self._full_sizes: dict[tuple[str, int], int] = {}  # of plates, by name and input length
+        self._plate_sizes: dict[tuple[str, int], tuple[int, int]] = {}  # see `_sizes`
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
         self._known_calls: set[Any] = set()  # forms of arguments that have these latents
+        self._tables: frozenset[str] = frozenset()  # plates whose rows have parameters of their own
+        self._joint: frozenset[str] = frozenset()  # plates whose entries have one distribution
+        self._follow_rows: frozenset[str] | None = None  # those of them that have a call's rows
+        self._watched: str | None = None  # a plate whose rows are the inputs', with parameters each
+        self._seen: SeenInputs | None = None  # those of the first call that does not say its rows
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(_check_prepared)
@@ -165,6 +173,9 @@ class LatentGuide(PyroModule):
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         self.nesting = nesting_of(trace)
         self._input_sizes = dict(_input_sizes(groups, raw))
+        self._note_plates(groups, latent, raw)
+        rows = self._row_plates(args, kwargs)
+        groups = tuple(_of_all_rows(latents, rows) for latents in groups)
         self._given_minibatches = frozenset(given.values)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
@@ -192,6 +203,49 @@ class LatentGuide(PyroModule):
             known = sorted(set().union(*plates.values()))
             raise ValueError(f"No latent site is inside plate '{plate}', only inside {known}.")
         return within
+
+    def rows_have_parameters(self) -> bool:
+        """Whether each row of the local latents has parameters of its own."""
+        return not self.by_row
+
+    def _note_plates(
+        self, groups: tuple[LatentBlock, ...], latent: Iterable[Site], raw: Any
+    ) -> None:
+        """Note which plates have parameters for each entry; they may have the inputs' length."""
+        rows = {f.name for latents in groups for f in latents.rows}
+        local = {slot.name for latents in groups if latents.local for slot in latents.slots}
+        frames = {name: f for site in latent for name, f in plates_of(site).items()}
+        outside = {name for s in latent if s["name"] not in local for name in plates_of(s)}
+        self._tables = frozenset(rows if self.rows_have_parameters() else ())
+        self._joint = frozenset(outside - rows)
+        length = raw.shape[0] if isinstance(raw, Tensor) and raw.dim() else None
+        for name in sorted(self._tables | self._joint):
+            if frames[name].size == length and frames[name].full_size in (None, length):
+                self._watched = name
+
+    def _row_plates(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, MinibatchRows]:
+        """Return the plates with parameters for each row whose rows a call is given by number.
+
+        Raises:
+            ValueError: the rows are unknown, or they have one joint distribution.
+        """
+        rows = minibatch_rows()
+        if rows is None or rows.is_all or not self._tables | self._joint:
+            return {}
+        if self._follow_rows is None:
+            first = first_argument(*args, **kwargs) if rows.index is None else rows.index
+            count = len(first) if isinstance(first, Tensor) and first.dim() else 1
+            model = self.served_model()
+            self._follow_rows = plates_of_rows(model, args, kwargs, count, rows.total)
+        for name in sorted(self._follow_rows & self._joint):
+            raise ValueError(
+                f"{type(self).__name__} has one distribution for all entries of plate '{name}', "
+                f"and each batch has other rows. Give plate='{name}' or an encoder."
+            )
+        found = dict.fromkeys(sorted(self._follow_rows & self._tables), rows)
+        for name in found:
+            rows.check_known(name)
+        return found
 
     def adopt(
         self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
@@ -264,10 +318,13 @@ class LatentGuide(PyroModule):
             created = self.create_plates(*args, **kwargs)
             created = [created] if isinstance(created, pyro.plate) else created
             plates = {plate.name: plate for plate in created}
-        names = frozenset(plates)
+        names, rows = frozenset(plates), self._row_plates(args, kwargs)
         call = GuideCall(
-            args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes
+            args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes, rows
         )
+        if self._watched is not None and minibatch_rows() is None:
+            seen = self._seen or SeenInputs.of(call.raw)
+            self._seen = seen.after(call.raw, type(self).__name__, self._watched)
         for latents in self.groups:
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
@@ -292,6 +349,8 @@ class LatentGuide(PyroModule):
         """Copy the model's plate; a size that was the inputs' length is their present length."""
         name, full, size = frame.name, frame.full_size or frame.size, frame.size
         inputs_are = self._input_sizes.get(name)
+        if inputs_are is None and full == size and name in call.row_plates:
+            full = size = call.row_plates[name].count
         if name in self._given_minibatches and inputs_are != "minibatch":
             raise ValueError(f"Plate '{name}' has subsample= in the model: give create_plates=.")
         if inputs_are is not None:
@@ -300,23 +359,24 @@ class LatentGuide(PyroModule):
                 full, size = length, min(size, length)
             else:
                 if inputs_are == "all" and length != size:
-                    full = self._full_size(name, length, call)
-                size = length
+                    size, full = self._sizes(frame, length, call)
+                else:
+                    size = length
         return pyro.plate(name, full, subsample_size=size, dim=frame.dim)
 
-    def _full_size(self, name: str, length: int, call: GuideCall) -> int:
-        """Return a plate's full size for inputs of another length than the first.
+    def _sizes(self, frame: Any, length: int, call: GuideCall) -> tuple[int, int]:
+        """Return a plate's size and full size for inputs of another length than the first.
 
-        These may be all data or a minibatch. One run of the model for each length decides.
+        These may be all data or a minibatch, or the plate has nothing to do with them. One run of
+        the model for each length decides.
         """
-        if (name, length) not in self._full_sizes:
+        name = frame.name
+        if (name, length) not in self._plate_sizes:
             trace = outline(self.own_model(), call.args, call.kwargs)
-            full = length
-            for frame in (plates_of(site).get(name) for site in sites(trace)):
-                if frame is not None and frame.size == length:
-                    full = frame.full_size or length
-            self._full_sizes[name, length] = full
-        return self._full_sizes[name, length]
+            frames = (plates_of(site).get(name) for site in sites(trace))
+            now = next((f for f in frames if f is not None), frame)
+            self._plate_sizes[name, length] = now.size, now.full_size or now.size
+        return self._plate_sizes[name, length]
 
     # --- Pyro's parameter store, copies and pickles
 
@@ -354,7 +414,7 @@ class LatentGuide(PyroModule):
                 )
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
-        return {**self.__dict__, "_shared": None}
+        return {**self.__dict__, "_shared": None, "_seen": None}
 
 
 PackedGuide = LatentGuide  # its former name
@@ -406,6 +466,14 @@ def _note_loaded(guide: Any, keys: Any) -> None:
 def _own_latents(trace: poutine.Trace) -> list[Site]:
     """Return the latent sites of a model that a guide samples."""
     return [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]
+
+
+def _of_all_rows(latents: LatentBlock, given: dict[str, MinibatchRows]) -> LatentBlock:
+    """Return a block whose rows are those of all data, where a call has some of them."""
+    rows = [
+        f._replace(full_size=given[f.name].total) if f.name in given else f for f in latents.rows
+    ]
+    return replace(latents, rows=tuple(rows))
 
 
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.tracing.minibatch import MinibatchRows
 
 
 @dataclass
@@ -19,6 +20,7 @@ class GuideCall:
     ``inputs`` maps the arguments to the encoders' inputs, and ``trunk`` their rows to what all
     encoders share. ``created`` are the plates that a user's ``create_plates`` made, in any order.
     ``input_sizes`` says by plate whether the inputs have "all" of its rows or its "minibatch".
+    ``row_plates`` are the plates of the rows that the arguments are, if those are known by number.
     """
 
     args: tuple
@@ -29,6 +31,7 @@ class GuideCall:
     trunk: Callable[[Any], Any] | None = None
     created: frozenset[str] = frozenset()
     input_sizes: Mapping[str, str] = field(default_factory=dict)
+    row_plates: Mapping[str, MinibatchRows] = field(default_factory=dict)
     _rows: Any = None
 
     @cached_property
@@ -77,17 +80,28 @@ class GuideCall:
     def table_rows(self, table: Tensor, latents: LatentBlock) -> Tensor:
         """Return a table's rows for the minibatch, ``[*all rows, n]`` to ``[*rows, n]``."""
         for dim, frame in enumerate(latents.rows):
-            plate = self.plates[frame.name]
-            if plate.size != table.shape[dim]:
-                raise ValueError(
-                    f"Plate '{plate.name}' has {plate.size} entries, and parameters for "
-                    f"{table.shape[dim]}: use an encoder."
-                )
-            whole = plate.subsample_size == plate.size
-            index = self._order_of(plate) if whole else plate.indices
+            index = self.row_index(frame.name, table.shape[dim])
             if index is not None:
                 table = table.index_select(dim, index.to(table.device))
         return table
+
+    def row_index(self, name: str, entries: int) -> Tensor | None:
+        """Return which of the ``entries`` of a table a plate has; None for all in order."""
+        plate = self.plates[name]
+        if name in self.row_plates:
+            return self.row_plates[name].index_of(plate, entries)
+        if plate.size != entries:
+            raise ValueError(
+                f"Plate '{name}' has {plate.size} entries, and the guide has parameters for "
+                f"{entries} rows. Say which with MinibatchRows, or use an encoder."
+            )
+        index = self._order_of(plate) if plate.subsample_size == plate.size else plate.indices
+        if index is not None and index.is_floating_point():  # subsample=x
+            raise ValueError(
+                f"Plate '{name}' has values in the place of row numbers. Say which rows these are "
+                "with MinibatchRows."
+            )
+        return index
 
     def encode(
         self,

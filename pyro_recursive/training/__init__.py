@@ -1,6 +1,7 @@
 """The training loop `fit`, with its record, schedules and checkpoints; `SVI.step` works as well."""
 
 from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.tracing.minibatch import MinibatchRows
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.checkpoint import CheckpointError
 from pyro_recursive.training.history import History, burda_schedule
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "History",
     "KLWarmup",
+    "MinibatchRows",
     "NonFiniteError",
     "burda_schedule",
     "fit",

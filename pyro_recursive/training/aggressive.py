@@ -89,8 +89,8 @@ class Phase:
             self._train_guide(fresh, epoch)
             loss = self.learner.step(batch, epoch, owner="model")
             if self.learner.steps == 1:  # raise now, not after an epoch, where I_q has no value
-                with self.learner.evaluating(self.held_out):
-                    rows = self.held_out.choose(self.options.rows)
+                rows = self.held_out.choose(self.options.rows)
+                with self.learner.evaluating(self.held_out), rows.rows:
                     table_of(self.learner.guide, rows, {}, self.options.plate)
             return loss
 
@@ -99,8 +99,8 @@ class Phase:
     def measure(self) -> float:
         """Return the mutual information on validation data in nats."""
         guide, options = self.learner.guide, self.options
-        with self.learner.evaluating(self.held_out):
-            rows = self.held_out.choose(options.rows)
+        rows = self.held_out.choose(options.rows)
+        with self.learner.evaluating(self.held_out), rows.rows:
             found = mutual_information(guide, *rows, num_draws=options.draws, plate=options.plate)
         return found.item()
 

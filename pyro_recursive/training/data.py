@@ -9,11 +9,25 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.minibatch import MinibatchRows
 
-Batch: TypeAlias = tuple[Any, ...]
 Data: TypeAlias = Tensor | Sequence[Tensor] | DataLoader
 
 CHOICE_SEED = 0  # of the rows that `Minibatches.choose` returns
+UNKNOWN = MinibatchRows(None, None)
+
+
+class Batch(tuple):
+    """The arguments of model and guide, and which rows of the data they are."""
+
+    rows: MinibatchRows = UNKNOWN
+
+    @classmethod
+    def of(cls, values: Any, rows: MinibatchRows = UNKNOWN) -> "Batch":
+        """Return a batch of one value, or of several."""
+        batch = cls(values if isinstance(values, tuple | list) else (values,))
+        batch.rows = rows
+        return batch
 
 
 class Minibatches:
@@ -22,6 +36,8 @@ class Minibatches:
     Tensors are cut into batches of ``batch_size`` rows (the last may have fewer, and is left out if
     ``even``), all rows in order if it is None; the batches of a DataLoader are used as they are.
     Several processes share the rows of each batch of tensors; a DataLoader is each process's own.
+    Each `Batch` has the numbers of its rows, unless they are a DataLoader's or ``numbered`` is
+    False, for data other than those that a guide is trained on.
 
     Example:
         >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
@@ -38,10 +54,12 @@ class Minibatches:
         name: str = "data",
         even: bool = False,
         processes: ProcessGroup | None = None,
+        numbered: bool = True,
     ) -> None:
         """Check the data; draw the seed of their order from the global random state."""
         self.batch_size, self.transform, self.name = batch_size, transform, name
         self.even, self.processes = even, processes or ProcessGroup()
+        self.numbered = numbered
         check_at_least(1, batch_size=batch_size)
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         if isinstance(data, DataLoader):
@@ -108,12 +126,30 @@ class Minibatches:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, transformed."""
         batch = None
-        loader = self.data if isinstance(self.data, DataLoader) else self._batches(self.data)
-        for batch in map(_as_tuple, loader):
+        loader = self._loaded(self.data) if isinstance(self.data, DataLoader) else self._batches()
+        for batch in loader:
             has_rows = self.processes.count == 1 or rows_of(batch) > 0
-            yield _as_tuple(self.transform(*batch)) if self.transform and has_rows else batch
+            yield self._transformed(batch) if self.transform and has_rows else batch
         if batch is None:
             raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")
+
+    def _transformed(self, batch: Batch) -> Batch:
+        assert self.transform is not None
+        found = Batch.of(self.transform(*batch), batch.rows)
+        if rows_of(found) != rows_of(batch):
+            found.rows = UNKNOWN
+        return found
+
+    def _loaded(self, loader: DataLoader) -> Iterator[Batch]:
+        in_order = type(_samplers(loader)[-1]) is SequentialSampler and self.processes.count == 1
+        for values in loader:
+            batch = Batch.of(values)
+            if in_order and rows_of(batch) == self.rows:
+                batch.rows = self._rows(None, self.rows)
+            yield batch
+
+    def _rows(self, index: Tensor | None, total: int | None) -> MinibatchRows:
+        return MinibatchRows(index, total) if self.numbered else UNKNOWN
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of a DataLoader's sampler where there are several processes."""
@@ -133,14 +169,16 @@ class Minibatches:
                 found.append(batch)
                 if sum(map(rows_of, found)) >= count:
                     break
-            return tuple(torch.cat(column)[:count] for column in zip(*found, strict=True))
-        if count >= len(self.data[0]):
-            return self.data
+            return Batch.of([torch.cat(column)[:count] for column in zip(*found, strict=True)])
+        total = len(self.data[0])
+        if count >= total:
+            return Batch.of(self.data, self._rows(None, total))
         generator = Generator("cpu").manual_seed(CHOICE_SEED)
-        order = torch.randperm(len(self.data[0]), generator=generator, device="cpu")[:count]
-        return tuple(column[order.to(column.device)] for column in self.data)
+        order = torch.randperm(total, generator=generator, device="cpu")[:count]
+        chosen = [column[order.to(column.device)] for column in self.data]
+        return Batch.of(chosen, self._rows(order.to(self.data[0].device), total))
 
-    def _shares(self, columns: Batch) -> list[slice]:
+    def _shares(self, columns: tuple[Tensor, ...]) -> list[slice]:
         """Return the positions in the order that each batch has in this process."""
         rows = len(columns[0])
         size = self.batch_size or rows
@@ -151,32 +189,33 @@ class Minibatches:
             found.append(slice(start + own.start, start + own.stop))
         return found
 
-    def _batches(self, columns: Batch) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
         """Yield this process's rows of each batch, in order or in a new random order."""
+        assert not isinstance(self.data, DataLoader)
+        columns, total = self.data, len(self.data[0])
         if self.batch_size is None and self.processes.count == 1:
-            yield columns
+            yield Batch.of(columns, self._rows(None, total))
         elif self.order is None:
-            yield from (tuple(column[own] for column in columns) for own in self._shares(columns))
+            every = torch.arange(total, device=columns[0].device)
+            for own in self._shares(columns):
+                yield Batch.of([x[own] for x in columns], self._rows(every[own], total))
         else:
-            order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
+            order = torch.randperm(total, generator=self.order, device="cpu")
             orders = [order.to(column.device) for column in columns]  # one transfer per epoch
             for own in self._shares(columns):
-                yield tuple(x[rows[own]] for x, rows in zip(columns, orders, strict=True))
+                batch = [x[rows[own]] for x, rows in zip(columns, orders, strict=True)]
+                yield Batch.of(batch, self._rows(orders[0][own], total))
 
 
-def rows_of(batch: Batch) -> int:
+def rows_of(batch: tuple[Any, ...]) -> int:
     """Return the rows of a batch: the length of its first tensor, 1 if that is a scalar."""
     first = batch[0] if batch else None
     return len(first) if isinstance(first, Tensor) and first.dim() else 1
 
 
-def _as_tuple(batch: Any) -> Batch:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _columns(data: Any, name: str) -> Batch:
+def _columns(data: Any, name: str) -> tuple[Tensor, ...]:
     """Return the data as a tuple of tensors with the same number of rows, at least one."""
-    columns = _as_tuple(data)
+    columns = tuple(data) if isinstance(data, tuple | list) else (data,)
     for column in columns:
         if not isinstance(column, Tensor):
             raise TypeError(f"{name} must be tensors or a DataLoader, got {type(column).__name__}.")

@@ -23,7 +23,7 @@ from pyro_recursive.training import checkpoint
 from pyro_recursive.training.data import Batch, Minibatches
 from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
-from pyro_recursive.training.plate_sizes import BatchTakenForData, check_shares
+from pyro_recursive.training.plate_sizes import BatchTakenForData, check_autoguides, check_shares
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -79,6 +79,8 @@ class Learner:
                 self._prepare(batch)
             with self.sizes or nullcontext():
                 loss = self._differentiate(batch, owner)
+            if self.sizes is not None:  # the first step
+                check_autoguides(self.model, self.guide, batch)
         except (ValueError, torch.linalg.LinAlgError) as error:  # Pyro's validation finds a NaN
             places = self._find_non_finite(batch, before)
             if not places:
@@ -128,7 +130,8 @@ class Learner:
         with self.evaluating(held_out):
             for batch in held_out:
                 group.begin(batch, "a batch of validation")
-                own = 0.0 if group.has_no_rows else loss.loss(self.model, self.guide, *batch)
+                with batch.rows:
+                    own = 0.0 if group.has_no_rows else loss.loss(self.model, self.guide, *batch)
                 found.append((group.weight * own, group.rows))
         value, rows = torch.as_tensor(found, dtype=torch.float64).mean(0).tolist()
         return sum(group.processes.gather(value, "the end of validation")), rows
@@ -249,7 +252,7 @@ class Learner:
             return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)
         run = differentiable or self.loss.loss_and_grads
-        with poutine.trace(param_only=True) as captured:
+        with batch.rows, poutine.trace(param_only=True) as captured:
             value = run(self.model, self.guide, *batch)
         self._collect(captured.trace)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
@@ -265,7 +268,8 @@ class Learner:
 
         Parameters of model runs that a guide hides from Pyro are not counted.
         """
-        with self._restoring(), torch.no_grad(), poutine.trace(param_only=True) as captured:
+        tracing = poutine.trace(param_only=True)
+        with self._restoring(), torch.no_grad(), batch.rows, tracing as captured:
             self.guide(*batch)
         seen = {id(_unconstrained(site["value"])) for site in captured.trace.nodes.values()}
         self.of_guide |= {name for name, tensor in self.parameters.items() if id(tensor) in seen}

@@ -1,6 +1,7 @@
 """`fit`: epochs over minibatches, and what is recorded, kept and resumed between them."""
 
 import math
+import operator
 import os
 import sys
 import time
@@ -109,7 +110,16 @@ def fit(
         held_out = phase = None
         if validation is not None:
             size = None if isinstance(validation, DataLoader) else batch_size
-            held_out = Minibatches(validation, size, False, name="validation", processes=processes)
+            held_out = Minibatches(
+                validation,
+                size,
+                False,
+                None,
+                "validation",
+                False,
+                processes,
+                _is_same(data, validation),
+            )
         learner = Learner(
             model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules, processes
         )
@@ -133,6 +143,12 @@ def fit(
         if processes.is_first:
             _warn_if_unfinished(guide)
         return run.history
+
+
+def _is_same(data: Data, validation: Data) -> bool:
+    """Whether the validation data are the training data, the same objects."""
+    one, other = (each if isinstance(each, tuple | list) else [each] for each in (data, validation))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _warn_if_unfinished(guide: Any) -> None:

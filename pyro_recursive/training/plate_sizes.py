@@ -11,12 +11,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList, AutoMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.guides.base import LatentGuide
+from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.minibatch import MinibatchRows, plates_of_rows
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.sites import own_scale, plates_of, sites
+from pyro_recursive.tracing.sites import latent_sites, own_scale, plates_of, sites
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.data import Batch, rows_of
 
@@ -40,13 +44,14 @@ def check_shares(model: Callable, guide: Callable, batch: Batch) -> None:
 
     def run(batch: Batch, values: dict[str, Any]) -> Run:
         program = Program(model, guide, batch)
-        with poutine.block(), _SameValues(values):
+        with batch.rows, poutine.block(), _SameValues(values):
             with forked_rng():
                 guided = program.run_guide()
             with forked_rng():
                 return {"guide": guided, "model": program.run_model(guided)}
 
-    rest = tuple(map(part, batch))
+    batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+    rest = Batch.of([*map(part, batch)], MinibatchRows(part(batch.rows.index), batch.rows.total))
     if rows_of(rest) == rows:
         kind = type(batch[0]).__name__
         raise ValueError(f"Processes share the rows of a batch, but a {kind} has none.")
@@ -121,6 +126,29 @@ def _is_close(one: Any, other: Any) -> bool:
     return one.shape == other.shape and torch.allclose(
         one, other, rtol=1e-5, atol=1e-6, equal_nan=True
     )
+
+
+def check_autoguides(model: Callable, guide: Any, batch: Batch) -> None:
+    """Raise where an autoguide of Pyro has parameters for the rows of a batch by their place."""
+    if batch.rows.is_all:
+        return
+    count, latent = rows_of(batch), []
+    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    for part in parts:
+        if isinstance(part, AutoMessenger):
+            latent += latent_sites(outline(guide, batch, {}))
+        elif isinstance(part, AutoGuide) and not isinstance(part, NO_AUTOGUIDES):
+            latent += latent_sites(part.prototype_trace or poutine.Trace())
+    frames = {name: frame for site in latent for name, frame in plates_of(site).items()}
+    names = {n for n, f in frames.items() if f.size == count and f.full_size in (None, count)}
+    for name in names and sorted(names & plates_of_rows(model, batch, {}, count)):
+        raise ValueError(
+            f"{type(guide).__name__} has parameters for {count} rows of plate '{name}', and each "
+            f"batch has other rows. Use AmortizedGuide(model, plate='{name}') or an encoder."
+        )
+
+
+NO_AUTOGUIDES = (AutoCallable, AutoGuideList, LatentGuide)  # parts are checked by themselves
 
 
 class BatchTakenForData(Messenger):

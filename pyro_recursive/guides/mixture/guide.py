@@ -106,6 +106,11 @@ class MixtureGuide(LatentGuide):
             for c in self.components
         )
 
+    def rows_have_parameters(self) -> bool:
+        """Whether each row has parameters in a component, or a weight of its own."""
+        own = [c for c in self.components if isinstance(c, LatentGuide)]
+        return self.weights.kind == "table" or any(guide.rows_have_parameters() for guide in own)
+
     def component(self, m: int) -> Any:
         """Return component ``m``."""
         return self._functions.get(m, self.components[m])

@@ -117,6 +117,10 @@ class SemiAmortizedGuide(LatentGuide):
         """As in the guide that is refined."""
         return self.guide.by_row
 
+    def rows_have_parameters(self) -> bool:
+        """As in the guide that is refined."""
+        return self.guide.rows_have_parameters()
+
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Return the refined parameters of the rows of a call, without a graph, and their ELBOs."""
         self.prepare(*args, **kwargs)
