@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.sites import Site, SiteRecord, SiteTable, is_delta, layers
 
@@ -58,9 +59,7 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
 def check_latent(guide: Iterable[Site]) -> None:
     """Raise where a guide observes a site: its density would be part of log q."""
     for site in guide:
-        if not site["is_observed"] or site["infer"].get("is_auxiliary"):
-            continue
-        if not isinstance(site["fn"], dist.Unit):
+        if site["is_observed"] and not isinstance(site["fn"], dist.Unit | ComponentIndex):
             remedy = "put poutine.reparam around the model" if is_delta(site) else "drop its obs="
             raise ValueError(f"Guide site '{site['name']}' is observed: {remedy}.")
 

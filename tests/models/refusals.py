@@ -78,10 +78,10 @@ def extra_site_guide(x: Tensor) -> None:
     normal("extra", 0.0, 1.0)
 
 
-def guide_of(size: int = 4, obs: Any = None, **plate: Any) -> Callable:
+def guide_of(size: int = 4, obs: Any = None, infer: Any = None, **plate: Any) -> Callable:
     def guide(x: Tensor) -> None:
         with pyro.plate("data", size, **plate):
-            pyro.sample("z", dist.Normal(real("loc", 0.2), 1.0), obs=obs)
+            pyro.sample("z", dist.Normal(real("loc", 0.2), 1.0), obs=obs, infer=infer)
 
     return guide
 
@@ -114,6 +114,7 @@ NO_PLATE = r"Site '{}' .*dim -1 belongs to no plate"
 SIZES = r"Plate 'data' has {} where it is met first and {} at site 'z'"
 SHAPES = "disagree at site 'z'"
 LARGER = guide_of(40, subsample_size=4)
+OBSERVED = guide_of(obs=torch.zeros(4), infer={"is_auxiliary": True})
 
 REFUSALS = [
     Refusal(*row)
@@ -130,6 +131,7 @@ REFUSALS = [
         ("missing_in_guide", local, empty_guide, "Model site 'z' is latent and the guide"),
         ("missing_in_model", local, extra_site_guide, "'extra' is no latent site of the model"),
         ("latent_observed", local, guide_of(obs=torch.zeros(4)), "Guide site 'z' is observed"),
+        ("auxiliary_observed", local, OBSERVED, "Guide site 'z' is observed: drop its obs="),
         ("data_observed", local, observing_guide, "Guide site 'x' is observed"),
         ("smaller_plate", local, guide_of(3), SIZES.format("3 of 4 entries", "3 of 3")),
         ("plate_of_one", local, guide_of(1), SIZES.format("1 of 4 entries", "1 of 1")),
