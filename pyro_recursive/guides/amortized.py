@@ -141,6 +141,11 @@ class AmortizedGuide(LatentGuide):
         """Return the Gaussians that a row may have."""
         return GaussianRows(self.family, latents.size)
 
+    def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
+        """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
+        posterior = self.posterior(latents, call)
+        return posterior.mean, posterior.stddev
+
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the Gaussian of a block, batch ``[*batch]`` and event ``[D]``."""
         return self.family(self.variational_params(latents, call), latents.size)

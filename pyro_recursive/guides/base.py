@@ -10,8 +10,7 @@ from weakref import WeakValueDictionary
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroModule
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from pyro_recursive.guides.call import GuideCall, first_argument
@@ -41,8 +40,8 @@ class ModelReference:
         return ModelReference, (None,)
 
 
-class LatentGuide(PyroModule):
-    """A guide over a model's continuous latents, in one or two blocks of packed vectors.
+class LatentGuide(AutoGuide):
+    """An autoguide over a model's continuous latents, in one or two blocks of packed vectors.
 
     With an encoder or ``plate=``, the latents inside the plate of the data are one block, with a
     distribution for each row, and those outside another. Else all latents have one joint
@@ -62,10 +61,10 @@ class LatentGuide(PyroModule):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name or type(self).__name__)
-        self.name = name or type(self).__name__
+        super().__init__(model, create_plates=create_plates)
+        self.name = self._pyro_name = name or type(self).__name__
         self._model = ModelReference(model)
-        self.plate, self.create_plates = plate, create_plates
+        self.plate = plate
         self.inputs = inputs or first_argument
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
@@ -121,6 +120,25 @@ class LatentGuide(PyroModule):
     def served_model(self) -> Callable:
         """Return the model whose latents this guide packs; a subclass may hide others."""
         return self.own_model()
+
+    @property
+    def model(self) -> Callable:
+        """The guide's model."""
+        return self.own_model()
+
+    @property
+    def site_prefix(self) -> str:
+        """What the names of auxiliary sites start with: two parts of a list may have one name."""
+        return self.name if self.master is None else self._pyro_name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute as any module does: guides inside this one keep their own plates."""
+        super(AutoGuide, self).__setattr__(name, value)
+
+    def _update_master(self, master_ref: Callable[[], Any]) -> None:
+        """Take the plates of an AutoGuideList, whose `append` calls this; a mixture makes none."""
+        if isinstance(master_ref(), AutoGuideList):
+            super()._update_master(master_ref)
 
     @property
     def by_row(self) -> bool:
@@ -313,12 +331,8 @@ class LatentGuide(PyroModule):
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Return a call of the guide, with its plates."""
-        plates: dict[str, Any] = {}
-        if self.create_plates is not None:
-            created = self.create_plates(*args, **kwargs)
-            created = [created] if isinstance(created, pyro.plate) else created
-            plates = {plate.name: plate for plate in created}
-        names, rows = frozenset(plates), self._row_plates(args, kwargs)
+        plates, names = self._created_plates(args, kwargs)
+        rows = self._row_plates(args, kwargs)
         call = GuideCall(
             args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes, rows
         )
@@ -329,7 +343,37 @@ class LatentGuide(PyroModule):
             for frame in (f for slot in latents.slots for f in slot.frames):
                 if frame.name not in plates:
                     plates[frame.name] = self._plate(frame, latents, call)
+            for frame in latents.rows:
+                self._check_length(frame, latents, call)
         return call
+
+    def _created_plates(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], frozenset[str]]:
+        """Return the plates of a list of guides, or a user's, and the names of a user's."""
+        if self.master is None:
+            created = self.create_plates(*args, **kwargs) if self.create_plates is not None else ()
+            created = [created] if isinstance(created, pyro.plate) else created
+            plates = {plate.name: plate for plate in created}
+            return plates, frozenset(plates)
+        plates, makes = dict(getattr(self.master(), "plates", {})), self.master().create_plates
+        if self.create_plates is not None:
+            raise ValueError("Give create_plates= to the AutoGuideList, not to a part of it.")
+        for name in sorted(plates.keys() & self._given_minibatches if makes is None else ()):
+            raise ValueError(
+                f"Plate '{name}' has subsample= in the model: give AutoGuideList create_plates=."
+            )
+        return plates, frozenset(plates if makes is not None else ())
+
+    def _check_length(self, frame: Any, latents: LatentBlock, call: GuideCall) -> None:
+        """Raise where a plate that the guide has not made is not of the inputs' length."""
+        if self.master is not None and frame.name in self._input_sizes:
+            plate, length = call.plates[frame.name], call.raw.shape[latents.rows.index(frame)]
+            if length not in (plate.size, plate.subsample_size):
+                raise ValueError(
+                    f"Plate '{frame.name}' of the AutoGuideList has {plate.size} entries, and the "
+                    f"inputs {length} rows. Give the list create_plates=."
+                )
 
     def sample(self, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a block."""
@@ -340,6 +384,40 @@ class LatentGuide(PyroModule):
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         u = posterior.expand(shape).rsample()
         return emit(latents, call.plates, u, posterior.log_prob)
+
+    def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
+        """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no quantiles in closed form: take those of draws."
+        )
+
+    def median(self, *args: Any, **kwargs: Any) -> Values:
+        """Return the posterior median of each latent, as `quantiles` does."""
+        found = self.quantiles([0.5], *args, **kwargs)
+        return {name: values[0] for name, values in found.items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Iterable[float], *args: Any, **kwargs: Any) -> Values:
+        """Return posterior quantiles of each latent, ``[Q, *site's shape]``.
+
+        Of the coordinates of vectors (a simplex, say) in unconstrained space, as Pyro's autoguides.
+
+        Raises:
+            NotImplementedError: the guide's marginals are no Gaussians.
+        """
+        self.prepare(*args, **kwargs)
+        with poutine.block():
+            call = self.new_call(args, kwargs)
+            marginals = [self.marginals(latents, call) for latents in self.groups]
+        found: dict[str, list[Tensor]] = {}
+        for latents, (loc, scale) in zip(self.groups, marginals, strict=True):
+            normal = torch.distributions.Normal(loc, scale)
+            for q in quantiles:
+                below, above = (latents.unpack(normal.icdf(loc.new_tensor(p))) for p in (q, 1 - q))
+                for slot in latents.slots:
+                    values = above if slot.is_decreasing else below
+                    found.setdefault(slot.name, []).append(values[slot.name])
+        return {name: torch.stack(values) for name, values in found.items()}
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         """Return what is applied to the inputs before all encoders, if anything."""
@@ -407,14 +485,14 @@ class LatentGuide(PyroModule):
             TypeError: the guide holds an autoguide of Pyro, which would lose its model.
         """
         for part in self.modules():
-            if isinstance(part, AutoGuide):
+            if isinstance(part, AutoGuide) and not isinstance(part, LatentGuide):
                 raise TypeError(
                     f"Pyro's {type(part).__name__} cannot be copied or pickled. Save the guide's "
                     "state_dict()."
                 )
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
-        return {**self.__dict__, "_shared": None, "_seen": None}
+        return {**self.__dict__, "_shared": None, "_seen": None, "master": None}
 
 
 PackedGuide = LatentGuide  # its former name
@@ -440,7 +518,7 @@ def _rollback(guide: LatentGuide) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
         for added in set(store.keys()) - stored:
-            if added.startswith(f"{guide.name}."):
+            if added.replace("$$$", ".").startswith(f"{guide._pyro_name}."):
                 del store[added]
         raise
 

@@ -43,6 +43,12 @@ class PackedSite:
         return max((-frame.dim for frame in self.frames), default=0)
 
     @cached_property
+    def is_decreasing(self) -> bool:
+        """Whether larger unconstrained values are smaller ones, as under an upper bound."""
+        is_scalar = self.transform.bijective and self.transform.domain.event_dim == 0
+        return is_scalar and bool(torch.as_tensor(self.transform.sign).lt(0).all())
+
+    @cached_property
     def numel(self) -> int:
         """How many entries of the vector a row of this site takes."""
         return math.prod(size for _, size in self.inner_plates) * self.event_shape.numel()

@@ -289,7 +289,7 @@ class MAPAGuide(LatentGuide):
         """Sample a code for each row, then the site."""
         with inside(latents.rows, call.plates):
             choice = ComponentIndex(logits=posterior.log_weights)
-            index = pyro.sample(f"{self.name}_code", choice, infer={"is_auxiliary": True})
+            index = pyro.sample(f"{self.site_prefix}_code", choice, infer={"is_auxiliary": True})
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         return emit(latents, call.plates, posterior.draw(index.expand(shape)), posterior.log_prob)
 

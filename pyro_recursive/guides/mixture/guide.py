@@ -255,7 +255,7 @@ class MixtureGuide(LatentGuide):
             group = "" if len(self.groups) == 1 else "_local" if latents.local else "_global"
             with inside(latents.rows, call.plates):
                 index = pyro.sample(
-                    f"{self.name}{group}_component",
+                    f"{self.site_prefix}{group}_component",
                     ComponentIndex(logits=mixture.log_weights),
                     obs=_assigned(assignment, mixture) if assignment.components else None,
                     infer={"is_auxiliary": True},

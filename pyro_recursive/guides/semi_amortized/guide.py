@@ -198,7 +198,7 @@ class SemiAmortizedGuide(LatentGuide):
         term = refined.encoder_term
         if term is not None:  # losses with -log q maximise it; the density is 1
             with inside(latents.rows, call.plates):
-                pyro.factor(f"{self.name}_direct", term.detach() - term, has_rsample=True)
+                pyro.factor(f"{self.site_prefix}_direct", term.detach() - term, has_rsample=True)
         posterior = self.row_family(latents).distribution(refined.params)
         return self.guide.sample_from(posterior, latents, call)
 

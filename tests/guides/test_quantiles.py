@@ -1,0 +1,79 @@
+"""`median` and `quantiles` of Gaussian guides, as Pyro's autoguides have them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDiagonalNormal
+from torch import Tensor
+
+from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide, SemiAmortizedGuide
+from pyro_recursive.guides.gaussian_families import LowRank
+
+LEVELS = [0.05, 0.3, 0.5, 0.9]
+
+
+def model(x: Tensor) -> None:
+    """Supports of every direction, inside and outside of a plate, and an inner plate."""
+    pyro.sample("real", dist.Normal(0.0, 1.0))
+    pyro.sample("below", dist.TransformedDistribution(
+        dist.LogNormal(0.0, 1.0), dist.transforms.AffineTransform(2.0, -1.0)
+    ))  # fmt: skip
+    pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("positive", dist.Gamma(2.0, 1.0))
+        with pyro.plate("copies", 2, dim=-2):
+            unit = pyro.sample("unit", dist.Beta(2.0, 2.0))
+        pyro.sample("x", dist.Normal(unit.sum(-2), 1.0), obs=x)
+
+
+MAKE: dict[str, Callable] = {
+    "joint": AmortizedGuide,
+    "full": partial(AmortizedGuide, family="full"),
+    "low rank": partial(AmortizedGuide, family=LowRank(1)),
+    "rows": partial(AmortizedGuide, plate="data"),
+}
+X = torch.tensor([0.1, 0.7, -0.4], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_quantiles_are_those_of_draws(kind: str) -> None:
+    guide = MAKE[kind](model, init_scale=0.8)
+    guide.prepare(X)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found, draws = guide.quantiles(LEVELS, X), 4000
+    with pyro.plate("draws", draws, dim=-3):
+        sampled = guide(X)
+    assert found.keys() == sampled.keys() == guide(X).keys()
+    for name, value in guide(X).items():
+        assert found[name].shape == (len(LEVELS), *value.shape)
+        if name == "share":  # of its coordinates, not of itself
+            continue
+        flat = sampled[name].reshape(draws, -1)
+        for level, quantile in zip(LEVELS, found[name], strict=True):
+            share = (flat <= quantile.reshape(-1)).double().mean(0)
+            error = (level * (1 - level) / draws) ** 0.5
+            assert ((share - level).abs() < 4.5 * error).all(), name
+    assert all(torch.equal(found[name][2], value) for name, value in guide.median(X).items())
+
+
+def test_medians_are_pyros() -> None:
+    ours, theirs = AmortizedGuide(model), AutoDiagonalNormal(model)
+    ours(X), theirs(X)
+    own = [slot.name for slot in ours.groups[0].slots]
+    assert own == list(theirs.median(X))
+    theirs.loc.data.copy_(ours.free_global[: len(theirs.loc)])
+    for name, value in theirs.median(X).items():
+        torch.testing.assert_close(ours.median(X)[name], value)
+
+
+def test_others_have_none_in_closed_form() -> None:
+    table = AmortizedGuide(model, plate="data")
+    for guide in (MixtureGuide(model, 2), FlowGuide(model), SemiAmortizedGuide(model, table)):
+        with pytest.raises(NotImplementedError, match="no quantiles in closed form"):
+            guide.median(X)
