@@ -162,7 +162,7 @@ def random_sites(rng: random.Random) -> list[RandomSite]:
     return sites
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """A random model and guide; calling them runs Pyro's programs.
 
@@ -411,9 +411,28 @@ class Pair:
         others = [plate for plate in site.plates if plate not in shared]
         return 0.0 if is_out else site.factor * math.prod(p.size / p.batch for p in others)
 
-    def shared_plates(self) -> list[Plate]:
-        """Return the plates around every site."""
-        return [p for p in self.sites[0].plates if all(p in site.plates for site in self.sites)]
+    def shared_plates(self, sites: list[RandomSite] | None = None) -> list[Plate]:
+        """Return the plates around every site, or around all of some."""
+        first, *others = self.sites if sites is None else sites
+        return [p for p in first.plates if all(p in site.plates for site in others)]
+
+    def has_discrete(self) -> bool:
+        return any(site.kind == "bernoulli" for site in self.sites if not site.is_observed)
+
+    def local_sites(self) -> list[RandomSite]:
+        """Return the sites in a plate that encloses every observed site."""
+        data = self.shared_plates([site for site in self.sites if site.is_observed])
+        return [site for site in self.sites if any(p in data for p in site.plates)]
+
+    def is_nested(self) -> bool:
+        """Whether no site outside the data's plates depends on one inside."""
+        inside = {site.name for site in self.local_sites()}
+        return bool(inside) and not any(
+            parent in inside
+            for site in self.sites
+            if site.name not in inside
+            for parent, _ in (*site.parents, *site.guide_parents)
+        )
 
 
 @dataclass(frozen=True)
@@ -433,16 +452,17 @@ class Terms:
     full: Tensor  # the log-weights with the whole graph
 
 
-def brute_force(pair: Pair) -> Terms:
-    """Sum the log-densities of all entries."""
-    shared = pair.shared_plates()
+def brute_force(pair: Pair, only: list[RandomSite] | None = None) -> Terms:
+    """Sum the log-densities of all entries, or of those of some sites."""
+    sites = pair.sites if only is None else only
+    shared = pair.shared_plates(sites) if sites else []
     columns = [tuple(c) for c in itertools.product(*(range(p.batch) for p in shared))]
     zero = torch.zeros(pair.particles, dtype=pair.dtype)
     sums = {name: [zero] * len(columns) for name in ("model", "path", "density", "rest", "full")}
     log_q_discrete = zero
     path = pair.sample(pair.phi)
     fixed = {name: {e: v.detach() for e, v in own.items()} for name, own in path.items()}
-    for site in pair.sites:
+    for site in sites:
         for entry in pair.entries(site):
             column = columns.index(tuple(dict(entry)[plate.name] for plate in shared))
             weight = pair.weight(site, entry, shared)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive import MultiSampleELBO, bounds
-from tests.oracles.random_models import Pair, Terms, brute_force, random_sites
+from tests.oracles.random_models import Pair, RandomSite, Terms, brute_force, random_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*share one joint weight")
 
@@ -112,9 +112,9 @@ def run(pair: Pair, loss: MultiSampleELBO, seed: int = 0) -> tuple[Tensor, list[
     return value.detach(), gradients(pair, value)
 
 
-def is_refused(pair: Pair, is_linear: bool) -> bool:
+def is_refused(pair: Pair, is_linear: bool, weighted: list[RandomSite] | None = None) -> bool:
     """Whether a subsampled plate leaves a site out: no logarithm of a minibatch is unbiased."""
-    shared = pair.shared_plates()
+    shared = pair.shared_plates(weighted)
     every = {plate for site in pair.sites for plate in site.plates}
     return not is_linear and any(p.batch < p.size and p not in shared for p in every)
 
@@ -141,8 +141,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
 def check(seed: int) -> None:
     """Compare every estimator under one bound, in one pass or in a loop."""
     pair, rng = random_pair(seed)
-    has_discrete = any(site.kind == "bernoulli" for site in pair.sites if not site.is_observed)
-    if has_discrete:
+    if pair.has_discrete():
         check_discrete(seed)
         return
     name = rng.choice(list(BOUNDS))
@@ -169,6 +168,45 @@ def check(seed: int) -> None:
         right = -scale * value_of(terms.full.detach().unflatten(0, (M, K))).sum()
         assert_close([value], [right], pair.dtype)
         assert_close(found, expected_gradients(pair, terms, name, estimator), pair.dtype)
+
+
+def check_global(seed: int) -> None:
+    """Compare the bound with an ELBO for the sites outside the plates of the data."""
+    pair, rng = random_pair(seed)
+    if not pair.is_nested() or pair.has_discrete():
+        return
+    name = rng.choice(["iwae", "elbo", "renyi", "ciwae"])
+    vectorized = rng.random() < 0.7
+    bound, value_of, _ = BOUNDS[name]
+    pair.one_particle = not vectorized
+    loss = MultiSampleELBO(
+        bound,
+        num_estimates=M,
+        num_particles=K,
+        vectorize_particles=vectorized,
+        global_latents="elbo",
+    )
+    inside = pair.local_sites()
+    outside = [site for site in pair.sites if site not in inside]
+    if is_refused(pair, bound.is_linear(M, K), inside):
+        with pytest.raises(ValueError, match="subsampled"):
+            loss.loss(pair.model, pair.guide)
+        return
+    warm_up(pair, loss)
+    pair.draw_noise(torch.Generator().manual_seed(seed))
+    for site in outside:  # one value for the K samples of an estimate
+        for each, _ in [] if site.is_observed else pair.iterations(site):
+            table = pair.noise.tables[each]
+            pair.noise.tables[each] = table[::K].repeat_interleave(K, 0)
+    value, found = run(pair, loss)
+    scale = math.prod(plate.size / plate.batch for plate in pair.shared_plates(inside))
+    right = scale * value_of(brute_force(pair, inside).full.unflatten(0, (M, K))).sum()
+    if outside:
+        shared = pair.shared_plates(outside)
+        scale = math.prod(plate.size / plate.batch for plate in shared)
+        right = right + scale * brute_force(pair, outside).full.sum(-1).mean()
+    assert_close([value], [-right.detach()], pair.dtype)
+    assert_close(found, gradients(pair, -right), pair.dtype)
 
 
 def check_discrete(seed: int) -> None:
@@ -220,6 +258,7 @@ def test_no_number_is_wrong(start: int) -> None:
         pyro.clear_param_store()
         try:
             check(seed)
+            check_global(seed)
         except Exception as error:
             error.add_note(f"in the program of seed {seed}")
             raise
@@ -228,3 +267,4 @@ def test_no_number_is_wrong(start: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_some_programs(seed: int) -> None:
     check(seed)
+    check_global(seed)
