@@ -22,6 +22,7 @@ from pyro_recursive.evaluation.information import (
     mutual_information,
     rate_of,
 )
+from pyro_recursive.evaluation.new_rows import Prediction, predict
 from pyro_recursive.evaluation.parallel import evaluate_in_parallel
 from pyro_recursive.evaluation.plots import (
     plot_ecdf_difference,
@@ -56,6 +57,7 @@ __all__ = [
     "Evidence",
     "Gaps",
     "ImportanceWeights",
+    "Prediction",
     "Rate",
     "SNRSweep",
     "SignalToNoise",
@@ -81,6 +83,7 @@ __all__ = [
     "plot_pareto_k",
     "plot_ranks",
     "posterior_draws",
+    "predict",
     "predictive_draws",
     "prior_draws",
     "psis",

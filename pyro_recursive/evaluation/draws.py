@@ -5,13 +5,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import samples_per_chunk
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -272,15 +275,19 @@ def run_on_draws(
     collect: Callable[[ModelRuns], dict[str, SiteDraws]],
     chunk_size: int | None = None,
     vectorize_particles: bool = True,
+    draws_data: bool = False,
 ) -> dict[str, SiteDraws]:
     """Run a model on draws of its latents and on their minibatch, in chunks.
 
-    Latents without draws are drawn from the model. ``collect`` returns what is wanted of the runs
-    of a chunk; the other options are those of `posterior_draws`.
+    Latents without draws are drawn from the model; so are data, with ``draws_data``. ``collect``
+    returns what is wanted of the runs of a chunk; the other options are those of `posterior_draws`.
+    A model that mixes samples in one pass runs one by one.
 
     Raises:
         ValueError: a plate has another size here than in the draws.
     """
+    vectorize = vectorize_particles and len(draws) > 1 and not _mixes(model, args, kwargs)
+    model = drawing_data(model) if draws_data else model
     program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
     latents = draws.of_kind("latent")
     _check_plates(single, latents)
@@ -292,7 +299,7 @@ def run_on_draws(
     chunks = []
     for start in range(0, len(draws), size):
         rows = range(start, min(start + size, len(draws)))
-        if vectorize_particles and len(rows) > 1:
+        if vectorize and len(rows) > 1:
             with pyro.plate(PARTICLE_PLATE, len(rows), dim=-nesting - 1):
                 values = {n: each.with_batch_dims(nesting) for n, each in latents.items()}
                 source = _source(minibatch, values, slice(rows.start, rows.stop))
@@ -302,6 +309,43 @@ def run_on_draws(
             traces = [program.run_model(_source(minibatch, values, row)) for row in rows]
         chunks.append(collect(ModelRuns(traces, len(rows), nesting, single)))
     return joined(chunks)
+
+
+def _mixes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether one sample's density depends on another sample, where all run in one pass.
+
+    Data must be observed for it: drawn data move along with their parameters.
+    """
+    prior = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and _is_given(site))
+    return structure_of(Program(model, prior, args, kwargs)).mixing is not None
+
+
+def _is_given(site: Site) -> bool:
+    return site["is_observed"] and not site_is_subsample(site)
+
+
+def drawing_data(model: Callable) -> Callable:
+    """Return a model that draws its data instead of observing them."""
+    return _DrawData()(model)
+
+
+class _DrawData(UnconditionMessenger):
+    """Draws data; deterministic sites, factors and minibatches stay as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if can_be_drawn(msg):
+            super()._pyro_sample(msg)
+
+
+def can_be_drawn(site: Any) -> bool:
+    """Whether a site is data: observed, and no subsample, deterministic site or factor."""
+    special = site_is_subsample(site) or is_computed(site) or is_factor(site)
+    return site["is_observed"] and not special
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a `pyro.factor`, which has a density and no value."""
+    return isinstance(site["fn"], dist.Unit)
 
 
 def _source(

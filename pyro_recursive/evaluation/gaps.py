@@ -179,7 +179,10 @@ def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[Late
             "pyro.poutine.condition."
         )
     with poutine.block():
-        return guide.groups[0], guide.new_call(args, kwargs)
+        call = guide.new_call(args, kwargs)
+    if call.absent:
+        raise ValueError(f"Sites {sorted(call.absent)} of the guide are observed in this call.")
+    return guide.groups[0], call
 
 
 def _own(guide: LatentGuide, latents: LatentBlock, call: GuideCall, shared: SharedNoise) -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.evaluation.draws import (
     Draws,
     ModelRuns,
     SiteDraws,
+    can_be_drawn,
     is_computed,
+    is_latent,
     joined,
     run_on_draws,
     was_observed,
@@ -27,7 +27,7 @@ from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_batch_shape, half_subsampled
 from pyro_recursive.tracing.densities import densities, log_prob_of
 from pyro_recursive.tracing.plates import PlateLayout
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, subsample_sites
 
@@ -166,12 +166,13 @@ def predictive_draws(
 ) -> Draws:
     """Draw the data of a model anew for each draw of its latents: the posterior predictive.
 
-    The model is called as in training, and draws what it observes, masked entries too. A site that
-    depends on data gets the drawn data if it uses what `pyro.sample` returned, and the given data
-    if it uses the model's argument. Latents that ``draws`` lacks are drawn from the model.
+    The model is called as in training, or without its data (``y=None``), and draws what it would
+    observe, masked entries too. A site that depends on data gets the drawn data if it uses what
+    `pyro.sample` returned, and the given data if it uses the model's argument. Latents that
+    ``draws`` lacks are drawn from the model. For new rows see `predict`.
 
     Returns:
-        The observed sites: ``draws["x"]`` is a ``[S, *plates, *event]``-dim tensor.
+        Sites that are observed, or without draws: ``[S, *plates, *event]``-dim tensors.
 
     Raises:
         ValueError: a plate of latents has another size than in the draws.
@@ -190,8 +191,13 @@ def predictive_draws(
     (torch.Size([5000, 3]), 5.0)
     """
     check_at_least(1, chunk_size=chunk_size)
+
+    def new(runs: ModelRuns) -> dict[str, SiteDraws]:
+        lacking = runs.each(lambda site: is_latent(site) and site["name"] not in draws.sites)
+        return {**lacking, **_data(runs)}
+
     run = chunk_size, vectorize_particles
-    found = run_on_draws(drawing_data(model), args, kwargs, draws, _data, *run)
+    found = run_on_draws(model, args, kwargs, draws, new, *run, draws_data=True)
     return Draws(found, len(draws), minibatch=draws.minibatch)
 
 
@@ -256,9 +262,6 @@ def prior_draws(
     The model is called as in training, with its data, which are drawn instead of observed:
     ``of_kind("observed")``. ``minibatch`` has subsample sites to draw for (`Draws.minibatch`).
 
-    Raises:
-        ValueError: the density of one sample depends on another sample.
-
     >>> import pyro, pyro.distributions as dist
     >>> pyro.set_rng_seed(0)
     >>> def model(x):
@@ -270,22 +273,13 @@ def prior_draws(
     (torch.Size([5000, 2]), 5)
     """
     check_at_least(1, num_draws=num_draws, chunk_size=chunk_size)
-    drawing = drawing_data(model)
-    if vectorize_particles and num_draws > 1:
-        # Data must be observed for this check: drawn data move along with their parameters.
-        prior = poutine.block(drawing, hide_fn=_is_data_site)
-        mixing = structure_of(Program(model, prior, args, kwargs)).mixing
-        if mixing is not None:
-            raise ValueError(
-                f"The density of one sample depends on another's '{mixing}'. Count dims from the "
-                "right, or use vectorize_particles=False."
-            )
     if minibatch is None:
         with poutine.block(), torch.no_grad():
-            minibatch = subsample_sites(poutine.trace(drawing).get_trace(*args, **kwargs))
+            minibatch = subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     empty = Draws({}, num_draws, minibatch=minibatch)
     run = chunk_size, vectorize_particles
-    return replace(empty, sites=run_on_draws(drawing, args, kwargs, empty, _everything, *run))
+    found = run_on_draws(model, args, kwargs, empty, _everything, *run, draws_data=True)
+    return replace(empty, sites=found)
 
 
 def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
@@ -294,7 +288,7 @@ def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
 
 def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in their place; factors have none."""
-    return runs.each(lambda site: was_observed(site) or _can_be_drawn(site), "observed")
+    return runs.each(lambda site: was_observed(site) or can_be_drawn(site), "observed")
 
 
 def _log_likelihood(site: Site) -> Tensor:
@@ -309,31 +303,3 @@ def _log_likelihood(site: Site) -> Tensor:
             seen = torch.as_tensor(mask, device=log_prob.device)
             log_prob = torch.where(seen, log_prob, torch.nan)
     return log_prob
-
-
-def drawing_data(model: Callable) -> Callable:
-    """Return a model that draws its data instead of observing them."""
-    return _DrawData()(model)
-
-
-class _DrawData(UnconditionMessenger):
-    """Draws data; deterministic sites, factors and minibatches stay as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if _can_be_drawn(msg):
-            super()._pyro_sample(msg)
-
-
-def _can_be_drawn(site: Any) -> bool:
-    """Whether a site is data: observed, and no subsample, deterministic site or factor."""
-    special = site_is_subsample(site) or is_computed(site) or is_factor(site)
-    return site["is_observed"] and not special
-
-
-def is_factor(site: Site) -> bool:
-    """Whether a site is a `pyro.factor`, which has a density and no value."""
-    return isinstance(site["fn"], dist.Unit)
-
-
-def _is_data_site(site: Any) -> bool:
-    return site["type"] == "sample" and (site["is_observed"] or was_observed(site))

@@ -14,9 +14,8 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.evaluation.draws import is_latent, was_observed
+from pyro_recursive.evaluation.draws import drawing_data, is_factor, is_latent, was_observed
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
-from pyro_recursive.evaluation.predictions import drawing_data, is_factor
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import log_prob_of

@@ -1,7 +1,7 @@
 """Gaussian guides: by an encoder for each row of the data, or with parameters of their own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.nn import PyroParam
@@ -46,6 +46,8 @@ class AmortizedGuide(LatentGuide):
     """
 
     _version = 2  # of the state_dict: since 2 factors are in units of the scales
+
+    has_marginals: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from pyro_recursive.guides.call import GuideCall, first_argument
+from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
@@ -51,6 +52,7 @@ class LatentGuide(AutoGuide):
     """
 
     can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`
+    has_marginals: ClassVar[bool] = False  # whether it can leave out sites that a call observes
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class LatentGuide(AutoGuide):
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
         self._plate_sizes: dict[tuple[str, int], tuple[int, int]] = {}  # see `_sizes`
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
-        self._known_calls: set[Any] = set()  # forms of arguments that have these latents
+        self._absent_in: dict[Any, frozenset[str]] = {}  # see `_absent`, by form of the arguments
         self._tables: frozenset[str] = frozenset()  # plates whose rows have parameters of their own
         self._joint: frozenset[str] = frozenset()  # plates whose entries have one distribution
         self._follow_rows: frozenset[str] | None = None  # those of them that have a call's rows
@@ -166,7 +168,7 @@ class LatentGuide(AutoGuide):
         if not self.groups:
             with self.rollback_first_call(), rows_needed(args, kwargs):
                 self.look(*args, **kwargs)
-                self._known_calls.add((form_of(args), form_of(kwargs)))
+                self._absent_in[form_of(args), form_of(kwargs)] = frozenset()
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
         """If the block raises before the guide is prepared, restore the guide and Pyro's store."""
@@ -301,33 +303,28 @@ class LatentGuide(AutoGuide):
             self.is_loaded, self._shared = False, None
         elif is_new or self._store_was_loaded():
             load_from_store(self, self._pyro_name)
-        self._check_latents(args, kwargs)
 
-    def _check_latents(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise where another form of arguments has other latents; one run of the model for each.
+    def _absent(self, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
+        """Return the guide's sites that are no latents in this call, as labels that are given.
 
-        `pyro.infer.Trace_ELBO` would count the entropy of what the model observes.
+        One run of the model for each form of arguments. Latents that the guide lacks may be data
+        to predict: losses refuse them.
         """
         form = form_of(args), form_of(kwargs)
-        if form in self._known_calls:
-            return
-        try:
-            trace = outline(self.served_model(), args, kwargs)
-        except Exception:  # the model raises by itself, if it is called so
-            return
-        latent = {site["name"] for site in _own_latents(trace)}
-        own = {slot.name for latents in self.groups for slot in latents.slots}
-        if missing := sorted(latent - own):
-            raise ValueError(
-                f"Sites {missing} are latent in this call and were not in the guide's first. Call "
-                "guide.prepare(...) before, with arguments for which they are."
-            )
-        if absent := sorted(own - latent):
-            raise ValueError(
-                f"Sites {absent} are observed or absent in this call; {type(self).__name__} always "
-                "samples them. Use a hand-written guide that samples them only where latent."
-            )
-        self._known_calls.add(form)
+        if form not in self._absent_in:
+            own = {slot.name for latents in self.groups for slot in latents.slots}
+            try:
+                trace = outline(self.served_model(), args, kwargs)
+                absent = own - {site["name"] for site in _own_latents(trace)}
+            except Exception:  # the model raises by itself, if it is called so
+                absent = set()
+            if absent and not self.has_marginals:
+                raise ValueError(
+                    f"Sites {sorted(absent)} are observed or absent in this call, and "
+                    f"{type(self).__name__} always samples them. Use an AmortizedGuide."
+                )
+            self._absent_in[form] = frozenset(absent)
+        return self._absent_in[form]
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Return a call of the guide, with its plates."""
@@ -336,6 +333,7 @@ class LatentGuide(AutoGuide):
         call = GuideCall(
             args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes, rows
         )
+        call.absent = self._absent(args, kwargs)
         if self._watched is not None and minibatch_rows() is None:
             seen = self._seen or SeenInputs.of(call.raw)
             self._seen = seen.after(call.raw, type(self).__name__, self._watched)
@@ -380,7 +378,12 @@ class LatentGuide(AutoGuide):
         return self.sample_from(self.posterior(latents, call), latents, call)
 
     def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
-        """Sample the sites of a block from its distribution."""
+        """Sample the sites of a block from its distribution, or from a marginal of it."""
+        if call.absent:
+            latents, index = latents.without(call.absent)
+            posterior = marginal(posterior, index)
+        if not latents.slots:
+            return {}
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         u = posterior.expand(shape).rsample()
         return emit(latents, call.plates, u, posterior.log_prob)

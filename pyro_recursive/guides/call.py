@@ -32,6 +32,7 @@ class GuideCall:
     created: frozenset[str] = frozenset()
     input_sizes: Mapping[str, str] = field(default_factory=dict)
     row_plates: Mapping[str, MinibatchRows] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
     _rows: Any = None
 
     @cached_property

@@ -8,8 +8,8 @@ vector. With sites ``z`` in constrained and ``u`` in unconstrained space,
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,14 @@ class LatentBlock:
     def size(self) -> int:
         """D, the length of the vector."""
         return sum(slot.numel for slot in self.slots)
+
+    def without(self, names: Container[str]) -> tuple["LatentBlock", list[int]]:
+        """Return the block without some sites, and the places of its entries in this vector."""
+        parts = torch.arange(self.size).split([slot.numel for slot in self.slots])
+        pairs = zip(self.slots, parts, strict=True)
+        kept = [(slot, part.tolist()) for slot, part in pairs if slot.name not in names]
+        block = replace(self, slots=tuple(slot for slot, _ in kept))
+        return block, [place for _, places in kept for place in places]
 
     def expand_rows(self, tensor: Tensor) -> Tensor:
         """Put the leading dims of ``[*rows, n]`` where Pyro has the plates: ``[*batch, n]``."""

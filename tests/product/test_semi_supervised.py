@@ -21,7 +21,8 @@ from pyro_recursive import (
     fit,
     log_marginal,
 )
-from pyro_recursive.evaluation import importance_weights, posterior_draws
+from pyro_recursive.evaluation import gaps, importance_weights, posterior_draws
+from pyro_recursive.guides.gaussian_families import LowRank
 from tests.models.losses import LOSSES
 
 X = torch.tensor([0.7, -1.2, 2.0, 0.1], dtype=torch.float64)
@@ -143,33 +144,93 @@ def test_flags_tell_calls_apart() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
-def encoder_of(width: int) -> AmortizedGuide:
-    inputs = lambda x, y=None: x[:, None]  # noqa: E731
-    return AmortizedGuide(model, nn.Linear(1, width), inputs=inputs)
+def column(x: Tensor, y: Tensor | None = None) -> Tensor:
+    return x[:, None]
 
 
-GUIDES: dict[str, Callable] = {
-    "free": lambda width: AmortizedGuide(model),
-    "encoder": encoder_of,
-    "mixture": lambda width: MixtureGuide(model, 2),
-    "flow": lambda width: FlowGuide(model),
-    "refined": lambda width: SemiAmortizedGuide(model, encoder_of(width)),
+AMORTIZED: dict[str, Callable[[], AmortizedGuide]] = {
+    "joint": lambda: AmortizedGuide(model),
+    "joint_full": lambda: AmortizedGuide(model, family="full"),
+    "table_low_rank": lambda: AmortizedGuide(model, plate="data", family=LowRank(1)),
+    "encoder": lambda: AmortizedGuide(model, nn.Linear(1, 4), inputs=column),
+    "encoder_full": lambda: AmortizedGuide(model, nn.Linear(1, 5), family="full", inputs=column),
 }
 
 
-@pytest.mark.parametrize("kind", GUIDES)
-def test_packed_guides_refuse_other_latents(kind: str) -> None:
-    """`pyro.infer.Trace_ELBO` would count the entropy of an observed site, or leave out a density.
+def covariance(posterior: Any) -> Tensor:
+    if isinstance(posterior, dist.Independent):
+        return posterior.variance.diag_embed()
+    return posterior.covariance_matrix
 
-    The densities of all latents are one: none can be left out.
-    """
-    late = r"\['y'\] are latent in this call and were not in the guide's first. Call guide.prepare"
-    early = r"\['y'\] are observed or absent in this call; \w+ always samples them"
-    for first, second, message in (((X, Y), (X,), late), ((X,), (X, Y), early)):
-        guide = GUIDES[kind](2 if len(first) == 2 else 4)
-        guide(*first)
-        for _ in range(2):
-            with pytest.raises(ValueError, match=message):
-                Trace_ELBO().loss(model, guide, *second)
-        guide(*first)
-        pyro.clear_param_store()
+
+@pytest.mark.parametrize("kind", AMORTIZED)
+def test_an_amortized_guide_samples_what_is_latent(kind: str) -> None:
+    """Draws and densities of z are those of the Gaussian's marginal, under any loss."""
+    guide = AMORTIZED[kind]()
+    guide.prepare(X)
+    for parameter in guide.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    (latents,) = guide.groups
+    with torch.no_grad():
+        posterior = guide.posterior(latents, guide.new_call((X, Y), {}))
+    part = slice(0, latents.size // 2)  # z comes before y
+    exact = dist.MultivariateNormal(
+        posterior.mean[..., part], covariance(posterior)[..., part, part]
+    )
+    for args in ((X, Y), (X,), (X, Y)):
+        draws = posterior_draws(model, guide, *args, num_draws=4000)
+        assert set(draws.sites) == ({"z"} if len(args) == 2 else {"y", "z"})
+        if len(args) == 2:
+            z = draws["z"] if latents.size > 2 else draws["z"][..., None]
+            torch.testing.assert_close(draws.log_q, exact.log_prob(z))
+            deviation = (draws["z"] - exact.mean.reshape(4)) / exact.variance.sqrt().reshape(4)
+            assert deviation.mean(0).abs().max() < 4.5 / 4000**0.5
+            assert (deviation.var(0) - 1).abs().max() < 4.5 * (2 / 4000) ** 0.5
+        values = []
+        for loss in (Trace_ELBO(), IWAE_ELBO(1)):
+            pyro.set_rng_seed(2)
+            values.append(loss.loss(model, guide, *args))
+        assert values[0] == pytest.approx(values[1])
+
+
+def test_a_guide_whose_latents_are_all_observed() -> None:
+    def labels(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    guide = AmortizedGuide(labels, nn.Linear(1, 2), inputs=column)
+    guide.prepare(X)
+    exact = (dist.Normal(0.0, 1.0).log_prob(Y) + dist.Normal(Y, 1.0).log_prob(X)).sum()
+    assert -IWAE_ELBO(3).loss(labels, guide, X, Y) == pytest.approx(exact.item())
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "mixture": lambda: MixtureGuide(model, 2),
+    "flow": lambda: FlowGuide(model),
+    "refined": lambda: SemiAmortizedGuide(model, AMORTIZED["encoder"]()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_guides_without_marginals_refuse(kind: str) -> None:
+    """`pyro.infer.Trace_ELBO` would count the entropy of what is observed."""
+    guide = OTHERS[kind]()
+    guide(X)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\['y'\] are observed or absent in this call, and"):
+            Trace_ELBO().loss(model, guide, X, Y)
+    guide(X, None)
+
+
+def test_labels_in_the_first_call() -> None:
+    """A guide that has no distribution of the labels is refused by losses, by name."""
+    guide = AmortizedGuide(model, nn.Linear(1, 2), inputs=column)
+    guide(X, Y)
+    with pytest.raises(ValueError, match="Model site 'y' is latent and the guide does not sample"):
+        IWAE_ELBO(3).loss(model, guide, X)
+    guide = AMORTIZED["encoder"]()
+    guide.prepare(X)
+    with pytest.raises(ValueError, match=r"\['y'\] of the guide are observed"):
+        gaps(model, guide, X, Y)
