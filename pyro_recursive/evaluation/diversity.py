@@ -126,7 +126,7 @@ def mixture_diversity(
         raise TypeError(
             f"Got {type(bare).__name__}: needs a MixtureGuide or a RecursiveMixtureGuide."
         )
-    bare.prepare(*args, **kwargs)
+    bare.get_ready(args, kwargs)
     with poutine.block():
         call = bare.new_call(args, kwargs)
         latents = bare.groups[-1]

@@ -171,7 +171,7 @@ def gaps(
 
 def _rows(guide: LatentGuide, args: tuple, kwargs: dict[str, Any]) -> tuple[LatentBlock, GuideCall]:
     """Return the group of latents that is measured, and the call with its minibatch."""
-    guide.prepare(*args, **kwargs)
+    guide.get_ready(args, kwargs)
     if len(guide.groups) > 1:
         shared, local = ([slot.name for slot in latents.slots] for latents in guide.groups)
         raise ValueError(

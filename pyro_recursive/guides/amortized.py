@@ -1,5 +1,6 @@
 """Gaussian guides: by an encoder for each row of the data, or with parameters of their own."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.gaussian_families import Family, family_of
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
+from pyro_recursive.guides.starts import InitLocFn, StartSearch, move_output
+from pyro_recursive.tracing.isolation import isolated
 
 
 class AmortizedGuide(LatentGuide):
@@ -30,7 +33,10 @@ class AmortizedGuide(LatentGuide):
             observed sites. Its rows may be minibatches, subsampled in the model or before it.
         inputs: a function from the model's arguments to the encoder's inputs, a tensor with the
             plate's rows first; by default the first argument.
-        init_scale: the scale of the Gaussians that have free parameters.
+        init_loc_fn: where the Gaussians start: a function of a site, as in Pyro's autoguides. By
+            default the median of the prior in closed form, its mean, or zero in unconstrained
+            space. An encoder's last linear layer is moved there, if the density is much higher.
+        init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
 
@@ -57,11 +63,13 @@ class AmortizedGuide(LatentGuide):
         family: str | Family = "diagonal",
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
+        init_loc_fn: InitLocFn | None = None,
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
+        options: dict[str, Any] = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         self.family = family_of(family)
         self.encoder: Any = encoder
         self.init_scale = init_scale
@@ -70,15 +78,40 @@ class AmortizedGuide(LatentGuide):
         """Return how many parameters the Gaussian of a block has, in each row."""
         return self.family.num_parameters(latents.size)
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the free parameters of a block without an encoder, around a point."""
         if latents.local and self.by_row:
             return
         sizes = [frame.full_size or frame.size for frame in latents.rows]
-        loc = prior_draw.reshape(*(frame.size for frame in latents.rows), latents.size)
+        loc = start.reshape(*(frame.size for frame in latents.rows), latents.size)
         if loc.shape[:-1] != torch.Size(sizes):  # a minibatch: its first row for all
             loc = loc[(0,) * len(sizes)].expand(*sizes, -1)
         self.restart(latents, loc, self.init_scale)
+
+    def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
+        """Add the start to the encoder's locations, as those of new networks are around zero.
+
+        Only where the density gains more than a nat for each latent and row: an encoder that was
+        trained, or moved by another guide, stays as it is.
+        """
+        latents = self.groups[-1]
+        if not latents.local or not isinstance(self.encoder, nn.Module):
+            return
+        with isolated():
+            call = guide.new_call(search.args, search.kwargs)
+            try:
+                loc = self.family(self.variational_params(latents, call), latents.size).mean
+            except (ValueError, RuntimeError, TypeError):  # a call says what is wrong
+                return
+            start = search.find(self.init_loc_fn)
+            step = latents.flatten(start).reshape(-1, latents.size).mean(0)
+            minibatch = {name: plate.indices for name, plate in call.plates.items()}
+            own, moved = (
+                search.log_density({**start, **latents.unflatten(each)}, minibatch)
+                for each in (loc, loc + step)
+            )
+            if math.isfinite(moved) and not moved - own <= loc.numel():
+                move_output(self.encoder, call.rows(latents), step)
 
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""

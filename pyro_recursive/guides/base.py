@@ -19,6 +19,7 @@ from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
+from pyro_recursive.guides.starts import InitLocFn, StartSearch
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
@@ -61,6 +62,7 @@ class LatentGuide(AutoGuide):
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
+        init_loc_fn: InitLocFn | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -68,6 +70,7 @@ class LatentGuide(AutoGuide):
         self._model = ModelReference(model)
         self.plate = plate
         self.inputs = inputs or first_argument
+        self.init_loc_fn = init_loc_fn  # None: the default, or what a mixture has
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
@@ -101,8 +104,8 @@ class LatentGuide(AutoGuide):
         if not self.by_row:
             raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
-        """Create the parameters of a block, given a draw from its prior, ``[*batch, D]``.
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
+        """Create the parameters of a block around a point, ``[*batch, D]``, unconstrained.
 
         ``raw`` are the encoders' inputs, or what a shared trunk returns for two of their rows.
         """
@@ -176,13 +179,9 @@ class LatentGuide(AutoGuide):
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Do what `prepare` does, the first time."""
-        model, given = self.served_model(), GivenMinibatches()
-
-        def prior() -> poutine.Trace:
-            with poutine.block(), torch.no_grad():
-                return poutine.trace(given(model)).get_trace(*args, **kwargs)
-
-        trace, raw = prior(), self.inputs(*args, **kwargs)
+        given = GivenMinibatches()
+        search = StartSearch(given(self.served_model()), args, kwargs, self.init_loc_fn)
+        trace, raw = search.trace, self.inputs(*args, **kwargs)
         latent = _own_latents(trace)
         if not latent:
             raise ValueError(
@@ -200,7 +199,9 @@ class LatentGuide(AutoGuide):
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
             self.eval()  # statistics of a batch norm stay as they are
-            self.adopt(groups, prior, raw if trunk is None else trunk(raw[:2]))
+            self.adopt(groups, search, raw if trunk is None else trunk(raw[:2]))
+            if is_training:
+                self.center_outputs(search, self)
             self.train(is_training)
 
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
@@ -267,19 +268,19 @@ class LatentGuide(AutoGuide):
             rows.check_known(name)
         return found
 
-    def adopt(
-        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
-    ) -> None:
-        """Create the parameters of blocks of latents, given a function that draws the prior."""
+    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+        """Create the parameters of blocks of latents."""
         if self.groups:
             return
         if self._has("encoder") and not any(latents.local for latents in groups):
             raise ValueError(f"{type(self).__name__} has no rows to encode. Give plate=.")
-        drawn = prior()
-        values = {name: site["value"] for name, site in drawn.nodes.items() if "value" in site}
+        start = search.find(self.init_loc_fn)
         for latents in groups:
-            self.build(latents, latents.pack(values), raw)
+            self.build(latents, latents.flatten(start), raw)
         self.groups = groups
+
+    def center_outputs(self, search: StartSearch, guide: "LatentGuide") -> None:
+        """Move an encoder that was never trained to the start, in calls of a ``guide``."""
 
     # --- Every call
 

@@ -99,7 +99,11 @@ class LatentBlock:
 
     def pack(self, values: Values) -> Tensor:
         """Return the vector of the sites' values, ``[*batch, D]``."""
-        parts = [self._gather(slot, slot.transform.inv(values[slot.name])) for slot in self.slots]
+        return self.flatten({s.name: s.transform.inv(values[s.name]) for s in self.slots})
+
+    def flatten(self, unconstrained: Values) -> Tensor:
+        """Return the vector of the sites' unconstrained values; undoes `unflatten`."""
+        parts = [self._gather(slot, unconstrained[slot.name]) for slot in self.slots]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.mixture_distributions import ListMixture, StackedMixture
+from pyro_recursive.guides.starts import apart
 
 START = 0.3  # the scale that a search starts from: a wide normal over two modes may stay there
 
@@ -118,17 +119,9 @@ class MixtureRows(RowFamily):
         return ListMixture(log_weights, [member.distribution(each) for member, each in pairs])
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return equal weights, and parts in pairs on opposite sides of a point.
-
-        Equal parts would stay equal. Each pair is at random corners of a cube of its own size, 1 on
-        average.
-        """
-        pairs = (len(self.members) + 1) // 2
-        sizes = torch.arange(1, pairs + 1).to(loc) * (2 / (pairs + 1))
-        corners = torch.randint(2, (pairs, *loc.shape), device=loc.device).to(loc) * 2 - 1
-        steps = sizes.view(-1, *[1] * loc.dim()) * corners
-        locs = torch.stack([loc + steps, loc - steps], 1).flatten(0, 1)
-        starts = [each.start(own) for each, own in zip(self.members, locs, strict=False)]
+        """Return equal weights, and parts `apart` from a point."""
+        locs = loc + apart(len(self.members), loc)
+        starts = [each.start(own) for each, own in zip(self.members, locs, strict=True)]
         return torch.cat([*starts, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
 
     def _logits(self, params: Tensor) -> Tensor:

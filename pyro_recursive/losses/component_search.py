@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
 from pyro_recursive.tracing.densities import densities
-from pyro_recursive.tracing.handlers import ComponentAssignment
+from pyro_recursive.tracing.handlers import ComponentAssignment, FlatPriors
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import FreeComponent, GrowingMixture
@@ -110,9 +110,10 @@ class _Search:
         args, kwargs, total = self.program.args, self.program.kwargs, self.particles.total
         model = poutine.trace(poutine.block(self.program.model, hide_types=["param"]))
         if self.particles.dim is None:
-            traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
+            with FlatPriors():
+                traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
         else:
-            with pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
+            with FlatPriors(), pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
                 traces = [model.get_trace(*args, **kwargs)]
         return torch.cat([self.component.pack(trace) for trace in traces])
 
@@ -149,7 +150,7 @@ class _Search:
         """Return log p and log Q of points, ``[points, *rows]``; -inf for NaN."""
         parts = [self._evaluate(chunk) for chunk in points.split(CHUNK)]
         log_p, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
-        return log_p.nan_to_num(nan=-torch.inf), log_q
+        return log_p.nan_to_num(nan=-torch.inf, posinf=-torch.inf), log_q
 
     def _evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
         log_q: dict[int | None, Tensor] = {}  # by run

@@ -21,6 +21,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.starts import InitLocFn, StartSearch
 from pyro_recursive.mapa.candidates import Plan
 from pyro_recursive.mapa.codes import Codes, EncodedCodes
 from pyro_recursive.mapa.empirical_model import (
@@ -90,7 +91,8 @@ class MAPAGuide(LatentGuide):
         top, samples, share, replace: the `pyro_recursive.mapa.Plan` of a step.
         warm_up: how many training steps of an autoencoder (top=1, samples=0) come first.
         site: the latent site; optional where only one is inside a plate.
-        rest: a guide for the other latents; by default a mean-field `AmortizedGuide`.
+        rest: a guide for the other latents; by default a mean-field `AmortizedGuide`, with
+            ``init_loc_fn`` and ``init_scale``.
         rows: a function from the model's arguments to the rows' indices in the data ``[B]``.
         cache, cache_key: as in `pyro_recursive.mapa.neighbours`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
@@ -132,6 +134,8 @@ class MAPAGuide(LatentGuide):
         warm_up: int = 0,
         site: str | None = None,
         rest: Callable | None = None,
+        init_loc_fn: InitLocFn | None = None,
+        init_scale: float = 0.1,
         rows: Callable[..., Tensor] | None = None,
         cache: str | Path | None = None,
         cache_key: str | None = None,
@@ -149,6 +153,7 @@ class MAPAGuide(LatentGuide):
         super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
         self.codes: Any = codes
         self.site, self.kernel, self.rest = site, kernel, rest
+        self._of_rest: dict[str, Any] = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
         self.num_neighbours, self.cache, self.cache_key = neighbours, cache, cache_key
         self.plan = Plan(top, samples, share, replace)
         self._data, self._indices_of = (data,), rows  # in a tuple: no part of the guide's state
@@ -197,9 +202,14 @@ class MAPAGuide(LatentGuide):
             raise ValueError("warm_up= takes each row's nearest code, and there is no table.")
         others = [s for s in sites(trace) if self._is_other(s) and not s["infer"].get("enumerate")]
         if others and self.rest is None:
-            self.rest = AmortizedGuide(poutine.block(model, hide=[self.site]))
+            others_alone = poutine.block(model, hide=[self.site])
+            self.rest = AmortizedGuide(others_alone, **self._of_rest)
         with isolated(), torch.no_grad():
             self._check_broadcasting(self.new_call(args, kwargs))
+
+    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+        """Take the latents: codes have no start."""
+        self.groups = groups
 
     def served_model(self) -> Callable:
         """Return the model with the latent that has codes, the others hidden."""
@@ -249,7 +259,7 @@ class MAPAGuide(LatentGuide):
 
         It is by the decoder's likelihood, given one draw of the other latents.
         """
-        self.prepare(*args, **kwargs)
+        self.get_ready(args, kwargs)
         with poutine.block(), torch.no_grad():
             call = self.new_call(args, kwargs)
             index, decoded = self._neighbours(call)

@@ -13,6 +13,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_recursive.tracing.sites import at_zero, layers
 
 # (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
 # of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
@@ -148,6 +151,15 @@ class KLWarmup(Messenger):
 def latent_weight() -> float:
     """Return what the densities of latents are weighted by around this call."""
     return 1.0
+
+
+class FlatPriors(Messenger):
+    """Gives latents with improper priors, which cannot be drawn, zero in unconstrained space."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["value"] is None and isinstance(layers(fn)[-1], dist.ImproperUniform):
+            msg["value"], msg["done"] = at_zero(fn, biject_to(fn.support)), True
 
 
 class SubstituteByName(Messenger):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_recursive.tracing.handlers import RunCache
+from pyro_recursive.tracing.handlers import FlatPriors, RunCache
 
 RandomState = list[Tensor]
 
@@ -109,7 +109,7 @@ def outline(
 ) -> poutine.Trace:
     """Return a trace of one isolated run of a model."""
     with isolated(), torch.set_grad_enabled(grad):
-        return poutine.trace(model).get_trace(*args, **kwargs)
+        return poutine.trace(FlatPriors()(model)).get_trace(*args, **kwargs)
 
 
 @contextmanager

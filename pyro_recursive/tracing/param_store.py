@@ -6,6 +6,8 @@ guide therefore decides: a state loaded since its last call replaces the entries
 otherwise the values of the store replace those of the guide.
 """
 
+from collections.abc import Iterator
+
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -16,20 +18,22 @@ PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 
 @torch.no_grad()
 def load_from_store(module: PyroModule, name: str) -> None:
-    """Copy the values of Pyro's store into a module's parameters, as Pyro does for `PyroParam`."""
+    """Copy the values of Pyro's store into a module's parameters.
+
+    Pyro does so for a `PyroParam`, where it is read by a module that is called.
+    """
     store = pyro.get_param_store()
-    stored = _names()
-    for own, parameter in module.named_parameters(name):
-        held = store[stored[own]] if own in stored else parameter
+    for key, parameter in _stored(module, name):
+        held = store[key]
         if held is parameter:
             continue
         if held.shape != parameter.shape:
             raise ValueError(
-                f"Pyro's store has '{stored[own]}' of shape {tuple(held.shape)}, and this guide's "
+                f"Pyro's store has '{key}' of shape {tuple(held.shape)}, and this guide's "
                 f"is {tuple(parameter.shape)}. Call pyro.clear_param_store(), or give name=."
             )
         parameter.copy_(held)
-        store[stored[own]] = parameter
+        store[key] = parameter
 
 
 def evict_stale(module: PyroModule, name: str) -> None:
@@ -45,11 +49,20 @@ def evict_stale(module: PyroModule, name: str) -> None:
 def shared_parameter(module: PyroModule, name: str) -> tuple[str, Tensor] | None:
     """Return the stored name of a parameter that Pyro's store shares, and the parameter."""
     store = pyro.get_param_store()
-    stored = _names()
+    shared = (pair for pair in _stored(module, name) if store[pair[0]] is pair[1])
+    return next(shared, None)
+
+
+def _stored(module: PyroModule, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the module's parameters with their names in Pyro's store, where it has them.
+
+    Those with a constraint are left to Pyro.
+    """
+    store, stored = pyro.get_param_store(), _names()
     for own, parameter in module.named_parameters(name):
-        if own in stored and store[stored[own]] is parameter:
-            return stored[own], parameter
-    return None
+        key = stored.get(own.removesuffix(PYRO_PARAM))
+        if key is not None and store[key].unconstrained() is store[key]:
+            yield key, parameter
 
 
 def _names() -> dict[str, str]:

@@ -1,13 +1,15 @@
 """The sample sites of traces: their kinds, plates, scales and masks."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 Site = dict[str, Any]
 
@@ -118,6 +120,22 @@ def unmasked(fn: Any) -> Any:
         base = unmasked(fn.base_dist)
         return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
     return fn
+
+
+def at_zero(fn: Any, transform: Any) -> Tensor:
+    """Return the value of a distribution at zero in unconstrained space, without a draw."""
+    like = next(_tensors(fn), torch.empty(()))
+    shape = transform.inverse_shape(fn.shape())
+    return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+
+def _tensors(fn: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors of a distribution, of its support and of its parts."""
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield value
+        elif isinstance(value, torch.distributions.Distribution | constraints.Constraint):
+            yield from _tensors(value)
 
 
 def plates_of(site: Site) -> dict[str, Any]:

@@ -136,18 +136,18 @@ ENCODER = r"(encoder|weights' network) of latents \['z'\] in plate 'data' "
 FED = ENCODER + r"failed on inputs of shape \[{}\], {}"
 OF_PYRO = RuntimeError, "mat1 and mat2"  # a guide by hand: its own error, with Pyro's trace shapes
 OF_MAPA = {"mapa": (ValueError, "ueries have shape"), "mapa first": (ValueError, "site 'z'")}
-LINEAR = ValueError, "weights='linear' needs inputs that are one tensor"
+AT_SITE = ValueError, "At site 'x', with a value of shape"  # the check of a new guide's start
 NOT_FINITE = "Site 'y' observes values that are NaN or infinite"
 FINE = dict.fromkeys((*KINDS, *EVALUATIONS))
 
 DATA = {
     "x has another width": Bad(
         lambda: (torch.ones(ROWS, 3), targets()), RuntimeError, FED.format(r"\d, 3", "float64"),
-        {"hand": OF_PYRO, **OF_MAPA},
+        {"hand": OF_PYRO, **OF_MAPA, "first": AT_SITE, "hand first": OF_PYRO},
     ),
     "x has no features": Bad(
         lambda: (torch.ones(ROWS), targets()), RuntimeError, FED.format("4", "float64"),
-        {"hand": OF_PYRO, **OF_MAPA, "mixture first": LINEAR, "recursive first": LINEAR},
+        {"hand": OF_PYRO, **OF_MAPA, "first": AT_SITE, "hand first": OF_PYRO},
     ),
     "x has integers": Bad(  # Linear of torch: no conversion that would hide a mistake
         lambda: (features().long(), targets()), RuntimeError, FED.format(r"\d, 2", "int64"),
@@ -172,7 +172,8 @@ DATA = {
         lambda: (spoiled(features(), torch.nan), targets()), ValueError,
         ENCODER + r"returned NaN.*in rows \[0\]",
         {"hand": (ValueError, "Expected parameter loc"), "mapa": (ValueError, "needs finite data"),
-         "mapa first": (ValueError, "Site 'x' observes values that are NaN or infinite"),
+         "first": (ValueError, "Site 'x' observes values that are NaN or infinite"),
+         "hand first": (ValueError, "Expected parameter loc"),
          "fit": (NonFiniteError, r"step 3.*data tensor '0'")},
     ),
     "no rows": Bad(

@@ -17,6 +17,7 @@ from pyro_recursive.guides.flow.zuko_adapter import (
 )
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
+from pyro_recursive.guides.starts import InitLocFn
 
 
 class FlowGuide(LatentGuide):
@@ -25,7 +26,7 @@ class FlowGuide(LatentGuide):
     All latents inside the data's plate are packed into one unconstrained vector u a row, of length
     D; an encoder maps the rows of the data to contexts c. Latents outside the plate, without an
     encoder all latents, have one joint flow without context. Constrained supports add their
-    Jacobians. A flow starts as a diagonal Gaussian around a draw from the prior. Kinds, their cost,
+    Jacobians. A flow starts as a diagonal Gaussian. Kinds, their cost,
     and sources: the page on flows of the documentation.
 
     Args:
@@ -36,7 +37,7 @@ class FlowGuide(LatentGuide):
         encoder: a module from the inputs' rows to contexts ``[*rows, context]`` of any width.
         transforms: how many transforms are composed, each of a part of u in coupling flows.
         hidden: the widths of the hidden layers of each transform's network.
-        init_scale: the scale of the Gaussian that a flow starts as.
+        init_loc_fn, init_scale: of the Gaussian that a flow starts as; as in `AmortizedGuide`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
 
     >>> import pyro, pyro.distributions as dist
@@ -58,13 +59,15 @@ class FlowGuide(LatentGuide):
         encoder: nn.Module | None = None,
         transforms: int = 4,
         hidden: Sequence[int] = (64, 64),
+        init_loc_fn: InitLocFn | None = None,
         init_scale: float = 0.1,
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
+        options: dict[str, Any] = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         check_flow(flow)
         if plate is not None and encoder is None:
             raise _no_encoder(plate)
@@ -72,7 +75,7 @@ class FlowGuide(LatentGuide):
         self.encoder: Any = encoder
         self.transforms, self.hidden, self.init_scale = transforms, tuple(hidden), init_scale
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the flow of a block around a point, the mean of its rows."""
         context = 0
         if latents.local:
@@ -82,7 +85,7 @@ class FlowGuide(LatentGuide):
             with poutine.block(), torch.no_grad():
                 context = run(self.encoder, few, latents).shape[-1]
         flow = build_flow(self.flow, latents.size, context, self.transforms, self.hidden)
-        loc = prior_draw.reshape(-1, latents.size).mean(0)
+        loc = start.reshape(-1, latents.size).mean(0)
         setattr(self, _flow(latents), AffineFlow(flow, context, loc, self.init_scale))
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> ZukoDistribution:

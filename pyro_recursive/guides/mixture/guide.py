@@ -22,6 +22,7 @@ from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
+from pyro_recursive.guides.starts import InitLocFn, StartSearch, apart
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
@@ -41,14 +42,16 @@ class MixtureGuide(LatentGuide):
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for Gaussians with parameters of their own.
-            Identical components stay identical: start each elsewhere. Parameters of plain functions
-            are not in the `state_dict`.
+            Those without an ``init_loc_fn`` of their own start about 1 from the mixture's in each
+            unconstrained dim, as equal ones would stay equal. Parameters of plain functions are not
+            in the `state_dict`.
         weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, bounded by
             ``8 tanh(l / 8)``; ``"linear"`` for a linear one (the default with an encoder), or
             ``"shared"`` for the same weights in all rows. By default each row has its own.
         learn_weights: False keeps the weights where they start.
         trunk: a module before all encoders and weights, held while single components are trained.
-        family: of the Gaussians, where ``components`` is a number; as in `AmortizedGuide`.
+        init_loc_fn: a common start, as in `AmortizedGuide`.
+        family, init_scale: of the Gaussians, where ``components`` is a number.
         plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
             component has an encoder or is written by hand; else all latents are one group.
 
@@ -78,15 +81,19 @@ class MixtureGuide(LatentGuide):
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
+        init_loc_fn: InitLocFn | None = None,
+        init_scale: float = 0.1,
         name: str | None = None,
     ) -> None:
         if isinstance(components, int):
-            components = [AmortizedGuide(model, family=family) for _ in range(components)]
+            options: dict[str, Any] = {"family": family, "init_scale": init_scale}
+            components = [AmortizedGuide(model, **options) for _ in range(components)]
         own = [guide for guide in components if isinstance(guide, LatentGuide)]
         for guide in own:
             if not guide.can_be_component:
                 raise ValueError(f"{type(guide).__name__} cannot be a component of a mixture.")
-        super().__init__(model, plate=plate, inputs=inputs, create_plates=create_plates, name=name)
+        options = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         # Guides that are plain functions have no parameters of their own to register.
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
         modules = [c if isinstance(c, nn.Module) else nn.Identity() for c in components]
@@ -130,23 +137,33 @@ class MixtureGuide(LatentGuide):
                 with poutine.block(), torch.no_grad():
                     self.component(m)(*args, **kwargs)
 
-    def adopt(
-        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
-    ) -> None:
+    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
         """Share the groups with the components, each around a point of its own."""
+        steps = {name: self.apart(u) for name, u in search.find().items()}
         rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
-        for component in self.components:
+        for m, component in enumerate(self.components):
             if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
                         f"A component has plate='{component.plate}'. Give it to the mixture."
                     )
-                component.adopt(groups, prior, raw)
-        super().adopt(groups, prior, raw)
+                near = search.moved({name: each[m] for name, each in steps.items()})
+                component.adopt(groups, near, raw)
+        super().adopt(groups, search, raw)
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
+    def apart(self, start: Tensor) -> Tensor:
+        """Return the components' distances from a common start, ``[M, *shape]``."""
+        return apart(len(self.components), start)
+
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the weights of a group."""
-        self.weights.build(latents, prior_draw, raw)
+        self.weights.build(latents, start, raw)
+
+    def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
+        """Move the encoders of all components."""
+        for component in self.components:
+            if isinstance(component, LatentGuide):
+                component.center_outputs(search, guide)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         if not self._has("trunk"):
@@ -181,7 +198,7 @@ class MixtureGuide(LatentGuide):
 
         Those of the rows of the minibatch, where there is a mixture for each row.
         """
-        self.prepare(*args, **kwargs)
+        self.get_ready(args, kwargs)
         latents, call = self.groups[-1], self.new_call(args, kwargs)
         with poutine.block():
             weights = self.log_weights(latents, call, self.members).exp()

@@ -16,6 +16,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.starts import StartSearch, apart
 from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.user_warnings import warn_user
@@ -40,8 +41,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         conditional: the encoder of the m-th component gets the detached parameters of the earlier
             ones as a second input, ``[*rows, (m - 1) n]``; zeros for those that were dropped.
             Encoders must be `AmortizedGuide`'s of one family.
-        weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
-            `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
+        weights, learn_weights, trunk, family, init_loc_fn, init_scale, plate, inputs,
+            create_plates, name: as in `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
 
     `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020).
 
@@ -265,6 +266,15 @@ class RecursiveMixtureGuide(MixtureGuide):
             return log_weights
         share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
         return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
+
+    def apart(self, start: Tensor) -> Tensor:
+        """Return the distances from a common start, none for the first: it is trained alone."""
+        return torch.cat([torch.zeros_like(start)[None], apart(len(self.components) - 1, start)])
+
+    def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
+        """Move the encoders of all components, if they take nothing but the inputs."""
+        if not self.conditional:
+            super().center_outputs(search, guide)
 
     def earlier_params(self, m: int, known: dict[int, Tensor], rows: Sequence[int]) -> list[Tensor]:
         """Return a conditional component's second input: the parameters of all earlier ones."""

@@ -37,9 +37,9 @@ class Weights(PyroModule):
         """Give each logit a start and parameters of its own, which an optimiser can leave alone."""
         self.initial, self.separate = _unsquashed(initial), True
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
-        """Create the weights of a group, with dtype and device of a draw from the prior."""
-        self.initial = self.initial.to(prior_draw)
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
+        """Create the weights of a group, with dtype and device of a point."""
+        self.initial = self.initial.to(start)
         parts = list(self.initial.split(1 if self.separate else len(self.initial)))
         if latents.local and self.kind == "linear":
             self.network = _Linear(latents, raw, parts)

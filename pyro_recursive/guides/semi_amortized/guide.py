@@ -5,7 +5,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.guides.base import LatentGuide
@@ -16,6 +15,7 @@ from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.semi_amortized.refinement import Trajectory, divergence, refine
 from pyro_recursive.guides.semi_amortized.row_elbo import ESTIMATORS, LocalBound
 from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
+from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.handlers import is_dry_run, latent_weight, run_cache
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 
@@ -98,7 +98,8 @@ class SemiAmortizedGuide(LatentGuide):
         for what, value, known in (("mode", mode, MODES), ("estimator", estimator, ESTIMATORS)):
             if value not in known:
                 raise ValueError(f"{what} must be one of {known}, got {value!r}.")
-        shared: dict[str, Any] = {"plate": guide.plate, "create_plates": guide.create_plates}
+        names = ("plate", "create_plates", "init_loc_fn")
+        shared: dict[str, Any] = {name: getattr(guide, name) for name in names}
         super().__init__(model, inputs=guide.inputs, name=name, **shared)
         self.register("guide", guide)
         self.update: Any = GradientUpdate() if update is None else update
@@ -123,7 +124,7 @@ class SemiAmortizedGuide(LatentGuide):
 
     def refine(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Refinement:
         """Return the refined parameters of the rows of a call, without a graph, and their ELBOs."""
-        self.prepare(*args, **kwargs)
+        self.get_ready(args, kwargs)
         with torch.no_grad(), isolated(noise=SharedNoise()):
             call = self.new_call(args, kwargs)
             for latents in self.groups[:-1]:
@@ -153,19 +154,21 @@ class SemiAmortizedGuide(LatentGuide):
             return self.steps
         return self.test_steps
 
-    def adopt(
-        self, groups: tuple[LatentBlock, ...], prior: Callable[[], poutine.Trace], raw: Any
-    ) -> None:
+    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
         """Share the blocks with the guide that is refined."""
         if not groups[-1].local:
             raise ValueError("Refinement needs rows. Give the guide an encoder or plate=.")
-        self.guide.adopt(groups, prior, raw)
-        super().adopt(groups, prior, raw)
+        self.guide.adopt(groups, search, raw)
+        super().adopt(groups, search, raw)
 
-    def build(self, latents: LatentBlock, prior_draw: Tensor, raw: Any) -> None:
+    def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
+        """Move the encoder of the guide that is refined."""
+        self.guide.center_outputs(search, guide)
+
+    def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the parameters of the update."""
         if latents.local:
-            self.update.to(prior_draw)
+            self.update.to(start)
             few = raw[:2] if isinstance(raw, Tensor) else raw
             features = self.update.features_of(few, len(latents.rows))
             blocks = self.guide.row_family(latents).blocks

@@ -1,0 +1,307 @@
+"""Where guides start: values of a model's latents at which its density is finite.
+
+A start is a dictionary of the latents' unconstrained values ``u`` by name, ``z = T(u)``, each in
+the shape of its site. A site's transform T is that of the run, and its size is known without a
+draw, so that improper priors have a start.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to, constraints
+
+from pyro_recursive.guides.packing import Values, plain_support
+from pyro_recursive.tracing.compatibility import check_finite
+from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.sites import Site, at_zero, layers, sites, subsample_sites
+
+InitLocFn = Callable[[Site], Any]
+
+ATTEMPTS = 100
+RADIUS = 2.0  # of the last perturbation, in unconstrained space
+
+
+def init_to_center(site: Site) -> Tensor:
+    """Return the median of a site's prior where it has a closed form, else its mean, else T(0).
+
+    A value counts if it is finite in unconstrained space as well. This is the default of
+    ``init_loc_fn=``; nothing is drawn.
+    """
+    fn, transform = site["fn"], _transform(site["fn"])
+    assert transform is not None
+    for value in _centers(fn):
+        value = value.expand(fn.shape())
+        if bool(transform.inv(value).isfinite().all()):
+            return value
+    return at_zero(fn, transform)
+
+
+def _centers(fn: Any) -> Iterator[Tensor]:
+    """Yield the median, the mean and, of a distribution over the real line, the mode."""
+    base, is_real = layers(fn)[-1], plain_support(fn.support) in (constraints.real,)
+    for find in (
+        lambda: base.icdf(torch.tensor(0.5)) if not base.event_dim else None,
+        lambda: fn.mean,
+        lambda: fn.mode if is_real else None,
+    ):
+        try:
+            value = find()
+        except (NotImplementedError, AttributeError, ValueError):
+            continue
+        if value is not None:
+            yield value
+
+
+class StartSearch:
+    """Runs a model on the arguments of one call to find starts of the guides for it.
+
+    ``trace`` is that of the run at the values of ``init_loc_fn`` (`init_to_center` if None), which
+    is a function of a site as in Pyro's autoguides. A site that it cannot serve, or at a value on
+    the boundary of its support, has that of `init_to_center`.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        init_loc_fn: InitLocFn | None = None,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.init_loc_fn = init_loc_fn
+        self.trace, self._start = self._run(init_loc_fn)
+        self._minibatch = {n: s["value"] for n, s in subsample_sites(self.trace).nodes.items()}
+        self._is_checked = False
+
+    def find(self, init_loc_fn: InitLocFn | None = None) -> Values:
+        """Return a start by this function, or that of the search if None.
+
+        Where the density or its gradient are not finite, random perturbations are tried.
+
+        Raises:
+            ValueError: the density of a site is finite at none of them.
+        """
+        if init_loc_fn not in (None, self.init_loc_fn):
+            return self._finite(self._run(init_loc_fn)[1])
+        if not self._is_checked:
+            self._start, self._is_checked = self._finite(self._start), True
+        return self._start
+
+    def moved(self, steps: Values) -> "StartSearch":
+        """Return this search with another start, so far from this one in unconstrained space."""
+        other = copy.copy(self)
+        other._start = {name: u + steps[name] for name, u in self._start.items()}
+        other._is_checked = False
+        return other
+
+    def log_density(self, start: Values, minibatch: Values) -> float:
+        """Return log p with Jacobians at a start, summed over all sites; NaN where it fails."""
+        try:
+            with torch.no_grad():
+                point, trace = self._at(start, minibatch)
+                total = sum(_log_prob(site).sum() for site in sites(trace))
+            return float(total + point.log_volume)
+        except ValueError:
+            return math.nan
+
+    def _run(self, init_loc_fn: InitLocFn | None) -> tuple[poutine.Trace, Values]:
+        """Run the model; if it raises ValueError at these values, at random ones."""
+        attempts = [init_loc_fn or init_to_center, *[_init_to_uniform] * 10]
+        for number, init in enumerate(attempts):
+            start = _AtStart(init)
+            try:
+                with poutine.block(), torch.no_grad():
+                    model = poutine.trace(start(self.model))
+                    return model.get_trace(*self.args, **self.kwargs), start.values
+            except ValueError as error:
+                if number == 0:
+                    first = error
+        raise first
+
+    def _at(self, start: Values, minibatch: Values) -> tuple["_AtPoint", poutine.Trace]:
+        """Run the model, isolated, at unconstrained values."""
+        point = _AtPoint(start)
+        model = poutine.trace(SubstituteByName(minibatch)(point(self.model)))
+        with isolated():
+            return point, model.get_trace(*self.args, **self.kwargs)
+
+    def _finite(self, start: Values) -> Values:
+        problems = []
+        for attempt in range(ATTEMPTS):
+            near = start if attempt == 0 else _perturbed(start, attempt)
+            problem, is_density = self._problem(near)
+            if problem is None:
+                return near
+            problems.append(problem)
+            if not is_density and attempt >= ATTEMPTS // 10:
+                return start  # only the gradient is not finite: training says where
+        raise problems[0]
+
+    def _problem(self, start: Values) -> tuple[ValueError | None, bool]:
+        """Return what is not finite at a start, and whether it is a density."""
+        has_gradient = not torch.is_inference_mode_enabled()
+        leaves = {name: u.detach().clone() for name, u in start.items()}
+        with torch.set_grad_enabled(has_gradient):
+            for u in leaves.values():
+                u.requires_grad_(has_gradient)
+            try:
+                point, trace = self._at(leaves, self._minibatch)
+                total = point.log_volume
+                for site in sites(trace):
+                    log_prob = _log_prob(site)
+                    if not bool(log_prob.isfinite().all()):
+                        check_finite(site)
+                        return _no_start(site["name"], log_prob), True
+                    total = total + log_prob.sum()
+            except ValueError as error:  # a parameter outside of its domain
+                return error, True
+        if not (has_gradient and isinstance(total, Tensor) and total.requires_grad):
+            return None, False
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for name, grad in zip(leaves, grads, strict=True):
+            if grad is not None and not bool(grad.isfinite().all()):
+                return ValueError(f"The gradient of log p at site '{name}' is not finite."), False
+        return None, False
+
+
+class _AtStart(Messenger):
+    """Gives a model's continuous latents the values of a function of the site.
+
+    ``values`` are their unconstrained values by name.
+    """
+
+    def __init__(self, init_loc_fn: InitLocFn) -> None:
+        super().__init__()
+        self.init_loc_fn = init_loc_fn
+        self.values: Values = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or msg["is_observed"] or site_is_subsample(msg):
+            return
+        transform = _transform(msg["fn"])
+        if transform is not None:
+            value = self._value(msg, transform)
+            msg["value"], msg["done"] = value, True
+            self.values[msg["name"]] = transform.inv(value)
+
+    def _value(self, site: Site, transform: Transform) -> Tensor:
+        shape = site["fn"].shape()
+        try:
+            value = torch.as_tensor(self.init_loc_fn(site)).detach()
+        except NotImplementedError:  # a function that draws, of a prior that cannot be drawn from
+            return init_to_center(site)
+        try:
+            value = value.expand(shape)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"init_loc_fn returned shape {tuple(value.shape)} at site '{site['name']}', which "
+                f"needs {tuple(shape)}."
+            ) from error
+        is_inside = bool(transform.inv(value).isfinite().all())
+        return value if is_inside else init_to_center(site)
+
+
+class _AtPoint(Messenger):
+    """Gives a model's latents values that are unconstrained, by the transforms of this run.
+
+    ``log_volume`` is the sum of ``log |dz / du|``.
+    """
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        self.values = values
+        self.log_volume: Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        u = self.values.get(msg["name"])
+        if u is None or msg["value"] is not None or msg["is_observed"]:
+            return
+        transform = _transform(msg["fn"])
+        assert transform is not None
+        msg["value"], msg["done"] = transform(u), True
+        log_det = transform.log_abs_det_jacobian(u, msg["value"])
+        self.log_volume = self.log_volume + log_det.sum()
+
+
+def apart(count: int, like: Tensor) -> Tensor:
+    """Return steps ``[count, *shape]`` that take components from one point to places of their own.
+
+    Equal components would stay equal. Pairs go to opposite corners of a cube of their own size, 1
+    on average.
+    """
+    pairs = (count + 1) // 2
+    sizes = torch.arange(1, pairs + 1).to(like) * (2 / (pairs + 1))
+    corners = torch.randint(2, (pairs, *like.shape), device=like.device).to(like) * 2 - 1
+    steps = sizes.view(-1, *[1] * like.dim()) * corners
+    return torch.stack([steps, -steps], 1).flatten(0, 1)[:count]
+
+
+def move_output(network: nn.Module, rows: Any, shift: Tensor) -> None:
+    """Add ``shift`` to the first outputs of a network by the bias of its last linear layer.
+
+    Its layer is the last `torch.nn.Linear` whose output they are. Another network stays as it is.
+    """
+    outputs: list[tuple[nn.Linear, Tensor]] = []
+
+    def record(layer: Any, inputs: Any, output: Tensor) -> None:
+        outputs.append((layer, output))
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        final = network(rows)[..., : len(shift)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, output in reversed(outputs):
+        if layer.bias.requires_grad and torch.equal(output[..., : len(shift)], final):
+            layer.bias[: len(shift)] += shift
+            return
+
+
+def _log_prob(site: Site) -> Tensor:
+    return scale_and_mask(log_prob_of(site, site["fn"]), site["scale"], site["mask"])
+
+
+def _no_start(name: str, log_prob: Tensor) -> ValueError:
+    wrong = log_prob[~log_prob.isfinite()].flatten()[0]
+    return ValueError(
+        f"Site '{name}' has log_prob {wrong.item()} at each of {ATTEMPTS} starts. Give "
+        "init_loc_fn= where the model's density is finite."
+    )
+
+
+def _perturbed(start: Values, attempt: int) -> Values:
+    """Move a start, or zero, by a random step that grows with the number of the attempt."""
+    radius, from_zero = RADIUS * attempt / ATTEMPTS, attempt % 2
+    return {
+        name: (torch.zeros_like(u) if from_zero else u) + radius * (2 * torch.rand_like(u) - 1)
+        for name, u in start.items()
+    }
+
+
+def _init_to_uniform(site: Site) -> Tensor:
+    """Return T(u) for u uniform in a cube around zero."""
+    transform = _transform(site["fn"])
+    assert transform is not None
+    u = transform.inv(at_zero(site["fn"], transform))
+    return transform(RADIUS * (2 * torch.rand_like(u) - 1))
+
+
+def _transform(fn: Any) -> Transform | None:
+    """Return the transform of a continuous distribution, None if it has no such support."""
+    try:
+        support = plain_support(fn.support)
+        return None if support.is_discrete else biject_to(support)
+    except NotImplementedError:  # packing names the site
+        return None
