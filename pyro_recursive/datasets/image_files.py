@@ -7,6 +7,7 @@ import gzip
 import importlib
 import math
 import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -40,26 +41,39 @@ FILES = {
     ),
 }
 OMNIGLOT_ARCHIVES = ("images_background.zip", "images_evaluation.zip")
-# Where each data set comes from: files, their address, and their MD5 sums in the same order.
+# Where each data set comes from: files, their address, and their SHA-256 sums in the same order, as
+# published in `url_checksums` of github.com/tensorflow/datasets.
 DOWNLOADS = {
     "mnist": (
         MNIST_FILES,
         "https://ossci-datasets.s3.amazonaws.com/mnist",
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
-        "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
+        (
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
     ),
     "fashion_mnist": (
         MNIST_FILES,
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
-        "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+        (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
     ),
     "omniglot": (
         OMNIGLOT_ARCHIVES,
         "https://raw.githubusercontent.com/brendenlake/omniglot/master/python",
-        "68d2efa1b9178cc56df9314c21c6e718 6b91aef0f799c5bb55b94e3f2daec811",
+        (
+            "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
+            "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
+        ),
     ),
 }
+MAX_BYTES = 2**30  # of an uncompressed file
 
 
 class DatasetError(RuntimeError):
@@ -86,10 +100,10 @@ def _holds_all(folder: Path, name: str) -> bool:
 
 def _download(pooch: Any, name: str, folder: Path) -> None:
     files, address, sums = DOWNLOADS[name]
-    for file, md5 in zip(files, sums.split(), strict=True):
+    for file, sha256 in zip(files, sums, strict=True):
         url = f"{address}/{file}"
         try:
-            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=file, path=folder)
+            pooch.retrieve(url, known_hash=f"sha256:{sha256}", fname=file, path=folder)
         except (OSError, ValueError) as error:  # the network, and the checksum
             raise DatasetError(
                 f"{folder / file}: the download from {url} failed ({error}). Try again, or set "
@@ -139,21 +153,6 @@ def import_extra(module: str, reason: str) -> Any:
 
 def read_idx(path: Path, dims: int) -> Array:
     """Read an array of ``dims`` dimensions from a gzipped IDX file."""
-    data, start = _read_content(path), 4 + 4 * dims
-    header, body = data[:start], data[start:]
-    dtypes = {magic: dtype for magic, dtype in IDX_TYPES.items() if magic.endswith(str(dims))}
-    if header[:4].hex() not in dtypes or len(header) < start:
-        magic = " or ".join(dtypes)
-        raise DatasetError(f"{path}: its header is '{header.hex()}', and must begin with {magic}.")
-    shape, dtype = np.frombuffer(header[4:], ">u4").tolist(), np.dtype(dtypes[header[:4].hex()])
-    size = math.prod(shape) * dtype.itemsize
-    if len(body) != size:
-        raise DatasetError(f"{path}: its header promises {size} bytes, but {len(body)} follow.")
-    return np.frombuffer(body, dtype).reshape(shape)
-
-
-def _read_content(path: Path) -> bytes:
-    """Return the uncompressed bytes of a file."""
     folder = path.parent.name
     if not path.is_file():
         raise DatasetError(
@@ -161,15 +160,33 @@ def _read_content(path: Path) -> bytes:
             f" or call load({folder!r}, download=True)."
         )
     try:
-        return gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            shape, dtype = _read_header(path, file.read(4 + 4 * dims), dims)
+            size = math.prod(shape) * dtype.itemsize
+            if size > MAX_BYTES:
+                raise DatasetError(f"{path}: its header promises {size} bytes, over {MAX_BYTES}.")
+            body = file.read(size + 1)  # no more, however much a damaged file would unpack to
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DatasetError(f"{path}: not a sound gzip file ({error}). Fetch it again.") from error
+    if len(body) != size:
+        raise DatasetError(f"{path}: its header promises {size} bytes, but {len(body)} follow.")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
+def _read_header(path: Path, header: bytes, dims: int) -> tuple[list[int], np.dtype[Any]]:
+    """Return the shape and the type of the numbers that follow."""
+    dtypes = {magic: dtype for magic, dtype in IDX_TYPES.items() if magic.endswith(str(dims))}
+    if header[:4].hex() not in dtypes or len(header) < 4 + 4 * dims:
+        magic = " or ".join(dtypes)
+        raise DatasetError(f"{path}: its header is '{header.hex()}', and must begin with {magic}.")
+    return np.frombuffer(header[4:], ">u4").tolist(), np.dtype(dtypes[header[:4].hex()])
 
 
 def _write_idx(path: Path, array: Array) -> None:
     magic = next(m for m, t in IDX_TYPES.items() if array.dtype == t and m[-1] == str(array.ndim))
     header = bytes.fromhex(magic) + np.array(array.shape, ">u4").tobytes()
-    # Renamed at the end, so that a killed conversion leaves no truncated file.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
+    # Renamed at the end, so that a killed conversion leaves no truncated file; "x" follows no link.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    with part.open("xb") as file:
+        file.write(gzip.compress(header + array.tobytes(), mtime=0))
     part.replace(path)

@@ -140,9 +140,7 @@ class Table:
         """Write the rows to a file, whole or not at all; kernel and reference are not in it."""
         numbers = {"format": FORMAT, "components": self.num_components}
         tensors = {name: torch.tensor(number) for name, number in numbers.items()}
-        target = Path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")  # others may fill one cache
-        write_whole(target, {"index": self.index, "log_q": self.log_q, **tensors}, part)
+        write_whole(Path(path), {"index": self.index, "log_q": self.log_q, **tensors})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Table":

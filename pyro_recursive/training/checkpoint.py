@@ -30,7 +30,7 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain containers to a file; if that fails, the old file stays as it was."""
-    write_whole(path, {"format": FORMAT, **state}, path.with_name(path.name + ".tmp"))
+    write_whole(path, {"format": FORMAT, **state})
 
 
 def load(path: Path) -> dict[str, Any]:

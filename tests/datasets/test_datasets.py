@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,22 @@ def test_damage_is_named(small: Path, kind: str) -> None:
         load("mnist", root=small)
 
 
+def test_what_a_file_unpacks_to_is_bounded(small: Path) -> None:
+    """A small file whose header promises 3 GB, and one that goes on after what it promises."""
+    path = small / "mnist" / TRAIN
+    header = bytes.fromhex("00000803") + np.array([2_000_000, 40, 40], ">u4").tobytes()
+    path.write_bytes(gzip.compress(header))
+    with pytest.raises(DatasetError, match="promises 3200000000 bytes, over 1073741824"):
+        load("mnist", root=small)
+    path.write_bytes(gzip.compress(IMAGES + bytes(100_000_000)))  # 97 kB
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match="promises 3920 bytes, but 3921 follow"):
+        load("mnist", root=small)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
 # Downloads, with pooch.retrieve replaced
 
 
@@ -161,7 +178,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, write_file: Any) -> list[str]:
     asked: list[str] = []
 
     def retrieve(url: str, known_hash: str, fname: str, path: Path) -> str:
-        assert re.fullmatch("md5:[0-9a-f]{32}", known_hash)
+        assert re.fullmatch("sha256:[0-9a-f]{64}", known_hash) and url.startswith("https:")
         asked.append(url)
         path.mkdir(parents=True, exist_ok=True)
         write_file(path / fname)
