@@ -185,6 +185,8 @@ class Experiment:
             resume=self.options.resume,
             seed=seed,
         )
+        if history.interrupted:
+            raise KeyboardInterrupt
         known["history"] = asdict(history)
         if not continues:  # else the time before the interrupt is not known
             known["processor_seconds"] = time.process_time() - start

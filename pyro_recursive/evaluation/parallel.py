@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_recursive.tracing.arguments import check_at_least
 
 WIDTH = 4  # the most integers that a message carries beside its status and its place
+FAILED, INTERRUPTED = 1, 2  # statuses of a process that sends no more messages
 
 Found = TypeVar("Found")
 
@@ -50,8 +51,8 @@ class ProcessGroup:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception) and not self.is_over and self.count > 1:
-            self._send_error(error)
+        if isinstance(error, Exception | KeyboardInterrupt):
+            self.send_error(error)
         if self.control is not None:
             dist.destroy_process_group(self.control)
 
@@ -76,19 +77,22 @@ class ProcessGroup:
     def barrier_at(self, place: str, *values: int) -> list[tuple[int, ...]]:
         """Wait until all processes are at one place; return the integers that each of them sent.
 
-        Raises ProcessError where a process failed or is elsewhere. ``values`` are at most `WIDTH`.
+        Raises ProcessError where a process failed or is elsewhere, and KeyboardInterrupt where one
+        was interrupted. ``values`` are at most `WIDTH`.
         """
         if self.count == 1:
             return [values]
         received = self._send(0, zlib.crc32(place.encode()), *values)
-        failed = [rank for rank, (status, *_) in enumerate(received) if status]
-        if not failed and len({where for _, where, *_ in received}) == 1:
+        statuses = [status for status, *_ in received]
+        if not any(statuses) and len({where for _, where, *_ in received}) == 1:
             return [tuple(row[2 : 2 + len(values)]) for row in received]
         self.is_over = True
         reports = self._exchange(("", place))
-        if failed:
-            kind, message = reports[failed[0]]
-            raise ProcessError(f"Process {failed[0]} failed: {kind}: {message}")
+        if FAILED in statuses:
+            kind, message = reports[statuses.index(FAILED)]
+            raise ProcessError(f"Process {statuses.index(FAILED)} failed: {kind}: {message}")
+        if INTERRUPTED in statuses:
+            raise KeyboardInterrupt(f"Process {statuses.index(INTERRUPTED)} was interrupted.")
         places = ", ".join(f"{rank} at {where}" for rank, (_, where) in enumerate(reports))
         raise ProcessError(
             f"The processes are at different places: {places}. Pass the same arguments and as many "
@@ -155,11 +159,16 @@ class ProcessGroup:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
-    def _send_error(self, error: Exception) -> None:
-        """Send an error where the others wait in `barrier_at`; add their errors as notes."""
+    def send_error(self, error: BaseException) -> None:
+        """Send an error where the others wait in `barrier_at`; add their errors as notes.
+
+        Nothing is sent if another error was exchanged before.
+        """
+        if self.is_over or self.count == 1:
+            return
         self.is_over = True
         with suppress(Exception):  # the other processes may have ended
-            self._send(1)
+            self._send(FAILED if isinstance(error, Exception) else INTERRUPTED)
             reports = self._exchange((type(error).__name__, str(error)))
             for rank, (kind, message) in enumerate(reports):
                 if kind and rank != self.rank:

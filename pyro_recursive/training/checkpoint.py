@@ -4,6 +4,7 @@ A file is replaced as a whole (`tracing.tensor_files`), holds tensors and plain 
 loading it runs no code.
 """
 
+import hashlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,9 +19,11 @@ import torch
 from pyro.infer import ELBO
 from pyro.util import get_rng_state, set_rng_state
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader
 
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 
+FINGERPRINT_ROWS = 1000
 FORMAT = 2  # to be raised when files of the former kind can no longer be read
 
 
@@ -112,6 +115,24 @@ def options_of(loss: ELBO) -> dict[str, Any]:
     names -= {"self", "max_plate_nesting", "max_iarange_nesting"}
     own = {name.removeprefix("_"): value for name, value in vars(loss).items()} | vars(loss)
     return {name: own[name] for name in sorted(names & own.keys())}
+
+
+def fingerprint(data: Any) -> str:
+    """Return a hash of tensors: dtype, shape and 1,000 rows at even distances.
+
+    Of a DataLoader, of the tensors of its TensorDataset, or else the type of its data set.
+    """
+    tensors = getattr(data.dataset, "tensors", None) if isinstance(data, DataLoader) else data
+    if tensors is None:
+        return type(data.dataset).__qualname__
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        count = min(len(tensor), FINGERPRINT_ROWS)
+        rows = np.linspace(0, len(tensor) - 1, count).round().astype(np.int64)
+        some = tensor.detach()[torch.from_numpy(rows).to(tensor.device)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ class History:
         guide_steps: steps of the guide alone since the start.
         mutual_information: measured after an aggressive epoch, in nats; None elsewhere.
         stopped_early: whether ``patience`` ended the training.
+        interrupted: whether Ctrl-C ended it; the epoch that it came in is not in the lists.
 
     Example:
         >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
@@ -46,6 +47,7 @@ class History:
     guide_steps: list[int] = field(default_factory=list)
     mutual_information: list[float | None] = field(default_factory=list)
     stopped_early: bool = False
+    interrupted: bool = False
 
     @property
     def best_epoch(self) -> int | None:
@@ -66,7 +68,8 @@ class History:
             return "History(no epochs)"
         rows = f" (batches of {self.rows[-1]:.4g} rows)" if self.rows else ""
         parts = [
-            f"{len(self.epoch)} epochs{', stopped early' * self.stopped_early}",
+            f"{len(self.epoch)} epochs{', stopped early' * self.stopped_early}"
+            f"{', interrupted' * self.interrupted}",
             f"{sum(self.seconds):.1f} s",
             f"loss {self.loss[-1]:.2f}{rows}",
         ]

@@ -22,6 +22,7 @@ from pyro_recursive.tracing.isolation import RandomState, random_state, set_rand
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.data import Batch, Minibatches
 from pyro_recursive.training.distributed import DistributedStep
+from pyro_recursive.training.interrupts import Interrupts
 from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
 from pyro_recursive.training.plate_sizes import BatchTakenForData, check_autoguides, check_shares
 
@@ -64,6 +65,7 @@ class Learner:
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
+        self.interrupts = Interrupts()
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
 
@@ -72,6 +74,7 @@ class Learner:
 
         A NonFiniteError comes before this step's update; earlier ones may have been unchecked.
         """
+        self.interrupts.check()
         before = random_state()  # that of torch alone, as it is read in each step
         self.group.begin(batch, f"step {self.steps + 1} and {self.guide_steps} of the guide alone")
         try:
@@ -100,7 +103,7 @@ class Learner:
         if (self.steps + self.guide_steps) % (self.check_every or every) == 0:
             self.check(batch, epoch, before, owner)
         optimizer.step()
-        self._zero_gradients()  # a later step of SVI would add to them
+        self.zero_gradients()  # a later step of SVI would add to them
         self.steps += owner != "guide"
         self.guide_steps += owner == "guide"
         return loss
@@ -129,6 +132,7 @@ class Learner:
         group, found = self.group, []
         with self.evaluating(held_out):
             for batch in held_out:
+                self.interrupts.check()
                 group.begin(batch, "a batch of validation")
                 with batch.rows:
                     own = 0.0 if group.has_no_rows else loss.loss(self.model, self.guide, *batch)
@@ -150,11 +154,19 @@ class Learner:
             for part, training in modes.items():
                 part.training = training
 
+    def begin_pass(self) -> None:
+        """Let an optimiser that has modes, a schedule-free one, train its weights."""
+        _set_mode(self.optimizer, "train")
+
     def end_pass(self) -> None:
         """Take all buffers from the first process: batch norms may change theirs unnoticed."""
         if not self.group.is_alone:
             self.group.processes.barrier_at("the end of an epoch")
             self.group.processes.copy_first(list(self._buffers().values()))
+
+    def show_weights(self) -> None:
+        """Let an optimiser that has modes put its averaged weights into the parameters."""
+        _set_mode(self.optimizer, "eval")
 
     def end_epoch(self, value: float) -> None:
         """Step the learning-rate schedule, with ``value`` if it reduces on a plateau."""
@@ -198,7 +210,7 @@ class Learner:
                 missing -= self.parameters.keys()
                 if not missing:
                     break
-        self._zero_gradients()
+        self.zero_gradients()
         checkpoint.check_same(path, checkpoint.outline(saved), checkpoint.outline(self._live()))
         self.parameters = {name: self.parameters[name] for name in saved["parameter"]}
         self._start_optimizer(state["num_initial"])
@@ -237,7 +249,7 @@ class Learner:
                     self._differentiate(batch)
                 if self.group.processes.is_first:
                     check_shares(self.model, self.guide, batch)
-            self._zero_gradients()
+            self.zero_gradients()
             self.group.sync_initial(self.parameters, self._buffers())
         self.group.watch(self.parameters, self._buffers())
 
@@ -246,7 +258,7 @@ class Learner:
 
         Parameters that are known to be another owner's may have none.
         """
-        self._zero_gradients()
+        self.zero_gradients()
         if self.group.has_no_rows:
             some = next(iter(self.parameters.values()), torch.empty(()))
             return torch.zeros((), dtype=torch.float64, device=some.device)
@@ -257,7 +269,7 @@ class Learner:
         self._collect(captured.trace)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
         if differentiable is not None and loss.requires_grad:
-            self._zero_gradients()  # those of parameters that are new in this run too
+            self.zero_gradients()  # those of parameters that are new in this run too
             others = set(map(id, self._others(owner)))
             moving = [p for p in self.parameters.values() if id(p) not in others]
             loss.backward(inputs=moving if others else None)
@@ -310,10 +322,12 @@ class Learner:
             raise TypeError(f"optimizer must return a torch optimiser, got {kind}. {remedy}")
         for parameter in parameters[self.num_initial :]:
             _add(optimizer, parameter)
+        self.begin_pass()
         self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None
         return optimizer
 
-    def _zero_gradients(self) -> None:
+    def zero_gradients(self) -> None:
+        """Leave no gradients in the parameters."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -345,13 +359,19 @@ class Learner:
         )
 
     def _error(self, places: list[str], epoch: int, owner: Owner | None) -> NonFiniteError:
-        self._zero_gradients()
+        self.zero_gradients()
         alone = f"step {self.guide_steps + 1} of the guide alone, before " * (owner == "guide")
         return NonFiniteError(
             f"The loss or its gradient is not finite in {alone}step {self.steps + 1}, epoch "
             f"{epoch}: {'; '.join(places)}. Check the data and scales near 0, lower the learning "
             "rate, or set clip_norm; check_every=1 finds the first such step."
         )
+
+
+def _set_mode(optimizer: Any, mode: str) -> None:
+    switch = getattr(optimizer, mode, None)  # torch's own optimisers have no modes
+    if callable(switch):
+        switch()
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:

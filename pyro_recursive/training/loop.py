@@ -5,7 +5,6 @@ import operator
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
+from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -23,11 +23,15 @@ from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.guides.mixture.recursive import RecursiveMixtureGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.data import Data, Minibatches
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
+
+OnStep = Callable[[int, Tensor], Any]
+OnEpoch = Callable[[int, History], Any]
 
 
 def fit(
@@ -55,8 +59,12 @@ def fit(
     seed: int | None = None,
     check_every: int | None = None,
     progress: bool = True,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> History:
     """Minimise a loss over the parameters of model and guide; resumes bit for bit.
+
+    Ctrl-C ends the training after the present step; the history so far is returned.
 
     Args:
         model, guide: called as ``model(*batch)``.
@@ -81,6 +89,9 @@ def fit(
         seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
         progress: whether to show a bar, in a terminal or a notebook.
+        on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
+        on_epoch: called as ``on_epoch(epoch, history)`` after each epoch and its checkpoint; what
+            it draws changes no later draw. Both are called in the first process only.
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; names the site.
@@ -125,23 +136,33 @@ def fit(
         )
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
-        settings = {"clip_norm": clip_norm, "kl_warmup": kl_warmup, "seed": seed}
-        run = _Run(
-            learner, batches, phase, Path(checkpoint) if checkpoint is not None else None, settings
-        )
+        settings: dict[str, Any] = {"clip_norm": clip_norm, "kl_warmup": kl_warmup, "seed": seed}
+        path = Path(checkpoint) if checkpoint is not None else None
+        if path is not None:  # a run is resumed with the same; each process may have own data
+            hashes = [each and checkpoints.fingerprint(each.data) for each in (batches, held_out)]
+            hashes = processes.from_first(hashes, "the contents of the data")
+            settings["contents of data"], settings["contents of validation"] = hashes
+            settings["transform"] = transform
+        run = _Run(learner, batches, phase, path, settings, on_step)
         if resume:
             run.resume()
-        with _progress_bar(batches, epochs, learner.steps, progress and processes.is_first) as bar:
-            while run.num_epochs < epochs and not run.history.out_of_patience(patience):
-                weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
-                validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
-                run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
-                run.end_epoch(keep_best=patience is not None)
-        run.history.stopped_early = run.num_epochs < epochs
+        bar = _progress_bar(batches, epochs, learner.steps, progress and processes.is_first)
+        with bar, learner.interrupts as interrupts:
+            try:
+                while run.num_epochs < epochs and not run.history.out_of_patience(patience):
+                    weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
+                    validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
+                    run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
+                    run.end_epoch(keep_best=patience is not None)
+                    run.report(on_epoch)
+                interrupts.check()
+            except KeyboardInterrupt as error:
+                run.interrupt(error)
+        run.history.stopped_early = run.num_epochs < epochs and not run.history.interrupted
         if patience is not None and run.best is not None:
             learner.set_weights(run.best)
         if processes.is_first:
-            _warn_if_unfinished(guide)
+            _warn_if_unfinished(guide, run.history)
         return run.history
 
 
@@ -151,12 +172,16 @@ def _is_same(data: Data, validation: Data) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def _warn_if_unfinished(guide: Any) -> None:
-    if isinstance(guide, RecursiveMixtureGuide) and guide.steps_left:
-        warnings.warn(
+def _warn_if_unfinished(guide: Any, history: History) -> None:
+    if history.interrupted:
+        warn_user(
+            f"Training was interrupted in epoch {len(history.epoch) + 1}. With a checkpoint, "
+            "resume=True continues after the last whole epoch."
+        )
+    elif isinstance(guide, RecursiveMixtureGuide) and guide.steps_left:
+        warn_user(
             f"Training has ended with {len(guide.members)} of {len(guide.components)} components "
-            f"and {guide.steps_left} steps left. Train longer, or shorten the guide's schedule.",
-            stacklevel=3,
+            f"and {guide.steps_left} steps left. Train longer, or shorten the guide's schedule."
         )
 
 
@@ -179,9 +204,11 @@ class _Run:
         phase: Phase | None,
         path: Path | None,
         settings: dict[str, Any],
+        on_step: OnStep | None,
     ) -> None:
         self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
         self.processes = learner.group.processes
+        self.on_step = on_step if self.processes.is_first else None
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
@@ -238,6 +265,7 @@ class _Run:
         total, count, rows = torch.zeros(()), 0, 0  # on the device, which is not waited for
         warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
         self.batches.set_epoch(self.num_epochs + 1)
+        learner.begin_pass()
         with warmup:
             for batch in self.batches:
                 loss = step(batch, self.num_epochs + 1)
@@ -247,8 +275,11 @@ class _Run:
                 total, count = total.to(loss) + loss, count + 1
                 rows += learner.group.rows
                 bar.update()
+                if self.on_step is not None:
+                    self.on_step(learner.steps, loss)
             learner.check(batch, self.num_epochs + 1)
             learner.end_pass()
+            learner.show_weights()
         return total.item() / count, rows / count
 
     def end_epoch(self, keep_best: bool) -> None:
@@ -270,6 +301,19 @@ class _Run:
                 checkpoints.save(self.path, state)
             self.processes.barrier_at("a checkpoint")
 
+    def report(self, on_epoch: OnEpoch | None) -> None:
+        """Call a user's function, whose random draws are not those of the run."""
+        if on_epoch is not None and self.processes.is_first:
+            with checkpoints.forked_rng(generators=self.generators):
+                on_epoch(self.num_epochs, self.history)
+
+    def interrupt(self, error: KeyboardInterrupt) -> None:
+        """Leave a consistent state after an interrupt, and end the other processes."""
+        self.processes.send_error(error)
+        self.history.interrupted = True
+        self.learner.zero_gradients()
+        self.learner.show_weights()
+
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
 
@@ -282,7 +326,10 @@ class _Run:
             return
         if self.settings["seed"] is None:  # the file has the random states
             self.settings["seed"] = state["settings"]["seed"]
-        checkpoints.check_same(path, state["settings"], self.settings)
+        # Files of earlier versions do not say these.
+        new = ("transform", "contents of data", "contents of validation")
+        saved = {name: self.settings[name] for name in new} | state["settings"]
+        checkpoints.check_same(path, saved, self.settings)
         self.learner.set_state(path, state["learner"], self.batches)
         self.history, self.best = History(**state["history"]), state["best"]
         checkpoints.set_random_states(state["random"][self.processes.rank], self.generators)

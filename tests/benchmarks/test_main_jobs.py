@@ -23,6 +23,7 @@ def run(folder: Path, *more: str, of: str, methods: list[str]) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Training was interrupted")
 @pytest.mark.parametrize(
     ("of", "methods"),
     [

@@ -1,5 +1,6 @@
 """Small programs for `fit`, and all that a run of one changes."""
 
+import functools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -288,6 +289,7 @@ def interrupt_at(call: int) -> Callable:
     """Return a transform like `noisy` that is interrupted at its n-th call."""
     calls = iter(range(call))
 
+    @functools.wraps(noisy)  # a run is resumed with a transform of the same name
     def transform(*batch: Tensor) -> tuple[Tensor, ...]:
         if next(calls, None) is None:
             raise KeyboardInterrupt

@@ -5,9 +5,12 @@ files; the tests read these.
 """
 
 import datetime
+import functools
 import itertools
 import math
+import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -323,6 +326,20 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return {**found, "draw": torch.rand(())}
 
 
+def interrupted(folder: Path) -> dict[str, Any]:
+    """Ctrl-C in process 1 alone, in the second epoch; then the run is resumed."""
+    path, calls = folder / "interrupted.pt", itertools.count(1)
+
+    @functools.wraps(ordinary.noisy)
+    def transform(*batch: Tensor) -> tuple[Tensor, ...]:
+        if next(calls) == 3 and ProcessGroup.joined().rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ordinary.noisy(*batch)
+
+    cut = run(noisy_vae, checkpoint=path, transform=transform)
+    return {"cut": cut, "resumed": run(noisy_vae, checkpoint=path, resume=True)}
+
+
 def work(rank: int, folder: Path) -> None:
     """Run all parts in one process, and time them."""
     torch.set_default_dtype(torch.float64)
@@ -339,6 +356,7 @@ def work(rank: int, folder: Path) -> None:
     for name, (program, _) in WRONG.items():
         parts[name] = partial(raised, partial(run, program), name != "unvalidated nan")
     parts |= {"evaluations": evaluations, "checkpoints": partial(checkpoints, folder)}
+    parts["interrupted"] = partial(interrupted, folder)
     found = {}
     for name, part in parts.items():
         start = time.perf_counter()
@@ -419,6 +437,15 @@ def test_what_fails_in_one_ends_all(name: str, found: Any) -> None:
     for each, message in zip(found, WRONG[name][1], strict=True):
         assert re.search(message, each[name])
         assert each[f"{name} seconds"] < PATIENCE / 2  # nobody waited for the others
+
+
+@pytest.mark.slow
+def test_an_interrupt_in_one_process_ends_all(found: Any) -> None:
+    for each in found:
+        cut, seconds = each["interrupted"]["cut"]["history"], each["interrupted seconds"]
+        assert cut["interrupted"] and cut["epoch"] == [1] and seconds < PATIENCE / 2
+    resumed = [each["interrupted"]["resumed"] for each in found]
+    assert same(*resumed) and same(resumed[0], found[0]["batch norm, dropout"])
 
 
 @pytest.mark.slow
