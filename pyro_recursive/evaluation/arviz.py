@@ -3,9 +3,7 @@
 Importing this module imports ArviZ, which takes seconds; importing `pyro_recursive` does not.
 """
 
-import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +14,15 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws, stacked
-from pyro_recursive.evaluation.importance import pareto_k_threshold, psis
+from pyro_recursive.evaluation.leave_one_out import (
+    CELL,
+    FACTORS,
+    OLD,
+    SCALED,
+    UNWEIGHTED,
+    az,
+    loo,
+)
 from pyro_recursive.evaluation.predictions import (
     log_likelihoods,
     observed_data,
@@ -27,17 +33,7 @@ from pyro_recursive.evaluation.predictions import (
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import nesting_of, sites, subsample_sites
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces 1.0 when imported
-    import arviz as az
-
 __all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
-
-OLD = az.__version__.startswith("0.")
-
-# Attributes of the log-likelihoods and the statistics: sites with a scale of the user's own, and
-# why draws have no weights.
-SCALED, UNWEIGHTED = "scaled_sites", "unweighted"
 
 
 def to_arviz(
@@ -177,13 +173,20 @@ def _groups(
     if log_likelihood:
         new = log_likelihoods(model, draws, *args, **run, **kwargs)
         attributes = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
-        found["log_likelihood"] = labels.draws(new.sites).assign_attrs(attributes)
+        group = labels.draws(new.sites).assign_attrs(attributes)
+        for name, site in new.sites.items():
+            if site.cell:
+                group[name].attrs[CELL] = ", ".join(f"{p}={i}" for p, i in site.cell.items())
+        found["log_likelihood"] = group
     if prior:
         options = {"num_draws": len(draws), "minibatch": draws.minibatch, **run}
         new = prior_draws(model, *args, **options, **kwargs)
         found["prior"] = labels.draws(new.of_kind("latent", "computed"))
         found["prior_predictive"] = labels.draws(new.of_kind("observed"))
-    found["observed_data"] = labels.data(observed_data(model, draws, *args, **kwargs).sites)
+    data = observed_data(model, draws, *args, **kwargs).sites
+    found["observed_data"] = labels.data(data)
+    if log_likelihood and (factors := sorted(new.sites.keys() - data.keys())):
+        found["log_likelihood"].attrs[FACTORS] = factors
     return {name: group for name, group in found.items() if group.data_vars}
 
 
@@ -273,167 +276,6 @@ def _is_index(value: Any, size: int) -> bool:
     return inside and len(value.unique()) == len(value)
 
 
-# --- Leave-one-out
-
-
-def loo(data: Any, var_name: str | None = None) -> Any:
-    """Return PSIS-LOO of an ArviZ object, corrected for draws that are not from the posterior.
-
-    The expected log pointwise predictive density, for each datum i in nats,
-
-        elpd_i = log sum_s w_is p(x_i | z_s),   w_is ~ p(x, z_s) / (q(z_s) p(x_i | z_s)),
-
-    with Pareto-smoothed, normalised weights. Draws without ``sample_stats["log_weight"]``, of
-    Markov chains or resampled, count as draws from the posterior, as in ``az.loo``. Point estimates
-    of a guide are taken as given; masked data are left out. A k-hat above the threshold warns.
-
-    Args:
-        data: an object of `to_arviz` or `mcmc_to_arviz`, or another with ``log_likelihood``.
-        var_name: the observed site; needed if there are several.
-
-    Returns:
-        ArviZ's ``ELPDData`` with pointwise values, for ``az.compare({"a": loo(a), "b": loo(b)})``.
-
-    Raises:
-        ValueError: the log-likelihood is missing or not finite; the model has a `poutine.scale`; or
-            draws of a guide have no weights.
-
-    Reference: `Bayesian leave-one-out cross-validation for large data` (Magnusson et al.,
-    1904.10679).
-
-    >>> import pyro, pyro.distributions as dist, torch
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
-    >>> def guide(x):  # the posterior's scale is 0.71
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("z", dist.Normal(x / 2, 0.9))
-    >>> found = loo(to_arviz(model, guide, torch.zeros(3), num_draws=4000))
-    >>> round(found.iloc[0], 1)  # of the evidence: latents are local
-    -3.8
-    """
-    log_lik = _log_likelihood(data, var_name)
-    matrix = _matrix(log_lik)
-    seen = _seen(matrix, str(log_lik.name))
-    weights = _log_weights(data, log_lik)
-    correction = torch.zeros(()) if weights is None else _matrix(weights)[:, seen]
-    reff = _relative_ess(data) if weights is None and has_group(data, "posterior") else 1.0
-    matrix = matrix[:, seen]
-    without = psis(correction - matrix, relative_ess=reff)
-    elpd = (without.log_weights + matrix).logsumexp(0)
-    everything = psis(correction.expand_as(matrix), relative_ess=reff).log_weights
-    p_loo = float(((everything + matrix).logsumexp(0) - elpd).sum())
-    threshold, corrected = pareto_k_threshold(len(matrix)), weights is not None
-    high = int((without.pareto_k > threshold).sum())
-    if high:
-        cause = "the guide is far from the posterior, or " if corrected else ""
-        warnings.warn(
-            f"k-hat is above {threshold:.2f} for {high} of {len(elpd)} data: {cause}the data "
-            "surprise the model. Their elpd is not reliable.",
-            stacklevel=2,
-        )
-    variance = elpd.var(correction=0 if OLD else min(1, len(elpd) - 1))
-    values = {
-        "elpd": float(elpd.sum()),
-        "se": float((len(elpd) * variance).sqrt()),
-        "p": p_loo,
-        "n_samples": len(matrix),
-        "n_data_points": len(elpd),
-        "warning": bool(high),
-        "elpd_i": _labelled(elpd, seen, log_lik),
-        "pareto_k": _labelled(without.pareto_k, seen, log_lik),
-        "scale": "log",
-        "good_k": threshold,
-    }
-    return _elpd_data(values, corrected=corrected)
-
-
-def _log_likelihood(data: Any, var_name: str | None) -> xr.DataArray:
-    if not has_group(data, "log_likelihood"):
-        raise ValueError("loo needs the group log_likelihood. Use log_likelihood=True.")
-    group = data["log_likelihood"]
-    if scaled := group.attrs.get(SCALED):
-        raise ValueError(f"Leave-one-out needs a model without poutine.scale, at {scaled}.")
-    names = [str(name) for name in group.data_vars]
-    if var_name is None and len(names) > 1:
-        raise ValueError(f"There are log-likelihoods of {names}: choose one with var_name=.")
-    return group[var_name or names[0]].transpose("chain", "draw", ...)
-
-
-def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:
-    """Return the guide's log-weights for each datum; None for draws from the posterior.
-
-    Those of plates that the datum is not in are summed: the weight is a product over their entries.
-    """
-    if not has_group(data, "sample_stats") or "log_weight" not in data["sample_stats"]:
-        return None
-    found = data["sample_stats"]["log_weight"]
-    if bool(found.isnull().any()):
-        reason = data["sample_stats"].attrs.get(UNWEIGHTED) or "Some of them are nan."
-        raise ValueError(f"The draws have no weights. {reason}")
-    found = found.sum([dim for dim in found.dims if dim not in log_lik.dims])
-    return found.broadcast_like(log_lik).transpose(*log_lik.dims)
-
-
-def _matrix(array: xr.DataArray) -> Tensor:
-    """Return ``[S, data]``."""
-    values = torch.from_numpy(np.ascontiguousarray(array.values, dtype=np.float64))
-    return values.reshape(values.shape[0] * values.shape[1], -1)
-
-
-def _seen(matrix: Tensor, name: str) -> Tensor:
-    """Return which data are not masked; raise if their log-likelihoods are not finite."""
-    seen = ~matrix.isnan().all(0)
-    wrong = (seen & ~matrix.isfinite().all(0)).nonzero().flatten().tolist()
-    if wrong or not bool(seen.any()):
-        raise ValueError(f"The log-likelihood of '{name}' is not finite, at {wrong}.")
-    return seen
-
-
-def _labelled(values: Tensor, seen: Tensor, log_lik: xr.DataArray) -> xr.DataArray:
-    """Return values of the data with their labels; in one dim if some are masked."""
-    first = log_lik.isel(chain=0, draw=0, drop=True)
-    if bool(seen.all()):
-        return first.copy(data=values.reshape(first.shape).numpy())
-    return xr.DataArray(values.numpy(), dims=("observed",), name=first.name)
-
-
-def _relative_ess(data: Any) -> float:
-    """Return the effective sample size of a posterior's mean over its draws, as ``az.loo`` does."""
-    posterior = data["posterior"]
-    chains, draws = posterior.sizes["chain"], posterior.sizes["draw"]
-    if chains == 1:
-        return 1.0
-    found = az.ess(xr.Dataset(posterior.data_vars), method="mean")
-    values = np.hstack([np.ravel(found[name].values) for name in found.data_vars])
-    return float(values.mean() / (chains * draws))
-
-
-# --- ArviZ 0.2x and 1.x
-
-
-def _elpd_data(values: dict[str, Any], *, corrected: bool) -> Any:
-    """Return the result of LOO as ArviZ's own function returns it in this version."""
-    if OLD:
-        names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-        return az.ELPDData([*values.values()], [names.get(name, name) for name in values])
-    noise = np.random.default_rng(0).normal(size=(1, 100, 2))
-    draws = xr.Dataset({"x": (("chain", "draw", "x_dim"), noise)})
-    data = xr.DataTree.from_dict({"posterior": draws, "log_likelihood": draws})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = az.loo(data, pointwise=True)  # its class and fields differ between releases
-    fields = {field.name for field in dataclasses.fields(result)}
-    values = {**values, "approx_posterior": corrected}
-    return dataclasses.replace(result, **{n: v for n, v in values.items() if n in fields})
-
-
 def _container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
     labels.check_used(groups)
     return az.InferenceData(**groups) if OLD else xr.DataTree.from_dict(dict(groups))
-
-
-def has_group(data: Any, name: str) -> bool:
-    """Whether an ArviZ object has a group; ``data[name]`` returns it in both versions."""
-    groups = data.groups() if callable(data.groups) else data.groups
-    return name in {group.strip("/") for group in groups}

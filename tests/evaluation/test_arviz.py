@@ -1,5 +1,6 @@
 """ArviZ objects of guides and chains; leave-one-out against its exact value."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +13,25 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MAPAGuide
-from pyro_recursive.evaluation import posterior_draws
-from pyro_recursive.evaluation.arviz import az, has_group, loo, mcmc_to_arviz, to_arviz
+from pyro_recursive.evaluation import leave_one_out, posterior_draws, psis
+from pyro_recursive.evaluation.arviz import loo, mcmc_to_arviz, to_arviz
+from pyro_recursive.evaluation.leave_one_out import OLD, az, has_group
 from tests.models import ROWS, SCALED, Row, exact_groups, joint_evidence, mask, normal
-from tests.models.small import normal_global, normal_loop, normal_rows, prior_of, vector_rows
+from tests.models.small import (
+    in_rows,
+    normal_global,
+    normal_loop,
+    normal_rows,
+    prior_of,
+    vector_rows,
+)
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
 
@@ -142,8 +152,7 @@ def of_loop() -> tuple[Callable, Callable, Tensor, Tensor]:
         for i in pyro.plate("data", 2):
             normal(f"z{i}", x[i] / 2 + 0.3, 0.8)
 
-    with pytest.raises(ValueError, match=r"\['x0', 'x1'\]: choose one with var_name="):
-        loo_of(normal_loop, guide, X[:2])
+    assert pointwise(loo_of(normal_loop, guide, X[:2])).shape == (2,)
     return normal_loop, guide, X[:2], dist.Normal(0.0, 2**0.5).log_prob(X[1])
 
 
@@ -157,6 +166,158 @@ def test_loo_is_exact(case: Callable) -> None:
     # The weights of the hand-made guides have long tails, and so has the mean's error.
     assert ((mean - exact).abs() < 6 * error + 0.003).all()
     assert case is of_masked or error.max() < 0.04
+
+
+# Rows of several sites: times of events, Exponential(rate), some of them censored.
+
+TIMES, CENSORED = X.abs() + 0.1, torch.tensor([0, 0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
+
+
+def survival(times: Tensor) -> None:
+    """Sites of two plates: each is a part of the rows."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("events", int((~CENSORED).sum())):
+        pyro.sample("time", dist.Exponential(rate), obs=times[~CENSORED])
+    with pyro.plate("censored", int(CENSORED.sum())):
+        pyro.factor("survived", -rate * times[CENSORED])
+    pyro.factor("prior", -0.5 * rate)
+
+
+def survival_in_one_plate(times: Tensor) -> None:
+    """Sites of one plate, with masks: together they make the rows."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
+    with pyro.plate("data", len(times)):
+        with poutine.mask(mask=~CENSORED):
+            pyro.sample("time", dist.Exponential(rate), obs=times)
+        with poutine.mask(mask=CENSORED):
+            pyro.factor("survived", -rate * times)
+
+
+def survival_guide(times: Tensor) -> None:
+    """The posterior is Gamma(2 + events, 1.5 + sum of the times): this is a little wider."""
+    count, total = (~CENSORED).sum(), times.sum()
+    pyro.sample("rate", dist.Gamma(0.9 * (2.0 + count), 0.9 * (1.5 + total)))
+
+
+def exact_survival() -> Tensor:
+    """Return log p(row | the others): of an event, or of no event before its time."""
+    shape = 2.0 + (~CENSORED).sum() - (~CENSORED).double()
+    rate = 1.5 + TIMES.sum() - TIMES
+    survived = shape * (rate / (rate + TIMES)).log()
+    return torch.where(CENSORED, survived, survived + (shape / (rate + TIMES)).log())
+
+
+@pytest.mark.parametrize("model", [survival, survival_in_one_plate])
+def test_all_sites_of_a_row_are_scored(model: Callable) -> None:
+    """Each row once, whether its sites are in one plate or in two; not a factor of the prior."""
+    mean, error = repeated(lambda: pointwise(loo_of(model, survival_guide, TIMES)))
+    exact = exact_survival()
+    if model is survival:
+        exact = torch.cat([exact[~CENSORED], exact[CENSORED]])
+    assert ((mean - exact).abs() < 4.5 * error + 0.003).all() and error.max() < 0.02
+    single = pointwise(loo_of(model, survival_guide, TIMES, "time"))
+    assert single.shape == (5,)
+
+
+def test_sites_that_share_a_plate_are_one_row() -> None:
+    """Two plates inside a row, of one site each; and iterations of a loop."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("copy", 2, dim=-2):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.stack([x, -x]))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=x + 0.3)
+
+    def loop(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        for i in pyro.plate("data", len(x)):
+            for j in range(2):
+                pyro.sample(f"x{i}{j}", dist.Normal(z, 1.0), obs=x[i] * (1 - 2 * j))
+            pyro.sample(f"y{i}", dist.Normal(z, 0.5), obs=x[i] + 0.3)
+
+    x, sizes = X[:4], torch.tensor([1.0, 1.0, 0.25])
+    rows = torch.stack([x, -x, x + 0.3], -1)
+    every, exact = torch.arange(4), []
+    for i in range(4):
+        precision = 0.25 + 3 * (1 / sizes).sum()
+        loc = (rows[every != i] / sizes).sum() / precision
+        covariance = sizes.diag() + 1 / precision
+        exact.append(dist.MultivariateNormal(loc.expand(3), covariance).log_prob(rows[i]))
+    precision = 0.25 + 4 * (1 / sizes).sum()
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal((rows / sizes).sum() / precision, 1.2 * precision**-0.5))
+
+    for program in (model, loop):
+        mean, error = repeated(lambda: pointwise(loo_of(program, guide, x)), 16)  # noqa: B023
+        assert ((mean - torch.stack(exact)).abs() < 4.5 * error + 0.02).all()
+
+
+def test_sites_without_a_plate_in_common_need_a_choice() -> None:
+    log_lik = xr.Dataset(
+        {
+            "x": (("chain", "draw", "a", "b"), np.zeros((1, 30, 2, 3))),
+            "y": (("chain", "draw", "a"), np.zeros((1, 30, 2))),
+            "z": (("chain", "draw", "b"), np.zeros((1, 30, 3))),
+        }
+    )
+    data = az.InferenceData(log_likelihood=log_lik) if OLD else {"log_likelihood": log_lik}
+    with pytest.raises(ValueError, match=r"\['x', 'y', 'z'\] have no plate in common: choose one"):
+        loo(data)
+    assert pointwise(loo(data, "y")).shape == (2,)
+
+
+@pytest.mark.parametrize("width", [0.75, 0.45])
+def test_a_joint_weight_has_one_k(width: float) -> None:
+    """Where all rows share it, one warning tells its k-hat, and no row has a smaller one."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        with pyro.plate("data", 20):
+            pyro.sample("x", dist.Normal((z * torch.eye(20)).sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(x / 2, width).to_event(1))
+
+    x = torch.linspace(-1.0, 1.0, 20)
+    data = to_arviz(model, guide, x, num_draws=1000)
+    joint = psis(torch.from_numpy(data["sample_stats"]["log_weight"].values[0])).pareto_k
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = loo(data)
+    assert (np.asarray(found["pareto_k"]) >= float(joint)).all()
+    messages = [str(each.message) for each in caught if each.category is UserWarning]
+    if width == 0.45:
+        assert (
+            len(messages) == 1 and f"joint weight of all data has k-hat {joint:.2f}" in messages[0]
+        )
+    assert all("joint" not in message for message in messages) or joint > 0.66
+
+
+def test_nothing_of_a_stand_in_stays_in_the_result_of_arviz_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ArviZ's own function makes the object; fields that are not ours are None."""
+    arrays = ("elpd_i", "pareto_k", "p_loo_i", "n_eff_i", "log_weights", "log_jacobian")
+    numbers = ("elpd", "se", "p", "n_samples", "n_data_points", "warning", "good_k")
+    names = (*arrays, *numbers, "influence_pareto_k", "scale", "kind", "approx_posterior")
+    result = dataclasses.make_dataclass("ELPDDataLOO", names)
+    stand_in = {**dict.fromkeys(names, 0), "kind": "loo", "influence_pareto_k": np.zeros(2)}
+    stand_in |= dict.fromkeys(arrays, xr.DataArray(np.full(2, 7.0)))
+    monkeypatch.setattr(leave_one_out, "OLD", False)
+    monkeypatch.setattr(az, "loo", lambda *args, **options: result(**stand_in))
+    data = to_arviz(normal_global, shifted_guide(0.2, 1.2), X, num_draws=500)
+    found = loo(data)
+    assert found.log_jacobian is None and found.influence_pareto_k is None
+    assert found.kind == "loo" and found.approx_posterior and found.n_data_points == 8
+    assert found.elpd == pytest.approx(float(found.elpd_i.sum()))
+    assert found.p == pytest.approx(float(found.p_loo_i.sum()))
+    weights, log_lik = found.log_weights, data["log_likelihood"]["x"]
+    assert weights.dims == log_lik.dims
+    total = np.log(np.exp(weights + log_lik).sum(["chain", "draw"]))
+    np.testing.assert_allclose(total, found.elpd_i)
+    np.testing.assert_allclose(1 / (np.exp(2 * weights)).sum(["chain", "draw"]), found.n_eff_i)
 
 
 def test_loo_of_an_exact_guide_is_that_of_arviz() -> None:
@@ -183,8 +344,11 @@ def test_scaled_models_have_no_loo(scale: Any) -> None:
 
 def test_a_hopeless_guide_warns() -> None:
     data = to_arviz(normal_global, shifted_guide(8.0, 0.1), X)
-    with pytest.warns(UserWarning, match=r"above 0\.67 for 8 of 8 data.*guide is far from"):
+    with pytest.warns(UserWarning, match=r"joint weight of all data has k-hat .*, above 0\.67"):
         assert loo(data)["warning"]
+    narrow = in_rows(lambda x: normal("z", x / 2 + 3.0, 0.05))
+    with pytest.warns(UserWarning, match=r"above 0\.67 for [78] of 8 data.*guide is far from"):
+        assert loo(to_arviz(normal_rows, narrow, X))["warning"]
 
 
 def test_loo_of_what_has_none() -> None:
