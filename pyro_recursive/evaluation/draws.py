@@ -13,8 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import samples_per_chunk
+from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.program import Program, no_model, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -281,12 +282,11 @@ def run_on_draws(
 
     Latents without draws are drawn from the model; so are data, with ``draws_data``. ``collect``
     returns what is wanted of the runs of a chunk; the other options are those of `posterior_draws`.
-    A model that mixes samples in one pass runs one by one.
+    A model that does not fit one more plate runs one by one.
 
     Raises:
         ValueError: a plate has another size here than in the draws.
     """
-    vectorize = vectorize_particles and len(draws) > 1 and not _mixes(model, args, kwargs)
     model = drawing_data(model) if draws_data else model
     program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
     latents = draws.of_kind("latent")
@@ -296,10 +296,11 @@ def run_on_draws(
         if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
             minibatch.add_node(name, **site)
     size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
+    in_one_pass = vectorize_particles and len(draws) > 1 and _fits_plate(model, args, kwargs)
     chunks = []
     for start in range(0, len(draws), size):
         rows = range(start, min(start + size, len(draws)))
-        if vectorize and len(rows) > 1:
+        if in_one_pass and len(rows) > 1:
             with pyro.plate(PARTICLE_PLATE, len(rows), dim=-nesting - 1):
                 values = {n: each.with_batch_dims(nesting) for n, each in latents.items()}
                 source = _source(minibatch, values, slice(rows.start, rows.stop))
@@ -311,17 +312,12 @@ def run_on_draws(
     return joined(chunks)
 
 
-def _mixes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether one sample's density depends on another sample, where all run in one pass.
-
-    Data must be observed for it: drawn data move along with their parameters.
-    """
-    prior = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and _is_given(site))
-    return structure_of(Program(model, prior, args, kwargs)).mixing is not None
-
-
-def _is_given(site: Site) -> bool:
-    return site["is_observed"] and not site_is_subsample(site)
+def _fits_plate(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a model draws and computes the same for each sample under one more plate."""
+    alone = Program(no_model, model, args, kwargs)
+    structure = structure_of(alone)
+    choose(alone, structure)
+    return structure.mode == "plate"
 
 
 def drawing_data(model: Callable) -> Callable:

@@ -16,10 +16,11 @@ from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.semi_amortized.guide import SemiAmortizedGuide
 from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.choice import require_plate
 from pyro_recursive.tracing.compatibility import check_match, check_subsampling
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
 from pyro_recursive.tracing.plates import layout_of
-from pyro_recursive.tracing.program import Program, rows_needed
+from pyro_recursive.tracing.program import Program, rows_needed, structure_of
 from pyro_recursive.tracing.runs import run_particles
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -149,6 +150,7 @@ def gaps(
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)
         program = Program(model, guide, args, kwargs)
+        require_plate(program, structure_of(program, fresh=True))
         with isolated(noise=shared):
             particles, runs = run_particles(program, 1, 2)
             layout = layout_of(particles, [run.table for run in runs])

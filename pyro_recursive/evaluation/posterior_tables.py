@@ -5,7 +5,7 @@ latents of one row given to all rows: each particle holds the draw of another ro
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -15,12 +15,12 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_recursive.tracing.compatibility import check_match
-from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.choice import require_plate
+from pyro_recursive.tracing.compatibility import check_match, log_prob_of
 from pyro_recursive.tracing.handlers import ComponentIndex, RunCache
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles, PlateLayout
-from pyro_recursive.tracing.program import Program, structure_of, without
+from pyro_recursive.tracing.program import Program, no_model, structure_of, without
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -63,13 +63,10 @@ class PosteriorTable:
     """
 
     def __init__(self, program: Program, plate: str | None = None) -> None:
-        structure = structure_of(program, fresh=True)
-        if structure.mixing is not None:
-            raise ValueError(
-                f"One sample's density depends on the value of '{structure.mixing}' in another. "
-                "Count dims from the right."
-            )
-        self.program, self.nesting = program, structure.max_plate_nesting
+        alone = replace(program, model=no_model)
+        require_plate(alone, structure_of(alone, fresh=True))
+        self.structure = structure_of(program, fresh=True)
+        self.program, self.nesting = program, self.structure.max_plate_nesting
         trace = self._run(2, None)
         self.minibatch = subsample_sites(trace)
         self.frame = _rows_frame(latent_sites(trace), plate)
@@ -139,15 +136,12 @@ class PosteriorTable:
                 f"Site '{name}' is inside plate '{self.frame.name}' in the {inside}, not in the "
                 f"{outside}."
             )
+        require_plate(self.program, self.structure)
         return self._summed(found, range(draws.count))
 
     def _run(self, count: int, values: poutine.Trace | None) -> poutine.Trace:
-        try:
-            with pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1):
-                return self.program.run_guide(values)
-        except Exception as error:
-            error.add_note("Samples run in one pass, under one more plate: it must broadcast.")
-            raise
+        with pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1):
+            return self.program.run_guide(values)
 
     def _by_row(self, site: Site, count: int) -> Tensor:
         """Return a local site's value with its rows in front, ``[S, B, *inner plates, *event]``."""
@@ -185,7 +179,7 @@ def table_of(
     guide: Callable, args: tuple, kwargs: dict[str, Any], plate: str | None = None
 ) -> PosteriorTable:
     """Return the table of a guide without its model."""
-    return PosteriorTable(Program(lambda *_, **__: None, guide, args, kwargs), plate)
+    return PosteriorTable(Program(no_model, guide, args, kwargs), plate)
 
 
 def _is_density(site: Site) -> bool:

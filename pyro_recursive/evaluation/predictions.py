@@ -24,8 +24,12 @@ from pyro_recursive.evaluation.draws import (
 from pyro_recursive.evaluation.evidence import runs_in_chunks
 from pyro_recursive.evaluation.importance import psis, scale_problem, scaled_sites
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_batch_shape, half_subsampled
-from pyro_recursive.tracing.densities import densities, log_prob_of
+from pyro_recursive.tracing.compatibility import (
+    check_batch_shape,
+    half_subsampled,
+    log_prob_of,
+)
+from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun

@@ -18,7 +18,7 @@ from pyro_recursive.evaluation.draws import drawing_data, is_factor, is_latent, 
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import run_particles

@@ -23,6 +23,7 @@ from pyro_recursive.tracing.runs import ParticleRun, run_particles
 from pyro_recursive.tracing.user_warnings import warn_user
 
 GLOBAL_LATENTS = ("joint", "elbo")
+VECTORIZE = (True, False, "auto", "vmap")
 DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
 
 
@@ -54,7 +55,7 @@ class LogWeightELBO(ELBO):
         num_estimates: int = 1,
         num_particles: int = 1,
         max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | str = True,
         global_latents: str = "joint",
     ) -> None:
         check_at_least(1, num_estimates=num_estimates, num_particles=num_particles)
@@ -64,6 +65,10 @@ class LogWeightELBO(ELBO):
         self.num_estimates = num_estimates
         self.estimator = _estimator(estimator)
         self.global_latents = global_latents
+        if vectorize_particles not in VECTORIZE:
+            raise ValueError(
+                f"vectorize_particles must be one of {VECTORIZE}, got {vectorize_particles!r}."
+            )
         if num_particles < self.estimator.min_particles:
             raise ValueError(
                 f"estimator='{self.estimator.name}' needs num_particles >= "

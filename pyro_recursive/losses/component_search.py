@@ -109,7 +109,7 @@ class _Search:
     def points_of_prior(self) -> Tensor:
         args, kwargs, total = self.program.args, self.program.kwargs, self.particles.total
         model = poutine.trace(poutine.block(self.program.model, hide_types=["param"]))
-        if self.particles.dim is None:
+        if self.particles.dim is None or self.particles.vmap:
             with FlatPriors():
                 traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
         else:
@@ -156,6 +156,8 @@ class _Search:
         log_q: dict[int | None, Tensor] = {}  # by run
 
         def record(table: Tensor, log_weights: Tensor, volume: Tensor, run: int | None) -> Tensor:
+            if not run:  # the first of a pass; one that failed is not counted
+                log_q.clear()
             log_q[run] = log_mixture(table, log_weights)
             return torch.zeros_like(volume)
 

@@ -39,6 +39,7 @@ from pyro_recursive.tracing.protocols import GrowingMixture
 WEIGHTS = ("gradient", "line_search", "corrective")
 UPDATES = ("simultaneous", "alternating", "guide")
 WATCHED_EVERY = 100  # steps; waits for the device
+_NEEDS_ALL_DRAWS = "A clamped objective needs all draws of a row at once, not a loop over samples."
 
 
 class RecursiveMixture_ELBO(MixtureLoss):
@@ -88,9 +89,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         self.objective, self.proposal = _objective(objective), _objective(proposal)
         is_clamped = any(isinstance(o, Clamped) for o in (self.objective, self.proposal))
         if is_clamped and not self.vectorize_particles and self.draws_per_component > 1:
-            raise ValueError(
-                "A clamped objective needs all draws of a row at once: vectorize_particles=True."
-            )
+            raise ValueError(_NEEDS_ALL_DRAWS)
         if isinstance(holdout, Tensor):
             raise TypeError("holdout must be the model's arguments, got a tensor. Use (tensor,).")
         for name, value, choices in (("update", update, UPDATES), ("weights", weights, WEIGHTS)):
@@ -222,6 +221,14 @@ class RecursiveMixture_ELBO(MixtureLoss):
         def reference(
             table: Tensor, log_weights: Tensor, volume: Tensor, particle: int | None
         ) -> Tensor:
+            if (
+                particle is not None
+                and isinstance(plan.objective, Clamped)
+                and len(plan.own_draws) > 1
+            ):
+                raise ValueError(_NEEDS_ALL_DRAWS)
+            if not particle:  # the first of a pass; one that failed is not counted
+                tables.clear()
             # Recorded as densities of the sites' constrained values, as log p is.
             tables[particle] = table - volume.unsqueeze(-1), log_weights
             own = plan.own_draws if particle is None else []

@@ -153,6 +153,38 @@ def check_finite(site: Site) -> None:
     )
 
 
+def log_prob_of(site: Site, fn: Any) -> Tensor:
+    """Return the site's log-density under a distribution, without scale and mask.
+
+    Under validation data that are NaN or infinite raise: the next step would end in NaN parameters.
+    """
+    try:
+        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise _named(site, error) from error
+    if site["is_observed"] and is_validation_enabled() and not bool(log_prob.isfinite().all()):
+        check_finite(site)
+    return log_prob
+
+
+def _named(site: Site, error: Exception) -> Exception:
+    """Return an error of a log-density with what is known of its site, or a clearer one."""
+    try:
+        shapes = batch_shapes(site)
+        check_finite(site)
+        check_batch_shape(site, *shapes)
+    except (TypeError, ValueError) as clearer:
+        return clearer
+    if type(error) is not RuntimeError and not isinstance(error, ValueError):
+        return error  # out of memory, say, or a mistake inside a distribution
+    value = site["value"]
+    remedy = "" if value.is_floating_point() else " Convert the value to floating point."
+    return type(error)(
+        f"At site '{site['name']}', with a value of shape {list(value.shape)} and type "
+        f"{value.dtype}: {str(error).rstrip('.')}.{remedy}"
+    )
+
+
 def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
     """Raise where a subsampled plate does not enclose every site; the bound must be linear then."""
     found = half_subsampled(table, layout)

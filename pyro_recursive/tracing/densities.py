@@ -8,18 +8,12 @@ masks stay.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_recursive.tracing.compatibility import (
-    batch_shapes,
-    check_batch_shape,
-    check_finite,
-)
+from pyro_recursive.tracing.compatibility import check_batch_shape, log_prob_of
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.runs import ParticleRun
@@ -110,35 +104,3 @@ def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> Non
 def weighted(log_prob: Tensor, site: Site, layout: PlateLayout) -> Tensor:
     """Return a log-density with the mask and the user's scale of a site."""
     return scale_and_mask(log_prob, own_scale(site, layout.names), site["mask"])
-
-
-def log_prob_of(site: Site, fn: Any) -> Tensor:
-    """Return the site's log-density under a distribution, without scale and mask.
-
-    Under validation data that are NaN or infinite raise: the next step would end in NaN parameters.
-    """
-    try:
-        log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise _named(site, error) from error
-    if site["is_observed"] and is_validation_enabled() and not bool(log_prob.isfinite().all()):
-        check_finite(site)
-    return log_prob
-
-
-def _named(site: Site, error: Exception) -> Exception:
-    """Return an error of a log-density with what is known of its site, or a clearer one."""
-    try:
-        shapes = batch_shapes(site)
-        check_finite(site)
-        check_batch_shape(site, *shapes)
-    except (TypeError, ValueError) as clearer:
-        return clearer
-    if type(error) is not RuntimeError and not isinstance(error, ValueError):
-        return error  # out of memory, say, or a mistake inside a distribution
-    value = site["value"]
-    remedy = "" if value.is_floating_point() else " Convert the value to floating point."
-    return type(error)(
-        f"At site '{site['name']}', with a value of shape {list(value.shape)} and type "
-        f"{value.dtype}: {str(error).rstrip('.')}.{remedy}"
-    )

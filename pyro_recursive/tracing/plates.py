@@ -7,9 +7,9 @@ datum, usually) has its own K weights. Every other plate is summed.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,28 +19,42 @@ from pyro_recursive.tracing.sites import Site, SiteTable, plates_of, subsample_s
 
 @dataclass(frozen=True)
 class Particles:
-    """M * K samples, m varying slowest; ``dim`` is that of their plate, None in looped runs."""
+    """M * K samples, m varying slowest; ``dim`` is that of their plate, None in looped runs.
+
+    With ``vmap`` only the guide runs under the plate, and the model under `torch.vmap`.
+    """
 
     num_estimates: int
     num_particles: int
     dim: int | None = None
+    vmap: bool = False
 
     @cached_property
     def total(self) -> int:
         return self.num_estimates * self.num_particles
 
 
-@dataclass(frozen=True)
+Mode = Literal["plate", "vmap", "loop"]
+
+
+@dataclass
 class ProgramStructure:
     """The plate nesting of a program and the plates of each sample site, from one run.
 
-    ``mixing`` names a latent whose value in one sample changes densities of another in one pass.
+    ``ranks`` are the numbers of dims of the guide's values, and ``sizes`` all sizes of dims in that
+    run. ``misfit`` says why its sites do not fit together; handlers around a call may change that.
+    ``mode`` is how many samples run, None until it is chosen, and ``cause`` why it is not the plate
+    (`tracing.choice`).
     """
 
     max_plate_nesting: int
     model: dict[str, Site]
     guide: dict[str, Site]
-    mixing: str | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
+    sizes: frozenset[int] = frozenset()
+    misfit: Exception | None = None
+    mode: Mode | None = None
+    cause: str = ""
 
 
 def structure_in(table: SiteTable) -> ProgramStructure:

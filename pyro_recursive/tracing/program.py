@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -16,12 +15,13 @@ from pyro_recursive.tracing.compatibility import (
     batch_shapes,
     check_batch_shape,
     check_latent,
+    check_match,
     check_sizes,
 )
 from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
-from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, SiteTable, latent_sites, sites
+from pyro_recursive.tracing.sites import Site, SiteTable, sites
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Program:
         except RuntimeError:
             check_latent(sites(guide))  # Pyro's error is less clear
             raise
+
+
+def no_model(*args: Any, **kwargs: Any) -> None:
+    """A model without sites, for a program of a guide alone."""
 
 
 @contextmanager
@@ -133,7 +137,9 @@ def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
         known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
         return _discover(program)
-    key = (methods, form_of(program.args), form_of(program.kwargs))
+    # A batch norm mixes rows in training only.
+    training = tuple(getattr(each, "training", None) for each in (model, guide))
+    key = (methods, form_of(program.args), form_of(program.kwargs), training)
     if fresh or key not in known:
         known[key] = _discover(program)
     return known[key]
@@ -169,42 +175,16 @@ def _discover(program: Program) -> ProgramStructure:
         # Later a dim of size M * K could pass for the particle plate.
         for record in table.records:
             check_batch_shape(record.site, *batch_shapes(record.site))
-        found = structure_in(table)
-        return replace(found, mixing=_mixed_site(program, found.max_plate_nesting))
-
-
-@torch.enable_grad()
-def _mixed_site(program: Program, max_plate_nesting: int) -> str | None:
-    """Return a latent whose value in one particle changes the density of another, if any.
-
-    A program that sums over a dim from the left, say, runs under a particle plate without an error
-    and mixes the particles. Two of them show it, for every site with a derivative.
-    """
-    dim = -max_plate_nesting - 1
-    try:
-        with pyro.plate(PARTICLE_PLATE, 2, dim=dim):
-            sampled = program.run_guide()
-            for site in latent_sites(sampled):
-                site["value"] = site["value"].detach().clone()
-                site["value"].requires_grad_(site["value"].is_floating_point())
-            runs = (program.run_guide(sampled), program.run_model(sampled))
-        densities = [
-            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            for site in sites(*runs)
-        ]
-        first = [lp.select(dim, 0).sum() for lp in densities if lp.dim() >= -dim]
-        moving = [lp for lp in first if lp.requires_grad]
-        leaves = [site for site in latent_sites(sampled) if site["value"].requires_grad]
-        if not moving or not leaves:
-            return None
-        values = [site["value"] for site in leaves]
-        derivatives = torch.autograd.grad(moving, values, allow_unused=True)
-    except Exception:  # what cannot run in one pass says so itself, when it is run
-        return None
-    for site, derivative in zip(leaves, derivatives, strict=True):
-        place = dim - site["fn"].event_dim
-        if derivative is None or derivative.dim() < -place:
-            continue
-        if derivative.select(place, 1).nan_to_num(0.0).any():
-            return site["name"]
-    return None
+        misfit = None
+        try:
+            check_match(table, table.nesting)
+        except (ValueError, NotImplementedError) as error:
+            misfit = error.with_traceback(None)  # which would keep the run's tensors
+    nodes = [node for trace in table.traces for node in trace.nodes.values()]
+    tensors = [node["value"] for node in nodes if isinstance(node.get("value"), torch.Tensor)]
+    return replace(
+        structure_in(table),
+        ranks={record.name: record.site["value"].dim() for record in table.guide},
+        sizes=frozenset(size for tensor in tensors for size in tensor.shape),
+        misfit=misfit,
+    )

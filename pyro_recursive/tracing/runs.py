@@ -1,8 +1,10 @@
-"""Runs of guide and model for all particles: one outer particle plate, or one by one."""
+"""Runs of guide and model for all particles: in one pass, or one by one."""
 
 import math
+import re
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
@@ -11,10 +13,11 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.tracing.compatibility import check_match
-from pyro_recursive.tracing.handlers import ComponentAssignment, DryRun
-from pyro_recursive.tracing.isolation import ReplayedNoise, isolated
-from pyro_recursive.tracing.plates import Particles
+from pyro_recursive.tracing import batched
+from pyro_recursive.tracing.choice import brief, choose
+from pyro_recursive.tracing.handlers import ComponentAssignment
+from pyro_recursive.tracing.isolation import ReplayedNoise
+from pyro_recursive.tracing.plates import Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
@@ -76,43 +79,87 @@ def run_particles(
     num_particles: int,
     *,
     max_plate_nesting: float = math.inf,
-    vectorize: bool = True,
+    vectorize: bool | str = True,
     **options: Any,
 ) -> tuple[Particles, list[ParticleRun]]:
-    """Run guide and model for M * K samples, in one vectorised pass or one by one; see `_draw`."""
-    if not vectorize or num_estimates * num_particles == 1:
-        particles = Particles(num_estimates, num_particles)
-        return particles, _draw(program, particles, **options)
+    """Run guide and model for M * K samples, in one pass or one by one; see `_draw`.
+
+    ``vectorize`` is True or "auto" for what `tracing.choice` finds, "vmap" for the model under
+    `torch.vmap` where the guide runs in one pass, and False for a loop.
+    """
+    looped = Particles(num_estimates, num_particles)
+    if not vectorize or looped.total == 1:
+        return looped, _draw(program, looped, **options)
     structure = structure_of(program)
-    if structure.mixing is not None:
-        with isolated(), DryRun():  # model and guide may not fit in a single run either
-            guide = program.run_guide()
-            check_match(SiteTable(program.run_model(guide), guide), structure.max_plate_nesting)
-        raise ValueError(
-            f"One sample's density depends on the value of '{structure.mixing}' in another. Count "
-            "dims from the right (z.sum(-1)), or use vectorize_particles=False."
-        )
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
-    particles = Particles(num_estimates, num_particles, dim=-assumed - 1)
+    particles = _in_one_pass(program, structure, looped, assumed, vectorize)
     try:
-        runs = _draw(program, particles, **options)
-        if runs[0].table.nesting <= assumed:
+        runs = _draw(program, particles, ranks=structure.ranks, **options)
+        if particles.dim is None or runs[0].table.nesting <= assumed:
             return particles, runs
         problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        if particles.dim is None:
+            raise
         problem = error
-    # Plates may depend on the arguments: look at this call's before giving up.
-    nesting = structure_of(program, fresh=True).max_plate_nesting
-    if nesting <= assumed:
-        problem.add_note(
-            f"All {particles.total} samples run in one pass, under one more plate on the left. "
-            "Count dims from the right (b[..., group] for b[group], (x * z).sum(-1) for x @ z), "
-            "or use vectorize_particles=False."
-        )
-        raise problem
-    particles = Particles(num_estimates, num_particles, dim=-nesting - 1)
-    return particles, _draw(program, particles, **options)
+    # Plates may depend on the arguments: look at this call's, in a run of one sample.
+    fresh = structure_of(program, fresh=True)
+    _refuse_misfit(fresh)
+    nesting = max(assumed, fresh.max_plate_nesting)
+    again = _in_one_pass(program, fresh, looped, nesting, vectorize)
+    if again == particles and fresh.ranks == structure.ranks:
+        if not particles.vmap:
+            text = str(problem).partition("Trace Shapes")[0]  # which Pyro adds to every error
+            if _SHAPES.search(text):
+                problem.add_note(
+                    f"All {particles.total} samples run in one pass, under one more plate on the "
+                    "left. Count dims from the right, or use vectorize_particles=False."
+                )
+            raise problem
+        _warn_of_loop(looped, f"the model raises {brief(problem)}")
+        again = looped
+    return again, _draw(program, again, ranks=fresh.ranks, **options)
+
+
+# What errors about shapes say, in torch and in Pyro.
+_SHAPES = re.compile(
+    r"\b(shapes?|sizes?|dim|dimensions?|broadcast\w*|out of bounds)\b", re.IGNORECASE
+)
+
+
+def _in_one_pass(
+    program: Program,
+    structure: ProgramStructure,
+    looped: Particles,
+    nesting: int,
+    vectorize: bool | str,
+) -> Particles:
+    """Return the particles under a plate or `torch.vmap`; looped ones where neither is right."""
+    is_new = structure.mode is None
+    choose(program, structure)
+    if structure.mode == "loop":
+        _refuse_misfit(structure)
+        if is_new:
+            _warn_of_loop(looped, structure.cause)
+        return looped
+    return replace(looped, dim=-nesting - 1, vmap=structure.mode == "vmap" or vectorize == "vmap")
+
+
+def _refuse_misfit(structure: ProgramStructure) -> None:
+    """Raise where model and guide do not fit, before an error or a loop that follows from it."""
+    if (misfit := structure.misfit) is not None:
+        raise type(misfit)(*misfit.args)
+
+
+def _warn_of_loop(particles: Particles, cause: str) -> None:
+    warnings.warn(
+        f"Samples run one by one, {particles.total} times model and guide, for {cause}. Count dims "
+        "from the right, or use vectorize_particles=False.",
+        stacklevel=4,
+    )
 
 
 def _draw(
@@ -124,6 +171,7 @@ def _draw(
     shared: frozenset[str] = frozenset(),
     subsample: poutine.Trace | None = None,
     assignment: ComponentAssignment | None = None,
+    ranks: dict[str, int] | None = None,
 ) -> list[ParticleRun]:
     """Run guide and model for all particles on one minibatch.
 
@@ -131,7 +179,7 @@ def _draw(
     ``"values"`` on detached samples; ``cut_model`` gives the model stand-ins of everything it takes
     from the guide. Sites in ``shared`` have one value for the K samples of an estimate. A trace
     of subsample sites fixes the minibatch; without one it is drawn here, once for all particles.
-    ``assignment`` choose the components of mixture guides.
+    ``assignment`` choose the components of mixture guides. ``ranks`` are those of the structure.
     """
     runs: list[ParticleRun] = []
     looped = particles.dim is None
@@ -148,11 +196,11 @@ def _draw(
             plate = pyro.plate(PARTICLE_PLATE, count, dim=particles.dim)
         cuts: list[GradientCut] = []
         model_cuts: list[GradientCut] = []
-        with plate, assignment or nullcontext():
-            with sharing, noise:
+        with assignment or nullcontext():
+            with plate, sharing, noise:
                 guide = program.run_guide(subsample)
             if replay != "none":
-                with noise:
+                with plate, noise:
                     guide = program.run_guide(_stand_ins(guide, particle, replay, cuts))
             source = guide if subsample is None and not cut_model else guide.copy()
             if cut_model:
@@ -161,7 +209,11 @@ def _draw(
             for name, site in subsample.nodes.items() if subsample is not None else ():
                 if name not in source.nodes:
                     source.add_node(name, **site)
-            model = program.run_model(source)
+            if particles.vmap:
+                model = batched.run_model(program, source, particles, ranks or {})
+            else:
+                with plate:
+                    model = program.run_model(source)
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
         runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))

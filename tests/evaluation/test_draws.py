@@ -396,17 +396,16 @@ def mixing(x: Tensor) -> None:
     normal("x", z + z.sum(0), obs=x)
 
 
-def test_models_that_mix_samples() -> None:
-    """One pass of a guide is refused; draws one by one are right, and runs of the model alone."""
-    draw = partial(posterior_draws, mixing, wide_guide)
-    with pytest.raises(ValueError, match="vectorize_particles=False"):
-        draw(torch.zeros(2), num_draws=5)
-    draws = draw(torch.zeros(2), num_draws=200, vectorize_particles=False)
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_models_that_mix_samples(vectorize: bool) -> None:
+    """A sum over the rows from the left would be one over the samples, under one more plate."""
+    options = {"num_draws": 200, "vectorize_particles": vectorize}
+    draws = posterior_draws(mixing, wide_guide, torch.zeros(2), **options)
     found = log_likelihoods(mixing, draws, torch.zeros(2))["x"]
     expected = dist.Normal(draws["z"] + draws["z"].sum(1, keepdim=True), 1.0).log_prob(0.0 * found)
     torch.testing.assert_close(found, expected)
     new = predictive_draws(mixing, draws, torch.zeros(2))["x"]
-    prior = prior_draws(mixing, torch.zeros(2), num_draws=200)
+    prior = prior_draws(mixing, torch.zeros(2), **options)
     for drawn, z in ((new, draws["z"]), (prior["x"], prior["z"])):
         noise = drawn - z - z.sum(1, keepdim=True)
         assert abs(noise.var() - 1) < 4.5 * (2 / noise.numel()) ** 0.5

@@ -44,7 +44,10 @@ class Pinned(Messenger):
             msg["value"] = self.fixed[name]
             return
         index = slice(None) if self.total == 0 else self.visits[name] % self.total
-        msg["value"] = self.values[name][index]
+        value = self.values[name][index]
+        while self.total and value.dim() > len(msg["fn"].shape()):  # as in a run of one sample
+            value = value.squeeze(0)
+        msg["value"] = value
         self.visits[name] += 1
 
 

@@ -220,20 +220,22 @@ def test_a_minibatch_that_the_guide_overrides() -> None:
 
 
 def test_a_model_that_cannot_be_vectorised() -> None:
-    """Torch's own error says nothing of the cause; the note does."""
+    """Its samples run one by one, and a warning says so once, why, and at what cost."""
 
     def program() -> None:
         if pyro.sample("z", dist.Normal(0.0, 1.0)) > 0:
             pyro.sample("more", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(RuntimeError) as caught:
-        IWAE_ELBO(3).loss(program, program)
-    assert "vectorize_particles=False" in "".join(caught.value.__notes__)
+    with pytest.warns(
+        UserWarning, match=r"one by one, 3 times .* guide raises RuntimeError \(Bool"
+    ):
+        assert IWAE_ELBO(3).loss(program, program) == 0
+    assert IWAE_ELBO(3).loss(program, program) == 0
     assert IWAE_ELBO(3, vectorize_particles=False).loss(program, program) == 0
 
 
 def test_a_model_that_mixes_the_samples() -> None:
-    """A sum over all dims is right for one sample, and wrong in silence for many in one pass."""
+    """A sum over all dims is right for one sample, and wrong in silence for many under a plate."""
 
     def guide() -> Tensor:
         return pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -243,12 +245,10 @@ def test_a_model_that_mixes_the_samples() -> None:
 
     elbo = Trace_ELBO(100, vectorize_particles=True)
     assert sum(elbo.loss(model, guide) for _ in range(200)) / 200 > 50  # 2.4 for single samples
-    for call in (IWAE_ELBO(3).loss, IWAE_ELBO(3).loss_and_grads, log_marginal):
-        with pytest.raises(ValueError, match=r"value of 'b' in another.*z\.sum\(-1\)"):
-            call(model, guide)
-    exact = dist.Normal(0.0, 3**0.5).log_prob(torch.tensor(1.0))
-    looped = log_marginal(model, guide, num_particles=1000, vectorize_particles=False)
-    assert looped.item() == pytest.approx(exact.item(), abs=0.15)
+    exact = dist.Normal(0.0, 3**0.5).log_prob(torch.tensor(1.0)).item()
+    for count, options in ((100_000, {}), (1000, {"vectorize_particles": False})):
+        found = log_marginal(model, guide, num_particles=count, diagnostics=True, **options)
+        assert abs(found.log_marginal.item() - exact) < 4 * found.standard_error.item() < 0.2
 
 
 def test_a_mask_that_the_guide_does_not_have() -> None:

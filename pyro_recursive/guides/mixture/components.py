@@ -19,7 +19,7 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.sites import Site, is_delta, latent_sites, layers
 

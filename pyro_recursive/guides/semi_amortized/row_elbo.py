@@ -16,7 +16,8 @@ from torch import Tensor
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
-from pyro_recursive.tracing.densities import log_prob_of, weighted
+from pyro_recursive.tracing.compatibility import log_prob_of
+from pyro_recursive.tracing.densities import weighted
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout

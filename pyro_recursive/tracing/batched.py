@@ -1,0 +1,206 @@
+"""The model under `torch.vmap`, over the values that the guide drew for all particles.
+
+Models that are written for one sample (``x @ b``, ``b[group]``, networks with latent weights) do
+not run under one more plate; `torch.vmap` shows them one particle at a time. Every latent is
+replayed: nothing is drawn inside but noise of the model's own, such as dropout.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_recursive.tracing.plates import Particles
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, is_delta, latent_sites, layers
+
+
+class KnownDensity(TorchDistribution):
+    """What is left of a site's distribution after the run: its log-density at the site's value."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, log_density: Tensor, batch_shape: torch.Size, event_shape: torch.Size):
+        self.log_density = log_density
+        super().__init__(batch_shape, event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_density
+
+
+def run_model(
+    program: Program, source: poutine.Trace, particles: Particles, ranks: dict[str, int]
+) -> poutine.Trace:
+    """Return a trace of the model, as if it had run under the plate of particles.
+
+    ``source`` has the guide's values under that plate, and ``ranks`` the number of dims of each in
+    a run of one sample. Its sites have a `KnownDensity`.
+
+    Raises whatever the model raises under `torch.vmap`, and ValueError where it exchanges a buffer.
+    """
+    assert particles.dim is not None
+    width = -particles.dim - 1
+    minibatch, sites = _Minibatch(), dict[str, Site]()
+
+    def one(index: Tensor, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        given = source.copy()
+        for name, value in values.items():
+            given.nodes[name] = {**source.nodes[name], "value": value}
+        with minibatch:
+            trace = program.run_model(given)
+        sampled = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        sites.update((site["name"], _without_tensors(site)) for site in sampled)
+        return {site["name"]: _tensors_of(site) for site in sampled}
+
+    values = values_by_particle(source, particles, ranks)
+    index = torch.arange(particles.total)  # there may be no latent
+    found = None
+    with pyro.validation_enabled(False), _same_buffers():
+        while found is None:
+            try:
+                found = torch.vmap(one, randomness="different")(index, values)
+            except _NotDrawn as plate:
+                minibatch.values[plate.name] = pyro.sample(plate.name, plate.fn)
+    frame = CondIndepStackFrame(PARTICLE_PLATE, particles.dim, particles.total, 0, particles.total)
+    trace = poutine.Trace()
+    for name, site in sites.items():
+        if site_is_subsample(site):
+            site["value"] = found[name]["value"][0]
+        else:
+            _place(site, found[name], width)
+            site["cond_indep_stack"] = (frame, *site["cond_indep_stack"])
+            if name in values:
+                site["value"] = source.nodes[name]["value"]
+        trace.add_node(name, **site)
+    return trace
+
+
+def values_by_particle(
+    trace: poutine.Trace, particles: Particles, ranks: dict[str, int]
+) -> dict[str, Tensor]:
+    """Return the values of latents as ``[particles, *value]``, with the dims of a single run.
+
+    Values without a dim of particles are left out.
+    """
+    assert particles.dim is not None
+    values = {}
+    for site in latent_sites(trace):
+        value, place = site["value"], particles.dim - site["fn"].event_dim
+        if value.dim() >= -place:
+            value = with_rank(value.movedim(place, 0), ranks[site["name"]])
+            values[site["name"]] = value.expand(particles.total, *value.shape[1:])
+    return values
+
+
+def with_rank(tensor: Tensor, rank: int) -> Tensor:
+    """Return ``[particles, *rest]`` with so many dims in rest: ones on its left come and go."""
+    rest = tensor.shape[1:]
+    extra = max(0, len(rest) - rank)
+    if any(size != 1 for size in rest[:extra]):
+        raise ValueError(f"{rank} dims are too few for shape {list(rest)} of one sample.")
+    return tensor.reshape(len(tensor), *(1,) * (rank - len(rest)), *rest[extra:])
+
+
+def _without_tensors(site: Site) -> Site:
+    """Return what is the same for all particles, and the shapes of the distribution."""
+    kept = {key: site[key] for key in ("type", "name", "infer", "is_observed", "cond_indep_stack")}
+    plain = {k: site[k] for k in ("scale", "mask", "value") if not isinstance(site[k], Tensor)}
+    own_mask = getattr(site["fn"], "_mask", None)
+    if site_is_subsample(site):
+        fn = site["fn"]
+    else:
+        fn = site["fn"].batch_shape, site["fn"].event_shape, own_mask is False, is_delta(site)
+    return {**kept, **plain, "fn": fn, "args": (), "kwargs": {}}
+
+
+def _tensors_of(site: Site) -> dict[str, Tensor]:
+    found = {k: site[k] for k in ("scale", "mask", "value") if isinstance(site[k], Tensor)}
+    if not site_is_subsample(site):
+        found["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        own_mask = getattr(site["fn"], "_mask", None)
+        if isinstance(own_mask, Tensor):
+            found["own_mask"] = own_mask
+        for layer in layers(site["fn"]):
+            if hasattr(layer, "clear_cache"):  # transforms remember tensors of this run
+                layer.clear_cache()
+    return found
+
+
+def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
+    """Give a site its tensors, with the particles left of ``width`` dims of plates."""
+    batch, event_shape, is_masked, computed = site["fn"]
+    for key in tensors.keys() & {"scale", "mask"}:
+        site[key] = with_rank(tensors[key], width)
+    if "value" in tensors:
+        site["value"] = with_rank(tensors["value"], width + len(event_shape))
+    log_prob = with_rank(tensors["log_prob"], width)
+    if computed:
+        site["fn"] = dist.Delta(site["value"], log_prob, len(event_shape))
+        return
+    batch = batch[max(0, len(batch) - width) :]
+    shape = torch.Size((len(log_prob), *(1,) * (width - len(batch)), *batch))
+    site["fn"] = KnownDensity(log_prob, shape, event_shape)
+    if "own_mask" in tensors or is_masked:  # it has been applied: other code may look at it
+        own_mask = with_rank(tensors["own_mask"], width) if "own_mask" in tensors else False
+        site["fn"] = site["fn"].mask(own_mask)
+
+
+class _NotDrawn(Exception):
+    """A plate of the model's own has no minibatch yet."""
+
+    def __init__(self, name: str, fn: Any) -> None:
+        super().__init__(name)
+        self.name, self.fn = name, fn
+
+
+class _Minibatch(Messenger):
+    """Gives a model's own plates minibatches that were drawn for all particles together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
+            return
+        if msg["fn"].subsample_size in (None, msg["fn"].size):
+            return
+        if msg["name"] not in self.values:
+            raise _NotDrawn(msg["name"], msg["fn"])
+        msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+@contextmanager
+def _same_buffers() -> Iterator[None]:
+    """Raise ValueError where a module has exchanged a buffer for a tensor of one particle.
+
+    The buffers are restored in any case.
+    """
+    before: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if module not in before:
+            before[module] = dict(module.named_buffers(recurse=False))
+
+    hook, changed = register_module_forward_pre_hook(note), []
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module, buffers in before.items():
+            for name, buffer in buffers.items():
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
+                    changed.append(f"{type(module).__name__}.{name}")
+    if changed:
+        raise ValueError(f"a run changes the buffer {changed[0]}")

@@ -1,0 +1,258 @@
+"""How the samples of a program run: under one more plate, the model under `torch.vmap`, or looped.
+
+The choice is made once for each structure. A few particles run under a plate whose size is no other
+size in the program; two of them run again on their own, on the same values. A plate is right where
+all densities agree, and no density has a derivative with respect to another particle's value.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import count
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_recursive.tracing import batched
+from pyro_recursive.tracing.compatibility import log_prob_of
+from pyro_recursive.tracing.handlers import DryRun
+from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
+from pyro_recursive.tracing.program import Program, without
+from pyro_recursive.tracing.sites import (
+    PARTICLE_PLATE,
+    is_delta,
+    latent_sites,
+    layers,
+    sites,
+    subsample_sites,
+)
+
+LogDensities = dict[str, Tensor]  # by site
+NOISE = 100.0  # a difference so many times that of two runs of one particle is no noise
+
+
+def choose(program: Program, structure: ProgramStructure) -> None:
+    """Set the mode of a structure, and the cause if it is not the plate."""
+    if structure.mode is None:
+        with isolated(), DryRun(), torch.enable_grad():
+            structure.mode, structure.cause = _Comparison(program, structure).choice()
+
+
+def require_plate(program: Program, structure: ProgramStructure) -> None:
+    """Raise ValueError where a program cannot run under a plate of samples."""
+    choose(program, structure)
+    if structure.mode != "plate":
+        raise ValueError(
+            f"Samples run under one more plate, and {structure.cause}. Count dims from the right "
+            "(z.sum(-1))."
+        )
+
+
+class _Comparison:
+    """Runs of a few particles under a plate, under `torch.vmap`, and one by one."""
+
+    def __init__(self, program: Program, structure: ProgramStructure) -> None:
+        self.program, self.ranks = program, structure.ranks
+        total = _unused_prime({*structure.sizes, *_sizes((program.args, program.kwargs))})
+        self.particles = Particles(1, total, -structure.max_plate_nesting - 1)
+
+    def choice(self) -> tuple[Mode, str]:
+        """Return the mode, and why it is not the plate."""
+        try:
+            with self._plate():
+                drawn = _with_leaves(self._varied(self.program.run_guide()))
+                again = without(drawn, is_delta)  # computed, not drawn
+                source = _with_leaves(self.program.run_guide(again))
+                guide = _log_densities(source)
+        except Exception as error:
+            return "loop", f"the guide raises {brief(error)}"
+        single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
+        if cause := self._mixing(guide, drawn) or self._difference(guide, single):
+            return "loop", f"in the guide {cause}"
+
+        source = _with_leaves(source)
+        first = self.program.run_model(self._row(source, 0))
+        _log_densities(first)  # raises for data that no mode can serve
+        for name, site in subsample_sites(first).nodes.items():
+            if name not in source.nodes:
+                source.add_node(name, **site)
+        single = cache(lambda i, nudge: self._single(self.program.run_model, source, i, nudge))
+        try:
+            with self._plate():
+                model = _log_densities(self.program.run_model(source))
+        except Exception as error:
+            cause = f"the model raises {brief(error)}"
+        else:
+            cause = self._mixing(model, source) or self._difference(model, single)
+            if not cause:
+                return "plate", ""
+        try:
+            vmapped = batched.run_model(self.program, source, self.particles, self.ranks)
+        except Exception as error:
+            return "loop", f"the model raises {brief(error)}"
+        if failure := self._difference(_log_densities(vmapped), single):
+            return "loop", failure
+        return "vmap", cause
+
+    def _varied(self, trace: poutine.Trace) -> poutine.Trace:
+        """Give the last particle other values than the first, where the support is finite."""
+        for site in latent_sites(trace):
+            base, place = layers(site["fn"])[-1], self.particles.dim - site["fn"].event_dim
+            if not base.has_enumerate_support or base.event_dim or site["value"].dim() < -place:
+                continue
+            support = base.enumerate_support(expand=False).flatten()
+            first, last = (site["value"].select(place, i) for i in (0, -1))
+            other = torch.where(first == support[0], support[-1], support[0])
+            site["value"] = site["value"].clone()
+            site["value"].select(place, -1).copy_(torch.where(first == last, other, last))
+        return trace
+
+    def _plate(self) -> pyro.plate:
+        return pyro.plate(PARTICLE_PLATE, self.particles.total, dim=self.particles.dim)
+
+    def _row(self, source: poutine.Trace, particle: int, nudge: bool = False) -> poutine.Trace:
+        """Return one particle of a trace; ``nudge`` changes values by about their rounding."""
+        row = source.copy()
+        for name, values in batched.values_by_particle(source, self.particles, self.ranks).items():
+            value = values[particle].detach()
+            if nudge and value.is_floating_point():
+                value = value * (1 - 4 * torch.finfo(value.dtype).eps)
+            row.nodes[name] = {**source.nodes[name], "value": value}
+        return row
+
+    def _single(
+        self, run: Callable[[poutine.Trace], poutine.Trace], source: Any, i: int, nudge: bool
+    ) -> LogDensities:
+        with torch.no_grad():
+            try:
+                return _log_densities(run(self._row(source, i, nudge)))
+            except ValueError:  # the value has left its support
+                if not nudge:
+                    raise
+                return _log_densities(run(self._row(source, i)))
+
+    def _difference(
+        self, found: LogDensities, single: Callable[[int, bool], LogDensities]
+    ) -> str | None:
+        """Return how densities of all particles differ from those of the first and the last."""
+        for particle in (0, self.particles.total - 1):
+            alone = single(particle, False)
+            if missing := found.keys() ^ alone.keys():
+                return f"site '{min(missing)}' is in some runs only"
+            for name, expected in alone.items():
+                own = self._of(particle, found[name])
+                difference, dtype = _distance(own, expected), expected.dtype
+                tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+                size = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0
+                if difference <= tolerance * max(1.0, float(size)):
+                    continue
+                # Noise such as dropout, or rounding errors that the program amplifies.
+                if difference > NOISE * _distance(single(particle, True)[name], expected):
+                    return f"the density of site '{name}' is another than in a run of one sample"
+        return None
+
+    def _of(self, particle: int, log_prob: Tensor) -> Tensor:
+        dim = self._dim_of_particles(log_prob)
+        return log_prob if dim is None else log_prob.select(dim, particle)
+
+    def _dim_of_particles(self, log_prob: Tensor) -> int | None:
+        dim = self.particles.dim
+        assert dim is not None
+        return dim if log_prob.dim() >= -dim and log_prob.shape[dim] > 1 else None
+
+    def _mixing(self, found: LogDensities, trace: poutine.Trace) -> str | None:
+        """Return a latent whose value in one particle changes the density of another, if any."""
+        leaves = [site for site in latent_sites(trace) if site["value"].requires_grad]
+        values, dim = [site["value"] for site in leaves], self.particles.dim
+        own, common = list[Tensor](), list[Tensor]()
+        for each in found.values():
+            if each.requires_grad:
+                has_dim = self._dim_of_particles(each) is not None
+                (own if has_dim else common).append(self._of(0, each).sum())
+        for outputs, others in ((own, 1), (common, 0)):
+            if not outputs or not values:
+                continue
+            try:
+                derivatives = torch.autograd.grad(
+                    outputs, values, allow_unused=True, retain_graph=True
+                )
+            except RuntimeError:  # an operation without a derivative
+                continue
+            for site, derivative in zip(leaves, derivatives, strict=True):
+                place = dim - site["fn"].event_dim
+                if derivative is None or derivative.dim() < -place:
+                    continue
+                if derivative.movedim(place, 0)[others:].nan_to_num(0.0).any():
+                    return (
+                        f"one sample's density depends on the value of '{site['name']}' in another"
+                    )
+        return None
+
+
+def _with_leaves(trace: poutine.Trace) -> poutine.Trace:
+    """Copy a trace: its latents have no history, and derivatives where they can."""
+    copy = trace.copy()
+    for site in latent_sites(trace):
+        value = site["value"].detach().clone()
+        copy.nodes[site["name"]] = {
+            **site,
+            "value": value.requires_grad_(value.is_floating_point()),
+        }
+    return copy
+
+
+def _log_densities(trace: poutine.Trace) -> LogDensities:
+    found = {}
+    for site in sites(trace):
+        try:
+            log_prob = log_prob_of(site, site["fn"])
+        except NotImplementedError:  # points without a density
+            continue
+        found[site["name"]] = scale_and_mask(log_prob, site["scale"], site["mask"])
+    return found
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference, infinite where the shapes differ in more than leading 1s."""
+    one, other = (_without_leading_ones(each.detach()) for each in (one, other))
+    if one.shape != other.shape:
+        return math.inf
+    same = (one == other) | (one.isnan() & other.isnan())
+    gap = torch.where(same, 0.0, (one - other).abs()).nan_to_num(math.inf, math.inf)
+    return gap.max().item() if gap.numel() else 0.0
+
+
+def _without_leading_ones(tensor: Tensor) -> Tensor:
+    while tensor.dim() and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+def _sizes(value: Any) -> Iterable[int]:
+    """Yield the sizes of dims in arguments, and their integers."""
+    if isinstance(value, Tensor):
+        yield from value.shape
+    elif isinstance(value, int):
+        yield value
+    elif isinstance(value, dict):
+        yield from _sizes(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _sizes(each)
+
+
+def _unused_prime(sizes: set[int]) -> int:
+    """Return the smallest prime above 2 that is none of the sizes."""
+    return next(n for n in count(3, 2) if n not in sizes and all(n % d for d in range(3, n, 2)))
+
+
+def brief(error: Exception) -> str:
+    """Return the type of an error and the beginning of its message."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return f"{type(error).__name__} ({text[:100]})" if text else type(error).__name__

@@ -1,0 +1,508 @@
+"""How samples run: the mode that is chosen for a model, and the equality of all modes."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor, nn
+
+from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
+from pyro_recursive.tracing.batched import values_by_particle
+from pyro_recursive.tracing.choice import choose
+from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.runs import run_particles
+from pyro_recursive.tracing.sites import SiteTable, sites, subsample_sites
+from tests.oracles.recordings import K, M, Pinned, record
+
+N, D = 6, 3
+X = torch.tensor(
+    [
+        0.3,
+        -1.2,
+        0.5,
+        1.1,
+        0.4,
+        -0.7,
+        -0.8,
+        0.9,
+        1.3,
+        0.2,
+        0.1,
+        -0.4,
+        1.7,
+        -0.6,
+        0.8,
+        -1.4,
+        0.7,
+        0.6,
+    ],
+    dtype=torch.float64,
+).reshape(N, D)
+Y = torch.tensor([0.4, 1.9, -1.1, 0.3, 2.2, -0.9], dtype=torch.float64)
+GROUP = torch.tensor([0, 2, 1, 2, 0, 1])
+
+
+def weights(size: int = D, name: str = "b") -> Tensor:
+    return pyro.sample(name, dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+def observe(loc: Any, y: Tensor = Y, scale: Any = 1.0) -> None:
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+
+def matmul() -> None:
+    observe(X @ weights())
+
+
+def groups() -> Tensor:
+    with pyro.plate("groups", 3):
+        return pyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+class Network(PyroModule):
+    """A Bayesian network of `torch.nn.Linear` layers whose weights are latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = PyroModule[nn.Linear](D, 4)
+        self.hidden.weight = PyroSample(dist.Normal(0.0, 1.0).expand([4, D]).to_event(2))
+        self.hidden.bias = PyroSample(dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+        self.out = PyroModule[nn.Linear](4, 1)
+        self.out.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))
+
+    def forward(self) -> None:
+        observe(self.out(self.hidden(X).tanh()).squeeze(-1))
+
+
+def process() -> None:
+    """A Gaussian process with a latent length scale."""
+    length = pyro.sample("b", dist.LogNormal(torch.zeros(()), 0.5))
+    kernel = torch.exp(-0.5 * ((X[:, :1] - X[:, 0]) / length) ** 2) + 0.1 * torch.eye(N)
+    chol = torch.linalg.cholesky(kernel)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(N), scale_tril=chol), obs=Y)
+
+
+def correlated() -> None:
+    chol = pyro.sample("b", dist.LKJCholesky(2, 1.5))
+    with pyro.plate("data", 3):
+        fn = dist.MultivariateNormal(torch.zeros(2), scale_tril=chol)
+        pyro.sample("y", fn, obs=Y.reshape(3, 2))
+
+
+def mixture() -> None:
+    """Weights on the simplex, a scale, a mask, a factor and a deterministic site."""
+    w = pyro.sample("w", dist.Dirichlet(torch.full((D,), 2.0)))
+    b = weights()
+    pyro.deterministic("sum", b.sum())
+    pyro.factor("factor", -(b[0] ** 2))
+    fn = dist.MixtureSameFamily(dist.Categorical(w), dist.Normal(b, 1.0))
+    with pyro.plate("data", N), poutine.scale(scale=1 + w[0]), poutine.mask(mask=Y > -1):
+        pyro.sample("y", fn.expand([N]), obs=Y)
+
+
+def discrete() -> None:
+    locs = weights()
+    with pyro.plate("data", N):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("y", dist.Normal(locs[z], 1.0), obs=Y)
+
+
+def discrete_guide() -> None:
+    weights_guide()
+    logits = pyro.param("logits", lambda: torch.linspace(-1, 1, D).expand(N, D).clone())
+    with pyro.plate("data", N):
+        pyro.sample("z", dist.Categorical(logits=logits))
+
+
+def weights_guide() -> None:
+    loc = pyro.param("loc", lambda: torch.tensor([0.3, -0.2, 0.4]))
+    pyro.sample("b", dist.Normal(loc, 0.5).to_event(1))
+
+
+def walk() -> None:
+    observe(weights(N).cumsum(0))
+
+
+def one_entry() -> None:
+    """A batch dim of size 1, in no plate."""
+    observe(X @ pyro.sample("b", dist.Normal(torch.zeros(1), 1.0)).expand(D))
+
+
+def subsampled() -> None:
+    """A minibatch of a plate of the model's own."""
+    b = weights()
+    with pyro.plate("data", N, subsample_size=4) as index:
+        pyro.sample("y", dist.Normal(X[index] @ b, 1.0), obs=Y[index])
+
+
+def local(x: Tensor) -> None:
+    """A minibatch that the guide draws, of rows with latents of their own."""
+    with pyro.plate("data", N, subsample_size=4) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([4]))
+        b = torch.stack([z, z * z])
+        pyro.sample("y", dist.Normal((x[:2, 0] @ b).exp(), 1.0), obs=Y[index])
+
+
+def local_guide(x: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.linspace(-1, 1, N))
+    with pyro.plate("data", N, subsample_size=4) as index:
+        pyro.sample("z", dist.Normal(loc[index], 0.7))
+
+
+def branching() -> None:
+    b = weights()
+    observe(X @ b if b[0] > 0 else X[:, 0])
+
+
+def recurrent() -> Callable:
+    lstm = nn.LSTM(D, 2)
+    return lambda: observe(lstm(X * weights())[0].sum(-1))
+
+
+class Counting(nn.Module):
+    """A module that exchanges a buffer in each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self) -> None:
+        b = weights()
+        self.mean = 0.9 * self.mean + 0.1 * b.detach()
+        observe(X @ b)
+
+
+class Normalized(nn.Module):
+    """Rows that are normalised together, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self) -> None:
+        observe(self.norm((X @ weights()).reshape(-1, 1)).reshape(-1))
+
+
+def careless_guide() -> None:
+    loc = pyro.param("loc", lambda: torch.tensor([0.3, -0.2, 0.4]))
+    if pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True}) > 0:
+        loc = loc + 1
+    pyro.sample("b", dist.Normal(loc, 0.5).to_event(1))
+
+
+def dropout(left: bool) -> Callable:
+    net = nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    if left:
+        return lambda: observe(net(X).squeeze(-1) @ torch.eye(N) + weights(N)[:N])
+    return lambda: observe(net(X).squeeze(-1) + weights(1)[..., 0])
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    mode: str
+    make: Callable[[], Callable]
+    guide: Callable | None = None
+    args: tuple = ()
+    cause: str = ""
+    is_noisy: bool = False
+
+    def programs(self) -> tuple[Callable, Callable]:
+        model = self.make()
+        guide = partial(self.guide) if self.guide else AutoNormal(model, init_scale=0.5)
+        guide(*self.args)
+        return model, guide
+
+
+def case(name: str, mode: str, model: Callable, **options: Any) -> Case:
+    return Case(name, mode, lambda: partial(model), **options)
+
+
+CASES = [
+    case("right", "plate", lambda: observe((X * weights()).sum(-1))),
+    case("rows", "plate", lambda: observe(groups()[..., GROUP])),
+    case("none", "plate", lambda: observe(0.0), guide=lambda: None),
+    Case("dropout", "plate", lambda: dropout(left=False), is_noisy=True),
+    case("first", "vmap", lambda: observe(weights(1)[0] * X[:, 0])),
+    case("matmul", "vmap", matmul),
+    case("square", "vmap", lambda: observe(X[:D] @ weights(), Y[:D])),
+    case("whole sum", "vmap", lambda: observe(weights().sum())),
+    case("mean", "vmap", lambda: observe(weights().mean(0))),
+    case("scaled", "vmap", lambda: observe(0.0, scale=weights().exp().sum(0))),
+    case("group", "vmap", lambda: observe(groups()[GROUP])),
+    case("softmax", "vmap", lambda: observe((X * weights().softmax(0)).sum(-1))),
+    case("detached", "vmap", lambda: observe(weights().detach()[0] * X[:, 0])),
+    case("one entry", "vmap", one_entry),
+    Case("network", "vmap", Network),
+    case("process", "vmap", process),
+    case("correlated", "plate", correlated),
+    case("mixture", "vmap", mixture),
+    case("discrete", "vmap", discrete, guide=discrete_guide),
+    case("walk", "vmap", walk),
+    case("subsampled", "vmap", subsampled, guide=weights_guide),
+    case("local", "vmap", local, guide=local_guide, args=(X,)),
+    Case("noisy", "vmap", lambda: dropout(left=True), is_noisy=True),
+    case("branching", "loop", branching, cause="model raises RuntimeError"),
+    Case("recurrent", "loop", recurrent, cause="model raises"),
+    Case("buffer", "loop", Counting, cause=r"buffer Counting\.mean"),
+    Case("normalized", "loop", Normalized, cause="model raises"),
+    case(
+        "guide", "loop", lambda: observe(X @ weights()), guide=careless_guide, cause="guide raises"
+    ),
+]
+CASE = {each.name: each for each in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+vmapped = pytest.mark.parametrize(
+    "case", [each for each in CASES if each.mode == "vmap"], ids=lambda case: case.name
+)
+
+
+@contextmanager
+def looping(case: Case) -> Iterator[None]:
+    """Expect the one warning of a loop."""
+    if case.mode != "loop":
+        yield
+    else:
+        with pytest.warns(UserWarning, match=f"one by one, .*{case.cause}"):
+            yield
+
+
+@each_case
+def test_the_mode_that_is_chosen(case: Case) -> None:
+    program = Program(*case.programs(), case.args)
+    structure = structure_of(program)
+    choose(program, structure)
+    assert structure.mode == case.mode, structure.cause
+    assert bool(structure.cause) == (case.mode != "plate")
+
+
+def differentiate(loss: Tensor) -> Tensor:
+    """Return the value and its gradient in all parameters, flattened."""
+    store = pyro.get_param_store()
+    leaves = [store[name].unconstrained() for name in sorted(store.keys())]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    pairs = zip(leaves, grads, strict=True)
+    found = [torch.zeros_like(p) if grad is None else grad for p, grad in pairs]
+    return torch.cat([loss.reshape(1), *map(torch.flatten, found)]).detach()
+
+
+@each_case
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg+vimco", "rws-dreg"])
+def test_every_mode_equals_the_loop(case: Case, estimator: str) -> None:
+    """Values and gradients agree to rounding, on the same draws of the guide."""
+    if case.is_noisy or case.mode == "loop" or case.name == "none":
+        pytest.skip("nothing to compare")
+    if estimator != "dreg+vimco" and case.name == "discrete":
+        pytest.skip("the guide is not reparameterised")
+    warnings.filterwarnings("ignore", "Plate 'data' encloses latent site")
+    programs = case.programs()
+    recording = record(programs, case.args)
+    fixed = recording[1]
+    for make in (MIWAE_ELBO, PIWAE_ELBO):
+        found = []
+        options: dict[str, Any] = {"estimator": estimator}
+        if case.name == "subsampled":  # a bound that is linear in the minibatch
+            if make is PIWAE_ELBO or estimator == "rws-dreg":
+                continue
+            options["global_latents"] = "elbo"
+        for vectorize, total in ((True, 0), ("vmap", 0), (False, M * K)):
+            loss = make(M, K, vectorize_particles=vectorize, **options)
+            with Pinned(recording[0], fixed, total):
+                found.append(differentiate(loss.differentiable_loss(*programs, *case.args)))
+        torch.testing.assert_close(found[0], found[2], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found[1], found[2], rtol=1e-10, atol=1e-10)
+        assert found[0][1:].abs().max() > 0
+
+
+@vmapped
+def test_densities_of_each_particle(case: Case) -> None:
+    """Every site's density, value, scale and mask are those of a run on the particle's values."""
+    program = Program(*case.programs(), case.args)
+    particles, (run,) = run_particles(program, 2, 4)
+    assert particles.vmap
+    values = values_by_particle(run.guide, particles, structure_of(program).ranks)
+    table = SiteTable(run.model, run.guide)
+    assert table.nesting == structure_of(program).max_plate_nesting
+    for particle in (0, 5):
+        source = run.guide.copy()
+        for name, value in values.items():
+            source.nodes[name] = {**source.nodes[name], "value": value[particle]}
+        for name, site in subsample_sites(run.model).nodes.items():
+            if name not in source.nodes:
+                source.add_node(name, **site)
+        alone = SiteTable(program.run_model(source), source)
+        for own, other in zip(table.model, alone.model, strict=True):
+            one, two = own.site, other.site
+            assert own.name == other.name and own.plates == other.plates
+            assert one["fn"].event_shape == two["fn"].event_shape
+            if not case.is_noisy:
+                for key in ("log_prob", "value", "scale", "mask"):
+                    pair = [_entry(site, key) for site in (one, two)]
+                    if isinstance(pair[0], Tensor):
+                        at = particle if pair[0].dim() else ()
+                        same = pair[0][at].reshape(pair[1].shape)
+                        torch.testing.assert_close(same, pair[1], rtol=1e-12, atol=1e-12)
+                    else:
+                        assert pair[0] == pair[1]
+
+
+def _entry(site: Any, key: str) -> Any:
+    return site["fn"].log_prob(site["value"]) if key == "log_prob" else site[key]
+
+
+def test_the_first_entry_is_no_particle() -> None:
+    """`b[0]` of one entry: IWAE with many samples is the exact evidence."""
+    torch.manual_seed(3)
+    x = torch.randn(30)
+    y = 0.7 * x + torch.randn(30)
+
+    def model() -> None:
+        observe(weights(1)[0] * x, y)
+
+    guide = AutoNormal(model, init_scale=0.5)
+    covariance = torch.eye(30) + x[:, None] * x
+    exact = dist.MultivariateNormal(torch.zeros(30), covariance).log_prob(y).item()
+    found = log_marginal(model, guide, num_particles=20_000, diagnostics=True)
+    assert abs(found.log_marginal.item() - exact) < 4 * found.standard_error.item() < 0.1
+
+
+@pytest.mark.parametrize("name", ["branching", "recurrent", "buffer", "normalized", "guide"])
+def test_loops_warn_once_and_are_right(name: str) -> None:
+    case = CASE[name]
+    programs = case.programs()
+    with looping(case):
+        IWAE_ELBO(4).loss(*programs)
+    values = []
+    for vectorize in (True, False):
+        pyro.set_rng_seed(5)
+        values.append(IWAE_ELBO(4, vectorize_particles=vectorize).loss(*programs))
+    assert values[0] == values[1]
+
+
+@vmapped
+def test_nothing_of_a_pass_is_left(case: Case) -> None:
+    """No tensor of `torch.vmap` in buffers, traces or caches; the validation is as it was."""
+    model, guide = case.programs()
+    loss = IWAE_ELBO(3, estimator="dreg+vimco")
+    warnings.filterwarnings("ignore", "Plate 'data' encloses latent site")
+    is_validated = pyro.infer.util.is_validation_enabled()
+    if case.name != "subsampled":
+        loss.loss_and_grads(model, guide, *case.args)
+    assert pyro.infer.util.is_validation_enabled() == is_validated
+    _, (run,) = run_particles(Program(model, guide, case.args), 1, 3)
+    tensors = [site["value"] for site in sites(run.model, run.guide)]
+    tensors += [site["fn"].log_prob(site["value"]) for site in sites(run.model)]
+    if isinstance(model, nn.Module):
+        tensors += [*model.parameters(), *model.buffers()]
+    tensors += [value for _, value in pyro.get_param_store().items()]
+    for tensor in tensors:
+        assert math.isfinite(tensor.sum().item())  # raises for one that has escaped
+
+
+# Errors
+
+
+def test_errors_of_the_user_pass_unchanged() -> None:
+    """In a run of one sample, in one pass, and under `torch.vmap`."""
+
+    def program(text: str, when: Callable[[Tensor], bool]) -> Callable:
+        def model() -> None:
+            b = weights()
+            if when(b):
+                raise RuntimeError(text)
+            observe(X @ b if "vmap" in text else (X * b).sum(-1))
+
+        return model
+
+    cases = {"boom": lambda b: True, "boom of many": lambda b: b.dim() > 2 and len(b) == 4}
+    for text, when in cases.items():
+        model = program(text, when)
+        with pytest.raises(RuntimeError, match=f"^{text}\\b") as caught:
+            IWAE_ELBO(4).loss(model, partial(weights_guide))
+        assert not getattr(caught.value, "__notes__", [])
+
+
+def test_errors_of_shapes_have_a_note() -> None:
+    def model() -> None:
+        b = weights()
+        observe((X * b).sum(-1) + (torch.zeros(7) if len(b) == 4 else 0.0))
+
+    with pytest.raises(RuntimeError) as caught:
+        IWAE_ELBO(4).loss(model, partial(weights_guide))
+    (note,) = caught.value.__notes__
+    assert note.startswith("All 4 samples run in one pass")
+
+
+def test_a_model_that_branches_later_is_looped() -> None:
+    """Also where the choice was made before; the warning names the cause."""
+    branches = []
+
+    def model() -> None:
+        b = weights()
+        observe(X @ b if not branches or b[0] > 0 else 0.0)
+
+    guide = partial(weights_guide)
+    IWAE_ELBO(4).loss(model, guide)
+    branches.append(True)
+    pyro.set_rng_seed(2)
+    looped = IWAE_ELBO(4, vectorize_particles=False).loss(model, guide)
+    pyro.set_rng_seed(2)
+    with pytest.warns(UserWarning, match="one by one, 4 times"):
+        found = IWAE_ELBO(4).loss(model, guide)
+    assert math.isfinite(found) and math.isfinite(looped)
+
+
+def test_misfits_are_told_before_errors_of_shapes() -> None:
+    """Enumerated sites, latents without a guide, a batch dim without a plate."""
+
+    def enumerated() -> None:
+        locs = weights()
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Categorical(torch.ones(D)), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(locs[z], 1.0), obs=Y)
+
+    def unguided() -> None:
+        observe(X @ (weights() + weights(name="c")))
+
+    def unplated() -> None:
+        pyro.sample("y", dist.Normal(X @ weights(), 1.0), obs=Y)
+
+    for model, error, message in (
+        (enumerated, NotImplementedError, "'z' is to be enumerated"),
+        (unguided, ValueError, "'c' is latent and the guide does not"),
+        (unplated, ValueError, r"'y' has batch shape \(6,\), and dim -1 belongs to no plate"),
+    ):
+        for call in (IWAE_ELBO(4).loss, MIWAE_ELBO(2, 3).loss_and_grads, log_marginal):
+            with pytest.raises(error, match=message):
+                call(model, partial(weights_guide))
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7, 11])
+def test_sizes_that_coincide(rows: int) -> None:
+    """Rows as many as coefficients, particles, or the particles of the comparison."""
+    x = 0.2 * torch.randn(rows, rows, generator=torch.Generator().manual_seed(rows))
+
+    def model() -> None:
+        observe(x @ weights(rows), torch.linspace(-1, 1, rows))
+
+    guide = AutoNormal(model, init_scale=0.9)
+    exact = dist.MultivariateNormal(torch.zeros(rows), torch.eye(rows) + x @ x.T)
+    expected = exact.log_prob(torch.linspace(-1, 1, rows)).item()
+    found = log_marginal(model, guide, num_particles=rows, diagnostics=True)
+    assert structure_of(Program(model, guide)).mode == "vmap"
+    many = log_marginal(model, guide, num_particles=50_000, diagnostics=True)
+    assert abs(many.log_marginal.item() - expected) < 4 * many.standard_error.item() + 1e-3
+    assert found.log_marginal < expected + 4
