@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import samples_per_chunk
 from pyro_recursive.tracing.choice import choose
+from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.program import Program, no_model, structure_of
 from pyro_recursive.tracing.sites import (
@@ -314,7 +315,7 @@ def run_on_draws(
 
 def _fits_plate(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a model draws and computes the same for each sample under one more plate."""
-    alone = Program(no_model, model, args, kwargs)
+    alone = Program(no_model, FlatPriors()(model), args, kwargs)
     structure = structure_of(alone)
     choose(alone, structure)
     return structure.mode == "plate"

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
+from pyro_recursive.tracing.plates import outer_shape as outer_shape
 from pyro_recursive.tracing.sites import PACKED
 
 
@@ -98,12 +98,3 @@ def inside(frames: Iterable[Any], plates: Mapping[str, Any]) -> ExitStack:
     for frame in frames:
         stack.enter_context(plates[frame.name])
     return stack
-
-
-def outer_shape() -> tuple[int, ...]:
-    """Return the batch shape of the plates around the guide: those of particles, say."""
-    frames = [frame for frame in get_plates() if frame.vectorized]
-    shape = [1] * max((-frame.dim for frame in frames), default=0)
-    for frame in frames:
-        shape[frame.dim] = frame.size
-    return tuple(shape)

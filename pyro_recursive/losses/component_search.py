@@ -110,10 +110,10 @@ class _Search:
         args, kwargs, total = self.program.args, self.program.kwargs, self.particles.total
         model = poutine.trace(poutine.block(self.program.model, hide_types=["param"]))
         if self.particles.dim is None or self.particles.vmap:
-            with FlatPriors():
+            with FlatPriors(scale=1.0):
                 traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
         else:
-            with FlatPriors(), pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
+            with FlatPriors(scale=1.0), pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
                 traces = [model.get_trace(*args, **kwargs)]
         return torch.cat([self.component.pack(trace) for trace in traces])
 

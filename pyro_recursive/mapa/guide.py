@@ -37,7 +37,7 @@ from pyro_recursive.mapa.kernels import kernel_of_model
 from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.mapa.recover import recover_prior, with_prior
 from pyro_recursive.mapa.table import NeighbourRows, Rows, Table, neighbours
-from pyro_recursive.tracing.handlers import ComponentIndex, SubstituteByName
+from pyro_recursive.tracing.handlers import ComponentIndex, FlatPriors, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
@@ -213,7 +213,7 @@ class MAPAGuide(LatentGuide):
 
     def served_model(self) -> Callable:
         """Return the model with the latent that has codes, the others hidden."""
-        return poutine.block(super().served_model(), hide_fn=self._is_other)
+        return poutine.block(FlatPriors()(super().served_model()), hide_fn=self._is_other)
 
     def _check_broadcasting(self, call: GuideCall) -> None:
         """Run the model on more codes than rows; a wrong reshape could pass on equal numbers."""

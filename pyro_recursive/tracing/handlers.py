@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import at_zero, layers
 
 # (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
@@ -154,12 +155,24 @@ def latent_weight() -> float:
 
 
 class FlatPriors(Messenger):
-    """Gives latents with improper priors, which cannot be drawn, zero in unconstrained space."""
+    """Gives latents with improper priors, which cannot be drawn, values T(u) in all plates around.
+
+    In unconstrained space u is zero, or a draw from a Cauchy distribution of a ``scale``.
+    """
+
+    def __init__(self, scale: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["value"] is None and isinstance(layers(fn)[-1], dist.ImproperUniform):
-            msg["value"], msg["done"] = at_zero(fn, biject_to(fn.support)), True
+            fn = fn.expand(torch.broadcast_shapes(outer_shape(), fn.batch_shape))
+            transform = biject_to(fn.support)
+            value = at_zero(fn, transform)
+            if self.scale:
+                value = transform(self.scale * torch.zeros_like(transform.inv(value)).cauchy_())
+            msg["value"], msg["done"] = value, True
 
 
 class SubstituteByName(Messenger):

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
 from pyro_recursive.tracing.sites import Site, SiteTable, plates_of, subsample_scale
@@ -172,6 +173,15 @@ def layout_of(
     frames = [frame for name, frame in stacks[0].items() if name in shared]
     frames.sort(key=lambda frame: frame.dim if frame.vectorized else -math.inf)
     return PlateLayout(particles, nesting, tuple(frames))
+
+
+def outer_shape() -> tuple[int, ...]:
+    """Return the batch shape of the plates around a program or site: those of particles, say."""
+    frames = [frame for frame in get_plates() if frame.vectorized]
+    shape = [1] * max((-frame.dim for frame in frames), default=0)
+    for frame in frames:
+        shape[frame.dim] = frame.size
+    return tuple(shape)
 
 
 def local_sites(structure: ProgramStructure) -> frozenset[str]:

@@ -9,19 +9,26 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, initialization
 from torch import Tensor, nn
 
 from pyro_recursive import (
+    IWAE_ELBO,
+    MAPA_ELBO,
     AmortizedGuide,
     FlowGuide,
     MAPAGuide,
     MixtureGuide,
+    RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
+    Schedule,
     SemiAmortizedGuide,
     gaps,
+    log_marginal,
 )
-from pyro_recursive.evaluation import mixture_diversity
+from pyro_recursive.evaluation import mixture_diversity, posterior_draws
+from pyro_recursive.evaluation.draws import _fits_plate
 from pyro_recursive.evaluation.search import Search
 from tests.models import small
 
@@ -416,3 +423,89 @@ def test_methods_use_a_store_that_was_loaded(make: Callable, tmp_path: Any) -> N
     assert not torch.allclose(found(), expected)
     pyro.get_param_store().load(tmp_path / "store.pt")
     torch.testing.assert_close(found(), expected)
+
+
+# --- Improper priors, with the exact posterior as guide
+
+
+def flat(x: Tensor) -> None:
+    """A flat mean of all rows, and a flat latent in each: their posteriors are normal."""
+    real = dist.ImproperUniform(constraints.real, (), ())
+    mean = pyro.sample("mean", real)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=torch.arange(float(len(x))))
+        z = pyro.sample("z", real)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def exact_flat(x: Tensor) -> tuple[Any, float]:
+    """Return the posterior as guide, and log p, where each x integrates to 1."""
+    guide = AmortizedGuide(flat, plate="data", init_loc_fn=initialization.init_to_mean)
+    guide.prepare(x)
+    with torch.no_grad():
+        guide.free_global.copy_(torch.tensor([1.5, math.log(0.25)]))
+        guide.free_local.copy_(torch.stack([x, 0 * x], -1))
+    density = dist.Normal(1.5, 0.5).log_prob(torch.arange(4.0)).sum()
+    return guide, float(density) + math.log(0.25 * math.sqrt(2 * math.pi))
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_bounds_of_models_with_improper_priors_are_exact(vectorize: bool) -> None:
+    x = torch.randn(4)
+    guide, expected = exact_flat(x)
+    options: dict[str, Any] = {"vectorize_particles": vectorize}
+    for loss in (
+        Trace_ELBO(5, max_plate_nesting=1, **options),
+        IWAE_ELBO(5, **options),
+        IWAE_ELBO(5, estimator="dreg", **options),
+        IWAE_ELBO(5, global_latents="elbo", **options),
+    ):
+        assert loss.loss(flat, guide, x) == pytest.approx(-expected, abs=1e-9)
+    found = log_marginal(flat, guide, x, num_particles=10)
+    assert float(found.sum()) == pytest.approx(expected, abs=1e-9)
+    draws = posterior_draws(flat, guide, x, num_draws=4000)
+    torch.testing.assert_close(draws["z"].mean(0), x, atol=0.08, rtol=0.0)
+    assert draws["mean"].std() == pytest.approx(0.25, rel=0.06)
+
+
+def test_a_growing_mixture_searches_beside_an_improper_prior() -> None:
+    """Two modes under a flat prior: the second component finds the one that is missing."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(9.0))
+
+    schedule = Schedule(first=100, propose=60, refine=60)
+    guide = RecursiveMixtureGuide(model, 2, schedule=schedule)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RecursiveMixture_ELBO(8))
+    for _ in range(guide.num_steps):
+        svi.step()
+    locs = sorted(c.free_global[0].item() for c in guide.components)
+    assert locs == pytest.approx([-3.0, 3.0], abs=0.2) and len(guide.members) == 2
+
+
+def test_codes_beside_an_improper_prior() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(scale * z, 1.0).to_event(1), obs=x)
+
+    guide = MAPAGuide(model, nn.Linear(1, 1), torch.randn(9, 1), init_scale=0.3)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), MAPA_ELBO())
+    assert math.isfinite(svi.step(torch.randn(4, 1)))
+    assert guide(torch.randn(3, 1))["scale"] > 0
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_improper_priors_have_a_value_for_each_sample(is_mixed: bool) -> None:
+    """So that a sum over all samples in place of the event is found."""
+
+    def model(x: Tensor) -> None:
+        b = pyro.sample("b", dist.ImproperUniform(constraints.real, (), (2,)))
+        total = b.sum() if is_mixed else b.sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(total, 1.0), obs=x)
+
+    assert _fits_plate(model, (torch.randn(3),), {}) != is_mixed

@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.infer import autoguide
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_recursive import (
     AmortizedGuide,
@@ -31,6 +32,7 @@ from pyro_recursive import (
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
+from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.sites import sites
 from tests.models import INDEX, ROWS, Row, normal, observe
 
@@ -78,13 +80,22 @@ def mixture_prior(x: Tensor) -> None:
         observe(z, x)
 
 
+def improper(x: Tensor) -> None:
+    """Flat priors, which cannot be drawn from, outside and inside the plate."""
+    loc = pyro.sample("loc", dist.ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        flat = dist.ImproperUniform(constraints.positive, (), (2,))
+        width = pyro.sample("width", flat).sum(-1)
+        pyro.sample("x", dist.Normal(loc - width, width.reciprocal()), obs=x)
+
+
 def no_guide(*args: Any) -> None:
     raise NotImplementedError
 
 
 MORE = [
     Row(model.__name__, lambda model=model: (model, no_guide))
-    for model in (supports, inner_events, series, mixture_prior)
+    for model in (supports, inner_events, series, mixture_prior, improper)
 ]
 # Rows that differ from another one in their guide alone.
 SAME_MODEL = {
@@ -148,7 +159,7 @@ class Setting:
     @cached_property
     def plate(self) -> str | None:
         """The first vectorised plate around a latent site."""
-        trace = poutine.trace(self.model).get_trace(*self.args)
+        trace = poutine.trace(FlatPriors()(self.model)).get_trace(*self.args)
         frames = (f for site in latents_in(trace).values() for f in site["cond_indep_stack"])
         return next((frame.name for frame in frames if frame.vectorized), None)
 
