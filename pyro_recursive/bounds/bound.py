@@ -24,7 +24,7 @@ class Derivatives(NamedTuple):
 class Bound(ABC):
     """A bound is the average over M estimates of one function of K log-weights.
 
-    The derivatives and the leave-one-out values below are right for any `estimate` that treats its
+    The derivatives and the replaced estimates below are right for any `estimate` that treats its
     estimates one by one, at a cost that grows as K squared; a subclass may give closed forms.
     """
 
@@ -61,14 +61,14 @@ class Bound(ABC):
         second = torch.diagonal(rows, dim1=0, dim2=2).movedim(-1, 1)
         return Derivatives(first.detach().masked_fill(dead, 0.0), second.masked_fill(dead, 0.0))
 
-    def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        """Return each estimate with log-weight k replaced by the mean of the others.
+    def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
+        """Return each estimate with log-weight k replaced by entry k of ``substitute``.
 
-        ``[M, K, *plates]`` to ``[M, K, *plates]``; entry k does not depend on sample k, which makes
-        it the control variate of VIMCO (`Variational Inference for Monte Carlo Objectives`,
-        arXiv 1602.06725).
+        ``[M, K, *plates]``, as ``substitute`` is; log-weights may have size 1 where it has more.
+        Control variates of the score function follow from it.
         """
-        others = _mean_of_others(log_weights).movedim(1, 0).unsqueeze(2)
+        log_weights, substitute = torch.broadcast_tensors(log_weights, substitute)
+        others = substitute.movedim(1, 0).unsqueeze(2)
         replaced = torch.where(_identity(log_weights).unsqueeze(1), others, log_weights)
         size = log_weights.shape[1]
         return self.estimate(replaced.flatten(0, 1)).unflatten(0, (size, -1)).movedim(0, 1)
@@ -117,11 +117,10 @@ class PowerMeans(Bound):
                 second = second + weight * (1 - order) * (share - share * share)
         return Derivatives(first, second.expand_as(log_weights))
 
-    def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        """Return `Bound.leave_one_out` at a cost linear in K."""
-        others = _mean_of_others(log_weights)
+    def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
+        """Return `Bound.replaced` at a cost linear in K."""
         return sum(  # type: ignore[return-value]
-            weight * _power_mean_replacing(log_weights, others, order)
+            weight * _power_mean_replacing(log_weights, substitute, order)
             for weight, order in self.terms
         )
 
@@ -143,9 +142,9 @@ class Pooled(Bound):
         pooled = self.bound.derivatives(log_weights.flatten(0, 1).unsqueeze(0))
         return Derivatives(*(part.reshape(log_weights.shape) for part in pooled))
 
-    def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        pooled = self.bound.leave_one_out(log_weights.flatten(0, 1).unsqueeze(0))
-        return pooled.reshape(log_weights.shape)
+    def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
+        pooled = (each.flatten(0, 1).unsqueeze(0) for each in (log_weights, substitute))
+        return self.bound.replaced(*pooled).squeeze(0).unflatten(0, log_weights.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -194,15 +193,18 @@ class Weighted(Bound):
         weights = self.weights.unsqueeze(1)
         return Derivatives(*(weights * part for part in self.bound.derivatives(log_weights)))
 
-    def leave_one_out(self, log_weights: Tensor) -> Tensor:
-        return self.weights.unsqueeze(1) * self.bound.leave_one_out(log_weights)
+    def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
+        weights = self.weights.reshape(len(log_weights), 1, *log_weights.shape[2:])
+        return weights * self.bound.replaced(log_weights, substitute)
 
 
 class Jackknife(Bound):
     """First-order jackknife of the importance-weighted bound; less biased, and no lower bound.
 
     ``K L_K - (K - 1) mean_k L_(without k)``, from `Debiasing Evidence Approximations: On
-    Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018).
+    Importance-weighted Autoencoders and Jackknife Variational Inference` (Nowozin, ICLR 2018). The
+    mean leaves out a value of -inf: where one sample alone is alive the correction would be
+    infinite.
     """
 
     def __repr__(self) -> str:
@@ -212,10 +214,31 @@ class Jackknife(Bound):
         size = log_weights.shape[1]
         if size < 2:
             raise ValueError(f"the jackknife bound needs num_particles >= 2, got {size}")
-        # Not from both ends as below: torch's second derivative of that is wrong next to -inf.
-        others = log_weights.unsqueeze(1).masked_fill(_identity(log_weights), -math.inf)
-        without = torch.logsumexp(others, 2).mean(1) - math.log(size - 1)
-        return size * _power_mean(log_weights, 0.0) - (size - 1) * without
+        without, share = self._others(log_weights)
+        mean = (share * without.masked_fill(share == 0, 0.0)).sum(1) - math.log(size - 1)
+        return size * _power_mean(log_weights, 0.0) - (size - 1) * mean
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        """Return both derivatives in closed form, at a cost linear in K."""
+        size = log_weights.shape[1]
+        without, share = self._others(log_weights)
+        weights = _normalized(log_weights, 0.0)
+        # What sample j has of the mean over k != j: exp(lw_j - without_k), and its square.
+        inverse = (-without).masked_fill(share == 0, -math.inf)
+        first = (log_weights + _log_sum_exp_of_others(inverse)).exp()
+        square = (2 * log_weights + _log_sum_exp_of_others(2 * inverse)).exp()
+        factor = (size - 1) * share.amax(1, keepdim=True)
+        return Derivatives(
+            (size * weights - factor * first) / len(log_weights),
+            (size * (weights - weights * weights) - factor * (first - square)) / len(log_weights),
+        )
+
+    @staticmethod
+    def _others(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithm of the sum of the other weights, and its share in the mean."""
+        without = _log_sum_exp_of_others(log_weights)
+        alive = (~without.isneginf()).to(log_weights)
+        return without, alive / alive.sum(1, keepdim=True).clamp_min(1)
 
 
 elbo = PowerMeans(((1.0, 1.0),))
@@ -264,13 +287,12 @@ def _identity(log_weights: Tensor) -> Tensor:
     return diagonal.reshape(size, size, *[1] * (log_weights.dim() - 2))
 
 
-def _mean_of_others(log_weights: Tensor) -> Tensor:
-    """Return the mean of the other K - 1 log-weights for each sample, ``[M, K, *plates]``."""
-    dead = log_weights.isneginf()
-    finite = log_weights.masked_fill(dead, 0.0)
-    mean = (finite.sum(1, keepdim=True) - finite) / (log_weights.shape[1] - 1)
-    other_is_dead = dead.sum(1, keepdim=True) - dead.long() > 0
-    return mean.masked_fill(other_is_dead, -math.inf)
+def sum_of_others(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the sum over some dims without the own entry; -inf where another entry is."""
+    dead = tensor.isneginf()
+    finite = tensor.masked_fill(dead, 0.0)
+    total, dead_total = finite.sum(dims, keepdim=True), dead.sum(dims, keepdim=True)
+    return (total - finite).masked_fill(dead_total - dead.long() > 0, -math.inf)
 
 
 def _log_sum_exp_of_others(log_weights: Tensor) -> Tensor:
@@ -303,8 +325,8 @@ def _normalized(log_weights: Tensor, order: float) -> Tensor:
 
 
 def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float) -> Tensor:
-    if order == 1:  # the mean with one entry replaced by the mean of the others is that mean
-        return substitute
+    if order == 1:
+        return (sum_of_others(log_weights, (1,)) + substitute) / log_weights.shape[1]
     power = 1 - order
     total = torch.logaddexp(_log_sum_exp_of_others(power * log_weights), power * substitute)
     return (total - math.log(log_weights.shape[1])) / power

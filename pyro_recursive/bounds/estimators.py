@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_recursive.bounds.bound import Bound, Derivatives
+from pyro_recursive.bounds.bound import Bound, Derivatives, sum_of_others
 
-__all__ = ["ESTIMATORS", "Coefficients", "Estimator"]
+__all__ = ["ESTIMATORS", "Coefficients", "Estimator", "Share"]
 
 
 class Coefficients(NamedTuple):
@@ -37,6 +37,18 @@ class Coefficients(NamedTuple):
     score_rest: Tensor | None = None
 
 
+class Share(NamedTuple):
+    """The log-weights ``[M, K, *plates]``, and the part ``cost`` of each that a site decides.
+
+    ``cost`` is downstream of the site in each entry of its plates, which may be more than those of
+    the log-weights (there of size 1); ``rest`` is the log-weight without it.
+    """
+
+    log_weights: Tensor
+    cost: Tensor
+    rest: Tensor
+
+
 @dataclass(frozen=True)
 class Estimator:
     """A row of the table: the treatment of reparameterised sites, and of all the others.
@@ -49,7 +61,7 @@ class Estimator:
 
     name: str
     coefficients: Callable[[Derivatives], Coefficients]
-    signal: Callable[[Bound, Tensor], Tensor] | None = None
+    signal: Callable[[Bound, Share], Tensor] | None = None
     replay: Literal["none", "paths", "values"] = "paths"
     min_particles: int = 1
     wake: bool = False
@@ -66,7 +78,7 @@ class Estimator:
             table = self.coefficients(derivatives)
             if self.signal is None:
                 return table
-            signal = self.signal(bound, log_weights)
+            signal = self.signal(bound, Share(log_weights, log_weights, log_weights.new_zeros(())))
             return table._replace(score=signal - derivatives.first, score_rest=signal)
 
 
@@ -99,22 +111,33 @@ def doubly_reparameterized_wake(derivatives: Derivatives) -> Coefficients:
     return Coefficients(path=derivatives.second, density=None)
 
 
-def plain_signal(bound: Bound, log_weights: Tensor) -> Tensor:
-    """Return each estimate's own value as the signal of its K samples."""
-    return _alive(bound.estimate(log_weights)).unsqueeze(1).expand_as(log_weights) / len(
-        log_weights
-    )
+def plain_signal(bound: Bound, share: Share) -> Tensor:
+    """Return the value of each estimate less its value without the sample's own cost."""
+    return _difference(bound, share.log_weights, share.rest)
 
 
-def vimco_signal(bound: Bound, log_weights: Tensor) -> Tensor:
-    """Return each estimate's value minus its leave-one-out value (VIMCO, arXiv 1602.06725)."""
-    values, baseline = bound.estimate(log_weights), bound.leave_one_out(log_weights)
-    return (_alive(values).unsqueeze(1) - _alive(baseline)) / len(log_weights)
+def vimco_signal(bound: Bound, share: Share) -> Tensor:
+    """Return the value less that with the mean cost of the others (VIMCO, arXiv 1602.06725)."""
+    return _difference(bound, share.log_weights, share.rest + _mean_of_others(share.cost))
 
 
-def _alive(values: Tensor) -> Tensor:
-    """Return zero where all samples are dead: there is nothing to learn from."""
-    return values.masked_fill(values.isneginf(), 0.0)
+def _difference(bound: Bound, log_weights: Tensor, substitute: Tensor) -> Tensor:
+    """Return what each sample's score is multiplied by; zero where all samples are dead.
+
+    A constant times the score has mean zero. With 1 / (M K), equal weights give no noise.
+    """
+    values = bound.estimate(log_weights).unsqueeze(1)
+    others = bound.replaced(log_weights, substitute.expand_as(log_weights + substitute))
+    difference = (values - others.masked_fill(others.isneginf(), 0.0)) / len(values)
+    constant = 1 / log_weights.shape[:2].numel()
+    return (difference + constant).masked_fill(values.isneginf(), 0.0)
+
+
+def _mean_of_others(cost: Tensor) -> Tensor:
+    """Return the mean over the other samples that are alive, 0 without any: ``[M, K, *plates]``."""
+    dead = cost.isneginf()
+    alive = sum_of_others((~dead).to(cost), (1,))
+    return sum_of_others(cost.masked_fill(dead, 0.0), (1,)) / alive.clamp_min(1.0)
 
 
 ESTIMATORS = {

@@ -15,7 +15,7 @@ from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_likelihood, check_runs
+from pyro_recursive.tracing.compatibility import check_global_elbo, check_likelihood, check_runs
 from pyro_recursive.tracing.densities import Densities, densities
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
@@ -31,13 +31,15 @@ class Evaluation(NamedTuple):
     """One evaluation of a bound: its runs and their densities.
 
     ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
-    ``global_latents="elbo"``.
+    ``global_latents="elbo"``. ``independent`` are plates of score-handled sites beyond those of the
+    weights, whose entries are independent given all else.
     """
 
     bound: Bound
     runs: list[ParticleRun]
     local: Densities
     shared: Densities | None
+    independent: frozenset[str] = frozenset()
 
 
 class LogWeightELBO(ELBO):
@@ -140,7 +142,10 @@ class LogWeightELBO(ELBO):
         if self.global_latents == "elbo":
             structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
-            options["shared"] = frozenset(structure.guide) - local
+            if check_global_elbo(structure, local, shape[1]):
+                options["shared"] = frozenset(structure.guide) - local
+            else:
+                structure = local = None  # with one sample both are the ELBO
         particles, runs = run_particles(
             program,
             *shape,
@@ -162,7 +167,11 @@ class LogWeightELBO(ELBO):
         if local is not None:
             outside = frozenset(record.name for record in tables[0].records) - local
             shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
-        return Evaluation(self.bound, runs, in_weights, shared)
+        independent = frozenset[str]()
+        inside = {name for r in tables[0].guide if r.group == "score" for name in r.row_plates}
+        if not inside <= layout.names:
+            independent = structure_of(program).independent
+        return Evaluation(self.bound, runs, in_weights, shared, independent)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
         local, shared = evaluation.local, evaluation.shared
@@ -181,10 +190,15 @@ class LogWeightELBO(ELBO):
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         """Return a scalar whose gradient is the estimator's, for ascent."""
-        bound, runs, local, shared = evaluation
-        total = local.layout.scale * surrogate(runs, local, bound, self.estimator)
+        bound, runs, local, shared, independent = evaluation
+        total = local.layout.scale * surrogate(
+            runs, local, bound, self.estimator, independent=independent
+        )
         if shared is not None:
-            total = total + shared.layout.scale * global_surrogate(runs, shared)
+            values = _per_estimate(bound, local, shared)
+            total = total + shared.layout.scale * global_surrogate(
+                runs, shared, values, self.estimator
+            )
         return total
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
@@ -198,6 +212,16 @@ def warn_if_infinite(bounds: Tensor) -> None:
             f"The bound is -inf at plate indices {dead.nonzero().tolist()[:5]}: the model's "
             "density is 0 at the guide's samples."
         )
+
+
+def _per_estimate(bound: Bound, local: Densities, shared: Densities) -> Tensor:
+    """Return the value of each estimate, ``[M]``; one where the bound pools them."""
+    inside = bound.estimate(local.log_weights)
+    outside = shared.log_weights.mean(1)
+    if len(inside) < len(outside):
+        outside = outside.mean(0, keepdim=True)
+    scaled = local.layout.scale * inside, shared.layout.scale * outside
+    return sum(each.reshape(len(each), -1).sum(1) for each in scaled)  # type: ignore[return-value]
 
 
 def _estimator(estimator: str | Estimator) -> Estimator:

@@ -4,13 +4,15 @@ With ``z`` a sample of the guide and ``s`` its stand-in, the surrogate of one da
 
     sum_k  c_k log p(x, s_k) + density_k log q(s_k) + score_k log q_score(s_k) + <v_k, z_k>
 
+where the score has a coefficient for each entry of a site's own plates.
 The gradient that reaches a stand-in through log p arrives as ``c`` times the derivative and leaves
 towards ``z`` multiplied by ``path / c``. ``v`` adds what log q contributes along the path and takes
 away what leaked through the stand-ins. So theta, the densities and the paths each get their own
 coefficient from one backward pass through the model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -18,33 +20,62 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.bounds.bound import Bound, Pooled, elbo
-from pyro_recursive.bounds.estimators import ESTIMATORS, Coefficients, Estimator
+from pyro_recursive.bounds.estimators import ESTIMATORS, Coefficients, Estimator, Share
 from pyro_recursive.tracing.densities import Densities
+from pyro_recursive.tracing.downstream import ScoreGroup, score_groups
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, sites
 
 HUGE = 1e30  # nats; a log-density beyond is infinite
 
 
+class Scored(NamedTuple):
+    """Score-handled sites in the same plates, and what multiplies their density and its rest.
+
+    Coefficients are ``[M, K, *plates]`` without a graph; None for zero.
+    """
+
+    group: ScoreGroup
+    coefficient: Tensor | None
+    rest: Tensor | None
+
+
 def surrogate(
-    runs: Sequence[ParticleRun], local: Densities, bound: Bound, estimator: Estimator
+    runs: Sequence[ParticleRun],
+    local: Densities,
+    bound: Bound,
+    estimator: Estimator,
+    *,
+    independent: Container[str] = (),
+    signal: Tensor | None = None,
 ) -> Tensor:
-    """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``."""
+    """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``.
+
+    ``independent`` names plates whose entries are independent given all else. A ``signal`` of
+    shape ``[M, K, *plates]`` replaces the estimator's.
+    """
     log_weights, is_split = local.log_weights, bound.is_split
     is_scored = local.score is not None and local.score.requires_grad
-    if is_scored and estimator.signal is None and estimator.replay != "values":
-        raise NotImplementedError(
-            f"Guide site '{_first_score_site(runs)}' is not reparameterised, so "
-            f"estimator='{estimator.name}' has no gradient for it: use 'vimco' or 'dreg+vimco'."
-        )
+    if is_scored and signal is None and estimator.signal is None and estimator.replay != "values":
+        raise _no_gradient(runs, local, estimator)
     if estimator.wake:
         _refuse_moving_deltas(runs)
     if is_split or estimator.wake:
         _refuse_shared_parameters(runs, local)
     guide_bound = bound.guide
-    derivatives = guide_bound.derivatives(log_weights)
-    table = estimator(guide_bound, log_weights, derivatives)
+    with torch.no_grad():
+        derivatives = guide_bound.derivatives(log_weights)
+        table = estimator.coefficients(derivatives)
     guide = model = derivatives.first
+    scored = []
+    for group in score_groups(local, independent if estimator.signal else ()):
+        found = signal
+        if found is None and estimator.signal is not None:
+            found = group.signal(estimator, guide_bound, log_weights)
+        if found is None:
+            scored.append(Scored(group, table.score, table.score_rest))
+        else:
+            scored.append(Scored(group, found - group.spread(guide), found))
     if is_split:
         model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
         _scale(local, (path for run in runs for path in run.model_cuts), ratio)
@@ -53,32 +84,41 @@ def surrogate(
         core = [(model, local.reparameterized)]  # one coefficient for all of it
     else:
         core = [(model, local.model), (-guide, local.jacobian), (table.density, local.density)]
-    total = _weighted_sum(
-        *core,
-        (table.score, local.score),
-        (table.density_rest, local.density_rest),
-        (table.score_rest, local.score_rest),
-    )
-    return torch.as_tensor(total + _along_paths(local, _cuts_in(runs, local), table, guide))
+    for each in scored:
+        core += [(each.coefficient, each.group.score), (each.rest, each.group.rest)]
+    total = _weighted_sum(*core, (table.density_rest, local.density_rest))
+    return torch.as_tensor(total + _along_paths(local, _cuts_in(runs, local), table, guide, scored))
 
 
-def global_surrogate(runs: Sequence[ParticleRun], shared: Densities) -> Tensor:
+def global_surrogate(
+    runs: Sequence[ParticleRun], shared: Densities, values: Tensor, estimator: Estimator
+) -> Tensor:
     """Return a scalar with the gradient of the ELBO terms of the global latents.
 
     Where the local sites are replayed, the score of the global density is dropped as well: its
-    expectation is zero.
+    expectation is zero. All data are downstream of a site that is not reparameterised, so that its
+    signal is the value of the whole estimate, of ``values`` ``[M]``.
     """
+    signal = None
     if shared.score is not None and shared.score.requires_grad:
-        name = _first_score_site(runs)
-        raise NotImplementedError(
-            f"global_latents='elbo' needs reparameterised global latents, and '{name}' is not."
-        )
-    estimator = ESTIMATORS["stl" if _cuts_in(runs, shared) else "pathwise"]
-    return surrogate(runs, shared, Pooled(elbo), estimator)
+        if estimator.signal is None:
+            raise _no_gradient(runs, shared, estimator)
+        M, K = shared.log_weights.shape[:2]
+        row = values.unsqueeze(0) / shared.layout.scale
+        with torch.no_grad():
+            found = estimator.signal(elbo, Share(row, row, torch.zeros_like(row)))
+        found = (found.squeeze(0) / K).to(shared.score).expand(M)
+        signal = found.reshape(M, *[1] * len(shared.layout.shape), 1)
+    own = ESTIMATORS["stl" if _cuts_in(runs, shared) else "pathwise"]
+    return surrogate(runs, shared, Pooled(elbo), own, signal=signal)
 
 
 def _along_paths(
-    dens: Densities, paths: list[GradientCut], table: Coefficients, guide: Tensor
+    dens: Densities,
+    paths: list[GradientCut],
+    table: Coefficients,
+    guide: Tensor,
+    scored: list[Scored],
 ) -> Tensor | float:
     """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
     if not paths:
@@ -86,19 +126,23 @@ def _along_paths(
     along = torch.zeros_like(guide) if table.path is None else table.path
     guide, ratio = _ratio(along, guide)
     _scale(dens, paths, ratio)
-    zero = torch.zeros_like(ratio)
-    score = zero if table.score is None else table.score
-    outputs, weights = [], []
     # What multiplies each part of log q, and what its derivative sends up the path.
-    for log_q, own, upstream in (
-        (dens.density, table.density, -along),
-        (dens.score, table.score, score - along),
-        (dens.density_rest, table.density_rest, zero),
-        (dens.score_rest, table.score_rest, score),
-    ):
+    zero = torch.zeros_like(ratio)
+    parts = [
+        (dens.density, ratio, table.density, -along),
+        (dens.density_rest, ratio, table.density_rest, zero),
+    ]
+    for group, coefficient, rest in scored:
+        score = group.spread(zero) if coefficient is None else coefficient
+        spread = group.spread(ratio)
+        parts.append((group.score, spread, coefficient, score - group.spread(along)))
+        parts.append((group.rest, spread, rest, score))
+    outputs, weights = [], []
+    for log_q, factor, own, upstream in parts:
         if log_q is not None and log_q.requires_grad:
+            weight = upstream if own is None else upstream - factor * own
             outputs.append(log_q)
-            weights.append(upstream if own is None else upstream - ratio * own)
+            weights.append(weight.expand_as(log_q))
     if not outputs:
         return 0.0
     derivatives = torch.autograd.grad(
@@ -160,8 +204,18 @@ def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
     return [cut for cut in cuts if cut.site["name"] in dens.names]
 
 
-def _first_score_site(runs: Sequence[ParticleRun]) -> str:
-    return next(record.name for record in runs[0].table.guide if record.group == "score")
+def _no_gradient(
+    runs: Sequence[ParticleRun], dens: Densities, estimator: Estimator
+) -> NotImplementedError:
+    name = next(
+        record.name
+        for record in runs[0].table.guide
+        if record.group == "score" and (dens.names is None or record.name in dens.names)
+    )
+    return NotImplementedError(
+        f"Guide site '{name}' is not reparameterised, so estimator='{estimator.name}' has no "
+        "gradient for it: use 'vimco' or 'dreg+vimco'."
+    )
 
 
 def _refuse_moving_deltas(runs: Sequence[ParticleRun]) -> None:

@@ -12,8 +12,15 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_recursive.tracing.handlers import ComponentIndex
-from pyro_recursive.tracing.plates import PlateLayout
-from pyro_recursive.tracing.sites import Site, SiteRecord, SiteTable, is_delta, layers
+from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, data_plates
+from pyro_recursive.tracing.sites import (
+    PlateDependence,
+    Site,
+    SiteRecord,
+    SiteTable,
+    is_delta,
+    layers,
+)
 
 
 def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: bool) -> None:
@@ -23,7 +30,9 @@ def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: b
     if not is_linear:
         if any(record.is_subsampled for record in tables[0].records):
             check_subsampling(tables[0], layout)
-        if not layout.plates:
+        if tables[0].coupled:
+            _warn_if_coupled(tables[0])
+        elif not layout.plates:
             _warn_if_joint(tables[0])
 
 
@@ -54,6 +63,29 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
             )
         if check_shapes:
             _check_shapes(one, other, max_plate_nesting)
+
+
+def check_global_elbo(
+    structure: ProgramStructure, local: frozenset[str], num_particles: int
+) -> bool:
+    """Return whether global and local sites can be separated.
+
+    They cannot where the density of a global site depends on local latents, as far as a test shows;
+    with several samples that raises.
+    """
+    for plate in sorted(data_plates(structure.model.values()) & structure.dependence.keys()):
+        outside = structure.dependence[plate].outside.items()
+        name, where = next(((n, w) for n, w in outside if n not in local), (None, None))
+        if name is None:
+            continue
+        if num_particles == 1:
+            return False
+        raise ValueError(
+            f"The density of '{name}', outside plate '{plate}', depends on latents inside it (in "
+            f"the {where}), so this value could exceed log p(x). Sample '{name}' before the plate, "
+            "or use global_latents='joint'."
+        )
+    return True
 
 
 def check_latent(guide: Iterable[Site]) -> None:
@@ -190,9 +222,13 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
     found = half_subsampled(table, layout)
     if found is not None:
         frame, outside = found
+        problem = f"does not enclose site '{outside}'. Use global_latents='elbo', full data, or"
+        if frame.name in table.coupled:
+            site = table.coupled[frame.name]
+            problem = f"the density of '{site}' in one entry depends on others. Use full data or"
         raise ValueError(
-            f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but does "
-            f"not enclose site '{outside}'. Use global_latents='elbo', full data, or Trace_ELBO."
+            f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but {problem} "
+            "Trace_ELBO."
         )
 
 
@@ -202,8 +238,18 @@ def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | 
         if record.is_subsampled:
             for name, frame in record.plates.items():
                 if name not in layout.names and frame.full_size not in (None, frame.size):
-                    return frame, next(r.name for r in table.records if name not in r.plates)
+                    return frame, next(r.name for r in table.records if name not in r.row_plates)
     return None
+
+
+def _warn_if_coupled(table: SiteTable) -> None:
+    for name, site in table.coupled.items():
+        if all(name in record.plates for record in table.records):
+            warnings.warn(
+                f"Entries of plate '{name}' are coupled: the density of '{site}' in one depends on "
+                "latents of others. All share one joint weight.",
+                stacklevel=5,
+            )
 
 
 def _warn_if_joint(table: SiteTable) -> None:
@@ -217,14 +263,18 @@ def _warn_if_joint(table: SiteTable) -> None:
             outside = [other.name for other in (*latent, *table.model) if name not in other.plates]
             if not outside:
                 cause = ", over which the guide has one density"
-                remedy = "Give the guide plate= or an encoder"
+                remedy = " Give the guide plate= or an encoder."
             else:
                 cause = f" but not '{outside[0]}'"
                 is_global = any(other.name == outside[0] for other in latent)
-                remedy = "Use global_latents='elbo'" if is_global else "Put that site in the plate"
+                remedy = (
+                    " Use global_latents='elbo'." if is_global else " Put that site in the plate."
+                )
+            if table.dependence.get(name, PlateDependence()).outside:
+                remedy = ""  # that would be refused
             warnings.warn(
                 f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
-                f"entries share one joint weight. {remedy}.",
+                f"entries share one joint weight.{remedy}",
                 stacklevel=5,
             )
             return

@@ -27,7 +27,8 @@ class Densities:
     ``model`` is log p; ``density``, ``score`` and ``jacobian`` together are log q: of the
     reparameterised sites, of the other sampled ones, and of what is computed from them. Scales and
     masks are in these; ``density_rest`` and ``score_rest`` are what they took away from the density
-    that the samples come from. ``names`` are the sites that were asked for, None for all.
+    that the samples come from. ``names`` are the sites that were asked for, None for all; ``terms``
+    are the sites' own log-densities where some are score-handled.
     """
 
     layout: PlateLayout
@@ -38,6 +39,7 @@ class Densities:
     density_rest: Tensor | None = None
     score_rest: Tensor | None = None
     names: frozenset[str] | None = None
+    terms: "Terms | None" = None
 
     @cached_property
     def reparameterized(self) -> Tensor:
@@ -73,7 +75,7 @@ def densities(
             if only is None or record.name in only:
                 _add(record, layout, terms, number)
     tensors = {name: layout.gather(group) if any(group) else None for name, group in terms.items()}
-    return Densities(layout, **tensors, names=only)
+    return Densities(layout, **tensors, names=only, terms=terms if any(terms["score"]) else None)
 
 
 def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> None:

@@ -6,7 +6,7 @@ datum, usually) has its own K weights. Every other plate is summed.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,13 @@ import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
-from pyro_recursive.tracing.sites import Site, SiteTable, plates_of, subsample_scale
+from pyro_recursive.tracing.sites import (
+    PlateDependence,
+    Site,
+    SiteTable,
+    plates_of,
+    subsample_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class ProgramStructure:
     run. ``misfit`` says why its sites do not fit together; handlers around a call may change that.
     ``mode`` is how many samples run, None until it is chosen, and ``cause`` why it is not the plate
     (`tracing.choice`).
+    ``dependence`` has the plates whose entries were tested for independence.
     """
 
     max_plate_nesting: int
@@ -56,6 +63,12 @@ class ProgramStructure:
     misfit: Exception | None = None
     mode: Mode | None = None
     cause: str = ""
+    dependence: dict[str, PlateDependence] = field(default_factory=dict)
+
+    @cached_property
+    def independent(self) -> frozenset[str]:
+        """The plates whose entries are independent given what is outside."""
+        return frozenset(name for name, found in self.dependence.items() if not found)
 
 
 def structure_in(table: SiteTable) -> ProgramStructure:
@@ -100,6 +113,11 @@ class PlateLayout:
     @cached_property
     def sequential(self) -> tuple[str, ...]:
         return tuple(frame.name for frame in self.plates if not frame.vectorized)
+
+    def within(self, frames: Iterable[Any]) -> "PlateLayout":
+        """Return the layout of these plates, which are at least its own."""
+        others = [frame for frame in frames if frame.name not in self.names]
+        return PlateLayout(self.particles, self.max_plate_nesting, _in_order(self.plates, others))
 
     def cell(self, site: Site) -> tuple[int, ...]:
         """Return the site's iteration of each shared sequential plate.
@@ -171,8 +189,12 @@ def layout_of(
         return PlateLayout(particles, nesting, ())
     shared = set.intersection(*map(set, stacks))
     frames = [frame for name, frame in stacks[0].items() if name in shared]
-    frames.sort(key=lambda frame: frame.dim if frame.vectorized else -math.inf)
-    return PlateLayout(particles, nesting, tuple(frames))
+    return PlateLayout(particles, nesting, _in_order(frames))
+
+
+def _in_order(*frames: Iterable[Any]) -> tuple[Any, ...]:
+    every = itertools.chain(*frames)
+    return tuple(sorted(every, key=lambda each: each.dim if each.vectorized else -math.inf))
 
 
 def outer_shape() -> tuple[int, ...]:
@@ -186,9 +208,14 @@ def outer_shape() -> tuple[int, ...]:
 
 def local_sites(structure: ProgramStructure) -> frozenset[str]:
     """Return the names of the sites inside a plate that encloses every observed site."""
-    observed = [set(plates_of(site)) for site in structure.model.values() if site["is_observed"]]
-    data_plates = set.intersection(*observed) if observed else set()
-    if not data_plates:
+    enclosing = data_plates(structure.model.values())
+    if not enclosing:
         raise ValueError("global_latents='elbo' needs a plate that encloses every observed site.")
     everything = [*structure.model.values(), *structure.guide.values()]
-    return frozenset(site["name"] for site in everything if data_plates & set(plates_of(site)))
+    return frozenset(site["name"] for site in everything if enclosing & set(plates_of(site)))
+
+
+def data_plates(model: Iterable[Site]) -> set[str]:
+    """Return the plates that enclose every observed site of a model."""
+    observed = [set(plates_of(site)) for site in model if site["is_observed"]]
+    return set.intersection(*observed) if observed else set()

@@ -217,6 +217,10 @@ def _draw(
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
         runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))
+    if count > 1 or any(record.group == "score" for record in runs[0].table.guide):
+        dependence = structure_of(program).dependence
+        for run in runs:
+            run.table.note(dependence)
     return runs
 
 

@@ -1,7 +1,7 @@
 """The sample sites of traces: their kinds, plates, scales and masks."""
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
@@ -38,11 +38,30 @@ class SiteRecord:
     is_subsampled: bool
 
 
+@dataclass(frozen=True)
+class PlateDependence:
+    """What depends on latents inside a plate and may not: nothing, if its entries are independent.
+
+    ``outside`` are sites outside the plate, each "model" or "guide"; ``coupled`` are sites inside
+    whose density in one entry depends on latents of another.
+    """
+
+    outside: dict[str, str] = field(default_factory=dict)
+    coupled: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.outside or self.coupled)
+
+    def __or__(self, other: "PlateDependence") -> "PlateDependence":
+        return PlateDependence({**self.outside, **other.outside}, (*self.coupled, *other.coupled))
+
+
 class SiteTable:
     """The sites of a pair of traces, found in one pass.
 
     ``model`` and ``guide`` have the sites with a density; ``nesting`` is how many dims to the right
-    the plates of both traces use, the particle plate aside.
+    the plates of both traces use, the particle plate aside. ``dependence`` has the plates whose
+    entries were tested for independence.
     """
 
     def __init__(self, model: poutine.Trace, guide: poutine.Trace) -> None:
@@ -80,6 +99,20 @@ class SiteTable:
                     SiteRecord(name, site, group, plates, rows, sizes, is_masked, is_subsampled)
                 )
         self.records = [*self.model, *self.guide]
+        self.dependence: dict[str, PlateDependence] = {}
+
+    def note(self, dependence: dict[str, PlateDependence]) -> None:
+        """Note what is known of plates: entries that depend on each other are no rows."""
+        self.dependence = dependence
+        for record in self.records if self.coupled else ():
+            rows = record.row_plates.items()
+            record.row_plates = {name: frame for name, frame in rows if name not in self.coupled}
+
+    @property
+    def coupled(self) -> dict[str, str]:
+        """The plates whose entries depend on each other, and a site that shows it."""
+        found = self.dependence.items()
+        return {name: each.coupled[0] for name, each in found if each.coupled}
 
 
 def sites(*traces: poutine.Trace) -> list[Site]:

@@ -1,6 +1,8 @@
 """Values and derivatives of the bounds, against quadrature, autograd and exact identities."""
 
+import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -71,16 +73,20 @@ def test_derivatives_are_slopes(bound: bounds.Bound) -> None:
 
 
 @members
-def test_leave_one_out_replaces_by_the_mean_of_the_others(bound: bounds.Bound) -> None:
-    lw = log_weights(1 if isinstance(bound, bounds.Pooled) else 2, 4, 3)
-    expected = torch.empty_like(lw)
-    for k in range(4):
-        replaced = lw.clone()
-        replaced[:, k] = (lw.sum(1) - lw[:, k]) / 3
-        expected[:, k] = bound.guide.estimate(replaced)
-    torch.testing.assert_close(bound.guide.leave_one_out(lw), expected)
+@pytest.mark.parametrize("more", [(), (2,)])
+def test_replaced(bound: bounds.Bound, more: tuple[int, ...]) -> None:
+    """Against one estimate after another; the substitute may be larger than the log-weights."""
+    bound = bound.guide
+    lw = log_weights(2, 4, 3, *[1] * len(more))
+    substitute = log_weights(2, 4, 3, *more)
+    expected = torch.empty_like(substitute)
+    for m, k in itertools.product(range(2), range(4)):
+        changed = lw.expand_as(substitute).clone()
+        changed[m, k] = substitute[m, k]
+        expected[m, k] = bound.estimate(changed)[0 if isinstance(bound, bounds.Pooled) else m]
+    torch.testing.assert_close(bound.replaced(lw, substitute), expected)
     if not isinstance(bound, bounds.Pooled):  # which does not treat its estimates one by one
-        torch.testing.assert_close(bounds.Bound.leave_one_out(bound.guide, lw), expected)
+        torch.testing.assert_close(bounds.Bound.replaced(bound, lw, substitute), expected)
 
 
 @members
@@ -126,7 +132,7 @@ def test_constant_weights_give_the_constant(bound: bounds.Bound) -> None:
     torch.testing.assert_close(bound(lw), lw[0, 0])
 
 
-@pytest.mark.parametrize("name", ["iwae", "piwae", "renyi"])
+@pytest.mark.parametrize("name", ["iwae", "piwae", "renyi", "jackknife"])
 def test_dead_samples(name: str) -> None:
     bound = MEMBERS[name]
     lw = log_weights(2, 3, 4)
@@ -143,7 +149,46 @@ def test_dead_samples(name: str) -> None:
 def test_large_weights_do_not_overflow() -> None:
     lw = torch.tensor([[900.0, 100.0, -900.0]])
     assert bounds.iwae(lw).item() == pytest.approx(900 - math.log(3))
-    assert bounds.iwae.leave_one_out(lw).isfinite().all()
+    assert bounds.iwae.replaced(lw, lw - 50).isfinite().all()
+
+
+def test_the_jackknife_of_dead_samples() -> None:
+    """A leave-one-out value of -inf has no part; without any sample alive the value is -inf."""
+    dead = -math.inf
+    lw = torch.tensor([[0.0, dead], [dead, dead], [1.0, dead], [0.5, 0.5]])
+    expected = [-2 * math.log(2), dead, 1 - 2 * math.log(2), 0.5]
+    assert bounds.jackknife.estimate(lw).tolist() == pytest.approx(expected)
+    whole = torch.tensor([0.3, -0.4]).logsumexp(0).item()
+    mean = (whole - 0.4 + 0.3) / 3 - math.log(2)  # without each of three, one of them dead
+    value = bounds.jackknife(torch.tensor([[0.3, dead, -0.4]])).item()
+    assert value == pytest.approx(3 * (whole - math.log(3)) - 2 * mean)
+    for each in bounds.jackknife.derivatives(lw):
+        assert each.isfinite().all() and not each[lw.isneginf()].any()
+
+
+def test_derivatives_of_the_jackknife_beside_a_dead_sample() -> None:
+    """A dead sample among four is a constant: the others' derivatives are those of three."""
+    lw = log_weights(2, 4, 3)
+    lw[0, 1, 2] = -math.inf
+    first, second = bounds.jackknife.derivatives(lw)
+    step = 1e-4
+    for k in (0, 2, 3):
+        move = torch.zeros_like(lw)
+        move[0, k, 2] = step
+        up, down, here = (bounds.jackknife(lw + sign * move).sum() for sign in (1, -1, 0))
+        slope, bend = (up - down) / (2 * step), (up - 2 * here + down) / step**2
+        assert first[0, k, 2].item() == pytest.approx(slope.item(), abs=1e-6)
+        assert second[0, k, 2].item() == pytest.approx(bend.item(), abs=1e-5)
+
+
+def test_the_cost_of_the_jackknife() -> None:
+    """Linear in K: 100,000 samples have no table of pairs, which would have 10^10 entries."""
+    lw = log_weights(1, 100_000)
+    begin = time.perf_counter()
+    first, second = bounds.jackknife.derivatives(lw)
+    value = bounds.jackknife(lw)
+    assert time.perf_counter() - begin < 1
+    assert value.isfinite() and first.sum().item() == pytest.approx(1) and second.isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])

@@ -127,7 +127,7 @@ REFUSALS = [
         ("enumerated_in_model", enumerated, empty_guide, "Site 'k' is to be enumerated"),
         ("enumerated_in_guide", enumerated, enumerated_guide, "Site 'k' is to be enumerated"),
         ("no_data_plate", two_data_sets, two_data_sets_guide, "elbo' needs a plate", ELBO),
-        ("discrete_global", discrete_global, discrete_global_guide, "needs repar", VIMCO | ELBO),
+        ("discrete_global", discrete_global, discrete_global_guide, "'k' is not repar", ELBO),
         ("missing_in_guide", local, empty_guide, "Model site 'z' is latent and the guide"),
         ("missing_in_model", local, extra_site_guide, "'extra' is no latent site of the model"),
         ("latent_observed", local, guide_of(obs=torch.zeros(4)), "Guide site 'z' is observed"),

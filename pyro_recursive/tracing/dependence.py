@@ -1,0 +1,236 @@
+"""Whether the entries of a plate are independent given what is outside: found by swapping values.
+
+Some of a plate's entries get other values of their latents, then the others. No density outside
+the plate may change, in model or guide, nor that of an entry which keeps its values. This is a
+test: it finds what these values show, and may miss a dependence.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_recursive.tracing.handlers import ComponentIndex
+from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.plates import data_plates
+from pyro_recursive.tracing.sites import (
+    PlateDependence,
+    Site,
+    SiteRecord,
+    SiteTable,
+    independent_plates_of,
+    is_delta,
+    layers,
+    plates_of,
+    sites,
+)
+
+if TYPE_CHECKING:
+    from pyro_recursive.tracing.program import Program
+
+PARTS_IF_DISCRETE = 4  # a step function of the latents may have the same value after one swap
+
+Density = tuple[Site, list[tuple[Tensor, int]]]  # tensors, each with its number of event dims
+
+
+@torch.no_grad()
+def dependence_in(program: "Program", table: SiteTable) -> dict[str, PlateDependence]:
+    """Return what depends on the latents inside plates; a plate that cannot be tested is left out.
+
+    Tested are the plates that enclose all sites, those that enclose all data, and those of sites
+    that are not reparameterised. Batch normalisation runs in eval mode, as it would couple the rows
+    of any minibatch.
+    """
+    found = {}
+    names = _plates_to_test(table)
+    if not names:
+        return {}
+    with _batch_norm_in_eval_mode():
+        try:
+            swaps = _Swaps(program, table)
+        except Exception:  # a program that cannot be replayed says so itself, when it is run
+            return {}
+        for name in names:
+            try:
+                result = swaps.dependence(name)
+            except Exception:  # other values may be impossible
+                continue
+            if result is not None:
+                found[name] = result
+    return found
+
+
+def _plates_to_test(table: SiteTable) -> list[str]:
+    latents = [record for record in table.guide if not record.site["is_observed"]]
+    stacks = [set(record.row_plates) for record in table.records]
+    enclosing = set.intersection(*stacks) if stacks else set()
+    scored = {name for record in latents if record.group == "score" for name in record.row_plates}
+    inside = {name for record in latents for name in record.plates}
+    return sorted((enclosing | scored | data_plates(r.site for r in table.model)) & inside)
+
+
+class _Swaps:
+    """Runs of a program on the values of one guide run, some of them replaced."""
+
+    def __init__(self, program: "Program", table: SiteTable) -> None:
+        self.program, self.guide = program, table.traces[1]
+        self.latents = [record for record in table.guide if not record.site["is_observed"]]
+        # Not the values themselves: transforms remember those, and need not invert them.
+        self.values = {r.name: r.site["value"].clone() for r in self.latents}
+        self.state = random_state()
+        self.before = self._densities(self.values)
+
+    def dependence(self, plate: str) -> PlateDependence | None:
+        """Return what depends on latents in a plate; None where runs cannot be compared."""
+        inside = [record for record in self.latents if plate in record.plates]
+        drawn = self._drawn_again(inside)
+        discrete = any(
+            r.group == "score" and not isinstance(r.site["fn"], ComponentIndex) for r in inside
+        )
+        # A generator of its own, as all runs start from one random state.
+        random = torch.Generator().manual_seed(0)
+        found = PlateDependence()
+        for is_swapped in _parts(inside[0].plates[plate].size, discrete, random):
+            swapped = {}
+            for record in inside:
+                other = _other_value(record.site, drawn[record.name], random)
+                swapped[record.name] = _swap(record, plate, is_swapped, other)
+            after = self._densities({**self.values, **swapped})
+            found = found | _difference(self.before, after, plate, ~is_swapped)
+        kept = torch.ones_like(is_swapped)
+        if found and _difference(self.before, self._densities(self.values), plate, kept):
+            return None
+        return found
+
+    def _densities(self, values: dict[str, Tensor]) -> tuple[list[Density], list[Density]]:
+        """Return the densities of model and guide at values, always with the same noise."""
+        set_random_state(self.state)
+        replayed = self.guide.copy()
+        for name, value in values.items():
+            replayed.nodes[name] = {**replayed.nodes[name], "value": value}
+        guide = self.program.run_guide(replayed)
+        model = self.program.run_model(guide)
+        of_model, of_guide = ([(s, _density(s)) for s in sites(trace)] for trace in (model, guide))
+        return of_model, of_guide
+
+    def _drawn_again(self, inside: list[SiteRecord]) -> dict[str, Tensor]:
+        """Return other values of the sites inside, given the same minibatch and sites outside."""
+        names = {record.name for record in inside}
+        kept = self.guide.copy()
+        for name in names:
+            kept.remove_node(name)
+        drawn = self.program.run_guide(kept)
+        return {name: drawn.nodes[name]["value"] for name in names}
+
+
+def _parts(size: int, discrete: bool, random: torch.Generator) -> Iterator[Tensor]:
+    """Yield which entries are swapped: a part of them, then the others."""
+    for _ in range(PARTS_IF_DISCRETE if discrete else 1):
+        number = (
+            int(torch.randint(1, max(size, 2), (), generator=random)) if discrete else size // 2
+        )
+        part = torch.randperm(size, generator=random) < max(number, 1)
+        yield part
+        if size > 1:
+            yield ~part
+
+
+def _other_value(site: Site, drawn: Tensor, random: torch.Generator) -> Tensor:
+    """Return the drawn value, or for discrete sites one that differs in every entry."""
+    base, value = layers(site["fn"])[-1], site["value"]
+    if base.has_enumerate_support and not base.event_shape:
+        support = base.enumerate_support(expand=False).flatten()
+        if len(support) > 1:
+            index = (value.unsqueeze(-1) == support).long().argmax(-1)
+            shift = torch.randint(1, len(support), index.shape, generator=random).to(index.device)
+            return support[(index + shift) % len(support)]
+    elif base.support is constraints.nonnegative_integer:
+        return value + 1
+    return drawn
+
+
+def _swap(record: SiteRecord, plate: str, is_swapped: Tensor, other: Tensor) -> Tensor:
+    """Return the site's value with other entries of the plate where they are swapped."""
+    value, frame = record.site["value"], record.plates[plate]
+    if not frame.vectorized:
+        return other if is_swapped[_entry(frame)] else value.clone()
+    dim = frame.dim - record.site["fn"].event_dim
+    rows = is_swapped.to(value.device).reshape(-1, *[1] * (-dim - 1))
+    return torch.where(rows, other, value)
+
+
+def _difference(
+    before: tuple[list[Density], list[Density]],
+    after: tuple[list[Density], list[Density]],
+    plate: str,
+    is_kept: Tensor,
+) -> PlateDependence:
+    """Return the sites that have changed and may not."""
+    outside: dict[str, str] = {}
+    coupled: list[str] = []
+    for where, one, other in zip(("model", "guide"), before, after, strict=True):
+        for (site, first), (_, second) in zip(one, other, strict=True):
+            pairs = zip(first, second, strict=True)
+            changes = [_changed(*each) for each in pairs]
+            if plate not in independent_plates_of(site):
+                if any(bool(change.any()) for change in changes):
+                    outside[site["name"]] = where
+            elif any(_changed_in(change, plates_of(site)[plate], is_kept) for change in changes):
+                coupled.append(site["name"])
+    return PlateDependence(outside, tuple(coupled))
+
+
+def _changed(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> Tensor:
+    """Return where two densities differ by more than rounding."""
+    (one, event_dim), (other, _) = first, second
+    slack = torch.finfo(one.dtype).eps ** (2 / 3) if one.is_floating_point() else 0.0
+    near = (one - other).abs() <= slack * (1 + torch.minimum(one.abs(), other.abs()))
+    changed = ~(near | (one == other) | (one.isnan() & other.isnan()))
+    return changed.flatten(changed.dim() - event_dim).any(-1) if event_dim else changed
+
+
+def _changed_in(changed: Tensor, frame: Any, is_kept: Tensor) -> bool:
+    """Whether a density changed in an entry of the plate that kept its values."""
+    if not frame.vectorized:
+        return bool(is_kept[_entry(frame)] and changed.any())
+    if changed.dim() >= -frame.dim and changed.shape[frame.dim] == len(is_kept):
+        changed = changed & is_kept.to(changed.device).reshape(-1, *[1] * (-frame.dim - 1))
+    return bool(changed.any())
+
+
+def _entry(frame: Any) -> int:
+    return (frame.counter - 1) % frame.size
+
+
+def _density(site: Site) -> list[tuple[Tensor, int]]:
+    """Return a site's log-density; of a computed value, the value and its log-density."""
+    fn = site["fn"]
+    if is_delta(site):
+        base = layers(fn)[-1]
+        return [(base.v, fn.event_dim), (base.log_density, fn.event_dim - base.event_dim)]
+    log_prob = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    return [(scale_and_mask(log_prob, site["scale"], site["mask"]), 0)]
+
+
+@contextmanager
+def _batch_norm_in_eval_mode() -> Iterator[None]:
+    changed: list[nn.Module] = []
+
+    def leave_training(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm) and module.training:
+            module.training = False
+            changed.append(module)
+
+    hook = register_module_forward_pre_hook(leave_training)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in changed:
+            module.training = True
