@@ -21,6 +21,7 @@ from pyro_recursive.tracing.sites import (
     is_delta,
     layers,
 )
+from pyro_recursive.tracing.user_warnings import warn_user
 
 
 def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: bool) -> None:
@@ -245,10 +246,9 @@ def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | 
 def _warn_if_coupled(table: SiteTable) -> None:
     for name, site in table.coupled.items():
         if all(name in record.plates for record in table.records):
-            warnings.warn(
+            warn_user(
                 f"Entries of plate '{name}' are coupled: the density of '{site}' in one depends on "
                 "latents of others. All share one joint weight.",
-                stacklevel=5,
             )
 
 
