@@ -17,6 +17,7 @@ from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_global_elbo, check_likelihood, check_runs
 from pyro_recursive.tracing.densities import Densities, densities
+from pyro_recursive.tracing.dependence import dependence_of, independent_plates
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
@@ -142,7 +143,7 @@ class LogWeightELBO(ELBO):
         if self.global_latents == "elbo":
             structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
-            if check_global_elbo(structure, local, shape[1]):
+            if check_global_elbo(structure, dependence_of(program), local, shape[1]):
                 options["shared"] = frozenset(structure.guide) - local
             else:
                 structure = local = None  # with one sample both are the ELBO
@@ -170,7 +171,7 @@ class LogWeightELBO(ELBO):
         independent = frozenset[str]()
         inside = {name for r in tables[0].guide if r.group == "score" for name in r.row_plates}
         if not inside <= layout.names:
-            independent = structure_of(program).independent
+            independent = independent_plates(program)
         return Evaluation(self.bound, runs, in_weights, shared, independent)
 
     def _value(self, evaluation: Evaluation) -> Tensor:

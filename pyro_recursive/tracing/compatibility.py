@@ -67,15 +67,18 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
 
 
 def check_global_elbo(
-    structure: ProgramStructure, local: frozenset[str], num_particles: int
+    structure: ProgramStructure,
+    dependence: dict[str, PlateDependence],
+    local: frozenset[str],
+    num_particles: int,
 ) -> bool:
     """Return whether global and local sites can be separated.
 
     They cannot where the density of a global site depends on local latents, as far as a test shows;
     with several samples that raises.
     """
-    for plate in sorted(data_plates(structure.model.values()) & structure.dependence.keys()):
-        outside = structure.dependence[plate].outside.items()
+    for plate in sorted(data_plates(structure.model.values()) & dependence.keys()):
+        outside = dependence[plate].outside.items()
         name, where = next(((n, w) for n, w in outside if n not in local), (None, None))
         if name is None:
             continue

@@ -7,7 +7,7 @@ test: it finds what these values show, and may miss a dependence.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -16,9 +16,10 @@ from torch.distributions import constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_recursive.tracing.handlers import ComponentIndex
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.handlers import ComponentIndex, DryRun
+from pyro_recursive.tracing.isolation import isolated, random_state, set_random_state
 from pyro_recursive.tracing.plates import data_plates
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
     PlateDependence,
     Site,
@@ -31,38 +32,47 @@ from pyro_recursive.tracing.sites import (
     sites,
 )
 
-if TYPE_CHECKING:
-    from pyro_recursive.tracing.program import Program
-
 PARTS_IF_DISCRETE = 4  # a step function of the latents may have the same value after one swap
 
 Density = tuple[Site, list[tuple[Tensor, int]]]  # tensors, each with its number of event dims
 
 
-@torch.no_grad()
-def dependence_in(program: "Program", table: SiteTable) -> dict[str, PlateDependence]:
-    """Return what depends on the latents inside plates; a plate that cannot be tested is left out.
+def dependence_of(program: Program) -> dict[str, PlateDependence]:
+    """Return what depends on the latents inside plates, found once for each structure.
 
     Tested are the plates that enclose all sites, those that enclose all data, and those of sites
-    that are not reparameterised. Batch normalisation runs in eval mode, as it would couple the rows
-    of any minibatch.
+    that are not reparameterised; a plate that cannot be tested is left out. Batch normalisation
+    runs in eval mode, as it would couple the rows of any minibatch.
     """
-    found = {}
-    names = _plates_to_test(table)
-    if not names:
+    structure = structure_of(program)
+    if structure.dependence is None:
+        with isolated(), DryRun(), torch.no_grad(), _batch_norm_in_eval_mode():
+            structure.dependence = _tested(program)
+    return structure.dependence
+
+
+def independent_plates(program: Program) -> frozenset[str]:
+    """Return the plates whose entries are independent given what is outside."""
+    return frozenset(name for name, found in dependence_of(program).items() if not found)
+
+
+def _tested(program: Program) -> dict[str, PlateDependence]:
+    try:
+        guide = program.run_guide()
+        table = SiteTable(program.run_model(guide), guide)
+        names = _plates_to_test(table)
+        swaps = _Swaps(program, table) if names else None
+    except Exception:  # a program that cannot run says so itself
         return {}
-    with _batch_norm_in_eval_mode():
+    found = {}
+    for name in names:
+        assert swaps is not None
         try:
-            swaps = _Swaps(program, table)
-        except Exception:  # a program that cannot be replayed says so itself, when it is run
-            return {}
-        for name in names:
-            try:
-                result = swaps.dependence(name)
-            except Exception:  # other values may be impossible
-                continue
-            if result is not None:
-                found[name] = result
+            result = swaps.dependence(name)
+        except Exception:  # other values may be impossible
+            continue
+        if result is not None:
+            found[name] = result
     return found
 
 
@@ -78,7 +88,7 @@ def _plates_to_test(table: SiteTable) -> list[str]:
 class _Swaps:
     """Runs of a program on the values of one guide run, some of them replaced."""
 
-    def __init__(self, program: "Program", table: SiteTable) -> None:
+    def __init__(self, program: Program, table: SiteTable) -> None:
         self.program, self.guide = program, table.traces[1]
         self.latents = [record for record in table.guide if not record.site["is_observed"]]
         # Not the values themselves: transforms remember those, and need not invert them.

@@ -52,7 +52,8 @@ class ProgramStructure:
     run. ``misfit`` says why its sites do not fit together; handlers around a call may change that.
     ``mode`` is how many samples run, None until it is chosen, and ``cause`` why it is not the plate
     (`tracing.choice`).
-    ``dependence`` has the plates whose entries were tested for independence.
+    ``dependence`` has the plates whose entries were tested for independence, None before that test
+    (`tracing.dependence`).
     """
 
     max_plate_nesting: int
@@ -63,12 +64,7 @@ class ProgramStructure:
     misfit: Exception | None = None
     mode: Mode | None = None
     cause: str = ""
-    dependence: dict[str, PlateDependence] = field(default_factory=dict)
-
-    @cached_property
-    def independent(self) -> frozenset[str]:
-        """The plates whose entries are independent given what is outside."""
-        return frozenset(name for name, found in self.dependence.items() if not found)
+    dependence: dict[str, PlateDependence] | None = None
 
 
 def structure_in(table: SiteTable) -> ProgramStructure:

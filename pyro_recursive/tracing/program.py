@@ -18,7 +18,6 @@ from pyro_recursive.tracing.compatibility import (
     check_match,
     check_sizes,
 )
-from pyro_recursive.tracing.dependence import dependence_in
 from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
@@ -181,7 +180,6 @@ def _discover(program: Program) -> ProgramStructure:
             check_match(table, table.nesting)
         except (ValueError, NotImplementedError) as error:
             misfit = error.with_traceback(None)  # which would keep the run's tensors
-        dependence = {} if misfit else dependence_in(program, table)
     nodes = [node for trace in table.traces for node in trace.nodes.values()]
     tensors = [node["value"] for node in nodes if isinstance(node.get("value"), torch.Tensor)]
     return replace(
@@ -189,5 +187,4 @@ def _discover(program: Program) -> ProgramStructure:
         ranks={record.name: record.site["value"].dim() for record in table.guide},
         sizes=frozenset(size for tensor in tensors for size in tensor.shape),
         misfit=misfit,
-        dependence=dependence,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief, choose
+from pyro_recursive.tracing.dependence import dependence_of
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.isolation import ReplayedNoise
 from pyro_recursive.tracing.plates import Particles, ProgramStructure
@@ -185,6 +186,7 @@ def _draw(
     looped = particles.dim is None
     sharing = _ShareWithinEstimate(shared, particles) if shared else nullcontext()
     count = particles.num_estimates * particles.num_particles
+    dependence = dependence_of(program) if count > 1 else {}
     for particle in range(count if looped else 1):
         if isinstance(sharing, _ShareWithinEstimate):
             sharing.particle = particle
@@ -217,10 +219,10 @@ def _draw(
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
         runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))
-    if count > 1 or any(record.group == "score" for record in runs[0].table.guide):
-        dependence = structure_of(program).dependence
-        for run in runs:
-            run.table.note(dependence)
+    if count == 1 and any(record.group == "score" for record in runs[0].table.guide):
+        dependence = dependence_of(program)
+    for run in runs:
+        run.table.note(dependence)
     return runs
 
 

@@ -11,7 +11,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, log_marginal
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.dependence import dependence_of
+from pyro_recursive.tracing.program import Program
 from tests.models import ROWS, Row, data, normal, observe, real
 
 ELBO = {"global_latents": "elbo"}
@@ -19,7 +20,7 @@ ELBO = {"global_latents": "elbo"}
 
 def dependence(model: Callable, guide: Callable, *args: Tensor) -> dict[str, tuple]:
     """Return what was found: plate -> (sites outside, coupled sites)."""
-    found = structure_of(Program(model, guide, args)).dependence
+    found = dependence_of(Program(model, guide, args))
     return {name: (each.outside, set(each.coupled)) for name, each in found.items()}
 
 
@@ -179,7 +180,7 @@ def test_coupled_entries_of_a_minibatch_are_refused() -> None:
 def test_all_models_of_the_table_are_independent(row: Row) -> None:
     programs, args = row.build(), row.args()
     Trace_ELBO().loss(*programs, *args)
-    found = structure_of(Program(*programs, args)).dependence
+    found = dependence_of(Program(*programs, args))
     assert {*row.shared} <= found.keys() or row.name == "no_latents"
     assert not any(found.values())
 
