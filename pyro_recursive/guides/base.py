@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
-from pyro_recursive.guides.call import GuideCall, first_argument
+from pyro_recursive.guides.call import GuideCall, copied_plate, first_argument
 from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
@@ -24,7 +24,13 @@ from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import GivenMinibatches, form_of, rows_needed
-from pyro_recursive.tracing.sites import Site, latent_sites, nesting_of, plates_of, sites
+from pyro_recursive.tracing.sites import (
+    Site,
+    latent_sites,
+    nesting_of,
+    plates_of,
+    sites,
+)
 
 
 class ModelReference:
@@ -353,7 +359,7 @@ class LatentGuide(AutoGuide):
         if self.master is None:
             created = self.create_plates(*args, **kwargs) if self.create_plates is not None else ()
             created = [created] if isinstance(created, pyro.plate) else created
-            plates = {plate.name: plate for plate in created}
+            plates = {plate.name: plate for plate in created if plate.size != -1}
             return plates, frozenset(plates)
         plates, makes = dict(getattr(self.master(), "plates", {})), self.master().create_plates
         if self.create_plates is not None:
@@ -444,7 +450,8 @@ class LatentGuide(AutoGuide):
                     size, full = self._sizes(frame, length, call)
                 else:
                     size = length
-        return pyro.plate(name, full, subsample_size=size, dim=frame.dim)
+        is_sized = frame.full_size is not None
+        return copied_plate(frame._replace(size=size, full_size=full if is_sized else None))
 
     def _sizes(self, frame: Any, length: int, call: GuideCall) -> tuple[int, int]:
         """Return a plate's size and full size for inputs of another length than the first.

@@ -5,12 +5,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.tracing.minibatch import MinibatchRows
+
+
+def copied_plate(frame: Any) -> Any:
+    """Return a plate like a model's, given its frame."""
+    if frame.full_size is None:  # one without a size makes no subsample site: see `sites`
+        with poutine.block():
+            return pyro.plate(frame.name, frame.size, dim=frame.dim)
+    return pyro.plate(frame.name, frame.full_size, subsample_size=frame.size, dim=frame.dim)
 
 
 @dataclass

@@ -23,7 +23,14 @@ from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
-from pyro_recursive.tracing.sites import Site, at_zero, layers, sites, subsample_sites
+from pyro_recursive.tracing.sites import (
+    Site,
+    at_zero,
+    layers,
+    sites,
+    subsample_sites,
+    with_plate_sizes,
+)
 
 InitLocFn = Callable[[Site], Any]
 
@@ -122,7 +129,8 @@ class StartSearch:
             try:
                 with poutine.block(), torch.no_grad():
                     model = poutine.trace(start(self.model))
-                    return model.get_trace(*self.args, **self.kwargs), start.values
+                    trace = with_plate_sizes(model.get_trace(*self.args, **self.kwargs))
+                return trace, start.values
             except ValueError as error:
                 if number == 0:
                     first = error
@@ -133,7 +141,7 @@ class StartSearch:
         point = _AtPoint(start)
         model = poutine.trace(SubstituteByName(minibatch)(point(self.model)))
         with isolated():
-            return point, model.get_trace(*self.args, **self.kwargs)
+            return point, with_plate_sizes(model.get_trace(*self.args, **self.kwargs))
 
     def _finite(self, start: Values) -> Values:
         problems = []

@@ -21,7 +21,7 @@ from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.codes import Codes
 from pyro_recursive.priors.pairwise import pairwise
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites
+from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites, sized_by
 
 
 class Plate(NamedTuple):
@@ -199,7 +199,7 @@ def check_site(site: Site) -> Any:
     if len(frames) != 1 or not frames[0].vectorized:
         where = ", ".join(f"'{frame.name}'" for frame in frames) or "no plate"
         raise NotImplementedError(f"Latent site '{name}' is in {where}, not one vectorised plate.")
-    return frames[0]
+    return sized_by(site, frames[0])
 
 
 def check_latent(trace: poutine.Trace, name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
-from pyro_recursive.guides.call import GuideCall
+from pyro_recursive.guides.call import GuideCall, copied_plate
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock, Values
@@ -308,8 +308,7 @@ class MAPAGuide(LatentGuide):
         if call.raw is not None:
             return super()._plate(frame, latents, call)
         trace = outline(self.own_model(), call.args, call.kwargs)
-        own = plates_of(trace.nodes[str(self.site)])[frame.name]
-        return pyro.plate(frame.name, own.full_size, subsample_size=own.size, dim=frame.dim)
+        return copied_plate(plates_of(trace.nodes[str(self.site)])[frame.name])
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Sample the other latents, and return the call with plates of the same minibatch."""

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.tracing.handlers import FlatPriors, RunCache
+from pyro_recursive.tracing.sites import with_plate_sizes
 
 RandomState = list[Tensor]
 
@@ -109,7 +110,7 @@ def outline(
 ) -> poutine.Trace:
     """Return a trace of one isolated run of a model."""
     with isolated(), torch.set_grad_enabled(grad):
-        return poutine.trace(FlatPriors()(model)).get_trace(*args, **kwargs)
+        return with_plate_sizes(poutine.trace(FlatPriors()(model)).get_trace(*args, **kwargs))
 
 
 @contextmanager

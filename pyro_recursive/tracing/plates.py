@@ -195,7 +195,7 @@ def _in_order(*frames: Iterable[Any]) -> tuple[Any, ...]:
 
 def outer_shape() -> tuple[int, ...]:
     """Return the batch shape of the plates around a program or site: those of particles, say."""
-    frames = [frame for frame in get_plates() if frame.vectorized]
+    frames = [frame for frame in get_plates() if frame.vectorized and frame.size != -1]
     shape = [1] * max((-frame.dim for frame in frames), default=0)
     for frame in frames:
         shape[frame.dim] = frame.size

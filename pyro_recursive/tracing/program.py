@@ -21,7 +21,7 @@ from pyro_recursive.tracing.compatibility import (
 from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
-from pyro_recursive.tracing.sites import Site, SiteTable, sites
+from pyro_recursive.tracing.sites import Site, SiteTable, sites, with_plate_sizes
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,17 @@ class Program:
         if isinstance(poutine.unwrap(self.guide), Messenger):
             # A guide messenger runs the model too, and what the model observes is not the guide's.
             trace = without(trace, lambda site: site["is_observed"])
-        return trace
+        return with_plate_sizes(trace)
 
     def run_model(self, guide: poutine.Trace) -> poutine.Trace:
         model = GivenMinibatches()(self.model) if _draws_minibatch(guide) else self.model
         replayed = poutine.replay(model, trace=guide)
         try:
-            return poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
+            trace = poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
         except RuntimeError:
             check_latent(sites(guide))  # Pyro's error is less clear
             raise
+        return with_plate_sizes(trace)
 
 
 def no_model(*args: Any, **kwargs: Any) -> None:

@@ -115,6 +115,51 @@ class SiteTable:
         return {name: each.coupled[0] for name, each in found if each.coupled}
 
 
+def with_plate_sizes(trace: poutine.Trace) -> poutine.Trace:
+    """Give plates without a size (``pyro.plate("data")``) that of their sites; return the trace.
+
+    Pyro does not broadcast sites in such a plate: one whose batch has a single entry there has one
+    density for all entries of the others, and is outside of it in effect. Frames of such plates
+    have no ``full_size`` here.
+    """
+    found = [
+        site
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and any(f.size == -1 for f in site["cond_indep_stack"])
+    ]
+    sizes: dict[str, int] = {}
+    for site in found:
+        for frame in site["cond_indep_stack"]:
+            sizes[frame.name] = max(sizes.get(frame.name, 1), entries_at(site, frame))
+    for site in found:
+        stack = []
+        for frame in site["cond_indep_stack"]:
+            if frame.size != -1:
+                stack.append(frame)
+            elif entries_at(site, frame) > 1 or sizes[frame.name] == 1:
+                stack.append(_sized(frame, sizes[frame.name]))
+        site["cond_indep_stack"] = tuple(stack)
+    return trace
+
+
+def _sized(frame: Any, size: int) -> Any:
+    return frame._replace(size=size, full_size=None)
+
+
+def sized_by(site: Site, frame: Any) -> Any:
+    """Return a plate's frame; one without a size has that of this site alone."""
+    return _sized(frame, entries_at(site, frame)) if frame.size == -1 else frame
+
+
+def entries_at(site: Site, frame: Any) -> int:
+    """Return how many entries a site has at a plate's dim."""
+    fn, value = site["fn"], site["value"]
+    shapes = [fn.batch_shape]
+    if isinstance(value, Tensor):
+        shapes.append(value.shape[: value.dim() - fn.event_dim])
+    return max(shape[frame.dim] if len(shape) >= -frame.dim else 1 for shape in shapes)
+
+
 def sites(*traces: poutine.Trace) -> list[Site]:
     """Return the sample sites that carry a density: no subsample and no deterministic sites."""
     return [

@@ -20,7 +20,7 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, plates_of_rows
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.sites import latent_sites, own_scale, plates_of, sites
+from pyro_recursive.tracing.sites import latent_sites, own_scale, plates_of, sites, sized_by
 from pyro_recursive.training.checkpoint import forked_rng
 from pyro_recursive.training.data import Batch, rows_of
 
@@ -162,7 +162,8 @@ class BatchTakenForData(Messenger):
         # As an outer handler it comes after the plates and scales of the program.
         helper = msg["infer"].get("is_auxiliary") or msg["infer"].get("_deterministic")
         if not site_is_subsample(msg) and not helper:
-            self.seen[msg["name"]] = msg["is_observed"], plates_of(msg), own_scale(msg)
+            plates = {name: sized_by(msg, frame) for name, frame in plates_of(msg).items()}
+            self.seen[msg["name"]] = msg["is_observed"], plates, own_scale(msg)
 
     def warn(self, rows: int, total: int, stacklevel: int) -> None:
         """Warn where data are in a plate of the batch's rows, and a latent is outside of it.

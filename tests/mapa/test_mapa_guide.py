@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide, log_marginal
 from pyro_recursive.mapa.codes import EncodedCodes, FreeCodes
 from pyro_recursive.mapa.kernels import Gaussian
-from pyro_recursive.tracing.sites import sites
+from pyro_recursive.tracing.sites import sites, with_plate_sizes
 from tests import models
 from tests.models import Row
 from tests.models.autoencoder import Curve, D, N, decoding, with_global
@@ -247,7 +247,7 @@ def brute_force(model: Callable, guide: MAPAGuide, args: tuple, seed: int) -> fl
             torch.manual_seed(seed)
             rest = poutine.trace(guide.others).get_trace(*args)
             given = poutine.replay(_at_code(model, str(guide.site), code), trace=rest)
-            trace = poutine.trace(given).get_trace(*args)
+            trace = with_plate_sizes(poutine.trace(given).get_trace(*args))
             trace.compute_log_prob()
             rest.compute_log_prob()
         frame = trace.nodes[guide.site]["cond_indep_stack"][0]
@@ -279,13 +279,15 @@ class _at_code(poutine.messenger.Messenger):
             shape = transform.inverse_shape(msg["fn"].event_shape)
             value = transform(self.code.reshape(shape))
             frame = msg["cond_indep_stack"][0]
-            batch = (frame.size, *[1] * (-frame.dim - 1))
+            size = msg["fn"].batch_shape[frame.dim] if frame.size == -1 else frame.size
+            batch = (size, *[1] * (-frame.dim - 1))
             msg["value"], msg["is_observed"] = value.expand(*batch, *value.shape), True
 
 
 def _by_row(log_prob: Tensor, frame: Any) -> Tensor:
     """Sum all dims but the plate's."""
-    return log_prob.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1)
+    size = log_prob.shape[frame.dim] if frame.size == -1 else frame.size
+    return log_prob.movedim(frame.dim, 0).reshape(size, -1).sum(1)
 
 
 def _by_hand(row: Row) -> MAPAGuide:

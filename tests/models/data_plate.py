@@ -34,6 +34,18 @@ def at(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x[index].reshape(-1, *[1] * (-dim - 1))
 
 
+def unsized(x: Tensor) -> None:
+    """A plate without a size, which broadcasts nothing."""
+    with pyro.plate("data"):
+        z = normal("z", real("mu", 0.3).expand(len(x)), 1.0)
+        observe(z, x)
+
+
+def unsized_guide(x: Tensor) -> None:
+    with pyro.plate("data"):
+        normal("z", real("a", 0.4) * x + real("b", 0.1), positive("s", 0.9))
+
+
 def subsampled(x: Tensor, index: Tensor) -> None:
     local(x, subsample=index)
 
@@ -151,6 +163,12 @@ ROWS = [
     Row("data_plate", both(), other_args=lambda: (torch.linspace(-1.0, 1.0, 7),)),
     Row("size_one", both(), lambda: (data()[:1],), plates=(1,)),
     Row("far_dim", both(dim=-3)),
+    Row(
+        "unsized",
+        pair(unsized, unsized_guide),
+        other_args=lambda: (torch.linspace(-1.0, 1.0, 7),),
+    ),
+    Row("unsized_guide", pair(local, unsized_guide)),
     Row("subsample_size", both(subsample_size=2), plates=(2,)),
     Row(
         "explicit_subsample",

@@ -102,7 +102,8 @@ SAME_MODEL = {
     *("delta_log_density", "lazy_parameter", "mixed_below", "guide_list"),
     *("auto_normal", "auto_normal_subsample", "auto_delta", "auto_delta_local", "auto_messenger"),
     *("auto_multivariate", "auto_low_rank", "auto_iaf", "auto_gaussian"),
-    *("messenger_of_prior", "messenger_subsample"),
+    *("messenger_of_prior", "messenger_subsample", "easy_guide", "easy_unsized"),
+    "unsized_guide",
 }
 MODELS = [row for row in ROWS if row.name not in SAME_MODEL] + MORE
 ROW = {row.name: row for row in MODELS}

@@ -1,5 +1,6 @@
 """Parameters and the objects that hold them, discrete sites, and guides of Pyro's."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer import autoguide
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, pyro_method
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from tests.models import row as rows
-from tests.models.data_plate import local
+from tests.models.data_plate import local, unsized
 from tests.models.row import Programs, Row, normal, observe, pair, positive, real
 
 
@@ -149,6 +151,20 @@ def guide_list() -> Programs:
     return scales, guide
 
 
+class Easy(EasyGuide):
+    """One auxiliary site for all latents of the rows, in a plate with or without a size."""
+
+    def __init__(self, model: Callable, sized: bool) -> None:
+        super().__init__(model)
+        self.sized = sized
+
+    def guide(self, x: Tensor) -> None:
+        loc = real("a", 0.4) * x + real("b", 0.1)
+        with self.plate("data", len(x) if self.sized else None):
+            fn = dist.Normal(loc.unsqueeze(-1), positive("s", 0.9)).to_event(1)
+            self.group("z").sample("packed", fn)
+
+
 def reparameterized() -> Programs:
     model = poutine.reparam(local, config={"z": LocScaleReparam(0.0)})
     return model, autoguide.AutoNormal(model, init_scale=0.7)
@@ -204,5 +220,7 @@ ROWS = [
         shared_parameter="mu",
     ),
     Row("guide_list", guide_list, sites="delta", **rows.JOINT),
+    Row("easy_guide", rows.guided(local, Easy, sized=True), other_args=other_rows),
+    Row("easy_unsized", rows.guided(unsized, Easy, sized=False)),
     Row("reparam", reparameterized),
 ]

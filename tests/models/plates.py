@@ -182,6 +182,27 @@ def exact_groups_guide(x: Tensor) -> None:
         normal("z", loc, positive("s", count**-0.5))
 
 
+def exact_unsized(x: Tensor, level: bool = False) -> None:
+    """A plate without a size; with ``level`` also a latent that all of its entries share."""
+    with pyro.plate("data"):
+        w = normal("w", 0.0, 1.0) if level else torch.zeros(())
+        z = normal("z", torch.zeros(len(x)), 1.0)
+        observe(z + w, x)
+
+
+def exact_unsized_guide(x: Tensor) -> None:
+    with pyro.plate("data"):
+        normal("z", real("a", 0.5) * x, positive("s", 0.5**0.5))
+
+
+def exact_level_guide(x: Tensor) -> None:
+    """The posterior of w, of scale 2 / (N + 2), and that of z given w."""
+    precision = 1 + len(x) / 2
+    w = normal("w", real("c", 0.5) * x.sum() / precision, positive("t", precision**-0.5))
+    with pyro.plate("data"):
+        normal("z", real("a", 0.5) * (x - w), positive("s", 0.5**0.5))
+
+
 def exact_global(x: Tensor) -> None:
     """One latent for all data: a single weight, and nothing to warn about."""
     z = normal("z", 0.0, 1.0)
@@ -235,6 +256,7 @@ ROWS = [
     Row("markov", pair(markov, markov_guide), **PAIRS),
     Row("unequal_scales", pair(unequal, unequal_guide), **PAIRS),
     Row("hierarchy", pair(hierarchy, hierarchy_guide), **rows.JOINT),
+    Row("level", pair(partial(exact_unsized, level=True), exact_level_guide), **rows.JOINT),
 ]
 SCALAR: dict[str, Any] = {**rows.ALONE, "args": lambda: (data()[0],), "evidence": evidence}
 BATCH = torch.tensor(rows.INDEX)
@@ -260,6 +282,7 @@ ROWS += [
     for name, programs, exact_evidence, options in (
         ("groups", (exact_groups, exact_groups_guide), joint_evidence, rows.GROUPS),
         ("global", (exact_global, exact_global_guide), joint_evidence, rows.ALONE),
+        ("unsized", (exact_unsized, exact_unsized_guide), evidence, {}),
         ("masked", (exact_masked, exact_masked_guide), lambda x: evidence(x) * mask(), {}),
     )
 ]

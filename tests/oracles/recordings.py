@@ -102,7 +102,8 @@ def _add_up(row: Row, traces: tuple[poutine.Trace, poutine.Trace]) -> Tensor:
                 continue
             frames = {frame.name: frame for frame in site["cond_indep_stack"]}
             shared = [frames[name] for name in row.shared]
-            sizes |= {frame.name: frame.size for frame in shared}
+            sizes |= {f.name: f.size for f in shared if f.size != -1}
+            sizes |= {f.name: site["log_prob"].shape[f.dim] for f in shared if f.size == -1}
             scale = math.prod(frame.full_size / frame.size for frame in shared)
             log_prob = site["log_prob"] / scale
             for index in itertools.product(*map(range, log_prob.shape)):

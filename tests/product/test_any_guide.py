@@ -46,6 +46,7 @@ from tests.models.guides import (
 
 DISCRETE = {row.name for row in MODELS if row.sites == "discrete"}
 LOOPS = {row.name for row in MODELS if "sequential" in row.name or "loop" in row.name}
+UNSIZED = {"unsized", "exact_unsized", "level"}
 MASKED = {"mask_handler", "mask_false", "obs_mask", "unequal_scales"}
 EVERY_LOSS = {"explicit_subsample", "hierarchy"}
 # In the quick loop every model meets some kinds, and some models every kind.
@@ -54,7 +55,7 @@ QUICK_MODELS = {"supports", "nested"}
 ALIKE = {  # as others are, but for what their own guides make of them: the quick kinds will do
     *("annealed_mixed", "masked_discrete", "masked_mixed", "mixed_global", "exact_no_plate"),
     *("exact_subsample", "exact_masked", "exact_grid_reversed", "exact_loop_of_plate"),
-    *("size_one"),
+    *("size_one", "exact_unsized", "level"),
 }
 
 Refused = tuple[type[Exception], str]
@@ -72,6 +73,7 @@ def refusal(row: Row, kind: Kind, by_row: bool) -> Refused | None:
         (kind.rows == "encoder" and not by_row, ValueError, "rows to encode"),
         (kind.rows == "joint" and is_subsampled, ValueError, r"is subsampled \(2 of 4\)"),
         (is_auto and row.name in LOOPS, NotImplementedError, "not support sequential pyro.plate"),
+        (is_auto and row.name in UNSIZED, ValueError, "Plate 'data' has no size, which Auto"),
         (is_auto and row.name == "mixture_prior", NotImplementedError, "Cannot transform Mixture"),
         (is_auto and row.name == "improper", NotImplementedError, "does not support sampling"),
         (is_hand and row.name == "factor_in_guide", NotImplementedError, "site 'u'"),

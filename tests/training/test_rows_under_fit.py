@@ -152,6 +152,7 @@ def test_training_reaches_the_evidence() -> None:
     torch.testing.assert_close(loc, X * NOISE**-2 / (1 + NOISE**-2), atol=0.05, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_a_growing_mixture_grows_in_batches() -> None:
     schedule = Schedule(first=6, propose=6, refine=6, joint=3, draws=64)
     guide = RecursiveMixtureGuide(model, 2, plate="data", schedule=schedule)
@@ -277,6 +278,7 @@ def test_the_same_rows_are_told_nothing() -> None:
     for x in (X, X, X.clone(), X.clone(), X, X.clone(), X.clone()):
         guide(x)
     other = AmortizedGuide(model, plate="data", name="other")
+    other.prepare(X)
     with pyro.validation_enabled(False):
         other(holes)
         other(holes.clone())

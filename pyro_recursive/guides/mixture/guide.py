@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
@@ -134,8 +134,20 @@ class MixtureGuide(LatentGuide):
         super().look(*args, **kwargs)
         for m in range(len(self.components)):
             if not isinstance(self.component(m), LatentGuide):
+                self._check_sizes(self.component(m))
                 with poutine.block(), torch.no_grad():
                     self.component(m)(*args, **kwargs)
+
+    def _check_sizes(self, component: Any) -> None:
+        """Raise where a plate has no size and an autoguide of Pyro would fail to copy it."""
+        if isinstance(component, AutoGuide) and component.create_plates is None:
+            for frame in (f for latents in self.groups for s in latents.slots for f in s.frames):
+                if frame.full_size is None:
+                    name = type(component).__name__
+                    raise ValueError(
+                        f"Plate '{frame.name}' has no size, which {name} needs. Give that guide "
+                        "create_plates=."
+                    )
 
     def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
         """Share the groups with the components, each around a point of its own."""

@@ -28,6 +28,7 @@ from pyro_recursive.tracing.sites import (
     plates_of,
     sites,
     subsample_scale,
+    with_plate_sizes,
 )
 
 ESTIMATORS = ("stl", "pathwise")
@@ -114,7 +115,7 @@ class LocalBound:
         draws = pyro.plate(DRAWS, count, dim=-width - 1) if count > 1 else nullcontext()
         warmup = KLWarmup(self.latent_weight) if self.latent_weight != 1 else nullcontext()
         with draws, warmup:
-            trace = model.get_trace(*self.call.args, **self.call.kwargs)
+            trace = with_plate_sizes(model.get_trace(*self.call.args, **self.call.kwargs))
         for site in latent_sites(trace):
             if site["name"] not in given:
                 raise NotImplementedError(
