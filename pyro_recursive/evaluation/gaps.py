@@ -250,12 +250,12 @@ class Scores:
 
     def draw(self, total: int, size: int, evidence: bool = False) -> "Scores":
         """Draw ``total`` times, ``size`` at once; for the evidence, too, from the first two."""
-        family = self.target.family
+        family, keep = self.target.family, self.target.keep
         count, chunk = math.ceil(total / family.parts), max(1, size // family.parts)
         shares = [family.log_weights(params).double() for params in self.candidates]
         for begin in range(0, count, chunk):
             noise = self.noise(self.target, self.candidates[0], min(chunk, count - begin))
-            drawn = [family.scored_draw(params, noise) for params in self.candidates]
+            drawn = [family.scored_draw(params, noise, keep) for params in self.candidates]
             log_p = [self.target.log_joint(u).double() for u, _ in drawn]
             log_q = [each.double() for _, each in drawn]
             triples = zip(shares, log_p, log_q, strict=True)
@@ -265,7 +265,8 @@ class Scores:
             if evidence:  # from q and q* in equal parts
                 terms = []
                 for own in (0, 1):
-                    other = family.log_prob(self.candidates[1 - own], drawn[own][0]).double()
+                    u, rival = drawn[own][0], self.candidates[1 - own]
+                    other = family.log_prob(rival, u, keep).double()
                     mixed = torch.logaddexp(log_q[own], other) - math.log(2)
                     terms.append((log_p[own] - mixed + shares[own]).logsumexp(1))
                 # The two share their noise, and a draw has one of each part: one term of the mean.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pyro_recursive.guides.call import GuideCall, copied_plate, first_argument
 from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
+from pyro_recursive.guides.marginals import log_density
+from pyro_recursive.guides.model_masks import ModelMasks
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
@@ -88,6 +90,7 @@ class LatentGuide(AutoGuide):
         self._follow_rows: frozenset[str] | None = None  # those of them that have a call's rows
         self._watched: str | None = None  # a plate whose rows are the inputs', with parameters each
         self._seen: SeenInputs | None = None  # those of the first call that does not say its rows
+        self._masks = ModelMasks()
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(_check_prepared)
@@ -202,6 +205,7 @@ class LatentGuide(AutoGuide):
         rows = self._row_plates(args, kwargs)
         groups = tuple(_of_all_rows(latents, rows) for latents in groups)
         self._given_minibatches = frozenset(given.values)
+        self._masks.look(trace)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
             self.eval()  # statistics of a batch norm stay as they are
@@ -350,6 +354,10 @@ class LatentGuide(AutoGuide):
                     plates[frame.name] = self._plate(frame, latents, call)
             for frame in latents.rows:
                 self._check_length(frame, latents, call)
+        if self._masks.is_needed:
+            parameters = (p for p in self.parameters() if p.is_floating_point())
+            like = next(parameters, torch.empty(()))
+            self._masks.read(self.served_model(), self.groups, call, like)
         return call
 
     def _created_plates(
@@ -393,7 +401,8 @@ class LatentGuide(AutoGuide):
             return {}
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         u = posterior.expand(shape).rsample()
-        return emit(latents, call.plates, u, posterior.log_prob)
+        keep = latents.keep(call.kept)
+        return emit(latents, call, u, lambda u: log_density(posterior, u, keep))
 
     def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
         """Return means and scales of a block's Gaussian, ``[*batch, D]``."""

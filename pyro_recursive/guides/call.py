@@ -31,6 +31,8 @@ class GuideCall:
     encoders share. ``created`` are the plates that a user's ``create_plates`` made, in any order.
     ``input_sizes`` says by plate whether the inputs have "all" of its rows or its "minibatch".
     ``row_plates`` are the plates of the rows that the arguments are, if those are known by number.
+    ``masks`` are the model's of its latents; where log q leaves entries out, ``kept`` has the
+    others, as unconstrained values.
     """
 
     args: tuple
@@ -43,6 +45,8 @@ class GuideCall:
     input_sizes: Mapping[str, str] = field(default_factory=dict)
     row_plates: Mapping[str, MinibatchRows] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Values = field(default_factory=dict)
     _rows: Any = None
 
     @cached_property

@@ -14,9 +14,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.plates import outer_shape as outer_shape
-from pyro_recursive.tracing.sites import PACKED
+from pyro_recursive.tracing.sites import MODEL_MASK, PACKED
 
 
 class JointSite(TorchDistribution):
@@ -63,14 +64,12 @@ class JointSite(TorchDistribution):
 
 
 def emit(
-    latents: LatentBlock,
-    plates: Mapping[str, Any],
-    u: Tensor,
-    log_density: Callable[[Tensor], Tensor],
+    latents: LatentBlock, call: GuideCall, u: Tensor, log_density: Callable[[Tensor], Tensor]
 ) -> Values:
     """Sample the sites of a block as parts of ``u``; return their values.
 
-    ``log_density`` maps a packed vector ``[*batch, D]`` to ``[*batch]``, in unconstrained space.
+    ``log_density`` maps a packed vector ``[*batch, D]`` to ``[*batch]``, in unconstrained space,
+    without the entries that the call does not keep.
     """
     drawn = latents.unpack(u)
     values: Values = {}
@@ -82,13 +81,14 @@ def emit(
         # The inverse transform is needed only for values other than this draw's.
         own = all(current[name] is drawn[name] for name in drawn)
         point = u if own else latents.pack(current)
-        return log_density(point) - latents.log_volume(point)
+        return log_density(point) - latents.log_volume(point, call.kept)
 
     for slot in (*others, last):
         site = JointSite(slot, drawn[slot.name], density if slot is last else None)
         packed = frozenset(f.name for f in slot.frames) - {f.name for f in latents.rows}
-        with inside(slot.frames, plates):
-            values[slot.name] = pyro.sample(slot.name, site, infer={PACKED: packed})
+        infer = {PACKED: packed, MODEL_MASK: call.masks.get(slot.name)}
+        with inside(slot.frames, call.plates):
+            values[slot.name] = pyro.sample(slot.name, site, infer=infer)
     return values
 
 

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.marginals import kept_log_density, log_density
 
 
 class Mixture(TorchDistribution):
@@ -32,8 +33,11 @@ class Mixture(TorchDistribution):
         return self.log_weights.shape[-1]
 
     @abstractmethod
-    def table(self, u: Tensor) -> Tensor:
-        """Return every component's log-density: ``[*batch, D]`` to ``[*batch, M]``."""
+    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return every component's log-density: ``[*batch, D]`` to ``[*batch, M]``.
+
+        With ``keep``, ``[*batch, D]``, of the entries that it flags.
+        """
 
     @abstractmethod
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
@@ -55,6 +59,11 @@ class Mixture(TorchDistribution):
             return self.draw(index.reshape(shape))
 
 
+@kept_log_density.register
+def _mixture(distribution: Mixture, u: Tensor, keep: Tensor) -> Tensor:
+    return torch.logsumexp(distribution.table(u, keep) + distribution.log_weights, -1)
+
+
 class ListMixture(Mixture):
     """A mixture of any distributions, evaluated one by one."""
 
@@ -63,9 +72,9 @@ class ListMixture(Mixture):
         shape = torch.broadcast_shapes(*(c.batch_shape for c in components))
         super().__init__(log_weights, shape, components[0].event_shape[0])
 
-    def table(self, u: Tensor) -> Tensor:
+    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return every component's log-density, ``[*batch, M]``."""
-        return torch.stack([component.log_prob(u) for component in self.components], -1)
+        return torch.stack([log_density(each, u, keep) for each in self.components], -1)
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Draw from each component that may occur, and choose."""
@@ -87,10 +96,10 @@ class StackedMixture(Mixture):
         weights, parameters = self.log_weights.detach(), self.parameters.detach()
         return StackedMixture(weights, parameters, self.family, self.event_shape[0])
 
-    def table(self, u: Tensor) -> Tensor:
+    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return every component's log-density at once, ``[*batch, M]``."""
-        densities = self.family(self._parameters(u.dim() - 1), self.event_shape[0]).log_prob(u)
-        return densities.movedim(0, -1)
+        components = self.family(self._parameters(u.dim() - 1), self.event_shape[0])
+        return log_density(components, u, keep).movedim(0, -1)
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Draw once, with the parameters of the chosen components."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from pyro_recursive.tracing.masks import without_events
 from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale
 
 Values = dict[str, Tensor]
@@ -41,6 +42,20 @@ class PackedSite:
     def nesting(self) -> int:
         """How many dims the site's own plates take."""
         return max((-frame.dim for frame in self.frames), default=0)
+
+    def flags(self, mask: Tensor, shape: torch.Size) -> Tensor:
+        """Return a mask of values of a shape as one of unconstrained values."""
+        batch = shape[: len(shape) - self.event_dim]
+        of_events = without_events(mask, self.event_dim)
+        if of_events is not None:
+            ones = (1,) * len(self.event_shape)
+            return of_events.reshape(of_events.shape + ones).expand(*batch, *self.event_shape)
+        if self.support is not constraints.real:
+            raise NotImplementedError(
+                f"Latent site '{self.name}' is masked inside an event with bounds. Put the event's "
+                "dim in a pyro.plate."
+            )
+        return mask.expand(shape)
 
     @cached_property
     def is_decreasing(self) -> bool:
@@ -107,13 +122,32 @@ class LatentBlock:
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 
-    def log_volume(self, u: Tensor) -> Tensor:
-        """Return ``log |dz / du|`` of the whole vector, ``[*batch, D]`` to ``[*batch]``."""
+    def keep(self, kept: Values) -> Tensor | None:
+        """Return the entries to keep of the vector, ``[*batch, D]``, from those of some sites."""
+        if not any(slot.name in kept for slot in self.slots):
+            return None
+        some = next(iter(kept.values()))
+        whole = some.new_ones(*[1] * self.nesting, self.size)
+        parts = [
+            self._gather(slot, kept[slot.name]) if slot.name in kept else whole[..., : slot.numel]
+            for slot in self.slots
+        ]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*shape, -1) for part in parts], -1)
+
+    def log_volume(self, u: Tensor, kept: Values | None = None) -> Tensor:
+        """Return ``log |dz / du|``, ``[*batch, D]`` to ``[*batch]``, of what is kept of the vector.
+
+        ``kept`` has flags of sites' entries; sites without any are kept.
+        """
         total = u.new_zeros(u.shape[:-1])
         constrained = [slot for slot in self.slots if slot.support is not constraints.real]
         unconstrained = self.unflatten(u) if constrained else {}
         for slot in constrained:
             log_det = self.log_volume_of(slot, unconstrained[slot.name])
+            if kept and slot.name in kept:
+                flags = without_events(kept[slot.name], len(slot.event_shape))
+                log_det = torch.where(flags, log_det, 0.0)
             total = total + self.sum_inner(slot, log_det)
         return total
 

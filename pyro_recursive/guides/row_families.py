@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture_distributions import ListMixture, StackedMixture
 from pyro_recursive.guides.starts import apart
 
@@ -32,13 +33,18 @@ class RowFamily(ABC):
         """Draw from each part: ``[*batch, P]``, ``[S, J, *batch, n]`` to ``[S, J, *batch, D]``."""
 
     @abstractmethod
-    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
-        """Return ``log q``: ``[*batch, P]`` and ``[*s, *batch, D]`` to ``[*s, *batch]``."""
+    def log_prob(self, params: Tensor, u: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return ``log q``: ``[*batch, P]`` and ``[*s, *batch, D]`` to ``[*s, *batch]``.
 
-    def scored_draw(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        With ``keep``, ``[*batch, D]``, of the entries that it flags.
+        """
+
+    def scored_draw(
+        self, params: Tensor, noise: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return a draw and its log-density, both functions of parameters and noise."""
         u = self.draw(params, noise)
-        return u, self.log_prob(params, u)
+        return u, self.log_prob(params, u, keep)
 
     def log_weights(self, params: Tensor) -> Tensor:
         """Return the logarithms of the parts' weights, ``[J, *batch]``."""
@@ -67,10 +73,10 @@ class GaussianRows(RowFamily):
         """Move and scale the noise."""
         return self.family.draw(params, self.size, noise)
 
-    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the Gaussian log-density; rows that are not finite leave the others alone."""
         with pyro.validation_enabled(False):  # it waits for the device, in each step
-            return self.family(params, self.size).log_prob(u)
+            return log_density(self.family(params, self.size), u, keep)
 
     def distribution(self, params: Tensor) -> Any:
         """Return the Gaussian."""
@@ -98,10 +104,10 @@ class MixtureRows(RowFamily):
         ]
         return torch.cat(drawn, 1)
 
-    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the log-density of the whole mixture."""
         pairs = zip(self.members, self._split(params), strict=True)
-        table = torch.stack([member.log_prob(own, u) for member, own in pairs], -1)
+        table = torch.stack([member.log_prob(own, u, keep) for member, own in pairs], -1)
         return (table + self._logits(params).log_softmax(-1)).logsumexp(-1)
 
     def log_weights(self, params: Tensor) -> Tensor:

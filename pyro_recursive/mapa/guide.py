@@ -19,6 +19,7 @@ from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, copied_plate
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
@@ -301,7 +302,8 @@ class MAPAGuide(LatentGuide):
             choice = ComponentIndex(logits=posterior.log_weights)
             index = pyro.sample(f"{self.site_prefix}_code", choice, infer={"is_auxiliary": True})
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
-        return emit(latents, call.plates, posterior.draw(index.expand(shape)), posterior.log_prob)
+        keep, u = latents.keep(call.kept), posterior.draw(index.expand(shape))
+        return emit(latents, call, u, lambda u: log_density(posterior, u, keep))
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Make a plate as the model's; without data its size is found by running the model."""

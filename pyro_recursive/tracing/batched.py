@@ -22,7 +22,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program
-from pyro_recursive.tracing.sites import PARTICLE_PLATE, Site, is_delta, latent_sites, layers
+from pyro_recursive.tracing.sites import (
+    PARTICLE_PLATE,
+    Site,
+    is_delta,
+    latent_sites,
+    layers,
+    mask_of,
+)
 
 
 class KnownDensity(TorchDistribution):
@@ -127,6 +134,8 @@ def _tensors_of(site: Site) -> dict[str, Tensor]:
     found = {k: site[k] for k in ("scale", "mask", "value") if isinstance(site[k], Tensor)}
     if not site_is_subsample(site):
         found["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        if (mask := mask_of(site)) is not None:
+            found["entry_mask"] = mask
         own_mask = getattr(site["fn"], "_mask", None)
         if isinstance(own_mask, Tensor):
             found["own_mask"] = own_mask
@@ -143,6 +152,8 @@ def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
         site[key] = with_rank(tensors[key], width)
     if "value" in tensors:
         site["value"] = with_rank(tensors["value"], width + len(event_shape))
+    if "entry_mask" in tensors:  # which `KnownDensity` does not show
+        site["entry_mask"] = with_rank(tensors["entry_mask"], width + len(event_shape))
     log_prob = with_rank(tensors["log_prob"], width)
     if computed:
         site["fn"] = dist.Delta(site["value"], log_prob, len(event_shape))

@@ -19,7 +19,6 @@ from pyro_recursive.tracing.sites import (
     SiteRecord,
     SiteTable,
     is_delta,
-    layers,
 )
 from pyro_recursive.tracing.user_warnings import warn_user
 
@@ -58,10 +57,6 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
     check_shapes = is_validation_enabled()
     for name in latent.keys() & guided.keys():
         one, other = latent[name], guided[name]
-        if one.is_masked and _leaves_out(one) and not _leaves_out(other):
-            raise ValueError(
-                f"Model site '{name}' is masked and the guide's is not: use the same poutine.mask."
-            )
         if check_shapes:
             _check_shapes(one, other, max_plate_nesting)
 
@@ -125,12 +120,6 @@ def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) 
             f"Model and guide disagree at site '{model.name}': shapes {found[0]} in plates "
             f"{sorted(model.plates)}, {found[1]} in plates {sorted(guide.plates)}."
         )
-
-
-def _leaves_out(record: SiteRecord) -> bool:
-    site = record.site
-    masks = [site["mask"], *(getattr(layer, "_mask", None) for layer in layers(site["fn"]))]
-    return any(m is False or (isinstance(m, Tensor) and not bool(m.all())) for m in masks)
 
 
 def check_likelihood(model: poutine.Trace) -> None:

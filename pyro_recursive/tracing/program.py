@@ -123,27 +123,33 @@ def _draws_minibatch(trace: poutine.Trace) -> bool:
 
 
 # By model, then guide, both held weakly: no loss remembers the first model that it saw.
-_structures: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, ProgramStructure]]] = (
+_memory: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, dict[str, Any]]]] = (
     WeakKeyDictionary()
 )
 
 
 def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
-    """Return the structure of a program, cached by model, guide and the form of the arguments."""
+    """Return the structure of a program, which is remembered: see `memory_of`."""
+    memory = memory_of(program)
+    if fresh or "structure" not in memory:
+        memory["structure"] = _discover(program)
+    return memory["structure"]
+
+
+def memory_of(program: Program) -> dict[str, Any]:
+    """Return what is remembered of a model and a guide, for arguments of this form."""
     # Bound methods are new objects at each access: their owner and function are not.
     pair = program.model, program.guide
     model, guide = (getattr(each, "__self__", each) for each in pair)
     methods = tuple(getattr(each, "__func__", None) for each in pair)
     try:
-        known = _structures.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
+        known = _memory.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
     except TypeError:  # unhashable or without weak references: look again each time
-        return _discover(program)
+        return {}
     # A batch norm mixes rows in training only.
     training = tuple(getattr(each, "training", None) for each in (model, guide))
     key = (methods, form_of(program.args), form_of(program.kwargs), training)
-    if fresh or key not in known:
-        known[key] = _discover(program)
-    return known[key]
+    return known.setdefault(key, {})
 
 
 def form_of(arguments: tuple | list | dict) -> Any:

@@ -18,6 +18,7 @@ from pyro_recursive.tracing.choice import brief, choose
 from pyro_recursive.tracing.dependence import dependence_of
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.isolation import ReplayedNoise
+from pyro_recursive.tracing.masks import leave_out_masked
 from pyro_recursive.tracing.plates import Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
@@ -75,6 +76,19 @@ Replay = Literal["none", "paths", "values"]
 
 
 def run_particles(
+    program: Program, num_estimates: int, num_particles: int, **options: Any
+) -> tuple[Particles, list[ParticleRun]]:
+    """Run guide and model for M * K samples; what the model masks is left out of the guide, too.
+
+    In one vectorised pass or one by one; see `_draw`.
+    """
+    particles, runs = _run(program, num_estimates, num_particles, **options)
+    for run in runs:
+        leave_out_masked(run.table, program)
+    return particles, runs
+
+
+def _run(
     program: Program,
     num_estimates: int,
     num_particles: int,
@@ -159,7 +173,7 @@ def _warn_of_loop(particles: Particles, cause: str) -> None:
     warnings.warn(
         f"Samples run one by one, {particles.total} times model and guide, for {cause}. Count dims "
         "from the right, or use vectorize_particles=False.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -15,6 +15,7 @@ Site = dict[str, Any]
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
 PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
+MODEL_MASK = "model_mask"  # there, too: the mask of the model's site, which the density heeds
 
 
 @dataclass(slots=True)
@@ -86,6 +87,7 @@ class SiteTable:
                     continue
                 *outer, base = layers(site["fn"])
                 is_masked = any(isinstance(layer, dist.MaskedDistribution) for layer in outer)
+                is_masked |= "entry_mask" in site
                 group, has_rsample = "model", site["fn"].has_rsample
                 if records is self.guide:
                     group = "density" if has_rsample else "score"
@@ -188,6 +190,23 @@ def layers(fn: Any) -> list[Any]:
     while isinstance(found[-1], dist.Independent | dist.MaskedDistribution):
         found.append(found[-1].base_dist)
     return found
+
+
+def mask_of(site: Site) -> Tensor | None:
+    """Return which entries of a site have a density, to broadcast with its value; None for all."""
+    if "entry_mask" in site:
+        return site["entry_mask"]
+    found = [(site["mask"], site["fn"].event_dim)]
+    for layer in layers(site["fn"]):
+        if isinstance(layer, dist.MaskedDistribution):
+            found.append((layer._mask, layer.event_dim))
+    total = None
+    for mask, event_dim in found:
+        if mask is not None and mask is not True:
+            each = torch.as_tensor(mask, device=site["value"].device)
+            each = each.reshape(each.shape + (1,) * event_dim)
+            total = each if total is None else total & each
+    return total
 
 
 def unmasked(fn: Any) -> Any:

@@ -435,7 +435,6 @@ ERRORS: list[tuple[Callable, Callable, type[Exception], str]] = [
     (both, amortized(both), ValueError, r"share the latents \['scale'\]"),
     (tied, amortized(tied, plate="data"), ValueError, "latents of other rows"),
     (mixing, amortized(mixing), ValueError, "in another"),
-    (masked, amortized(masked), ValueError, "'z' is masked"),
 ]
 
 

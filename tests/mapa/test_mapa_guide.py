@@ -222,7 +222,7 @@ MODELS = [
 EXPLICIT = {"explicit_subsample": lambda x, index: pyro.plate("data", len(x), subsample=index)}
 SITES = {"constrained": "rate", "events": "v", "mask_false": "z", "obs_mask": "z", "nested": "w"}
 SITES |= {"crossed": "r", "markov": "z0", "unequal_scales": "z", "vectorized_of_sequential": "z0"}
-SITES |= {"sequential_of_vectorized": "z0"}
+SITES |= {"sequential_of_vectorized": "z0", "ragged": "z0"}
 NOWHERE = ValueError, "no continuous latent site inside a vectorised pyro.plate"
 SCALED = ValueError, "'z' has its own scale: scale the whole model"
 TWO_PLATES = NotImplementedError, "'z0?' is in '(row|item|group)', '(column|item|group)'"
@@ -234,6 +234,7 @@ REFUSED = {
     **dict.fromkeys(["annealed", "tensor_scale", "unequal_scales"], SCALED),
     **dict.fromkeys(["grid", "grid_reversed"], TWO_PLATES),
     **dict.fromkeys(["sequential_of_vectorized", "vectorized_of_sequential"], TWO_PLATES),
+    "ragged": (ValueError, "'z0' has its own scale"),
     "markov": (NotImplementedError, "'z0' is in pyro.markov"),
     **dict.fromkeys(["mixed_above", "annealed_mixed", "masked_mixed"], DISCRETE),
 }

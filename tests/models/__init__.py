@@ -8,7 +8,7 @@ values. Rows with ``evidence`` are the exception: their guide is the exact poste
 models for tests of one thing.
 """
 
-from tests.models import data_plate, parameters, plates
+from tests.models import data_plate, parameters, plates, ragged
 from tests.models.data_plate import local, local_guide, subsampled
 from tests.models.parameters import Decoder, Encoder, Net, mixed, mixed_global, mixed_global_guide
 from tests.models.plates import (
@@ -22,8 +22,8 @@ from tests.models.plates import (
 from tests.models.refusals import REFUSALS
 from tests.models.row import INDEX, Programs, Refusal, Row, data, mask, normal, observe, real
 
-ROWS = [*data_plate.ROWS, *plates.ROWS, *parameters.ROWS]
+ROWS = [*data_plate.ROWS, *plates.ROWS, *parameters.ROWS, *ragged.ROWS]
 
 # Guides with a scale of their own: their log q is not the density that they draw from.
-SCALED = {"annealed", "tensor_scale", "tempered", "unequal_scales"}
+SCALED = {"annealed", "tensor_scale", "tempered", "unequal_scales", "ragged"}
 SCALED |= {"annealed_discrete", "annealed_mixed"}

@@ -31,6 +31,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.gaussian_families import LowRank
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.semi_amortized.updates import LearnedUpdate
 from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.sites import sites
@@ -103,7 +104,7 @@ SAME_MODEL = {
     *("auto_normal", "auto_normal_subsample", "auto_delta", "auto_delta_local", "auto_messenger"),
     *("auto_multivariate", "auto_low_rank", "auto_iaf", "auto_gaussian"),
     *("messenger_of_prior", "messenger_subsample", "easy_guide", "easy_unsized"),
-    "unsized_guide",
+    *("unsized_guide", "exact_ragged"),
 }
 MODELS = [row for row in ROWS if row.name not in SAME_MODEL] + MORE
 ROW = {row.name: row for row in MODELS}
@@ -356,12 +357,15 @@ def latents_in(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def density_at(guide: Any, args: tuple, values: dict[str, Tensor]) -> Tensor:
-    """Return the guide's log-density at values, all members of a mixture together."""
+    """Return the guide's log-density at values, of all but what the model masks."""
     guide.prepare(*args)
     call = guide.new_call(args, {})
     call.given.update(values)
-    packed = [(group, group.pack(values)) for group in guide.groups]
-    return torch.stack([guide.posterior(group, call).log_prob(u).sum() for group, u in packed])
+    found = []
+    for group in guide.groups:
+        u, keep = group.pack(values), group.keep(call.kept)
+        found.append(log_density(guide.posterior(group, call), u, keep).sum())
+    return torch.stack(found)
 
 
 def gradients_of(loss: Any, s: Setting, guide: LatentGuide) -> dict[str, Tensor | None]:

@@ -15,6 +15,7 @@ from pyro_recursive.guides.flow.zuko_adapter import (
     build_flow,
     check_flow,
 )
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
 from pyro_recursive.guides.starts import InitLocFn
@@ -121,15 +122,17 @@ class FlowRows(RowFamily):
         """Push the noise through the flow."""
         return self.distribution(params).push(noise)
 
-    def log_prob(self, params: Tensor, u: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the flow's log-density; of values that are not draws by the inverse."""
-        return self.distribution(params).log_prob(u)
+        return log_density(self.distribution(params), u, keep)
 
-    def scored_draw(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def scored_draw(
+        self, params: Tensor, noise: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return draws and the log-density that came with them."""
         flow = self.distribution(params)
         u = flow.push(noise)
-        return u, flow.log_prob(u)
+        return u, log_density(flow, u, keep)
 
     def distribution(self, params: Tensor) -> ZukoDistribution:
         """Return the flow, batch ``[*batch]`` and event ``[D]``."""

@@ -18,12 +18,12 @@ from torch import Tensor
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
-from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.marginals import kept_log_density
+from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.masks import SUFFIX, without_events
 from pyro_recursive.tracing.sites import Site, is_delta, latent_sites, layers
-
-SUFFIX = "_unconstrained"  # Pyro's AutoNormal samples "z_unconstrained", and computes "z"
 
 
 def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
@@ -72,8 +72,8 @@ class RunGuide(TorchDistribution):
         values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
         return self.latents.pack(values)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Run the guide on given values: ``[*batch, D]`` to ``[*batch]``."""
+    def log_prob(self, value: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Run the guide on given values: ``[*batch, D]`` to ``[*batch]``; see `marginals`."""
         unconstrained = self.latents.unflatten(value)
         given = {f"{name}{SUFFIX}": u for name, u in unconstrained.items()}
         trace = self._run({**self.latents.unpack(value), **given})
@@ -83,8 +83,21 @@ class RunGuide(TorchDistribution):
             each = log_prob_of(site, site["fn"])
             if site["name"] == slot.name:
                 each = each + self.latents.log_volume_of(slot, unconstrained[slot.name])
+            if keep is not None:
+                each = torch.where(self._of_events(slot, keep), each, 0.0)
             total = total + self.latents.sum_inner(slot, each)
         return total
+
+    def _of_events(self, slot: PackedSite, keep: Tensor) -> Tensor:
+        """Return which events of a site are kept."""
+        flags = self.latents.unflatten(keep)[slot.name]
+        of_events = without_events(flags, len(slot.event_shape))
+        if of_events is None:
+            raise NotImplementedError(
+                f"{self._component()} has one density for events of site '{slot.name}', which are "
+                "masked in parts. Use AmortizedGuide."
+            )
+        return of_events
 
     def _run(self, values: Values) -> poutine.Trace:
         minibatch = {name: plate.indices for name, plate in self.call.plates.items()}
@@ -116,6 +129,11 @@ class RunGuide(TorchDistribution):
 
     def _component(self) -> str:
         return f"Component {getattr(self.guide, '__name__', type(self.guide).__name__)}"
+
+
+@kept_log_density.register
+def _run_guide(distribution: RunGuide, u: Tensor, keep: Tensor) -> Tensor:
+    return distribution.log_prob(u, keep)
 
 
 class _Widen(Messenger):

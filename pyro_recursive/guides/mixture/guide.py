@@ -17,6 +17,7 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture.components import component_of
 from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
@@ -298,15 +299,16 @@ class MixtureGuide(LatentGuide):
         if assignment.stop_density_gradient:
             assert isinstance(mixture, StackedMixture)  # `holds_densities`
             scored = mixture.held()
+        keep = latents.keep(call.kept)
         particle = assignment.particle  # of this run: another one may follow before the density
 
         def density(u: Tensor) -> Tensor:
             if assignment.reference is None:
-                return scored.log_prob(u)
-            table, volume = scored.table(u), latents.log_volume(u)
+                return log_density(scored, u, keep)
+            table, volume = scored.table(u, keep), latents.log_volume(u, call.kept)
             return assignment.reference(table, mixture.log_weights, volume, particle)
 
-        return emit(latents, call.plates, u, density)
+        return emit(latents, call, u, density)
 
 
 def _alike(guides: Sequence[Any]) -> bool:

@@ -7,6 +7,7 @@ model on the minibatch, with the user's scales and masks, and without the subsam
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pyro
 import torch
@@ -54,6 +55,11 @@ class LocalBound:
     shared_noise: SharedNoise = field(default_factory=SharedNoise)
     double_backward: bool = False
 
+    @cached_property
+    def keep(self) -> Tensor | None:
+        """The entries of the latents whose density counts, ``[*batch, D]``; None for all."""
+        return self.latents.keep(self.call.kept)
+
     def noise(self, params: Tensor, draws: int, seed: int | None = None) -> Tensor:
         """Return standard normals ``[S, J, *batch, n]``; with a seed the same for all rows."""
         shape = (draws, self.family.parts)
@@ -66,7 +72,7 @@ class LocalBound:
 
     def value(self, params: Tensor, noise: Tensor) -> Tensor:
         """Return the estimate for each row in nats, ``[*batch, P]`` to ``[*batch]``."""
-        u, log_q = self.family.scored_draw(params, noise)
+        u, log_q = self.family.scored_draw(params, noise, self.keep)
         weights = self.family.log_weights(params).exp()
         return (weights * (self.log_joint(u) - self.latent_weight * log_q)).sum(1).mean(0)
 
@@ -85,7 +91,8 @@ class LocalBound:
                 # Another view, which the derivative by ``path`` takes as constant.
                 density = params.view_as(params) if create_graph else params.detach()
                 u, weights = self.family.draw(path, noise), self.family.log_weights(path).exp()
-                gains = self.log_joint(u) - self.latent_weight * self.family.log_prob(density, u)
+                log_q = self.family.log_prob(density, u, self.keep)
+                gains = self.log_joint(u) - self.latent_weight * log_q
                 total = (weights * gains).sum() / len(u)
             return torch.autograd.grad(total, path, create_graph=create_graph)[0]
 
@@ -103,7 +110,7 @@ class LocalBound:
         if nesting_of(trace) > width + (count > 1):  # plates may depend on the arguments
             raise ValueError("The model has more plates than before. Make a new guide.")
         total = self._by_row(trace, batch, width, count)
-        volume = self.latents.log_volume(point)
+        volume = self.latents.log_volume(point, self.call.kept)
         if self.latent_weight != 1:
             volume = self.latent_weight * volume
         return (total + volume.reshape(count, *batch)).reshape(u.shape[:-1])
