@@ -214,6 +214,14 @@ def test_exact_posterior(loss: str, masked: bool) -> None:
                 assert grad.abs() < 1e-10
 
 
+@pytest.mark.parametrize("vectorize", ["vmap", True, False])
+def test_exact_posterior_in_every_mode(vectorize: Any) -> None:
+    args = sequences()
+    loss = IWAE_ELBO(3, vectorize_particles=vectorize)
+    value = loss.loss(ragged, partial(smoother, masked=False), *args)
+    assert value == pytest.approx(-ragged_evidence(*args).sum().item(), rel=1e-10)
+
+
 def test_estimators_agree_without_a_mask_in_the_guide() -> None:
     """The mean gradient is that of a guide with the model's mask."""
     args, means = sequences(), []
