@@ -59,12 +59,13 @@ class CodeMixture(Mixture):
         self.codes, self.scale = codes, scale
         super().__init__(log_weights, codes.shape[:-2], codes.shape[-1])
 
-    def table(self, u: Tensor) -> Tensor:
+    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the log-density of the normal around each code, ``[*batch, K]``."""
         if self.scale is None:
             raise NotImplementedError("Codes are points without a density: give them a scale.")
         normal = torch.distributions.Normal(self.codes, self.scale, validate_args=False)
-        return normal.log_prob(u[..., None, :]).sum(-1)
+        each = normal.log_prob(u[..., None, :])
+        return (each if keep is None else torch.where(keep.unsqueeze(-2), each, 0.0)).sum(-1)
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Return the code ``index`` of each row, with noise if there is a scale."""
