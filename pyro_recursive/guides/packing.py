@@ -147,6 +147,7 @@ class LatentBlock:
             log_det = self.log_volume_of(slot, unconstrained[slot.name])
             if kept and slot.name in kept:
                 flags = without_events(kept[slot.name], len(slot.event_shape))
+                assert flags is not None  # `PackedSite.flags`
                 log_det = torch.where(flags, log_det, 0.0)
             total = total + self.sum_inner(slot, log_det)
         return total

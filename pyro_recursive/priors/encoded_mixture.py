@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, Normal
 
 from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.priors.pairwise import normal_pairs
 
@@ -42,7 +43,7 @@ class EncodedMixture(Mixture):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "EncodedMixture":
         return EncodedMixture(self.log_weights.expand(*batch_shape, -1), self.components)
 
-    def table(self, u: Tensor) -> Tensor:
+    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return every component's log-density: ``[*batch, D]`` to ``[*batch, J]``."""
         if u.shape[-1:] != self.event_shape:
             raise ValueError(
@@ -50,10 +51,12 @@ class EncodedMixture(Mixture):
                 f"{tuple(u.shape)}."
             )
         normals = _diagonal_normals(self.components)
-        if normals is not None:
+        if normals is not None and keep is None:
             return normal_pairs(u, *normals)
         dims = len(self.components.batch_shape)
-        return self.components.log_prob(u[(..., *[None] * dims, slice(None))]).flatten(-dims)
+        each = (..., *[None] * dims, slice(None))
+        kept = None if keep is None else keep[each]
+        return log_density(self.components, u[each], kept).flatten(-dims)
 
     def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
         """Return a draw from the component ``index`` of each row, ``[*batch]`` to ``[*batch, D]``.
