@@ -13,9 +13,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import samples_per_chunk
+from pyro_recursive.tracing.batched import run_model
 from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program, no_model, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
@@ -283,7 +285,7 @@ def run_on_draws(
 
     Latents without draws are drawn from the model; so are data, with ``draws_data``. ``collect``
     returns what is wanted of the runs of a chunk; the other options are those of `posterior_draws`.
-    A model that does not fit one more plate runs one by one.
+    A model that does not fit one more plate runs under `torch.vmap`, or one by one where it draws.
 
     Raises:
         ValueError: a plate has another size here than in the draws.
@@ -297,17 +299,28 @@ def run_on_draws(
         if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
             minibatch.add_node(name, **site)
     size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
-    in_one_pass = vectorize_particles and len(draws) > 1 and _fits_plate(model, args, kwargs)
+    fits_plate = vectorize_particles and len(draws) > 1 and _fits_plate(model, args, kwargs)
+    drawn = {site["name"] for site in sites(single) if not site["is_observed"]} - latents.keys()
+    fits_vmap = vectorize_particles and not fits_plate and not drawn
+    wide = {name: each.with_batch_dims(nesting) for name, each in latents.items()}
+    values = {name: each.with_batch_dims() for name, each in latents.items()}
     chunks = []
     for start in range(0, len(draws), size):
         rows = range(start, min(start + size, len(draws)))
-        if in_one_pass and len(rows) > 1:
+        several = slice(rows.start, rows.stop)
+        traces: list[poutine.Trace] = []
+        if fits_plate and len(rows) > 1:
             with pyro.plate(PARTICLE_PLATE, len(rows), dim=-nesting - 1):
-                values = {n: each.with_batch_dims(nesting) for n, each in latents.items()}
-                source = _source(minibatch, values, slice(rows.start, rows.stop))
-                traces = [program.run_model(source)]
-        else:
-            values = {name: each.with_batch_dims() for name, each in latents.items()}
+                traces = [program.run_model(_source(minibatch, wide, several))]
+        elif fits_vmap and len(rows) > 1:
+            particles = Particles(1, len(rows), -nesting - 1, vmap=True)
+            given = {name: value[several] for name, value in values.items()}
+            try:
+                source = _source(minibatch, wide, several)
+                traces = [run_model(program, source, given, particles)]
+            except Exception:  # a loop has the model's own errors
+                fits_vmap = False
+        if not traces:
             traces = [program.run_model(_source(minibatch, values, row)) for row in rows]
         chunks.append(collect(ModelRuns(traces, len(rows), nesting, single)))
     return joined(chunks)

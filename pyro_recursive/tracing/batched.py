@@ -46,12 +46,12 @@ class KnownDensity(TorchDistribution):
 
 
 def run_model(
-    program: Program, source: poutine.Trace, particles: Particles, ranks: dict[str, int]
+    program: Program, source: poutine.Trace, values: dict[str, Tensor], particles: Particles
 ) -> poutine.Trace:
     """Return a trace of the model, as if it had run under the plate of particles.
 
-    ``source`` has the guide's values under that plate, and ``ranks`` the number of dims of each in
-    a run of one sample. Its sites have a `KnownDensity`.
+    ``source`` has the guide's values under that plate, and ``values`` those that differ between
+    particles as `values_by_particle` returns them. The sites of the trace have a `KnownDensity`.
 
     Raises whatever the model raises under `torch.vmap`, and ValueError where it exchanges a buffer.
     """
@@ -69,7 +69,6 @@ def run_model(
         sites.update((site["name"], _without_tensors(site)) for site in sampled)
         return {site["name"]: _tensors_of(site) for site in sampled}
 
-    values = values_by_particle(source, particles, ranks)
     index = torch.arange(particles.total)  # there may be no latent
     found = None
     with pyro.validation_enabled(False), _same_buffers():
@@ -132,7 +131,7 @@ def _without_tensors(site: Site) -> Site:
 
 def _tensors_of(site: Site) -> dict[str, Tensor]:
     found = {k: site[k] for k in ("scale", "mask", "value") if isinstance(site[k], Tensor)}
-    if not site_is_subsample(site):
+    if not site_is_subsample(site) and not site["infer"].get("_deterministic"):
         found["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         if (mask := mask_of(site)) is not None:
             found["entry_mask"] = mask
@@ -150,13 +149,19 @@ def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
     batch, event_shape, is_masked, computed = site["fn"]
     for key in tensors.keys() & {"scale", "mask"}:
         site[key] = with_rank(tensors[key], width)
+    event_dim = len(event_shape)
+    if site["infer"].get("_deterministic"):  # it may have more dims than the plates
+        event_dim = max(event_dim, tensors["value"].dim() - 1 - width)
     if "value" in tensors:
-        site["value"] = with_rank(tensors["value"], width + len(event_shape))
+        site["value"] = with_rank(tensors["value"], width + event_dim)
     if "entry_mask" in tensors:  # which `KnownDensity` does not show
-        site["entry_mask"] = with_rank(tensors["entry_mask"], width + len(event_shape))
+        site["entry_mask"] = with_rank(tensors["entry_mask"], width + event_dim)
+    if "log_prob" not in tensors:
+        site["fn"] = dist.Delta(site["value"], event_dim=event_dim)
+        return
     log_prob = with_rank(tensors["log_prob"], width)
     if computed:
-        site["fn"] = dist.Delta(site["value"], log_prob, len(event_shape))
+        site["fn"] = dist.Delta(site["value"], log_prob, event_dim)
         return
     batch = batch[max(0, len(batch) - width) :]
     shape = torch.Size((len(log_prob), *(1,) * (width - len(batch)), *batch))

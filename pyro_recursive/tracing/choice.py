@@ -92,7 +92,8 @@ class _Comparison:
             if not cause:
                 return "plate", ""
         try:
-            vmapped = batched.run_model(self.program, source, self.particles, self.ranks)
+            values = batched.values_by_particle(source, self.particles, self.ranks)
+            vmapped = batched.run_model(self.program, source, values, self.particles)
         except Exception as error:
             return "loop", f"the model raises {brief(error)}"
         if failure := self._difference(_log_densities(vmapped), single):

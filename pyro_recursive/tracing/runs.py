@@ -171,7 +171,7 @@ def _refuse_misfit(structure: ProgramStructure) -> None:
 
 def _warn_of_loop(particles: Particles, cause: str) -> None:
     warnings.warn(
-        f"Samples run one by one, {particles.total} times model and guide, for {cause}. Count dims "
+        f"Samples run one by one ({particles.total} runs of model and guide): {cause}. Count dims "
         "from the right, or use vectorize_particles=False.",
         stacklevel=5,
     )
@@ -226,7 +226,8 @@ def _draw(
                 if name not in source.nodes:
                     source.add_node(name, **site)
             if particles.vmap:
-                model = batched.run_model(program, source, particles, ranks or {})
+                values = batched.values_by_particle(source, particles, ranks or {})
+                model = batched.run_model(program, source, values, particles)
             else:
                 with plate:
                     model = program.run_model(source)

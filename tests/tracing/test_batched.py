@@ -18,6 +18,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
+from pyro_recursive.evaluation import log_likelihoods, posterior_draws
 from pyro_recursive.tracing.batched import values_by_particle
 from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.program import Program, structure_of
@@ -106,6 +107,7 @@ def mixture() -> None:
     w = pyro.sample("w", dist.Dirichlet(torch.full((D,), 2.0)))
     b = weights()
     pyro.deterministic("sum", b.sum())
+    pyro.deterministic("rows", X @ b, event_dim=0)  # dims that no plate has
     pyro.factor("factor", -(b[0] ** 2))
     fn = dist.MixtureSameFamily(dist.Categorical(w), dist.Normal(b, 1.0))
     with pyro.plate("data", N), poutine.scale(scale=1 + w[0]), poutine.mask(mask=Y > -1):
@@ -275,7 +277,7 @@ def looping(case: Case) -> Iterator[None]:
     if case.mode != "loop":
         yield
     else:
-        with pytest.warns(UserWarning, match=f"one by one, .*{case.cause}"):
+        with pytest.warns(UserWarning, match=f"one by one .*{case.cause}"):
             yield
 
 
@@ -460,7 +462,7 @@ def test_a_model_that_branches_later_is_looped() -> None:
     pyro.set_rng_seed(2)
     looped = IWAE_ELBO(4, vectorize_particles=False).loss(model, guide)
     pyro.set_rng_seed(2)
-    with pytest.warns(UserWarning, match="one by one, 4 times"):
+    with pytest.warns(UserWarning, match="one by one .4 runs"):
         found = IWAE_ELBO(4).loss(model, guide)
     assert math.isfinite(found) and math.isfinite(looped)
 
@@ -506,3 +508,32 @@ def test_sizes_that_coincide(rows: int) -> None:
     many = log_marginal(model, guide, num_particles=50_000, diagnostics=True)
     assert abs(many.log_marginal.item() - expected) < 4 * many.standard_error.item() + 1e-3
     assert found.log_marginal < expected + 4
+
+
+# Draws of the posterior
+
+
+def test_computed_sites_and_likelihoods_of_draws() -> None:
+    """As in a loop, for values of any shape, also with dims that no plate has."""
+
+    def model() -> None:
+        b = weights()
+        pyro.deterministic("mean", X @ b)
+        pyro.deterministic("sum", b.sum())
+        with pyro.plate("data", N):
+            pyro.deterministic("square", (X @ b) ** 2, event_dim=0)
+            with poutine.mask(mask=Y > -1):
+                pyro.sample("y", dist.Normal(X @ b, 1.0), obs=Y)
+
+    draws = posterior_draws(model, AutoNormal(model, init_scale=0.5), num_draws=7)
+    b = draws["b"]
+    for name, expected in (
+        ("mean", b @ X.T),
+        ("sum", b.sum(-1)),
+        ("square", (b @ X.T) ** 2),
+    ):
+        torch.testing.assert_close(draws[name].reshape(expected.shape), expected)
+    for chunk in (3, None):
+        found = log_likelihoods(model, draws, chunk_size=chunk)["y"]
+        expected = dist.Normal(b @ X.T, 1.0).log_prob(Y)
+        torch.testing.assert_close(found, expected.masked_fill(Y <= -1, math.nan), equal_nan=True)
