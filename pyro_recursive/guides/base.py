@@ -19,6 +19,7 @@ from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import ModelMasks
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
+from pyro_recursive.guides.placement import check_order
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
@@ -199,6 +200,7 @@ class LatentGuide(AutoGuide):
         local = self._local(trace, latent)
         parts = [[s for s in latent if (s["name"] in local) is inside] for inside in (False, True)]
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
+        check_order(groups, given(self.served_model()), args, kwargs)
         self.nesting = nesting_of(trace)
         self._input_sizes = dict(_input_sizes(groups, raw))
         self._note_plates(groups, latent, raw)
@@ -344,6 +346,7 @@ class LatentGuide(AutoGuide):
         call = GuideCall(
             args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes, rows
         )
+        call.model = self.served_model
         call.absent = self._absent(args, kwargs)
         if self._watched is not None and minibatch_rows() is None:
             seen = self._seen or SeenInputs.of(call.raw)
@@ -402,7 +405,11 @@ class LatentGuide(AutoGuide):
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         u = posterior.expand(shape).rsample()
         keep = latents.keep(call.kept)
-        return emit(latents, call, u, lambda u: log_density(posterior, u, keep))
+
+        def density(u: Tensor, volume: Tensor) -> Tensor:
+            return log_density(posterior, u, keep) - volume
+
+        return emit(latents, call, u, density)
 
     def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
         """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
@@ -432,7 +439,9 @@ class LatentGuide(AutoGuide):
         for latents, (loc, scale) in zip(self.groups, marginals, strict=True):
             normal = torch.distributions.Normal(loc, scale)
             for q in quantiles:
-                below, above = (latents.unpack(normal.icdf(loc.new_tensor(p))) for p in (q, 1 - q))
+                ends = [normal.icdf(loc.new_tensor(p)) for p in (q, 1 - q)]
+                latents = call.shared_block(latents, *ends)
+                below, above = map(latents.unpack, ends)
                 for slot in latents.slots:
                     values = above if slot.is_decreasing else below
                     found.setdefault(slot.name, []).append(values[slot.name])

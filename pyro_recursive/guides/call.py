@@ -1,6 +1,7 @@
 """One call of a guide: its plates, and outputs of encoders and tables for its minibatch."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,9 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.placement import AllRead, Placement
+from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.minibatch import MinibatchRows
 
 
@@ -33,6 +37,7 @@ class GuideCall:
     ``row_plates`` are the plates of the rows that the arguments are, if those are known by number.
     ``masks`` are the model's of its latents; where log q leaves entries out, ``kept`` has the
     others, as unconstrained values.
+    ``model`` returns the model whose latents the guide packs.
     """
 
     args: tuple
@@ -47,6 +52,7 @@ class GuideCall:
     absent: frozenset[str] = frozenset()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Values = field(default_factory=dict)
+    model: Callable[[], Callable] | None = None
     _rows: Any = None
 
     @cached_property
@@ -57,6 +63,44 @@ class GuideCall:
     def sizes(self, latents: LatentBlock) -> tuple[int, ...]:
         """Return how many rows the minibatch has, for each plate of the rows."""
         return tuple(self.plates[frame.name].subsample_size for frame in latents.rows)
+
+    @property
+    def fixed_values(self) -> Values:
+        """The values that runs of the model have in this call: minibatches, and sites so far."""
+        return {**{name: plate.indices for name, plate in self.plates.items()}, **self.given}
+
+    def block_at(self, latents: LatentBlock, u: Tensor) -> LatentBlock:
+        """Return a block with the supports of this call, given ``[*batch, D]``."""
+        if not latents.moving:
+            return latents
+        return self._read(Placement(latents, u, stop=True))
+
+    def block_of(self, latents: LatentBlock, values: Values) -> LatentBlock:
+        """Return a block with the supports of this call, given the values of its sites."""
+        if not latents.moving:
+            return latents
+        return self._read(Placement(latents, values=values, stop=True))
+
+    def shared_block(self, latents: LatentBlock, *points: Tensor) -> LatentBlock:
+        """Return a block with the supports of this call, which must not depend on latents."""
+        if not latents.moving:
+            return latents
+        first, *others = (self.block_at(latents, u) for u in (*points, 0 * points[0] + 1))
+        for other in others:
+            for one, slot in zip(first.slots, other.slots, strict=True):
+                if not one.has_support_of(slot):
+                    raise NotImplementedError(
+                        f"The bounds of latent site '{slot.name}' depend on other latents: take "
+                        "the quantiles of draws."
+                    )
+        return first
+
+    def _read(self, placed: Placement) -> LatentBlock:
+        assert self.model is not None
+        # Latents of later blocks are drawn from the prior: `prepare` refuses where one matters.
+        with isolated(), suppress(AllRead), placed, SubstituteByName(self.fixed_values):
+            self.model()(*self.args, **self.kwargs)
+        return placed.block
 
     def rows(self, latents: LatentBlock) -> Any:
         """Return the encoders' inputs, ``[*rows, ...]``, for the rows of the minibatch."""

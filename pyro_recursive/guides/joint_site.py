@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
+from pyro_recursive.tracing.handlers import joint_draw
 from pyro_recursive.tracing.plates import outer_shape as outer_shape
-from pyro_recursive.tracing.sites import MODEL_MASK, PACKED
+from pyro_recursive.tracing.sites import JOINT, MODEL_MASK, PACKED, JointDraw
 
 
 class JointSite(TorchDistribution):
@@ -36,7 +37,7 @@ class JointSite(TorchDistribution):
     @property
     def support(self) -> Any:
         """The support of the model's site."""
-        return self.slot.transform.codomain
+        return self.slot.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "JointSite":
         """Expand the draw: entries of a plate that the guide does not have share it."""
@@ -64,29 +65,36 @@ class JointSite(TorchDistribution):
 
 
 def emit(
-    latents: LatentBlock, call: GuideCall, u: Tensor, log_density: Callable[[Tensor], Tensor]
+    latents: LatentBlock,
+    call: GuideCall,
+    u: Tensor,
+    log_density: Callable[[Tensor, Tensor], Tensor],
 ) -> Values:
     """Sample the sites of a block as parts of ``u``; return their values.
 
-    ``log_density`` maps a packed vector ``[*batch, D]`` to ``[*batch]``, in unconstrained space,
-    without the entries that the call does not keep.
+    ``log_density`` maps a packed vector ``[*batch, D]`` and its ``log |dz / du|``, ``[*batch]``, to
+    the log-density of the sites, ``[*batch]``, both without the entries that the call leaves out.
     """
+    u = joint_draw(u, frozenset(slot.name for slot in latents.slots))
+    latents = call.block_at(latents, u)
     drawn = latents.unpack(u)
     values: Values = {}
     # A site without inner plates carries the density, if there is one.
     *others, last = sorted(latents.slots, key=lambda slot: -len(slot.inner_plates))
 
     def density(value: Tensor) -> Tensor:
-        current = {**values, last.name: value}
-        # The inverse transform is needed only for values other than this draw's.
-        own = all(current[name] is drawn[name] for name in drawn)
-        point = u if own else latents.pack(current)
-        return log_density(point) - latents.log_volume(point, call.kept)
+        current, block, point = {**values, last.name: value}, latents, u
+        if any(current[name] is not drawn[name] for name in drawn):
+            # The inverse transform is needed only for values other than this draw's.
+            block = call.block_of(latents, current)
+            point = block.pack(current)
+        return log_density(point, block.log_volume(point, call.kept))
 
+    rows, joint = {frame.name for frame in latents.rows}, JointDraw(u, drawn)
     for slot in (*others, last):
         site = JointSite(slot, drawn[slot.name], density if slot is last else None)
-        packed = frozenset(f.name for f in slot.frames) - {f.name for f in latents.rows}
-        infer = {PACKED: packed, MODEL_MASK: call.masks.get(slot.name)}
+        packed = frozenset(frame.name for frame in slot.frames) - rows
+        infer = {PACKED: packed, JOINT: joint, MODEL_MASK: call.masks.get(slot.name)}
         with inside(slot.frames, call.plates):
             values[slot.name] = pyro.sample(slot.name, site, infer=infer)
     return values

@@ -8,17 +8,25 @@ vector. With sites ``z`` in constrained and ``u`` in unconstrained space,
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 
 from pyro_recursive.tracing.masks import without_events
-from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale
+from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale, tensors_of
+from pyro_recursive.tracing.supports import (
+    bare_support,
+    coordinates,
+    is_circular,
+    is_fixed,
+    plain_support,
+)
 
 Values = dict[str, Tensor]
 
@@ -28,6 +36,7 @@ class PackedSite:
     """One latent site: its plates, the shape of its event, and its transform.
 
     ``inner_plates`` are the (dim, size) of its plates that are part of the vector, left to right.
+    The support of a site that is not ``is_fixed`` may be another in each call: see `of`.
     """
 
     name: str
@@ -37,6 +46,25 @@ class PackedSite:
     event_dim: int
     event_shape: torch.Size  # in unconstrained space
     inner_plates: tuple[tuple[int, int], ...]
+    is_angle: bool
+    is_fixed: bool
+
+    def of(self, fn: Any) -> "PackedSite":
+        """Return the site with the support of its distribution in one run of the model."""
+        if self.is_fixed:
+            return self
+        transform = coordinates(fn, self.is_angle)
+        return replace(self, support=plain_support(fn.support), transform=transform)
+
+    def has_support_of(self, other: "PackedSite") -> bool:
+        """Whether the bounds of two runs' supports are equal."""
+        pairs = zip(tensors_of(self), tensors_of(other), strict=True)
+        return all(torch.equal(one, another) for one, another in pairs)
+
+    @cached_property
+    def is_real(self) -> bool:
+        """Whether values are their own coordinates."""
+        return bare_support(self.support) is constraints.real and not self.is_angle
 
     @cached_property
     def nesting(self) -> int:
@@ -95,6 +123,15 @@ class LatentBlock:
         block = replace(self, slots=tuple(slot for slot, _ in kept))
         return block, [place for _, places in kept for place in places]
 
+    @cached_property
+    def moving(self) -> tuple[str, ...]:
+        """The sites whose supports are read in each call: from data, say, or other latents."""
+        return tuple(slot.name for slot in self.slots if not slot.is_fixed)
+
+    def with_slots(self, slots: Iterable[PackedSite]) -> "LatentBlock":
+        """Return the block with the sites as they are in one run of the model."""
+        return replace(self, slots=tuple(slots)) if self.moving else self
+
     def expand_rows(self, tensor: Tensor) -> Tensor:
         """Put the leading dims of ``[*rows, n]`` where Pyro has the plates: ``[*batch, n]``."""
         shape = [1] * self.nesting + [tensor.shape[-1]]
@@ -112,9 +149,13 @@ class LatentBlock:
         unflattened = self.unflatten(u)
         return {slot.name: slot.transform(unflattened[slot.name]) for slot in self.slots}
 
-    def pack(self, values: Values) -> Tensor:
-        """Return the vector of the sites' values, ``[*batch, D]``."""
-        return self.flatten({s.name: s.transform.inv(values[s.name]) for s in self.slots})
+    def pack(self, values: Values, unconstrained: Values | None = None) -> Tensor:
+        """Return the vector of the sites' values, ``[*batch, D]``; some may be given already."""
+        known = dict(unconstrained or {})
+        for slot in self.slots:
+            if slot.name not in known:
+                known[slot.name] = slot.transform.inv(values[slot.name])
+        return self.flatten(known)
 
     def flatten(self, unconstrained: Values) -> Tensor:
         """Return the vector of the sites' unconstrained values; undoes `unflatten`."""
@@ -135,13 +176,18 @@ class LatentBlock:
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 
+    def pack_trace(self, nodes: Mapping[str, Site]) -> Tensor:
+        """Return the vector of the values in a trace of the model, ``[*batch, D]``."""
+        block = self.with_slots(slot.of(nodes[slot.name]["fn"]) for slot in self.slots)
+        return block.pack({slot.name: nodes[slot.name]["value"] for slot in self.slots})
+
     def log_volume(self, u: Tensor, kept: Values | None = None) -> Tensor:
         """Return ``log |dz / du|``, ``[*batch, D]`` to ``[*batch]``, of what is kept of the vector.
 
         ``kept`` has flags of sites' entries; sites without any are kept.
         """
         total = u.new_zeros(u.shape[:-1])
-        constrained = [slot for slot in self.slots if slot.support is not constraints.real]
+        constrained = [slot for slot in self.slots if not slot.is_real]
         unconstrained = self.unflatten(u) if constrained else {}
         for slot in constrained:
             log_det = self.log_volume_of(slot, unconstrained[slot.name])
@@ -222,47 +268,36 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
             raise ValueError(
                 f"{where} is subsampled ({frame.size} of {frame.full_size}). Give plate=."
             )
-    support = plain_support(fn.support)
-    if shared:
-        _check_bounds(site, support)
-    transform = biject_to(support)
+    is_angle = is_circular(fn)
+    transform = _transform(name, fn, is_angle)
     unconstrained = transform.inv(value)
     events = fn.event_dim + unconstrained.dim() - value.dim()
     return PackedSite(
         name=name,
         frames=tuple(frame for frame in frames if frame.vectorized),
-        support=_bare(support),
+        support=plain_support(fn.support),
         transform=transform,
         event_dim=fn.event_dim,
         event_shape=unconstrained.shape[unconstrained.dim() - events :],
         inner_plates=tuple(sorted((f.dim, f.size) for f in inner if f.vectorized)),
+        is_angle=is_angle,
+        is_fixed=is_fixed(fn, is_angle),
     )
 
 
-def _check_bounds(site: Site, support: Any) -> None:
-    """Raise where bounds differ between rows: another minibatch would have others."""
-    bare = _bare(support)
-    for bound in (getattr(bare, name, None) for name in ("lower_bound", "upper_bound")):
-        if isinstance(bound, Tensor):
-            batch = bound.dim() - site["fn"].event_dim
-            if batch > 0 and bool((bound != bound[(0,) * batch]).any()):
-                raise NotImplementedError(
-                    f"Latent site '{site['name']}' has bounds of its own in each row. Scale a "
-                    "standard variable."
-                )
-
-
-def plain_support(support: Any) -> Any:
-    """Return a support that has a transform: a mixture's is that of its components."""
-    if isinstance(support, constraints.independent):
-        base = plain_support(support.base_constraint)
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        return support.base_constraint
-    return support
-
-
-def _bare(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return constraints.real if support is constraints.real_vector else support
+def _transform(name: str, fn: Any, is_angle: bool) -> Transform:
+    """Return the transform of a site, or name the remedy where there is no bijection."""
+    try:
+        return coordinates(fn, is_angle)
+    except NotImplementedError as error:
+        if bare_support(fn.support) is dist.constraints.sphere:
+            remedy = (
+                "Use a ProjectedNormal prior and poutine.reparam(model, "
+                f"{{'{name}': ProjectedNormalReparam()}}) for guide and loss."
+            )
+        else:
+            remedy = "Sample unconstrained parts, and compute it with pyro.deterministic."
+        raise NotImplementedError(
+            f"Latent site '{name}' has support {fn.support}, without a bijection from the real "
+            f"line. {remedy}"
+        ) from error

@@ -16,9 +16,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 
-from pyro_recursive.guides.packing import Values, plain_support
+from pyro_recursive.guides.packing import Values
 from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
@@ -31,6 +31,7 @@ from pyro_recursive.tracing.sites import (
     subsample_sites,
     with_plate_sizes,
 )
+from pyro_recursive.tracing.supports import coordinates, is_circular, plain_support
 
 InitLocFn = Callable[[Site], Any]
 
@@ -309,7 +310,6 @@ def _init_to_uniform(site: Site) -> Tensor:
 def _transform(fn: Any) -> Transform | None:
     """Return the transform of a continuous distribution, None if it has no such support."""
     try:
-        support = plain_support(fn.support)
-        return None if support.is_discrete else biject_to(support)
+        return None if fn.support.is_discrete else coordinates(fn, is_circular(fn))
     except NotImplementedError:  # packing names the site
         return None

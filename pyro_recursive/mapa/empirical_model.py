@@ -15,13 +15,12 @@ from pyro.ops.indexing import Vindex
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.codes import Codes
 from pyro_recursive.priors.pairwise import pairwise
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import Site, plates_of, same_scale, sites, sized_by
+from pyro_recursive.tracing.supports import coordinates, is_circular
 
 
 class Plate(NamedTuple):
@@ -233,7 +232,7 @@ def _at_index(codes: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def _value(fn: Any, u: Tensor, name: str) -> Tensor:
     """Return the site's value at unconstrained vectors ``[*batch, D]``."""
-    transform = biject_to(plain_support(fn.support))
+    transform = coordinates(fn, is_circular(fn))
     shape = transform.inverse_shape(fn.event_shape)
     if u.shape[-1] != shape.numel():
         raise ValueError(f"Site '{name}' takes codes [{shape.numel()}], got [{u.shape[-1]}].")

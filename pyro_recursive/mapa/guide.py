@@ -304,7 +304,11 @@ class MAPAGuide(LatentGuide):
             index = pyro.sample(f"{self.site_prefix}_code", choice, infer={"is_auxiliary": True})
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
         keep, u = latents.keep(call.kept), posterior.draw(index.expand(shape))
-        return emit(latents, call, u, lambda u: log_density(posterior, u, keep))
+
+        def density(u: Tensor, volume: Tensor) -> Tensor:
+            return log_density(posterior, u, keep) - volume
+
+        return emit(latents, call, u, density)
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Make a plate as the model's; without data its size is found by running the model."""

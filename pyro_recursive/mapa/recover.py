@@ -13,13 +13,18 @@ from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_recursive.guides.flow.zuko_adapter import AffineFlow, build_flow, check_flow
-from pyro_recursive.guides.packing import plain_support
 from pyro_recursive.mapa.recovered_priors import KDEPrior, QuantilePrior, RecoveredPrior
 from pyro_recursive.tracing.sites import is_delta
+from pyro_recursive.tracing.supports import (
+    bare_support,
+    coordinates,
+    is_circular,
+    plain_support,
+)
 
 _STEPS_PER_VALIDATION = 25
 _VALIDATION = 0.1  # of the codes
@@ -306,16 +311,18 @@ class _Supported(dist.TransformedDistribution):
 
 def _replaced(old: Any, new: Any, site: str) -> Any:
     """Return the new distribution with the batch, event and support of the old one."""
-    support = plain_support(old.support)
-    transform = biject_to(support)
+    support, is_angle = plain_support(old.support), is_circular(old)
+    transform = coordinates(old, is_angle)
     whole = transform.inverse_shape(old.batch_shape + old.event_shape)  # bounds may have rows
     shape = whole[len(old.batch_shape) :]
     if new.batch_shape or new.event_shape != (shape.numel(),):
         raise ValueError(f"Site '{site}' needs a prior over vectors of length {shape.numel()}.")
     new = new.expand(old.batch_shape)
-    steps = [] if shape == new.event_shape else [ReshapeTransform(new.event_shape, shape)]
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if support not in (constraints.real, constraints.real_vector):
+    steps: list[Transform] = (
+        [] if shape == new.event_shape else [ReshapeTransform(new.event_shape, shape)]
+    )
+    if is_angle:
+        support = constraints.independent(transform.codomain, old.event_dim)
+    if bare_support(support) is not constraints.real:
         steps.append(transform)
-    return _Supported(new, steps, plain_support(old.support)) if steps else new
+    return _Supported(new, steps, support) if steps else new

@@ -1,5 +1,6 @@
 """Whether model, guide and plates fit: every refusal and warning that follows from their sites."""
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,16 @@ from torch import Tensor
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, data_plates
 from pyro_recursive.tracing.sites import (
+    PACKED,
     PlateDependence,
     Site,
     SiteRecord,
     SiteTable,
     is_delta,
+    layers,
 )
+from pyro_recursive.tracing.supports import bare_support, is_circular
+from pyro_recursive.tracing.transforms import PERIOD
 from pyro_recursive.tracing.user_warnings import warn_user
 
 
@@ -57,6 +62,8 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
     check_shapes = is_validation_enabled()
     for name in latent.keys() & guided.keys():
         one, other = latent[name], guided[name]
+        if not is_delta(one.site) and is_circular(one.site["fn"]):
+            _check_angle(other, guided.values())
         if check_shapes:
             _check_shapes(one, other, max_plate_nesting)
 
@@ -93,6 +100,31 @@ def check_latent(guide: Iterable[Site]) -> None:
         if site["is_observed"] and not isinstance(site["fn"], dist.Unit | ComponentIndex):
             remedy = "put poutine.reparam around the model" if is_delta(site) else "drop its obs="
             raise ValueError(f"Guide site '{site['name']}' is observed: {remedy}.")
+
+
+def check_angle(site: Site) -> None:
+    """Raise where a guide's density of an angle is not over one period alone."""
+    fn = site["fn"]
+    if PACKED in site["infer"] or is_circular(fn):
+        return
+    bare = bare_support(fn.support)
+    low, high = (getattr(bare, f"{end}_bound", math.inf) for end in ("lower", "upper"))
+    if not bool(torch.as_tensor(high - low < PERIOD + 1e-4).all()):
+        raise ValueError(
+            f"Site '{site['name']}' is an angle, and the guide's density is over the real line. "
+            "Use VonMises there, AmortizedGuide, FlowGuide or a mixture of these."
+        )
+
+
+def _check_angle(record: SiteRecord, guide: Iterable[SiteRecord]) -> None:
+    """Raise as `check_angle`; a computed angle has the density of auxiliary sites, if any."""
+    fn, site = layers(record.site["fn"])[-1], record.site
+    if not is_delta(site):
+        check_angle(site)
+    elif not bool(torch.as_tensor(fn.log_density != 0).any()):
+        sampled = [other for other in guide if other.group in ("density", "score")]
+        if any(other.site["infer"].get("is_auxiliary") for other in sampled):
+            check_angle(site)
 
 
 def check_sizes(table: SiteTable) -> None:

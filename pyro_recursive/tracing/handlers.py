@@ -92,6 +92,25 @@ def run_cache() -> dict[Any, Any] | None:
     return None
 
 
+@effectful(type="joint_draw")
+def joint_draw(vector: Tensor, sites: frozenset[str]) -> Tensor:
+    """Return a packed vector ``[*batch, D]`` of sites: the guide's, or another in its place."""
+    return vector
+
+
+class ReplacedDraws(Messenger):
+    """Gives guides packed vectors, by their sites, in place of those that they draw."""
+
+    def __init__(self, vectors: Mapping[frozenset[str], Tensor]) -> None:
+        super().__init__()
+        self.vectors = vectors
+
+    def _pyro_joint_draw(self, msg: Any) -> None:
+        sites = msg["args"][1]
+        if sites in self.vectors:
+            msg["value"], msg["done"] = self.vectors[sites], True
+
+
 class RunCache(Messenger):
     """Gives guides the dictionary that `run_cache` returns."""
 

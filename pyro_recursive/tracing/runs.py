@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -16,13 +17,15 @@ from torch import Tensor
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief, choose
 from pyro_recursive.tracing.dependence import dependence_of
-from pyro_recursive.tracing.handlers import ComponentAssignment
+from pyro_recursive.tracing.handlers import ComponentAssignment, ReplacedDraws
 from pyro_recursive.tracing.isolation import ReplayedNoise
 from pyro_recursive.tracing.masks import leave_out_masked
 from pyro_recursive.tracing.plates import Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
+    JOINT,
     PARTICLE_PLATE,
+    JointDraw,
     Site,
     SiteTable,
     is_delta,
@@ -216,12 +219,13 @@ def _draw(
             with plate, sharing, noise:
                 guide = program.run_guide(subsample)
             if replay != "none":
-                with plate, noise:
-                    guide = program.run_guide(_stand_ins(guide, particle, replay, cuts))
+                replayed, vectors = _stand_ins(guide, particle, replay, cuts)
+                with plate, noise, ReplacedDraws(vectors):
+                    guide = program.run_guide(replayed)
             source = guide if subsample is None and not cut_model else guide.copy()
             if cut_model:
                 for site in latent_sites(guide):
-                    source.nodes[site["name"]] = _cut(site, particle, model_cuts)
+                    source.nodes[site["name"]] = _cut(site, particle, "paths", model_cuts)
             for name, site in subsample.nodes.items() if subsample is not None else ():
                 if name not in source.nodes:
                     source.add_node(name, **site)
@@ -243,20 +247,37 @@ def _draw(
 
 def _stand_ins(
     guide: poutine.Trace, particle: int, replay: Replay, cuts: list[GradientCut]
-) -> poutine.Trace:
-    """Return what a second run of the guide replays: all but Delta sites, which are recomputed."""
-    copy = guide.copy()
+) -> tuple[poutine.Trace, dict[frozenset[str], Tensor]]:
+    """Return what a second run of the guide replays, and the packed vectors in it, by their sites.
+
+    Delta sites and those of packed vectors are recomputed.
+    """
+    copy, vectors = guide.copy(), {}
     for site in latent_sites(guide):
-        if is_delta(site):
-            copy.remove_node(site["name"])
-        elif replay == "values":
-            copy.nodes[site["name"]] = {**site, "value": site["value"].detach()}
+        name, draw = site["name"], _joint_draw(site, guide)
+        if draw is not None and draw.sites not in vectors:
+            fn = dist.Delta(draw.vector, event_dim=1)
+            packed = _cut({**site, "fn": fn, "value": draw.vector}, particle, replay, cuts)
+            vectors[draw.sites] = packed["value"]
+        if draw is not None or is_delta(site):
+            copy.remove_node(name)
         else:
-            copy.nodes[site["name"]] = _cut(site, particle, cuts)
-    return copy
+            copy.nodes[name] = _cut(site, particle, replay, cuts)
+    return copy, vectors
 
 
-def _cut(site: Site, particle: int, cuts: list[GradientCut]) -> Site:
+def _joint_draw(site: Site, guide: poutine.Trace) -> JointDraw | None:
+    """Return the packed vector that all its sites in a trace have their values from, if any."""
+    draw = site["infer"].get(JOINT)
+    if draw is None or any(guide.nodes[n]["value"] is not v for n, v in draw.values.items()):
+        return None
+    return draw
+
+
+def _cut(site: Site, particle: int, replay: Replay, cuts: list[GradientCut]) -> Site:
+    """Return the site with a value that is cut from its graph."""
+    if replay == "values":
+        return {**site, "value": site["value"].detach()}
     if not site["value"].requires_grad:
         return site
     cuts.append(GradientCut(site, particle))
@@ -270,10 +291,17 @@ class _ShareWithinEstimate(Messenger):
         super().__init__()
         self.names, self.particles, self.particle = names, particles, 0
         self.first: dict[str, Tensor] = {}
+        self.packed: frozenset[str] = frozenset()  # sites whose packed vector is shared
+
+    def _pyro_post_joint_draw(self, msg: Any) -> None:
+        sites = msg["args"][1]
+        if sites <= self.names:
+            msg["value"] = self._shared(min(sites), msg["value"], 1)
+            self.packed |= sites
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # This handler is the outermost: it speaks before the trace records.
-        if msg["name"] in self.names and not msg["is_observed"]:
+        if msg["name"] in self.names - self.packed and not msg["is_observed"]:
             msg["value"] = self._shared(msg["name"], msg["value"], msg["fn"].event_dim)
 
     def _shared(self, name: str, value: Tensor, event_dim: int) -> Tensor:

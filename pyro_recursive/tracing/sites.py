@@ -16,6 +16,22 @@ Site = dict[str, Any]
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
 PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
 MODEL_MASK = "model_mask"  # there, too: the mask of the model's site, which the density heeds
+JOINT = "joint_draw"  # in a guide site's infer: the `JointDraw` that its value is a part of
+
+
+@dataclass(frozen=True)
+class JointDraw:
+    """A packed vector ``[*batch, D]`` and the sites whose values are functions of it alone.
+
+    ``values`` are those that it gives; another value at a site comes from elsewhere.
+    """
+
+    vector: Tensor
+    values: dict[str, Tensor]
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.values)
 
 
 @dataclass(slots=True)
@@ -221,18 +237,18 @@ def unmasked(fn: Any) -> Any:
 
 def at_zero(fn: Any, transform: Any) -> Tensor:
     """Return the value of a distribution at zero in unconstrained space, without a draw."""
-    like = next(_tensors(fn), torch.empty(()))
+    like = next(tensors_of(fn), torch.empty(()))
     shape = transform.inverse_shape(fn.shape())
     return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
-def _tensors(fn: Any) -> Iterator[Tensor]:
+def tensors_of(fn: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors of a distribution, of its support and of its parts."""
     for value in vars(fn).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             yield value
         elif isinstance(value, torch.distributions.Distribution | constraints.Constraint):
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def plates_of(site: Site) -> dict[str, Any]:

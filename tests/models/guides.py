@@ -90,13 +90,32 @@ def improper(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc - width, width.reciprocal()), obs=x)
 
 
+def angles(x: Tensor) -> None:
+    """Densities with a period, over angles inside and outside the plate."""
+    a = pyro.sample("a", dist.VonMises(0.3, 0.5))
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.VonMises(a, 2.0))
+        pair = pyro.sample("pair", dist.SineBivariateVonMises(0.0, 1.0, 1.0, 2.0, correlation=0.5))
+        observe(b.cos() + pair.sin().sum(-1), x)
+
+
+def bounds(x: Tensor) -> None:
+    """Supports that depend on another latent, on the data, and on both in each row."""
+    a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+    b = pyro.sample("b", dist.Uniform(0.0, a))
+    low = pyro.sample("low", dist.Uniform(x.min() - 1.0, x.max() + 1.0))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Uniform(x - 1.0, x + b))
+        observe(c + a + low, x)
+
+
 def no_guide(*args: Any) -> None:
     raise NotImplementedError
 
 
 MORE = [
     Row(model.__name__, lambda model=model: (model, no_guide))
-    for model in (supports, inner_events, series, mixture_prior, improper)
+    for model in (supports, inner_events, series, mixture_prior, improper, angles, bounds)
 ]
 # Rows that differ from another one in their guide alone.
 SAME_MODEL = {
@@ -363,7 +382,7 @@ def density_at(guide: Any, args: tuple, values: dict[str, Tensor]) -> Tensor:
     call.given.update(values)
     found = []
     for group in guide.groups:
-        u, keep = group.pack(values), group.keep(call.kept)
+        u, keep = call.block_of(group, values).pack(values), group.keep(call.kept)
         found.append(log_density(guide.posterior(group, call), u, keep).sum())
     return torch.stack(found)
 

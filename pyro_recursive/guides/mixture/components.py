@@ -20,7 +20,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.marginals import kept_log_density
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
-from pyro_recursive.tracing.compatibility import log_prob_of
+from pyro_recursive.tracing.compatibility import check_angle, log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.masks import SUFFIX, without_events
 from pyro_recursive.tracing.sites import Site, is_delta, latent_sites, layers
@@ -68,24 +68,30 @@ class RunGuide(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Run the guide, and pack what it samples."""
-        trace = self._run({})
-        values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
-        return self.latents.pack(values)
+        nodes = self._run({}).nodes
+        names = [slot.name for slot in self.latents.slots]
+        values = {name: nodes[name]["value"] for name in names}
+        inside = {n: nodes[f"{n}{SUFFIX}"]["value"] for n in names if f"{n}{SUFFIX}" in nodes}
+        latents = (
+            self.latents if len(inside) == len(names) else self.call.block_of(self.latents, values)
+        )
+        return latents.pack(values, inside)
 
     def log_prob(self, value: Tensor, keep: Tensor | None = None) -> Tensor:
         """Run the guide on given values: ``[*batch, D]`` to ``[*batch]``; see `marginals`."""
-        unconstrained = self.latents.unflatten(value)
+        latents = self.call.block_at(self.latents, value)
+        unconstrained = latents.unflatten(value)
         given = {f"{name}{SUFFIX}": u for name, u in unconstrained.items()}
-        trace = self._run({**self.latents.unpack(value), **given})
+        trace = self._run({**latents.unpack(value), **given})
         total = value.new_zeros(value.shape[:-1])
-        for slot in self.latents.slots:
+        for slot in latents.slots:
             site = trace.nodes.get(f"{slot.name}{SUFFIX}", trace.nodes[slot.name])
             each = log_prob_of(site, site["fn"])
             if site["name"] == slot.name:
-                each = each + self.latents.log_volume_of(slot, unconstrained[slot.name])
+                each = each + latents.log_volume_of(slot, unconstrained[slot.name])
             if keep is not None:
                 each = torch.where(self._of_events(slot, keep), each, 0.0)
-            total = total + self.latents.sum_inner(slot, each)
+            total = total + latents.sum_inner(slot, each)
         return total
 
     def _of_events(self, slot: PackedSite, keep: Tensor) -> Tensor:
@@ -100,15 +106,17 @@ class RunGuide(TorchDistribution):
         return of_events
 
     def _run(self, values: Values) -> poutine.Trace:
-        minibatch = {name: plate.indices for name, plate in self.call.plates.items()}
-        given = SubstituteByName({**minibatch, **self.call.given, **values})
+        given = SubstituteByName({**self.call.fixed_values, **values})
         # Handlers outside see only parameters: the samples belong to the mixture.
         hidden = poutine.block(hide_types=["sample"])
         with hidden, poutine.trace() as traced, _Widen(self.outer), given:
             self.guide(*self.call.args, **self.call.kwargs)
         sampled = latent_sites(traced.trace)
+        angles = {slot.name for slot in self.latents.slots if slot.is_angle}
         for site in sampled:
             self._check(site, traced.trace)
+            if site["name"] in angles and not is_delta(site):
+                check_angle(site)
         lacking = {slot.name for slot in self.latents.slots} - {site["name"] for site in sampled}
         if lacking:
             raise ValueError(f"{self._component()} does not sample {sorted(lacking)}.")

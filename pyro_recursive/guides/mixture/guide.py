@@ -302,11 +302,11 @@ class MixtureGuide(LatentGuide):
         keep = latents.keep(call.kept)
         particle = assignment.particle  # of this run: another one may follow before the density
 
-        def density(u: Tensor) -> Tensor:
+        def density(u: Tensor, volume: Tensor) -> Tensor:
             if assignment.reference is None:
-                return log_density(scored, u, keep)
-            table, volume = scored.table(u, keep), latents.log_volume(u, call.kept)
-            return assignment.reference(table, mixture.log_weights, volume, particle)
+                return log_density(scored, u, keep) - volume
+            table, weights = scored.table(u, keep), mixture.log_weights
+            return assignment.reference(table, weights, volume, particle) - volume
 
         return emit(latents, call, u, density)
 

@@ -19,6 +19,7 @@ from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.starts import StartSearch, apart
 from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.sites import JOINT
 from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
@@ -325,9 +326,10 @@ class FreeGaussian:
 
     def pack(self, trace: poutine.Trace) -> Tensor:
         """Return the latents of a trace, ``[particles, *rows, D]``."""
-        values = {slot.name: trace.nodes[slot.name]["value"] for slot in self.latents.slots}
+        draw = trace.nodes[self.latents.slots[0].name]["infer"].get(JOINT)
+        packed = self.latents.pack_trace(trace.nodes) if draw is None else draw.vector
         sizes = (frame.size for frame in self.rows)
-        return self.latents.pack(values).reshape(-1, *sizes, self.size)
+        return packed.reshape(-1, *sizes, self.size)
 
     def place(self, loc: Tensor, scale: Tensor) -> None:
         """Set locations and scales, ``[*rows, D]`` both."""

@@ -15,7 +15,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.packing import LatentBlock
+from pyro_recursive.guides.placement import Placement
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.densities import weighted
@@ -106,25 +107,25 @@ class LocalBound:
         wide = u.reshape(count, *[1] * (width - len(batch)), *u.shape[2:])
         point = wide if count > 1 else u[0, 0]
         with isolated(noise=self.shared_noise, double_backward=self.double_backward):
-            trace = self._run(self.latents.unpack(point), count, width)
+            placement = Placement(self.latents, point)
+            trace = self._run(placement, count, width)
         if nesting_of(trace) > width + (count > 1):  # plates may depend on the arguments
             raise ValueError("The model has more plates than before. Make a new guide.")
         total = self._by_row(trace, batch, width, count)
-        volume = self.latents.log_volume(point, self.call.kept)
+        volume = placement.block.log_volume(point, self.call.kept)
         if self.latent_weight != 1:
             volume = self.latent_weight * volume
         return (total + volume.reshape(count, *batch)).reshape(u.shape[:-1])
 
-    def _run(self, values: Values, count: int, width: int) -> poutine.Trace:
-        minibatch = {name: plate.indices for name, plate in self.call.plates.items()}
-        given = {**minibatch, **self.call.given, **values}
-        model = poutine.trace(SubstituteByName(given)(self.model))
+    def _run(self, placement: Placement, count: int, width: int) -> poutine.Trace:
+        given = self.call.fixed_values
+        model = poutine.trace(placement(SubstituteByName(given)(self.model)))
         draws = pyro.plate(DRAWS, count, dim=-width - 1) if count > 1 else nullcontext()
         warmup = KLWarmup(self.latent_weight) if self.latent_weight != 1 else nullcontext()
         with draws, warmup:
             trace = with_plate_sizes(model.get_trace(*self.call.args, **self.call.kwargs))
         for site in latent_sites(trace):
-            if site["name"] not in given:
+            if site["name"] not in given and site["name"] not in placement.slots:
                 raise NotImplementedError(
                     f"Latent site '{site['name']}' is not this guide's. Marginalise it."
                 )

@@ -1,0 +1,122 @@
+"""Supports of sites and the coordinates of their values: real, circular, fixed or not.
+
+Angles have densities with a period of 2 pi, normalised over one period, while torch declares their
+support to be the real line. A density over the line would count each angle many times.
+"""
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch.distributions import (
+    ComposeTransform,
+    Distribution,
+    Transform,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
+
+from pyro_recursive.tracing.sites import layers, tensors_of, unmasked
+from pyro_recursive.tracing.transforms import PERIOD, CircleTransform, accurate
+
+OFFSETS = (0.0, 1.0, 2.5)  # radians, at which densities are compared
+CONSTANTS = [c for c in vars(dist.constraints).values() if isinstance(c, constraints.Constraint)]
+_circular: dict[Any, bool] = {}  # by the types that a distribution is made of
+
+
+def plain_support(support: Any) -> Any:
+    """Return a support that has a transform: a mixture's is that of its components."""
+    if isinstance(support, constraints.independent):
+        base = plain_support(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        return plain_support(support.base_constraint)
+    return support
+
+
+def bare_support(support: Any) -> Any:
+    """Return a support without event dims."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return constraints.real if support is constraints.real_vector else support
+
+
+def is_fixed(fn: Any, is_angle: bool) -> bool:
+    """Whether a distribution has the same support in all calls: it has no bounds of its own."""
+    if is_angle:
+        return _transformed(fn) is None
+    bare = bare_support(plain_support(fn.support))
+    return any(bare is constant for constant in CONSTANTS)
+
+
+def coordinates(fn: Any, is_angle: bool) -> Transform:
+    """Return the bijection from unconstrained values to those of a distribution.
+
+    Raises:
+        NotImplementedError: there is none for the support.
+    """
+    if not is_angle:
+        return accurate(biject_to(plain_support(fn.support)))
+    transformed, circle = _transformed(fn), CircleTransform()
+    return ComposeTransform([circle, *transformed.transforms]) if transformed else circle
+
+
+@torch.no_grad()
+def is_circular(fn: Any) -> bool:
+    """Whether a distribution is one of angles, or of a function of angles.
+
+    The density of angles over the real line has the period 2 pi. Each type is looked at once.
+    """
+    transformed = _transformed(fn)
+    if transformed is not None:
+        return is_circular(transformed.base_dist)
+    try:
+        support = bare_support(plain_support(fn.support))
+    except NotImplementedError:  # a distribution that does not say
+        return False
+    if support is not constraints.real:
+        return False
+    kind = _types(fn)
+    if kind not in _circular:
+        found = _has_period(unmasked(fn))
+        if found is None:
+            return False
+        _circular[kind] = found
+    return _circular[kind]
+
+
+def _transformed(fn: Any) -> TransformedDistribution | None:
+    """Return a transformed distribution without masks and event dims, None for another one."""
+    base = layers(fn)[-1]
+    return base if isinstance(base, TransformedDistribution) else None
+
+
+def _types(fn: Any) -> tuple[Any, ...]:
+    parts = [part for part in vars(fn).values() if isinstance(part, Distribution)]
+    return type(fn), *map(_types, parts)
+
+
+def _has_period(fn: Any) -> bool | None:
+    """Compare densities a few periods apart; None if they cannot be compared at these parameters.
+
+    Each coordinate is moved by a number of periods of its own. A density that is constant is that
+    of the uniform distribution on the circle, or improper.
+    """
+    like, event = next(tensors_of(fn), torch.empty(())), torch.Size(fn.event_shape)
+    origin = like.new_zeros((*fn.batch_shape, *event), dtype=torch.float64)
+    periods = 1 + torch.arange(event.numel(), device=origin.device).remainder(3)
+    shift = PERIOD * periods.reshape(event)
+    try:
+        here = torch.stack([fn.log_prob(origin + offset) for offset in OFFSETS])
+        there = torch.stack([fn.log_prob(origin + offset + shift) for offset in OFFSETS])
+    except Exception:  # no density at such values
+        return False
+    if not bool((here.isfinite() & there.isfinite()).all()):
+        return None
+    variation, change = (here - here[0]).abs().max(), (there - here).abs().max()
+    if variation > 0:
+        return bool(change < 1e-3 * variation)
+    uniform = -math.log(PERIOD) * event.numel()
+    return bool((here - uniform).abs().max() < 1e-5) or None
