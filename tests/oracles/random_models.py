@@ -124,12 +124,15 @@ def random_sites(rng: random.Random) -> list[RandomSite]:
     if rng.random() < 0.25:
         plates.append(Plate("loop", 2, None, 2))
     common = [plate for plate in plates if rng.random() < 0.5]
+    has_global = rng.random() < 0.3
     discrete = rng.random() < 0.3
     sites: list[RandomSite] = []
     num_latent = rng.choice([1, 1, 2, 2, 3])
     for number in range(num_latent + rng.choice([1, 2])):
         is_observed = number >= num_latent
         own = [plate for plate in plates if plate in common or rng.random() < 0.4]
+        if has_global:
+            own = plates[:2] if number else []
         kind = rng.choice(["normal", "normal", "bernoulli", "poisson", "factor"])
         if not is_observed:
             entries = math.prod(plate.batch for plate in own)
