@@ -68,21 +68,20 @@ class Parameters:
 class Noise:
     """Standard normals, or 0 and 1, by the guide's sites: ``[particles, *plates, *event]``.
 
-    Samples of other shapes, as in runs that find the structure, are drawn afresh.
+    Samples are drawn afresh where there is no table, as in the runs that find the structure.
     """
 
     def __init__(self, particles: int) -> None:
-        self.particles, self.tables, self.looped = particles, dict[str, Tensor](), False
-        self.calls: dict[str, int] = {}
+        self.particles, self.tables, self.calls = particles, dict[str, Tensor](), dict[str, int]()
 
     def __call__(self, name: str, shape: torch.Size, fallback: Tensor) -> Tensor:
         table = self.tables.get(name)
         if table is None:
             return fallback
-        if self.looped:
-            number = self.calls[name] = self.calls.get(name, -1) + 1
-            return table[number % self.particles].reshape(shape)
-        return table.reshape(shape) if table.numel() == shape.numel() else fallback
+        if table.numel() == shape.numel():
+            return table.reshape(shape)
+        number = self.calls[name] = self.calls.get(name, -1) + 1  # particles one by one
+        return table[number % self.particles].reshape(shape)
 
 
 class GivenNormal(dist.Normal):
@@ -307,8 +306,8 @@ class Pair:
         names = [name for name, j in self.iterations(other) if j is None or i in (None, j)]
         total = torch.zeros((), dtype=self.dtype)
         for value in (values[name] for name in names):
-            if value.dim() == 1 and other.event and self.one_particle:
-                value = value[0] + value[1]
+            if other.event and self.one_particle and self._is_flat(other):
+                value = value[0] + value[1]  # of one sample alone
             elif other.event:
                 value = value.sum(-1)
             for plate in self.vectorized(other):
@@ -316,6 +315,11 @@ class Pair:
                     value = value.sum(plate.dim, keepdim=True)
             total = total + value
         return total
+
+    def _is_flat(self, site: RandomSite) -> bool:
+        """Whether the guide's value has no batch dims in a run of one particle."""
+        parents = (each for each in self.sites if each.name in dict(site.guide_parents))
+        return not self.vectorized(site) and all(map(self._is_flat, parents))
 
     @staticmethod
     def vectorized(site: RandomSite) -> list[Plate]:

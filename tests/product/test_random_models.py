@@ -18,7 +18,10 @@ from torch import Tensor
 from pyro_recursive import MultiSampleELBO, bounds
 from tests.oracles.random_models import Pair, RandomSite, Terms, brute_force, random_sites
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*share one joint weight")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*share one joint weight"),
+    pytest.mark.filterwarnings("ignore:.*one by one"),
+]
 
 MODELS = 320
 CHUNK = 10
@@ -104,7 +107,6 @@ def gradients(pair: Pair, total: Tensor) -> list[Tensor]:
 def run(pair: Pair, loss: MultiSampleELBO, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and its gradients with the noise of the pair's table."""
     pair.noise.calls.clear()
-    pair.noise.looped = not loss.vectorize_particles
     torch.manual_seed(seed)
     value = loss.differentiable_loss(pair.model, pair.guide)
     if not value.requires_grad:
@@ -147,7 +149,7 @@ def check(seed: int) -> None:
     name = rng.choice(list(BOUNDS))
     vectorized = rng.random() < 0.7
     bound, value_of, _ = BOUNDS[name]
-    pair.one_particle = not vectorized
+    pair.one_particle = rng.random() < 0.5
     scale = math.prod(plate.size / plate.batch for plate in pair.shared_plates())
     for estimator in ("pathwise", "stl", "dreg", "rws", "rws-dreg"):
         loss = MultiSampleELBO(
@@ -178,7 +180,7 @@ def check_global(seed: int) -> None:
     name = rng.choice(["iwae", "elbo", "renyi", "ciwae"])
     vectorized = rng.random() < 0.7
     bound, value_of, _ = BOUNDS[name]
-    pair.one_particle = not vectorized
+    pair.one_particle = rng.random() < 0.5
     loss = MultiSampleELBO(
         bound,
         num_estimates=M,
@@ -219,6 +221,7 @@ def check_discrete(seed: int) -> None:
     estimator = rng.choice(["score", "vimco"])
     vectorized = rng.random() < 0.7
     bound, value_of, _ = BOUNDS[name]
+    pair.one_particle = rng.random() < 0.5
     loss = MultiSampleELBO(
         bound, estimator=estimator, num_particles=2, vectorize_particles=vectorized
     )
