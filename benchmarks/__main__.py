@@ -16,9 +16,21 @@ from benchmarks import (
     refinement,
     snr,
     speed,
+    starts,
 )
 
-MODULES = (bounds, guides, mapa, mapa_images, neighbours, posteriors, refinement, snr, speed)
+MODULES = (
+    bounds,
+    guides,
+    mapa,
+    mapa_images,
+    neighbours,
+    posteriors,
+    refinement,
+    snr,
+    speed,
+    starts,
+)
 COMMANDS = {m.__name__.partition(".")[2].replace("_", "-"): m for m in MODULES}
 
 
