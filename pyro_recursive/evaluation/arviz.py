@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import sampling
 from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws, stacked
 from pyro_recursive.evaluation.leave_one_out import (
     CELL,
@@ -36,6 +37,7 @@ from pyro_recursive.tracing.sites import nesting_of, sites, subsample_sites
 __all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
 
 
+@sampling()
 def to_arviz(
     model: Callable,
     guide: Callable,
@@ -90,6 +92,7 @@ def to_arviz(
     return _container({**groups, "sample_stats": _stats(draws, labels)}, labels)
 
 
+@sampling()
 def mcmc_to_arviz(
     mcmc: Any,
     model: Callable,

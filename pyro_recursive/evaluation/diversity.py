@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
@@ -91,6 +92,7 @@ def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
     )
 
 
+@measurement("guide")
 @torch.no_grad()
 def mixture_diversity(
     guide: Callable,

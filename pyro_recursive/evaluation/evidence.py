@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_likelihood, check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
@@ -65,6 +66,7 @@ def log_marginal(
 ) -> Evidence: ...
 
 
+@measurement()
 def log_marginal(
     model: Callable,
     guide: Callable,

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.evaluation.evidence import WeightSums, particles_per_chunk
 from pyro_recursive.evaluation.search import Noise, Search
 from pyro_recursive.guides.base import LatentGuide
@@ -95,6 +96,7 @@ class Gaps(NamedTuple):
         return "\n".join(lines)
 
 
+@measurement()
 def gaps(
     model: Callable,
     guide: LatentGuide,

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.evaluation.evidence import runs_in_chunks
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
@@ -214,6 +215,7 @@ class ImportanceWeights:
         return "\n".join(lines)
 
 
+@measurement()
 def importance_weights(
     model: Callable,
     guide: Callable,

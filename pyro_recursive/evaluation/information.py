@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable, RowDraws, table_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.program import Program
@@ -41,6 +42,7 @@ class ActiveUnits(NamedTuple):
     variances: dict[str, Tensor]
 
 
+@measurement("guide")
 @torch.no_grad()
 def mutual_information(
     guide: Callable,
@@ -80,6 +82,7 @@ def mutual_information(
     return torch.cat(found).mean()
 
 
+@measurement()
 @torch.no_grad()
 def rate_of(
     model: Callable,
@@ -130,6 +133,7 @@ def _information(table: PosteriorTable, draws: RowDraws) -> tuple[Tensor, Tensor
     return torch.cat(own), torch.cat(own) - torch.cat(mixture)
 
 
+@measurement("guide")
 @torch.no_grad()
 def active_units(
     guide: Callable,

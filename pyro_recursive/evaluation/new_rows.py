@@ -13,6 +13,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import sampling
 from pyro_recursive.evaluation.draws import (
     Draws,
     ModelRuns,
@@ -77,6 +78,7 @@ class Prediction:
         return "\n".join(lines)
 
 
+@sampling()
 @torch.no_grad()
 def predict(
     model: Callable,

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import sampling
 from pyro_recursive.evaluation.draws import (
     Draws,
     ModelRuns,
@@ -38,6 +39,7 @@ from pyro_recursive.tracing.sites import Site, subsample_sites
 PROPOSALS = 10  # for each resampled draw, by default
 
 
+@sampling()
 def posterior_draws(
     model: Callable,
     guide: Callable,
@@ -160,6 +162,7 @@ def resampled_index(log_weights: Tensor, count: int, plates: Sequence[str]) -> T
     return index.T.reshape(count, *log_weights.shape[1:])
 
 
+@sampling()
 def predictive_draws(
     model: Callable,
     draws: Draws,
@@ -205,6 +208,7 @@ def predictive_draws(
     return Draws(found, len(draws), minibatch=draws.minibatch)
 
 
+@sampling()
 def log_likelihoods(
     model: Callable,
     draws: Draws,
@@ -252,6 +256,7 @@ def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> D
     return Draws(run_on_draws(model, args, kwargs, replace(draws, count=1), _data), 1)
 
 
+@sampling()
 def prior_draws(
     model: Callable,
     *args: Any,

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.evaluation.draws import drawing_data, is_factor, is_latent, was_observed
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
@@ -28,6 +29,7 @@ from pyro_recursive.tracing.sites import Site, independent_plates_of, sites
 Replace = Callable[[dict[str, Tensor], tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
 
 
+@measurement()
 @torch.no_grad()
 def calibration(
     model: Callable,
@@ -94,6 +96,7 @@ def calibration(
     return Calibration(ranks, num_draws)
 
 
+@measurement()
 def calibration_by_fits(
     model: Callable,
     fit_guide: Callable[..., Callable],

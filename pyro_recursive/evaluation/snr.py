@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import sampling
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
@@ -99,6 +100,7 @@ def log_slope(sizes: Tensor, ratios: Tensor, errors: Tensor) -> tuple[float, flo
     return float(slope), float(covariance[0, 0] ** 0.5)
 
 
+@sampling()
 def gradient_snr(
     model: Callable,
     guide: Callable,
@@ -219,6 +221,7 @@ class SNRSweep:
         return at_sizes, ratio, self.error[group][index]
 
 
+@sampling()
 def gradient_snr_sweep(
     model: Callable,
     guide: Callable,

@@ -35,8 +35,12 @@ collapsed_guide = in_rows(lambda x: normal("z", 0.3, 0.7))
 
 
 def repeated(estimate: Callable[[], Tensor], times: int = 40) -> tuple[Tensor, Tensor]:
-    """Return mean and standard error of an estimate."""
-    found = torch.stack([estimate() for _ in range(times)])
+    """Return mean and standard error of an estimate, each from another random state."""
+    found = []
+    for _ in range(times):
+        torch.rand(1)
+        found.append(estimate())
+    found = torch.stack(found)
     return found.mean(0), found.std(0) / times**0.5
 
 

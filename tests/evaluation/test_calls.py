@@ -1,0 +1,236 @@
+"""Calls of the evaluation: unknown keywords raise before anything runs; looking changes nothing."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from pyro.optim import Adam
+from torch import Tensor, nn
+
+from pyro_recursive import AmortizedGuide, MixtureGuide, gaps, log_marginal
+from pyro_recursive.evaluation import (
+    active_units,
+    calibration,
+    calibration_by_fits,
+    gradient_snr,
+    gradient_snr_sweep,
+    importance_weights,
+    log_likelihoods,
+    mixture_diversity,
+    mutual_information,
+    posterior_draws,
+    predict,
+    predictive_draws,
+    prior_draws,
+    rate_of,
+)
+from pyro_recursive.evaluation.arviz import mcmc_to_arviz, to_arviz
+from pyro_recursive.evaluation.search import Search
+from tests.models.small import normal_rows
+
+X = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)
+
+
+def named(x: Tensor, noise: float = 1.0) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+
+def guide(x: Tensor, noise: float = 1.0) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+
+class Module(PyroModule):
+    def forward(self, x: Tensor, noise: float = 1.0) -> None:
+        named(x, noise)
+
+
+# --- Keywords
+
+
+def encoded(model: Callable = named) -> AmortizedGuide:
+    inputs = lambda x, noise=1.0: x[:, None]  # noqa: E731
+    return AmortizedGuide(model, nn.Linear(1, 2), inputs=inputs)
+
+
+def mixture() -> MixtureGuide:
+    return MixtureGuide(named, [encoded(), encoded()])
+
+
+DRAWS = partial(posterior_draws, named, guide, X, num_draws=3)
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "log_marginal": partial(log_marginal, named, guide, X),
+    "importance_weights": partial(importance_weights, named, guide, X),
+    "gaps": partial(gaps, named, encoded(), X),
+    "posterior_draws": DRAWS,
+    "prior_draws": partial(prior_draws, named, X),
+    "predictive_draws": lambda **options: predictive_draws(named, DRAWS(), X, **options),
+    "log_likelihoods": lambda **options: log_likelihoods(named, DRAWS(), X, **options),
+    "predict": partial(predict, named, guide, X),
+    "to_arviz": partial(to_arviz, named, guide, X),
+    "mcmc_to_arviz": partial(mcmc_to_arviz, None, named, X),
+    "mutual_information": partial(mutual_information, guide, X),
+    "rate_of": partial(rate_of, named, guide, X),
+    "active_units": partial(active_units, encoded(), X),
+    "mixture_diversity": partial(mixture_diversity, mixture(), X),
+    "calibration": partial(calibration, named, guide, X),
+    "calibration_by_fits": partial(calibration_by_fits, named, lambda x: guide, X),
+    "gradient_snr": partial(gradient_snr, named, guide, Trace_ELBO(), X),
+    "gradient_snr_sweep": partial(gradient_snr_sweep, named, guide, Trace_ELBO, X),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_unknown_keywords_are_named(name: str) -> None:
+    """Misspelt, or deleted: they would go to the model, some of them in silence."""
+    for wrong in ({"chunk_sizes": 3}, {"num_partikles": 3}, {"shared": True}, {"progress": False}):
+        (keyword,) = wrong
+        with pytest.raises(TypeError, match=rf"{name} got '{keyword}', which the program does not"):
+            FUNCTIONS[name](**wrong)
+
+
+def test_the_nearest_option_is_named() -> None:
+    with pytest.raises(TypeError, match=r"Did you mean 'num_particles'\?"):
+        log_marginal(named, guide, X, num_particle=3)
+    with pytest.raises(TypeError, match=r"Did you mean 'noise'\?"):
+        log_marginal(named, guide, X, noize=3)
+
+
+PROGRAMS: dict[str, Callable] = {
+    "handlers": poutine.scale(poutine.block(named, hide=["w"]), 1.0),
+    "partial": partial(named, noise=2.0),
+    "module": Module(),
+    "handlers_of_a_module": poutine.block(Module(), hide=["w"]),
+    "method": Module().forward,
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_keywords_of_programs(kind: str) -> None:
+    """Those that the model names reach it; others raise, whatever is around it."""
+    ran: list[float] = []
+    counted = poutine.infer_config(guide, lambda site: ran.append(1.0) or {})
+    options = {"num_particles": 5}
+    one, other = (log_marginal(PROGRAMS[kind], guide, X, noise=n, **options) for n in (1.0, 3.0))
+    assert not torch.allclose(one, other)
+    with pytest.raises(TypeError, match="log_marginal got 'nois'"):
+        log_marginal(PROGRAMS[kind], counted, X, nois=1.0)
+    assert not ran
+
+
+def test_a_model_may_take_any_keyword() -> None:
+    seen: list[Any] = []
+
+    def model(x: Tensor, **options: Any) -> None:
+        seen.append(options)
+        named(x)
+
+    log_marginal(model, lambda x, **options: guide(x), X, num_particles=3, anything=7)
+    assert seen[0] == {"anything": 7}
+
+
+# --- The random state
+
+
+def learned(x: Tensor, noise: float = 1.0) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, 0.8))
+
+
+# Each returns a function that measures; its guide has been made.
+MEASURES: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    "log_marginal": lambda: partial(log_marginal, named, guide, X, num_particles=20),
+    "importance_weights": lambda: lambda: importance_weights(named, guide, X).ess,
+    "mutual_information": lambda: partial(mutual_information, guide, X, num_draws=5),
+    "rate_of": lambda: lambda: torch.stack(rate_of(named, guide, X, num_draws=5)),
+    "active_units": lambda: lambda: active_units(guide, X, num_draws=5).variances["z"],
+    "gradient_snr": lambda: lambda: gradient_snr(named, learned, Trace_ELBO(), X)["guide"].ratio,
+    "calibration": lambda: lambda: calibration(normal_rows, guide, torch.zeros(30)).ranks["z"],
+    "mixture_diversity": lambda: of_guide(mixture(), lambda g: mixture_diversity(g, X).divergence),
+    "gaps": lambda: of_guide(encoded(), lambda g: gaps(named, g, X, search=Search(steps=2)).elbo),
+}
+
+
+def of_guide(guide: Any, measure: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    guide.prepare(X)
+    return lambda: measure(guide)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measuring_leaves_the_random_state(name: str) -> None:
+    """The same call gives the same result, and another one after another draw."""
+    measure, state = MEASURES[name](), torch.get_rng_state()
+    found = [measure(), measure()]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    found.append(measure())
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_an_error_leaves_the_random_state() -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="guide does not sample"):
+        log_marginal(named, lambda x: torch.rand(3).sum() and None, X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_minibatches_have_noise_of_their_own() -> None:
+    """Else the errors of a sum over minibatches would not be independent."""
+    noise: list[Tensor] = []
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            noise.append(pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0)))
+
+    last = []
+    for rows in (X[:2], X[2:], X[:2].clone()):
+        log_marginal(named, guide, rows, num_particles=5, chunk_size=5)
+        last.append(noise[-1])
+    assert torch.equal(last[0], last[2]) and not torch.equal(last[0], last[1])
+
+
+def test_looking_does_not_change_the_training() -> None:
+    def train(look: Callable[[], Any]) -> Tensor:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        svi = SVI(named, learned, Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(5):
+            svi.step(X)
+            look()
+        return pyro.param("loc").detach().clone()
+
+    expected = train(lambda: None)
+    for name in ("log_marginal", "importance_weights", "mutual_information", "rate_of"):
+        assert torch.equal(train(MEASURES[name]()), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measuring_leaves_the_random_state_of_cuda() -> None:
+    with torch.device("cuda"):
+        torch.rand(1)
+        states = torch.cuda.get_rng_state_all()
+        log_marginal(named, guide, X.cuda(), num_particles=20)
+    now = torch.cuda.get_rng_state_all()
+    assert all(torch.equal(one, other) for one, other in zip(states, now, strict=True))
+
+
+def test_draws_move_the_random_state() -> None:
+    for draw in (DRAWS, partial(prior_draws, named, X, num_draws=3)):
+        assert not torch.equal(draw()["z"], draw()["z"])
+    autoguide = AutoNormal(named)
+    autoguide(X)
+    found = [predict(named, autoguide, X, num_draws=3)["x"] for _ in range(2)]
+    assert not torch.equal(*found)
