@@ -230,6 +230,7 @@ def test_labels_in_the_first_call() -> None:
     guide(X, Y)
     with pytest.raises(ValueError, match="Model site 'y' is latent and the guide does not sample"):
         IWAE_ELBO(3).loss(model, guide, X)
+    pyro.clear_param_store()
     guide = AMORTIZED["encoder"]()
     guide.prepare(X)
     with pytest.raises(ValueError, match=r"\['y'\] of the guide are observed"):
