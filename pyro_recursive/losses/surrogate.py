@@ -15,6 +15,7 @@ from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
@@ -24,7 +25,7 @@ from pyro_recursive.bounds.estimators import ESTIMATORS, Coefficients, Estimator
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.downstream import ScoreGroup, score_groups
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
-from pyro_recursive.tracing.sites import is_delta, sites
+from pyro_recursive.tracing.sites import is_delta, layers, sites
 
 HUGE = 1e30  # nats; a log-density beyond is infinite
 
@@ -207,14 +208,18 @@ def _cuts_in(runs: Sequence[ParticleRun], dens: Densities) -> list[GradientCut]:
 def _no_gradient(
     runs: Sequence[ParticleRun], dens: Densities, estimator: Estimator
 ) -> NotImplementedError:
-    name = next(
-        record.name
+    site = next(
+        record.site
         for record in runs[0].table.guide
         if record.group == "score" and (dens.names is None or record.name in dens.names)
     )
+    cause, remedy = f"site '{site['name']}' is not reparameterised", ""
+    if isinstance(layers(site["fn"])[-1], dist.Unit):
+        cause = f"factor '{site['name']}' has has_rsample=False"
+        remedy = ", or has_rsample=True for a Jacobian"
     return NotImplementedError(
-        f"Guide site '{name}' is not reparameterised, so estimator='{estimator.name}' has no "
-        "gradient for it: use 'vimco' or 'dreg+vimco'."
+        f"Guide {cause}, so estimator='{estimator.name}' has no gradient for it: use 'vimco' or "
+        f"'dreg+vimco'{remedy}."
     )
 
 

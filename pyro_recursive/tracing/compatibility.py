@@ -32,6 +32,7 @@ def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: b
     """Raise where the sites of runs do not fit together or, under a nonlinear bound, the plates."""
     for table in tables:
         check_match(table, layout.max_plate_nesting)
+    _check_factors(tables[0], layout)
     if not is_linear:
         if any(record.is_subsampled for record in tables[0].records):
             check_subsampling(tables[0], layout)
@@ -95,8 +96,17 @@ def check_global_elbo(
 
 
 def check_latent(guide: Iterable[Site]) -> None:
-    """Raise where a guide observes a site: its density would be part of log q."""
+    """Raise where a guide observes a site, or has a `pyro.factor` of no kind.
+
+    The density of what is observed would be part of log q.
+    """
     for site in guide:
+        factor = layers(site["fn"])[-1]
+        if isinstance(factor, dist.Unit) and "has_rsample" not in vars(factor):
+            raise ValueError(
+                f"Guide factor '{site['name']}' needs has_rsample: True for a function of "
+                "reparameterised draws (a Jacobian), False for log q of other draws."
+            )
         if site["is_observed"] and not isinstance(site["fn"], dist.Unit | ComponentIndex):
             remedy = "put poutine.reparam around the model" if is_delta(site) else "drop its obs="
             raise ValueError(f"Guide site '{site['name']}' is observed: {remedy}.")
@@ -125,6 +135,24 @@ def _check_angle(record: SiteRecord, guide: Iterable[SiteRecord]) -> None:
         sampled = [other for other in guide if other.group in ("density", "score")]
         if any(other.site["infer"].get("is_auxiliary") for other in sampled):
             check_angle(site)
+
+
+def _check_factors(table: SiteTable, layout: PlateLayout) -> None:
+    """Raise where a guide draws a value by hand for all samples together.
+
+    A score function needs a draw for each: the others are its baseline.
+    """
+    dim = layout.particles.dim
+    for record in table.guide:
+        factor = layers(record.site["fn"])[-1]
+        if dim is None or record.group != "score" or not isinstance(factor, dist.Unit):
+            continue
+        log_q = factor.log_factor
+        if log_q.requires_grad and log_q.shape[dim] > 1 and log_q.stride(dim) == 0:
+            raise ValueError(
+                f"Guide factor '{record.name}' with has_rsample=False has one value for all "
+                "samples: use vectorize_particles=False, or has_rsample=True for a Jacobian."
+            )
 
 
 def check_sizes(table: SiteTable) -> None:
