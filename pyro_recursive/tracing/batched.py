@@ -29,6 +29,7 @@ from pyro_recursive.tracing.sites import (
     latent_sites,
     layers,
     mask_of,
+    plates_of,
 )
 
 
@@ -103,7 +104,11 @@ def values_by_particle(
     for site in latent_sites(trace):
         value, place = site["value"], particles.dim - site["fn"].event_dim
         if value.dim() >= -place:
-            value = with_rank(value.movedim(place, 0), ranks[site["name"]])
+            rank = ranks.get(site["name"])
+            if rank is None:  # sequential plates may have other entries in each run
+                depths = (-frame.dim for frame in plates_of(site).values() if frame.vectorized)
+                rank = max(depths, default=0) + site["fn"].event_dim
+            value = with_rank(value.movedim(place, 0), rank)
             values[site["name"]] = value.expand(particles.total, *value.shape[1:])
     return values
 
