@@ -1,6 +1,7 @@
 """The model's masks of a guide's latents, read in each call by a run of the model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pyro
 import torch
@@ -42,8 +43,8 @@ class ModelMasks:
             values: Values = {}
             for latents in groups:
                 rows = like.new_empty(*call.sizes(latents), latents.size)
-                u = torch.randn_like(latents.expand_rows(rows))
-                values |= latents.unpack(0.1 * u)
+                u = 0.1 * torch.randn_like(latents.expand_rows(rows))
+                values |= replace(call, given=values).block_at(latents, u).unpack(u)
             return values
 
         def run(values: Values) -> poutine.Trace:

@@ -78,7 +78,7 @@ class PackedSite:
         if of_events is not None:
             ones = (1,) * len(self.event_shape)
             return of_events.reshape(of_events.shape + ones).expand(*batch, *self.event_shape)
-        if self.support is not constraints.real:
+        if not self.is_real:
             raise NotImplementedError(
                 f"Latent site '{self.name}' is masked inside an event with bounds. Put the event's "
                 "dim in a pyro.plate."
