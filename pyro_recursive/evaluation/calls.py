@@ -6,6 +6,7 @@ that return draws move the state, as Pyro's own do.
 """
 
 import difflib
+import html
 import inspect
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,11 @@ from pyro_recursive.guides.base import LatentGuide
 
 Function = TypeVar("Function", bound=Callable)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def shown_as_html(result: object) -> str:
+    """Return what ``print`` shows of a result, for notebooks."""
+    return f"<pre>{html.escape(str(result))}</pre>"
 
 
 def measurement(of: str = "model") -> Callable[[Function], Function]:

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.calls import measurement
+from pyro_recursive.evaluation.calls import measurement, shown_as_html
 from pyro_recursive.evaluation.evidence import WeightSums, particles_per_chunk
 from pyro_recursive.evaluation.search import Noise, Search
 from pyro_recursive.guides.base import LatentGuide
@@ -87,6 +87,9 @@ class Gaps(NamedTuple):
             table["start"] = _summary(self.start)
             table["closed"] = {**_summary(self.closed), "mean": share.item(), **error}
         return table
+
+    def _repr_html_(self) -> str:
+        return shown_as_html(self)
 
     def __str__(self) -> str:
         table = self.summary()

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.calls import measurement
+from pyro_recursive.evaluation.calls import measurement, shown_as_html
 from pyro_recursive.evaluation.evidence import runs_in_chunks
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
@@ -208,6 +208,8 @@ class ImportanceWeights:
             "log_marginal": self.log_marginal.sum().item(),
         }
 
+    _repr_html_ = shown_as_html
+
     def __str__(self) -> str:
         lines = [f"{name:12} {value:12.6g}" for name, value in self.summary().items()]
         if self.points:
@@ -257,28 +259,33 @@ def importance_weights(
     program = Program(model, guide, args, kwargs)
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     parts: list[Tensor] = []
+    points: dict[str, Tensor | None] = {}
     with torch.no_grad():
         for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
-            if not parts:
-                if reason := scale_problem(runs[0].guide):
-                    raise ValueError(reason)
-                points = _points(runs, layout)
+            if not parts and (reason := scale_problem(runs[0].guide)):
+                raise ValueError(reason)
+            points = _points(runs, layout, points)
             parts.append(densities(runs, layout).log_weights[0].double())
-    return ImportanceWeights(torch.cat(parts), tuple(f.name for f in layout.plates), points)
+    fixed = [name for name, value in points.items() if value is not None and num_particles > 1]
+    plates = tuple(frame.name for frame in layout.plates)
+    return ImportanceWeights(torch.cat(parts), plates, tuple(fixed))
 
 
-def _points(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[str, ...]:
-    """Return the latent sites to which the guide gives the same value in every draw."""
-    table, names = runs[0].table, []
+def _points(
+    runs: Sequence[ParticleRun], layout: PlateLayout, known: dict[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return the one value of each computed latent in all draws so far, None if there are more."""
+    table, found = runs[0].table, dict[str, Tensor | None]()
     latent = {record.name for record in table.model if not record.site["is_observed"]}
     for site in (r.site for r in table.guide if r.name in latent and is_delta(r.site)):
         values = [run.model.nodes[site["name"]]["value"] for run in runs]
         if layout.particles.dim is not None:  # all draws in one run
             dim = layout.particles.dim - site["fn"].event_dim
             values = values[0].split(1, dim) if values[0].dim() >= -dim else values
-        if layout.particles.total > 1 and all(torch.equal(v, values[0]) for v in values):
-            names.append(site["name"])
-    return tuple(names)
+        first = known.get(site["name"], values[0].squeeze())
+        same = first is not None and all(torch.equal(v.squeeze(), first) for v in values)
+        found[site["name"]] = first if same else None
+    return found
 
 
 def scaled_sites(trace: poutine.Trace) -> list[str]:

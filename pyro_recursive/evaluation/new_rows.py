@@ -13,7 +13,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor
 
-from pyro_recursive.evaluation.calls import sampling
+from pyro_recursive.evaluation.calls import sampling, shown_as_html
 from pyro_recursive.evaluation.draws import (
     Draws,
     ModelRuns,
@@ -61,6 +61,8 @@ class Prediction:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.draws[name]
+
+    _repr_html_ = shown_as_html
 
     def __str__(self) -> str:
         lines = [

@@ -28,7 +28,7 @@ def plot_pareto_k(
 
     The limit is ``min(1 - 1 / log10(S), 0.7)`` for S samples (``num_samples``, which importance
     weights have; None takes 0.7); above 1 the weights have no mean. Values of nan are left out,
-    infinite ones drawn at the top.
+    infinite ones drawn at the top. A joint weight of all data is one point, on a labelled axis.
 
     >>> import torch
     >>> plot_pareto_k(torch.tensor([0.1, 0.9]), num_samples=1000).get_ylabel()
@@ -36,14 +36,18 @@ def plot_pareto_k(
     """
     if isinstance(pareto_k, ImportanceWeights):
         num_samples, pareto_k = len(pareto_k.log_weights), pareto_k.pareto_k
+    is_joint = pareto_k.dim() == 0
     limit = LARGEST_K if num_samples is None else pareto_k_threshold(num_samples)
     ax, k = _axes(ax), _array(pareto_k.flatten())
     top = 1.1 * max([1.05, *k[np.isfinite(k)]])
-    ax.plot(range(len(k)), k.clip(max=top), "+", color="C0")
+    ax.plot(range(len(k)), k.clip(max=top), "+" if len(k) > 1 else "o", color="C0")
     label = f"{limit:.2f}: {(k > limit).sum()} of {(~np.isnan(k)).sum()} above"
     ax.axhline(limit, color="C1", linestyle="--", label=label)
     ax.axhline(1.0, color="C3", linestyle=":", label=f"1: {(k > 1).sum()} above")
     ax.set(xlabel="datum", ylabel="Pareto k-hat")
+    if is_joint:
+        ax.set(xlabel="", xlim=(-1, 1))
+        ax.set_xticks([0], ["joint weight"])
     return _with_legend(ax)
 
 
@@ -84,8 +88,10 @@ def plot_ranks(
     limits = binomial_interval(len(own), shares, (1 - level) / 2 / bins)
     low, high = (np.append(limit, limit[-1:]) for limit in limits)  # the right edge
     edges = np.append(0.0, shares.cumsum()) * size
-    ax.bar(edges[:-1], counts, np.diff(edges), align="edge", edgecolor="white")
-    ax.fill_between(edges, low, high, step="post", color="0.6", alpha=0.5, label=f"{level:.0%}")
+    band = {"step": "post", "color": "0.85", "zorder": 0}
+    ax.fill_between(edges, low, high, label=f"{level:.0%}", **band)
+    outline = {"fill": False, "edgecolor": "C0", "linewidth": 1.5}  # the band is seen through it
+    ax.bar(edges[:-1], counts, np.diff(edges), align="edge", **outline)
     ax.set(xlabel=f"rank among {num_draws} draws", ylabel="data sets", xlim=(0, size))
     return _with_legend(ax)
 

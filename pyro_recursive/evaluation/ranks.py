@@ -14,6 +14,8 @@ import torch
 from scipy.special import bdtr, bdtrc, bdtrik, chdtrc
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import shown_as_html
+
 ORDERS = 4  # of the polynomials of the test: location, width, skewness, tails
 SIMULATIONS = 2000  # of the band
 FEWEST = 20  # data sets, for the large-sample distribution of the test
@@ -150,6 +152,8 @@ class Calibration:
         No proof: more data sets may find a fault, and ranks average over the prior.
         """
         return all(bool((p >= level).all()) for p in self.adjusted.values())
+
+    _repr_html_ = shown_as_html
 
     def __str__(self) -> str:
         return "\n".join(

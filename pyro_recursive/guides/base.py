@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import pyro
@@ -295,6 +295,10 @@ class LatentGuide(AutoGuide):
         """Move an encoder that was never trained to the start, in calls of a ``guide``."""
 
     # --- Every call
+
+    if TYPE_CHECKING:  # torch types calls of modules as Any
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Values: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""

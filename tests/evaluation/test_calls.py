@@ -1,5 +1,6 @@
 """Calls of the evaluation: unknown keywords raise before anything runs; looking changes nothing."""
 
+import html
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -137,6 +138,21 @@ def test_a_model_may_take_any_keyword() -> None:
 
     log_marginal(model, lambda x, **options: guide(x), X, num_particles=3, anything=7)
     assert seen[0] == {"anything": 7}
+
+
+RESULTS: dict[str, Callable[[], Any]] = {
+    "weights": lambda: importance_weights(named, guide, X, num_particles=30),
+    "gaps": lambda: gaps(named, encoded(), X, num_particles=10, search=Search(steps=2)),
+    "prediction": lambda: predict(named, guide, X, num_draws=5),
+    "calibration": lambda: calibration(normal_rows, guide, torch.zeros(30)),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_notebooks_show_what_print_shows(name: str) -> None:
+    result = RESULTS[name]()
+    shown = result._repr_html_()
+    assert shown == f"<pre>{html.escape(str(result))}</pre>" and "tensor(" not in shown
 
 
 # --- The random state

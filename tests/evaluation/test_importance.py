@@ -202,5 +202,8 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
             programs, options = row.build(), {"vectorize_particles": vectorize}
             weights = importance_weights(*programs, *row.args(), num_particles=5, **options)
             assert set(weights.points) == POINTS[row.name]
+            options["chunk_size"] = 1  # a draw by itself is always one value
+            weights = importance_weights(*programs, *row.args(), num_particles=3, **options)
+            assert set(weights.points) == POINTS[row.name]
     told = str(ImportanceWeights(torch.zeros(30), (), ("scale",)))
     assert "point estimates of ['scale']" in told

@@ -20,6 +20,7 @@ Model = Callable[..., None]
 NEW = torch.tensor([0.4, -1.1, 1.9, 0.2, 0.7], dtype=torch.float64)
 Y = torch.tensor([0.9, -0.6, 2.9, -1.2, 0.3], dtype=torch.float64)
 TRAINING = torch.linspace(-1.0, 1.5, 7, dtype=torch.float64)
+SEEN = torch.tensor([True, False, True, True, False])
 LOC, SCALE = 0.7, 0.4  # of the guides' global latent
 S = 4000
 
@@ -94,6 +95,26 @@ def test_predictive_draws_without_data() -> None:
     new = predictive_draws(regression, draws, NEW)
     assert set(new.sites) == {"y"}
     check_moments(new["y"], LOC * NEW, (SCALE * NEW) ** 2 + 0.25)
+
+
+@pytest.mark.parametrize("size", [400, pytest.param(S, marks=pytest.mark.slow)])
+def test_a_model_written_for_one_sample(size: int) -> None:
+    """A product of matrices does not run under one more plate; a mask and a scale are around it."""
+    inputs, loc = torch.stack([NEW, Y, NEW * Y], -1), torch.tensor([0.3, -0.2, 0.1])
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)), poutine.mask(mask=SEEN), poutine.scale(scale=3.0):
+            pyro.sample("y", dist.Normal(x @ b, 0.5), obs=y)
+
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        pyro.sample("b", dist.Normal(loc, SCALE).to_event(1))
+
+    variance = SCALE**2 * inputs.square().sum(-1) + 0.25
+    exact = dist.Normal(inputs @ loc, variance.sqrt()).log_prob(Y).where(SEEN, 0.0)
+    found = predict(model, guide, inputs, Y, num_draws=size)
+    check(found, exact)
+    check_moments(found["y"], inputs @ loc, variance)
 
 
 # --- Hierarchies: one latent a row, below a global one
@@ -242,9 +263,6 @@ def test_missing_data_are_drawn_given_the_others() -> None:
         ValueError, match=r"\['y'\] .* given \['also', 'x'\].*distribution of \['z'"
     ):
         predict(two_sites, fixed(autoguide.AutoNormal(two_sites)), NEW)
-
-
-SEEN = torch.tensor([True, False, True, True, False])
 
 
 def test_masks_leave_out_and_scales_do_not_count() -> None:

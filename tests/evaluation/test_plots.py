@@ -96,6 +96,9 @@ def test_pareto_k() -> None:
     assert labels(plot_pareto_k(k[-1:]))[0] == "0.70: 0 of 0 above"
     weights = ImportanceWeights(torch.randn(1000, 5))
     assert labels(plot_pareto_k(weights))[0].startswith("0.67: ")
+    joint = plot_pareto_k(ImportanceWeights(torch.randn(1000), ()))
+    assert [label.get_text() for label in joint.get_xticklabels()] == ["joint weight"]
+    assert joint.get_xlim() == (-1, 1)
 
 
 def test_gradient_snr() -> None:
@@ -113,6 +116,7 @@ def test_ranks() -> None:
     ranks = torch.randint(100, (400,))
     ax = plot_ranks(ranks, 99, bins=4)
     heights = [bar.get_height() for bar in ax.patches]
+    assert ax.collections[0].get_zorder() < ax.patches[0].get_zorder()  # the bars are seen
     assert heights == torch.histc(ranks.double(), 4, 0, 100).tolist()
     assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 25, 50, 75])
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
