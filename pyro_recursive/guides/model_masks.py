@@ -1,7 +1,7 @@
 """The model's masks of a guide's latents, read in each call by a run of the model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
 
 import pyro
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.placement import Placement
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.masks import check_not_mixed, unused_latents
-from pyro_recursive.tracing.sites import latent_sites, mask_of
+from pyro_recursive.tracing.sites import Site, latent_sites, mask_of
 
 
 class ModelMasks:
@@ -39,22 +40,25 @@ class ModelMasks:
         """
         slots = {slot.name: slot for latents in groups for slot in latents.slots}
 
-        def draw() -> Values:
-            values: Values = {}
-            for latents in groups:
-                rows = like.new_empty(*call.sizes(latents), latents.size)
-                u = 0.1 * torch.randn_like(latents.expand_rows(rows))
-                values |= replace(call, given=values).block_at(latents, u).unpack(u)
-            return values
-
         def run(values: Values) -> poutine.Trace:
-            minibatch = {name: plate.indices for name, plate in call.plates.items()}
-            given = SubstituteByName({**minibatch, **values})
+            given = SubstituteByName({**call.fixed_values, **values})
             return poutine.trace(given(model)).get_trace(*call.args, **call.kwargs)
 
+        def place() -> dict[str, Site]:
+            """Run the model at random coordinates; return the latents."""
+            with ExitStack() as placements:
+                for latents in groups:
+                    rows = like.new_empty(*call.sizes(latents), latents.size)
+                    u = 0.1 * torch.randn_like(latents.expand_rows(rows))
+                    placements.enter_context(Placement(latents, u))
+                found = latent_sites(run({}))
+            return {site["name"]: site for site in found if site["name"] in slots}
+
+        def draw() -> Values:
+            return {name: site["value"] for name, site in place().items()}
+
         with isolated(), torch.no_grad(), pyro.validation_enabled(False):
-            trace = run(draw())
-        sites = {site["name"]: site for site in latent_sites(trace) if site["name"] in slots}
+            sites = place()
         masks = {name: mask_of(site) for name, site in sites.items()}
         call.masks = {name: mask for name, mask in masks.items() if mask is not None}
         if any(not bool(m.all()) for n, m in call.masks.items() if n not in self.unused):

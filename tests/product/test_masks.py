@@ -383,6 +383,28 @@ def test_a_mask_around_the_model_alone() -> None:
     assert_evidence(masked, guide, (x,), flat_evidence(x))
 
 
+def test_supports_of_each_call() -> None:
+    """Bounds come from the data of the call, and only the entries that are kept have a Jacobian."""
+
+    def model(x: Tensor) -> None:
+        top = x.max() + 1.0
+        with pyro.plate("data", len(x)), poutine.mask(mask=SEEN):
+            z = pyro.sample("z", dist.Uniform(0.0, top))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    guide = amortized(model, data().abs())
+    for x in (data().abs() + 0.4, 0.5 * data().abs() + 0.4):
+        svi = SVI(model, guide, Adam({"lr": 0.1}), IWAE_ELBO(4))
+        for _ in range(60):
+            svi.step(x)
+        top = x.max() + 1.0
+        normal_of = dist.Normal(x, 0.1)
+        exact = torch.where(
+            SEEN, (normal_of.cdf(top) - normal_of.cdf(x * 0)).log() - top.log(), 0.0
+        )
+        assert_evidence(model, guide, (x,), exact)
+
+
 def test_events_masked_in_parts() -> None:
     """Elements of an event are left out one by one; bounded ones are refused."""
     seen = torch.tensor([[True, False, True], [True, True, True]])
