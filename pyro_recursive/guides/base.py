@@ -23,6 +23,7 @@ from pyro_recursive.guides.placement import check_order
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
+from pyro_recursive.tracing.compatibility import check_batch_shapes
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
@@ -83,7 +84,8 @@ class LatentGuide(AutoGuide):
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._input_sizes: dict[str, str] = {}  # see `GuideCall`
-        self._plate_sizes: dict[tuple[str, int], tuple[int, int]] = {}  # see `_sizes`
+        self._input_shape: tuple[int, ...] | None = None
+        self._plate_sizes: dict[tuple[str, Any], tuple[int, int]] = {}  # see `_sizes`
         self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
         self._absent_in: dict[Any, frozenset[str]] = {}  # see `_absent`, by form of the arguments
         self._tables: frozenset[str] = frozenset()  # plates whose rows have parameters of their own
@@ -192,6 +194,7 @@ class LatentGuide(AutoGuide):
         given = GivenMinibatches()
         search = StartSearch(given(self.served_model()), args, kwargs, self.init_loc_fn)
         trace, raw = search.trace, self.inputs(*args, **kwargs)
+        check_batch_shapes(sites(trace))
         latent = _own_latents(trace)
         if not latent:
             raise ValueError(
@@ -202,7 +205,7 @@ class LatentGuide(AutoGuide):
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         check_order(groups, given(self.served_model()), args, kwargs)
         self.nesting = nesting_of(trace)
-        self._input_sizes = dict(_input_sizes(groups, raw))
+        self._input_sizes, self._input_shape = dict(_input_sizes(groups, raw)), _shape_of(raw)
         self._note_plates(groups, latent, raw)
         rows = self._row_plates(args, kwargs)
         groups = tuple(_of_all_rows(latents, rows) for latents in groups)
@@ -457,6 +460,8 @@ class LatentGuide(AutoGuide):
 
     def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Copy the model's plate; a size that was the inputs' length is their present length."""
+        if frame not in latents.rows:
+            self._check_joint(frame, call)
         name, full, size = frame.name, frame.full_size or frame.size, frame.size
         inputs_are = self._input_sizes.get(name)
         if inputs_are is None and full == size and name in call.row_plates:
@@ -475,11 +480,22 @@ class LatentGuide(AutoGuide):
         is_sized = frame.full_size is not None
         return copied_plate(frame._replace(size=size, full_size=full if is_sized else None))
 
-    def _sizes(self, frame: Any, length: int, call: GuideCall) -> tuple[int, int]:
+    def _check_joint(self, frame: Any, call: GuideCall) -> None:
+        """Raise where inputs of another shape change the size of a plate without rows."""
+        shape = _shape_of(call.raw)
+        if shape is not None and shape != self._input_shape:
+            size, _ = self._sizes(frame, shape, call)
+            if size != frame.size:
+                raise ValueError(
+                    f"Plate '{frame.name}' has {size} entries now, and {type(self).__name__} has "
+                    f"one distribution for {frame.size}. Make a new guide, or give it an encoder."
+                )
+
+    def _sizes(self, frame: Any, length: Any, call: GuideCall) -> tuple[int, int]:
         """Return a plate's size and full size for inputs of another length than the first.
 
         These may be all data or a minibatch, or the plate has nothing to do with them. One run of
-        the model for each length decides.
+        the model for each length, or shape, decides.
         """
         name = frame.name
         if (name, length) not in self._plate_sizes:
@@ -585,6 +601,10 @@ def _of_all_rows(latents: LatentBlock, given: dict[str, MinibatchRows]) -> Laten
         f._replace(full_size=given[f.name].total) if f.name in given else f for f in latents.rows
     ]
     return replace(latents, rows=tuple(rows))
+
+
+def _shape_of(raw: Any) -> tuple[int, ...] | None:
+    return tuple(raw.shape) if isinstance(raw, Tensor) else None
 
 
 def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:

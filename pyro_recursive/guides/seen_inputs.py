@@ -1,11 +1,12 @@
 """Whether a guide with parameters for each row is given the rows that it was given before."""
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_recursive.tracing.user_warnings import warn_user
 
 COMPARISONS = 3  # of tensors that are not the same object; each waits for the device
 
@@ -35,10 +36,9 @@ class SeenInputs:
         if inputs is not first and _equal(inputs, first):  # a copy
             left = self.comparisons - 1
             return replace(self, comparisons=left) if left else SeenInputs(None)
-        warnings.warn(
+        warn_user(
             f"{guide} has parameters for each row of plate '{plate}', and its inputs have changed. "
-            "For minibatches use fit, MinibatchRows or an encoder; for new data a new guide.",
-            stacklevel=2,
+            "For minibatches use fit, MinibatchRows or an encoder; for new data a new guide."
         )
         return SeenInputs(None)
 

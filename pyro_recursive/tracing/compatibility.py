@@ -16,6 +16,7 @@ from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, data_plates
 from pyro_recursive.tracing.sites import (
     PACKED,
+    PARTICLE_PLATE,
     PlateDependence,
     Site,
     SiteRecord,
@@ -157,15 +158,17 @@ def _check_factors(table: SiteTable, layout: PlateLayout) -> None:
 
 def check_sizes(table: SiteTable) -> None:
     """Raise where a plate has one size in the model and another in the guide."""
-    sizes: dict[str, tuple[int, int]] = {}
+    known: dict[str, tuple[str, int, int]] = {}
     for record in table.records:
+        where = "model" if record.group == "model" else "guide"
         for name, frame in record.plates.items():
-            size = frame.size, frame.full_size or frame.size
-            if sizes.setdefault(name, size) != size:
-                (first, full), (second, other) = sizes[name], size
+            own = frame.size, frame.full_size or frame.size
+            first, *sizes = known.setdefault(name, (where, *own))
+            if tuple(sizes) != own:
+                remedy = "" if name in record.row_plates else ": make a new guide, or an encoder"
                 raise ValueError(
-                    f"Plate '{name}' has {first} of {full} entries where it is met first and "
-                    f"{second} of {other} at site '{record.name}'."
+                    f"Plate '{name}' has {sizes[0]} of {sizes[1]} entries in the {first} and "
+                    f"{own[0]} of {own[1]} in the {where}, at site '{record.name}'{remedy}."
                 )
 
 
@@ -209,10 +212,22 @@ def check_batch_shape(site: Site, *shapes: torch.Size) -> None:
                     f"'{frame.name}' has {frame.size} rows at dim {dim}."
                 )
             if shape[dim] != 1 and frame is None:
+                in_one_pass = any(each.name == PARTICLE_PLATE for each in plates.values())
+                remedy = "pyro.plate, .to_event() or vectorize_particles=False"
                 raise ValueError(
                     f"Site '{site['name']}' has batch shape {tuple(shape)}, and dim {dim} belongs "
-                    "to no plate: use pyro.plate, .to_event() or vectorize_particles=False."
+                    f"to no plate: use {remedy if in_one_pass else 'pyro.plate or .to_event()'}."
                 )
+
+
+def check_batch_shapes(sites: Iterable[Site]) -> None:
+    """Raise where a batch dim belongs to no plate; of observed sites under validation alone.
+
+    Without validation Pyro's losses sum such dims of observed sites, which is right.
+    """
+    for site in sites:
+        if not site["is_observed"] or is_validation_enabled():
+            check_batch_shape(site, *batch_shapes(site))
 
 
 def batch_shapes(site: Site) -> list[torch.Size]:

@@ -111,7 +111,7 @@ def half(program: Callable) -> Callable:
 VIMCO, ELBO = {"estimator": "vimco"}, {"global_latents": "elbo"}
 SUBSAMPLED = r"Plate 'data' is subsampled \(2 of 4\).*site 'w'.*global_latents='elbo'"
 NO_PLATE = r"Site '{}' .*dim -1 belongs to no plate"
-SIZES = r"Plate 'data' has {} where it is met first and {} at site 'z'"
+SIZES = r"Plate 'data' has {} in the model and {} in the guide, at site 'z'"
 SHAPES = "disagree at site 'z'"
 LARGER = guide_of(40, subsample_size=4)
 OBSERVED = guide_of(obs=torch.zeros(4), infer={"is_auxiliary": True})
