@@ -1,6 +1,7 @@
 """The site: `python -m sphinx -W --keep-going -b html docs docs/_build/html`."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -16,6 +17,8 @@ extensions = [
     "docstrings",
     "repository",
 ]
+if find_spec("sphinx-mathjax-offline"):  # of the extra `docs`: formulas then need no network
+    extensions.append("sphinx-mathjax-offline")
 exclude_patterns = ["_build", "jupyter_execute"]
 
 # Docstrings: `Arguments:` and `Raises:` sections in some, reST's :param: in others.
