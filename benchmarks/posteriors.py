@@ -72,7 +72,7 @@ def _plain(problem: Problem) -> ELBO:
     return Trace_ELBO(DRAWS, vectorize_particles=True, max_plate_nesting=1)
 
 
-def _recursive(joint: float, **options: str) -> Method:
+def _recursive(joint: float, **options: Any) -> Method:
     """Return a mixture grown one by one, with a share of the steps for all components together."""
 
     def guide(problem: Problem, steps: int) -> RecursiveMixtureGuide:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.report import Results, color, figure, finish, hardware, table
 from benchmarks.run import base_parser, parse
 from pyro_recursive import MIWAE_ELBO
+from pyro_recursive.bounds.estimators import EstimatorName
 from pyro_recursive.evaluation.snr import signal_to_noise
 
 DIM, POINTS = 20, 16
@@ -31,7 +32,8 @@ ASYMPTOTIC = 64  # the rising laws are for large K: their slopes are fitted from
 ESTIMATES = (1, 2, 4, 8, 16, 32)
 SIZES = {"K": PARTICLES, "M": ESTIMATES}
 PARTICLES_OF_ESTIMATES = 8
-CURVES = {  # label: (estimator, parameter, the slope in K that theory gives)
+# By label: the estimator, the parameter, and the slope in K that theory gives.
+CURVES: dict[str, tuple[EstimatorName, str, float | None]] = {
     "model": ("pathwise", "mu", 0.5),
     "guide, pathwise": ("pathwise", "b", -0.5),
     "guide, dreg": ("dreg", "b", None),

@@ -27,6 +27,7 @@ from pyro_recursive import (
     Stratified_ELBO,
     VampPrior,
 )
+from pyro_recursive.bounds.estimators import EstimatorName
 from pyro_recursive.bounds.mixture_objectives import Clamped
 
 DRAWS = 4
@@ -73,7 +74,7 @@ def _plain(
     vae: VAE,
     task: Task,
     settings: Settings,
-    estimator: str = "stl",
+    estimator: EstimatorName = "stl",
     encoder: nn.Module | None = None,
 ) -> Method:
     guide = AmortizedGuide(vae.model, encoder or vae.encoder, name=f"{vae.name}guide")
@@ -115,7 +116,7 @@ def _recursive(
     return Method(vae, guide, EqualDraws(1, holdout=(task.validation[:100],), **options))
 
 
-def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: str) -> Method:
+def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: EstimatorName) -> Method:
     guide = FlowGuide(vae.model, kind, encoder=vae.encoder, name=f"{vae.name}guide")
     return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
 

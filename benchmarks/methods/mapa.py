@@ -12,6 +12,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, MAPA_ELBO, MAPAGuide
+from pyro_recursive.bounds.estimators import EstimatorName
 from pyro_recursive.mapa import Plan, Table
 
 WARM_UP = 0.1  # of the epochs, in which MAPA is an autoencoder; not counted in decoder passes
@@ -24,7 +25,7 @@ class Method:
     particles: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     table: Callable[[Any], Table] | None = None  # from the data, in place of the kernel's
-    estimator: str = "pathwise"  # of an IWAE's gradient
+    estimator: EstimatorName = "pathwise"  # of an IWAE's gradient
 
 
 def independent(samples: int, top: int = 1, **more: Any) -> Method:

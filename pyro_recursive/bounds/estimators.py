@@ -18,7 +18,19 @@ from torch import Tensor
 
 from pyro_recursive.bounds.bound import Bound, Derivatives, sum_of_others
 
-__all__ = ["ESTIMATORS", "Coefficients", "Estimator", "Share"]
+EstimatorName = Literal[
+    "pathwise",
+    "stl",
+    "dreg",
+    "score",
+    "vimco",
+    "dreg+score",
+    "dreg+vimco",
+    "rws",
+    "rws-dreg",
+]
+
+__all__ = ["ESTIMATORS", "Coefficients", "Estimator", "EstimatorName", "Share"]
 
 
 class Coefficients(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.gaussian_families import Family, family_of
+from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, move_output
@@ -60,7 +60,7 @@ class AmortizedGuide(LatentGuide):
         model: Callable,
         encoder: nn.Module | None = None,
         *,
-        family: str | Family = "diagonal",
+        family: FamilyName | Family = "diagonal",
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         init_loc_fn: InitLocFn | None = None,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -147,10 +147,11 @@ class Full(Family):
         return torch.cat([loc, log_scale, below / log_scale[..., rows].exp()], -1)
 
 
+FamilyName = Literal["diagonal", "full"]
 FAMILIES = {"diagonal": Diagonal(), "full": Full()}
 
 
-def family_of(family: str | Family) -> Family:
+def family_of(family: FamilyName | Family) -> Family:
     """Return a family by name, or the one given; raise ValueError for an unknown name."""
     if isinstance(family, Family):
         return family

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from pyro.infer import ELBO
@@ -12,7 +12,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_recursive.bounds.bound import Bound, iwae
-from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
+from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator, EstimatorName
 from pyro_recursive.losses.surrogate import global_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_global_elbo, check_likelihood, check_runs
@@ -26,6 +26,21 @@ from pyro_recursive.tracing.user_warnings import warn_user
 GLOBAL_LATENTS = ("joint", "elbo")
 VECTORIZE = (True, False, "auto", "vmap")
 DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
+
+
+class LossOptions(TypedDict, total=False):
+    """Options of every loss but the numbers of samples, as types; see `MultiSampleELBO`."""
+
+    estimator: EstimatorName | Estimator
+    max_plate_nesting: float
+    vectorize_particles: bool | Literal["auto", "vmap"]
+    global_latents: Literal["joint", "elbo"]
+
+
+class SampleOptions(LossOptions, total=False):
+    """The same, and the number of estimates."""
+
+    num_estimates: int
 
 
 class Evaluation(NamedTuple):
@@ -54,12 +69,12 @@ class LogWeightELBO(ELBO):
         self,
         bound: Bound = iwae,
         *,
-        estimator: str | Estimator = "pathwise",
+        estimator: EstimatorName | Estimator = "pathwise",
         num_estimates: int = 1,
         num_particles: int = 1,
         max_plate_nesting: float = math.inf,
-        vectorize_particles: bool | str = True,
-        global_latents: str = "joint",
+        vectorize_particles: bool | Literal["auto", "vmap"] = True,
+        global_latents: Literal["joint", "elbo"] = "joint",
     ) -> None:
         check_at_least(1, num_estimates=num_estimates, num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
@@ -225,7 +240,7 @@ def _per_estimate(bound: Bound, local: Densities, shared: Densities) -> Tensor:
     return sum(each.reshape(len(each), -1).sum(1) for each in scaled)  # type: ignore[return-value]
 
 
-def _estimator(estimator: str | Estimator) -> Estimator:
+def _estimator(estimator: EstimatorName | Estimator) -> Estimator:
     if isinstance(estimator, Estimator):
         return estimator
     if estimator not in ESTIMATORS:

@@ -10,7 +10,7 @@ whose covariance is taken to fall as 1/K.
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import pyro
 import torch
@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from pyro_recursive import bounds
 from pyro_recursive.bounds.bound import Bound
 from pyro_recursive.bounds.estimators import Estimator
-from pyro_recursive.losses.base import Evaluation
+from pyro_recursive.losses.base import Evaluation, SampleOptions
 from pyro_recursive.losses.multi_sample import MultiSampleELBO
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.param_store import evict_stale
@@ -52,7 +52,7 @@ class CIWAE_ELBO(MultiSampleELBO):
         beta: float = 0.5,
         learn_beta: bool = False,
         name: str = "ciwae",
-        **options: Any,
+        **options: Unpack[SampleOptions],
     ) -> None:
         self._beta = beta
         self._learned = LearnedBeta(beta, name) if learn_beta else None

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.handlers import ComponentAssignment, FlatPriors
+from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import FreeComponent, GrowingMixture
@@ -48,7 +49,9 @@ LOOPED = Effort(points=200, locations=12, draws=16)  # 1,000 runs of the model
 
 
 @torch.no_grad()
-def place_component(program: Program, mixture: GrowingMixture, *, vectorize: bool = True) -> None:
+def place_component(
+    program: Program, mixture: GrowingMixture, *, vectorize: bool | str = True
+) -> None:
     """Start the proposed component where it would gain most, among isotropic candidates.
 
     Only Gaussians with parameters of their own have a start; encoders keep their initial weights.
@@ -65,8 +68,9 @@ def place_component(program: Program, mixture: GrowingMixture, *, vectorize: boo
         logger.info("Component %s starts at random: the rows are a minibatch.", number)
         component.scatter(WIDENING)
         return
-    search = _Search(program, mixture, component, vectorize, IN_ONE_PASS if vectorize else LOOPED)
-    how = "in one pass each for many" if vectorize else "one by one"
+    looped = _is_looped(program, vectorize)
+    search = _Search(program, mixture, component, vectorize, LOOPED if looped else IN_ONE_PASS)
+    how = "one by one" if looped else "many in one pass"
     logger.info("Component %s: %d runs of the model, %s.", number, search.effort.num_runs, how)
     own = search.points_of_guide()
     centers = search.locations(own, search.points_of_prior())
@@ -76,6 +80,11 @@ def place_component(program: Program, mixture: GrowingMixture, *, vectorize: boo
     best = search.best(own[: search.effort.draws], locs, scales)
     index = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
     component.place(locs.gather(0, index)[0], scales.gather(0, index)[0])
+
+
+def _is_looped(program: Program, vectorize: bool | str) -> bool:
+    with isolated():
+        return run_particles(program, 1, 2, vectorize=vectorize)[0].dim is None
 
 
 def _spread(points: Tensor) -> Tensor:
@@ -95,7 +104,7 @@ class _Search:
     program: Program
     mixture: GrowingMixture
     component: FreeComponent
-    vectorize: bool
+    vectorize: bool | str
     effort: Effort
 
     def points_of_guide(self) -> Tensor:

@@ -6,7 +6,7 @@ All are lower bounds on log p(x) in nats, with gradients for the weights and no 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from pyro import poutine
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_recursive import bounds
 from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
-from pyro_recursive.losses.base import Evaluation, LogWeightELBO
+from pyro_recursive.losses.base import Evaluation, LogWeightELBO, SampleOptions
 from pyro_recursive.losses.surrogate import finite, surrogate
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.handlers import ComponentAssignment
@@ -27,7 +27,7 @@ from pyro_recursive.tracing.runs import ParticleRun
 class MixtureLoss(LogWeightELBO):
     """Base of the losses of mixture guides; a subclass says which samples share a logarithm."""
 
-    def __init__(self, num_particles: int = 1, **options: Any) -> None:
+    def __init__(self, num_particles: int = 1, **options: Unpack[SampleOptions]) -> None:
         super().__init__(bounds.iwae, num_particles=num_particles, **options)
         if self.global_latents != "joint":
             raise ValueError("A loss of mixture guides has no global_latents='elbo'.")

@@ -1,9 +1,9 @@
 """`MultiSampleELBO`: any bound with any gradient estimator; and losses named after their bound."""
 
-from typing import Any
+from typing import Any, Unpack
 
 from pyro_recursive import bounds
-from pyro_recursive.losses.base import LogWeightELBO
+from pyro_recursive.losses.base import LogWeightELBO, LossOptions, SampleOptions
 
 
 class MultiSampleELBO(LogWeightELBO):
@@ -60,7 +60,7 @@ class IWAE_ELBO(MultiSampleELBO):
     64
     """
 
-    def __init__(self, num_particles: int, **options: Any) -> None:
+    def __init__(self, num_particles: int, **options: Unpack[SampleOptions]) -> None:
         super().__init__(bounds.iwae, num_particles=num_particles, **options)
 
 
@@ -74,9 +74,12 @@ class MIWAE_ELBO(MultiSampleELBO):
     8
     """
 
-    def __init__(self, num_estimates: int, num_particles: int, **options: Any) -> None:
-        options |= {"num_estimates": num_estimates, "num_particles": num_particles}
-        super().__init__(bounds.miwae, **options)
+    def __init__(
+        self, num_estimates: int, num_particles: int, **options: Unpack[LossOptions]
+    ) -> None:
+        super().__init__(
+            bounds.miwae, num_estimates=num_estimates, num_particles=num_particles, **options
+        )
 
 
 class PIWAE_ELBO(MultiSampleELBO):
@@ -90,6 +93,9 @@ class PIWAE_ELBO(MultiSampleELBO):
     8
     """
 
-    def __init__(self, num_estimates: int, num_particles: int, **options: Any) -> None:
-        options |= {"num_estimates": num_estimates, "num_particles": num_particles}
-        super().__init__(bounds.piwae, **options)
+    def __init__(
+        self, num_estimates: int, num_particles: int, **options: Unpack[LossOptions]
+    ) -> None:
+        super().__init__(
+            bounds.piwae, num_estimates=num_estimates, num_particles=num_particles, **options
+        )

@@ -1,9 +1,10 @@
 """The loss that grows a recursive mixture guide: one training step of the stage that it is in."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from pyro import poutine
@@ -22,7 +23,7 @@ from pyro_recursive.bounds.mixture_objectives import (
     log_mixture,
     log_others,
 )
-from pyro_recursive.losses.base import Evaluation, warn_if_infinite
+from pyro_recursive.losses.base import Evaluation, SampleOptions, warn_if_infinite
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
@@ -39,6 +40,8 @@ from pyro_recursive.tracing.protocols import GrowingMixture
 WEIGHTS = ("gradient", "line_search", "corrective")
 UPDATES = ("simultaneous", "alternating", "guide")
 WATCHED_EVERY = 100  # steps; waits for the device
+
+logger = logging.getLogger(__name__)
 _NEEDS_ALL_DRAWS = "A clamped objective needs all draws of a row at once, not a loop over samples."
 
 
@@ -83,9 +86,10 @@ class RecursiveMixture_ELBO(MixtureLoss):
         update: str = "simultaneous",
         weights: str = "gradient",
         holdout: Sequence[Any] | None = None,
-        **options: Any,
+        **options: Unpack[SampleOptions],
     ) -> None:
-        super().__init__(num_particles, **{"estimator": "stl", **options})
+        options.setdefault("estimator", "stl")
+        super().__init__(num_particles, **options)
         self.objective, self.proposal = _objective(objective), _objective(proposal)
         is_clamped = any(isinstance(o, Clamped) for o in (self.objective, self.proposal))
         if is_clamped and not self.vectorize_particles and self.draws_per_component > 1:
@@ -199,8 +203,12 @@ class RecursiveMixture_ELBO(MixtureLoss):
         """Keep or drop the component on trial; return minus the ELBO, whose graph is empty."""
         with torch.no_grad():
             value = self._value(self._evaluate(program))
+        component, draws = mixture.stage.component, mixture.num_draws
+        logger.info("Component %s: %d draws of each member in its test.", component, draws)
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
         is_kept = mixture.end_trial(found)
+        outcome = "kept" if is_kept else "dropped"
+        logger.info("Component %s is %s: it gains %.3g +- %.2g.", component, outcome, *found[:2])
         if is_kept and self.weights != "gradient":
             run = self._draw_members(program, mixture)
             mixture.set_log_weights(best_log_weights(run, self.weights))

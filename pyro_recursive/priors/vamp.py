@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_recursive.guides.gaussian_families import Family, family_of
+from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
 from pyro_recursive.priors.encoded_mixture import EncodedMixture, encoded
 
 _MARGIN = 0.01  # of the bounds' width: at the bounds themselves the sigmoid has no gradient
@@ -57,7 +57,7 @@ class VampPrior(nn.Module):
         *,
         bounds: tuple[float, float] | None = None,
         learn_weights: bool = False,
-        family: str | Family = "diagonal",
+        family: FamilyName | Family = "diagonal",
     ) -> None:
         super().__init__()
         _check_count("num_components", num_components, pseudo_inputs)
@@ -125,7 +125,7 @@ class ExemplarPrior(nn.Module):
         *,
         num_exemplars: int | None = None,
         init_scale: float = 1.0,
-        family: str | Family = "diagonal",
+        family: FamilyName | Family = "diagonal",
     ) -> None:
         super().__init__()
         _check_count("num_exemplars", num_exemplars, exemplars)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, first_argument
-from pyro_recursive.guides.gaussian_families import Family
+from pyro_recursive.guides.gaussian_families import Family, FamilyName
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture.components import component_of
@@ -78,7 +78,7 @@ class MixtureGuide(LatentGuide):
         weights: nn.Module | str | None = None,
         learn_weights: bool = True,
         trunk: nn.Module | None = None,
-        family: str | Family = "diagonal",
+        family: FamilyName | Family = "diagonal",
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
