@@ -13,13 +13,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, constraints
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
@@ -57,27 +59,33 @@ def run_model(
     Raises whatever the model raises under `torch.vmap`, and ValueError where it exchanges a buffer.
     """
     assert particles.dim is not None
-    width = -particles.dim - 1
-    minibatch, sites = _Minibatch(), dict[str, Site]()
+    width, is_validated = -particles.dim - 1, is_validation_enabled()
+    prepared, sites = _Prepared(), dict[str, Site]()
 
-    def one(index: Tensor, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def run(values: dict[str, Tensor]) -> list[Site]:
         given = source.copy()
         for name, value in values.items():
             given.nodes[name] = {**source.nodes[name], "value": value}
-        with minibatch:
-            trace = program.run_model(given)
-        sampled = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        trace = program.run_model(given)
+        return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+    def one(index: Tensor, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        with prepared:
+            sampled = run(values)
         sites.update((site["name"], _without_tensors(site)) for site in sampled)
-        return {site["name"]: _tensors_of(site) for site in sampled}
+        return {site["name"]: _tensors_of(site, is_validated) for site in sampled}
 
     index = torch.arange(particles.total)  # there may be no latent
     found = None
-    with pyro.validation_enabled(False), _same_buffers():
-        while found is None:
-            try:
+    while found is None:
+        try:
+            with pyro.validation_enabled(False), _same_buffers():
                 found = torch.vmap(one, randomness="different")(index, values)
-            except _NotDrawn as plate:
-                minibatch.values[plate.name] = pyro.sample(plate.name, plate.fn)
+        except _NotDrawn as plate:
+            prepared.minibatch[plate.name] = pyro.sample(plate.name, plate.fn)
+        except _NewParameter:
+            with isolated():
+                run({name: value[0] for name, value in values.items()})
     frame = CondIndepStackFrame(PARTICLE_PLATE, particles.dim, particles.total, 0, particles.total)
     trace = poutine.Trace()
     for name, site in sites.items():
@@ -134,10 +142,12 @@ def _without_tensors(site: Site) -> Site:
     return {**kept, **plain, "fn": fn, "args": (), "kwargs": {}}
 
 
-def _tensors_of(site: Site) -> dict[str, Tensor]:
+def _tensors_of(site: Site, is_validated: bool) -> dict[str, Tensor]:
     found = {k: site[k] for k in ("scale", "mask", "value") if isinstance(site[k], Tensor)}
     if not site_is_subsample(site) and not site["infer"].get("_deterministic"):
         found["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        if is_validated:
+            found["is_valid"] = _is_valid(site["fn"], site["value"])
         if (mask := mask_of(site)) is not None:
             found["entry_mask"] = mask
         own_mask = getattr(site["fn"], "_mask", None)
@@ -149,9 +159,31 @@ def _tensors_of(site: Site) -> dict[str, Tensor]:
     return found
 
 
+def _is_valid(fn: Any, value: Tensor) -> Tensor:
+    """Whether the value and the parameters of a distribution satisfy its constraints, a scalar.
+
+    What distributions themselves check would raise under `torch.vmap`.
+    """
+    base = layers(fn)[-1]
+    pairs = [
+        (constraint, base.__dict__[name])  # without what would be computed
+        for name, constraint in base.arg_constraints.items()
+        if name in base.__dict__ and not constraints.is_dependent(constraint)
+    ]
+    valid = torch.ones((), dtype=torch.bool, device=value.device)
+    try:
+        for constraint, tensor in ((fn.support, value), *pairs):
+            valid = valid & constraint.check(tensor).all()
+    except (NotImplementedError, AttributeError, RuntimeError):  # no support, or not under vmap
+        pass
+    return valid
+
+
 def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
     """Give a site its tensors, with the particles left of ``width`` dims of plates."""
     batch, event_shape, is_masked, computed = site["fn"]
+    if "is_valid" in tensors and not bool(tensors["is_valid"].all()):
+        raise ValueError(f"Site '{site['name']}' has a value or parameter that is not valid.")
     for key in tensors.keys() & {"scale", "mask"}:
         site[key] = with_rank(tensors[key], width)
     event_dim = len(event_shape)
@@ -184,21 +216,32 @@ class _NotDrawn(Exception):
         self.name, self.fn = name, fn
 
 
-class _Minibatch(Messenger):
-    """Gives a model's own plates minibatches that were drawn for all particles together."""
+class _NewParameter(Exception):
+    """A parameter is not in Pyro's store: it would be made from a tensor of one particle."""
+
+
+class _Prepared(Messenger):
+    """Gives a model's own plates the minibatches that were drawn for all particles together.
+
+    Asks for what must be made before, by the exceptions above.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: dict[str, Tensor] = {}
+        self.minibatch: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
             return
         if msg["fn"].subsample_size in (None, msg["fn"].size):
             return
-        if msg["name"] not in self.values:
+        if msg["name"] not in self.minibatch:
             raise _NotDrawn(msg["name"], msg["fn"])
-        msg["value"], msg["done"] = self.values[msg["name"]], True
+        msg["value"], msg["done"] = self.minibatch[msg["name"]], True
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] not in pyro.get_param_store():
+            raise _NewParameter(msg["name"])
 
 
 @contextmanager

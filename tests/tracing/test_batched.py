@@ -207,7 +207,7 @@ def careless_guide() -> None:
 def dropout(left: bool) -> Callable:
     net = nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     if left:
-        return lambda: observe(net(X).squeeze(-1) @ torch.eye(N) + weights(N)[:N])
+        return lambda: observe(net(X).squeeze(-1) + weights().sum())
     return lambda: observe(net(X).squeeze(-1) + weights(1)[..., 0])
 
 
@@ -446,6 +446,53 @@ def test_errors_of_shapes_have_a_note() -> None:
         IWAE_ELBO(4).loss(model, partial(weights_guide))
     (note,) = caught.value.__notes__
     assert note.startswith("All 4 samples run in one pass")
+
+
+def test_parameters_of_an_empty_store_are_no_tensors_of_a_particle() -> None:
+    """The store may be cleared after the mode was chosen."""
+
+    def model() -> None:
+        offset = pyro.param("offset", lambda: torch.randn(()))
+        observe(X @ weights() + offset)
+
+    guide = partial(weights_guide)
+    IWAE_ELBO(4).loss(model, guide)
+    pyro.clear_param_store()
+    loss = IWAE_ELBO(4).differentiable_loss(model, guide)
+    offset = pyro.param("offset").unconstrained()
+    assert offset.is_leaf and math.isfinite(offset.item())
+    loss.backward()
+    assert offset.grad.abs() > 0
+
+
+@pytest.mark.parametrize("what", ["data", "latent", "parameter"])
+def test_invalid_values_raise_as_in_a_run_of_one_sample(what: str) -> None:
+    """The density would be a finite number: nothing else could tell."""
+    data, shift = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]), torch.zeros(())
+
+    def model() -> None:
+        b = weights()
+        rate = pyro.sample("rate", dist.Exponential(1.0))
+        with pyro.plate("data", N):
+            probs = (X @ b).sigmoid() + shift
+            pyro.sample("y", dist.Bernoulli(probs * rate.clamp(1, 1)), obs=data)
+
+    def guide() -> None:
+        weights_guide()
+        fn = dist.Normal(torch.tensor(5.0), 0.1)
+        pyro.sample(
+            "rate", fn.expand_by([]) if what != "latent" else dist.Normal(5 + 9 * shift, 0.1)
+        )
+
+    guide = partial(guide)
+    assert math.isfinite(IWAE_ELBO(4).loss(model, guide))
+    assert structure_of(Program(model, guide)).mode == "vmap"
+    if what == "data":
+        data[0] = 0.5
+    else:
+        shift.fill_(2.0 if what == "parameter" else -1.0)
+    with pytest.raises(ValueError, match=r"Expected|At site"):
+        IWAE_ELBO(4).loss(model, guide)
 
 
 def test_a_model_that_branches_later_is_looped() -> None:
