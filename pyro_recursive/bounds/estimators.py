@@ -91,6 +91,7 @@ class Estimator:
             if self.signal is None:
                 return table
             signal = self.signal(bound, Share(log_weights, log_weights, log_weights.new_zeros(())))
+            signal = signal + constant_of(log_weights)
             return table._replace(score=signal - derivatives.first, score_rest=signal)
 
 
@@ -108,7 +109,7 @@ def doubly_reparameterized(derivatives: Derivatives) -> Coefficients:
     """Reparameterise the density's gradient once more, without bias (DReG, arXiv 1810.04152)."""
     first, second = derivatives
     # A constant times the score has mean zero. Less 1 / (M K), equal weights give no noise.
-    rest = first - 1 / first.shape[:2].numel()
+    rest = first - constant_of(first)
     return Coefficients(path=first - second, density=None, density_rest=rest)
 
 
@@ -133,16 +134,20 @@ def vimco_signal(bound: Bound, share: Share) -> Tensor:
     return _difference(bound, share.log_weights, share.rest + _mean_of_others(share.cost))
 
 
-def _difference(bound: Bound, log_weights: Tensor, substitute: Tensor) -> Tensor:
-    """Return what each sample's score is multiplied by; zero where all samples are dead.
+def constant_of(log_weights: Tensor) -> float:
+    """Return 1 / (M K): a constant times the score has mean zero.
 
-    A constant times the score has mean zero. With 1 / (M K), equal weights give no noise.
+    Beside minus the first derivative, it leaves no noise where all weights are equal.
     """
+    return 1 / log_weights.shape[:2].numel()
+
+
+def _difference(bound: Bound, log_weights: Tensor, substitute: Tensor) -> Tensor:
+    """Return what each estimate has from a log-weight beside a substitute; 0 where all are dead."""
     values = bound.estimate(log_weights).unsqueeze(1)
     others = bound.replaced(log_weights, substitute.expand_as(log_weights + substitute))
     difference = (values - others.masked_fill(others.isneginf(), 0.0)) / len(values)
-    constant = 1 / log_weights.shape[:2].numel()
-    return (difference + constant).masked_fill(values.isneginf(), 0.0)
+    return difference.masked_fill(values.isneginf(), 0.0)
 
 
 def _mean_of_others(cost: Tensor) -> Tensor:

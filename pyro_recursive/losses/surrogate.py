@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.bounds.bound import Bound, Pooled, elbo
-from pyro_recursive.bounds.estimators import ESTIMATORS, Coefficients, Estimator, Share
+from pyro_recursive.bounds.estimators import (
+    ESTIMATORS,
+    Coefficients,
+    Estimator,
+    Share,
+    constant_of,
+)
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.downstream import ScoreGroup, score_groups
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
@@ -75,8 +81,10 @@ def surrogate(
             found = group.signal(estimator, guide_bound, log_weights)
         if found is None:
             scored.append(Scored(group, table.score, table.score_rest))
-        else:
-            scored.append(Scored(group, found - group.spread(guide), found))
+            continue
+        if not group.is_choice or table.density is None:
+            found = found + constant_of(log_weights)
+        scored.append(Scored(group, found - group.spread(guide), found))
     if is_split:
         model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
         _scale(local, (path for run in runs for path in run.model_cuts), ratio)

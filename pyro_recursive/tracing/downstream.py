@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_recursive.bounds.bound import Bound, sum_of_others
 from pyro_recursive.bounds.estimators import Estimator, Share
 from pyro_recursive.tracing.densities import Densities, Terms
+from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.sites import Site, independent_plates_of
 
@@ -27,13 +28,15 @@ class ScoreGroup:
     """The log-density of all score-handled sites in the same plates, ``[M, K, *plates]``.
 
     ``score`` and ``rest`` are as in `Densities`; ``layout`` has at least the plates of ``shared``,
-    the layout of the log-weights.
+    the layout of the log-weights. ``is_choice``: the sites choose a component, whose probability is
+    in the mixture's density as well.
     """
 
     shared: PlateLayout
     layout: PlateLayout
     score: Tensor
     rest: Tensor | None
+    is_choice: bool
     terms: Terms | None = None  # None where the plates are those of the log-weights
 
     def spread(self, tensor: Tensor) -> Tensor:
@@ -92,31 +95,29 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
 
     ``independent`` names such plates; those of the log-weights count as well.
     """
-    if dens.score is None:
+    if dens.score is None or dens.terms is None:
         return []
     shared, terms = dens.layout, dens.terms
-    frames: dict[frozenset[str], dict[str, Any]] = {}
-    for site, _ in itertools.chain.from_iterable(terms["score"]) if terms else ():
-        plates = _plates(site, shared, independent)
-        frames.setdefault(frozenset(plates), plates)
-    if terms is None or frames.keys() <= {shared.names}:
-        return [ScoreGroup(shared, shared, dens.score, dens.score_rest)]
+
+    def kind(site: Site) -> tuple[frozenset[str], bool]:
+        return frozenset(_plates(site, shared, independent)), isinstance(site["fn"], ComponentIndex)
+
+    kinds = {kind(site): site for site, _ in itertools.chain.from_iterable(terms["score"])}
+    if len(kinds) == 1:
+        ((names, is_choice),) = kinds
+        if names == shared.names:
+            return [ScoreGroup(shared, shared, dens.score, dens.score_rest, is_choice)]
     groups = []
-    for names, plates in frames.items():
-        layout = shared.within(plates.values())
+    for key, example in kinds.items():
+        names, is_choice = key
+        layout = shared.within(_plates(example, shared, independent).values())
         score, rest = (
-            layout.gather(
-                [
-                    [term for term in run if names == _plates(term[0], shared, independent).keys()]
-                    for run in terms[group]
-                ]
-            )
+            layout.gather([[term for term in run if kind(term[0]) == key] for run in terms[group]])
             for group in ("score", "score_rest")
         )
         assert score is not None
-        groups.append(
-            ScoreGroup(shared, layout, score, rest, None if names == shared.names else terms)
-        )
+        split = None if names == shared.names else terms
+        groups.append(ScoreGroup(shared, layout, score, rest, is_choice, split))
     return groups
 
 

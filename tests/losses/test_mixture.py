@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_recursive import (
     IWAE_ELBO,
     MISELBO,
+    MIWAE_ELBO,
     SIWAE_ELBO,
     MixtureGuide,
     MultiSampleELBO,
@@ -114,6 +115,19 @@ def test_stl_has_no_noise_where_the_mixture_is_exact() -> None:
         places = [guide.component(m).free_local for m in range(2)]
         sizes.append(max(g.abs().max() for g in torch.autograd.grad(value, places)))
     assert sizes[0] < 1e-14 < 0.1 < sizes[1]
+
+
+@pytest.mark.parametrize("estimator", ["vimco", "dreg+vimco"])
+def test_weights_have_no_noise_where_each_component_is_exact(estimator: str) -> None:
+    x = torch.tensor([1.0, 1.0, 1.0])
+    guide = MixtureGuide(normal_rows, 2, plate="data")
+    guide.prepare(x)
+    put(guide, [[0.5, -0.5 * math.log(2)]] * 2)
+    loss = MIWAE_ELBO(2, 4, estimator=estimator)
+    value = loss.differentiable_loss(normal_rows, guide, x)
+    logits = [p for name, p in guide.named_parameters() if name.startswith("weights")]
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.numel() == 6 and gradient.abs().max() < 1e-14
 
 
 @pytest.mark.parametrize(
