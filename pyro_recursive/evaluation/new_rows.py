@@ -177,8 +177,12 @@ def _guide_draws(program: Program, empty: Draws, run: dict[str, Any]) -> Draws:
 
 
 def _lacking(single: poutine.Trace, drawn: Draws) -> list[str]:
-    """Return the latents of a call that have no draws: data that it was not given, usually."""
-    return [s["name"] for s in latent_sites(single) if s["name"] not in drawn.sites]
+    """Return the latents of a call without draws: data that it was not given, usually.
+
+    Sites that are enumerated in training have none either, and are drawn from the model.
+    """
+    latent = [site for site in latent_sites(single) if not site["infer"].get("enumerate")]
+    return [site["name"] for site in latent if site["name"] not in drawn.sites]
 
 
 class NewRows(NamedTuple):

@@ -363,20 +363,29 @@ def test_other_guides(kind: str) -> None:
     check(predict(local_only, guide, NEW, Y, num_draws=S), joint_normal([0.8], [Y]))
 
 
-def test_discrete_latents_of_a_row() -> None:
-    """A choice between two means, by a guide that is off."""
+@pytest.mark.parametrize("enumerated", [False, True])
+def test_discrete_latents_of_a_row(enumerated: bool) -> None:
+    """A choice between two means, by a guide that is off, or summed over in training."""
+    infer = {"enumerate": "parallel"} if enumerated else {}
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Bernoulli(0.3))
-            pyro.sample("y", dist.Normal(2 * k, 0.8), obs=y)
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer=infer)
+            pyro.sample("y", dist.Normal(2 * k + shift, 0.8), obs=y)
 
     def guide(x: Tensor, y: Tensor | None = None) -> None:
+        pyro.sample("shift", dist.Normal(0.2, 0.6))
         with pyro.plate("data", len(x)):
-            pyro.sample("k", dist.Bernoulli(0.6))
+            if not enumerated:
+                pyro.sample("k", dist.Bernoulli(0.6))
 
-    means = dist.Normal(torch.tensor([0.0, 2.0]), 0.8).log_prob(Y[:, None]).exp()
-    check(predict(model, guide, NEW, Y, num_draws=S), (means @ torch.tensor([0.7, 0.3])).log())
+    scale = (0.6**2 + 0.8**2) ** 0.5
+    means = dist.Normal(torch.tensor([0.2, 2.2]), scale).log_prob(Y[:, None]).exp()
+    found = predict(model, guide, NEW, Y, num_draws=S)
+    check(found, (means @ torch.tensor([0.7, 0.3])).log())
+    for drawn in (found["y"], predict(model, guide, NEW, num_draws=S)["y"]):
+        check_moments(drawn, torch.full((5,), 0.8), scale**2 + 4 * 0.21)
 
 
 def test_what_has_no_prediction() -> None:
