@@ -19,7 +19,7 @@ from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import ModelMasks
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
-from pyro_recursive.guides.placement import check_order
+from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
@@ -203,7 +203,7 @@ class LatentGuide(AutoGuide):
         local = self._local(trace, latent)
         parts = [[s for s in latent if (s["name"] in local) is inside] for inside in (False, True)]
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
-        check_order(groups, given(self.served_model()), args, kwargs)
+        check_bounds(groups, trace, given(self.served_model()), args, kwargs)
         self.nesting = nesting_of(trace)
         self._input_sizes, self._input_shape = dict(_input_sizes(groups, raw)), _shape_of(raw)
         self._note_plates(groups, latent, raw)

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.packing import LatentBlock, Values, same_tensors
 from pyro_recursive.guides.placement import AllRead, Placement
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
@@ -88,7 +88,7 @@ class GuideCall:
         first, *others = (self.block_at(latents, u) for u in (*points, 0 * points[0] + 1))
         for other in others:
             for one, slot in zip(first.slots, other.slots, strict=True):
-                if not one.has_support_of(slot):
+                if not same_tensors(one.support, slot.support):
                     raise NotImplementedError(
                         f"The bounds of latent site '{slot.name}' depend on other latents: take "
                         "the quantiles of draws."

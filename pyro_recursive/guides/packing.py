@@ -56,11 +56,6 @@ class PackedSite:
         transform = coordinates(fn, self.is_angle)
         return replace(self, support=plain_support(fn.support), transform=transform)
 
-    def has_support_of(self, other: "PackedSite") -> bool:
-        """Whether the bounds of two runs' supports are equal."""
-        pairs = zip(tensors_of(self), tensors_of(other), strict=True)
-        return all(torch.equal(one, another) for one, another in pairs)
-
     @cached_property
     def is_real(self) -> bool:
         """Whether values are their own coordinates."""
@@ -237,6 +232,12 @@ class LatentBlock:
         width = len(sources)
         moved = unflattened.movedim(sources, [i - width - events for i in range(width)])
         return moved.reshape(*batch, -1)
+
+
+def same_tensors(support: Any, other: Any) -> bool:
+    """Whether the bounds of two supports are equal."""
+    pairs = zip(tensors_of(support), tensors_of(other), strict=True)
+    return all(torch.equal(one, another) for one, another in pairs)
 
 
 def latents_of(sites: Iterable[Site], local: bool) -> LatentBlock:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
+from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values, same_tensors
+from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.sites import subsample_sites
 from pyro_recursive.tracing.supports import bare_support
 
 
@@ -63,19 +66,39 @@ class Placement(Messenger):
             raise AllRead
 
 
-def check_order(blocks: Sequence[LatentBlock], model: Callable, args: tuple, kwargs: Any) -> None:
-    """Raise where a support depends on latents of a block that the guide samples later."""
-    for number, latents in enumerate(blocks[:-1]):
+def check_bounds(
+    blocks: Sequence[LatentBlock],
+    first: poutine.Trace,
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise where a support depends on what the guide samples later, or does not sample.
+
+    ``first`` is a trace of a run of the model.
+    """
+    for number, latents in enumerate(blocks):
         if not latents.moving:
             continue
+        own = {slot.name for block in blocks for slot in block.slots}
         later = {slot.name for block in blocks[number + 1 :] for slot in block.slots}
-        with isolated(), torch.enable_grad(), (leaves := _Leaves(later)):
+        found = {name: site["value"] for name, site in first.nodes.items() if name in own}
+        found |= {name: site["value"] for name, site in subsample_sites(first).nodes.items()}
+        leaves, given = _Leaves(later), SubstituteByName(found)
+        with isolated(), torch.enable_grad(), leaves, given:
+            torch.rand(1)  # what the guide does not sample has another value than in `first`
             model(*args, **kwargs)
-        for name, fn in leaves.fns.items():
-            if name in latents.moving and (found := leaves.needed_by(fn)):
+        for name in latents.moving:
+            fn = leaves.fns.get(name, first.nodes[name]["fn"])
+            if source := leaves.needed_by(fn):
                 raise NotImplementedError(
-                    f"The bounds of latent site '{name}' depend on '{found}', which the guide "
+                    f"The bounds of latent site '{name}' depend on '{source}', which the guide "
                     "samples later. Leave out plate= and encoder for a joint guide."
+                )
+            if not same_tensors(fn.support, first.nodes[name]["fn"].support):
+                raise NotImplementedError(
+                    f"The bounds of latent site '{name}' depend on latents that its guide does not "
+                    "sample. Let one guide have both."
                 )
 
 
@@ -87,7 +110,7 @@ class _Leaves(Messenger):
         self.names, self.leaves, self.fns = names, dict[str, Tensor](), dict[str, Any]()
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        self.fns[msg["name"]] = msg["fn"]
+        self.fns[msg["name"]] = msg["fn"]  # nothing inside a `poutine.block` arrives here
         if msg["name"] in self.names:
             self.leaves[msg["name"]] = msg["value"] = msg["value"].detach().requires_grad_()
 

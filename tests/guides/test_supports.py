@@ -512,3 +512,20 @@ def test_training_in_single_precision(model: Callable, guide: str) -> None:
     losses = [svi.step(x) for _ in range(300)]
     assert all(map(math.isfinite, losses))
     assert sum(losses[-50:]) < sum(losses[:50])
+
+
+def test_bounds_by_a_latent_of_another_guide_are_refused() -> None:
+    """In a list of guides, a part does not see what the others draw."""
+    guide = autoguide.AutoGuideList(by_latent)
+    guide.append(autoguide.AutoNormal(poutine.block(by_latent, expose=["a"])))
+    guide.append(AmortizedGuide(poutine.block(by_latent, hide=["a"])))
+    with pytest.raises(NotImplementedError, match="bounds of latent site 'b' depend on latents"):
+        guide(X)
+
+
+def test_lists_of_guides_where_supports_move() -> None:
+    """Bounds by data, or by latents of the same part."""
+    guide = autoguide.AutoGuideList(by_data)
+    guide.append(AmortizedGuide(by_data, init_scale=1.5))
+    guide(FIRST)
+    check_guide(by_data, guide, X)
