@@ -52,7 +52,7 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Any:
     """Return draws from a guide as an ArviZ object: ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
@@ -103,7 +103,7 @@ def mcmc_to_arviz(
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Any:
     """Return the draws of a Pyro MCMC run in the form of `to_arviz`, to compare a guide with them.

@@ -278,7 +278,7 @@ def run_on_draws(
     draws: Draws,
     collect: Callable[[ModelRuns], dict[str, SiteDraws]],
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     draws_data: bool = False,
 ) -> dict[str, SiteDraws]:
     """Run a model on draws of its latents and on their minibatch, in chunks.

@@ -74,7 +74,7 @@ def log_marginal(
     num_particles: int = 5000,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     diagnostics: bool = False,
     **kwargs: Any,
 ) -> Tensor | Evidence:
@@ -91,7 +91,7 @@ def log_marginal(
         num_particles: K.
         chunk_size: samples in one pass; memory does not grow with K. By default about 5,000 rows.
         max_plate_nesting: the dims of plates; found by a run if infinite.
-        vectorize_particles: False runs the samples one by one.
+        vectorize_particles: as in `pyro_recursive.MultiSampleELBO`; False loops over the samples.
         diagnostics: whether to return an `Evidence`, with standard error and sample size.
 
     Returns:

@@ -225,7 +225,7 @@ def importance_weights(
     num_particles: int = 1000,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> ImportanceWeights:
     """Draw from a guide and weigh the draws by the model: ``log p(x, z) - log q(z)`` in nats.

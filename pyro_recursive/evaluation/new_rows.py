@@ -89,7 +89,7 @@ def predict(
     num_draws: int = 1000,
     plate: str | None = None,
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Prediction:
     """Predict new rows by a fitted guide: draw their data, and score the data that are given.

@@ -49,7 +49,7 @@ def posterior_draws(
     num_proposals: int | None = None,
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Draws:
     """Draw all latent sites of a model from a guide, and the deterministic sites of the model.
@@ -168,7 +168,7 @@ def predictive_draws(
     draws: Draws,
     *args: Any,
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Draws:
     """Draw the data of a model anew for each draw of its latents: the posterior predictive.
@@ -214,7 +214,7 @@ def log_likelihoods(
     draws: Draws,
     *args: Any,
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Draws:
     """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
@@ -263,7 +263,7 @@ def prior_draws(
     num_draws: int = 1000,
     minibatch: poutine.Trace | None = None,
     chunk_size: int | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Draws:
     """Draw all sites of a model from the model: prior and prior predictive.

@@ -105,7 +105,7 @@ def calibration_by_fits(
     num_draws: int = 127,
     names: Sequence[str] | None = None,
     replace: Replace | None = None,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | str = True,
     **kwargs: Any,
 ) -> Calibration:
     """Test whether guides fitted to one simulated data set each are the posterior.

@@ -17,8 +17,21 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
-from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, log_marginal
-from pyro_recursive.evaluation import log_likelihoods, posterior_draws
+from pyro_recursive import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MISELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    SIWAE_ELBO,
+    AmortizedGuide,
+    MixtureGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Stratified_ELBO,
+    log_marginal,
+)
+from pyro_recursive.evaluation import importance_weights, log_likelihoods, posterior_draws
 from pyro_recursive.tracing.batched import values_by_particle
 from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.program import Program, structure_of
@@ -584,3 +597,59 @@ def test_computed_sites_and_likelihoods_of_draws() -> None:
         found = log_likelihoods(model, draws, chunk_size=chunk)["y"]
         expected = dist.Normal(b @ X.T, 1.0).log_prob(Y)
         torch.testing.assert_close(found, expected.masked_fill(Y <= -1, math.nan), equal_nan=True)
+
+
+# Other losses and evaluation
+
+
+def conjugate() -> None:
+    """A model that is right in every mode."""
+    with pyro.plate("data", N):
+        b = pyro.sample("b", dist.Normal(torch.zeros(N), 1.0))
+        pyro.sample("y", dist.Normal(b, 0.7), obs=Y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Stratified_ELBO, 3, estimator="stl"),
+        partial(SIWAE_ELBO, 3),
+        partial(MISELBO, 3, num_estimates=2),
+        partial(RecursiveMixture_ELBO, 3, objective="exact"),
+        partial(CIWAE_ELBO, 4, learn_beta=True),
+        partial(IWAE_ELBO, 4, estimator="vimco"),
+    ],
+)
+def test_one_seed_gives_one_value_in_a_plate_and_under_vmap(make: Callable) -> None:
+    """Values and gradients are the same, of guides of the package too."""
+    model, found = partial(conjugate), []
+    is_mixture = make.func not in (CIWAE_ELBO, IWAE_ELBO)
+    for vectorize in (True, "vmap"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(4)
+        if make.func is RecursiveMixture_ELBO:
+            guide = RecursiveMixtureGuide(model, 2, plate="data")
+        elif is_mixture:
+            parts = [AmortizedGuide(model, plate="data") for _ in range(2)]
+            guide = MixtureGuide(model, parts, plate="data")
+        else:
+            guide = AmortizedGuide(model, plate="data")
+        loss = make(vectorize_particles=vectorize)
+        loss.loss(model, guide)
+        pyro.set_rng_seed(5)
+        found.append(differentiate(loss.differentiable_loss(model, guide)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-13)
+    assert found[0][1:].abs().max() > 0
+
+
+def test_evaluation_is_the_same_in_all_modes() -> None:
+    model = partial(conjugate)
+    guide = AutoNormal(model, init_scale=0.5)
+    for call in (log_marginal, lambda *a, **o: importance_weights(*a, **o).log_weights):
+        found = []
+        for vectorize in (True, "vmap"):
+            pyro.set_rng_seed(5)
+            options = {"num_particles": 50, "chunk_size": 20, "vectorize_particles": vectorize}
+            found.append(call(model, guide, **options))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-13)
+        assert found[0].shape[-1] == N
