@@ -28,6 +28,7 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_batch_shape
 from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.plates import Particles, PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, without
@@ -165,7 +166,7 @@ def _part(single: poutine.Trace) -> poutine.Trace:
 
 def _guide_draws(program: Program, empty: Draws, run: dict[str, Any]) -> Draws:
     """Return draws of all latents of a guide, whose plates need not be those of the new rows."""
-    call = program.guide, program.args, program.kwargs
+    call = DryRun()(program.guide), program.args, program.kwargs  # rows of another number
     try:
         return replace(empty, sites=run_on_draws(*call, empty, ModelRuns.latents, **run))
     except Exception as error:

@@ -24,6 +24,7 @@ from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
 from pyro_recursive.tracing.compatibility import check_batch_shapes
+from pyro_recursive.tracing.handlers import is_dry_run
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
@@ -483,7 +484,7 @@ class LatentGuide(AutoGuide):
     def _check_joint(self, frame: Any, call: GuideCall) -> None:
         """Raise where inputs of another shape change the size of a plate without rows."""
         shape = _shape_of(call.raw)
-        if shape is not None and shape != self._input_shape:
+        if shape is not None and shape != self._input_shape and not is_dry_run():
             size, _ = self._sizes(frame, shape, call)
             if size != frame.size:
                 raise ValueError(

@@ -154,6 +154,11 @@ class GuideCall:
                 f"Plate '{name}' has {plate.size} entries, and the guide has parameters for "
                 f"{entries} rows. Say which with MinibatchRows, or use an encoder."
             )
+        if self.input_sizes.get(name) == "minibatch" and name not in self.created:
+            raise ValueError(
+                f"Plate '{name}' draws {plate.subsample_size} of {plate.size} rows, and the inputs "
+                "are as many rows of their own. Say which with MinibatchRows."
+            )
         index = self._order_of(plate) if plate.subsample_size == plate.size else plate.indices
         if index is not None and index.is_floating_point():  # subsample=x
             raise ValueError(

@@ -65,6 +65,7 @@ class Learner:
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
+        self.has_validated = False
         self.interrupts = Interrupts()
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
@@ -134,6 +135,9 @@ class Learner:
             for batch in held_out:
                 self.interrupts.check()
                 group.begin(batch, "a batch of validation")
+                if not self.has_validated:
+                    check_autoguides(self.model, self.guide, batch)
+                    self.has_validated = True
                 with batch.rows:
                     own = 0.0 if group.has_no_rows else loss.loss(self.model, self.guide, *batch)
                 found.append((group.weight * own, group.rows))

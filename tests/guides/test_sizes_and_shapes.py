@@ -146,6 +146,9 @@ def test_joint_guides_keep_their_size(kind: str) -> None:
     guide = GUIDES[kind](rows)
     guide(X[:3])
     message = "Plate 'data' has 5 entries now, and .* has one distribution for 3. Make a new guide"
+    message += (
+        r"|Plate 'data' has \d of 5 entries in the model and 3 of 3 in the guide, at site 'z': m"
+    )
     for loss in (Trace_ELBO(), IWAE_ELBO(2), IWAE_ELBO(2, vectorize_particles=False)):
         with pytest.raises(ValueError, match=message):
             loss.loss(rows, guide, X[:5])

@@ -220,6 +220,9 @@ REFUSED: dict[str, tuple[Callable, dict[str, Any], str]] = {
     },
     "AutoNormal in a mixture": (lambda model: MixtureGuide(model, [autoguide.AutoNormal(model)]),
                                 {}, "MixtureGuide has parameters for 4 rows"),
+    "AutoNormal, other data for validation": (autoguide.AutoNormal,
+                                              {"batch_size": None, "validation": X + 0.1},
+                                              "AutoNormal has parameters for 11 rows"),
     "AutoNormal, all in another order": (autoguide.AutoNormal, {"batch_size": N}, "for 11 rows"),
 }  # fmt: skip
 
@@ -297,3 +300,17 @@ def test_new_rows_in_the_same_memory_are_told() -> None:
     buffer.copy_(X[4:8])
     with pytest.warns(UserWarning, match="its inputs have changed"):
         guide(buffer)
+
+
+def test_a_plate_that_draws_other_rows_than_the_inputs_is_refused() -> None:
+    """Pyro's idiom ``pyro.plate("data", N, subsample_size=len(x))``, with x a minibatch."""
+    guide = AmortizedGuide(drawn_rows, plate="data")
+    with pytest.raises(ValueError, match="draws 4 of 11 rows, and the inputs are as many rows of"):
+        guide(X[:4])
+    index = torch.tensor([5, 0, 9])
+    with MinibatchRows(index, N):
+        guide(X[index])
+        put_at_the_posterior(guide)
+        exact = EXACT[index].sum() * N / 3
+        loss = IWAE_ELBO(2).loss(drawn_rows, guide, X[index])
+    assert loss == pytest.approx(-exact.item())
