@@ -240,6 +240,17 @@ def test_components_start_apart_around_one_point(count: int) -> None:
         assert torch.pdist(loc.flatten(1)).min() > 0.6
 
 
+@pytest.mark.parametrize("size", [1, 8, 27])
+def test_components_of_many_latents_start_nearer_in_each(size: int) -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+    guide = MixtureGuide(model, 2)
+    guide.prepare()
+    loc = guide.components[0].free_global[:size].detach()
+    torch.testing.assert_close(loc.abs(), torch.full((size,), size ** (-1 / 3)))
+
+
 def test_components_stay_where_their_own_functions_put_them() -> None:
     def at(value: float) -> Any:
         return initialization.init_to_value(values={"z": torch.tensor(value)})

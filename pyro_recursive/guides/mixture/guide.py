@@ -29,6 +29,7 @@ from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
 # Components are drawn at random where no loss assigns them.
 AT_RANDOM = ComponentAssignment(())
+SPREAD = -1 / 3  # components start D ** SPREAD apart in each of D dims: wide, and of a good density
 
 
 class MixtureGuide(LatentGuide):
@@ -43,7 +44,7 @@ class MixtureGuide(LatentGuide):
         model: a Pyro model with continuous latents.
         components: guides: `AmortizedGuide`, `FlowGuide`, Pyro's autoguides, or any guide that
             samples the model's own sites; or a number, for Gaussians with parameters of their own.
-            Those without an ``init_loc_fn`` of their own start about 1 from the mixture's in each
+            Those without an ``init_loc_fn`` of their own start some way from the mixture's in each
             unconstrained dim, as equal ones would stay equal. Parameters of plain functions are not
             in the `state_dict`.
         weights: a module from the rows of the inputs to ``[*rows, M]`` logits l, bounded by
@@ -152,7 +153,12 @@ class MixtureGuide(LatentGuide):
 
     def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
         """Share the groups with the components, each around a point of its own."""
-        steps = {name: self.apart(u) for name, u in search.find().items()}
+        start = search.find()
+        steps = {
+            slot.name: latents.size**SPREAD * self.apart(start[slot.name])
+            for latents in groups
+            for slot in latents.slots
+        }
         rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
         for m, component in enumerate(self.components):
             if isinstance(component, LatentGuide):
