@@ -309,7 +309,7 @@ def gaussian_divergence() -> Iterator[float]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_banana_is_closer_than_to_any_gaussian(kind: str, gaussian_divergence: float) -> None:
     guide = FlowGuide(banana_model, kind, hidden=(32,), init_scale=1.0)
-    assert divergence(guide) < 0.5 * gaussian_divergence
+    assert divergence(guide) < 0.3 * gaussian_divergence
 
 
 # --- what is refused

@@ -232,7 +232,7 @@ def test_what_a_component_gains_is_what_the_divergence_loses(name: str) -> None:
             trial.gain.mean if trial.is_kept else 0.0, abs=4.5 * trial.gain.standard_error
         )
     assert len(guide.members) > 1 and left[0] > 0.15
-    assert left[-1] < min(0.3, left[0] / 2)  # few steps, from a draw of the prior
+    assert left[-1] < 0.03
 
 
 def adam(guide: RecursiveMixtureGuide) -> torch.optim.Adam:
