@@ -328,14 +328,15 @@ class LatentGuide(AutoGuide):
     def _absent(self, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
         """Return the guide's sites that are no latents in this call, as labels that are given.
 
-        One run of the model for each form of arguments. Latents that the guide lacks may be data
-        to predict: losses refuse them.
+        One run of the model for each form of arguments, which shows masks of latents, too. Latents
+        that the guide lacks may be data to predict: losses refuse them.
         """
         form = form_of(args), form_of(kwargs)
         if form not in self._absent_in:
             own = {slot.name for latents in self.groups for slot in latents.slots}
             try:
                 trace = outline(self.served_model(), args, kwargs)
+                self._masks.look(trace)
                 absent = own - {site["name"] for site in _own_latents(trace)}
             except Exception:  # the model raises by itself, if it is called so
                 absent = set()

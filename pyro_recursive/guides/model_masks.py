@@ -20,7 +20,8 @@ from pyro_recursive.tracing.sites import Site, latent_sites, mask_of
 class ModelMasks:
     """Which latents have masks, and of which of them no density depends on the masked entries.
 
-    ``is_needed`` says whether calls read masks at all: whether the first run of the model had some.
+    ``is_needed`` says whether calls read masks at all: whether a run for some form of the arguments
+    had any.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class ModelMasks:
 
     def look(self, trace: poutine.Trace) -> None:
         """Find out whether the model masks latents."""
-        self.is_needed = any(mask_of(site) is not None for site in latent_sites(trace))
+        self.is_needed |= any(mask_of(site) is not None for site in latent_sites(trace))
 
     def read(
         self, model: Callable, groups: Sequence[LatentBlock], call: GuideCall, like: Tensor

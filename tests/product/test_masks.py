@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,10 @@ from pyro_recursive import (
 )
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.guides.gaussian_families import LowRank
-from tests.models.losses import LOSSES
+from tests.models.losses import BOUNDS, LOSSES
 from tests.models.ragged import ragged, ragged_evidence, sequences, smoother
 from tests.models.row import normal, observe, positive, real
+from tests.oracles.recordings import Recorded
 
 SMOOTH = ("pathwise", "stl", "dreg", "score", "vimco")
 SEEN = torch.tensor([True, False, True, True, False])
@@ -238,6 +240,30 @@ def test_estimators_agree_without_a_mask_in_the_guide() -> None:
         torch.testing.assert_close(each, means[0], atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_encoders_by_brute_force(loss: str) -> None:
+    """A deep Markov model, annealed: weights are added up from the model's own trace."""
+    x, lengths = sequences()
+    guide, model = amortized(ragged, x, lengths), partial(ragged, annealing=0.3)
+    with torch.no_grad():
+        loc, log_scale = guide.encoder(x).chunk(2, -1)
+        normals = dist.Normal(loc, log_scale.exp())
+    inside = (torch.arange(3) < lengths[:, None]).repeat_interleave(2, -1)
+    recorded = Recorded()
+    with recorded:
+        value = LOSSES[loss](2, 3).loss(model, guide, x, lengths)
+    rows = []
+    for particle in range(6):
+        values = {f"z{t}": recorded.values[f"z{t}"][particle] for t in range(3)}
+        trace = poutine.trace(poutine.condition(model, values)).get_trace(x, lengths)
+        trace.compute_log_prob()
+        log_p = sum(trace.nodes[f"{name}{t}"]["log_prob"] for name in "zx" for t in range(3))
+        log_q = normals.log_prob(torch.cat(list(values.values()), -1)) * inside
+        rows.append(log_p - log_q.sum(-1))
+    by_hand = torch.stack(rows).unflatten(0, (2, 3))
+    assert value == pytest.approx(-BOUNDS[loss](by_hand).sum().item())
+
+
 # Masks that change, structure, evaluation.
 
 
@@ -252,6 +278,24 @@ def test_masks_of_each_call() -> None:
         exact = ragged_evidence(x, other)
         found = log_marginal(ragged, guide, x, other, num_particles=20000)
         torch.testing.assert_close(found, exact, atol=0.2, rtol=0)
+
+
+def test_masks_of_some_calls_only() -> None:
+    """The guide is prepared without a mask, and Pyro's own loss is right with one later."""
+
+    def model(x: Tensor, seen: Tensor | None = None) -> None:
+        handler = nullcontext() if seen is None else poutine.mask(mask=seen)
+        with pyro.plate("data", len(x)), handler:
+            observe(normal("z", 0.0, 1.0), x)
+
+    guide, x = AmortizedGuide(model, plate="data", init_scale=1.0), data()
+    for mask in (None, SEEN):
+        found = []
+        for loss in (Trace_ELBO(), IWAE_ELBO(1)):
+            pyro.set_rng_seed(1)
+            found.append(loss.loss(model, guide, x, mask))
+        assert found[0] == pytest.approx(found[1])
+    assert_evidence(model, guide, (x, SEEN), flat_evidence(x))
 
 
 def test_lengths_that_mask_nothing_at_first() -> None:
