@@ -28,8 +28,9 @@ class MultiSampleELBO(LogWeightELBO):
             outside the data's plates the ELBO and the others the bound: unbiased if subsampled.
 
     Raises:
-        ValueError: a subsampled plate does not enclose every site; sites or plates of model and
-            guide differ; they share a parameter under PIWAE; data are NaN or infinite.
+        ValueError: a subsampled plate does not enclose every site, or its entries depend on each
+            other; under ``"elbo"`` a global density depends on local latents; sites or plates of
+            model and guide differ; they share a parameter under PIWAE; data are NaN or infinite.
         NotImplementedError: the estimator has no gradient for a site; a site is to be enumerated.
 
     >>> import pyro, pyro.distributions as dist, torch

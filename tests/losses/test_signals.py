@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, MultiSampleELBO, bounds
+from pyro_recursive.losses import base
 from tests.models import normal, observe, real
 from tests.oracles.enumeration import (
     Given,
@@ -249,6 +250,49 @@ def coins_guide(x: Tensor, subsample: Tensor) -> None:
     g = coin("g", real("a", 0.3))
     with pyro.plate("data", len(x), subsample=subsample) as index:
         coin("y", real("b", 0.2) * x[index] + real("c", 0.6) * g)
+
+
+# Discrete and reparameterised sites together, where no sum over outcomes is exact.
+
+
+def chain(x: Tensor) -> None:
+    w = normal("w", 0.2, 1.0)
+    with pyro.plate("data", len(x)):
+        v = normal("v", w, 0.8)
+        k = coin("k", 0.5 * v)
+        z = normal("z", w + k, 0.6)
+        observe(z - k, x)
+
+
+def chain_guide(x: Tensor) -> None:
+    """A coin below two reparameterised sites, global and local, and above another one."""
+    w = normal("w", real("c", 0.1), 0.5)
+    with pyro.plate("data", len(x)):
+        v = normal("v", real("a", 0.3) * x + 0.4 * w, 0.7)
+        k = coin("k", real("b", 0.6) * v + real("d", -0.3) * w)
+        normal("z", real("e", 0.4) * x + k * real("f", 0.5), 0.8)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
+@pytest.mark.parametrize("estimator", ["score", "vimco", "dreg+vimco"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_mixed_guides_have_the_mean_of_joint_signals(
+    estimator: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == 1 and "vimco" in estimator:
+        pytest.skip("needs two samples")
+    x = torch.tensor([0.9, -0.4, 0.3])
+    Trace_ELBO().loss(chain, chain_guide, x)
+    loss = MIWAE_ELBO(400, size, estimator=estimator)
+    means = []
+    for _ in range(2):
+        draws = [gradients(loss.differentiable_loss(chain, chain_guide, x)) for _ in range(40)]
+        stacked = torch.stack(draws)
+        means.append((stacked.mean(0), stacked.var(0) / len(draws)))
+        monkeypatch.setattr(base, "independent_plates", lambda program: frozenset())
+    (by_plate, first), (joint, second) = means
+    assert ((by_plate - joint).abs() < 4.5 * (first + second).sqrt()).all()
+    assert (by_plate.abs() > 9 * first.sqrt()).sum() >= 4 and first.sum() < second.sum()
 
 
 # Noise.
