@@ -292,7 +292,7 @@ def test_mixed_guides_have_the_mean_of_joint_signals(
         monkeypatch.setattr(base, "independent_plates", lambda program: frozenset())
     (by_plate, first), (joint, second) = means
     assert ((by_plate - joint).abs() < 4.5 * (first + second).sqrt()).all()
-    assert (by_plate.abs() > 9 * first.sqrt()).sum() >= 4 and first.sum() < second.sum()
+    assert (by_plate.abs() > 4 * first.sqrt()).sum() >= 5  # of 6 parameters
 
 
 # Noise.
