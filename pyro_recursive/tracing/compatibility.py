@@ -2,7 +2,6 @@
 
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -339,9 +338,8 @@ def _warn_if_joint(table: SiteTable) -> None:
                 )
             if table.dependence.get(name, PlateDependence()).outside:
                 remedy = ""  # that would be refused
-            warnings.warn(
+            warn_user(
                 f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "
-                f"entries share one joint weight.{remedy}",
-                stacklevel=5,
+                f"entries share one joint weight.{remedy}"
             )
             return

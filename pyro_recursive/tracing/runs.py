@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from pyro_recursive.tracing.sites import (
     latent_sites,
     subsample_sites,
 )
+from pyro_recursive.tracing.user_warnings import warn_user
 
 
 class GradientCut:
@@ -173,10 +173,9 @@ def _refuse_misfit(structure: ProgramStructure) -> None:
 
 
 def _warn_of_loop(particles: Particles, cause: str) -> None:
-    warnings.warn(
+    warn_user(
         f"Samples run one by one ({particles.total} runs of model and guide): {cause}. Count dims "
-        "from the right, or use vectorize_particles=False.",
-        stacklevel=5,
+        "from the right, or use vectorize_particles=False."
     )
 
 

@@ -129,7 +129,7 @@ def test_a_search_goes_on_where_all_draws_coincide(far: float) -> None:
 
 @pytest.mark.slow
 def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    """It takes a thousand runs of the model, says so, and finds the mode in most of three searches.
+    """It takes a thousand runs of the model, says so, and finds the mode in one of two searches.
 
     In one pass there are more points, and few runs.
     """
@@ -141,7 +141,12 @@ def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
         runs.append(1)
         plain()
 
-    for vectorize in (False, True, False, False):
+    def scalar() -> None:
+        model()
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.factor("none", torch.tensor(0.0 * float(u.detach())))
+
+    for vectorize in (False, True, False):
         pyro.clear_param_store()
         guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1))
         guide.prepare()
@@ -154,7 +159,15 @@ def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
         if not vectorize:
             found.append(abs(guide.component(1).free_global[0].item() - parts[1][1]) < 1.5)
     assert all(900 < n <= 1000 for n in counts[:1] + counts[2:]) and counts[1] < 40
-    assert sum(found) >= 2
+    assert any(found)
+    pyro.clear_param_store()
+    guide = RecursiveMixtureGuide(scalar, 2, schedule=Schedule(first=1))
+    guide.prepare()
+    guide.end_stage()
+    runs.clear()
+    with pytest.warns(UserWarning, match="Samples run one by one") as caught:
+        place_component(Program(scalar, guide), guide)  # which cannot run in one pass
+    assert len(runs) < 1050 and caught[0].filename == __file__
     assert "Component 1: 992 runs of the model, one by one." in caplog.messages
 
 
