@@ -60,6 +60,9 @@ def _tested(program: Program) -> dict[str, PlateDependence]:
     try:
         guide = program.run_guide()
         table = SiteTable(program.run_model(guide), guide)
+        drawn = {record.name for record in table.model if not record.site["is_observed"]}
+        if not drawn <= {record.name for record in table.guide}:
+            return {}  # what the model draws itself need not be the same in two runs
         names = _plates_to_test(table)
         swaps = _Swaps(program, table) if names else None
     except Exception:  # a program that cannot run says so itself

@@ -221,6 +221,17 @@ def test_a_program_that_is_never_the_same_is_not_judged() -> None:
     assert dependence(model, local_guide, data()) == {}
 
 
+def test_values_that_the_model_draws_itself_are_not_judged() -> None:
+    """A sampler by rejection uses more random numbers for some values than for others."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = normal("z", 0.0, 1.0)
+            pyro.sample("y", dist.Gamma(z.exp(), 1.0))
+
+    assert dependence(model, local_guide, data()) == {}
+
+
 # Discrete latents.
 
 
