@@ -22,12 +22,14 @@ from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.program import Program, no_model, structure_of, without
 from pyro_recursive.tracing.sites import (
+    LEAVES_OUT,
     PARTICLE_PLATE,
     Site,
     SiteTable,
     independent_plates_of,
     is_delta,
     latent_sites,
+    mask_of,
     plates_of,
     sites,
     subsample_sites,
@@ -189,13 +191,14 @@ def _is_density(site: Site) -> bool:
 
 def _log_prob(site: Site, frame: Any) -> Tensor:
     """Return a site's log-density with its mask and without its scale."""
-    for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
-        if not isinstance(mask, Tensor) or mask.dim() < -frame.dim:
-            continue
-        if bool((mask != mask.narrow(frame.dim, 0, 1)).any()):
-            raise ValueError(
-                f"The mask of site '{site['name']}' differs between rows of plate '{frame.name}'."
-            )
+    mask, dim = mask_of(site), frame.dim - site["fn"].event_dim
+    differs = bool(site["infer"].get(LEAVES_OUT))
+    if mask is not None and mask.dim() >= -dim:
+        differs |= bool((mask != mask.narrow(dim, 0, 1)).any())
+    if differs:
+        raise ValueError(
+            f"The mask of site '{site['name']}' differs between rows of plate '{frame.name}'."
+        )
     return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
 

@@ -18,7 +18,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.handlers import joint_draw
 from pyro_recursive.tracing.plates import outer_shape as outer_shape
-from pyro_recursive.tracing.sites import JOINT, MODEL_MASK, PACKED, JointDraw
+from pyro_recursive.tracing.sites import JOINT, LEAVES_OUT, MODEL_MASK, PACKED, JointDraw
 
 
 class JointSite(TorchDistribution):
@@ -95,6 +95,7 @@ def emit(
         site = JointSite(slot, drawn[slot.name], density if slot is last else None)
         packed = frozenset(frame.name for frame in slot.frames) - rows
         infer = {PACKED: packed, JOINT: joint, MODEL_MASK: call.masks.get(slot.name)}
+        infer[LEAVES_OUT] = slot.name in call.kept
         with inside(slot.frames, call.plates):
             values[slot.name] = pyro.sample(slot.name, site, infer=infer)
     return values

@@ -222,6 +222,7 @@ REFUSED = {
     "grid", "grid_reversed", "crossed", "exact_grid_reversed", "exact_loop_of_plate",
     "sequential", "sequential_subsample", "sequential_of_vectorized", "vectorized_of_sequential",
     "mask_handler", "obs_mask", "unequal_scales", "masked_discrete", "masked_mixed",
+    "ragged", "exact_ragged",
     "auto_delta", "auto_delta_local", "auto_multivariate", "auto_low_rank", "auto_iaf",
     "auto_gaussian", "guide_list",
 }  # fmt: skip
@@ -343,6 +344,13 @@ def non_centred(x: Tensor) -> None:
 from_the_left = in_rows(lambda x: normal("w", normal("z", x).sum(0)))
 masked = in_rows(lambda x: pyro.sample("z", dist.Normal(x, 1.0).mask(x > 0)))
 point = in_rows(lambda x: pyro.sample("z", dist.Delta(x)))
+
+
+@in_rows
+def masked_event(x: Tensor) -> None:
+    pyro.sample("z", dist.Normal(x[:, None], 1.0).mask(x[:, None] > 0).to_event(1))
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no plate": (lambda x: normal("z", 0.0), r"in plate 'any': \{'z': \[\]\}"),
     "no latent": (lambda x: None, r"in plate 'any': \{\}"),
@@ -351,6 +359,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "point": (point, "site 'z' is computed"),
     "non-centred": (non_centred, "site 'z' is computed.*Sample it"),
     "mask": (masked, "mask of site 'z' differs between rows of plate 'data'"),
+    "mask in events": (masked_event, "mask of site 'z' differs between rows of plate 'data'"),
     "from the left": (from_the_left, "value of 'z' in another.*Count dims from the right"),
     "joint": (AmortizedGuide(normal_rows), r"site 'z' has one joint density.*plate='data'"),
     "joint of Pyro": (AutoDiagonalNormal(normal_rows), "site 'z' is computed.*AutoNormal"),
@@ -362,6 +371,21 @@ def test_guides_without_rows_are_refused(name: str) -> None:
     guide, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         mutual_information(guide, rows())
+
+
+@pytest.mark.parametrize("guide", [AmortizedGuide, AutoNormal])
+def test_masked_latents_are_refused(guide: Any) -> None:
+    """The posteriors of rows are over different entries, so that they have no mixture."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x, obs_mask=x > 0)
+
+    options = {"plate": "data"} if guide is AmortizedGuide else {}
+    of_rows = guide(model, **options)
+    with pytest.raises(ValueError, match="mask of site 'x_unobserved' differs between rows"):
+        rate_of(model, of_rows, rows())
 
 
 def test_wrong_numbers_and_plates_are_refused() -> None:
