@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import Tensor
+from torch.distributions import AffineTransform, constraints
 
 from pyro_recursive import AmortizedGuide, FlowGuide, MixtureGuide, SemiAmortizedGuide
 from pyro_recursive.guides.gaussian_families import LowRank
@@ -16,12 +17,16 @@ from pyro_recursive.guides.gaussian_families import LowRank
 LEVELS = [0.05, 0.3, 0.5, 0.9]
 
 
+class Below(dist.TransformedDistribution):
+    """Values below 2; torch takes the support of an affine map for the real line."""
+
+    support = constraints.less_than(2.0)
+
+
 def model(x: Tensor) -> None:
     """Supports of every direction, inside and outside of a plate, and an inner plate."""
     pyro.sample("real", dist.Normal(0.0, 1.0))
-    pyro.sample("below", dist.TransformedDistribution(
-        dist.LogNormal(0.0, 1.0), dist.transforms.AffineTransform(2.0, -1.0)
-    ))  # fmt: skip
+    pyro.sample("below", Below(dist.LogNormal(0.0, 1.0), AffineTransform(2.0, -1.0)))
     pyro.sample("share", dist.Dirichlet(torch.ones(3)))
     with pyro.plate("data", len(x)):
         pyro.sample("positive", dist.Gamma(2.0, 1.0))
