@@ -200,7 +200,7 @@ class NewRows(NamedTuple):
 
 
 def _new_rows(program: Program, single: poutine.Trace, drawn: Draws, plate: str | None) -> NewRows:
-    data = [site for site in sites(single) if site["is_observed"] and not is_computed(site)]
+    data = _data(sites(single))
     missing = _lacking(single, drawn)
     shown = data or [site for site in sites(single) if site["name"] in missing]
     if not shown:
@@ -215,16 +215,20 @@ def _new_rows(program: Program, single: poutine.Trace, drawn: Draws, plate: str 
     return NewRows(rows, inside, frozenset(local), proposed)
 
 
-def _row_plates(data: Sequence[Site], latents: Sequence[Site]) -> frozenset[str]:
-    """Return the plates around all data; raise where other latents or data are in a part of them.
+def _data(found: list[Site]) -> list[Site]:
+    """Return the observed sites; a factor outside the plates of others is a part of the prior."""
+    observed = [site for site in found if site["is_observed"] and not is_computed(site)]
+    if not any(plates_of(site) for site in found):
+        return observed
+    return [site for site in observed if plates_of(site) or not is_factor(site)]
 
-    A factor outside all plates is a part of the prior.
-    """
-    counted = [s for s in data if plates_of(s) or not is_factor(s)]
-    stacks = [frozenset(plates_of(site)) for site in counted]
-    rows = frozenset.intersection(*stacks) if stacks else frozenset()
+
+def _row_plates(data: Sequence[Site], latents: Sequence[Site]) -> frozenset[str]:
+    """Return the plates around all data; raise where latents are in a part of them."""
+    stacks = [frozenset(plates_of(site)) for site in data]
+    rows = frozenset.intersection(*stacks)
     if not rows and any(stacks):
-        names = {site["name"]: sorted(plates_of(site)) for site in counted}
+        names = {site["name"]: sorted(plates_of(site)) for site in data}
         raise ValueError(f"The data share no plate, {names}: pass plate=, that of the new rows.")
     for site in latents:
         own = rows & plates_of(site).keys()
@@ -241,8 +245,8 @@ def _proposed(
 ) -> frozenset[str]:
     """Return the local latents for which the guide has a density in each of the new rows.
 
-    All that it samples, or none: those of a joint guide, with parameters for other rows, or
-    computed from others have no such density.
+    All that it samples, or none: those of a joint guide, with parameters for other rows, computed
+    from others, or masked have no such density.
     """
     guide = poutine.unwrap(program.guide)
     of_training_rows = isinstance(guide, LatentGuide) and not guide.by_row
@@ -251,7 +255,7 @@ def _proposed(
     table = SiteTable(single, outline(program.guide, program.args, program.kwargs))
     here = {record.name: _sizes(record) for record in table.model}
     found = [record for record in table.guide if record.name in local]
-    if any(
+    if any(r.is_masked for r in table.model if r.name in local) or any(
         is_delta(r.site) or not rows <= r.row_plates.keys() or _sizes(r) != here[r.name]
         for r in found
     ):

@@ -203,16 +203,16 @@ def test_a_guide_that_cannot_run_on_new_rows() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(y - TRAINING, 0.1))
 
-    with pytest.raises(RuntimeError) as caught:
-        predict(hierarchy, guide, NEW, Y)
-    assert "pass posterior_draws(model, guide, *training_data)" in caught.value.__notes__[-1]
-    draws = posterior_draws(hierarchy, guide, TRAINING, TRAINING, num_draws=S)
+    joint = AmortizedGuide(hierarchy)
+    joint.prepare(TRAINING, TRAINING)
+    joint.restart(joint.groups[0], torch.full((8,), LOC), SCALE)
     exact = dist.Normal(LOC + NEW, VARIANCE**0.5).log_prob(Y)
-    check(predict(hierarchy, draws, NEW, Y), exact)
-    guide = AmortizedGuide(hierarchy)
-    guide.prepare(TRAINING, TRAINING)
-    guide.restart(guide.groups[0], torch.full((8,), LOC), SCALE)
-    check(predict(hierarchy, guide, NEW, Y, num_draws=S), exact)
+    for program in (guide, joint):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            predict(hierarchy, program, NEW, Y)
+        assert "pass posterior_draws(model, guide, *training_data)" in caught.value.__notes__[-1]
+        draws = posterior_draws(hierarchy, program, TRAINING, TRAINING, num_draws=S)
+        check(predict(hierarchy, draws, NEW, Y), exact)
 
 
 # --- Rows of several sites, masks, scales, loops
@@ -279,6 +279,26 @@ def test_masks_leave_out_and_scales_do_not_count() -> None:
     found = predict(model, two_sites_guide, NEW, Y.where(SEEN, 1e6), num_draws=S)
     check(found, exact)
     assert (found["y"].abs() < 10).all()
+
+
+def test_masked_latents_and_a_factor_of_the_prior() -> None:
+    """A row without data has density 1; a penalty on a global latent is no datum."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        pyro.factor("penalty", -(g**2))
+        with pyro.plate("data", len(x)), poutine.mask(mask=SEEN):
+            z = pyro.sample("z", dist.Normal(g, 1.5))
+            pyro.sample("y", dist.Normal(z + x, 0.3), obs=y)
+
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        pyro.sample("g", dist.Normal(LOC, SCALE))
+        with pyro.plate("data", len(x)), poutine.mask(mask=SEEN):
+            pyro.sample("z", dist.Normal(0.1 * x if y is None else y - x, 0.6))
+
+    exact = dist.Normal(LOC + NEW, VARIANCE**0.5).log_prob(Y).where(SEEN, 0.0)
+    check(predict(model, guide, NEW, Y, num_draws=S), exact)
+    check_moments(predict(model, guide, NEW, num_draws=S)["y"], LOC + NEW, VARIANCE)
 
 
 def test_loops_and_data_without_a_plate() -> None:
