@@ -209,8 +209,12 @@ def check_guide(model: Callable, guide: Callable, x: Tensor) -> None:
         assert abs(found.log_marginal.item() - log_p) < 4 * found.standard_error + 0.1
 
 
+QUICK = {"gaussian", "mixture"}
+IN_TURN = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GUIDES]
+
+
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", IN_TURN)
 def test_densities_and_draws(guide: str, model: Callable) -> None:
     """On circles, and where the bounds are those of the call or of another latent."""
     if model is degrees and "auto" in guide:
