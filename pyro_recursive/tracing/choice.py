@@ -1,7 +1,7 @@
 """How the samples of a program run: under one more plate, the model under `torch.vmap`, or looped.
 
 The choice is made once for each structure. A few particles run under a plate whose size is no other
-size in the program; two of them run again on their own, on the same values. A plate is right where
+size in the program, and run again on their own, on the same values. A plate is right where
 all densities agree, and no density has a derivative with respect to another particle's value.
 """
 
@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.compatibility import log_prob_of
@@ -63,6 +64,7 @@ class _Comparison:
 
     def choice(self) -> tuple[Mode, str]:
         """Return the mode, and why it is not the plate."""
+        total = self.particles.total
         try:
             with self._plate():
                 drawn = _with_leaves(self._varied(self.program.run_guide()))
@@ -72,7 +74,7 @@ class _Comparison:
         except Exception as error:
             return "loop", f"the guide raises {brief(error)}"
         single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
-        if cause := self._mixing(guide, drawn) or self._difference(guide, single):
+        if cause := self._mixing(guide, drawn) or self._difference(guide, single, (0, total - 1)):
             return "loop", f"in the guide {cause}"
 
         source = _with_leaves(source)
@@ -88,7 +90,7 @@ class _Comparison:
         except Exception as error:
             cause = f"the model raises {brief(error)}"
         else:
-            cause = self._mixing(model, source) or self._difference(model, single)
+            cause = self._mixing(model, source) or self._difference(model, single, range(total))
             if not cause:
                 return "plate", ""
         try:
@@ -96,14 +98,19 @@ class _Comparison:
             vmapped = batched.run_model(self.program, source, values, self.particles)
         except Exception as error:
             return "loop", f"the model raises {brief(error)}"
-        if failure := self._difference(_log_densities(vmapped), single):
+        if failure := self._difference(_log_densities(vmapped), single, (0, total - 1)):
             return "loop", failure
         return "vmap", cause
 
     def _varied(self, trace: poutine.Trace) -> poutine.Trace:
-        """Give the last particle other values than the first, where the support is finite."""
+        """Give particles values that differ, also where the guide is narrow.
+
+        In finite supports the last particle has other values than the first.
+        """
         for site in latent_sites(trace):
             base, place = layers(site["fn"])[-1], self.particles.dim - site["fn"].event_dim
+            if site["value"].is_floating_point() and not is_delta(site):
+                site["value"] = _moved(site["value"], site["fn"])
             if not base.has_enumerate_support or base.event_dim or site["value"].dim() < -place:
                 continue
             support = base.enumerate_support(expand=False).flatten()
@@ -138,10 +145,13 @@ class _Comparison:
                 return _log_densities(run(self._row(source, i)))
 
     def _difference(
-        self, found: LogDensities, single: Callable[[int, bool], LogDensities]
+        self,
+        found: LogDensities,
+        single: Callable[[int, bool], LogDensities],
+        particles: Iterable[int],
     ) -> str | None:
-        """Return how densities of all particles differ from those of the first and the last."""
-        for particle in (0, self.particles.total - 1):
+        """Return how densities of all particles differ from those of some on their own."""
+        for particle in particles:
             alone = single(particle, False)
             if missing := found.keys() ^ alone.keys():
                 return f"site '{min(missing)}' is in some runs only"
@@ -170,12 +180,16 @@ class _Comparison:
         """Return a latent whose value in one particle changes the density of another, if any."""
         leaves = [site for site in latent_sites(trace) if site["value"].requires_grad]
         values, dim = [site["value"] for site in leaves], self.particles.dim
-        own, common = list[Tensor](), list[Tensor]()
-        for each in found.values():
-            if each.requires_grad:
-                has_dim = self._dim_of_particles(each) is not None
-                (own if has_dim else common).append(self._of(0, each).sum())
-        for outputs, others in ((own, 1), (common, 0)):
+        assert dim is not None
+        moving = [each for each in found.values() if each.requires_grad]
+        own = [each for each in moving if self._dim_of_particles(each) is not None]
+        common = [each for each in moving if self._dim_of_particles(each) is None]
+        last = self.particles.total - 1
+        for outputs, others in (
+            ([each.select(dim, 0).sum() for each in own], slice(1, None)),
+            ([each.select(dim, last).sum() for each in own], slice(0, last)),
+            ([each.sum() for each in common], slice(None)),
+        ):
             if not outputs or not values:
                 continue
             try:
@@ -188,11 +202,24 @@ class _Comparison:
                 place = dim - site["fn"].event_dim
                 if derivative is None or derivative.dim() < -place:
                     continue
-                if derivative.movedim(place, 0)[others:].nan_to_num(0.0).any():
+                if derivative.movedim(place, 0)[others].nan_to_num(0.0).any():
                     return (
                         f"one sample's density depends on the value of '{site['name']}' in another"
                     )
         return None
+
+
+@torch.no_grad()
+def _moved(value: Tensor, fn: Any) -> Tensor:
+    """Return a value near another one in a distribution's support; the value itself if none is."""
+    try:
+        transform = biject_to(fn.support)
+        free = transform.inv(value)
+        moved = transform(free + 0.1 * torch.randn_like(free))
+        is_inside = bool(fn.support.check(moved).all()) and bool(moved.isfinite().all())
+    except (NotImplementedError, AttributeError, ValueError, RuntimeError):  # no such transform
+        return value
+    return moved if is_inside and moved.shape == value.shape else value
 
 
 def _with_leaves(trace: poutine.Trace) -> poutine.Trace:

@@ -314,6 +314,41 @@ def differentiate(loss: Tensor) -> Tensor:
     return torch.cat([loss.reshape(1), *map(torch.flatten, found)]).detach()
 
 
+@pytest.mark.parametrize("init_scale", [0.5, 1e-3, 1e-8])
+@pytest.mark.parametrize(
+    "loc",
+    [
+        lambda b: b.flatten()[1],
+        lambda b: b.detach().max(),
+        lambda b: b[..., 0] / len(b),
+        lambda b: b.sum(-1) / b.numel(),
+        lambda b: b.sort(0).values.sum(),
+        lambda b: X[:, b.argmax() % D],
+    ],
+)
+def test_narrow_guides_hide_nothing(loc: Callable, init_scale: float) -> None:
+    """The particles of the comparison differ, however near the guide's draws are."""
+    model = partial(lambda: observe(loc(weights())))
+    program = Program(model, AutoNormal(model, init_scale=init_scale))
+    structure = structure_of(program)
+    choose(program, structure)
+    assert structure.mode == "vmap"
+
+
+@pytest.mark.parametrize("of", [lambda z: z.max(), lambda z: z.prod(), lambda z: z[..., :1].sum(0)])
+def test_discrete_latents_with_one_likely_value(of: Callable) -> None:
+    """Draws that are all the same do not hide that a model mixes them."""
+
+    def guide() -> Tensor:
+        return pyro.sample("z", dist.Bernoulli(torch.tensor([1 - 1e-9])).to_event(1))
+
+    model = partial(lambda: observe(of(guide()) * X[:, 0]))
+    program = Program(model, partial(guide))
+    structure = structure_of(program)
+    choose(program, structure)
+    assert structure.mode == "vmap"
+
+
 @each_case
 @pytest.mark.parametrize("estimator", ["pathwise", "dreg+vimco", "rws-dreg"])
 def test_every_mode_equals_the_loop(case: Case, estimator: str) -> None:
