@@ -8,6 +8,7 @@ import sys
 
 from benchmarks import (
     bounds,
+    examples,
     guides,
     mapa,
     mapa_images,
@@ -21,6 +22,7 @@ from benchmarks import (
 
 MODULES = (
     bounds,
+    examples,
     guides,
     mapa,
     mapa_images,

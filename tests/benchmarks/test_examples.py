@@ -1,0 +1,49 @@
+"""Pyro's own examples: what trains does climb, what is refused says why."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from benchmarks.examples import EXAMPLES, LOSSES, Settings, train
+
+NEEDS_VIMCO = "is not reparameterised.*use 'vimco' or 'dreg.vimco'"
+ENUMERATED = "is to be enumerated: use TraceEnum_ELBO"
+REFUSED = {
+    "LDA": ENUMERATED,
+    "GMM": ENUMERATED,
+    "HMM": ENUMERATED,
+    "capture-recapture": ENUMERATED,
+    "SS-VAE, enumerated": ENUMERATED,
+    "scANVI, enumerated": ENUMERATED,
+    "VariationalGP": "expectation over the guide",
+    "CEVAE with classifiers": "Guide site 't' is observed: drop its obs=",
+}
+PATHWISE = {"IWAE dreg", "MIWAE", "PIWAE", "CIWAE"}
+DISCRETE = {"SS-VAE, unlabelled", "AIR", "scANVI, unlabelled"}
+CASES = [(name, guide) for name, make in EXAMPLES.items() for guide in make().guides]
+
+
+def refusal(name: str, loss: str) -> str | None:
+    """Return what the sentence of a refusal says, or None where the loss must train."""
+    if name in DISCRETE and loss in PATHWISE:
+        return NEEDS_VIMCO
+    return None if loss == "Trace_ELBO" else REFUSED.get(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*share one joint weight")
+@pytest.mark.parametrize(("name", "guide"), CASES)
+def test_every_loss_trains_or_is_refused(name: str, guide: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    for loss in LOSSES:
+        cell = train(EXAMPLES[name], guide, loss, Settings(seed=0, steps=30, samples=20))
+        sentence = refusal(name, loss)
+        if sentence is not None:
+            assert re.search(sentence, cell["refused"]), (loss, cell)
+            continue
+        assert "refused" not in cell, (loss, cell)
+        first, last = torch.tensor(cell["losses"])[[*range(10), *range(-10, 0)]].split(10)
+        error = math.sqrt((first.var() + last.var()) / 10)
+        assert last.mean() < first.mean() + 2 * error, (loss, cell["losses"])
