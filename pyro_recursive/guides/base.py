@@ -1,11 +1,9 @@
 """What all guides of this package share: blocks of latents, plates, and names in Pyro's store."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -13,20 +11,19 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
-from pyro_recursive.guides.call import GuideCall, copied_plate, first_argument
+from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import ModelMasks
+from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
-from pyro_recursive.guides.seen_inputs import SeenInputs
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
+from pyro_recursive.guides.store_entries import check_prepared, claim_name, note_loaded, rollback
 from pyro_recursive.tracing.compatibility import check_batch_shapes
-from pyro_recursive.tracing.handlers import is_dry_run
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
 from pyro_recursive.tracing.program import GivenMinibatches, form_of, rows_needed
 from pyro_recursive.tracing.sites import (
@@ -84,21 +81,13 @@ class LatentGuide(AutoGuide):
         self.init_loc_fn = init_loc_fn  # None: the default, or what a mixture has
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
-        self._input_sizes: dict[str, str] = {}  # see `GuideCall`
-        self._input_shape: tuple[int, ...] | None = None
-        self._plate_sizes: dict[tuple[str, Any], tuple[int, int]] = {}  # see `_sizes`
-        self._given_minibatches: frozenset[str] = frozenset()  # plates with subsample= in the model
+        self._plates = ModelPlates()
         self._absent_in: dict[Any, frozenset[str]] = {}  # see `_absent`, by form of the arguments
-        self._tables: frozenset[str] = frozenset()  # plates whose rows have parameters of their own
-        self._joint: frozenset[str] = frozenset()  # plates whose entries have one distribution
-        self._follow_rows: frozenset[str] | None = None  # those of them that have a call's rows
-        self._watched: str | None = None  # a plate whose rows are the inputs', with parameters each
-        self._seen: SeenInputs | None = None  # those of the first call that does not say its rows
         self._masks = ModelMasks()
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
-        self.register_load_state_dict_pre_hook(_check_prepared)
-        self.register_load_state_dict_post_hook(_note_loaded)
+        self.register_load_state_dict_pre_hook(check_prepared)
+        self.register_load_state_dict_post_hook(note_loaded)
 
     @abstractmethod
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
@@ -188,7 +177,7 @@ class LatentGuide(AutoGuide):
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
         """If the block raises before the guide is prepared, restore the guide and Pyro's store."""
-        return nullcontext() if self.groups else _rollback(self)
+        return nullcontext() if self.groups else rollback(self)
 
     def look(self, *args: Any, **kwargs: Any) -> None:
         """Do what `prepare` does, the first time."""
@@ -206,11 +195,12 @@ class LatentGuide(AutoGuide):
         groups = tuple(latents_of(part, i == 1) for i, part in enumerate(parts) if part)
         check_bounds(groups, trace, given(self.served_model()), args, kwargs)
         self.nesting = nesting_of(trace)
-        self._input_sizes, self._input_shape = dict(_input_sizes(groups, raw)), _shape_of(raw)
-        self._note_plates(groups, latent, raw)
-        rows = self._row_plates(args, kwargs)
-        groups = tuple(_of_all_rows(latents, rows) for latents in groups)
-        self._given_minibatches = frozenset(given.values)
+        has_tables = self.rows_have_parameters()
+        self._plates = ModelPlates.seen(
+            groups, latent, raw, given=given.values, rows_have_parameters=has_tables
+        )
+        rows = self._plates.of_rows(self, args, kwargs)
+        groups = tuple(of_all_rows(latents, rows) for latents in groups)
         self._masks.look(trace)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
@@ -245,45 +235,6 @@ class LatentGuide(AutoGuide):
         """Whether each row of the local latents has parameters of its own."""
         return not self.by_row
 
-    def _note_plates(
-        self, groups: tuple[LatentBlock, ...], latent: Iterable[Site], raw: Any
-    ) -> None:
-        """Note which plates have parameters for each entry; they may have the inputs' length."""
-        rows = {f.name for latents in groups for f in latents.rows}
-        local = {slot.name for latents in groups if latents.local for slot in latents.slots}
-        frames = {name: f for site in latent for name, f in plates_of(site).items()}
-        outside = {name for s in latent if s["name"] not in local for name in plates_of(s)}
-        self._tables = frozenset(rows if self.rows_have_parameters() else ())
-        self._joint = frozenset(outside - rows)
-        length = raw.shape[0] if isinstance(raw, Tensor) and raw.dim() else None
-        for name in sorted(self._tables | self._joint):
-            if frames[name].size == length and frames[name].full_size in (None, length):
-                self._watched = name
-
-    def _row_plates(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, MinibatchRows]:
-        """Return the plates with parameters for each row whose rows a call is given by number.
-
-        Raises:
-            ValueError: the rows are unknown, or they have one joint distribution.
-        """
-        rows = minibatch_rows()
-        if rows is None or rows.is_all or not self._tables | self._joint:
-            return {}
-        if self._follow_rows is None:
-            first = first_argument(*args, **kwargs) if rows.index is None else rows.index
-            count = len(first) if isinstance(first, Tensor) and first.dim() else 1
-            model = self.served_model()
-            self._follow_rows = plates_of_rows(model, args, kwargs, count, rows.total)
-        for name in sorted(self._follow_rows & self._joint):
-            raise ValueError(
-                f"{type(self).__name__} has one distribution for all entries of plate '{name}', "
-                f"and each batch has other rows. Give plate='{name}' or an encoder."
-            )
-        found = dict.fromkeys(sorted(self._follow_rows & self._tables), rows)
-        for name in found:
-            rows.check_known(name)
-        return found
-
     def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
         """Create the parameters of blocks of latents."""
         if self.groups:
@@ -315,15 +266,21 @@ class LatentGuide(AutoGuide):
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Prepare a new guide; load parameters from Pyro's store, or evict another guide's."""
-        is_new = _OWNERS.get(self._pyro_name) is not self
-        if is_new:
-            self._claim_name()
+        is_new = claim_name(self)
         self.prepare(*args, **kwargs)
         if self.is_loaded:
             evict_stale(self, self._pyro_name)
             self.is_loaded, self._shared = False, None
         elif is_new or self._store_was_loaded():
             load_from_store(self, self._pyro_name)
+
+    def _store_was_loaded(self) -> bool:
+        """Whether Pyro's store was loaded since the last call."""
+        if self._shared is None:
+            self._shared = shared_parameter(self, self._pyro_name)
+            return False
+        (name, parameter), store = self._shared, pyro.get_param_store()
+        return name in store and store[name] is not parameter
 
     def _absent(self, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
         """Return the guide's sites that are no latents in this call, as labels that are given.
@@ -350,55 +307,17 @@ class LatentGuide(AutoGuide):
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Return a call of the guide, with its plates."""
-        plates, names = self._created_plates(args, kwargs)
-        rows = self._row_plates(args, kwargs)
-        call = GuideCall(
-            args, kwargs, plates, self.inputs, {}, self._trunk(), names, self._input_sizes, rows
-        )
+        plates, names = self._plates.given_to(self, args, kwargs)
+        rows, sizes = self._plates.of_rows(self, args, kwargs), self._plates.input_sizes
+        call = GuideCall(args, kwargs, plates, self.inputs, {}, self._trunk(), names, sizes, rows)
         call.model = self.served_model
         call.absent = self._absent(args, kwargs)
-        if self._watched is not None and minibatch_rows() is None:
-            seen = self._seen or SeenInputs.of(call.raw)
-            self._seen = seen.after(call.raw, type(self).__name__, self._watched)
-        for latents in self.groups:
-            for frame in (f for slot in latents.slots for f in slot.frames):
-                if frame.name not in plates:
-                    plates[frame.name] = self._plate(frame, latents, call)
-            for frame in latents.rows:
-                self._check_length(frame, latents, call)
+        self._plates.complete(self, call)
         if self._masks.is_needed:
             parameters = (p for p in self.parameters() if p.is_floating_point())
             like = next(parameters, torch.empty(()))
             self._masks.read(self.served_model(), self.groups, call, like)
         return call
-
-    def _created_plates(
-        self, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], frozenset[str]]:
-        """Return the plates of a list of guides, or a user's, and the names of a user's."""
-        if self.master is None:
-            created = self.create_plates(*args, **kwargs) if self.create_plates is not None else ()
-            created = [created] if isinstance(created, pyro.plate) else created
-            plates = {plate.name: plate for plate in created if plate.size != -1}
-            return plates, frozenset(plates)
-        plates, makes = dict(getattr(self.master(), "plates", {})), self.master().create_plates
-        if self.create_plates is not None:
-            raise ValueError("Give create_plates= to the AutoGuideList, not to a part of it.")
-        for name in sorted(plates.keys() & self._given_minibatches if makes is None else ()):
-            raise ValueError(
-                f"Plate '{name}' has subsample= in the model: give AutoGuideList create_plates=."
-            )
-        return plates, frozenset(plates if makes is not None else ())
-
-    def _check_length(self, frame: Any, latents: LatentBlock, call: GuideCall) -> None:
-        """Raise where a plate that the guide has not made is not of the inputs' length."""
-        if self.master is not None and frame.name in self._input_sizes:
-            plate, length = call.plates[frame.name], call.raw.shape[latents.rows.index(frame)]
-            if length not in (plate.size, plate.subsample_size):
-                raise ValueError(
-                    f"Plate '{frame.name}' of the AutoGuideList has {plate.size} entries, and the "
-                    f"inputs {length} rows. Give the list create_plates=."
-                )
 
     def sample(self, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a block."""
@@ -460,74 +379,11 @@ class LatentGuide(AutoGuide):
         """Return what is applied to the inputs before all encoders, if anything."""
         return None
 
-    def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
-        """Copy the model's plate; a size that was the inputs' length is their present length."""
-        if frame not in latents.rows:
-            self._check_joint(frame, call)
-        name, full, size = frame.name, frame.full_size or frame.size, frame.size
-        inputs_are = self._input_sizes.get(name)
-        if inputs_are is None and full == size and name in call.row_plates:
-            full = size = call.row_plates[name].count
-        if name in self._given_minibatches and inputs_are != "minibatch":
-            raise ValueError(f"Plate '{name}' has subsample= in the model: give create_plates=.")
-        if inputs_are is not None:
-            length = call.raw.shape[latents.rows.index(frame)]
-            if inputs_are == "all" and full != size:
-                full, size = length, min(size, length)
-            else:
-                if inputs_are == "all" and length != size:
-                    size, full = self._sizes(frame, length, call)
-                else:
-                    size = length
-        is_sized = frame.full_size is not None
-        return copied_plate(frame._replace(size=size, full_size=full if is_sized else None))
-
-    def _check_joint(self, frame: Any, call: GuideCall) -> None:
-        """Raise where inputs of another shape change the size of a plate without rows."""
-        shape = _shape_of(call.raw)
-        if shape is not None and shape != self._input_shape and not is_dry_run():
-            size, _ = self._sizes(frame, shape, call)
-            if size != frame.size:
-                raise ValueError(
-                    f"Plate '{frame.name}' has {size} entries now, and {type(self).__name__} has "
-                    f"one distribution for {frame.size}. Make a new guide, or give it an encoder."
-                )
-
-    def _sizes(self, frame: Any, length: Any, call: GuideCall) -> tuple[int, int]:
-        """Return a plate's size and full size for inputs of another length than the first.
-
-        These may be all data or a minibatch, or the plate has nothing to do with them. One run of
-        the model for each length, or shape, decides.
-        """
-        name = frame.name
-        if (name, length) not in self._plate_sizes:
-            trace = outline(self.own_model(), call.args, call.kwargs)
-            frames = (plates_of(site).get(name) for site in sites(trace))
-            now = next((f for f in frames if f is not None), frame)
-            self._plate_sizes[name, length] = now.size, now.full_size or now.size
-        return self._plate_sizes[name, length]
+    def make_plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
+        """Return a plate like the model's, of the size that it has in a call."""
+        return self._plates.make(self, frame, latents, call)
 
     # --- Pyro's parameter store, copies and pickles
-
-    def _store_was_loaded(self) -> bool:
-        """Whether Pyro's store was loaded since the last call."""
-        if self._shared is None:
-            self._shared = shared_parameter(self, self._pyro_name)
-            return False
-        (name, parameter), store = self._shared, pyro.get_param_store()
-        return name in store and store[name] is not parameter
-
-    def _claim_name(self) -> None:
-        """Raise where another guide of this name has its parameters in Pyro's store."""
-        name, other = self._pyro_name, _OWNERS.get(self._pyro_name)
-        if other is not None:
-            theirs = {id(p) for p in other.parameters()} - {id(p) for p in self.parameters()}
-            for stored, parameter in pyro.get_param_store().named_parameters():
-                if id(parameter) in theirs and stored.startswith(f"{name}."):
-                    raise ValueError(
-                        f"Another guide named '{name}' is in Pyro's store. Give name=."
-                    )
-        _OWNERS[name] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled; models are neither (`ModelReference`).
@@ -543,77 +399,13 @@ class LatentGuide(AutoGuide):
                 )
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
-        return {**self.__dict__, "_shared": None, "_seen": None, "master": None}
+        plates = self._plates.forget_inputs()
+        return {**self.__dict__, "_plates": plates, "_shared": None, "master": None}
 
 
 PackedGuide = LatentGuide  # its former name
-
-# The guide that last ran under a name: Pyro's store is by name, and would mix up two of them.
-_OWNERS: WeakValueDictionary[str, LatentGuide] = WeakValueDictionary()
-
-
-@contextmanager
-def _rollback(guide: LatentGuide) -> Iterator[None]:
-    """If the block raises, restore modules' attributes (containers shallowly) and Pyro's store."""
-    containers = (dict, list, set)
-    before = {
-        module: {k: v.copy() if isinstance(v, containers) else v for k, v in vars(module).items()}
-        for module in guide.modules()
-    }
-    store = pyro.get_param_store()
-    stored = set(store.keys())
-    try:
-        yield
-    except BaseException:
-        for module, attributes in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-        for added in set(store.keys()) - stored:
-            if added.replace("$$$", ".").startswith(f"{guide._pyro_name}."):
-                del store[added]
-        raise
-
-
-def _check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Raise for a state with parameters that `prepare` has yet to create: a hook of torch."""
-    if guide.groups:
-        return
-    known = guide.state_dict(prefix=prefix)
-    new = [key for key in state if key.startswith(prefix) and key not in known]
-    if new:
-        raise RuntimeError(
-            f"{type(guide).__name__} has not seen its model and has no '{new[0]}'. Call "
-            "guide.prepare(*args) first."
-        )
-
-
-def _note_loaded(guide: Any, keys: Any) -> None:
-    """Prefer the loaded state to Pyro's store in the next call: a hook of torch."""
-    guide.is_loaded = True
 
 
 def _own_latents(trace: poutine.Trace) -> list[Site]:
     """Return the latent sites of a model that a guide samples."""
     return [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]
-
-
-def _of_all_rows(latents: LatentBlock, given: dict[str, MinibatchRows]) -> LatentBlock:
-    """Return a block whose rows are those of all data, where a call has some of them."""
-    rows = [
-        f._replace(full_size=given[f.name].total) if f.name in given else f for f in latents.rows
-    ]
-    return replace(latents, rows=tuple(rows))
-
-
-def _shape_of(raw: Any) -> tuple[int, ...] | None:
-    return tuple(raw.shape) if isinstance(raw, Tensor) else None
-
-
-def _input_sizes(groups: tuple[LatentBlock, ...], raw: Any) -> Iterator[tuple[str, str]]:
-    """Yield each row plate of the inputs' length, and whether that is "all" or a "minibatch"."""
-    shape = raw.shape if isinstance(raw, Tensor) else ()
-    for latents in groups:
-        for frame, length in zip(latents.rows, shape, strict=False):
-            full = frame.full_size or frame.size
-            if length in (full, frame.size):
-                yield frame.name, "all" if length == full else "minibatch"

@@ -310,10 +310,10 @@ class MAPAGuide(LatentGuide):
 
         return emit(latents, call, u, density)
 
-    def _plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
+    def make_plate(self, frame: Any, latents: LatentBlock, call: GuideCall) -> Any:
         """Make a plate as the model's; without data its size is found by running the model."""
         if call.raw is not None:
-            return super()._plate(frame, latents, call)
+            return super().make_plate(frame, latents, call)
         trace = outline(self.own_model(), call.args, call.kwargs)
         return copied_plate(plates_of(trace.nodes[str(self.site)])[frame.name])
 
