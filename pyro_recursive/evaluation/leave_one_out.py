@@ -118,7 +118,7 @@ def _warn(pareto_k: Tensor, joint_k: float, threshold: float, *, corrected: bool
         cause = "the guide is far from the posterior, or " if corrected else ""
         warnings.warn(
             f"k-hat is above {threshold:.2f} for {high} of {len(pareto_k)} data: {cause}the data "
-            "surprise the model. Their elpd is not reliable.",
+            "are predicted poorly. Their elpd is not reliable.",
             stacklevel=3,
         )
     return high > 0 or joint_k > threshold

@@ -180,7 +180,7 @@ class LatentGuide(AutoGuide):
         return nullcontext() if self.groups else rollback(self)
 
     def look(self, *args: Any, **kwargs: Any) -> None:
-        """Do what `prepare` does, the first time."""
+        """Run the model, find blocks and plates, and create the parameters."""
         given = GivenMinibatches()
         search = StartSearch(given(self.served_model()), args, kwargs, self.init_loc_fn)
         trace, raw = search.trace, self.inputs(*args, **kwargs)
@@ -247,7 +247,7 @@ class LatentGuide(AutoGuide):
         self.groups = groups
 
     def center_outputs(self, search: StartSearch, guide: "LatentGuide") -> None:
-        """Move an encoder that was never trained to the start, in calls of a ``guide``."""
+        """Shift the output of an untrained encoder to the start; ``guide`` makes the calls."""
 
     # --- Every call
 
@@ -354,7 +354,7 @@ class LatentGuide(AutoGuide):
     def quantiles(self, quantiles: Iterable[float], *args: Any, **kwargs: Any) -> Values:
         """Return posterior quantiles of each latent, ``[Q, *site's shape]``.
 
-        Of the coordinates of vectors (a simplex, say) in unconstrained space, as Pyro's autoguides.
+        Vectors such as simplices have those of each unconstrained coordinate, as in Pyro.
 
         Raises:
             NotImplementedError: the guide's marginals are no Gaussians.

@@ -40,7 +40,7 @@ class Family(ABC):
     def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
         """Return parameters from those whose factors were not in units of the scales.
 
-        So they were before `state_dict` had version 2, and are what encoders trained then return.
+        States of version 1, and encoders trained with it, have such factors.
         """
         return parameters
 

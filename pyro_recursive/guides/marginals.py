@@ -28,8 +28,8 @@ def kept_log_density(distribution: Any, u: Tensor, keep: Tensor) -> Tensor:
     whole = keep[..., 0]
     if bool((keep != keep[..., :1]).any()):
         raise NotImplementedError(
-            f"A row has masked latents beside others, and {type(distribution).__name__} no density "
-            "of some alone. Use AmortizedGuide or MixtureGuide."
+            f"Some latents of a row are masked, and {type(distribution).__name__} has no density "
+            "of the others alone. Use AmortizedGuide or MixtureGuide."
         )
     return torch.where(whole, distribution.log_prob(u), 0.0)
 

@@ -258,7 +258,7 @@ def apart(count: int, like: Tensor) -> Tensor:
 def move_output(network: nn.Module, rows: Any, shift: Tensor) -> None:
     """Add ``shift`` to the first outputs of a network by the bias of its last linear layer.
 
-    Its layer is the last `torch.nn.Linear` whose output they are. Another network stays as it is.
+    That is the last `torch.nn.Linear` whose output equals the network's, if there is one.
     """
     outputs: list[tuple[nn.Linear, Tensor]] = []
 

@@ -15,7 +15,7 @@ Site = dict[str, Any]
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses use
 PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
-MODEL_MASK = "model_mask"  # there, too: the mask of the model's site, which the density heeds
+MODEL_MASK = "model_mask"  # there, too: the mask of the model's site, which the density uses
 LEAVES_OUT = "leaves_out"  # and whether the density leaves out masked entries
 JOINT = "joint_draw"  # in a guide site's infer: the `JointDraw` that its value is a part of
 

@@ -64,7 +64,7 @@ def fit(
 ) -> History:
     """Minimise a loss over the parameters of model and guide; resumes bit for bit.
 
-    Ctrl-C ends the training after the present step; the history so far is returned.
+    Ctrl-C ends the training after the present step and returns the history so far.
 
     Args:
         model, guide: called as ``model(*batch)``.
@@ -90,8 +90,7 @@ def fit(
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
         progress: whether to show a bar, in a terminal or a notebook.
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
-        on_epoch: called as ``on_epoch(epoch, history)`` after each epoch and its checkpoint; what
-            it draws changes no later draw. Both are called in the first process only.
+        on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; names the site.

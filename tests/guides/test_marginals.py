@@ -96,5 +96,5 @@ def test_other_distributions_by_whole_rows() -> None:
     rows = torch.tensor([True, False, True, False])
     expected = torch.where(rows, of.log_prob(u), 0.0)
     torch.testing.assert_close(log_density(of, u, rows[:, None].expand(4, D)), expected)
-    with pytest.raises(NotImplementedError, match="A row has masked latents beside others"):
+    with pytest.raises(NotImplementedError, match="Some latents of a row are masked"):
         log_density(of, u, KEEP)
