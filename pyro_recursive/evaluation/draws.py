@@ -18,7 +18,7 @@ from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program, no_model, structure_of
+from pyro_recursive.tracing.program import Program, memory_of, no_model, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -290,7 +290,7 @@ def run_on_draws(
     Raises:
         ValueError: a plate has another size here than in the draws.
     """
-    model = drawing_data(model) if draws_data else model
+    user_model, model = model, drawing_data(model) if draws_data else model
     program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
     latents = draws.of_kind("latent")
     _check_plates(single, latents)
@@ -299,7 +299,8 @@ def run_on_draws(
         if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
             minibatch.add_node(name, **site)
     size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
-    fits_plate = vectorize_particles and len(draws) > 1 and _fits_plate(model, args, kwargs)
+    several_at_once = vectorize_particles and len(draws) > 1
+    fits_plate = several_at_once and _fits_plate(user_model, args, kwargs, draws_data)
     drawn = {site["name"] for site in sites(single) if not site["is_observed"]} - latents.keys()
     fits_vmap = vectorize_particles and not fits_plate and not drawn
     wide = {name: each.with_batch_dims(nesting) for name, each in latents.items()}
@@ -318,6 +319,8 @@ def run_on_draws(
             try:
                 source = _source(minibatch, wide, several)
                 traces = [run_model(program, source, given, particles)]
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # a loop has the model's own errors
                 fits_vmap = False
         if not traces:
@@ -326,12 +329,21 @@ def run_on_draws(
     return joined(chunks)
 
 
-def _fits_plate(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a model draws and computes the same for each sample under one more plate."""
-    alone = Program(no_model, FlatPriors()(model), args, kwargs)
-    structure = structure_of(alone)
-    choose(alone, structure)
-    return structure.mode == "plate"
+def _fits_plate(
+    model: Callable, args: tuple, kwargs: dict[str, Any], draws_data: bool = False
+) -> bool:
+    """Whether a model draws and computes the same for each sample under one more plate.
+
+    Remembered with the user's model: the handlers here are new objects in each call.
+    """
+    memory, key = memory_of(Program(no_model, model, args, kwargs)), f"fits plate, {draws_data}"
+    if key not in memory:
+        drawing = FlatPriors()(drawing_data(model) if draws_data else model)
+        alone = Program(no_model, drawing, args, kwargs)
+        structure = structure_of(alone)
+        choose(alone, structure)
+        memory[key] = structure.mode == "plate"
+    return memory[key]
 
 
 def drawing_data(model: Callable) -> Callable:

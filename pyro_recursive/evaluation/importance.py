@@ -279,11 +279,18 @@ def _points(
     latent = {record.name for record in table.model if not record.site["is_observed"]}
     for site in (r.site for r in table.guide if r.name in latent and is_delta(r.site)):
         values = [run.model.nodes[site["name"]]["value"] for run in runs]
-        if layout.particles.dim is not None:  # all draws in one run
+        shapes = {value.shape for value in values}
+        draws = torch.stack(values) if len(shapes) == 1 else None
+        if draws is not None and layout.particles.dim is not None:  # all draws in one run
             dim = layout.particles.dim - site["fn"].event_dim
-            values = values[0].split(1, dim) if values[0].dim() >= -dim else values
-        first = known.get(site["name"], values[0].squeeze())
-        same = first is not None and all(torch.equal(v.squeeze(), first) for v in values)
+            draws = draws[0].movedim(dim, 0) if values[0].dim() >= -dim else draws
+        first = known.get(site["name"], values[0] if draws is None else draws[0].squeeze())
+        same = (
+            draws is not None
+            and first is not None
+            and first.numel() == draws[0].numel()
+            and bool((draws.flatten() == first.flatten().repeat(len(draws))).all())
+        )
         found[site["name"]] = first if same else None
     return found
 

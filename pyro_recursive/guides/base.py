@@ -295,8 +295,10 @@ class LatentGuide(AutoGuide):
                 trace = outline(self.served_model(), args, kwargs)
                 self._masks.look(trace)
                 absent = own - {site["name"] for site in _own_latents(trace)}
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # the model raises by itself, if it is called so
-                absent = set()
+                return frozenset()
             if absent and not self.has_marginals:
                 raise ValueError(
                     f"Sites {sorted(absent)} are observed or absent in this call, and "
@@ -364,11 +366,12 @@ class LatentGuide(AutoGuide):
             call = self.new_call(args, kwargs)
             marginals = [self.marginals(latents, call) for latents in self.groups]
         found: dict[str, list[Tensor]] = {}
-        for latents, (loc, scale) in zip(self.groups, marginals, strict=True):
+        levels = list(quantiles)
+        for block, (loc, scale) in zip(self.groups, marginals, strict=True):
             normal = torch.distributions.Normal(loc, scale)
-            for q in quantiles:
+            latents = call.shared_block(block, loc - scale, loc + scale)
+            for q in levels:
                 ends = [normal.icdf(loc.new_tensor(p)) for p in (q, 1 - q)]
-                latents = call.shared_block(latents, *ends)
                 below, above = map(latents.unpack, ends)
                 for slot in latents.slots:
                     values = above if slot.is_decreasing else below

@@ -85,7 +85,7 @@ class GuideCall:
         """Return a block with the supports of this call, which must not depend on latents."""
         if not latents.moving:
             return latents
-        first, *others = (self.block_at(latents, u) for u in (*points, 0 * points[0] + 1))
+        first, *others = (self.block_at(latents, u) for u in (*points, torch.ones_like(points[0])))
         for other in others:
             for one, slot in zip(first.slots, other.slots, strict=True):
                 if not same_tensors(one.support, slot.support):

@@ -7,6 +7,7 @@ all densities agree, and no density has a derivative with respect to another par
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import ComposeTransform, TransformedDistribution, biject_to
 
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.handlers import DryRun
+from pyro_recursive.tracing.index_bounds import IndexBounds
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, without
@@ -49,8 +51,8 @@ def require_plate(program: Program, structure: ProgramStructure) -> None:
     choose(program, structure)
     if structure.mode != "plate":
         raise ValueError(
-            f"Samples run under one more plate, and {structure.cause}. Count dims from the right "
-            "(z.sum(-1))."
+            f"The model cannot run under a plate of samples: {structure.cause}. Index dims from "
+            "the right, such as z.sum(-1)."
         )
 
 
@@ -61,16 +63,19 @@ class _Comparison:
         self.program, self.ranks = program, structure.ranks
         total = _unused_prime({*structure.sizes, *_sizes((program.args, program.kwargs))})
         self.particles = Particles(1, total, -structure.max_plate_nesting - 1)
+        self.is_on_cpu = structure.devices <= {"cpu"}
 
     def choice(self) -> tuple[Mode, str]:
         """Return the mode, and why it is not the plate."""
         total = self.particles.total
         try:
-            with self._plate():
+            with self._plate(), self._bounds():
                 drawn = _with_leaves(self._varied(self.program.run_guide()))
                 again = without(drawn, is_delta)  # computed, not drawn
                 source = _with_leaves(self.program.run_guide(again))
                 guide = _log_densities(source)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return "loop", f"the guide raises {brief(error)}"
         single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
@@ -85,8 +90,10 @@ class _Comparison:
                 source.add_node(name, **site)
         single = cache(lambda i, nudge: self._single(self.program.run_model, source, i, nudge))
         try:
-            with self._plate():
+            with self._plate(), self._bounds():
                 model = _log_densities(self.program.run_model(source))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             cause = f"the model raises {brief(error)}"
         else:
@@ -96,6 +103,8 @@ class _Comparison:
         try:
             values = batched.values_by_particle(source, self.particles, self.ranks)
             vmapped = batched.run_model(self.program, source, values, self.particles)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return "loop", f"the model raises {brief(error)}"
         if failure := self._difference(_log_densities(vmapped), single, (0, total - 1)):
@@ -122,6 +131,10 @@ class _Comparison:
 
     def _plate(self) -> pyro.plate:
         return pyro.plate(PARTICLE_PLATE, self.particles.total, dim=self.particles.dim)
+
+    def _bounds(self) -> AbstractContextManager:
+        """Check indices where the device would not raise: a plate may be where rows should be."""
+        return nullcontext() if self.is_on_cpu else IndexBounds()
 
     def _row(self, source: poutine.Trace, particle: int, nudge: bool = False) -> poutine.Trace:
         """Return one particle of a trace; ``nudge`` changes values by about their rounding."""
@@ -196,6 +209,8 @@ class _Comparison:
                 derivatives = torch.autograd.grad(
                     outputs, values, allow_unused=True, retain_graph=True
                 )
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # an operation without a derivative
                 continue
             for site, derivative in zip(leaves, derivatives, strict=True):
@@ -213,10 +228,17 @@ class _Comparison:
 def _moved(value: Tensor, fn: Any) -> Tensor:
     """Return a value near another one in a distribution's support; the value itself if none is."""
     try:
-        transform = biject_to(fn.support)
+        base = layers(fn)[-1]
+        if isinstance(base, TransformedDistribution):  # torch has the reals for affine supports
+            first = biject_to(base.base_dist.support)
+            transform: Any = ComposeTransform([first, *base.transforms])
+        else:
+            transform = biject_to(fn.support)
         free = transform.inv(value)
         moved = transform(free + 0.1 * torch.randn_like(free))
         is_inside = bool(fn.support.check(moved).all()) and bool(moved.isfinite().all())
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, AttributeError, ValueError, RuntimeError):  # no such transform
         return value
     return moved if is_inside and moved.shape == value.shape else value

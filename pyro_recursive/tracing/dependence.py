@@ -65,6 +65,8 @@ def _tested(program: Program) -> dict[str, PlateDependence]:
             return {}  # what the model draws itself need not be the same in two runs
         names = _plates_to_test(table)
         swaps = _Swaps(program, table) if names else None
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a program that cannot run says so itself
         return {}
     found = {}
@@ -72,6 +74,8 @@ def _tested(program: Program) -> dict[str, PlateDependence]:
         assert swaps is not None
         try:
             result = swaps.dependence(name)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # other values may be impossible
             continue
         if result is not None:

@@ -49,7 +49,8 @@ class ProgramStructure:
     """The plate nesting of a program and the plates of each sample site, from one run.
 
     ``ranks`` are the numbers of dims of the guide's values, and ``sizes`` all sizes of dims in that
-    run. ``misfit`` says why its sites do not fit together; handlers around a call may change that.
+    run, on ``devices``. ``misfit`` says why its sites do not fit together; handlers around a call
+    may change that.
     ``mode`` is how many samples run, None until it is chosen, and ``cause`` why it is not the plate
     (`tracing.choice`).
     ``dependence`` has the plates whose entries were tested for independence, None before that test
@@ -61,6 +62,7 @@ class ProgramStructure:
     guide: dict[str, Site]
     ranks: dict[str, int] = field(default_factory=dict)
     sizes: frozenset[int] = frozenset()
+    devices: frozenset[str] = frozenset()
     misfit: Exception | None = None
     mode: Mode | None = None
     cause: str = ""

@@ -193,5 +193,6 @@ def _discover(program: Program) -> ProgramStructure:
         structure_in(table),
         ranks={record.name: record.site["value"].dim() for record in table.guide},
         sizes=frozenset(size for tensor in tensors for size in tensor.shape),
+        devices=frozenset(tensor.device.type for tensor in tensors),
         misfit=misfit,
     )

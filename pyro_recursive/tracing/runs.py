@@ -142,9 +142,10 @@ def _run(
     return again, _draw(program, again, ranks=fresh.ranks, **options)
 
 
-# What errors about shapes say, in torch and in Pyro.
+# What errors about shapes say, in torch and in Pyro, and `choice` of samples that mix.
 _SHAPES = re.compile(
-    r"\b(shapes?|sizes?|dim|dimensions?|broadcast\w*|out of bounds)\b", re.IGNORECASE
+    r"\b(shapes?|sizes?|dim|dimensions?|broadcast\w*|out of bounds|one sample)\b",
+    re.IGNORECASE,
 )
 
 
@@ -173,9 +174,12 @@ def _refuse_misfit(structure: ProgramStructure) -> None:
 
 
 def _warn_of_loop(particles: Particles, cause: str) -> None:
+    remedy = (
+        "Count dims from the right, or use" if _SHAPES.search(cause) else "To silence this, use"
+    )
     warn_user(
-        f"Samples run one by one ({particles.total} runs of model and guide): {cause}. Count dims "
-        "from the right, or use vectorize_particles=False."
+        f"Samples run one by one ({particles.total} runs of model and guide): {cause}. {remedy} "
+        "vectorize_particles=False."
     )
 
 

@@ -23,6 +23,7 @@ from pyro_recursive.evaluation import (
     prior_draws,
     psis,
 )
+from pyro_recursive.evaluation.draws import _fits_plate
 from pyro_recursive.evaluation.predictions import resampled_index
 from pyro_recursive.mapa import EncodedCodes
 from pyro_recursive.tracing.handlers import SubstituteByName
@@ -443,3 +444,19 @@ def test_minibatches_stay_together() -> None:
     assert (log_likelihoods(model, draws, x, chunk_size=7)["x"] > 0).all()
     assert ((predictive_draws(model, draws, x, chunk_size=7)["x"] - index).abs() < 0.1).all()
     assert (prior_draws(model, x, num_draws=5, chunk_size=2)["z"].std(0) < 0.1).all()
+
+
+@pytest.mark.parametrize("draws_data", [True, False])
+def test_how_samples_of_a_model_run_is_found_once(draws_data: bool) -> None:
+    runs = []
+
+    def model(x: Tensor) -> None:
+        runs.append(1)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    args = (torch.zeros(3),)
+    first = _fits_plate(model, args, {}, draws_data)
+    count = len(runs)
+    assert first and count and _fits_plate(model, args, {}, draws_data) and len(runs) == count

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -207,3 +208,22 @@ def test_point_estimates_are_told(vectorize: bool) -> None:
             assert set(weights.points) == POINTS[row.name]
     told = str(ImportanceWeights(torch.zeros(30), (), ("scale",)))
     assert "point estimates of ['scale']" in told
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_computed_latents_with_one_value_are_named(vectorize: bool) -> None:
+    """In every draw of every chunk; one that differs in a single draw is not."""
+
+    def model() -> None:
+        for name in ("same", "moving", "drawn"):
+            pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide() -> None:
+        pyro.sample("same", dist.Delta(torch.tensor([0.3, 0.4]), event_dim=1))
+        u = pyro.sample("drawn", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("moving", dist.Delta((u > 1.0).to(u), event_dim=1))
+
+    found = importance_weights(
+        model, guide, num_particles=30, chunk_size=8, vectorize_particles=vectorize
+    )
+    assert found.points == ("same",)

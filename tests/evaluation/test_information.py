@@ -360,7 +360,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "non-centred": (non_centred, "site 'z' is computed.*Sample it"),
     "mask": (masked, "mask of site 'z' differs between rows of plate 'data'"),
     "mask in events": (masked_event, "mask of site 'z' differs between rows of plate 'data'"),
-    "from the left": (from_the_left, "value of 'z' in another.*Count dims from the right"),
+    "from the left": (from_the_left, "value of 'z' in another.*Index dims from the right"),
     "joint": (AmortizedGuide(normal_rows), r"site 'z' has one joint density.*plate='data'"),
     "joint of Pyro": (AutoDiagonalNormal(normal_rows), "site 'z' is computed.*AutoNormal"),
 }
@@ -418,5 +418,5 @@ def test_what_cannot_run_in_one_pass_says_so() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.stack([x, x], -1) + w, 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="under one more plate, and the guide raises"):
+    with pytest.raises(ValueError, match="under a plate of samples: the guide raises"):
         mutual_information(guide, rows())

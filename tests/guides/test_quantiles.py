@@ -82,3 +82,17 @@ def test_others_have_none_in_closed_form() -> None:
     for guide in (MixtureGuide(model, 2), FlowGuide(model), SemiAmortizedGuide(model, table)):
         with pytest.raises(NotImplementedError, match="no quantiles in closed form"):
             guide.median(X)
+
+
+def test_quantiles_zero_and_one_are_the_ends_of_supports() -> None:
+    """Also where the model's supports are those of a call."""
+
+    def bounded(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x, x + 2.0))
+
+    guide = AmortizedGuide(bounded)
+    found = guide.quantiles(iter([0.0, 0.5, 1.0]), X)["z"]
+    torch.testing.assert_close(found[0], X)
+    torch.testing.assert_close(found[2], X + 2.0)
+    assert ((found[0] < found[1]) & (found[1] < found[2])).all()

@@ -1,6 +1,7 @@
 """Sites that are observed in some calls only, as labels are: exact in any order of calls."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -235,3 +236,23 @@ def test_labels_in_the_first_call() -> None:
     guide.prepare(X)
     with pytest.raises(ValueError, match=r"\['y'\] of the guide are observed"):
         gaps(model, guide, X, Y)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_model_that_fails_once_is_looked_at_again(error: type[Exception]) -> None:
+    """The labels are found as given in the next call of this form."""
+    failures: list[Exception] = []
+
+    def failing(x: Tensor, y: Tensor | None = None) -> None:
+        if failures:
+            raise failures[0]
+        model(x, y)
+
+    guide = AmortizedGuide(failing, nn.Linear(1, 4), inputs=column)
+    guide(X)
+    failures.append(error("no"))
+    with pytest.raises(error):
+        IWAE_ELBO(3).loss(failing, guide, X, Y)
+    failures.clear()
+    assert "y" not in guide(X, Y)
+    assert math.isfinite(IWAE_ELBO(3).loss(failing, guide, X, Y))

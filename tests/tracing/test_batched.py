@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
+from torch.distributions import AffineTransform, ExpTransform
 
 from pyro_recursive import (
     CIWAE_ELBO,
@@ -33,7 +34,8 @@ from pyro_recursive import (
 )
 from pyro_recursive.evaluation import importance_weights, log_likelihoods, posterior_draws
 from pyro_recursive.tracing.batched import values_by_particle
-from pyro_recursive.tracing.choice import choose
+from pyro_recursive.tracing.choice import _moved, choose
+from pyro_recursive.tracing.index_bounds import IndexBounds
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import SiteTable, sites, subsample_sites
@@ -688,3 +690,97 @@ def test_evaluation_is_the_same_in_all_modes() -> None:
             found.append(call(model, guide, **options))
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-13)
         assert found[0].shape[-1] == N
+
+
+INDEXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda b, i: b[i],
+    "mask and index": lambda b, i: torch.stack([b, b])[torch.tensor([True, False]), i],
+    "second dim": lambda b, i: b.expand(2, 5)[:, i],
+    "index_select": lambda b, i: b.index_select(-1, i),
+    "gather": lambda b, i: b.gather(-1, i),
+    "take": lambda b, i: b.take(i),
+    "embedding": lambda b, i: nn.functional.embedding(i, b[:, None]),
+    "index_put": lambda b, i: b.index_put((i,), b[0]),
+}
+
+
+@pytest.mark.parametrize("name", INDEXING)
+def test_indices_out_of_range_raise_before_the_operation(name: str) -> None:
+    """On a GPU they would raise nothing, and all later calls would fail."""
+    of = INDEXING[name]
+    b, right = torch.randn(5), torch.tensor([0, 4, 2])
+    with IndexBounds():
+        found = of(b, right)
+        of(b, right[:0] if name != "mask and index" else right)
+    assert torch.equal(found, of(b, right))
+    for wrong in (5, -6):
+        message = f"index {wrong} is out of bounds for a dimension of size 5"
+        with IndexBounds(), pytest.raises(IndexError, match=message):
+            of(b, torch.tensor([0, wrong, 2]))
+
+
+def test_indices_are_checked_where_values_are_on_another_device() -> None:
+    """Five groups, and samples where ``b[group]`` takes the groups."""
+    group = torch.tensor([0, 4, 1, 2, 3, 4])
+
+    def model() -> None:
+        observe(weights(5)[group])
+
+    guide = AutoNormal(model)
+    guide()
+    causes = []
+    for devices in ({"cpu"}, {"cpu", "cuda"}):
+        program = Program(model, guide)
+        structure = replace(structure_of(program), devices=frozenset(devices))
+        choose(program, structure)
+        assert structure.mode == "vmap"
+        causes.append(structure.cause)
+    assert "out of bounds for a dimension of size 3" not in causes[0]
+    assert "IndexError (index 4 is out of bounds for a dimension of size 3)" in causes[1]
+
+
+@pytest.mark.parametrize(("where", "failing"), [("guide", 2), ("model", 3)])
+def test_no_mode_is_chosen_where_memory_runs_out(where: str, failing: int) -> None:
+    """In the runs under the plate."""
+    calls = {"guide": 0, "model": 0}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+        if name == where and calls[name] == failing:
+            raise torch.OutOfMemoryError("out of memory")
+
+    def model() -> None:
+        count("model")
+        observe((X * weights()).sum(-1))
+
+    def guide() -> None:
+        count("guide")
+        weights_guide()
+
+    program = Program(model, guide)
+    structure = structure_of(program)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(program, structure)
+    assert structure.mode is None
+    choose(program, structure)
+    assert structure.mode == "plate"
+
+
+@pytest.mark.parametrize("transform", [[], [AffineTransform(0.0, 1.0)]])
+def test_values_are_moved_within_the_support(transform: list[Any]) -> None:
+    """Torch takes the support of an affine map for the real line."""
+    fn = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(40), 1.0), [ExpTransform(), *transform]
+    )
+    value = 1e-3 * fn.sample()
+    moved = _moved(value, fn)
+    assert (moved > 0).all() and (moved != value).all()
+    assert ((moved / value).log().abs() < 0.6).all()
+
+
+@pytest.mark.parametrize("name", ["branching", "recurrent", "guide"])
+def test_the_remedy_of_shapes_is_for_shapes(name: str) -> None:
+    with pytest.warns(UserWarning, match="one by one") as caught:
+        IWAE_ELBO(4).loss(*CASE[name].programs())
+    text = str(caught[0].message)
+    assert "Count dims" not in text and "vectorize_particles=False" in text
