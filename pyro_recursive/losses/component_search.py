@@ -10,13 +10,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
+from pyro_recursive.tracing import batched
+from pyro_recursive.tracing.choice import brief
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.handlers import ComponentAssignment, FlatPriors
-from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import FreeComponent, GrowingMixture
-from pyro_recursive.tracing.runs import run_particles
+from pyro_recursive.tracing.runs import particles_of, run_particles
 from pyro_recursive.tracing.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
 
 WIDENING = 3.0
@@ -68,7 +69,7 @@ def place_component(
         logger.info("Component %s starts at random: the rows are a minibatch.", number)
         component.scatter(WIDENING)
         return
-    looped = _is_looped(program, vectorize)
+    looped = particles_of(program, 1, LOOPED.num_runs, vectorize).dim is None
     search = _Search(program, mixture, component, vectorize, LOOPED if looped else IN_ONE_PASS)
     how = "one by one" if looped else "many in one pass"
     logger.info("Component %s: %d runs of the model, %s.", number, search.effort.num_runs, how)
@@ -80,11 +81,6 @@ def place_component(
     best = search.best(own[: search.effort.draws], locs, scales)
     index = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
     component.place(locs.gather(0, index)[0], scales.gather(0, index)[0])
-
-
-def _is_looped(program: Program, vectorize: bool | str) -> bool:
-    with isolated():
-        return run_particles(program, 1, 2, vectorize=vectorize)[0].dim is None
 
 
 def _spread(points: Tensor) -> Tensor:
@@ -118,13 +114,22 @@ class _Search:
     def points_of_prior(self) -> Tensor:
         args, kwargs, total = self.program.args, self.program.kwargs, self.particles.total
         model = poutine.trace(poutine.block(self.program.model, hide_types=["param"]))
-        if self.particles.dim is None or self.particles.vmap:
-            with FlatPriors(scale=1.0):
-                traces = [model.get_trace(*args, **kwargs) for _ in range(total)]
-        else:
-            with FlatPriors(scale=1.0), pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
-                traces = [model.get_trace(*args, **kwargs)]
-        return torch.cat([self.component.pack(trace) for trace in traces])
+
+        def draw() -> Tensor:
+            return self.component.pack(model.get_trace(*args, **kwargs))
+
+        flat = FlatPriors(scale=1.0)
+        if self.particles.vmap:
+            try:
+                return batched.draw(flat(draw), total).flatten(0, 1)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # not every distribution can be drawn so
+                logger.info("Draws of the prior run one by one: %s.", brief(error))
+        elif self.particles.dim is not None:
+            with flat, pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
+                return draw()
+        return torch.cat([flat(draw)() for _ in range(total)])
 
     def locations(self, own: Tensor, prior: Tensor) -> Tensor:
         """Return locations for candidates: where log p - log Q is largest, and random points."""

@@ -2,10 +2,10 @@
 
 Models that are written for one sample (``x @ b``, ``b[group]``, networks with latent weights) do
 not run under one more plate; `torch.vmap` shows them one particle at a time. Every latent is
-replayed: nothing is drawn inside but noise of the model's own, such as dropout.
+replayed: nothing is drawn inside `run_model` but noise of the model's own, such as dropout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -20,10 +20,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.program import Program, memory_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -60,6 +61,7 @@ def run_model(
     """
     assert particles.dim is not None
     width, is_validated = -particles.dim - 1, is_validation_enabled()
+    known: dict[str, Any] = memory_of(program).setdefault("own_minibatches", {})
     prepared, sites = _Prepared(), dict[str, Site]()
 
     def run(values: dict[str, Tensor]) -> list[Site]:
@@ -75,6 +77,9 @@ def run_model(
         sites.update((site["name"], _without_tensors(site)) for site in sampled)
         return {site["name"]: _tensors_of(site, is_validated) for site in sampled}
 
+    for name, fn in known.items():
+        if name not in source.nodes:
+            prepared.draw(name, fn)
     index = torch.arange(particles.total)  # there may be no latent
     found = None
     while found is None:
@@ -82,7 +87,8 @@ def run_model(
             with pyro.validation_enabled(False), _same_buffers():
                 found = torch.vmap(one, randomness="different")(index, values)
         except _NotDrawn as plate:
-            prepared.minibatch[plate.name] = pyro.sample(plate.name, plate.fn)
+            known[plate.name] = plate.fn  # drawn before the first run of a later call
+            prepared.draw(plate.name, plate.fn)
         except _NewParameter:
             with isolated():
                 run({name: value[0] for name, value in values.items()})
@@ -98,6 +104,20 @@ def run_model(
                 site["value"] = source.nodes[name]["value"]
         trace.add_node(name, **site)
     return trace
+
+
+def draw(run: Callable[[], Tensor], total: int) -> Tensor:
+    """Return what a model draws in each of so many runs of a function, ``[total, *value]``.
+
+    Raises whatever the model raises under `torch.vmap`, where not every distribution can be drawn.
+    """
+
+    def one(index: Tensor) -> Tensor:
+        with _OwnDraws(index):
+            return run()
+
+    with pyro.validation_enabled(False), _same_buffers():
+        return torch.vmap(one, randomness="different")(torch.arange(total))
 
 
 def values_by_particle(
@@ -228,20 +248,53 @@ class _Prepared(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.minibatch: dict[str, Tensor] = {}
+        self.minibatch: dict[tuple[str, int, int], Tensor] = {}  # by plate and its sizes
+
+    def draw(self, name: str, fn: Any) -> None:
+        self.minibatch[name, fn.size, fn.subsample_size] = pyro.sample(name, fn)
 
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
             return
-        if msg["fn"].subsample_size in (None, msg["fn"].size):
+        name, fn = msg["name"], msg["fn"]
+        if fn.subsample_size in (None, fn.size):
             return
-        if msg["name"] not in self.minibatch:
-            raise _NotDrawn(msg["name"], msg["fn"])
-        msg["value"], msg["done"] = self.minibatch[msg["name"]], True
+        if (name, fn.size, fn.subsample_size) not in self.minibatch:
+            raise _NotDrawn(name, fn)
+        msg["value"], msg["done"] = self.minibatch[name, fn.size, fn.subsample_size], True
 
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] not in pyro.get_param_store():
             raise _NewParameter(msg["name"])
+
+
+class _OwnDraws(Messenger):
+    """Draws a value of each particle at sites whose parameters all particles share."""
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.noise = _OwnNoise(index)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not msg["done"] and not site_is_subsample(msg):
+            with self.noise:
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["done"] = True
+
+
+class _OwnNoise(TorchFunctionMode):
+    """Gives random numbers for each particle where distributions fill a tensor and return it."""
+
+    IN_PLACE = (Tensor.normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.uniform_)
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.index = index
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.IN_PLACE:  # which `torch.vmap` refuses on a tensor that they share
+            args = (torch.zeros_like(args[0]) + 0 * self.index.to(args[0].device), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

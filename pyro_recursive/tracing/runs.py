@@ -91,6 +91,17 @@ def run_particles(
     return particles, runs
 
 
+def particles_of(
+    program: Program, num_estimates: int, num_particles: int, vectorize: bool | str = True
+) -> Particles:
+    """Return how M * K samples of a program run; `run_particles` may find plates that differ."""
+    looped = Particles(num_estimates, num_particles)
+    if not vectorize or looped.total == 1:
+        return looped
+    structure = structure_of(program)
+    return _in_one_pass(program, structure, looped, structure.max_plate_nesting, vectorize)
+
+
 def _run(
     program: Program,
     num_estimates: int,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_recursive import RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
 from pyro_recursive.bounds.mixture_objectives import Clamped
-from pyro_recursive.losses.component_search import place_component
+from pyro_recursive.losses.component_search import IN_ONE_PASS, _Search, place_component
 from pyro_recursive.tracing.program import Program
 from tests.oracles.mixtures import log_mixture_of, put, two_modes
 from tests.oracles.mixtures import log_q as mixture_density
@@ -253,3 +253,38 @@ def adam(guide: RecursiveMixtureGuide) -> torch.optim.Adam:
     for name, parameter in guide.named_parameters():
         groups["weights" in name]["params"].append(parameter)
     return torch.optim.Adam(groups)
+
+
+@pytest.mark.parametrize("is_drawn_so", [True, False])
+def test_a_search_under_vmap_runs_the_model_few_times(
+    is_drawn_so: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where `torch.vmap` cannot draw the prior, its draws run one by one, and the log says so."""
+    x, runs = torch.randn(5, 2), []
+
+    def model() -> None:
+        runs.append(1)
+        prior = dist.Normal(torch.zeros(2), torch.tensor([1.0, 50.0]))
+        b = pyro.sample("b", prior.to_event(1))
+        if not is_drawn_so:
+            pyro.sample("c", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(x @ b, 1.0), obs=x[:, 0])
+
+    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1))
+    guide.prepare()
+    guide.end_stage()
+    program = Program(model, guide)
+    runs.clear()
+    with caplog.at_level("INFO", logger="pyro_recursive"):
+        place_component(program, guide)
+    assert ("Draws of the prior run one by one" in caplog.text) is not is_drawn_so
+    assert "many in one pass" in caplog.text
+    assert (len(runs) < 60) is is_drawn_so
+    if is_drawn_so:
+        search = _Search(program, guide, guide.free_component(), True, IN_ONE_PASS)
+        search.points_of_guide()
+        points = search.points_of_prior()
+        assert search.particles.vmap and points.shape == (500, 2)
+        spread = points.std(0) / torch.tensor([1.0, 50.0])
+        assert ((spread - 1).abs() < 0.15).all() and points.unique(dim=0).shape == points.shape

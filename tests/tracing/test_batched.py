@@ -35,7 +35,6 @@ from pyro_recursive import (
 from pyro_recursive.evaluation import importance_weights, log_likelihoods, posterior_draws
 from pyro_recursive.tracing.batched import values_by_particle
 from pyro_recursive.tracing.choice import _moved, choose
-from pyro_recursive.tracing.index_bounds import IndexBounds
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import SiteTable, sites, subsample_sites
@@ -692,33 +691,6 @@ def test_evaluation_is_the_same_in_all_modes() -> None:
         assert found[0].shape[-1] == N
 
 
-INDEXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "index": lambda b, i: b[i],
-    "mask and index": lambda b, i: torch.stack([b, b])[torch.tensor([True, False]), i],
-    "second dim": lambda b, i: b.expand(2, 5)[:, i],
-    "index_select": lambda b, i: b.index_select(-1, i),
-    "gather": lambda b, i: b.gather(-1, i),
-    "take": lambda b, i: b.take(i),
-    "embedding": lambda b, i: nn.functional.embedding(i, b[:, None]),
-    "index_put": lambda b, i: b.index_put((i,), b[0]),
-}
-
-
-@pytest.mark.parametrize("name", INDEXING)
-def test_indices_out_of_range_raise_before_the_operation(name: str) -> None:
-    """On a GPU they would raise nothing, and all later calls would fail."""
-    of = INDEXING[name]
-    b, right = torch.randn(5), torch.tensor([0, 4, 2])
-    with IndexBounds():
-        found = of(b, right)
-        of(b, right[:0] if name != "mask and index" else right)
-    assert torch.equal(found, of(b, right))
-    for wrong in (5, -6):
-        message = f"index {wrong} is out of bounds for a dimension of size 5"
-        with IndexBounds(), pytest.raises(IndexError, match=message):
-            of(b, torch.tensor([0, wrong, 2]))
-
-
 def test_indices_are_checked_where_values_are_on_another_device() -> None:
     """Five groups, and samples where ``b[group]`` takes the groups."""
     group = torch.tensor([0, 4, 1, 2, 3, 4])
@@ -784,3 +756,24 @@ def test_the_remedy_of_shapes_is_for_shapes(name: str) -> None:
         IWAE_ELBO(4).loss(*CASE[name].programs())
     text = str(caught[0].message)
     assert "Count dims" not in text and "vectorize_particles=False" in text
+
+
+def test_a_minibatch_of_the_models_own_takes_one_run() -> None:
+    """From the second call on, also where the plate has another size then."""
+    runs = []
+
+    def model(x: Tensor, y: Tensor) -> None:
+        runs.append(1)
+        b = weights()
+        with pyro.plate("data", len(y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(x[index] @ b, 1.0), obs=y[index])
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        weights_guide()
+
+    counts = []
+    for rows in (N, N, 4, 4):
+        runs.clear()
+        run_particles(Program(model, guide, (X[:rows], Y[:rows])), 1, 4)
+        counts.append(len(runs))
+    assert counts[1:] == [1, 2, 1]
