@@ -15,7 +15,7 @@ from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
-from pyro_recursive.guides.model_masks import ModelMasks
+from pyro_recursive.guides.model_masks import has_masked_latents, read_masks
 from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
@@ -83,7 +83,7 @@ class LatentGuide(AutoGuide):
         self.nesting = 0  # how many dims the model's plates take
         self._plates = ModelPlates()
         self._absent_in: dict[Any, frozenset[str]] = {}  # see `_absent`, by form of the arguments
-        self._masks = ModelMasks()
+        self._reads_masks = False  # whether a run for some form of the arguments had any
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(check_prepared)
@@ -201,7 +201,7 @@ class LatentGuide(AutoGuide):
         )
         rows = self._plates.of_rows(self, args, kwargs)
         groups = tuple(of_all_rows(latents, rows) for latents in groups)
-        self._masks.look(trace)
+        self._reads_masks |= has_masked_latents(trace)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
             self.eval()  # statistics of a batch norm stay as they are
@@ -293,7 +293,7 @@ class LatentGuide(AutoGuide):
             own = {slot.name for latents in self.groups for slot in latents.slots}
             try:
                 trace = outline(self.served_model(), args, kwargs)
-                self._masks.look(trace)
+                self._reads_masks |= has_masked_latents(trace)
                 absent = own - {site["name"] for site in _own_latents(trace)}
             except torch.OutOfMemoryError:
                 raise
@@ -315,10 +315,10 @@ class LatentGuide(AutoGuide):
         call.model = self.served_model
         call.absent = self._absent(args, kwargs)
         self._plates.complete(self, call)
-        if self._masks.is_needed:
+        if self._reads_masks:
             parameters = (p for p in self.parameters() if p.is_floating_point())
             like = next(parameters, torch.empty(()))
-            self._masks.read(self.served_model(), self.groups, call, like)
+            read_masks(self.served_model(), self.groups, call, like)
         return call
 
     def sample(self, latents: LatentBlock, call: GuideCall) -> Values:

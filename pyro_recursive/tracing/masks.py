@@ -5,7 +5,9 @@ the guide itself, and log p(x) is that of the other entries. Where another densi
 it, its prior is flat (density 1), and log q keeps its density.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
-from pyro_recursive.tracing.program import Program, memory_of
+from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
     MODEL_MASK,
     PACKED,
@@ -26,6 +28,7 @@ from pyro_recursive.tracing.sites import (
     is_delta,
     latent_sites,
     mask_of,
+    subsample_sites,
 )
 
 Values = dict[str, Tensor]
@@ -43,14 +46,35 @@ def without_events(mask: Tensor, event_dim: int) -> Tensor | None:
     return flat[..., 0]
 
 
+def partly_masked(masks: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the masks that leave anything out; this waits for the device once."""
+    if not masks:
+        return []
+    found = [(~mask).any() for mask in masks.values()]
+    flags = torch.stack([each.to(found[0].device) for each in found]).tolist()
+    return [name for name, flag in zip(masks, flags, strict=True) if flag]
+
+
+def differentiable(values: Any) -> Any:
+    """Copy tensors of inference mode, also in tuples, lists and dicts: they take no derivatives."""
+    if isinstance(values, Tensor):
+        return values.clone() if values.is_inference() else values
+    if type(values) in (tuple, list):
+        return type(values)(map(differentiable, values))
+    if type(values) is dict:
+        return {key: differentiable(value) for key, value in values.items()}
+    return values
+
+
 def unused_latents(
-    draw: Callable[[], Values], run: Callable[[Values], poutine.Trace]
+    first: Values, second: Values, run: Callable[[Values], poutine.Trace]
 ) -> dict[str, bool | None]:
     """Return, for each latent with masked entries, whether no density depends on these.
 
-    None where some matter and others do not. ``draw`` returns values of the latents, ``run`` a
-    trace of the model on them. Derivatives show what matters, and a second draw of the rest shows
-    dependence without a derivative.
+    None where some matter and others do not. ``first`` and ``second`` are values of the latents,
+    ``run`` returns a trace of the model on such. Derivatives at the first show what matters, and
+    the second in the place of the rest show dependence without a derivative. The answer holds for
+    one call: another may mask other densities, or mix the rows in another way.
     """
     noise = SharedNoise()
 
@@ -59,21 +83,15 @@ def unused_latents(
             trace = run(values)
         return trace, torch.as_tensor(trace.log_prob_sum())
 
-    with isolated(), pyro.validation_enabled(False):
-        with torch.no_grad():
-            first, second = draw(), draw()
+    with isolated(), pyro.validation_enabled(False), torch.inference_mode(False):
         leaves = {name: value.detach().clone() for name, value in first.items()}
         for value in leaves.values():
             value.requires_grad_(value.is_floating_point())
         with torch.enable_grad():
             trace, total = log_joint(leaves)
-        masked = {
-            site["name"]: ~mask.expand(site["value"].shape)
-            for site in latent_sites(trace)
-            if site["name"] in leaves
-            and (mask := mask_of(site)) is not None
-            and not bool(mask.all())
-        }
+        sites = {s["name"]: s for s in latent_sites(trace) if s["name"] in leaves}
+        masks = {n: m for n, s in sites.items() if (m := mask_of(s)) is not None}
+        masked = {n: ~masks[n].expand(leaves[n].shape) for n in partly_masked(masks)}
         smooth = [name for name in masked if leaves[name].requires_grad]
         found: dict[str, bool | None] = dict.fromkeys(masked)
         grads: tuple[Tensor | None, ...] = (None,) * len(smooth)
@@ -96,35 +114,46 @@ def unused_latents(
     return found
 
 
-def check_not_mixed(name: str, unused: bool | None) -> None:
-    """Raise where only some of the masked entries of a latent enter other densities."""
+def is_unused(name: str, found: dict[str, bool | None]) -> bool:
+    """Return what `unused_latents` found of a latent; raise where its masked entries differ."""
+    if name not in found:
+        raise ValueError(
+            f"Latent site '{name}' has another mask in each run of the model. Make the mask depend "
+            "on the arguments and the minibatch alone."
+        )
+    unused = found[name]
     if unused is None:
         raise ValueError(
             f"Some masked entries of latent site '{name}' enter other densities. Mask those "
             "densities, or mask the guide's site as well."
         )
+    return unused
 
 
-def leave_out_masked(table: SiteTable, program: Program) -> None:
+def leave_out_masked(tables: Iterable[SiteTable], program: Program) -> None:
     """Leave masked entries of the model's latents out of the densities of the guide's records.
 
-    A mask of the guide's own that covers them stays as it is. Guides that read the model's masks
-    themselves note them under `MODEL_MASK`.
+    The tables are those of one minibatch. A mask of the guide's own that covers them stays as it
+    is. Guides that read the model's masks themselves note them under `MODEL_MASK`.
     """
-    guide = {record.name: record for record in table.guide}
-    for record in table.model:
-        if not record.is_masked or record.site["is_observed"] or record.name not in guide:
-            continue
-        mask, own = mask_of(record.site), guide[record.name]
-        if mask is None:
-            continue
-        if PACKED in own.site["infer"]:
-            _check_read(record.name, own.site["infer"].get(MODEL_MASK), mask)
-        elif not _covers(own.site, mask):
-            unused = _is_unused(record.name, program)
-            check_not_mixed(record.name, unused)
-            if unused:
-                _mask(own, guide, mask)
+    unused: dict[str, bool | None] = {}
+    for table in tables:
+        guide, masks = {record.name: record for record in table.guide}, {}
+        for record in table.model:
+            if not record.is_masked or record.site["is_observed"] or record.name not in guide:
+                continue
+            mask, own = mask_of(record.site), guide[record.name].site
+            if mask is None:
+                continue
+            if PACKED in own["infer"]:
+                _check_read(record.name, own["infer"].get(MODEL_MASK), mask)
+            else:
+                masks[record.name] = mask
+        for name in partly_masked({n: _or_left_out(guide[n].site, m) for n, m in masks.items()}):
+            if name not in unused:
+                unused |= _look(table, program)
+            if is_unused(name, unused):
+                _mask(guide[name], guide, masks[name])
 
 
 def _check_read(name: str, read: Tensor | None, mask: Tensor) -> None:
@@ -138,30 +167,34 @@ def _check_read(name: str, read: Tensor | None, mask: Tensor) -> None:
         )
 
 
-def _covers(site: Site, mask: Tensor) -> bool:
-    """Whether a guide's site masks at least the entries that the model's does."""
+def _or_left_out(site: Site, mask: Tensor) -> Tensor:
+    """Return a model's mask, True also where a guide's site leaves the entry out by itself."""
     own = mask_of(site)
-    return bool(mask.all()) if own is None else not bool((own & ~mask).any())
+    return mask if own is None else mask | ~own
 
 
-def _is_unused(name: str, program: Program) -> bool | None:
-    known = memory_of(program).setdefault("unused", {})
-    if name not in known:
-        traces = []
-
-        def draw() -> Values:
-            traces.append(program.run_guide())
-            return {site["name"]: site["value"] for site in latent_sites(traces[-1])}
+def _look(table: SiteTable, program: Program) -> dict[str, bool | None]:
+    """Return `unused_latents` of a program, on the minibatch of its run."""
+    minibatch = subsample_sites(table.traces[1], table.traces[0])
+    with isolated(), DryRun(), pyro.validation_enabled(False), torch.inference_mode(False):
+        for name, site in minibatch.nodes.items():
+            minibatch.nodes[name] = {**site, "value": differentiable(site["value"])}
+        args, kwargs = differentiable(program.args), differentiable(program.kwargs)
+        program = replace(program, args=args, kwargs=kwargs)
+        with torch.no_grad():
+            guides = [program.run_guide(minibatch) for _ in range(2)]
 
         def run(values: Values) -> poutine.Trace:
-            trace = traces[0].copy()
-            for site in latent_sites(traces[0]):
+            trace = guides[0].copy()
+            for site in latent_sites(guides[0]):
                 trace.nodes[site["name"]] = {**site, "value": values[site["name"]]}
+            for name, site in minibatch.nodes.items():
+                if name not in trace:
+                    trace.add_node(name, **site)
             return program.run_model(trace)
 
-        with DryRun():
-            known.update(unused_latents(draw, run))
-    return known.get(name)
+        first, second = ({s["name"]: s["value"] for s in latent_sites(g)} for g in guides)
+        return unused_latents(first, second, run)
 
 
 def _mask(own: SiteRecord, guide: dict[str, SiteRecord], mask: Tensor) -> None:
@@ -187,10 +220,10 @@ def _masked(fn: dist.TorchDistribution, mask: Tensor, name: str) -> dist.TorchDi
         return _masked(fn.base_dist, mask, name).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
         return _masked(fn.base_dist, mask, name).mask(fn._mask)
-    if isinstance(fn, dist.Delta) and not bool(torch.as_tensor(fn.log_density).any()):
-        return fn
     of_events = without_events(mask, fn.event_dim)
     if of_events is None:
+        if isinstance(fn, dist.Delta) and not bool(torch.as_tensor(fn.log_density).any()):
+            return fn
         raise NotImplementedError(
             f"Latent site '{name}' is masked inside an event, for which the guide has one density. "
             "Use Normal(...).to_event() or AmortizedGuide."

@@ -86,8 +86,7 @@ def run_particles(
     In one vectorised pass or one by one; see `_draw`.
     """
     particles, runs = _run(program, num_estimates, num_particles, **options)
-    for run in runs:
-        leave_out_masked(run.table, program)
+    leave_out_masked([run.table for run in runs], program)
     return particles, runs
 
 
