@@ -7,7 +7,7 @@ all densities agree, and no density has a derivative with respect to another par
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from itertools import count
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import ComposeTransform, TransformedDistribution, biject_to
+from torch.distributions import ComposeTransform, TransformedDistribution, biject_to, constraints
 
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.index_bounds import IndexBounds
 from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.perturbed import perturbed
 from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, without
 from pyro_recursive.tracing.sites import (
@@ -36,14 +37,28 @@ from pyro_recursive.tracing.sites import (
 )
 
 LogDensities = dict[str, Tensor]  # by site
+MODES = ("plate", "vmap", "loop")
+RAISES = " raises "
 NOISE = 100.0  # a difference so many times that of two runs of one particle is no noise
 
 
 def choose(program: Program, structure: ProgramStructure) -> None:
-    """Set the mode of a structure, and the cause if it is not the plate."""
-    if structure.mode is None:
-        with isolated(), DryRun(), torch.enable_grad():
-            structure.mode, structure.cause = _Comparison(program, structure).choice()
+    """Set the mode of a structure, and the cause if it is not the plate.
+
+    Programs are compared at their parameters and near them, and again in some later calls:
+    what parameters, flags or data of zero hide in one call may matter in a later one.
+    """
+    if not structure.is_due("choice") and structure.mode is not None:
+        return
+    with isolated(), DryRun(), torch.enable_grad():
+        found = [_Comparison(program, structure).choice()]
+        with suppress(Exception), perturbed(program):
+            mode, cause = _Comparison(program, structure).choice()
+            if RAISES not in cause:  # other parameters may be impossible
+                found.append((mode, cause))
+    if structure.mode is not None:
+        found.append((structure.mode, structure.cause))
+    structure.mode, structure.cause = max(found, key=lambda each: MODES.index(each[0]))
 
 
 def require_plate(program: Program, structure: ProgramStructure) -> None:
@@ -67,10 +82,17 @@ class _Comparison:
 
     def choice(self) -> tuple[Mode, str]:
         """Return the mode, and why it is not the plate."""
+        with suppress(ValueError):
+            mode, cause = self._choice(moved=True)
+            if RAISES not in cause:
+                return mode, cause
+        return self._choice(moved=False)  # other values may be impossible
+
+    def _choice(self, moved: bool) -> tuple[Mode, str]:
         total = self.particles.total
         try:
             with self._plate(), self._bounds():
-                drawn = _with_leaves(self._varied(self.program.run_guide()))
+                drawn = _with_leaves(self._varied(self.program.run_guide(), moved))
                 again = without(drawn, is_delta)  # computed, not drawn
                 source = _with_leaves(self.program.run_guide(again))
                 guide = _log_densities(source)
@@ -111,22 +133,30 @@ class _Comparison:
             return "loop", failure
         return "vmap", cause
 
-    def _varied(self, trace: poutine.Trace) -> poutine.Trace:
+    def _varied(self, trace: poutine.Trace, moved: bool) -> poutine.Trace:
         """Give particles values that differ, also where the guide is narrow.
 
-        In finite supports the last particle has other values than the first.
+        Those of finite supports run through the support; counts are moved by the particle's number.
         """
+        total = self.particles.total
         for site in latent_sites(trace):
-            base, place = layers(site["fn"])[-1], self.particles.dim - site["fn"].event_dim
-            if site["value"].is_floating_point() and not is_delta(site):
-                site["value"] = _moved(site["value"], site["fn"])
-            if not base.has_enumerate_support or base.event_dim or site["value"].dim() < -place:
+            base, value = layers(site["fn"])[-1], site["value"]
+            place = value.dim() + self.particles.dim - site["fn"].event_dim
+            if not _is_discrete(base):
+                if moved and value.is_floating_point() and not is_delta(site):
+                    site["value"] = _moved(value, site["fn"])
                 continue
-            support = base.enumerate_support(expand=False).flatten()
-            first, last = (site["value"].select(place, i) for i in (0, -1))
-            other = torch.where(first == support[0], support[-1], support[0])
-            site["value"] = site["value"].clone()
-            site["value"].select(place, -1).copy_(torch.where(first == last, other, last))
+            if place < 0:
+                continue
+            batch = value.shape[: value.dim() - base.event_dim]
+            numbers = torch.arange(total, device=value.device)
+            numbers = numbers.reshape(-1, *[1] * (len(batch) - place - 1)).expand(batch)
+            if base.has_enumerate_support:
+                support = base.enumerate_support(expand=False)
+                support = support.reshape(len(support), *base.event_shape)
+                site["value"] = support[numbers.remainder(len(support))].to(value)
+            else:
+                site["value"] = value + numbers.to(value)
         return trace
 
     def _plate(self) -> pyro.plate:
@@ -222,6 +252,10 @@ class _Comparison:
                         f"one sample's density depends on the value of '{site['name']}' in another"
                     )
         return None
+
+
+def _is_discrete(base: Any) -> bool:
+    return base.has_enumerate_support or base.support is constraints.nonnegative_integer
 
 
 @torch.no_grad()

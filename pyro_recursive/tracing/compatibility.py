@@ -50,7 +50,8 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         infer = record.site["infer"]
         if infer.get("enumerate"):
             raise NotImplementedError(
-                f"Site '{name}' is to be enumerated: use TraceEnum_ELBO or estimator='vimco'."
+                f"Site '{name}' is to be enumerated: use TraceEnum_ELBO, or sample it in the guide "
+                "without infer={'enumerate'}."
             )
         if name not in guided:
             raise ValueError(f"Model site '{name}' is latent and the guide does not sample it.")

@@ -6,7 +6,9 @@ test: it finds what these values show, and may miss a dependence.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_recursive.tracing.handlers import ComponentIndex, DryRun
 from pyro_recursive.tracing.isolation import isolated, random_state, set_random_state
+from pyro_recursive.tracing.perturbed import perturbed
 from pyro_recursive.tracing.plates import data_plates
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
@@ -42,12 +45,20 @@ def dependence_of(program: Program) -> dict[str, PlateDependence]:
 
     Tested are the plates that enclose all sites, those that enclose all data, and those of sites
     that are not reparameterised; a plate that cannot be tested is left out. Batch normalisation
-    runs in eval mode, as it would couple the rows of any minibatch.
+    runs in eval mode, as it would couple the rows of any minibatch. The program is tested at its
+    parameters and near them, and again in some later calls, as in `choice.choose`.
     """
     structure = structure_of(program)
-    if structure.dependence is None:
+    if structure.is_due("dependence") or structure.dependence is None:
         with isolated(), DryRun(), torch.no_grad(), _batch_norm_in_eval_mode():
-            structure.dependence = _tested(program)
+            found = [structure.dependence or {}, _tested(program)]
+            with suppress(Exception), perturbed(program):
+                found.append(_tested(program))
+        names = found[1].keys() & (structure.dependence or found[1]).keys()
+        structure.dependence = {
+            name: reduce(or_, (each[name] for each in found if name in each)) for name in names
+        }
+    assert structure.dependence is not None
     return structure.dependence
 
 
@@ -161,10 +172,13 @@ def _parts(size: int, discrete: bool, random: torch.Generator) -> Iterator[Tenso
 def _other_value(site: Site, drawn: Tensor, random: torch.Generator) -> Tensor:
     """Return the drawn value, or for discrete sites one that differs in every entry."""
     base, value = layers(site["fn"])[-1], site["value"]
-    if base.has_enumerate_support and not base.event_shape:
-        support = base.enumerate_support(expand=False).flatten()
+    if base.has_enumerate_support:
+        support = base.enumerate_support(expand=False)
+        support = support.reshape(len(support), *base.event_shape).to(value)
         if len(support) > 1:
-            index = (value.unsqueeze(-1) == support).long().argmax(-1)
+            same = value.unsqueeze(value.dim() - base.event_dim) == support
+            index = (same.flatten(-base.event_dim).all(-1) if base.event_dim else same).long()
+            index = index.argmax(-1)
             shift = torch.randint(1, len(support), index.shape, generator=random).to(index.device)
             return support[(index + shift) % len(support)]
     elif base.support is constraints.nonnegative_integer:

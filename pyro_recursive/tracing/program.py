@@ -156,7 +156,8 @@ def form_of(arguments: tuple | list | dict) -> Any:
     """Return what decides which sites and plates a call has: a structure is known by it.
 
     Of tensors whether each dim is empty, 1, or longer: data of another form than those that a
-    structure was found with may fit by chance alone. Flags, strings and None are their own form.
+    structure was found with may fit by chance alone. Flags, strings and None are their own form,
+    and a factor of zero is another than one that is not.
     """
     if isinstance(arguments, dict):
         values = form_of(tuple(arguments.values()))
@@ -168,6 +169,8 @@ def form_of(arguments: tuple | list | dict) -> Any:
         if isinstance(each, tuple | list | dict)
         else repr(each)
         if isinstance(each, bool | str | None)
+        else each == 0
+        if isinstance(each, int | float)
         else None
         for each in arguments
     ]

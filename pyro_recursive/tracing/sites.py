@@ -71,7 +71,9 @@ class PlateDependence:
         return bool(self.outside or self.coupled)
 
     def __or__(self, other: "PlateDependence") -> "PlateDependence":
-        return PlateDependence({**self.outside, **other.outside}, (*self.coupled, *other.coupled))
+        in_guide = {name: where for name, where in self.outside.items() if where == "guide"}
+        outside = {**self.outside, **other.outside, **in_guide}
+        return PlateDependence(outside, (*self.coupled, *other.coupled))
 
 
 class SiteTable:
