@@ -42,8 +42,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         conditional: the encoder of the m-th component gets the detached parameters of the earlier
             ones as a second input, ``[*rows, (m - 1) n]``; zeros for those that were dropped.
             Encoders must be `AmortizedGuide`'s of one family.
-        weights, learn_weights, trunk, family, init_loc_fn, init_scale, plate, inputs,
-            create_plates, name: as in `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
+        weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
+            `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
+        init_loc_fn, init_scale: as in `MixtureGuide`.
 
     `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020).
 
