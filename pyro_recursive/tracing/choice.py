@@ -39,16 +39,17 @@ from pyro_recursive.tracing.sites import (
 LogDensities = dict[str, Tensor]  # by site
 MODES = ("plate", "vmap", "loop")
 RAISES = " raises "
+NUDGES = 4  # noise such as dropout may be the same twice
 NOISE = 100.0  # a difference so many times that of two runs of one particle is no noise
 
 
 def choose(program: Program, structure: ProgramStructure) -> None:
     """Set the mode of a structure, and the cause if it is not the plate.
 
-    Programs are compared at their parameters and near them, and again in some later calls:
-    what parameters, flags or data of zero hide in one call may matter in a later one.
+    Programs are compared at their parameters and near them: what a weight of zero hides in
+    the first call matters in later ones.
     """
-    if not structure.is_due("choice") and structure.mode is not None:
+    if structure.mode is not None:
         return
     with isolated(), DryRun(), torch.enable_grad():
         found = [_Comparison(program, structure).choice()]
@@ -56,8 +57,6 @@ def choose(program: Program, structure: ProgramStructure) -> None:
             mode, cause = _Comparison(program, structure).choice()
             if RAISES not in cause:  # other parameters may be impossible
                 found.append((mode, cause))
-    if structure.mode is not None:
-        found.append((structure.mode, structure.cause))
     structure.mode, structure.cause = max(found, key=lambda each: MODES.index(each[0]))
 
 
@@ -166,18 +165,18 @@ class _Comparison:
         """Check indices where the device would not raise: a plate may be where rows should be."""
         return nullcontext() if self.is_on_cpu else IndexBounds()
 
-    def _row(self, source: poutine.Trace, particle: int, nudge: bool = False) -> poutine.Trace:
+    def _row(self, source: poutine.Trace, particle: int, nudge: int = 0) -> poutine.Trace:
         """Return one particle of a trace; ``nudge`` changes values by about their rounding."""
         row = source.copy()
         for name, values in batched.values_by_particle(source, self.particles, self.ranks).items():
             value = values[particle].detach()
             if nudge and value.is_floating_point():
-                value = value * (1 - 4 * torch.finfo(value.dtype).eps)
+                value = value * (1 - 4 * nudge * torch.finfo(value.dtype).eps)
             row.nodes[name] = {**source.nodes[name], "value": value}
         return row
 
     def _single(
-        self, run: Callable[[poutine.Trace], poutine.Trace], source: Any, i: int, nudge: bool
+        self, run: Callable[[poutine.Trace], poutine.Trace], source: Any, i: int, nudge: int
     ) -> LogDensities:
         with torch.no_grad():
             try:
@@ -190,12 +189,12 @@ class _Comparison:
     def _difference(
         self,
         found: LogDensities,
-        single: Callable[[int, bool], LogDensities],
+        single: Callable[[int, int], LogDensities],
         particles: Iterable[int],
     ) -> str | None:
         """Return how densities of all particles differ from those of some on their own."""
         for particle in particles:
-            alone = single(particle, False)
+            alone = single(particle, 0)
             if missing := found.keys() ^ alone.keys():
                 return f"site '{min(missing)}' is in some runs only"
             for name, expected in alone.items():
@@ -206,7 +205,8 @@ class _Comparison:
                 if difference <= tolerance * max(1.0, float(size)):
                     continue
                 # Noise such as dropout, or rounding errors that the program amplifies.
-                if difference > NOISE * _distance(single(particle, True)[name], expected):
+                others = (single(particle, nudge)[name] for nudge in range(1, NUDGES + 1))
+                if difference > NOISE * max(_distance(other, expected) for other in others):
                     return f"the density of site '{name}' is another than in a run of one sample"
         return None
 

@@ -46,19 +46,17 @@ def dependence_of(program: Program) -> dict[str, PlateDependence]:
     Tested are the plates that enclose all sites, those that enclose all data, and those of sites
     that are not reparameterised; a plate that cannot be tested is left out. Batch normalisation
     runs in eval mode, as it would couple the rows of any minibatch. The program is tested at its
-    parameters and near them, and again in some later calls, as in `choice.choose`.
+    parameters and near them, as in `choice.choose`.
     """
     structure = structure_of(program)
-    if structure.is_due("dependence") or structure.dependence is None:
+    if structure.dependence is None:
         with isolated(), DryRun(), torch.no_grad(), _batch_norm_in_eval_mode():
-            found = [structure.dependence or {}, _tested(program)]
+            found = [_tested(program)]
             with suppress(Exception), perturbed(program):
                 found.append(_tested(program))
-        names = found[1].keys() & (structure.dependence or found[1]).keys()
         structure.dependence = {
-            name: reduce(or_, (each[name] for each in found if name in each)) for name in names
+            name: reduce(or_, (each[name] for each in found if name in each)) for name in found[0]
         }
-    assert structure.dependence is not None
     return structure.dependence
 
 

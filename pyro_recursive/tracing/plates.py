@@ -67,12 +67,6 @@ class ProgramStructure:
     mode: Mode | None = None
     cause: str = ""
     dependence: dict[str, PlateDependence] | None = None
-    _calls: dict[str, int] = field(default_factory=dict)
-
-    def is_due(self, test: str) -> bool:
-        """Count a call of a test; return whether its number is 1, 4, 16, 64, ..."""
-        number = self._calls[test] = self._calls.get(test, 0) + 1
-        return number == 4 ** ((number.bit_length() - 1) // 2)
 
 
 def structure_in(table: SiteTable) -> ProgramStructure:

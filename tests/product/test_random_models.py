@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pyro_recursive import MultiSampleELBO, bounds
-from pyro_recursive.tracing.plates import ProgramStructure
 from tests.oracles.random_models import Pair, RandomSite, Terms, brute_force, random_sites
 
 pytestmark = [
@@ -25,19 +24,6 @@ pytestmark = [
 ]
 
 MODELS = 320
-
-
-@pytest.fixture(autouse=True)
-def tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test programs in their first call alone: later tests would take noise from the table."""
-
-    def is_first(structure: ProgramStructure, test: str) -> bool:
-        structure._calls[test] = structure._calls.get(test, 0) + 1
-        return structure._calls[test] == 1
-
-    monkeypatch.setattr(ProgramStructure, "is_due", is_first)
-
-
 CHUNK = 10
 M, K = 2, 2
 

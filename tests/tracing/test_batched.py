@@ -772,9 +772,8 @@ def test_a_minibatch_of_the_models_own_takes_one_run() -> None:
         weights_guide()
 
     counts = []
-    for rows in (N, N, 4, 4, 4):
+    for rows in (N, N, 4, 4):
         runs.clear()
         run_particles(Program(model, guide, (X[:rows], Y[:rows])), 1, 4)
         counts.append(len(runs))
-    assert counts[1:3] == [1, 2]
-    assert counts[3] > 1 == counts[4]  # the program was compared again in the fourth call
+    assert counts[1:] == [1, 2, 1]
