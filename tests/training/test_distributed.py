@@ -69,8 +69,11 @@ class Given(dist.Normal):
         return Given(loc, scale, self.noise)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        noise = self.noise.T if len(self.batch_shape) > 1 else self.noise[:, 0]
-        return self.loc + self.scale * noise
+        if len(self.batch_shape) == 1:
+            return self.loc + self.scale * self.noise[:, 0]
+        # In other numbers where programs are compared.
+        numbers = torch.arange(self.batch_shape[0]) % self.noise.shape[1]
+        return self.loc + self.scale * self.noise.T[numbers]
 
 
 class VAE(nn.Module):
@@ -329,6 +332,7 @@ def checkpoints(folder: Path) -> dict[str, Any]:
 def interrupted(folder: Path) -> dict[str, Any]:
     """Ctrl-C in process 1 alone, in the second epoch; then the run is resumed."""
     path, calls = folder / "interrupted.pt", itertools.count(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else the shell's
 
     @functools.wraps(ordinary.noisy)
     def transform(*batch: Tensor) -> tuple[Tensor, ...]:
