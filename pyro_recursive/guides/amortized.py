@@ -36,7 +36,7 @@ class AmortizedGuide(LatentGuide):
         init_loc_fn: where the Gaussians start: a function of a site, as in Pyro's autoguides. By
             default the median of the prior in closed form, its mean, or zero in unconstrained
             space. An encoder's last linear layer is moved there, if the density is much higher.
-        init_scale: the scale, in unconstrained space, of Gaussians that start at ``init_loc_fn``.
+        init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
 
@@ -89,11 +89,10 @@ class AmortizedGuide(LatentGuide):
         self.restart(latents, loc, self.init_scale)
 
     def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
-        """Move the encoder's Gaussians to the start, with scales around ``init_scale``.
+        """Add the start to the encoder's locations, as those of new networks are around zero.
 
-        Those of new networks are around zero, with scales around 1. Only where the density gains
-        more than a nat for each latent and row: an encoder that was trained, or moved by another
-        guide, stays as it is.
+        Only where the density gains more than a nat for each latent and row: an encoder that was
+        trained, or moved by another guide, stays as it is.
         """
         latents = self.groups[-1]
         if not latents.local or not isinstance(self.encoder, nn.Module):
@@ -112,11 +111,7 @@ class AmortizedGuide(LatentGuide):
                 for each in (loc, loc + step)
             )
             if math.isfinite(moved) and not moved - own <= loc.numel():
-                rows, size = call.rows(latents), latents.size
-                move_output(self.encoder, rows, 0, step)
-                if self.num_parameters(latents) >= 2 * size:  # else scales are not the next
-                    log_scale = torch.full_like(step, math.log(self.init_scale))
-                    move_output(self.encoder, rows, size, log_scale)
+                move_output(self.encoder, call.rows(latents), 0, step)
 
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""
