@@ -111,7 +111,7 @@ class AmortizedGuide(LatentGuide):
                 for each in (loc, loc + step)
             )
             if math.isfinite(moved) and not moved - own <= loc.numel():
-                move_output(self.encoder, call.rows(latents), 0, step)
+                move_output(self.encoder, call.rows(latents), step)
 
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""

@@ -255,8 +255,8 @@ def apart(count: int, like: Tensor) -> Tensor:
     return torch.stack([steps, -steps], 1).flatten(0, 1)[:count]
 
 
-def move_output(network: nn.Module, rows: Any, first: int, shift: Tensor) -> None:
-    """Add ``shift`` to the outputs from number ``first`` on by the bias of a last linear layer.
+def move_output(network: nn.Module, rows: Any, shift: Tensor) -> None:
+    """Add ``shift`` to the first outputs by the bias of a last linear layer.
 
     That is the last `torch.nn.Linear` with these outputs, if there is one: of all, or a head.
     """
@@ -268,16 +268,14 @@ def move_output(network: nn.Module, rows: Any, first: int, shift: Tensor) -> Non
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.bias is not None]
     hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
-        final = network(rows)[..., first : first + len(shift)]
+        final = network(rows)[..., : len(shift)]
     finally:
         for hook in hooks:
             hook.remove()
     for layer, output in reversed(outputs):
-        for at in (first, 0):
-            part = slice(at, at + len(shift))
-            if layer.bias.requires_grad and torch.equal(output[..., part], final):
-                layer.bias[part] += shift
-                return
+        if layer.bias.requires_grad and torch.equal(output[..., : len(shift)], final):
+            layer.bias[: len(shift)] += shift
+            return
 
 
 def _log_prob(site: Site) -> Tensor:

@@ -18,7 +18,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.bounds.bound import Bound, Pooled, elbo
 from pyro_recursive.bounds.estimators import (
@@ -30,6 +29,7 @@ from pyro_recursive.bounds.estimators import (
 )
 from pyro_recursive.tracing.densities import Densities
 from pyro_recursive.tracing.downstream import ScoreGroup, score_groups
+from pyro_recursive.tracing.graph_leaves import graph_leaves
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, layers, sites
 
@@ -254,21 +254,6 @@ def _refuse_shared_parameters(runs: Sequence[ParticleRun], local: Densities) -> 
 
 
 def _parameters(outputs: Iterable[Tensor | None], runs: Sequence[ParticleRun]) -> set[Tensor]:
-    """Return the leaves that tensors depend on, other than through a cut.
-
-    Read off the graph, so that parameters count whether Pyro knows of them or not.
-    """
-    cuts = [path.stand_in for run in runs for path in (*run.guide_cuts, *run.model_cuts)]
-    seen = {get_gradient_edge(stand_in).node for stand_in in cuts}
-    moving = [out for out in outputs if out is not None and out.requires_grad]
-    pending = [get_gradient_edge(out).node for out in moving]
-    found = set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not node.next_functions and hasattr(node, "variable"):
-            found.add(node.variable)
-        pending.extend(following for following, _ in node.next_functions if following is not None)
-    return found
+    """Return the leaves that tensors depend on, other than through a cut."""
+    cuts = (path.stand_in for run in runs for path in (*run.guide_cuts, *run.model_cuts))
+    return set(graph_leaves(outputs, cuts))

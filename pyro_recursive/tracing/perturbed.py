@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
+from pyro_recursive.tracing.graph_leaves import graph_leaves
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import sites
 
@@ -27,7 +26,8 @@ def perturbed(program: Program) -> Iterator[None]:
             site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             for site in sites(*traces)
         ]
-    before = [(leaf, leaf.detach().clone()) for leaf in _leaves(log_probs)]
+    leaves = [leaf for leaf in graph_leaves(log_probs) if leaf.is_floating_point()]
+    before = [(leaf, leaf.detach().clone()) for leaf in leaves]
     try:
         for leaf, value in before:
             noise = torch.randn(value.shape).to(value)
@@ -36,18 +36,3 @@ def perturbed(program: Program) -> Iterator[None]:
     finally:
         for leaf, value in before:
             leaf.data.copy_(value)
-
-
-def _leaves(outputs: list[Tensor]) -> list[Tensor]:
-    """Return the floating-point leaves that tensors depend on."""
-    moving = [out for out in outputs if out.requires_grad]
-    pending, seen, found = [get_gradient_edge(out).node for out in moving], set(), []
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        pending.extend(following for following, _ in node.next_functions if following is not None)
-    return [leaf for leaf in found if leaf.is_floating_point()]
