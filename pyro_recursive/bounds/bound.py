@@ -313,8 +313,23 @@ def _power_mean(log_weights: Tensor, order: float) -> Tensor:
     log_size = math.log(log_weights.shape[1])
     if order == 0:
         return torch.logsumexp(log_weights, 1) - log_size
-    power = 1 - order
-    return (torch.logsumexp(power * log_weights, 1) - log_size) / power
+    largest = _largest(log_weights)
+    scaled = (1 - order) * (log_weights - largest)
+    log_mean = _log_1p(scaled.expm1().mean(1), scaled.logsumexp(1) - log_size)
+    return largest.squeeze(1) + log_mean / (1 - order)
+
+
+def _largest(log_weights: Tensor) -> Tensor:
+    """Return the largest log-weight of each estimate, 0 where it is infinite, ``[M, 1, *plates]``.
+
+    Power means move with what is subtracted from all log-weights: it needs no derivative.
+    """
+    return log_weights.detach().amax(1, keepdim=True).nan_to_num(math.nan, 0.0, 0.0)
+
+
+def _log_1p(change: Tensor, logarithm: Tensor) -> Tensor:
+    """Return ``log(1 + change)``: as given, or by `log1p` where that has more digits."""
+    return torch.where(change.abs() < 0.5, change.clamp(-0.5, 0.5).log1p(), logarithm)
 
 
 def _normalized(log_weights: Tensor, order: float) -> Tensor:
@@ -325,8 +340,11 @@ def _normalized(log_weights: Tensor, order: float) -> Tensor:
 
 
 def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float) -> Tensor:
+    size = log_weights.shape[1]
     if order == 1:
-        return (sum_of_others(log_weights, (1,)) + substitute) / log_weights.shape[1]
-    power = 1 - order
-    total = torch.logaddexp(_log_sum_exp_of_others(power * log_weights), power * substitute)
-    return (total - math.log(log_weights.shape[1])) / power
+        return (sum_of_others(log_weights, (1,)) + substitute) / size
+    power, largest = 1 - order, _largest(log_weights)
+    scaled, other = power * (log_weights - largest), power * (substitute - largest)
+    total = torch.logaddexp(_log_sum_exp_of_others(scaled), other)
+    change = (sum_of_others(scaled.expm1(), (1,)) + other.expm1()) / size
+    return largest + _log_1p(change, total - math.log(size)) / power

@@ -117,6 +117,43 @@ def test_special_cases() -> None:
     torch.testing.assert_close(bounds.miwae(many), each.mean(0))
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("gap", [1e-7, 1e-6, 1e-4, 1e-2, 0.3, 0.9, 1.5])
+def test_orders_near_one_in_single_precision(gap: float, spread: float) -> None:
+    """Values, gradients and replaced estimates; float64 by an exponential series near order 1."""
+    exact = (spread * torch.randn(3, 40, 5) - 200).float().double()
+    single = exact.float().requires_grad_()
+    bound, tolerance = bounds.renyi(1 - gap), {"atol": 1e-5 * (20 + spread), "rtol": 0.0}
+    mean, power = exact.mean(1, keepdim=True), 1 - (1 - gap)
+    moment = (power * (exact - mean)).expm1().mean(1)
+    expected = (mean.squeeze(1) + moment.log1p() / power).mean(0)
+    value = bound(single)
+    torch.testing.assert_close(value.double(), expected, **tolerance)
+    torch.testing.assert_close(bound(exact), expected, atol=1e-9, rtol=0)
+    (slope,) = torch.autograd.grad(value.sum(), single)
+    torch.testing.assert_close(slope, bound.derivatives(exact).first.float(), rtol=1e-3, atol=1e-7)
+    for one in (exact + 0.1, exact.flip(1)):
+        wide = bounds.Bound.replaced(bound, exact, one)
+        torch.testing.assert_close(bound.replaced(exact, one), wide, atol=1e-9, rtol=0)
+        near = bound.replaced(single.detach(), one.float()).double()
+        torch.testing.assert_close(near, wide, **tolerance)
+
+
+def test_orders_go_to_the_elbo_in_single_precision() -> None:
+    """The difference is half the variance times the distance from order 1."""
+    lw = (2 * torch.randn(4, 64)).float() - 100
+    for gap in (1e-3, 1e-5, 1e-7):
+        beyond = bounds.renyi(1 - gap)(lw) - bounds.elbo(lw)
+        expected = gap / 2 * lw.double().var(1, correction=0).mean()
+        torch.testing.assert_close(beyond.double(), expected, atol=3e-5, rtol=0.02)
+    dead = torch.tensor([[0.0, -math.inf, 1.0]]).requires_grad_()
+    value = bounds.renyi(0.99)(dead)
+    value.backward()
+    assert value.item() == pytest.approx(100 * math.log((1 + math.exp(0.01)) / 3), rel=1e-4)
+    assert dead.grad is not None and dead.grad[0, 1] == 0 and dead.grad.sum() == pytest.approx(1)
+    assert bounds.renyi(0.99)(torch.full((1, 3), -math.inf)) == -math.inf
+
+
 def test_order_per_draw() -> None:
     """ELBO <= CIWAE <= IWAE for every draw, and Renyi falls with its order (Jensen)."""
     lw = log_weights(2, 5, 50)
