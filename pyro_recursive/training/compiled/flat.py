@@ -1,0 +1,235 @@
+"""Parameters and the state of their optimiser in flat buffers, of which they become views."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_recursive.training.compiled.updates import RULES, Options, Rule, Slots
+
+DYNAMIC = {"params", "lr", "initial_lr"}  # of a parameter group; all else is fixed in a graph
+SPEED = {"foreach", "fused", "capturable", "differentiable", "initial_accumulator_value"}
+OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
+
+
+class Unsupported(NotImplementedError):
+    """Says why a step cannot be compiled."""
+
+
+def owner_in(optimizer: Any) -> OwnerOf:
+    """Return the function that finds the torch optimiser of a parameter, and its clipping."""
+    if isinstance(optimizer, Optimizer):
+        return lambda parameter: (optimizer, {})
+
+    def find(parameter: Tensor) -> tuple[Optimizer, dict[str, float]]:
+        assert isinstance(optimizer, PyroOptim)
+        found = optimizer.optim_objs[parameter]
+        # A schedule has an optimiser of its own.
+        return getattr(found, "optimizer", found), optimizer._get_grad_clip_args(parameter)
+
+    return find
+
+
+class Member(NamedTuple):
+    """A parameter, its optimiser, its group there, and where it lies in the buffers."""
+
+    parameter: Tensor
+    optimizer: Optimizer
+    group: dict[str, Any]
+    start: int
+    end: int
+    clip: dict[str, float]  # of PyroOptim: clip_norm and clip_value of this parameter
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.start : self.end].view(self.parameter.shape)
+
+
+class FlatGroup:
+    """All parameters of one dtype and device: ``values``, ``slots`` of the optimiser's state,
+    the number of ``steps`` done (int64, before this one) and the learning rate ``lr`` (float64).
+
+    The last two have one entry where it is the same for all parameters, else one for each value.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], owner: OwnerOf) -> None:
+        self.members = list[Member]()
+        for parameter in parameters:
+            (optimizer, clip), start = owner(parameter), self.size
+            group, end = _group_of(optimizer, parameter), start + parameter.numel()
+            self.members.append(Member(parameter, optimizer, group, start, end, clip))
+        kinds = {type(member.optimizer) for member in self.members}
+        if len(kinds) != 1 or not kinds <= RULES.keys():
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            known = ", ".join(kind.__name__ for kind in RULES)
+            raise Unsupported(f"optimiser {names} has no compiled form (which have: {known})")
+        self.rule: Rule = RULES[kinds.pop()]
+        self.options = self._read_options()
+        some = parameters[0]
+        size = self.size
+        self.values = torch.empty(size, dtype=some.dtype, device=some.device)
+        in_use = self.rule.slots(self.options)
+        self.slots: Slots = {slot: torch.zeros_like(self.values) for slot in in_use}
+        self.steps = self._spread(self._counts(), torch.int64)
+        self.lr = self._spread(self._rates(), torch.float64)
+        self._rates_read = self._rates()
+        self.done = 0  # steps taken since the counts of the optimiser were written
+        for optimizer in {id(m.optimizer): m.optimizer for m in self.members}.values():
+            optimizer.register_state_dict_pre_hook(self._on_state_dict)
+            optimizer.register_load_state_dict_pre_hook(self._on_state_dict)
+        self.bind()
+
+    @property
+    def size(self) -> int:
+        return self.members[-1].end if self.members else 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads or changes, in the order that `update` expects."""
+        own = [each for each in tree_leaves(self.options) if isinstance(each, Tensor)]
+        return [self.values, *self.slots.values(), self.steps, self.lr, *own]
+
+    def update(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], index: Tensor) -> None:
+        """Take one step in place on `tensors`; ``index`` is its number in a block of steps."""
+        each = zip(gradients, self.members, strict=True)
+        gradient = torch.cat([_clipped(g, **m.clip).reshape(-1) for g, m in each])
+        values, *rest = tensors
+        slots = dict(zip(self.slots, rest, strict=False))
+        steps, lr, *own = rest[len(slots) :]
+        vectors = iter(own)
+        options = tree_map(
+            lambda each: next(vectors) if isinstance(each, Tensor) else each, self.options
+        )
+        if options.get("lrd", 1.0) != 1.0:
+            lr = lr * options["lrd"] ** index
+        count = (steps + 1).to(torch.float64)
+        new, states = self.rule.update(values, gradient, slots, count, lr, options)
+        values.copy_(new)
+        for name, state in states.items():
+            slots[name].copy_(state)
+        steps.copy_(steps + 1)
+
+    def advance(self, count: int) -> None:
+        """Note that a number of steps was taken, outside of the graph."""
+        self.done += count
+        groups = {id(m.group): m.group for m in self.members if m.group.get("lrd", 1.0) != 1.0}
+        for group in groups.values():
+            group["lr"] *= group["lrd"] ** count
+
+    def read_counts(self) -> None:
+        """Take over the number of steps that the optimiser counts."""
+        self.write_counts()
+        new = self._spread(self._counts(), torch.int64)
+        if new.shape != self.steps.shape:
+            raise Unsupported("the step counts of parameters, equal at first, now differ")
+        self.steps.copy_(new)
+
+    @torch.no_grad()
+    def bind(self) -> None:
+        """Copy parameters and states into the buffers, and make them views of these."""
+        for member in self.members:
+            state = member.optimizer.state[member.parameter]
+            for name, buffer in self.slots.items():
+                view = member.view(buffer)
+                if (old := state.get(name)) is not view and old is not None:
+                    view.copy_(old)
+                state[name] = view
+            view = member.view(self.values)
+            if member.parameter.data_ptr() != view.data_ptr():
+                view.copy_(member.parameter.detach())
+                member.parameter.data = view
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether parameters and states are still views of the buffers."""
+        start, width = self.values.data_ptr(), self.values.element_size()
+        return all(m.parameter.data_ptr() == start + m.start * width for m in self.members) and all(
+            (state := m.optimizer.state.get(m.parameter)) is not None
+            and all(
+                name in state and state[name].data_ptr() == buffer.data_ptr() + m.start * width
+                for name, buffer in self.slots.items()
+            )
+            for m in self.members
+        )
+
+    def read_rates(self) -> None:
+        """Take over the learning rates that the optimiser has now."""
+        rates = self._rates()
+        if rates != self._rates_read:
+            new = self._spread(rates, torch.float64)
+            if new.shape != self.lr.shape:
+                raise Unsupported("learning rates of parameters, equal at first, now differ")
+            self.lr.copy_(new)
+            self._rates_read = rates
+
+    def write_counts(self) -> None:
+        """Give the optimiser the number of steps, which the buffers count."""
+        if not self.done:
+            return
+        for member in self.members:
+            state = member.optimizer.state[member.parameter]
+            if isinstance(count := state.get("step"), Tensor):
+                count += self.done
+            elif count is not None:
+                state["step"] = count + self.done
+        self.done = 0
+
+    def _on_state_dict(self, *args: Any) -> None:
+        self.write_counts()
+
+    def _rates(self) -> list[float]:
+        return [float(m.group["lr"]) * m.group.get("lrd", 1.0) for m in self.members]
+
+    def _read_options(self) -> Options:
+        found = [
+            {k: v for k, v in m.group.items() if k not in DYNAMIC | SPEED} for m in self.members
+        ]
+        return {name: self._merge(name, [each[name] for each in found]) for name in found[0]}
+
+    def _merge(self, name: str, values: list[Any]) -> Any:
+        if all(value == values[0] for value in values):
+            return values[0]
+        if isinstance(values[0], tuple):
+            return tuple(self._merge(name, list(each)) for each in zip(*values, strict=True))
+        if isinstance(values[0], bool):
+            raise Unsupported(f"option {name} of the optimiser differs between parameters")
+        return self._spread(values, self.members[0].parameter.dtype)
+
+    def _spread(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        device = self.members[0].parameter.device
+        if all(value == values[0] for value in values):
+            return torch.full((1,), values[0], dtype=dtype, device=device)
+        sizes = torch.tensor([m.end - m.start for m in self.members], device=device)
+        return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(sizes)
+
+    def _counts(self) -> list[int]:
+        states = [m.optimizer.state[m.parameter] for m in self.members]
+        # Plain SGD counts no steps, and needs to know its first one alone.
+        return [int(state["step"]) if "step" in state else bool(state) for state in states]
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(each is parameter for each in group["params"]):
+            return group
+    raise Unsupported("a parameter is not among those of the optimiser")
+
+
+def _clipped(
+    gradient: Tensor, clip_norm: float | None = None, clip_value: float | None = None
+) -> Tensor:
+    """Clip the gradient of one parameter as `torch.nn.utils` does."""
+    if clip_norm is not None:
+        gradient = gradient * (clip_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+    return gradient if clip_value is None else gradient.clamp(-clip_value, clip_value)
+
+
+def flat_groups(parameters: Iterable[Tensor], owner: OwnerOf) -> list[FlatGroup]:
+    """Return the parameters by dtype and device."""
+    found: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        found.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    return [FlatGroup(each, owner) for each in found.values()]

@@ -1,0 +1,92 @@
+"""Compiled steps are the steps of `pyro.infer.SVI`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_recursive import IWAE_ELBO
+from pyro_recursive.training.compiled.svi import CompiledSVI
+
+pytestmark = pytest.mark.filterwarnings("ignore:Plate 'schools' encloses")
+
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+DATA = Y.double(), ERROR.double()
+
+
+def eight_schools(y: Tensor, error: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    spread = pyro.sample("spread", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mean + spread * effect, error), obs=y)
+
+
+def trained(make: Callable[..., Any], optim: Any, loss: Any, steps: int = 20) -> tuple[Any, ...]:
+    """Return the losses of some steps, the parameters after them and the next random number."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    svi = make(eight_schools, AutoNormal(eight_schools), optim(), loss())
+    losses = [svi.step(*DATA) for _ in range(steps)]
+    values = [p.detach().clone() for _, p in pyro.get_param_store().named_parameters()]
+    return torch.tensor(losses), torch.cat([v.reshape(-1) for v in values]), torch.rand(())
+
+
+def traced(*args: Any) -> CompiledSVI:
+    return CompiledSVI(*args, engine="graph", strict=True)
+
+
+def check_same(make: Callable[..., Any], optim: Any, loss: Any) -> None:
+    for expected, found in zip(trained(SVI, optim, loss), trained(make, optim, loss), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+OPTIMISERS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.01, "betas": (0.8, 0.95)}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 1e-4}),
+    "momentum": lambda: pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9, "nesterov": True}),
+    "dampened": lambda: pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9, "dampening": 0.3}),
+    "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01, "centered": True, "momentum": 0.5}),
+    "Adagrad": lambda: pyro.optim.Adagrad({"lr": 0.01, "lr_decay": 0.1}),
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.9, "clip_norm": 0.5}),
+    "clipped": lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 1.0, "clip_value": 0.4}),
+    "each its own": lambda: pyro.optim.Adam(
+        lambda name: {"lr": 0.02 if "loc" in name else 0.005, "betas": (0.9, 0.99)}
+    ),
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_steps_of_each_optimiser_are_those_of_svi(optim: Any) -> None:
+    check_same(traced, optim, partial(IWAE_ELBO, 4, estimator="dreg"))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO,
+        partial(Trace_ELBO, num_particles=3, vectorize_particles=True),
+        partial(RenyiELBO, alpha=0.3, num_particles=4, vectorize_particles=True),
+    ],
+    ids=["Trace", "Trace of 3", "Renyi"],
+)
+def test_steps_of_pyros_losses_are_those_of_svi(loss: Any) -> None:
+    check_same(traced, OPTIMISERS["Adam"], loss)  # made anew: it remembers the nesting of plates
+
+
+@pytest.mark.slow
+def test_replayed_kernels_take_the_steps_of_svi() -> None:
+    def replayed(*args: Any) -> CompiledSVI:
+        return CompiledSVI(*args, engine="replay", strict=True)
+
+    check_same(replayed, OPTIMISERS["Adam"], partial(IWAE_ELBO, 4, estimator="dreg"))
