@@ -7,6 +7,7 @@ draw, so that improper priors have a start.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ from pyro_recursive.tracing.sites import (
     subsample_sites,
     with_plate_sizes,
 )
-from pyro_recursive.tracing.supports import coordinates, is_circular, plain_support
+from pyro_recursive.tracing.supports import coordinates, is_circular, is_interior, plain_support
 
 InitLocFn = Callable[[Site], Any]
 
@@ -216,8 +217,17 @@ class _AtStart(Messenger):
                 f"init_loc_fn returned shape {tuple(value.shape)} at site '{site['name']}', which "
                 f"needs {tuple(shape)}."
             ) from error
-        is_inside = bool(transform.inv(value).isfinite().all())
-        return value if is_inside else init_to_center(site)
+        support = site["fn"].support
+        if not bool(value.isfinite().all()):
+            return init_to_center(site)
+        if not is_interior(support, value):
+            warnings.warn(
+                f"init_loc_fn puts site '{site['name']}' on a bound of its support {support}, or "
+                "beyond. It starts at the default: give values inside.",
+                stacklevel=2,
+            )
+            return init_to_center(site)
+        return value if bool(transform.inv(value).isfinite().all()) else init_to_center(site)
 
 
 class _AtPoint(Messenger):

@@ -9,17 +9,17 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import (
     ComposeTransform,
     Distribution,
     Transform,
     TransformedDistribution,
-    biject_to,
     constraints,
 )
 
 from pyro_recursive.tracing.sites import layers, tensors_of, unmasked
-from pyro_recursive.tracing.transforms import PERIOD, CircleTransform, accurate
+from pyro_recursive.tracing.transforms import PERIOD, CircleTransform, bijection
 
 OFFSETS = (0.0, 1.0, 2.5)  # radians, at which densities are compared
 CONSTANTS = [c for c in vars(dist.constraints).values() if isinstance(c, constraints.Constraint)]
@@ -43,6 +43,13 @@ def bare_support(support: Any) -> Any:
     return constraints.real if support is constraints.real_vector else support
 
 
+def is_interior(support: Any, value: Tensor) -> bool:
+    """Whether values are strictly between the bounds of a support, if it has any."""
+    bare = bare_support(plain_support(support))
+    lower = 0.0 if bare is constraints.simplex else getattr(bare, "lower_bound", -math.inf)
+    return bool(((value > lower) & (value < getattr(bare, "upper_bound", math.inf))).all())
+
+
 def is_fixed(fn: Any, is_angle: bool) -> bool:
     """Whether a distribution has the same support in all calls: it has no bounds of its own."""
     if is_angle:
@@ -58,7 +65,7 @@ def coordinates(fn: Any, is_angle: bool) -> Transform:
         NotImplementedError: there is none for the support.
     """
     if not is_angle:
-        return accurate(biject_to(plain_support(fn.support)))
+        return bijection(plain_support(fn.support))
     transformed, circle = _transformed(fn), CircleTransform()
     return ComposeTransform([circle, *transformed.transforms]) if transformed else circle
 

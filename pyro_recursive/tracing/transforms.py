@@ -1,16 +1,18 @@
-"""Bijections from the real line: torch's, computed from their input in logarithms, and the circle.
+"""Bijections from the real line: torch's, made right in float32, and the circle.
 
 Torch has ``log |dz / du|`` and the inverse of simplices and correlation matrices from differences
-of numbers close to 1; in float32 these are infinite or NaN a few units from the origin.
+of numbers close to 1, which are infinite or NaN a few units from the origin; here they are computed
+from their input in logarithms. Values that are rounded stay off the bounds of intervals.
 """
 
 import math
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Transform, constraints, transforms
+from torch.distributions import Transform, biject_to, constraints, transforms
 from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
 PERIOD = 2 * math.pi
@@ -49,7 +51,8 @@ class StickBreaking(transforms.StickBreakingTransform):
         x = x - self._offset(x)
         rest = F.logsigmoid(-x).cumsum(-1)
         log_y = F.pad(F.logsigmoid(x), [0, 1]) + F.pad(rest, [1, 0])
-        return log_y.exp().clamp_min(torch.finfo(x.dtype).tiny)
+        info = torch.finfo(x.dtype)
+        return log_y.exp().clamp(info.tiny, 1 - info.eps)
 
     def _inverse(self, y: Tensor) -> Tensor:
         y = y.clamp_min(torch.finfo(y.dtype).tiny)
@@ -91,23 +94,53 @@ def _log_sech(x: Tensor) -> Tensor:
     return math.log(2.0) - x.abs() - F.softplus(-2 * x.abs())
 
 
-def accurate(transform: Transform) -> Transform:
-    """Return the same bijection with the transforms of this module in place of torch's."""
-    match transform:
-        case transforms.IndependentTransform():
-            base = accurate(transform.base_transform)
-            return transforms.IndependentTransform(base, transform.reinterpreted_batch_ndims)
-        case transforms.ComposeTransform():
-            return transforms.ComposeTransform([accurate(part) for part in transform.parts])
-        case transforms.CatTransform():
-            parts = [accurate(part) for part in transform.transforms]
-            return transforms.CatTransform(parts, transform.dim, transform.lengths)
-        case transforms.StackTransform():
+class Bounded(transforms.ComposeTransform):
+    """A bijection onto an interval or half-line whose values stay off the bounds when rounded.
+
+    In finite precision ``a + (b - a) s(x)`` reaches b, where the density of ``Uniform(a, b)`` is 0.
+    """
+
+    def __init__(self, transform: Transform, support: Any) -> None:
+        super().__init__([transform])
+        self.lower: Any = getattr(support, "lower_bound", None)
+        self.upper: Any = getattr(support, "upper_bound", None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return values next to a bound in place of those on it or beyond; derivatives stay."""
+        y = super().__call__(x)
+        inside = y.detach()
+        if self.lower is not None:
+            inside = inside.max(_next(self.lower, inside, math.inf))
+        if self.upper is not None:
+            inside = inside.min(_next(self.upper, inside, -math.inf))
+        return y + (inside - y.detach()).nan_to_num(0.0)  # an overflow stays one
+
+
+def _next(bound: Tensor | float, like: Tensor, end: float) -> Tensor:
+    """Return the number after a bound on the way to ``end``."""
+    start = bound.detach().to(like) if isinstance(bound, Tensor) else like.new_full((), bound)
+    return start.nextafter(torch.full_like(start, end))
+
+
+def bijection(support: Any) -> Transform:
+    """Return `biject_to` of a support with the transforms of this module in place of torch's."""
+    match support:
+        case constraints.independent():
+            base = bijection(support.base_constraint)
+            return transforms.IndependentTransform(base, support.reinterpreted_batch_ndims)
+        case constraints.cat():
+            parts = [bijection(part) for part in support.cseq]
+            return transforms.CatTransform(parts, support.dim, support.lengths)
+        case constraints.stack():
             return transforms.StackTransform(
-                [accurate(part) for part in transform.transforms], transform.dim
+                [bijection(part) for part in support.cseq], support.dim
             )
-        case transforms.StickBreakingTransform():
+        case constraints.simplex:
             return StickBreaking()
-        case transforms.CorrCholeskyTransform():
+        case constraints.corr_cholesky:
             return CorrCholesky()
-    return transform
+        case dist.constraints.corr_matrix:
+            return transforms.ComposeTransform([CorrCholesky(), *biject_to(support).parts[1:]])
+    if hasattr(support, "lower_bound") or hasattr(support, "upper_bound"):
+        return Bounded(biject_to(support), support)
+    return biject_to(support)

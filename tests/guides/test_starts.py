@@ -158,6 +158,31 @@ def test_a_value_of_another_shape_is_refused() -> None:
     assert start_of(several, init_loc_fn=same)[2:4].eq(0).all()
 
 
+BOUNDARY: dict[str, tuple[Callable[[], Any], list[float]]] = {
+    "zero": (lambda: dist.Beta(2.0, 6.0), [0.0]),
+    "one": (lambda: dist.Beta(2.0, 6.0), [1.0]),
+    "beyond": (lambda: dist.Beta(2.0, 6.0), [1.2]),
+    "upper": (lambda: dist.Uniform(-1.0, 3.0), [3.0]),
+    "negative": (lambda: dist.Gamma(2.0, 0.5), [-1.0]),
+    "lower": (lambda: dist.Pareto(2.0, 1.0), [2.0]),
+    "simplex": (lambda: dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])), [0.0, 0.4, 0.6]),
+    "one of two": (lambda: dist.Beta(torch.ones(2), 2.0).to_event(1), [0.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_a_value_on_the_boundary_is_named_and_replaced(name: str) -> None:
+    prior, value = BOUNDARY[name]
+    init = initialization.init_to_value(values={"p": torch.tensor(value).squeeze(0)})
+
+    def model() -> None:
+        pyro.sample("p", prior())
+
+    with pytest.warns(UserWarning, match=r"init_loc_fn puts site 'p' on a bound .* give values"):
+        found = start_of(model, init_loc_fn=init)
+    torch.testing.assert_close(found, start_of(model, name="default"))
+
+
 # --- A finite density
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import biject_to, constraints, transforms
 
 from pyro_recursive.tracing.supports import is_circular, is_fixed
-from pyro_recursive.tracing.transforms import CircleTransform, accurate
+from pyro_recursive.tracing.transforms import CircleTransform, bijection
 
 ANGLES = {
     "scalar": lambda: dist.VonMises(0.3, 0.5),
@@ -82,7 +82,7 @@ TORCH: list[tuple[Any, int]] = [
 def test_accurate_bijections_are_those_of_torch(support: Any, size: int) -> None:
     """Values, inverse and volume in float64, near the origin, where torch's are right."""
     theirs: Any = biject_to(support)
-    ours: Any = accurate(theirs)
+    ours: Any = bijection(support)
     u = torch.randn(7, 3, size)
     z = theirs(u)
     torch.testing.assert_close(ours(u), z)
@@ -95,12 +95,65 @@ def test_accurate_bijections_are_those_of_torch(support: Any, size: int) -> None
 @pytest.mark.parametrize("scale", [2.0, 4.0, 8.0])
 def test_bijections_in_single_precision(transform: str, size: int, scale: float) -> None:
     """Far from the origin torch's volumes are NaN or off by percents."""
-    bijection: Any = accurate(biject_to(getattr(constraints, transform)))
+    ours: Any = bijection(getattr(constraints, transform))
     u = scale * torch.randn(2000, size)
-    double, single = bijection(u), bijection(u.float())
+    double, single = ours(u), ours(u.float())
     torch.testing.assert_close(single.double(), double, rtol=2e-5, atol=1e-37)
-    volumes = [bijection.log_abs_det_jacobian(*pair) for pair in ((u, double), (u.float(), single))]
+    volumes = [ours.log_abs_det_jacobian(*pair) for pair in ((u, double), (u.float(), single))]
     torch.testing.assert_close(volumes[1].double(), volumes[0], rtol=2e-6, atol=1e-4)
+
+
+BOUNDED: list[tuple[Any, Any, Any]] = [
+    (constraints.interval(1000.0, 1001.0), 1000.0, 1001.0),
+    (constraints.interval(0.1, 0.3), 0.1, 0.3),  # 0.1 + (0.3 - 0.1) is not 0.3
+    (constraints.half_open_interval(-7.0, 0.0), -7.0, 0.0),
+    (constraints.unit_interval, 0.0, 1.0),
+    (constraints.greater_than(5.0), 5.0, math.inf),
+    (constraints.less_than(-5.0), -math.inf, -5.0),
+    (constraints.independent(constraints.interval(3.0, torch.tensor([4.0, 9.0])), 1), 3.0, 9.0),
+    (constraints.stack([constraints.interval(3.0, 4.0), constraints.positive], -1), 0.0, math.inf),
+    (constraints.simplex, 0.0, 1.0),
+]
+
+
+@pytest.mark.parametrize(("support", "lower", "upper"), BOUNDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounded_values_stay_off_the_bounds(
+    support: Any, lower: float, upper: float, dtype: torch.dtype
+) -> None:
+    ours: Any = bijection(support)
+    u = torch.tensor([-120.0, -60.0, -20.0, -3.0, 0.4, 20.0, 40.0, 60.0], dtype=dtype)
+    u = torch.stack([u, u.flip(0)], -1)
+    z = ours(u)
+    assert z.dtype == dtype and bool(support.check(z).all())
+    assert bool(((z > lower) & (z < upper)).all())
+    theirs: Any = biject_to(support)
+    torch.testing.assert_close(z.double(), theirs(u.double()), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(ours.inv(ours(u[3:5])), u[3:5], rtol=2e-2, atol=1e-2)
+
+
+def test_derivatives_where_values_are_rounded() -> None:
+    """Those of ``a + (b - a) s(u)``, in float32 within its accuracy."""
+    a, b = torch.tensor(1000.0).float().requires_grad_(), torch.tensor(1001.0).float()
+    b.requires_grad_()
+    u = torch.tensor([0.5, 12.0, 30.0]).float().requires_grad_()
+    ours: Any = bijection(constraints.interval(a, b))
+    z = ours(u)
+    assert bool((z < b).all()) and z[-1] == torch.nextafter(b, a)
+    found = torch.autograd.grad(z.sum(), (u, a, b))
+    share = u.detach().double().sigmoid()
+    expected = share * (1 - share), (1 - share).sum(), share.sum()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+    density = dist.Uniform(a, b).log_prob(z) + ours.log_abs_det_jacobian(u, z)
+    (slope,) = torch.autograd.grad(density.sum(), u)
+    torch.testing.assert_close(slope.double(), 1 - 2 * share, rtol=1e-5, atol=1e-6)
+
+
+def test_an_overflow_stays_one() -> None:
+    u = torch.tensor([200.0, math.nan]).float().requires_grad_()
+    z = bijection(constraints.greater_than(3.0))(u)
+    assert z[0] == math.inf and bool(z[1].isnan())
 
 
 def test_circle() -> None:
