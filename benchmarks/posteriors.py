@@ -64,11 +64,11 @@ class Method:
     """How a guide is made and which loss trains it."""
 
     guide: Callable[[Problem, int], Any]
-    loss: Callable[[Problem], ELBO]
+    loss: Callable[[], ELBO]
     rate: float = 0.05  # of Adam
 
 
-def _plain(problem: Problem) -> ELBO:
+def _plain() -> ELBO:
     return Trace_ELBO(DRAWS, vectorize_particles=True, max_plate_nesting=1)
 
 
@@ -85,10 +85,7 @@ def _recursive(joint: float, **options: Any) -> Method:
         )
         return RecursiveMixtureGuide(problem.model, problem.components, schedule=schedule)
 
-    def loss(problem: Problem) -> ELBO:
-        return RecursiveMixture_ELBO(DRAWS, update="guide", **options)
-
-    return Method(guide, loss)
+    return Method(guide, lambda: RecursiveMixture_ELBO(DRAWS, update="guide", **options))
 
 
 METHODS: dict[str, Method] = {
@@ -96,7 +93,7 @@ METHODS: dict[str, Method] = {
     "full rank": Method(lambda p, steps: AmortizedGuide(p.model, family="full"), _plain),
     "mixture": Method(
         lambda p, steps: MixtureGuide(p.model, p.components),
-        lambda p: Stratified_ELBO(DRAWS, estimator="stl"),
+        lambda: Stratified_ELBO(DRAWS, estimator="stl"),
     ),
     "recursive": _recursive(joint=0.2),
     "boosting": _recursive(0.0, objective="relbo", proposal="relbo", weights="line_search"),
@@ -146,7 +143,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
     pyro.set_rng_seed(seed)
     guide = method.guide(problem, settings.steps)
     start = time.perf_counter()
-    train(problem.model, guide, method.loss(problem), settings.steps, method.rate)
+    train(problem.model, guide, method.loss(), settings.steps, method.rate)
     seconds = time.perf_counter() - start
     pyro.set_rng_seed(seed + 1000)
     weights = importance_weights(problem.model, guide, num_particles=settings.elbo_draws)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO, autoguide
+from pyro.infer import ELBO, SVI, Trace_ELBO, autoguide
 from tqdm import tqdm
 
 from benchmarks.report import Results, finish, hardware, table, write_json
@@ -34,6 +34,7 @@ from pyro_recursive.guides.gaussian_families import LowRank
 
 Model = Callable[[], None]
 NESTING = 2  # of the plates of all models
+RATE, RATE_OF_FLOWS = 0.03, 0.005  # of Adam
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,25 @@ class Settings:
 
     seeds: tuple[int, ...]
     steps: int
-    rate: float = 0.03
-    rate_of_flows: float = 0.005
     draws: int = 2000  # for the ELBO at the end
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a guide is made, the autoguide that it is compared with, and its loss."""
+    """How a guide is made, the autoguide that it is compared with, and how it is trained."""
 
     guide: Callable[[Model, int], Any]
     beside: str | None = None
-    loss: Callable[[], Any] = Trace_ELBO
-    is_flow: bool = False
+    loss: Callable[[], ELBO] = Trace_ELBO
+    rate: float = RATE
 
 
-def _of_pyro(kind: str, is_flow: bool = False) -> Method:
-    return Method(lambda model, steps: getattr(autoguide, kind)(model), is_flow=is_flow)
+def _of_pyro(kind: str, rate: float = RATE) -> Method:
+    return Method(lambda model, steps: getattr(autoguide, kind)(model), rate=rate)
 
 
 def _flow(kind: str) -> Method:
-    return Method(lambda model, steps: FlowGuide(model, kind), "AutoIAFNormal", is_flow=True)
+    return Method(lambda model, steps: FlowGuide(model, kind), "AutoIAFNormal", rate=RATE_OF_FLOWS)
 
 
 def _low_rank(model: Model, steps: int) -> AmortizedGuide:
@@ -83,7 +82,7 @@ METHODS: dict[str, Method] = {
     "AutoDiagonalNormal": _of_pyro("AutoDiagonalNormal"),
     "AutoMultivariateNormal": _of_pyro("AutoMultivariateNormal"),
     "AutoLowRankMultivariateNormal": _of_pyro("AutoLowRankMultivariateNormal"),
-    "AutoIAFNormal": _of_pyro("AutoIAFNormal", is_flow=True),
+    "AutoIAFNormal": _of_pyro("AutoIAFNormal", rate=RATE_OF_FLOWS),
     "diagonal": Method(lambda model, steps: AmortizedGuide(model), "AutoDiagonalNormal"),
     "full": Method(
         lambda model, steps: AmortizedGuide(model, family="full"), "AutoMultivariateNormal"
@@ -129,10 +128,9 @@ def elbo_after(model: Model, method: Method, settings: Settings, seed: int) -> f
     """Train a guide, and return its ELBO in nats; None where that is not finite."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    rate = settings.rate_of_flows if method.is_flow else settings.rate
     try:
         guide = method.guide(model, settings.steps)
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), method.loss())
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": method.rate}), method.loss())
         for _ in range(settings.steps):
             svi.step()
         loss = Trace_ELBO(settings.draws, max_plate_nesting=NESTING, vectorize_particles=True)
