@@ -18,7 +18,7 @@ from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program, memory_of, no_model, structure_of
+from pyro_recursive.tracing.program import Program, no_model, structure_of
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -336,7 +336,7 @@ def _fits_plate(
 
     Remembered with the user's model: the handlers here are new objects in each call.
     """
-    memory, key = memory_of(Program(no_model, model, args, kwargs)), f"fits plate, {draws_data}"
+    memory, key = Program(no_model, model, args, kwargs).memory, f"fits plate, {draws_data}"
     if key not in memory:
         drawing = FlatPriors()(drawing_data(model) if draws_data else model)
         alone = Program(no_model, drawing, args, kwargs)

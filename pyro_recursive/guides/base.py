@@ -12,23 +12,27 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from pyro_recursive.guides.call import GuideCall, first_argument
-from pyro_recursive.guides.gaussian_families import marginal
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
-from pyro_recursive.guides.model_masks import has_masked_latents, read_masks
+from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
 from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
-from pyro_recursive.guides.store_entries import check_prepared, claim_name, note_loaded, rollback
 from pyro_recursive.tracing.compatibility import check_batch_shapes
-from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.param_store import evict_stale, load_from_store, shared_parameter
-from pyro_recursive.tracing.program import GivenMinibatches, form_of, rows_needed
+from pyro_recursive.tracing.param_store import (
+    check_prepared,
+    claim_name,
+    evict_stale,
+    load_from_store,
+    note_loaded,
+    rollback,
+    shared_parameter,
+)
+from pyro_recursive.tracing.program import GivenMinibatches, rows_needed
 from pyro_recursive.tracing.sites import (
     Site,
-    latent_sites,
     nesting_of,
     plates_of,
     sites,
@@ -82,8 +86,7 @@ class LatentGuide(AutoGuide):
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._plates = ModelPlates()
-        self._absent_in: dict[Any, frozenset[str]] = {}  # see `_absent`, by form of the arguments
-        self._reads_masks = False  # whether a run for some form of the arguments had any
+        self._in_calls = LatentsInCalls()
         self.is_loaded = False  # since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(check_prepared)
@@ -172,20 +175,19 @@ class LatentGuide(AutoGuide):
         """
         if not self.groups:
             with self.rollback_first_call(), rows_needed(args, kwargs):
-                self.look(*args, **kwargs)
-                self._absent_in[form_of(args), form_of(kwargs)] = frozenset()
+                self.inspect_model(*args, **kwargs)
 
     def rollback_first_call(self) -> AbstractContextManager[None]:
         """If the block raises before the guide is prepared, restore the guide and Pyro's store."""
         return nullcontext() if self.groups else rollback(self)
 
-    def look(self, *args: Any, **kwargs: Any) -> None:
+    def inspect_model(self, *args: Any, **kwargs: Any) -> None:
         """Run the model, find blocks and plates, and create the parameters."""
         given = GivenMinibatches()
         search = StartSearch(given(self.served_model()), args, kwargs, self.init_loc_fn)
         trace, raw = search.trace, self.inputs(*args, **kwargs)
         check_batch_shapes(sites(trace))
-        latent = _own_latents(trace)
+        latent = sampled_latents(trace)
         if not latent:
             raise ValueError(
                 f"{type(self).__name__} found no latent sites. Use an empty function as guide."
@@ -201,11 +203,11 @@ class LatentGuide(AutoGuide):
         )
         rows = self._plates.of_rows(self, args, kwargs)
         groups = tuple(of_all_rows(latents, rows) for latents in groups)
-        self._reads_masks |= has_masked_latents(trace)
+        self._in_calls = LatentsInCalls.seen(trace, args, kwargs)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
             self.eval()  # statistics of a batch norm stay as they are
-            self.adopt(groups, search, raw if trunk is None else trunk(raw[:2]))
+            self.create_parameters(groups, search, raw if trunk is None else trunk(raw[:2]))
             if is_training:
                 self.center_outputs(search, self)
             self.train(is_training)
@@ -235,7 +237,9 @@ class LatentGuide(AutoGuide):
         """Whether each row of the local latents has parameters of its own."""
         return not self.by_row
 
-    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+    def create_parameters(
+        self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any
+    ) -> None:
         """Create the parameters of blocks of latents."""
         if self.groups:
             return
@@ -282,43 +286,18 @@ class LatentGuide(AutoGuide):
         (name, parameter), store = self._shared, pyro.get_param_store()
         return name in store and store[name] is not parameter
 
-    def _absent(self, args: tuple, kwargs: dict[str, Any]) -> frozenset[str]:
-        """Return the guide's sites that are no latents in this call, as labels that are given.
-
-        One run of the model for each form of arguments, which shows masks of latents, too. Latents
-        that the guide lacks may be data to predict: losses refuse them.
-        """
-        form = form_of(args), form_of(kwargs)
-        if form not in self._absent_in:
-            own = {slot.name for latents in self.groups for slot in latents.slots}
-            try:
-                trace = outline(self.served_model(), args, kwargs)
-                self._reads_masks |= has_masked_latents(trace)
-                absent = own - {site["name"] for site in _own_latents(trace)}
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # the model raises by itself, if it is called so
-                return frozenset()
-            if absent and not self.has_marginals:
-                raise ValueError(
-                    f"Sites {sorted(absent)} are observed or absent in this call, and "
-                    f"{type(self).__name__} always samples them. Use an AmortizedGuide."
-                )
-            self._absent_in[form] = frozenset(absent)
-        return self._absent_in[form]
-
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Return a call of the guide, with its plates."""
         plates, names = self._plates.given_to(self, args, kwargs)
         rows, sizes = self._plates.of_rows(self, args, kwargs), self._plates.input_sizes
         call = GuideCall(args, kwargs, plates, self.inputs, {}, self._trunk(), names, sizes, rows)
         call.model = self.served_model
-        call.absent = self._absent(args, kwargs)
+        call.absent = self._in_calls.absent_in(self, args, kwargs)
         self._plates.complete(self, call)
-        if self._reads_masks:
+        if self._in_calls.are_masked:
             parameters = (p for p in self.parameters() if p.is_floating_point())
             like = next(parameters, torch.empty(()))
-            read_masks(self.served_model(), self.groups, call, like)
+            read_masks(self.groups, call, like)
         return call
 
     def sample(self, latents: LatentBlock, call: GuideCall) -> Values:
@@ -327,19 +306,22 @@ class LatentGuide(AutoGuide):
 
     def sample_from(self, posterior: Any, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample the sites of a block from its distribution, or from a marginal of it."""
-        if call.absent:
-            latents, index = latents.without(call.absent)
-            posterior = marginal(posterior, index)
-        if not latents.slots:
-            return {}
         shape = torch.broadcast_shapes(outer_shape(), posterior.batch_shape)
-        u = posterior.expand(shape).rsample()
-        keep = latents.keep(call.kept)
+        u, keep, present = posterior.expand(shape).rsample(), latents.keep(call.kept), latents
+        if call.absent:
+            present, flags = latents.without(call.absent)
+            if not present.slots:
+                return {}
+            flags = flags.to(u.device)
+            u, keep = u[..., flags], flags if keep is None else keep & flags
 
         def density(u: Tensor, volume: Tensor) -> Tensor:
+            if call.absent:
+                part, u = u, u.new_zeros(*u.shape[:-1], latents.size)
+                u[..., flags] = part
             return log_density(posterior, u, keep) - volume
 
-        return emit(latents, call, u, density)
+        return emit(present, call, u, density)
 
     def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
         """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
@@ -407,8 +389,3 @@ class LatentGuide(AutoGuide):
 
 
 PackedGuide = LatentGuide  # its former name
-
-
-def _own_latents(trace: poutine.Trace) -> list[Site]:
-    """Return the latent sites of a model that a guide samples."""
-    return [site for site in latent_sites(trace) if not site["infer"].get("enumerate")]

@@ -71,19 +71,19 @@ class GuideCall:
 
     def block_at(self, latents: LatentBlock, u: Tensor) -> LatentBlock:
         """Return a block with the supports of this call, given ``[*batch, D]``."""
-        if not latents.moving:
+        if not latents.varying_supports:
             return latents
         return self._read(Placement(latents, u, stop=True))
 
     def block_of(self, latents: LatentBlock, values: Values) -> LatentBlock:
         """Return a block with the supports of this call, given the values of its sites."""
-        if not latents.moving:
+        if not latents.varying_supports:
             return latents
         return self._read(Placement(latents, values=values, stop=True))
 
     def shared_block(self, latents: LatentBlock, *points: Tensor) -> LatentBlock:
         """Return a block with the supports of this call, which must not depend on latents."""
-        if not latents.moving:
+        if not latents.varying_supports:
             return latents
         first, *others = (self.block_at(latents, u) for u in (*points, torch.ones_like(points[0])))
         for other in others:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyro.distributions as dist
 import torch
@@ -158,18 +158,3 @@ def family_of(family: FamilyName | Family) -> Family:
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {sorted(FAMILIES)} or LowRank(2), got {family!r}.")
     return FAMILIES[family]
-
-
-def marginal(posterior: Any, index: list[int]) -> dist.TorchDistribution:
-    """Return the distribution of some entries of a Gaussian vector, in any batch."""
-    if isinstance(posterior, dist.MultivariateNormal):
-        covariance = posterior.covariance_matrix[..., index, :][..., index]
-        return dist.MultivariateNormal(posterior.loc[..., index], covariance)
-    if isinstance(posterior, dist.LowRankMultivariateNormal):
-        factor, diagonal = posterior.cov_factor[..., index, :], posterior.cov_diag[..., index]
-        return dist.LowRankMultivariateNormal(posterior.loc[..., index], factor, diagonal)
-    if isinstance(posterior, dist.Independent) and isinstance(posterior.base_dist, dist.Normal):
-        base = posterior.base_dist
-        return dist.Normal(base.loc[..., index], base.scale[..., index]).to_event(1)
-    kind = type(posterior).__name__
-    raise NotImplementedError(f"{kind} has no marginal: sample all latents in each call.")

@@ -28,8 +28,8 @@ def kept_log_density(distribution: Any, u: Tensor, keep: Tensor) -> Tensor:
     whole = keep[..., 0]
     if bool((keep != keep[..., :1]).any()):
         raise NotImplementedError(
-            f"Some latents of a row are masked, and {type(distribution).__name__} has no density "
-            "of the others alone. Use AmortizedGuide or MixtureGuide."
+            f"Some latents of a row are masked or given, and {type(distribution).__name__} has no "
+            "density of the others alone. Use AmortizedGuide or MixtureGuide."
         )
     return torch.where(whole, distribution.log_prob(u), 0.0)
 

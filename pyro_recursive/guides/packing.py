@@ -110,22 +110,20 @@ class LatentBlock:
         """D, the length of the vector."""
         return sum(slot.numel for slot in self.slots)
 
-    def without(self, names: Container[str]) -> tuple["LatentBlock", list[int]]:
-        """Return the block without some sites, and the places of its entries in this vector."""
-        parts = torch.arange(self.size).split([slot.numel for slot in self.slots])
-        pairs = zip(self.slots, parts, strict=True)
-        kept = [(slot, part.tolist()) for slot, part in pairs if slot.name not in names]
-        block = replace(self, slots=tuple(slot for slot, _ in kept))
-        return block, [place for _, places in kept for place in places]
+    def without(self, names: Container[str]) -> tuple["LatentBlock", Tensor]:
+        """Return the block without some sites, and flags of its entries of this vector, ``[D]``."""
+        block = replace(self, slots=tuple(slot for slot in self.slots if slot.name not in names))
+        flags = [torch.full((slot.numel,), slot.name not in names) for slot in self.slots]
+        return block, torch.cat(flags)
 
     @cached_property
-    def moving(self) -> tuple[str, ...]:
+    def varying_supports(self) -> tuple[str, ...]:
         """The sites whose supports are read in each call: from data, say, or other latents."""
         return tuple(slot.name for slot in self.slots if not slot.is_fixed)
 
     def with_slots(self, slots: Iterable[PackedSite]) -> "LatentBlock":
         """Return the block with the sites as they are in one run of the model."""
-        return replace(self, slots=tuple(slots)) if self.moving else self
+        return replace(self, slots=tuple(slots)) if self.varying_supports else self
 
     def expand_rows(self, tensor: Tensor) -> Tensor:
         """Put the leading dims of ``[*rows, n]`` where Pyro has the plates: ``[*batch, n]``."""

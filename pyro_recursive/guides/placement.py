@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values, same_tensors
-from pyro_recursive.tracing.handlers import SubstituteByName
+from pyro_recursive.tracing.handlers import Leaves, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.sites import subsample_sites
 from pyro_recursive.tracing.supports import bare_support
@@ -40,7 +40,7 @@ class Placement(Messenger):
         self.latents, self.values, self.stop = latents, values, stop
         self.unconstrained = {} if u is None else latents.unflatten(u)
         self.slots: dict[str, PackedSite] = {slot.name: slot for slot in latents.slots}
-        self.unread = set(latents.moving)
+        self.unread = set(latents.varying_supports)
 
     @property
     def block(self) -> LatentBlock:
@@ -78,19 +78,19 @@ def check_bounds(
     ``first`` is a trace of a run of the model.
     """
     for number, latents in enumerate(blocks):
-        if not latents.moving:
+        if not latents.varying_supports:
             continue
         own = {slot.name for block in blocks for slot in block.slots}
         later = {slot.name for block in blocks[number + 1 :] for slot in block.slots}
         found = {name: site["value"] for name, site in first.nodes.items() if name in own}
         found |= {name: site["value"] for name, site in subsample_sites(first).nodes.items()}
-        leaves, given = _Leaves(later), SubstituteByName(found)
+        leaves, given = Leaves(later), SubstituteByName(found)
         with isolated(), torch.enable_grad(), leaves, given:
             torch.rand(1)  # what the guide does not sample has another value than in `first`
             model(*args, **kwargs)
-        for name in latents.moving:
+        for name in latents.varying_supports:
             fn = leaves.fns.get(name, first.nodes[name]["fn"])
-            if source := leaves.needed_by(fn):
+            if source := _needed_by(fn, leaves.values):
                 raise NotImplementedError(
                     f"The bounds of latent site '{name}' depend on '{source}', which the guide "
                     "samples later. Leave out plate= and encoder for a joint guide."
@@ -102,24 +102,12 @@ def check_bounds(
                 )
 
 
-class _Leaves(Messenger):
-    """Makes the values of some latents leaves of the graph, and notes the distributions."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.names, self.leaves, self.fns = names, dict[str, Tensor](), dict[str, Any]()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        self.fns[msg["name"]] = msg["fn"]  # nothing inside a `poutine.block` arrives here
-        if msg["name"] in self.names:
-            self.leaves[msg["name"]] = msg["value"] = msg["value"].detach().requires_grad_()
-
-    def needed_by(self, fn: Any) -> str | None:
-        """Return a leaf that the support of a distribution is a function of."""
-        bounds = [b for b in vars(bare_support(fn.support)).values() if isinstance(b, Tensor)]
-        moving = [bound.sum() for bound in bounds if bound.requires_grad]
-        if not moving:
-            return None
-        found = torch.autograd.grad(moving, list(self.leaves.values()), allow_unused=True)
-        pairs = zip(self.leaves, found, strict=True)
-        return next((name for name, gradient in pairs if gradient is not None), None)
+def _needed_by(fn: Any, leaves: Values) -> str | None:
+    """Return a leaf that the support of a distribution is a function of."""
+    bounds = [b for b in vars(bare_support(fn.support)).values() if isinstance(b, Tensor)]
+    varying = [bound.sum() for bound in bounds if bound.requires_grad]
+    if not varying:
+        return None
+    found = torch.autograd.grad(varying, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return next((name for name, gradient in pairs if gradient is not None), None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_recursive.guides.gaussian_families import Family
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture_distributions import ListMixture, StackedMixture
-from pyro_recursive.guides.starts import apart
+from pyro_recursive.guides.starts import component_steps
 
 START = 0.3  # the scale that a search starts from: a wide normal over two modes may stay there
 
@@ -125,8 +125,8 @@ class MixtureRows(RowFamily):
         return ListMixture(log_weights, [member.distribution(each) for member, each in pairs])
 
     def start(self, loc: Tensor) -> Tensor:
-        """Return equal weights, and parts `apart` from a point."""
-        locs = loc + apart(len(self.members), loc)
+        """Return equal weights, and parts some way from a point."""
+        locs = loc + component_steps(len(self.members), loc)
         starts = [each.start(own) for each, own in zip(self.members, locs, strict=True)]
         return torch.cat([*starts, loc.new_zeros(*loc.shape[:-1], len(self.members))], -1)
 

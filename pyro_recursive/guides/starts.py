@@ -252,7 +252,7 @@ class _AtPoint(Messenger):
         self.log_volume = self.log_volume + log_det.sum()
 
 
-def apart(count: int, like: Tensor) -> Tensor:
+def component_steps(count: int, like: Tensor) -> Tensor:
     """Return steps ``[count, *shape]`` that take components from one point to places of their own.
 
     Equal components would stay equal. Pairs go to opposite corners of a cube of their own size, 1

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -18,7 +17,7 @@ from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import FreeComponent, GrowingMixture
 from pyro_recursive.tracing.runs import particles_of, run_particles
-from pyro_recursive.tracing.sites import PARTICLE_PLATE, subsample_scale, subsample_sites
+from pyro_recursive.tracing.sites import subsample_scale, subsample_sites
 
 WIDENING = 3.0
 SCALES = (0.25, 0.5, 1.0)  # of the mixture's
@@ -127,7 +126,7 @@ class _Search:
             except Exception as error:  # not every distribution can be drawn so
                 logger.info("Draws of the prior run one by one: %s.", brief(error))
         elif self.particles.dim is not None:
-            with flat, pyro.plate(PARTICLE_PLATE, total, dim=self.particles.dim):
+            with flat, self.particles.plate():
                 return draw()
         return torch.cat([flat(draw)() for _ in range(total)])
 

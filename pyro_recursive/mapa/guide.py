@@ -1,17 +1,14 @@
 """MAPA: a posterior over the codes of the training data, computed from the data before training."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.nn import pyro_method
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -20,10 +17,10 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, copied_plate
 from pyro_recursive.guides.joint_site import emit, inside, outer_shape
 from pyro_recursive.guides.marginals import log_density
-from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
 from pyro_recursive.mapa.candidates import Plan
+from pyro_recursive.mapa.code_posterior import CodeMixture, at_rows, index_posterior
 from pyro_recursive.mapa.codes import Codes, EncodedCodes
 from pyro_recursive.mapa.empirical_model import (
     DecodedCodes,
@@ -35,11 +32,10 @@ from pyro_recursive.mapa.empirical_model import (
     with_noise,
 )
 from pyro_recursive.mapa.kernels import kernel_of_model
-from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.mapa.recover import recover_prior, with_prior
 from pyro_recursive.mapa.table import NeighbourRows, Rows, Table, neighbours
 from pyro_recursive.tracing.handlers import ComponentIndex, FlatPriors, SubstituteByName
-from pyro_recursive.tracing.isolation import SharedNoise, isolated, outline
+from pyro_recursive.tracing.isolation import isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
 _ENCODED_AT_ONCE = 4096
@@ -50,28 +46,6 @@ class Passes(NamedTuple):
 
     codes: int
     rows: int
-
-
-class CodeMixture(Mixture):
-    """A mixture of codes ``[*batch, K, D]`` or ``[K, D]``: points, or normals of one scale."""
-
-    def __init__(self, log_weights: Tensor, codes: Tensor, scale: Tensor | None) -> None:
-        self.codes, self.scale = codes, scale
-        super().__init__(log_weights, codes.shape[:-2], codes.shape[-1])
-
-    def table(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return the log-density of the normal around each code, ``[*batch, K]``."""
-        if self.scale is None:
-            raise NotImplementedError("Codes are points without a density: give them a scale.")
-        normal = torch.distributions.Normal(self.codes, self.scale, validate_args=False)
-        each = normal.log_prob(u[..., None, :])
-        return (each if keep is None else torch.where(keep.unsqueeze(-2), each, 0.0)).sum(-1)
-
-    def draw(self, index: Tensor, present: Sequence[int] | None = None) -> Tensor:
-        """Return the code ``index`` of each row, with noise if there is a scale."""
-        codes = self.codes.expand(*index.shape, *self.codes.shape[-2:])
-        index = index[..., None, None].expand(*index.shape, 1, codes.shape[-1])
-        return with_noise(codes.gather(-2, index).squeeze(-2), self.scale)
 
 
 class MAPAGuide(LatentGuide):
@@ -186,7 +160,7 @@ class MAPAGuide(LatentGuide):
             data = self.codes.inputs
         self._neighbour_rows = NeighbourRows(table, data, self._indices_of)
 
-    def look(self, *args: Any, **kwargs: Any) -> None:
+    def inspect_model(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once, build the table of neighbours, and create all parameters."""
         model = self.own_model()
         raw = self.inputs(*args, **kwargs)
@@ -195,7 +169,7 @@ class MAPAGuide(LatentGuide):
         trace = outline(model, args, kwargs, grad=True)  # learned scales require gradients
         self.site = self.site or local_site(trace)
         check_latent(trace, self.site)
-        super().look(*args, **kwargs)
+        super().inspect_model(*args, **kwargs)
         self.nesting = nesting_of(trace)
         data = self._data[0]
         if self.table is None and data is not None:
@@ -209,7 +183,9 @@ class MAPAGuide(LatentGuide):
         with isolated(), torch.no_grad():
             self._check_broadcasting(self.new_call(args, kwargs))
 
-    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+    def create_parameters(
+        self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any
+    ) -> None:
         """Take the latents: codes have no start."""
         self.groups = groups
 
@@ -400,57 +376,3 @@ def _asks_for_the_prior(raw: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 def _plate_of(latents: LatentBlock, call: GuideCall) -> Plate:
     plate = call.plates[latents.rows[0].name]
     return Plate(plate.size, plate.subsample_size, plate.indices)
-
-
-def index_posterior(guide: Any, call: GuideCall, decoded: DecodedCodes) -> Tensor:
-    """Return the posterior over codes by the likelihood of a guide's model, ``[*batch, K]`` nats.
-
-    It is the derivative of the log-evidence in the log-weights. Other enumerated sites are summed,
-    other latents have the call's values, and each entry of outer plates has its own posterior.
-    """
-    (latents,), site = guide.groups, str(guide.site)
-    log_weights = at_rows(decoded.log_weights.detach(), latents, call).requires_grad_()
-    decoded = DecodedCodes(decoded.codes.detach(), log_weights)
-    outer = [frame for frame in get_plates() if frame.vectorized]
-    nesting = max([guide.nesting, *(-frame.dim for frame in outer)])
-    minibatch = {name: plate.indices for name, plate in call.plates.items()}
-    others = {name: value for name, value in call.given.items() if name != site}
-    handled = OnCodes(site, lambda plate: decoded, normalise_masked=False)(guide.own_model())
-    known = poutine.condition(handled, data=others)
-    codes = SimpleNamespace(site=site, others=_nothing, end_step=_nothing)
-    codes.empiricalized = lambda model: known
-    with (
-        isolated(noise=SharedNoise()),
-        torch.enable_grad(),
-        poutine.broadcast(),
-        _Around(outer),
-        SubstituteByName(minibatch),
-    ):
-        loss = MAPA_ELBO(max_plate_nesting=nesting)
-        minus_evidence = loss.differentiable_loss(known, codes, *call.args, **call.kwargs)
-    (grad,) = torch.autograd.grad(minus_evidence, log_weights)
-    return (grad / grad.sum(-1, keepdim=True)).log()
-
-
-def at_rows(log_weights: Tensor, latents: LatentBlock, call: GuideCall) -> Tensor:
-    """Repeat log-weights for all rows and the plates around, ``[*batch, K]``."""
-    rows = log_weights.expand(*call.sizes(latents), log_weights.shape[-1])
-    rows = latents.expand_rows(rows)
-    batch = torch.broadcast_shapes(outer_shape(), rows.shape[:-1])
-    return rows.expand(*batch, -1).clone()
-
-
-class _Around(Messenger):
-    """Adds to each site the outer plates that a block hides."""
-
-    def __init__(self, frames: Sequence[Any]) -> None:
-        super().__init__()
-        self.frames = tuple(frames)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
-            msg["cond_indep_stack"] = msg["cond_indep_stack"] + self.frames
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: in place of a guide's ``others`` and ``end_step``."""

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program, memory_of
+from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
     Site,
@@ -61,7 +61,7 @@ def run_model(
     """
     assert particles.dim is not None
     width, is_validated = -particles.dim - 1, is_validation_enabled()
-    known: dict[str, Any] = memory_of(program).setdefault("own_minibatches", {})
+    known: dict[str, Any] = program.memory.setdefault("own_minibatches", {})
     prepared, sites = _Prepared(), dict[str, Site]()
 
     def run(values: dict[str, Tensor]) -> list[Site]:

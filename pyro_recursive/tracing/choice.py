@@ -8,11 +8,10 @@ all densities agree, and no density has a derivative with respect to another par
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -28,7 +27,6 @@ from pyro_recursive.tracing.perturbed import perturbed
 from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, without
 from pyro_recursive.tracing.sites import (
-    PARTICLE_PLATE,
     is_delta,
     latent_sites,
     layers,
@@ -90,7 +88,7 @@ class _Comparison:
     def _choice(self, moved: bool) -> tuple[Mode, str]:
         total = self.particles.total
         try:
-            with self._plate(), self._bounds():
+            with self.particles.plate(), self._bounds():
                 drawn = _with_leaves(self._varied(self.program.run_guide(), moved))
                 again = without(drawn, is_delta)  # computed, not drawn
                 source = _with_leaves(self.program.run_guide(again))
@@ -105,13 +103,15 @@ class _Comparison:
 
         source = _with_leaves(source)
         first = self.program.run_model(self._row(source, 0))
-        _log_densities(first)  # raises for data that no mode can serve
+        found = _log_densities(first)  # raises for data that no mode can serve
+        alone = {name: each.detach() for name, each in found.items()}
         for name, site in subsample_sites(first).nodes.items():
             if name not in source.nodes:
                 source.add_node(name, **site)
-        single = cache(lambda i, nudge: self._single(self.program.run_model, source, i, nudge))
+        run = partial(self._single, self.program.run_model, source)
+        single = cache(lambda i, nudge: run(i, nudge) if i or nudge else alone)
         try:
-            with self._plate(), self._bounds():
+            with self.particles.plate(), self._bounds():
                 model = _log_densities(self.program.run_model(source))
         except torch.OutOfMemoryError:
             raise
@@ -157,9 +157,6 @@ class _Comparison:
             else:
                 site["value"] = value + numbers.to(value)
         return trace
-
-    def _plate(self) -> pyro.plate:
-        return pyro.plate(PARTICLE_PLATE, self.particles.total, dim=self.particles.dim)
 
     def _bounds(self) -> AbstractContextManager:
         """Check indices where the device would not raise: a plate may be where rows should be."""

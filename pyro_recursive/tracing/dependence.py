@@ -12,6 +12,7 @@ from operator import or_
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -30,6 +31,7 @@ from pyro_recursive.tracing.sites import (
     SiteTable,
     independent_plates_of,
     is_delta,
+    latent_sites,
     layers,
     plates_of,
     sites,
@@ -52,8 +54,9 @@ def dependence_of(program: Program) -> dict[str, PlateDependence]:
     if structure.dependence is None:
         with isolated(), DryRun(), torch.no_grad(), _batch_norm_in_eval_mode():
             found = [_tested(program)]
-            with suppress(Exception), perturbed(program):
-                found.append(_tested(program))
+            if found[0]:
+                with suppress(Exception), perturbed(program):
+                    found.append(_tested(program))
         structure.dependence = {
             name: reduce(or_, (each[name] for each in found if name in each)) for name in found[0]
         }
@@ -68,19 +71,19 @@ def independent_plates(program: Program) -> frozenset[str]:
 def _tested(program: Program) -> dict[str, PlateDependence]:
     try:
         guide = program.run_guide()
-        table = SiteTable(program.run_model(guide), guide)
-        drawn = {record.name for record in table.model if not record.site["is_observed"]}
-        if not drawn <= {record.name for record in table.guide}:
+        if not any(map(plates_of, latent_sites(guide))):
+            return {}
+        swaps = _Swaps(program, guide)
+        drawn = {r.name for r in swaps.table.model if not r.site["is_observed"]}
+        if not drawn <= {record.name for record in swaps.table.guide}:
             return {}  # what the model draws itself need not be the same in two runs
-        names = _plates_to_test(table)
-        swaps = _Swaps(program, table) if names else None
+        names = _plates_to_test(swaps.table)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a program that cannot run says so itself
         return {}
     found = {}
     for name in names:
-        assert swaps is not None
         try:
             result = swaps.dependence(name)
         except torch.OutOfMemoryError:
@@ -104,13 +107,14 @@ def _plates_to_test(table: SiteTable) -> list[str]:
 class _Swaps:
     """Runs of a program on the values of one guide run, some of them replaced."""
 
-    def __init__(self, program: Program, table: SiteTable) -> None:
-        self.program, self.guide = program, table.traces[1]
-        self.latents = [record for record in table.guide if not record.site["is_observed"]]
+    def __init__(self, program: Program, guide: poutine.Trace) -> None:
+        self.program, self.guide = program, guide
         # Not the values themselves: transforms remember those, and need not invert them.
-        self.values = {r.name: r.site["value"].clone() for r in self.latents}
+        self.values = {s["name"]: s["value"].clone() for s in latent_sites(self.guide)}
         self.state = random_state()
-        self.before = self._densities(self.values)
+        self.table = self._run(self.values)
+        self.latents = [record for record in self.table.guide if record.name in self.values]
+        self.before = _densities(self.table)
 
     def dependence(self, plate: str) -> PlateDependence | None:
         """Return what depends on latents in a plate; None where runs cannot be compared."""
@@ -127,23 +131,20 @@ class _Swaps:
             for record in inside:
                 other = _other_value(record.site, drawn[record.name], random)
                 swapped[record.name] = _swap(record, plate, is_swapped, other)
-            after = self._densities({**self.values, **swapped})
+            after = _densities(self._run({**self.values, **swapped}))
             found = found | _difference(self.before, after, plate, ~is_swapped)
         kept = torch.ones_like(is_swapped)
-        if found and _difference(self.before, self._densities(self.values), plate, kept):
-            return None
-        return found
+        again = _densities(self._run(self.values)) if found else self.before
+        return None if _difference(self.before, again, plate, kept) else found
 
-    def _densities(self, values: dict[str, Tensor]) -> tuple[list[Density], list[Density]]:
-        """Return the densities of model and guide at values, always with the same noise."""
+    def _run(self, values: dict[str, Tensor]) -> SiteTable:
+        """Run model and guide on values, always with the same noise."""
         set_random_state(self.state)
         replayed = self.guide.copy()
         for name, value in values.items():
             replayed.nodes[name] = {**replayed.nodes[name], "value": value}
         guide = self.program.run_guide(replayed)
-        model = self.program.run_model(guide)
-        of_model, of_guide = ([(s, _density(s)) for s in sites(trace)] for trace in (model, guide))
-        return of_model, of_guide
+        return SiteTable(self.program.run_model(guide), guide)
 
     def _drawn_again(self, inside: list[SiteRecord]) -> dict[str, Tensor]:
         """Return other values of the sites inside, given the same minibatch and sites outside."""
@@ -153,6 +154,12 @@ class _Swaps:
             kept.remove_node(name)
         drawn = self.program.run_guide(kept)
         return {name: drawn.nodes[name]["value"] for name in names}
+
+
+def _densities(table: SiteTable) -> tuple[list[Density], list[Density]]:
+    """Return the densities of model and guide."""
+    of_model, of_guide = ([(s, _density(s)) for s in sites(trace)] for trace in table.traces)
+    return of_model, of_guide
 
 
 def _parts(size: int, discrete: bool, random: torch.Generator) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 A guide asks by an effectful function, a loss answers by a handler around the run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -192,6 +192,24 @@ class FlatPriors(Messenger):
             if self.scale:
                 value = transform(self.scale * torch.zeros_like(transform.inv(value)).cauchy_())
             msg["value"], msg["done"] = value, True
+
+
+class Leaves(Messenger):
+    """Makes the values of some latents leaves of the graph, and notes the distributions.
+
+    The outermost handler: traces record what it gives.
+    """
+
+    def __init__(self, names: Container[str]) -> None:
+        super().__init__()
+        self.names, self.values, self.fns = names, dict[str, Tensor](), dict[str, Any]()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.fns[msg["name"]] = msg["fn"]  # nothing inside a `poutine.block` arrives here
+        if msg["name"] in self.names and not msg["is_observed"]:
+            leaf = msg["value"].detach().clone()
+            self.values[msg["name"]] = leaf.requires_grad_(leaf.is_floating_point())
+            msg["value"] = leaf.clone()  # which a model may write to
 
 
 class SubstituteByName(Messenger):

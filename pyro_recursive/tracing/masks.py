@@ -5,7 +5,7 @@ the guide itself, and log p(x) is that of the other entries. Where another densi
 it, its prior is flat (density 1), and log q keeps its density.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_recursive.tracing.handlers import DryRun
+from pyro_recursive.tracing.handlers import DryRun, Leaves
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
@@ -66,51 +66,53 @@ def differentiable(values: Any) -> Any:
     return values
 
 
+def on_leaves(
+    run: Callable[[], poutine.Trace], names: Container[str], noise: SharedNoise
+) -> tuple[poutine.Trace, Values]:
+    """Run a model with leaves of the graph as the values of latents; return its trace, and these.
+
+    Under `torch.inference_mode(False)`.
+    """
+    leaves = Leaves(names)
+    with isolated(noise=noise), torch.enable_grad(), leaves:
+        return run(), leaves.values
+
+
 def unused_latents(
-    first: Values, second: Values, run: Callable[[Values], poutine.Trace]
+    trace: poutine.Trace, leaves: Values, second: Values, again: Callable[[Values], poutine.Trace]
 ) -> dict[str, bool | None]:
     """Return, for each latent with masked entries, whether no density depends on these.
 
-    None where some matter and others do not. ``first`` and ``second`` are values of the latents,
-    ``run`` returns a trace of the model on such. Derivatives at the first show what matters, and
-    the second in the place of the rest show dependence without a derivative. The answer holds for
-    one call: another may mask other densities, or mix the rows in another way.
+    None where some matter and others do not. ``trace`` is that of a run `on_leaves`, ``second`` are
+    other values of the latents, and ``again`` runs the model with the same noise on such.
+    Derivatives in the first run show what matters, and second values in the place of the rest show
+    dependence without a derivative. The answer holds for one call: another may mask other
+    densities, or mix the rows in another way.
     """
-    noise = SharedNoise()
-
-    def log_joint(values: Values) -> tuple[poutine.Trace, Tensor]:
-        with isolated(noise=noise):
-            trace = run(values)
-        return trace, torch.as_tensor(trace.log_prob_sum())
-
-    with isolated(), pyro.validation_enabled(False), torch.inference_mode(False):
-        leaves = {name: value.detach().clone() for name, value in first.items()}
-        for value in leaves.values():
-            value.requires_grad_(value.is_floating_point())
-        with torch.enable_grad():
-            trace, total = log_joint(leaves)
-        sites = {s["name"]: s for s in latent_sites(trace) if s["name"] in leaves}
-        masks = {n: m for n, s in sites.items() if (m := mask_of(s)) is not None}
-        masked = {n: ~masks[n].expand(leaves[n].shape) for n in partly_masked(masks)}
-        smooth = [name for name in masked if leaves[name].requires_grad]
-        found: dict[str, bool | None] = dict.fromkeys(masked)
-        grads: tuple[Tensor | None, ...] = (None,) * len(smooth)
-        if smooth and total.requires_grad:
-            values = [leaves[name] for name in smooth]
-            grads = torch.autograd.grad(total, values, allow_unused=True)
-        moved = {name: value.detach() for name, value in leaves.items()}
-        for name, grad in zip(smooth, grads, strict=True):
-            where = masked[name]
-            matters = torch.zeros_like(where) if grad is None else grad.nan_to_num(0.0) != 0
-            found[name] = not bool(matters[where].any())
-            if found[name]:
-                moved[name] = torch.where(where, second[name], moved[name])
-            elif not bool(matters[where].all()):
-                found[name] = None
-        with torch.no_grad():
-            _, again = log_joint(moved)
-        if not torch.allclose(again, total.detach(), rtol=1e-5, atol=1e-6, equal_nan=True):
-            found = {name: None if unused else unused for name, unused in found.items()}
+    with torch.enable_grad():
+        total = torch.as_tensor(trace.log_prob_sum())
+    sites = [site for site in latent_sites(trace) if site["name"] in leaves]
+    masks = {site["name"]: m for site in sites if (m := mask_of(site)) is not None}
+    masked = {n: ~masks[n].expand(leaves[n].shape) for n in partly_masked(masks)}
+    smooth = [name for name in masked if leaves[name].requires_grad]
+    found: dict[str, bool | None] = dict.fromkeys(masked)
+    grads: tuple[Tensor | None, ...] = (None,) * len(smooth)
+    if smooth and total.requires_grad:
+        values = [leaves[name] for name in smooth]
+        grads = torch.autograd.grad(total, values, allow_unused=True)
+    moved = {name: value.detach() for name, value in leaves.items()}
+    for name, grad in zip(smooth, grads, strict=True):
+        where = masked[name]
+        matters = torch.zeros_like(where) if grad is None else grad.nan_to_num(0.0) != 0
+        found[name] = not bool(matters[where].any())
+        if found[name]:
+            moved[name] = torch.where(where, second[name], moved[name])
+        elif not bool(matters[where].all()):
+            found[name] = None
+    with torch.no_grad():
+        after = torch.as_tensor(again(moved).log_prob_sum())
+    if not torch.allclose(after, total.detach(), rtol=1e-5, atol=1e-6, equal_nan=True):
+        found = {name: None if unused else unused for name, unused in found.items()}
     return found
 
 
@@ -186,15 +188,17 @@ def _look(table: SiteTable, program: Program) -> dict[str, bool | None]:
 
         def run(values: Values) -> poutine.Trace:
             trace = guides[0].copy()
-            for site in latent_sites(guides[0]):
-                trace.nodes[site["name"]] = {**site, "value": values[site["name"]]}
+            for name, value in values.items():
+                trace.nodes[name] = {**trace.nodes[name], "value": value}
             for name, site in minibatch.nodes.items():
                 if name not in trace:
                     trace.add_node(name, **site)
             return program.run_model(trace)
 
-        first, second = ({s["name"]: s["value"] for s in latent_sites(g)} for g in guides)
-        return unused_latents(first, second, run)
+        noise, second = SharedNoise(), {s["name"]: s["value"] for s in latent_sites(guides[1])}
+        trace, leaves = on_leaves(lambda: run({}), second.keys(), noise)
+        with isolated(noise=noise):
+            return unused_latents(trace, leaves, second, run)
 
 
 def _mask(own: SiteRecord, guide: dict[str, SiteRecord], mask: Tensor) -> None:

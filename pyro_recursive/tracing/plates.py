@@ -7,15 +7,18 @@ datum, usually) has its own K weights. Every other plate is summed.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
 from pyro_recursive.tracing.sites import (
+    PARTICLE_PLATE,
     PlateDependence,
     Site,
     SiteTable,
@@ -39,6 +42,12 @@ class Particles:
     @cached_property
     def total(self) -> int:
         return self.num_estimates * self.num_particles
+
+    def plate(self) -> AbstractContextManager:
+        """Return the plate of the particles, nothing where runs are looped."""
+        if self.dim is None:
+            return nullcontext()
+        return pyro.plate(PARTICLE_PLATE, self.total, dim=self.dim)
 
 
 Mode = Literal["plate", "vmap", "loop"]

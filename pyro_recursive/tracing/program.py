@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from inspect import ismethod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +34,24 @@ class Program:
     guide: Callable
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """What is remembered of the model and the guide, for arguments of this form."""
+        # Bound methods are new objects at each access: their owner and function are not.
+        pair = self.model, self.guide
+        model, guide = (each.__self__ if ismethod(each) else each for each in pair)
+        methods = tuple(each.__func__ if ismethod(each) else None for each in pair)
+        try:
+            if model not in _memory:
+                _memory[model] = WeakKeyDictionary()
+            known = _memory[model].setdefault(guide, {})
+        except TypeError:  # unhashable or without weak references: look again each time
+            return {}
+        # A batch norm mixes rows in training only.
+        training = tuple(getattr(each, "training", None) for each in (model, guide))
+        key = (methods, form_of(self.args), form_of(self.kwargs), training)
+        return known.setdefault(key, {})
 
     def run_guide(self, replayed: poutine.Trace | None = None) -> poutine.Trace:
         """Trace the guide, with the values of another trace where there is one."""
@@ -129,27 +149,10 @@ _memory: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, dict[str, Any]]
 
 
 def structure_of(program: Program, *, fresh: bool = False) -> ProgramStructure:
-    """Return the structure of a program, which is remembered: see `memory_of`."""
-    memory = memory_of(program)
-    if fresh or "structure" not in memory:
-        memory["structure"] = _discover(program)
-    return memory["structure"]
-
-
-def memory_of(program: Program) -> dict[str, Any]:
-    """Return what is remembered of a model and a guide, for arguments of this form."""
-    # Bound methods are new objects at each access: their owner and function are not.
-    pair = program.model, program.guide
-    model, guide = (getattr(each, "__self__", each) for each in pair)
-    methods = tuple(getattr(each, "__func__", None) for each in pair)
-    try:
-        known = _memory.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
-    except TypeError:  # unhashable or without weak references: look again each time
-        return {}
-    # A batch norm mixes rows in training only.
-    training = tuple(getattr(each, "training", None) for each in (model, guide))
-    key = (methods, form_of(program.args), form_of(program.kwargs), training)
-    return known.setdefault(key, {})
+    """Return the structure of a program, which is remembered in `Program.memory`."""
+    if fresh or "structure" not in program.memory:
+        program.memory["structure"] = _discover(program)
+    return program.memory["structure"]
 
 
 def form_of(arguments: tuple | list | dict) -> Any:

@@ -2,11 +2,10 @@
 
 import math
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -23,7 +22,6 @@ from pyro_recursive.tracing.plates import Particles, ProgramStructure
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.sites import (
     JOINT,
-    PARTICLE_PLATE,
     JointDraw,
     Site,
     SiteTable,
@@ -213,19 +211,19 @@ def _draw(
     ``assignment`` choose the components of mixture guides. ``ranks`` are those of the structure.
     """
     runs: list[ParticleRun] = []
-    looped = particles.dim is None
+    looped, count = particles.dim is None, particles.total
     sharing = _ShareWithinEstimate(shared, particles) if shared else nullcontext()
-    count = particles.num_estimates * particles.num_particles
     dependence = dependence_of(program) if count > 1 else {}
+    key = f"plate of {count} at {particles.dim}"
+    if key not in program.memory:  # making one costs a sample statement
+        program.memory[key] = particles.plate()
+    plate = program.memory[key]
     for particle in range(count if looped else 1):
         if isinstance(sharing, _ShareWithinEstimate):
             sharing.particle = particle
         if assignment is not None:
             assignment.particle = particle if looped else None
         noise = ReplayedNoise() if replay != "none" else nullcontext()
-        plate: AbstractContextManager = nullcontext()
-        if not looped:
-            plate = pyro.plate(PARTICLE_PLATE, count, dim=particles.dim)
         cuts: list[GradientCut] = []
         model_cuts: list[GradientCut] = []
         with assignment or nullcontext():
@@ -235,13 +233,7 @@ def _draw(
                 replayed, vectors = _stand_ins(guide, particle, replay, cuts)
                 with plate, noise, ReplacedDraws(vectors):
                     guide = program.run_guide(replayed)
-            source = guide if subsample is None and not cut_model else guide.copy()
-            if cut_model:
-                for site in latent_sites(guide):
-                    source.nodes[site["name"]] = _cut(site, particle, "paths", model_cuts)
-            for name, site in subsample.nodes.items() if subsample is not None else ():
-                if name not in source.nodes:
-                    source.add_node(name, **site)
+            source = _source(guide, particle, subsample, model_cuts if cut_model else None)
             if particles.vmap:
                 values = batched.values_by_particle(source, particles, ranks or {})
                 model = batched.run_model(program, source, values, particles)
@@ -256,6 +248,25 @@ def _draw(
     for run in runs:
         run.table.note(dependence)
     return runs
+
+
+def _source(
+    guide: poutine.Trace,
+    particle: int,
+    subsample: poutine.Trace | None,
+    cuts: list[GradientCut] | None,
+) -> poutine.Trace:
+    """Return what a model replays: the minibatch, and a guide's values, cut if there is a list."""
+    if subsample is None and cuts is None:
+        return guide
+    source = guide.copy()
+    if cuts is not None:
+        for site in latent_sites(guide):
+            source.nodes[site["name"]] = _cut(site, particle, "paths", cuts)
+    for name, site in subsample.nodes.items() if subsample is not None else ():
+        if name not in source.nodes:
+            source.add_node(name, **site)
+    return source
 
 
 def _stand_ins(

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pyro.distributions as dist
@@ -146,7 +147,9 @@ def with_plate_sizes(trace: poutine.Trace) -> poutine.Trace:
     found = [
         site
         for site in trace.nodes.values()
-        if site["type"] == "sample" and any(f.size == -1 for f in site["cond_indep_stack"])
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.size == -1
     ]
     sizes: dict[str, int] = {}
     for site in found:
@@ -206,9 +209,14 @@ def is_delta(site: Site) -> bool:
 def layers(fn: Any) -> list[Any]:
     """Return a distribution and what stands under its event dims and masks, from the outside."""
     found = [fn]
-    while isinstance(found[-1], dist.Independent | dist.MaskedDistribution):
+    while _is_wrapper(found[-1].__class__):
         found.append(found[-1].base_dist)
     return found
+
+
+@cache
+def _is_wrapper(kind: Any) -> bool:
+    return issubclass(kind, dist.Independent | dist.MaskedDistribution)
 
 
 def mask_of(site: Site) -> Tensor | None:

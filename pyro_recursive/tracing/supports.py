@@ -70,15 +70,16 @@ def coordinates(fn: Any, is_angle: bool) -> Transform:
     return ComposeTransform([circle, *transformed.transforms]) if transformed else circle
 
 
-@torch.no_grad()
 def is_circular(fn: Any) -> bool:
     """Whether a distribution is one of angles, or of a function of angles.
 
     The density of angles over the real line has the period 2 pi. Each type is looked at once.
     """
-    transformed = _transformed(fn)
-    if transformed is not None:
-        return is_circular(transformed.base_dist)
+    base = layers(fn)[-1]
+    if type(base) is dist.Normal:  # in each step, for most sites
+        return False
+    if isinstance(base, TransformedDistribution):
+        return is_circular(base.base_dist)
     try:
         support = bare_support(plain_support(fn.support))
     except NotImplementedError:  # a distribution that does not say
@@ -105,6 +106,7 @@ def _types(fn: Any) -> tuple[Any, ...]:
     return type(fn), *map(_types, parts)
 
 
+@torch.no_grad()
 def _has_period(fn: Any) -> bool | None:
     """Compare densities a few periods apart; None if they cannot be compared at these parameters.
 

@@ -23,7 +23,7 @@ from pyro_recursive.guides.mixture.weights import Weights
 from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, StackedMixture
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
-from pyro_recursive.guides.starts import InitLocFn, StartSearch, apart
+from pyro_recursive.guides.starts import InitLocFn, StartSearch, component_steps
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
@@ -124,7 +124,7 @@ class MixtureGuide(LatentGuide):
         """Return component ``m``."""
         return self._functions.get(m, self.components[m])
 
-    def look(self, *args: Any, **kwargs: Any) -> None:
+    def inspect_model(self, *args: Any, **kwargs: Any) -> None:
         """Look at the model, and create all parameters, those of the components too."""
         for component in self.components:
             if not isinstance(component, LatentGuide) or not component.by_row:
@@ -133,7 +133,7 @@ class MixtureGuide(LatentGuide):
                 continue
             if not _same(component.inputs(*args, **kwargs), self.inputs(*args, **kwargs)):
                 raise ValueError("A component has inputs= of its own. Give them to the mixture.")
-        super().look(*args, **kwargs)
+        super().inspect_model(*args, **kwargs)
         for m in range(len(self.components)):
             if not isinstance(self.component(m), LatentGuide):
                 self._check_sizes(self.component(m))
@@ -151,11 +151,13 @@ class MixtureGuide(LatentGuide):
                         "create_plates=."
                     )
 
-    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+    def create_parameters(
+        self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any
+    ) -> None:
         """Share the groups with the components, each around a point of its own."""
         start = search.find()
         steps = {
-            slot.name: latents.size**SPREAD * self.apart(start[slot.name])
+            slot.name: latents.size**SPREAD * self.component_steps(start[slot.name])
             for latents in groups
             for slot in latents.slots
         }
@@ -167,12 +169,12 @@ class MixtureGuide(LatentGuide):
                         f"A component has plate='{component.plate}'. Give it to the mixture."
                     )
                 near = search.moved({name: each[m] for name, each in steps.items()})
-                component.adopt(groups, near, raw)
-        super().adopt(groups, search, raw)
+                component.create_parameters(groups, near, raw)
+        super().create_parameters(groups, search, raw)
 
-    def apart(self, start: Tensor) -> Tensor:
+    def component_steps(self, start: Tensor) -> Tensor:
         """Return the components' distances from a common start, ``[M, *shape]``."""
-        return apart(len(self.components), start)
+        return component_steps(len(self.components), start)
 
     def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the weights of a group."""

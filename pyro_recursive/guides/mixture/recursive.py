@@ -16,7 +16,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
-from pyro_recursive.guides.starts import StartSearch, apart
+from pyro_recursive.guides.starts import StartSearch, component_steps
 from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.sites import JOINT
@@ -269,9 +269,11 @@ class RecursiveMixtureGuide(MixtureGuide):
         share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
         return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
 
-    def apart(self, start: Tensor) -> Tensor:
+    def component_steps(self, start: Tensor) -> Tensor:
         """Return the distances from a common start, none for the first: it is trained alone."""
-        return torch.cat([torch.zeros_like(start)[None], apart(len(self.components) - 1, start)])
+        return torch.cat(
+            [torch.zeros_like(start)[None], component_steps(len(self.components) - 1, start)]
+        )
 
     def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
         """Move the encoders of all components, if they take nothing but the inputs."""

@@ -154,12 +154,14 @@ class SemiAmortizedGuide(LatentGuide):
             return self.steps
         return self.test_steps
 
-    def adopt(self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any) -> None:
+    def create_parameters(
+        self, groups: tuple[LatentBlock, ...], search: StartSearch, raw: Any
+    ) -> None:
         """Share the blocks with the guide that is refined."""
         if not groups[-1].local:
             raise ValueError("Refinement needs rows. Give the guide an encoder or plate=.")
-        self.guide.adopt(groups, search, raw)
-        super().adopt(groups, search, raw)
+        self.guide.create_parameters(groups, search, raw)
+        super().create_parameters(groups, search, raw)
 
     def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
         """Move the encoder of the guide that is refined."""
