@@ -73,14 +73,14 @@ class CompiledStep:
 
     def __init__(
         self,
-        loss: Callable[..., Tensor],
+        training: Any,
         call: Call,
-        roots: dict[str, Any],
         groups_of: Callable[[list[Tensor]], list[FlatGroup]],
         engine: EngineName,
     ) -> None:
-        roots |= {type(each).__name__: each for each in call.handlers if each not in call.weights}
-        self.roots = roots
+        roots = training.roots | {
+            type(each).__name__: each for each in call.handlers if each not in call.weights
+        }
         self.state = PythonState(roots)
         self.inputs, self.owns_inputs = [each.detach() for each in call.inputs], False
         self.weights = [
@@ -89,7 +89,7 @@ class CompiledStep:
 
         def run() -> Tensor:
             with call.given(self.inputs, self.weights) as (args, kwargs), site:
-                return loss(*args, **kwargs)
+                return training.differentiable(*args, **kwargs)
 
         site = _LastSite()
         try:
@@ -102,7 +102,13 @@ class CompiledStep:
             if not entry.is_private:
                 raise Unsupported(f"{entry.name} changes in each run of model or guide")
         self.groups = groups_of(gradients.parameters)
-        self.step = StepGraph(gradients, self.groups, [*self.inputs, *self.weights])
+        self.step = StepGraph(
+            gradients,
+            self.groups,
+            [*self.inputs, *self.weights],
+            clip_norm=training.clip_norm,
+            is_guarded=training.is_guarded,
+        )
         plan = gradients.plan
         self.first_draws = plan.slices(self.step.draws)
         with self.undone():
@@ -159,9 +165,9 @@ class CompiledStep:
         return self._run(1)
 
     def take_many(self, count: int) -> Tensor:
-        """Take at most a block of steps; return their losses, a view."""
+        """Take steps, at most a block of them; return their losses, a view."""
         self.step.gradients.plan.fill(self.step.draws)
-        return self._run(count)
+        return self._run(min(count, self.step.block))
 
     def _run(self, count: int) -> Tensor:
         self.step.index.zero_()

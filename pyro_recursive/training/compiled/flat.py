@@ -92,10 +92,19 @@ class FlatGroup:
         own = [each for each in tree_leaves(self.options) if isinstance(each, Tensor)]
         return [self.values, *self.slots.values(), self.steps, self.lr, *own]
 
-    def update(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], index: Tensor) -> None:
-        """Take one step in place on `tensors`; ``index`` is its number in a block of steps."""
-        each = zip(gradients, self.members, strict=True)
-        gradient = torch.cat([_clipped(g, **m.clip).reshape(-1) for g, m in each])
+    def update(
+        self,
+        tensors: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        index: Tensor,
+        is_finite: Tensor | None = None,
+    ) -> None:
+        """Take one step in place on `tensors`, of which nothing changes where it is not finite.
+
+        ``index`` is the step's number in a block of steps.
+        """
+        pairs = zip(gradients, self.members, strict=True)
+        gradient = torch.cat([_clipped(g, **m.clip).reshape(-1) for g, m in pairs])
         values, *rest = tensors
         slots = dict(zip(self.slots, rest, strict=False))
         steps, lr, *own = rest[len(slots) :]
@@ -107,10 +116,12 @@ class FlatGroup:
             lr = lr * options["lrd"] ** index
         count = (steps + 1).to(torch.float64)
         new, states = self.rule.update(values, gradient, slots, count, lr, options)
-        values.copy_(new)
-        for name, state in states.items():
-            slots[name].copy_(state)
-        steps.copy_(steps + 1)
+        changed = [(values, new), (steps, steps + 1)]
+        changed += [(slots[name], state) for name, state in states.items()]
+        for old, result in changed:
+            if is_finite is not None:
+                result = torch.where(is_finite.to(old.device), result, old)
+            old.copy_(result)
 
     def advance(self, count: int) -> None:
         """Note that a number of steps was taken, outside of the graph."""

@@ -1,5 +1,6 @@
 """One training step as one graph over flat buffers, and what it needs to run many times."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,18 @@ class StepGraph:
 
     `tensors` are those of the flat groups, the number of the step in its block ``index`` ``[1]``,
     the ``losses`` of the block ``[block]``, the draws of its steps ``[block, size]`` for each pool,
-    the inputs of the loss and the constants.
+    the inputs of the loss and the constants; with ``is_guarded`` also their ``health``, a sum of
+    all losses and norms of gradients, and a step changes nothing once that is not finite.
     """
 
     def __init__(
-        self, gradients: GradientGraph, groups: Sequence[FlatGroup], inputs: Sequence[Tensor]
+        self,
+        gradients: GradientGraph,
+        groups: Sequence[FlatGroup],
+        inputs: Sequence[Tensor],
+        *,
+        clip_norm: float | None = None,
+        is_guarded: bool = False,
     ) -> None:
         self.gradients, self.groups = gradients, list(groups)
         size = max(gradients.plan.bytes, 1)
@@ -33,19 +41,22 @@ class StepGraph:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(self.block, dtype=torch.float64, device=device)
         self.draws = gradients.plan.empty(self.block)
-        self.inputs = list(inputs)
+        self.inputs, self.clip_norm = list(inputs), clip_norm
+        zero = torch.zeros(1, dtype=torch.float64, device=device)
+        self.health = [zero] if is_guarded else []
         self.module: GraphModule = self._trace()
 
     @property
     def tensors(self) -> list[Tensor]:
         own = [each for group in self.groups for each in group.tensors]
-        return [*own, self.index, self.losses, *self.draws, *self.inputs, *self.gradients.constants]
+        given = [*self.draws, *self.inputs, *self.gradients.constants]
+        return [*own, self.index, self.losses, *self.health, *given]
 
     @property
     def changed(self) -> list[Tensor]:
         """The tensors that each step changes."""
         own = [t for g in self.groups for t in (g.values, *g.slots.values(), g.steps)]
-        return [*own, self.index, self.losses]
+        return [*own, self.index, self.losses, *self.health]
 
     def _trace(self) -> GraphModule:
         with torch.no_grad():
@@ -61,7 +72,7 @@ class StepGraph:
             return [next(remaining) for _ in range(count)]
 
         owned = [take(len(group.tensors)) for group in self.groups]
-        index, losses = take(2)
+        (index, losses), health = take(2), take(len(self.health))
         rows = [buffer.index_select(0, index).view(-1) for buffer in take(len(self.draws))]
         inputs, constants = take(len(self.inputs)), list(remaining)
         views: dict[int, Tensor] = {}
@@ -69,10 +80,28 @@ class StepGraph:
             views |= {id(m.parameter): m.view(values) for m in group.members}
         parameters = self.gradients.parameters
         loss, found = self.gradients([views[id(p)] for p in parameters], inputs, rows, constants)
-        by_id: dict[int, Any] = dict(zip(map(id, parameters), found, strict=True))
+        gradients, is_finite = self._checked(loss, found, health)
+        by_id: dict[int, Any] = dict(zip(map(id, parameters), gradients, strict=True))
         for group, own in zip(self.groups, owned, strict=True):
-            group.update(own, [by_id[id(m.parameter)] for m in group.members], index)
+            group.update(own, [by_id[id(m.parameter)] for m in group.members], index, is_finite)
         here = torch.arange(self.block, device=index.device) == index
         losses.copy_(torch.where(here, loss.to(losses.dtype), losses))
         index.copy_(index + 1)
         return []
+
+    def _checked(
+        self, loss: Tensor, gradients: Sequence[Tensor], health: list[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return the gradients, clipped, and whether all was finite so far where this matters."""
+        if self.clip_norm is None and not health:
+            return gradients, None
+        first = gradients[0]
+        norms = [g.norm().to(first.device, torch.float64) for g in gradients]
+        norm = torch.stack(norms).norm()
+        if self.clip_norm is not None and self.clip_norm < math.inf:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [g * factor.to(g) for g in gradients]
+        if not health:
+            return gradients, None
+        health[0].copy_(health[0] + loss.to(health[0]) + norm.to(health[0]))
+        return gradients, health[0].isfinite()
