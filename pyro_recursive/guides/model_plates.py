@@ -147,7 +147,7 @@ class ModelPlates:
 
     def complete(self, guide: Any, call: GuideCall) -> None:
         """Add the plates of a call that nobody made, and check the others."""
-        if self.watched is not None and minibatch_rows() is None:
+        if self.watched is not None and minibatch_rows() is None and not is_dry_run():
             seen = self._seen or SeenInputs.of(call.raw)
             self._seen = seen.after(call.raw, type(guide).__name__, self.watched)
         for latents in guide.groups:

@@ -44,16 +44,16 @@ NOISE = 100.0  # a difference so many times that of two runs of one particle is 
 def choose(program: Program, structure: ProgramStructure) -> None:
     """Set the mode of a structure, and the cause if it is not the plate.
 
-    Programs are compared at their parameters and near them: what a weight of zero hides in
-    the first call matters in later ones.
+    Programs are compared at their parameters and data and near them: what a zero hides in the
+    first call matters in later ones.
     """
     if structure.mode is not None:
         return
     with isolated(), DryRun(), torch.enable_grad():
         found = [_Comparison(program, structure).choice()]
-        with suppress(Exception), perturbed(program):
-            mode, cause = _Comparison(program, structure).choice()
-            if RAISES not in cause:  # other parameters may be impossible
+        with suppress(Exception), perturbed(program) as near:
+            mode, cause = _Comparison(near, structure).choice()
+            if RAISES not in cause:  # other values may be impossible
                 found.append((mode, cause))
     structure.mode, structure.cause = max(found, key=lambda each: MODES.index(each[0]))
 

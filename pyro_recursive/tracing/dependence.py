@@ -48,15 +48,15 @@ def dependence_of(program: Program) -> dict[str, PlateDependence]:
     Tested are the plates that enclose all sites, those that enclose all data, and those of sites
     that are not reparameterised; a plate that cannot be tested is left out. Batch normalisation
     runs in eval mode, as it would couple the rows of any minibatch. The program is tested at its
-    parameters and near them, as in `choice.choose`.
+    parameters and data and near them, as in `choice.choose`.
     """
     structure = structure_of(program)
     if structure.dependence is None:
         with isolated(), DryRun(), torch.no_grad(), _batch_norm_in_eval_mode():
             found = [_tested(program)]
             if found[0]:
-                with suppress(Exception), perturbed(program):
-                    found.append(_tested(program))
+                with suppress(Exception), perturbed(program) as near:
+                    found.append(_tested(near))
         structure.dependence = {
             name: reduce(or_, (each[name] for each in found if name in each)) for name in found[0]
         }

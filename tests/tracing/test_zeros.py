@@ -1,13 +1,17 @@
-"""Parameters of zero hide how a program treats samples and rows; they need not stay zero."""
+"""Parameters and data of zero hide how a program treats samples and rows; they may change."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_recursive import IWAE_ELBO, MultiSampleELBO, bounds, log_marginal
+from pyro_recursive import IWAE_ELBO, AmortizedGuide, MultiSampleELBO, bounds, log_marginal
 
 X = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64)
 Y = 0.8 * X + 0.3
@@ -61,3 +65,95 @@ def test_a_weight_of_zero_hides_no_dependence(factor: float) -> None:
     with pytest.raises(ValueError, match="'g', outside plate 'data', depends on latents"):
         loss.loss(model, guide)
     assert weight.item() == factor
+
+
+def normal(b: Tensor, x: Tensor, y: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(b[0] * x, 1.0), obs=y)
+
+
+def poisson(b: Tensor, x: Tensor, y: Tensor) -> None:
+    """Counts have no other values near them: the covariates change alone."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Poisson((b[0] * x).exp()), obs=y)
+
+
+def normal_pair(b: Tensor, x: dict[str, Tensor], y: Tensor) -> None:
+    normal(b, x["slope"], y)
+    with pyro.plate("others", len(y)):
+        pyro.sample("n", dist.Poisson((b[0] * x["others"][0]).exp()), obs=y)
+
+
+COUNTS = torch.tensor([0.0, 1.0, 3.0, 2.0])
+COVARIATES = torch.tensor([-0.5, 0.2, 1.0, 0.4])
+LIKELIHOODS: dict[str, tuple[Callable, Callable[[Tensor], Any]]] = {
+    "normal": (normal, lambda x: x),
+    "poisson": (poisson, lambda x: x),
+    "in a dictionary": (normal_pair, lambda x: {"slope": x, "others": (x,)}),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_data_of_zero_hide_no_mixing(name: str) -> None:
+    """Covariates are zero in the first call; the second is compared with quadrature."""
+    likelihood, argument = LIKELIHOODS[name]
+
+    def model(x: Any, y: Tensor) -> None:
+        likelihood(pyro.sample("b", dist.Normal(torch.zeros(1), 1.0).to_event(1)), x, y)
+
+    def guide(x: Any, y: Tensor) -> None:
+        pyro.sample("b", dist.Normal(torch.full((1,), 0.7), 0.7).to_event(1))
+
+    grid = torch.linspace(-7.0, 7.0, 401)
+    for x in (torch.zeros(4), COVARIATES):
+        before = x.clone()
+        found = log_marginal(
+            model, guide, argument(x), COUNTS, num_particles=4000, diagnostics=True
+        )
+        joint = torch.stack(
+            [
+                poutine.trace(poutine.condition(model, {"b": b[None]}))
+                .get_trace(argument(x), COUNTS)
+                .log_prob_sum()
+                for b in grid
+            ]
+        )
+        exact = joint.logsumexp(0) + (grid[1] - grid[0]).log()
+        assert abs(found.log_marginal - exact) < 4 * found.standard_error + 1e-6
+        assert torch.equal(x, before)
+
+
+def test_data_of_zero_hide_no_dependence() -> None:
+    """Rows share one weight, as their densities depend on all latents where x is not zero."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x * z.mean(-1, keepdim=True), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    log_marginal(model, guide, torch.zeros(3), num_particles=10)
+    x = torch.tensor([1.0, -2.0, 3.0])
+    found = log_marginal(model, guide, x, num_particles=20_000, diagnostics=True)
+    covariance = torch.eye(3) + torch.outer(x, x) / 3
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
+    assert found.log_marginal.shape == ()
+    assert abs(found.log_marginal - exact) < 4 * found.standard_error
+
+
+def test_a_guide_of_known_rows_is_not_told_of_other_data() -> None:
+    """Its inputs have not changed: it would warn."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide, x = AmortizedGuide(model, plate="data"), torch.zeros(3)
+    for _ in range(2):
+        IWAE_ELBO(5).loss(model, guide, x)
+    with pytest.warns(UserWarning, match="its inputs have changed"):
+        IWAE_ELBO(5).loss(model, guide, x + 1)
