@@ -270,7 +270,7 @@ class _Run:
                 loss = step(batch, self.num_epochs + 1)
                 sizes, learner.sizes = learner.sizes, None
                 if sizes and self.batches.rows is not None and learner.group.is_alone:
-                    sizes.warn(learner.group.rows, self.batches.rows, stacklevel=4)
+                    sizes.warn(learner.model, batch, self.batches.rows, stacklevel=4)
                 total, count = total.to(loss) + loss, count + 1
                 rows += learner.group.rows
                 bar.update()

@@ -165,22 +165,30 @@ class BatchTakenForData(Messenger):
             plates = {name: sized_by(msg, frame) for name, frame in plates_of(msg).items()}
             self.seen[msg["name"]] = msg["is_observed"], plates, own_scale(msg)
 
-    def warn(self, rows: int, total: int, stacklevel: int) -> None:
+    def warn(self, model: Callable, batch: Batch, total: int, stacklevel: int) -> None:
         """Warn where data are in a plate of the batch's rows, and a latent is outside of it.
 
         Programs weight the rows themselves where the scales of both sites differ, or where a plate
-        of the data is subsampled.
+        of the data is subsampled. Another plate may be as large as the batch: see `plates_of_rows`.
         """
-        latents = {
-            name: scale
-            for name, (observed, plates, scale) in self.seen.items()
-            if not observed and rows not in [f.full_size or f.size for f in plates.values()]
+        rows = rows_of(batch)
+        latents = {name: each[1:] for name, each in self.seen.items() if not each[0]}
+        data = [
+            (plates, scale)
+            for observed, plates, scale in self.seen.values()
+            if observed and all(frame.full_size in (None, frame.size) for frame in plates.values())
+        ]
+        alike = {name for plates, _ in data for name, f in plates.items() if f.size == rows}
+        if rows >= total or all(alike <= plates.keys() for plates, _ in latents.values()):
+            return
+        of_rows = plates_of_rows(model, batch, {}, rows, total)
+        outside = {
+            n: scale for n, (plates, scale) in latents.items() if not of_rows & plates.keys()
         }
-        for observed, plates, scale in self.seen.values():
-            plate = next((name for name, frame in plates.items() if frame.size == rows), None)
-            is_cut = any(frame.full_size not in (None, frame.size) for frame in plates.values())
-            latent = next((name for name in latents if _is_close(latents[name], scale)), None)
-            if rows < total and observed and plate and latent and not is_cut:
+        for plates, scale in data:
+            plate = next((name for name in plates if name in of_rows), None)
+            latent = next((name for name in outside if _is_close(outside[name], scale)), None)
+            if plate and latent:
                 warnings.warn(
                     f"Plate '{plate}' has {rows} rows, those of a batch, of {total}: the prior of "
                     f"latent '{latent}' outside it counts {total / rows:.3g} times too much. Write "

@@ -67,6 +67,23 @@ def loop(x: Tensor) -> None:
         pyro.sample(f"x{i}", dist.Normal(mean, 1.0), obs=x[i])
 
 
+def as_many_groups(x: Tensor) -> None:
+    """4 means, each of the columns of a batch of 4 rows."""
+    with pyro.plate("groups", 4, dim=-2):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with of_batch(x):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x.expand(4, len(x)))
+
+
+def as_many_sensors(x: Tensor) -> None:
+    """4 sensors whose data are all in each call, beside a minibatch of 4 rows."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("sensors", 4):
+        pyro.sample("s", dist.Normal(mean, 1.0), obs=torch.ones(4))
+    with of_all(x):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
 class LocalGuide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +102,8 @@ part = DataLoader(TensorDataset(normal_data()), 8, sampler=SubsetRandomSampler(r
 MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "plate of the batch": (grouped(of_batch), {"kl_warmup": 5}, True),
     "in a loop": (loop, {}, True),
+    "as many groups": (as_many_groups, {}, True),
+    "as many sensors": (as_many_sensors, {}, False),
     "loader": (grouped(of_batch), {"data": loader, "batch_size": None}, True),
     "all scaled": (grouped(of_batch, all_=0.1), {}, True),
     "scaled by hand": (grouped(of_batch, own=3.0), {}, False),
