@@ -30,6 +30,19 @@ class Batch(tuple):
         return batch
 
 
+class Table:
+    """Minibatches of one size, as the numbers ``index`` ``[batches, rows]`` of their rows."""
+
+    def __init__(self, columns: tuple[Tensor, ...], index: Tensor, numbered: bool) -> None:
+        self.columns, self.index, self.numbered = columns, index, numbered
+
+    def batch(self, number: int) -> Batch:
+        """Return one of the minibatches."""
+        rows = self.index[number]
+        known = MinibatchRows(rows, len(self.columns[0])) if self.numbered else UNKNOWN
+        return Batch.of([column[rows.to(column.device)] for column in self.columns], known)
+
+
 class Minibatches:
     """The batches of an epoch, anew at each iteration: tuples of the arguments of model and guide.
 
@@ -132,6 +145,21 @@ class Minibatches:
             yield self._transformed(batch) if self.transform and has_rows else batch
         if batch is None:
             raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")
+
+    def pieces(self) -> Iterator[Batch | Table]:
+        """Yield the same batches, those of tensors in tables where they are of one size."""
+        if self.order is None or self.transform is not None or self.processes.count > 1:
+            yield from self
+            return
+        assert not isinstance(self.data, DataLoader)
+        columns, size = self.data, self.batch_size or len(self.data[0])
+        order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
+        order = order.to(columns[0].device)
+        whole = len(order) - len(order) % size
+        if whole:
+            yield Table(columns, order[:whole].view(-1, size), self.numbered)
+        if whole < len(order) and not (self.even and whole):
+            yield Table(columns, order[whole:].unsqueeze(0), self.numbered).batch(0)
 
     def _transformed(self, batch: Batch) -> Batch:
         assert self.transform is not None

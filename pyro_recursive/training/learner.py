@@ -20,7 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
 from pyro_recursive.training import checkpoint
-from pyro_recursive.training.data import Batch, Minibatches
+from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
+from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.steps import CompiledSteps, Training
+from pyro_recursive.training.data import Batch, Minibatches, Table
 from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.interrupts import Interrupts
 from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
@@ -50,6 +53,7 @@ class Learner:
         check_every: int | None,
         modules: Iterable[Module],
         processes: ProcessGroup,
+        engine: EngineName | None = None,
     ) -> None:
         """Store the arguments of `fit`; the first step finds parameters and makes the optimiser."""
         self.model, self.guide, self.loss = model, guide, loss
@@ -67,6 +71,7 @@ class Learner:
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
         self.has_validated = False
         self.interrupts = Interrupts()
+        self.compiled = None if engine is None else self._compiled_steps(engine)
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
 
@@ -108,6 +113,67 @@ class Learner:
         self.steps += owner != "guide"
         self.guide_steps += owner == "guide"
         return loss
+
+    def take(self, piece: Batch | Table, epoch: int) -> Iterator[Tensor]:
+        """Take the steps of some batches; yield their losses in nats, ``[steps]``, in blocks."""
+        done, count = 0, len(piece.index) if isinstance(piece, Table) else 1
+        while done < count:
+            self.interrupts.check()
+            batch = piece.batch(done) if isinstance(piece, Table) else piece
+            assert self.compiled is not None
+            with batch.rows:
+                call = Call(tuple(batch), {})
+                if isinstance(piece, Table):
+                    call = Call(tuple(batch), {}, piece.columns, piece.index[done:])
+                self._present = batch, epoch
+                found = self.compiled.find(call)
+                if isinstance(found, CompiledStep):
+                    found.prepare(call)
+                    losses = found.take_many(count - done).clone()
+                    first = self._note_block(found.step.health[0], losses)
+                    if first is not None:
+                        bad = piece.batch(done + first) if isinstance(piece, Table) else piece
+                        self.check(bad, epoch)
+                else:
+                    losses = found.reshape(1)
+            done += len(losses)
+            yield losses
+
+    def _note_block(self, health: Tensor, losses: Tensor) -> int | None:
+        """Count the steps of a block; return the first that is not finite, where that is checked.
+
+        Compiled steps change nothing from that one on.
+        """
+        self.steps += len(losses)
+        self.health = health.squeeze(0)
+        every = self.check_every or (1 if health.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY)
+        if self.steps % every >= len(losses) or math.isfinite(self.health.item()):
+            return None
+        first = int((~losses.isfinite()).int().argmax())
+        self.steps -= len(losses) - first
+        return first
+
+    def _compiled_steps(self, engine: EngineName) -> CompiledSteps:
+        """Return the compiled form of `step`, for one process."""
+        if not self.group.is_alone:
+            raise ValueError("compile=True trains in one process. Leave it out, or start one.")
+
+        def differentiable(*batch: Any) -> Tensor:
+            return self.loss.differentiable_loss(self.model, self.guide, *batch)
+
+        def eager(call: Call) -> Tensor:
+            return self.step(*self._present)
+
+        roots = {"model": self.model, "guide": self.guide, "loss": self.loss}
+        training = Training(
+            differentiable,
+            eager,
+            lambda parameter: (self.optimizer, {}),
+            roots,
+            self.clip_norm,
+            is_guarded=True,
+        )
+        return CompiledSteps(training, engine, strict=False)
 
     def check(
         self,

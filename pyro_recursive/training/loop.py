@@ -5,7 +5,7 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +26,8 @@ from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
-from pyro_recursive.training.data import Data, Minibatches
+from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.data import Batch, Data, Minibatches, Table, rows_of
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
 
@@ -61,6 +62,7 @@ def fit(
     progress: bool = True,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
+    compile: bool | EngineName = False,
 ) -> History:
     """Minimise a loss over the parameters of model and guide; resumes bit for bit.
 
@@ -91,6 +93,8 @@ def fit(
         progress: whether to show a bar, in a terminal or a notebook.
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
+        compile: whether to compile the steps, or an engine of `CompiledSVI`; batches of tensors run
+            in blocks, with other random numbers of the same law. `aggressive` steps run eagerly.
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; names the site.
@@ -131,7 +135,8 @@ def fit(
                 _is_same(data, validation),
             )
         learner = Learner(
-            model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules, processes
+            *(model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules),
+            *(processes, "auto" if compile is True else compile or None),
         )
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
@@ -259,27 +264,42 @@ class _Run:
 
     def _train(self, weight: float, phase: Phase | None, bar: tqdm) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of one pass over the batches."""
-        learner = self.learner
-        step = learner.step if phase is None else phase.stepper()
+        learner, epoch = self.learner, self.num_epochs + 1
         total, count, rows = torch.zeros(()), 0, 0  # on the device, which is not waited for
-        warmup: AbstractContextManager = KLWarmup(weight) if weight < 1 else nullcontext()
-        self.batches.set_epoch(self.num_epochs + 1)
+        # One graph serves all weights.
+        is_weighted = weight < 1 or (learner.compiled is not None and self.settings["kl_warmup"])
+        warmup: AbstractContextManager = KLWarmup(weight) if is_weighted else nullcontext()
+        self.batches.set_epoch(epoch)
         learner.begin_pass()
         with warmup:
-            for batch in self.batches:
-                loss = step(batch, self.num_epochs + 1)
+            for losses, batch in self._steps(phase, epoch):
                 sizes, learner.sizes = learner.sizes, None
                 if sizes and self.batches.rows is not None and learner.group.is_alone:
                     sizes.warn(learner.model, batch, self.batches.rows, stacklevel=4)
-                total, count = total.to(loss) + loss, count + 1
-                rows += learner.group.rows
-                bar.update()
+                total, count = total.to(losses) + losses.sum(), count + len(losses)
+                rows += learner.group.rows * len(losses)
+                bar.update(len(losses))
                 if self.on_step is not None:
-                    self.on_step(learner.steps, loss)
-            learner.check(batch, self.num_epochs + 1)
+                    for number, loss in enumerate(losses, learner.steps - len(losses) + 1):
+                        self.on_step(number, loss)
+            learner.check(batch, epoch)
             learner.end_pass()
             learner.show_weights()
         return total.item() / count, rows / count
+
+    def _steps(self, phase: Phase | None, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
+        """Take the steps of an epoch; yield losses ``[steps]`` and the last batch."""
+        learner = self.learner
+        if learner.compiled is not None and phase is None:
+            for piece in self.batches.pieces():
+                batch = piece.batch(-1) if isinstance(piece, Table) else piece
+                for losses in learner.take(piece, epoch):
+                    learner.group.rows = rows_of(batch)
+                    yield losses, batch
+            return
+        step = learner.step if phase is None else phase.stepper()
+        for batch in self.batches:
+            yield step(batch, epoch).reshape(1), batch
 
     def end_epoch(self, keep_best: bool) -> None:
         """Step the schedule, keep the best weights, write the checkpoint."""

@@ -1,7 +1,7 @@
 """The compiled step of calls of one form: how it is made, and how it takes over a call."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,14 +18,24 @@ from pyro_recursive.training.compiled.engines import Engine, EngineName, make_en
 from pyro_recursive.training.compiled.flat import FlatGroup, Unsupported
 from pyro_recursive.training.compiled.gradients import trace_gradients
 from pyro_recursive.training.compiled.python_state import PythonState
-from pyro_recursive.training.compiled.step_graph import StepGraph
+from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
 
 
 class Call:
-    """The arguments of one call: its tensors, and all else that a graph depends on."""
+    """The arguments of one call: its tensors, and all else that a graph depends on.
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    With ``columns`` and a ``table`` of numbers of their rows, ``[steps, rows]``, a graph takes the
+    rows of each step by itself; the arguments are those of the first.
+    """
+
+    def __init__(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        columns: tuple[Tensor, ...] = (),
+        table: Tensor | None = None,
+    ) -> None:
+        self.args, self.kwargs, self.columns, self.table = args, kwargs, columns, table
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.rows, self.handlers = minibatch_rows(), list(poutine.runtime._PYRO_STACK)
         self.weights = [h for h in self.handlers if isinstance(h, KLWarmup)]
@@ -44,7 +54,8 @@ class Call:
         forms = tuple((t.shape, t.dtype, t.device) for t in self.inputs)
         rows = self.rows and (self.rows.index is None, self.rows.total)
         handlers = tuple(map(type, self.handlers))
-        return self.spec, rest, forms, rows, handlers, torch.get_default_dtype()
+        is_table = self.table is not None
+        return self.spec, rest, forms, rows, handlers, is_table, torch.get_default_dtype()
 
     @contextmanager
     def given(self, inputs: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[tuple, dict]]:
@@ -78,23 +89,24 @@ class CompiledStep:
         groups_of: Callable[[list[Tensor]], list[FlatGroup]],
         engine: EngineName,
     ) -> None:
-        roots = training.roots | {
-            type(each).__name__: each for each in call.handlers if each not in call.weights
-        }
+        others = [handler for handler in call.handlers if handler not in call.weights]
+        roots = training.roots | {type(handler).__name__: handler for handler in others}
         self.state = PythonState(roots)
-        self.inputs, self.owns_inputs = [each.detach() for each in call.inputs], False
+        traced = [each.detach() for each in call.inputs]
+        self.inputs, self.owns_inputs = traced, False
+        self.table: MinibatchTable | None = None
         self.weights = [
             torch.tensor(float(handler.weight), dtype=torch.float64) for handler in call.weights
         ]
 
         def run() -> Tensor:
-            with call.given(self.inputs, self.weights) as (args, kwargs), site:
+            with call.given(traced, self.weights) as (args, kwargs), site:
                 return training.differentiable(*args, **kwargs)
 
         site = _LastSite()
         try:
             with _restored_buffers(self.state):
-                gradients = trace_gradients(run, [*self.inputs, *self.weights])
+                gradients = trace_gradients(run, [*traced, *self.weights])
         except Exception as error:
             raise Unsupported(_reason(error, site.name)) from error
         moving = self.state.settle()
@@ -102,10 +114,15 @@ class CompiledStep:
             if not entry.is_private:
                 raise Unsupported(f"{entry.name} changes in each run of model or guide")
         self.groups = groups_of(gradients.parameters)
+        if call.table is not None:
+            index, columns = call.table[:1].repeat(MAX_BLOCK, 1), call.columns
+            self.table = MinibatchTable(index, len(columns), is_numbered=len(traced) > len(columns))
+            self.inputs = [each.detach() for each in columns]
         self.step = StepGraph(
             gradients,
             self.groups,
             [*self.inputs, *self.weights],
+            table=self.table,
             clip_norm=training.clip_norm,
             is_guarded=training.is_guarded,
         )
@@ -144,10 +161,12 @@ class CompiledStep:
             group.read_rates()
         for handler, weight in zip(call.weights, self.weights, strict=True):
             weight.fill_(float(handler.weight))
-        each = zip(call.inputs, self.inputs, strict=True)
-        if all(
-            new.data_ptr() == old.data_ptr() and new.stride() == old.stride() for new, old in each
-        ):
+        inputs: Sequence[Tensor] = call.inputs
+        if self.table is not None and call.table is not None:
+            inputs = call.columns
+            rows = call.table[: self.step.block]
+            self.table.index[: len(rows)] = rows
+        if all(map(_is_same, inputs, self.inputs)):
             return
         if not self.owns_inputs:
             self.owns_inputs, self.inputs = True, [each.clone() for each in self.inputs]
@@ -155,7 +174,7 @@ class CompiledStep:
             with self.undone():
                 self.engine.rebind()
         with torch.no_grad():
-            for new, old in zip(call.inputs, self.inputs, strict=True):
+            for new, old in zip(inputs, self.inputs, strict=True):
                 old.copy_(new)
 
     def take(self) -> Tensor:
@@ -177,6 +196,10 @@ class CompiledStep:
         return self.step.losses[:count]
 
 
+def _is_same(new: Tensor, old: Tensor) -> bool:
+    return new.data_ptr() == old.data_ptr() and new.stride() == old.stride()
+
+
 class _LastSite(Messenger):
     """Knows the site that a program has reached."""
 
@@ -184,10 +207,6 @@ class _LastSite(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         self.name = msg["name"]
-
-
-def _is_same(new: Tensor, old: Tensor) -> bool:
-    return new.data_ptr() == old.data_ptr() and new.stride() == old.stride()
 
 
 def _reason(error: Exception, site: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,32 @@ MAX_BLOCK = 64  # steps
 MAX_DRAWS = 2**25  # bytes of draws for one block
 
 
+@dataclass(frozen=True)
+class MinibatchTable:
+    """The first ``columns`` inputs are data, of which step n takes the rows ``index[n]``.
+
+    ``index`` is ``[block, rows]``; with ``is_numbered`` the loss has it as one more input.
+    """
+
+    index: Tensor
+    columns: int
+    is_numbered: bool
+
+    def minibatch(self, rows: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        """Return the inputs of the loss in a step with these rows."""
+        data, rest = inputs[: self.columns], inputs[self.columns :]
+        batch = [column.index_select(0, rows.to(column.device)) for column in data]
+        return [*batch, *([rows] if self.is_numbered else []), *rest]
+
+
 class StepGraph:
     """A graph that takes a step in place: ``graph(*tensors)``.
 
     `tensors` are those of the flat groups, the number of the step in its block ``index`` ``[1]``,
     the ``losses`` of the block ``[block]``, the draws of its steps ``[block, size]`` for each pool,
-    the inputs of the loss and the constants; with ``is_guarded`` also their ``health``, a sum of
-    all losses and norms of gradients, and a step changes nothing once that is not finite.
+    the index of a ``table``, the inputs of the loss and the constants; with ``is_guarded`` also
+    their ``health``, a sum of all losses and norms of gradients, and a step changes nothing once
+    that is not finite.
     """
 
     def __init__(
@@ -31,6 +51,7 @@ class StepGraph:
         groups: Sequence[FlatGroup],
         inputs: Sequence[Tensor],
         *,
+        table: MinibatchTable | None = None,
         clip_norm: float | None = None,
         is_guarded: bool = False,
     ) -> None:
@@ -41,6 +62,7 @@ class StepGraph:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(self.block, dtype=torch.float64, device=device)
         self.draws = gradients.plan.empty(self.block)
+        self.table = table
         self.inputs, self.clip_norm = list(inputs), clip_norm
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         self.health = [zero] if is_guarded else []
@@ -49,7 +71,8 @@ class StepGraph:
     @property
     def tensors(self) -> list[Tensor]:
         own = [each for group in self.groups for each in group.tensors]
-        given = [*self.draws, *self.inputs, *self.gradients.constants]
+        index = [] if self.table is None else [self.table.index]
+        given = [*self.draws, *index, *self.inputs, *self.gradients.constants]
         return [*own, self.index, self.losses, *self.health, *given]
 
     @property
@@ -74,7 +97,10 @@ class StepGraph:
         owned = [take(len(group.tensors)) for group in self.groups]
         (index, losses), health = take(2), take(len(self.health))
         rows = [buffer.index_select(0, index).view(-1) for buffer in take(len(self.draws))]
+        table = take(0 if self.table is None else 1)
         inputs, constants = take(len(self.inputs)), list(remaining)
+        if self.table is not None:
+            inputs = self.table.minibatch(table[0].index_select(0, index).view(-1), inputs)
         views: dict[int, Tensor] = {}
         for group, (values, *_) in zip(self.groups, owned, strict=True):
             views |= {id(m.parameter): m.view(values) for m in group.members}

@@ -1,0 +1,84 @@
+"""`fit(compile=...)` takes the steps of `fit`."""
+
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_recursive import IWAE_ELBO, AmortizedGuide, fit
+from pyro_recursive.training.history import History
+from pyro_recursive.training.nan_search import NonFiniteError
+
+X = torch.randn(64, 2, generator=torch.Generator().manual_seed(3)).double()
+ADAM = partial(torch.optim.Adam, lr=0.02)
+
+
+class Model(nn.Module):
+    """Rows with one latent each; 16 draws a step are the same random numbers in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+
+def run(compile: Any, x: Tensor = X, encoder: bool = True, **options: Any) -> tuple[History, Any]:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model = Model()
+    guide = AmortizedGuide(model, nn.Linear(2, 2) if encoder else None, plate="data")
+    settings = {"epochs": 3, "batch_size": 16, "optimizer": ADAM, "seed": 4, "progress": False}
+    loss = IWAE_ELBO(1, estimator="dreg")
+    history = fit(model, guide, x, loss=loss, compile=compile, **settings | options)
+    values = torch.cat([p.detach().reshape(-1) for m in (model, guide) for p in m.parameters()])
+    return history, values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder": False},  # parameters by row
+        {"clip_norm": 0.5, "kl_warmup": 3},
+        {"batch_size": 48},  # the last batch has 16 rows
+        {"batch_size": None, "epochs": 6},
+        {"scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)},
+        {"shuffle": False},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_compiled_fit_takes_the_steps_of_fit(options: dict[str, Any]) -> None:
+    (expected, end), (found, same) = run(False, **options), run("graph", **options)
+    torch.testing.assert_close(torch.tensor(found.loss), torch.tensor(expected.loss))
+    torch.testing.assert_close(same, end, rtol=1e-9, atol=1e-11)
+    assert (found.steps, found.rows) == (expected.steps, expected.rows)
+
+
+def test_on_step_is_called_for_each_step_of_a_block() -> None:
+    seen: list[tuple[int, float]] = []
+    history, _ = run("graph", on_step=lambda step, loss: seen.append((step, loss.item())))
+    assert [step for step, _ in seen] == list(range(1, 13))
+    assert history.loss[2] == pytest.approx(sum(loss for _, loss in seen[8:]) / 4)
+
+
+def test_a_block_stops_before_what_is_not_finite() -> None:
+    x = X.clone()
+    x[-1] = torch.inf  # the last rows of the first epoch
+    with pytest.raises(NonFiniteError, match="step 4, epoch 1"):
+        run("graph", x, epochs=1, shuffle=False)
+
+
+def test_checkpoints_hold_the_state_of_compiled_steps(tmp_path: Any) -> None:
+    file = tmp_path / "run.pt"
+    run("graph", checkpoint=file, epochs=2)
+    states = torch.load(file, weights_only=False)["learner"]["states"]
+    assert {int(state["step"]) for state in states[0]["state"].values()} == {8}
