@@ -27,7 +27,7 @@ from pyro_recursive.mapa import candidates
 from pyro_recursive.mapa.guide import MAPAGuide
 from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.priors import ExemplarPrior, VampPrior
-from pyro_recursive.training import fit
+from pyro_recursive.training import CompiledSVI, fit
 
 __all__ = [
     "CIWAE_ELBO",
@@ -38,6 +38,7 @@ __all__ = [
     "PIWAE_ELBO",
     "SIWAE_ELBO",
     "AmortizedGuide",
+    "CompiledSVI",
     "ExemplarPrior",
     "FlowGuide",
     "MAPAGuide",

@@ -4,6 +4,7 @@ from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.minibatch import MinibatchRows
 from pyro_recursive.training.aggressive import Aggressive
 from pyro_recursive.training.checkpoint import CheckpointError
+from pyro_recursive.training.compiled.svi import CompiledSVI
 from pyro_recursive.training.history import History, burda_schedule
 from pyro_recursive.training.loop import fit
 from pyro_recursive.training.nan_search import NonFiniteError
@@ -11,6 +12,7 @@ from pyro_recursive.training.nan_search import NonFiniteError
 __all__ = [
     "Aggressive",
     "CheckpointError",
+    "CompiledSVI",
     "History",
     "KLWarmup",
     "MinibatchRows",

@@ -129,7 +129,7 @@ class CompiledStep:
         plan = gradients.plan
         self.first_draws = plan.slices(self.step.draws)
         with self.undone():
-            plan.fill(self.step.draws)
+            plan.fill(self.step.draws, self.step.block)
             self.engine: Engine = make_engine(self.step, engine)
 
     @contextmanager
@@ -185,8 +185,9 @@ class CompiledStep:
 
     def take_many(self, count: int) -> Tensor:
         """Take steps, at most a block of them; return their losses, a view."""
-        self.step.gradients.plan.fill(self.step.draws)
-        return self._run(min(count, self.step.block))
+        count = min(count, self.step.block)
+        self.step.gradients.plan.fill(self.step.draws, count)
+        return self._run(count)
 
     def _run(self, count: int) -> Tensor:
         self.step.index.zero_()

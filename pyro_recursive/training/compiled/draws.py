@@ -169,10 +169,10 @@ class DrawPlan:
         """Return a buffer ``[steps, size]`` for each pool."""
         return [pool.empty(steps) for pool in self.pools]
 
-    def fill(self, buffers: Sequence[Tensor]) -> None:
-        """Draw for all steps: the same law as step by step, in another order."""
+    def fill(self, buffers: Sequence[Tensor], count: int) -> None:
+        """Draw for the first steps: the same law as step by step, in another order."""
         for pool, buffer in zip(self.pools, buffers, strict=True):
-            pool.fill(buffer)
+            pool.fill(buffer[:count])
 
     def slices(self, buffers: Sequence[Tensor], step: int = 0) -> list[tuple[Draw, Tensor]]:
         """Return each draw of a step and where it goes, in the order of an eager step.
