@@ -8,6 +8,7 @@ import sys
 
 from benchmarks import (
     bounds,
+    encoder_starts,
     examples,
     guides,
     mapa,
@@ -22,6 +23,7 @@ from benchmarks import (
 
 MODULES = (
     bounds,
+    encoder_starts,
     examples,
     guides,
     mapa,

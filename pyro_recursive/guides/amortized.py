@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
-from pyro_recursive.guides.packing import LatentBlock
+from pyro_recursive.guides.marginals import log_density
+from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
-from pyro_recursive.guides.starts import InitLocFn, StartSearch, move_output
+from pyro_recursive.guides.starts import InitLocFn, LastBiases, StartSearch
 from pyro_recursive.tracing.isolation import isolated
+
+DRAWS = 4  # of each row, to compare two starts of an encoder
+TRIES = 4  # of a start, with the scales halved after each
 
 
 class AmortizedGuide(LatentGuide):
@@ -35,7 +39,7 @@ class AmortizedGuide(LatentGuide):
             plate's rows first; by default the first argument.
         init_loc_fn: where the Gaussians start: a function of a site, as in Pyro's autoguides. By
             default the median of the prior in closed form, its mean, or zero in unconstrained
-            space. An encoder's last linear layer is moved there, if the density is much higher.
+            space. An encoder's last linear layer is moved there, if the ELBO is much higher.
         init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
@@ -91,27 +95,49 @@ class AmortizedGuide(LatentGuide):
     def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
         """Add the start to the encoder's locations, as those of new networks are around zero.
 
-        Only where the density gains more than a nat for each latent and row: an encoder that was
-        trained, or moved by another guide, stays as it is.
+        Only where the ELBO gains more than a nat for each latent and row; the scales are halved, a
+        few times at most, until it does. An encoder that was trained, or moved by another guide,
+        stays as it is.
         """
         latents = self.groups[-1]
         if not latents.local or not isinstance(self.encoder, nn.Module):
             return
+        start = search.find(self.init_loc_fn)
+        loc = latents.flatten(start).reshape(-1, latents.size).mean(0)
+        if not bool(loc.any()):
+            return
         with isolated():
             call = guide.new_call(search.args, search.kwargs)
-            try:
-                loc = self.family(self.variational_params(latents, call), latents.size).mean
-            except (ValueError, RuntimeError, TypeError):  # a call says what is wrong
+        try:
+            own = self._elbo(latents, call, search, start)
+        except (ValueError, RuntimeError, TypeError):  # a call says what is wrong
+            return
+        with isolated():
+            outputs = LastBiases(self.encoder, call.rows(latents), latents.size)
+        outputs.add(0, loc)
+        for _ in range(TRIES):
+            elbo = self._elbo(latents, call, search, start)
+            if math.isfinite(elbo) and not elbo - own <= 1:
                 return
-            start = search.find(self.init_loc_fn)
-            step = latents.flatten(start).reshape(-1, latents.size).mean(0)
-            minibatch = {name: plate.indices for name, plate in call.plates.items()}
-            own, moved = (
-                search.log_density({**start, **latents.unflatten(each)}, minibatch)
-                for each in (loc, loc + step)
-            )
-            if math.isfinite(moved) and not moved - own <= loc.numel():
-                move_output(self.encoder, call.rows(latents), step)
+            outputs.add(1, torch.full_like(loc, -math.log(2.0)))
+        outputs.restore()
+
+    @isolated()
+    def _elbo(
+        self, latents: LatentBlock, call: GuideCall, search: StartSearch, start: Values
+    ) -> float:
+        """Estimate the ELBO of a latent and row, with others at a start; each time at one noise."""
+        params = self.variational_params(latents, call)
+        posterior, total = self.family(params, latents.size), 0.0
+        plates = [call.plates[frame.name] for frame in latents.rows]
+        scale = math.prod(plate.size / plate.subsample_size for plate in plates)
+        minibatch = {name: plate.indices for name, plate in call.plates.items()}
+        for _ in range(DRAWS):
+            u = posterior.sample()
+            log_q = log_density(posterior, u, latents.keep(call.kept)).sum()
+            log_p = search.log_density({**start, **latents.unflatten(u)}, minibatch)
+            total += log_p / scale - float(log_q)
+        return total / DRAWS / u.numel()
 
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
         """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""

@@ -6,6 +6,7 @@ draw, so that improper priors have a start.
 """
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -265,27 +266,41 @@ def component_steps(count: int, like: Tensor) -> Tensor:
     return torch.stack([steps, -steps], 1).flatten(0, 1)[:count]
 
 
-def move_output(network: nn.Module, rows: Any, shift: Tensor) -> None:
-    """Add ``shift`` to the first outputs by the bias of a last linear layer.
+class LastBiases:
+    """The biases of the linear layers that a network's output comes from, as they were found.
 
-    That is the last `torch.nn.Linear` with these outputs, if there is one: of all, or a head.
+    The output is in parts of one size. The layer of a part is the last `torch.nn.Linear` with these
+    outputs, if there is one: of all, or a head.
     """
-    outputs: list[tuple[nn.Linear, Tensor]] = []
 
-    def record(layer: Any, inputs: Any, output: Tensor) -> None:
-        outputs.append((layer, output))
+    def __init__(self, network: nn.Module, rows: Any, size: int) -> None:
+        self.size, self.outputs = size, list[tuple[nn.Linear, Tensor]]()
+        layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+        hooks = [layer.register_forward_hook(self._record) for layer in layers]
+        try:
+            self.final = network(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.former = [(layer.bias, layer.bias.clone()) for layer, _ in self.outputs]
 
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        final = network(rows)[..., : len(shift)]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for layer, output in reversed(outputs):
-        if layer.bias.requires_grad and torch.equal(output[..., : len(shift)], final):
-            layer.bias[: len(shift)] += shift
-            return
+    def _record(self, layer: Any, inputs: Any, output: Tensor) -> None:
+        self.outputs.append((layer, output))
+
+    def add(self, number: int, shift: Tensor) -> None:
+        """Add to a part of the output."""
+        first = number * self.size
+        part = self.final[..., first : first + self.size]
+        for (layer, output), at in itertools.product(reversed(self.outputs), (first, 0)):
+            own = slice(at, at + self.size)
+            if layer.bias.requires_grad and torch.equal(output[..., own], part):
+                layer.bias[own] += shift
+                return
+
+    def restore(self) -> None:
+        """Set the biases to what they were."""
+        for bias, value in self.former:
+            bias.copy_(value)
 
 
 def _log_prob(site: Site) -> Tensor:

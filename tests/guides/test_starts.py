@@ -30,6 +30,7 @@ from pyro_recursive import (
 from pyro_recursive.evaluation import mixture_diversity, posterior_draws
 from pyro_recursive.evaluation.draws import _fits_plate
 from pyro_recursive.evaluation.search import Search
+from pyro_recursive.guides.gaussian_families import Diagonal, Full, LowRank
 from tests.models import small
 
 
@@ -373,6 +374,51 @@ def test_a_new_encoder_starts_around_the_start_of_the_prior(kind: str) -> None:
     MixtureGuide(counts, [AmortizedGuide(counts, encoder)]).prepare(x)
     SemiAmortizedGuide(counts, AmortizedGuide(counts, encoder)).prepare(x[:3])
     assert torch.equal(encoder(x), after)
+
+
+def poisson_curves(intercept: Any, slope: Any) -> Any:
+    return dist.Poisson((intercept + slope * torch.arange(5.0)).exp())
+
+
+def curves(x: Tensor) -> None:
+    """Poisson counts on exponential curves: the rates of wide draws are huge."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor([1.0, 0.3]), 0.5).to_event(1))
+        pyro.sample("x", poisson_curves(z[..., :1], z[..., 1:]).to_event(1), obs=x)
+
+
+class FixedScales(nn.Module):
+    """Locations of a linear layer, and log-scales that no layer can move."""
+
+    def __init__(self, log_scale: float) -> None:
+        super().__init__()
+        self.loc, self.log_scale = nn.Linear(5, 2), log_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        loc = self.loc((x + 0.5).log() / 5)
+        return torch.cat([loc, torch.full_like(loc, self.log_scale)], -1)
+
+
+@pytest.mark.parametrize(("log_scale", "is_moved"), [(0.0, False), (math.log(0.1), True)])
+def test_the_move_is_judged_by_draws(log_scale: float, is_moved: bool) -> None:
+    """At the start the density is higher, but draws of scale 1 around it have a lower ELBO."""
+    x, encoder = poisson_curves(1.0, 0.3).sample((50,)), FixedScales(log_scale)
+    before = encoder.loc.bias.detach().clone()
+    guide = AmortizedGuide(curves, encoder)
+    guide.prepare(x)
+    start = torch.tensor([1.0, 0.3]) if is_moved else torch.zeros(2)
+    torch.testing.assert_close(encoder.loc.bias.detach(), before + start)
+
+
+@pytest.mark.parametrize("family", [Diagonal(), Full(), LowRank(1)])
+def test_scales_are_halved_where_wide_draws_are_worse_at_the_start(family: Any) -> None:
+    x = poisson_curves(1.0, 0.3).sample((50,))
+    encoder = Scaled(nn.Linear(5, family.num_parameters(2)))
+    guide, before = AmortizedGuide(curves, encoder, family=family), encoder(x).detach()
+    guide.prepare(x)
+    expected = torch.zeros(family.num_parameters(2))
+    expected[:4] = torch.tensor([1.0, 0.3, -math.log(2.0), -math.log(2.0)])
+    torch.testing.assert_close(encoder(x).detach(), before + expected)
 
 
 def trained() -> nn.Module:
