@@ -8,6 +8,7 @@ from pyro_recursive.training.compiled.svi import CompiledSVI
 from pyro_recursive.training.history import History, burda_schedule
 from pyro_recursive.training.loop import fit
 from pyro_recursive.training.nan_search import NonFiniteError
+from pyro_recursive.training.one_optim import OneOptim
 
 __all__ = [
     "Aggressive",
@@ -17,6 +18,7 @@ __all__ = [
     "KLWarmup",
     "MinibatchRows",
     "NonFiniteError",
+    "OneOptim",
     "burda_schedule",
     "fit",
 ]

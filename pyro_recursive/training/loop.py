@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro import validation_enabled
 from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader
@@ -42,7 +44,7 @@ def fit(
     *,
     loss: ELBO,
     epochs: int,
-    optimizer: MakeOptimizer = partial(torch.optim.Adam, lr=1e-3),  # noqa: B008
+    optimizer: MakeOptimizer = partial(torch.optim.Adam, lr=1e-3, fused=True),  # noqa: B008
     scheduler: MakeScheduler | None = None,
     clip_norm: float = math.inf,
     batch_size: int | None = None,
@@ -59,6 +61,7 @@ def fit(
     modules: Iterable[Module] = (),
     seed: int | None = None,
     check_every: int | None = None,
+    validate_args: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
@@ -90,6 +93,7 @@ def fit(
         modules: those with buffers or an eval mode that model and guide do not show.
         seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
+        validate_args: whether Pyro's validation, if enabled, stays on after the first epoch.
         progress: whether to show a bar, in a terminal or a notebook.
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
@@ -147,7 +151,7 @@ def fit(
             hashes = processes.from_first(hashes, "the contents of the data")
             settings["contents of data"], settings["contents of validation"] = hashes
             settings["transform"] = transform
-        run = _Run(learner, batches, phase, path, settings, on_step)
+        run = _Run(learner, batches, phase, path, settings, on_step, validate_args)
         if resume:
             run.resume()
         bar = _progress_bar(batches, epochs, learner.steps, progress and processes.is_first)
@@ -209,10 +213,13 @@ class _Run:
         path: Path | None,
         settings: dict[str, Any],
         on_step: OnStep | None,
+        validate_args: bool,
     ) -> None:
         self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
         self.processes = learner.group.processes
         self.on_step = on_step if self.processes.is_first else None
+        self.validates = True  # the first epoch, which sees all data
+        self.validate_args = validate_args
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
@@ -271,7 +278,7 @@ class _Run:
         warmup: AbstractContextManager = KLWarmup(weight) if is_weighted else nullcontext()
         self.batches.set_epoch(epoch)
         learner.begin_pass()
-        with warmup:
+        with warmup, validation_enabled(is_validation_enabled() and self.validates):
             for losses, batch in self._steps(phase, epoch):
                 sizes, learner.sizes = learner.sizes, None
                 if sizes and self.batches.rows is not None and learner.group.is_alone:
@@ -285,6 +292,7 @@ class _Run:
             learner.check(batch, epoch)
             learner.end_pass()
             learner.show_weights()
+        self.validates = self.validate_args
         return total.item() / count, rows / count
 
     def _steps(self, phase: Phase | None, epoch: int) -> Iterator[tuple[Tensor, Batch]]:

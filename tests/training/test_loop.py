@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -106,6 +107,23 @@ def test_late_parameters_share_the_optimiser_and_its_schedule() -> None:
     (group,) = made[0].param_groups
     assert len(group["params"]) == 3
     assert store()["loc_1"] == 0.1
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_validation_is_off_after_the_first_epoch(always: bool) -> None:
+    seen = []
+
+    def model(x: Tensor) -> None:
+        normal = dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0)
+        seen.append(is_validation_enabled() and normal._validate_args)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", normal, obs=x)
+
+    settings = {"loss": Trace_ELBO(), "epochs": 3, "batch_size": 50, "progress": False}
+    with pyro.validation_enabled(True):
+        fit(model, lambda x: None, normal_data(), validate_args=always, **settings)
+    steps = len(seen) // 3
+    assert all(seen[:steps]) and all(seen[-steps:]) == always
 
 
 def test_float32_stays_float32() -> None:
