@@ -6,7 +6,7 @@ Importing this module imports ArviZ, which takes seconds; importing `pyro_recurs
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pyro_recursive.evaluation.leave_one_out import (
     OLD,
     SCALED,
     UNWEIGHTED,
+    ArvizData,
     az,
     loo,
 )
@@ -54,7 +55,7 @@ def to_arviz(
     max_plate_nesting: float = math.inf,
     vectorize_particles: bool | str = True,
     **kwargs: Any,
-) -> Any:
+) -> ArvizData:
     """Return draws from a guide as an ArviZ object: ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
 
     Dims are (chain, draw, plates by name, event dims), with one chain. What each group holds: `Is
@@ -92,9 +93,20 @@ def to_arviz(
     return _container({**groups, "sample_stats": _stats(draws, labels)}, labels)
 
 
+@runtime_checkable
+class Chains(Protocol):
+    """The draws of Markov chains, as in `pyro.infer.MCMC`."""
+
+    def get_samples(self, *, group_by_chain: bool) -> dict[str, Tensor]:
+        """Return the draws of each site, ``[chains, draws, *value]``."""
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what the kernel has recorded."""
+
+
 @sampling()
 def mcmc_to_arviz(
-    mcmc: Any,
+    mcmc: Chains,
     model: Callable,
     *args: Any,
     posterior_predictive: bool = True,
@@ -105,7 +117,7 @@ def mcmc_to_arviz(
     chunk_size: int | None = None,
     vectorize_particles: bool | str = True,
     **kwargs: Any,
-) -> Any:
+) -> ArvizData:
     """Return the draws of a Pyro MCMC run in the form of `to_arviz`, to compare a guide with them.
 
     ``sample_stats`` has ``diverging`` if the kernel records it. The model and its arguments are
@@ -137,7 +149,7 @@ def mcmc_to_arviz(
 
 
 def _chain_draws(
-    mcmc: Any, model: Callable, args: tuple, kwargs: dict[str, Any], run: dict[str, Any]
+    mcmc: Chains, model: Callable, args: tuple, kwargs: dict[str, Any], run: dict[str, Any]
 ) -> tuple[Draws, int]:
     """Return the draws of all chains, one after the other, and the number of chains."""
     samples = mcmc.get_samples(group_by_chain=True)
@@ -279,6 +291,6 @@ def _is_index(value: Any, size: int) -> bool:
     return inside and len(value.unique()) == len(value)
 
 
-def _container(groups: Mapping[str, xr.Dataset], labels: Labels) -> Any:
+def _container(groups: Mapping[str, xr.Dataset], labels: Labels) -> ArvizData:
     labels.check_used(groups)
     return az.InferenceData(**groups) if OLD else xr.DataTree.from_dict(dict(groups))

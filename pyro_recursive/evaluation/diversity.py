@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_recursive.evaluation.calls import measurement
+from pyro_recursive.evaluation.calls import checked, measurement
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
@@ -40,6 +40,7 @@ class Diversity(NamedTuple):
         return self.divergence.exp()
 
 
+@checked
 def jensen_shannon(log_densities: Tensor, log_weights: Tensor) -> Diversity:
     """Estimate the Jensen-Shannon divergence of mixtures from draws of each component.
 

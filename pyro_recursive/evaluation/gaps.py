@@ -148,9 +148,6 @@ def gaps(
     True
     """
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
-    if not isinstance(guide, LatentGuide):
-        name = getattr(guide, "__name__", type(guide).__name__)
-        raise TypeError(f"gaps needs a guide like AmortizedGuide, got {name}.")
     shared = SharedNoise()
     with guide.rollback_first_call(), rows_needed(args, kwargs), torch.no_grad():
         latents, call = _rows(guide, args, kwargs)

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.evaluation.calls import measurement, shown_as_html
+from pyro_recursive.evaluation.calls import checked, measurement, shown_as_html
 from pyro_recursive.evaluation.evidence import runs_in_chunks
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.densities import densities
@@ -40,6 +40,7 @@ class PSIS(NamedTuple):
     pareto_k: Tensor
 
 
+@checked
 def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
     """Smooth the largest of S importance weights, and estimate the shape k of their tail.
 
@@ -111,6 +112,7 @@ def _centred(log_weights: Tensor) -> Tensor:
     return raw - raw.amax(0).nan_to_num(neginf=0.0)
 
 
+@checked
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """Return Kish's effective sample size ``(sum w)^2 / sum w^2``, in samples, ``[*batch]``.
 

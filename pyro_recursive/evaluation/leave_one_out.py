@@ -6,14 +6,16 @@ Importing this module imports ArviZ, which takes seconds.
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import checked
 from pyro_recursive.evaluation.importance import effective_sample_size, pareto_k_threshold, psis
+from pyro_recursive.tracing.user_warnings import warn_user
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces 1.0 when imported
@@ -21,13 +23,21 @@ with warnings.catch_warnings():
 
 OLD = az.__version__.startswith("0.")
 
+if TYPE_CHECKING:
+    from arviz import ELPDData, InferenceData
+
+    ArvizData: TypeAlias = InferenceData | xr.DataTree
+else:
+    ArvizData = az.InferenceData if OLD else xr.DataTree
+
 # Attributes of the log-likelihoods: sites with a scale of the user's own; factors; of a site, its
 # iteration of the loops around it. Of the statistics: why draws have no weights.
 SCALED, FACTORS, CELL, UNWEIGHTED = "scaled_sites", "factors", "iteration", "unweighted"
 SAMPLE = ("chain", "draw")
 
 
-def loo(data: Any, var_name: str | None = None) -> Any:
+@checked
+def loo(data: ArvizData, var_name: str | None = None) -> "ELPDData":
     """Return PSIS-LOO of an ArviZ object, corrected for draws that are not from the posterior.
 
     The expected log pointwise predictive density, for each row i of the data in nats,
@@ -109,29 +119,28 @@ def _warn(pareto_k: Tensor, joint_k: float, threshold: float, *, corrected: bool
     """Warn of k-hats above the threshold, in one sentence; return whether there are any."""
     high = int((pareto_k > threshold).sum())
     if joint_k > threshold:
-        warnings.warn(
+        warn_user(
             f"The guide's joint weight of all data has k-hat {joint_k:.2f}, above {threshold:.2f}: "
-            "no elpd is reliable. Improve the guide, or predict new rows.",
-            stacklevel=3,
+            "no elpd is reliable. Improve the guide, or predict new rows."
         )
     elif high:
         cause = "the guide is far from the posterior, or " if corrected else ""
-        warnings.warn(
+        warn_user(
             f"k-hat is above {threshold:.2f} for {high} of {len(pareto_k)} data: {cause}the data "
-            "are predicted poorly. Their elpd is not reliable.",
-            stacklevel=3,
+            "are predicted poorly. Their elpd is not reliable."
         )
     return high > 0 or joint_k > threshold
 
 
-def _rows(data: Any, var_name: str | None) -> list[xr.DataArray]:
+def _rows(data: ArvizData, var_name: str | None) -> list[xr.DataArray]:
     """Return the log-likelihoods of rows, ``(chain, draw, *plates)`` for each kind of rows."""
     if not has_group(data, "log_likelihood"):
         raise ValueError("loo needs the group log_likelihood. Use log_likelihood=True.")
     group = data["log_likelihood"]
     if scaled := group.attrs.get(SCALED):
         raise ValueError(f"Leave-one-out needs a model without poutine.scale, at {scaled}.")
-    sites = {str(name): group[name].transpose(*SAMPLE, ...) for name in group.data_vars}
+    names = map(str, group.data_vars)
+    sites = {name: group[name].transpose(*SAMPLE, ...) for name in names}
     if var_name is not None:
         return [sites[var_name]]
     factors = np.atleast_1d(group.attrs.get(FACTORS, [])).tolist()
@@ -171,7 +180,7 @@ def _summed(sites: list[xr.DataArray]) -> xr.DataArray:
     return total.rename("+".join(names)).transpose(*SAMPLE, ...)
 
 
-def _log_weights(data: Any, log_lik: xr.DataArray) -> xr.DataArray | None:
+def _log_weights(data: ArvizData, log_lik: xr.DataArray) -> xr.DataArray | None:
     """Return the guide's log-weights for each datum; None for draws from the posterior.
 
     Those of plates that the datum is not in are summed: the weight is a product over their entries.
@@ -217,7 +226,7 @@ def _labelled(values: Tensor, seen: Tensor, rows: list[xr.DataArray]) -> xr.Data
     return xr.DataArray(values.reshape(shape).numpy(), labels, (*sample, "observed"))
 
 
-def _relative_ess(data: Any) -> float:
+def _relative_ess(data: ArvizData) -> float:
     """Return the effective sample size of a posterior's mean over its draws, as ``az.loo`` does."""
     posterior = data["posterior"]
     chains, draws = posterior.sizes["chain"], posterior.sizes["draw"]
@@ -231,7 +240,7 @@ def _relative_ess(data: Any) -> float:
 # --- ArviZ 0.2x and 1.x
 
 
-def _elpd_data(values: dict[str, Any], *, corrected: bool) -> Any:
+def _elpd_data(values: dict[str, Any], *, corrected: bool) -> "ELPDData":
     """Return the result of LOO as ArviZ's own function returns it in this version."""
     if OLD:
         names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
@@ -250,7 +259,7 @@ def _elpd_data(values: dict[str, Any], *, corrected: bool) -> Any:
     return dataclasses.replace(result, **{n: v for n, v in values.items() if n in fields})
 
 
-def has_group(data: Any, name: str) -> bool:
+def has_group(data: ArvizData, name: str) -> bool:
     """Whether an ArviZ object has a group; ``data[name]`` returns it in both versions."""
     groups = data.groups() if callable(data.groups) else data.groups
     return name in {group.strip("/") for group in groups}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import checked
 from pyro_recursive.tracing.arguments import check_at_least
 
 WIDTH = 4  # the most integers that a message carries beside its status and its place
@@ -175,6 +176,7 @@ class ProcessGroup:
                     error.add_note(f"Process {rank} failed, too: {kind}: {message}")
 
 
+@checked
 def evaluate_in_parallel(
     function: Callable[..., Found], *rows: Tensor, batch_size: int | None = None
 ) -> Found:
@@ -198,6 +200,8 @@ def evaluate_in_parallel(
     tensor([1., 1., 1.])
     """
     check_at_least(1, batch_size=batch_size)
+    if not rows:
+        raise TypeError("evaluate_in_parallel got no rows.")
     count = len(rows[0])
     if not count or any(len(column) != count for column in rows):
         raise ValueError(f"rows must have one length, got {[len(column) for column in rows]}.")

@@ -7,11 +7,12 @@ where matplotlib is not installed.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
+from pyro_recursive.evaluation.calls import checked
 from pyro_recursive.evaluation.gaps import Gaps
 from pyro_recursive.evaluation.importance import ImportanceWeights, pareto_k_threshold
 from pyro_recursive.evaluation.ranks import binomial_interval, ecdf_band, ecdf_difference
@@ -21,6 +22,7 @@ LARGEST_K = 0.7  # to be trusted, however many samples there are
 MOST_BINS, PER_BIN = 20, 10  # of ranks, and the ranks expected in each
 
 
+@checked
 def plot_pareto_k(
     pareto_k: Tensor | ImportanceWeights, num_samples: int | None = None, ax: Any = None
 ) -> Any:
@@ -51,6 +53,7 @@ def plot_pareto_k(
     return _with_legend(ax)
 
 
+@checked
 def plot_gradient_snr(sweep: SNRSweep, over: str = "K", at: int = 0, ax: Any = None) -> Any:
     """Plot the signal-to-noise ratios of a sweep in log-log coordinates, one line a group.
 
@@ -68,6 +71,7 @@ def plot_gradient_snr(sweep: SNRSweep, over: str = "K", at: int = 0, ax: Any = N
     return _with_legend(ax)
 
 
+@checked
 def plot_ranks(
     ranks: Tensor, num_draws: int, bins: int | None = None, level: float = 0.95, ax: Any = None
 ) -> Any:
@@ -96,6 +100,7 @@ def plot_ranks(
     return _with_legend(ax)
 
 
+@checked
 def plot_ecdf_difference(
     ranks: Tensor,
     num_draws: int,
@@ -125,6 +130,7 @@ def plot_ecdf_difference(
     return _with_legend(ax)
 
 
+@checked
 def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
     """Plot mean approximation and amortisation gaps as stacked bars, one for each guide, in nats.
 
@@ -150,7 +156,18 @@ def plot_gaps(gaps: Gaps | Mapping[str, Gaps], ax: Any = None) -> Any:
     return _with_legend(ax)
 
 
-def plot_history(history: Any, ax: Any = None) -> Any:
+@runtime_checkable
+class Losses(Protocol):
+    """The losses of a training run by epoch, as in `pyro_recursive.training.history.History`."""
+
+    epoch: Any
+    loss: Any
+    validation: Any
+    best_epoch: Any
+
+
+@checked
+def plot_history(history: Losses, ax: Any = None) -> Any:
     """Plot the losses of `pyro_recursive.fit` by epoch, training and validation, in nats.
 
     Losses that are not there or not finite are left out; a circle is around the best epoch.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyro
@@ -13,7 +13,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.evaluation.calls import sampling
+from pyro_recursive.evaluation.calls import checked, sampling
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
@@ -41,6 +41,7 @@ class SignalToNoise(NamedTuple):
         return f"SignalToNoise({self.ratio.item():.3g} ± {self.error.item():.2g})"
 
 
+@checked
 def signal_to_noise(gradients: Tensor) -> SignalToNoise:
     """Return the signal-to-noise ratio of a gradient from n independent draws, ``[n, *shape]``.
 
@@ -100,11 +101,19 @@ def log_slope(sizes: Tensor, ratios: Tensor, errors: Tensor) -> tuple[float, flo
     return float(slope), float(covariance[0, 0] ** 0.5)
 
 
+@runtime_checkable
+class Loss(Protocol):
+    """What has gradients, as every `pyro.infer.ELBO`."""
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Add the gradients to the parameters' ``grad``; return the loss."""
+
+
 @sampling()
 def gradient_snr(
     model: Callable,
     guide: Callable,
-    loss: ELBO,
+    loss: Loss,
     *args: Any,
     num_draws: int = 100,
     groups: Sequence[str] | None = None,
@@ -163,7 +172,7 @@ def gradient_snr(
 
 
 def _draws_of_gradient(
-    loss: ELBO, program: Program, num_draws: int
+    loss: Loss, program: Program, num_draws: int
 ) -> tuple[dict[Tensor, str], list[dict[Tensor, Tensor]]]:
     """Return the names of the loss's parameters, and draws of their gradients."""
     model, guide = program.model, program.guide
@@ -273,7 +282,7 @@ def gradient_snr_sweep(
     return SNRSweep(tuple(num_estimates), tuple(num_particles), ratio, error, detected)
 
 
-def _check_stage(loss: ELBO, guide: Callable) -> None:
+def _check_stage(loss: Loss, guide: Callable) -> None:
     """Raise where the next step of a growing mixture is none of gradients."""
     if isinstance(loss, RecursiveMixture_ELBO):
         mixture = growing_mixture_of(guide)

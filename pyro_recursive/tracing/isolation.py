@@ -101,7 +101,8 @@ def isolated(
         if double_backward:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(poutine.block())
-        stack.enter_context(_copied_buffers(double_backward))
+        stack.enter_context(_without_cudnn_rnns(double_backward))
+        stack.enter_context(same_buffers(in_training=True))
         yield
 
 
@@ -128,19 +129,16 @@ def _restored_in_place(*programs: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _copied_buffers(double_backward: bool) -> Iterator[None]:
-    """Give modules in training copies of their buffers, and restore the buffers at the end.
+def same_buffers(*, in_training: bool = False) -> Iterator[None]:
+    """Give modules that run copies of their buffers, and restore the buffers at the end.
 
     The tensors are exchanged, not overwritten: graphs of other runs may need their values.
+    ``in_training`` leaves out modules in eval mode.
     """
     originals: dict[nn.Module, dict[str, Tensor]] = {}
-    cudnn = torch.backends.cudnn.enabled
 
     def copy(module: nn.Module, inputs: Any) -> None:
-        # cuDNN's recurrent networks have no backward pass at all in eval mode.
-        if isinstance(module, nn.RNNBase) and (double_backward or not module.training):
-            torch.backends.cudnn.enabled = False
-        if module.training and module not in originals:
+        if (module.training or not in_training) and module not in originals:
             own = dict(module.named_buffers(recurse=False))
             if own:
                 originals[module] = own
@@ -152,7 +150,23 @@ def _copied_buffers(double_backward: bool) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        torch.backends.cudnn.enabled = cudnn
         for module, own in originals.items():
             for name, buffer in own.items():
                 setattr(module, name, buffer)
+
+
+@contextmanager
+def _without_cudnn_rnns(double_backward: bool) -> Iterator[None]:
+    """Leave out cuDNN's recurrent networks, which have no backward pass at all in eval mode."""
+    cudnn = torch.backends.cudnn.enabled
+
+    def disable(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, nn.RNNBase) and (double_backward or not module.training):
+            torch.backends.cudnn.enabled = False
+
+    hook = register_module_forward_pre_hook(disable)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.backends.cudnn.enabled = cudnn

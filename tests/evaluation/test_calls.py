@@ -140,6 +140,27 @@ def test_a_model_may_take_any_keyword() -> None:
     assert seen[0] == {"anything": 7}
 
 
+@pytest.mark.parametrize("wrong", ["num_particle", "num_sample", "num_samples", "chunksize"])
+def test_misspelt_options_do_not_vanish_in_a_model(wrong: str) -> None:
+    """Nor do those of other functions; names that are far from all, or the program's, go to it."""
+
+    def model(x: Tensor, **options: Any) -> None:
+        named(x)
+
+    def any_keyword(x: Tensor, **options: Any) -> None:
+        guide(x)
+
+    def naming(x: Tensor, num_particle: int = 1, num_sample: int = 1, **options: Any) -> None:
+        guide(x)
+
+    with pytest.raises(TypeError, match=f"log_marginal got '{wrong}'.* does not name"):
+        log_marginal(model, any_keyword, X, **{wrong: 3})
+    for name in ("num_rows", "num_layers", "mode", "group"):
+        log_marginal(model, any_keyword, X, num_particles=3, **{name: 3})
+    if wrong in ("num_particle", "num_sample"):
+        log_marginal(model, naming, X, num_particles=3, **{wrong: 3})
+
+
 RESULTS: dict[str, Callable[[], Any]] = {
     "weights": lambda: importance_weights(named, guide, X, num_particles=30),
     "gaps": lambda: gaps(named, encoded(), X, num_particles=10, search=Search(steps=2)),
@@ -250,3 +271,72 @@ def test_draws_move_the_random_state() -> None:
     autoguide(X)
     found = [predict(named, autoguide, X, num_draws=3)["x"] for _ in range(2)]
     assert not torch.equal(*found)
+
+
+# --- Buffers
+
+
+class Standardised(nn.Module):
+    """Moves the statistics of a batch norm in training, and a counter in any mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+        self.layer = nn.Linear(1, 2)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.layer(self.norm(x))
+
+
+class Networks:
+    """A model with a network, and guides with one."""
+
+    def __init__(self) -> None:
+        self.nets = nn.ModuleList([Standardised() for _ in range(4)])
+        parts = [AmortizedGuide(self.model, net, inputs=lambda x: x[:, None]) for net in self.nets]
+        self.amortized, self.mixture = parts[1], MixtureGuide(self.model, parts[2:])
+
+    def model(self, x: Tensor) -> None:
+        shift = pyro.module("decoder", self.nets[0])(x[:, None])[:, 0]
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+
+KEEPING: dict[str, Callable[[Networks, Tensor], Any]] = {
+    "log_marginal": lambda n, x: log_marginal(n.model, n.amortized, x, num_particles=5),
+    "looped": lambda n, x: log_marginal(
+        n.model, n.amortized, x, num_particles=2, vectorize_particles=False
+    ),
+    "importance_weights": lambda n, x: importance_weights(n.model, n.amortized, x),
+    "gaps": lambda n, x: gaps(n.model, n.amortized, x, num_particles=5, search=Search(steps=2)),
+    "prior_draws": lambda n, x: prior_draws(n.model, x, num_draws=3),
+    "predict": lambda n, x: predict(n.model, n.amortized, x, num_draws=3),
+    "to_arviz": lambda n, x: to_arviz(n.model, n.amortized, x, num_draws=3),
+    "mutual_information": lambda n, x: mutual_information(n.amortized, x),
+    "rate_of": lambda n, x: rate_of(n.model, n.amortized, x),
+    "active_units": lambda n, x: active_units(n.amortized, x, num_draws=3),
+    "mixture_diversity": lambda n, x: mixture_diversity(n.mixture, x, num_draws=3),
+    "calibration": lambda n, x: calibration(n.model, n.amortized, torch.rand(20), num_draws=3),
+    "calibration_by_fits": lambda n, x: calibration_by_fits(
+        n.model, lambda x: n.amortized, x, num_datasets=20, num_draws=3
+    ),
+    "gradient_snr": lambda n, x: gradient_snr(n.model, n.amortized, Trace_ELBO(), x, num_draws=10),
+}
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("name", KEEPING)
+def test_looking_keeps_buffers(name: str, is_training: bool) -> None:
+    """Also those of draws, their predictions and log-likelihoods, which `to_arviz` takes."""
+    networks = Networks()
+    for guide in (networks.amortized, networks.mixture):
+        guide(X)
+        guide.train(is_training)
+    networks.nets.train(is_training)
+    before = {n: (b, b.clone()) for n, b in networks.nets.named_buffers()}
+    KEEPING[name](networks, X)
+    for n, buffer in networks.nets.named_buffers():
+        assert buffer is before[n][0] and torch.equal(buffer, before[n][1])
