@@ -265,7 +265,8 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
             if not frame.vectorized:
                 raise ValueError(f"{where} is a loop over a minibatch. Vectorise it.")
             raise ValueError(
-                f"{where} is subsampled ({frame.size} of {frame.full_size}). Give plate=."
+                f"{where} is subsampled ({frame.size} of {frame.full_size}). Give "
+                f"plate='{frame.name}'; several such plates need guides in an AutoGuideList."
             )
     is_angle = is_circular(fn)
     transform = _transform(name, fn, is_angle)

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any, Literal, NamedTuple, Never, TypedDict
 
 import torch
 from pyro.infer import ELBO
@@ -75,7 +77,13 @@ class LogWeightELBO(ELBO):
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool | Literal["auto", "vmap"] = True,
         global_latents: Literal["joint", "elbo"] = "joint",
+        **unknown: Never,
     ) -> None:
+        for name in unknown:
+            known = {**SampleOptions.__annotations__, **signature(type(self)).parameters}
+            near = get_close_matches(name, known, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise TypeError(f"{type(self).__name__} got an unknown option '{name}'.{hint}")
         check_at_least(1, num_estimates=num_estimates, num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._bound = bound

@@ -3,6 +3,7 @@
 `CALLS` is the table. Programs that do not fit together are `tests.models.REFUSALS`.
 """
 
+import inspect
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+)
 from torch import Tensor
 
 from pyro_recursive import (
@@ -21,13 +27,16 @@ from pyro_recursive import (
     AmortizedGuide,
     ExemplarPrior,
     MixtureGuide,
+    MultiSampleELBO,
     RecursiveMixture_ELBO,
     SemiAmortizedGuide,
     VampPrior,
+    evaluation,
     fit,
     log_marginal,
 )
 from pyro_recursive.bounds.mixture_objectives import Clamped, Relbo
+from pyro_recursive.evaluation import arviz
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.evaluation.snr import SNRSweep
 from pyro_recursive.mapa import FreeCodes, recover_prior
@@ -37,6 +46,8 @@ from pyro_recursive.training import CheckpointError
 from tests import models
 from tests.models import data, hierarchy, local, local_guide, subsampled
 from tests.models.guides import Encoder, quiet
+
+X = torch.zeros(3)
 
 
 def encoded(n: int = 2, model: Callable = local, **options: Any) -> AmortizedGuide:
@@ -53,6 +64,21 @@ def mixture(*components: Callable, model: Callable = local, **options: Any) -> M
 
 CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "no samples": (lambda x: IWAE_ELBO(0), ValueError, "num_particles"),
+    "option of a loss": (
+        lambda x: IWAE_ELBO(8, estimater="dreg"),
+        TypeError,
+        r"^IWAE_ELBO got an unknown option 'estimater'. Did you mean 'estimator'\?",
+    ),
+    "option of any bound": (
+        lambda x: MultiSampleELBO(num_sample=8),
+        TypeError,
+        "^MultiSampleELBO got an unknown option 'num_sample'",
+    ),
+    "option of a loss of mixtures": (
+        lambda x: RecursiveMixture_ELBO(holdouts=3),
+        TypeError,
+        r"^RecursiveMixture_ELBO got .*'holdouts'. Did you mean 'holdout'\?",
+    ),
     "no samples of the evidence": (
         lambda x: log_marginal(local, local_guide, x, num_particles=0),
         ValueError,
@@ -155,7 +181,22 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
             weights="shared",
         )(x),
         ValueError,
-        "AutoDiagonalNormal has one joint density",
+        "AutoDiagonalNormal has one joint density, .* each row of plate 'data'. Use AutoNormal",
+    ),
+    "component of joint density, by name": (
+        lambda x: mixture(AutoMultivariateNormal(local), encoded())(x),
+        ValueError,
+        "AutoMultivariateNormal has one joint density, .* each row of plate 'data'. Use AutoNormal",
+    ),
+    "component of joint density, by plate": (
+        lambda x: mixture(AutoIAFNormal(local), AmortizedGuide(local), plate="data")(x),
+        ValueError,
+        r"AutoIAFNormal has one joint density, .* each row of plate 'data'. Leave out plate=\.",
+    ),
+    "component of other latents": (
+        lambda x: mixture(AutoDiagonalNormal(local), AmortizedGuide(hierarchy), model=hierarchy)(x),
+        ValueError,
+        "one joint density over .*, not .*. Make it of the mixture's model",
     ),
     "a given minibatch": (
         lambda x: AmortizedGuide(subsampled, plate="data")(x, torch.tensor([0, 2])),
@@ -168,6 +209,62 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
         "needs a RecursiveMixtureGuide",
     ),
 }
+
+
+# Of every function of the evaluation with an argument that has a type: other arguments, and what
+# it needs.
+SWAPPED: dict[str, list[tuple[tuple, str]]] = {
+    **{
+        name: [((local, X), "guide, and needs a callable"), ((X, X), "model, and needs a callable")]
+        for name in ("log_marginal", "importance_weights", "posterior_draws", "rate_of", "to_arviz")
+    },
+    **{
+        name: [((local, local_guide), "got function as draws, and needs Draws")]
+        for name in ("predictive_draws", "log_likelihoods")
+    },
+    "prior_draws": [((X,), "got Tensor as model")],
+    "predict": [((local, X), "got Tensor as guide, and needs a callable or Draws")],
+    "gaps": [((local, local_guide), "got function as guide, and needs a guide like Amortized")],
+    "active_units": [((X,), "got Tensor as guide")],
+    "mutual_information": [((None, X), "got NoneType as guide")],
+    "mixture_diversity": [((local,), "needs a MixtureGuide")],
+    "calibration": [((local, X), "got Tensor as guide")],
+    "calibration_by_fits": [((local, X), "got Tensor as fit_guide")],
+    "gradient_snr": [((local, local_guide, X), "got Tensor as loss, and needs Loss")],
+    "gradient_snr_sweep": [((local, local_guide, IWAE_ELBO(2), X), "as make_loss")],
+    "evaluate_in_parallel": [
+        ((X,), "as function"),
+        ((len,), "rows"),
+        ((len, 3), "got int as rows"),
+    ],
+    "mcmc_to_arviz": [((local, local), "got function as mcmc, and needs Chains")],
+    "loo": [((local,), "got function as data, and needs InferenceData|DataTree")],
+    "plot_gaps": [((X,), "needs Gaps or Mapping")],
+    "plot_gradient_snr": [((X,), "needs SNRSweep")],
+    "plot_history": [((X,), "needs Losses")],
+    "plot_pareto_k": [(([0.1],), "needs Tensor or ImportanceWeights")],
+    **{
+        name: [(([1.0],), "got list as .*, and needs Tensor")]
+        for name in ("psis", "effective_sample_size", "signal_to_noise")
+    },
+    **{
+        name: [(([1], 3), "got list as ranks, and needs Tensor")]
+        for name in ("plot_ranks", "plot_ecdf_difference")
+    },
+    "jensen_shannon": [((local, X), "got function as log_densities, and needs Tensor")],
+    "pareto_k_threshold": [(("a",), "not supported")],
+}
+
+
+@pytest.mark.parametrize("name", [*evaluation.__all__, *arviz.__all__])
+def test_arguments_of_evaluation(name: str) -> None:
+    function = getattr(arviz, name, getattr(evaluation, name, None))
+    if not inspect.isfunction(function):
+        assert name not in SWAPPED  # a class of results
+        return
+    for arguments, words in SWAPPED[name]:
+        with pytest.raises(TypeError, match=words):
+            function(*arguments)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -41,8 +41,8 @@ def _posterior_of(guide: AutoContinuous, latents: LatentBlock, call: GuideCall) 
     expected = [slot.name for slot in latents.slots]
     if names != expected:
         raise ValueError(
-            f"{type(guide).__name__} has one joint density over {names}, not {expected}. Leave out "
-            "plate=."
+            f"{type(guide).__name__} has one joint density over {names}, not {expected}. Make it "
+            "of the mixture's model."
         )
     posterior = guide.get_posterior(*call.args, **call.kwargs)
     return posterior.expand([1] * latents.nesting) if latents.nesting else posterior

@@ -163,6 +163,13 @@ class MixtureGuide(LatentGuide):
         }
         rows = {frame.name for latents in groups if latents.local for frame in latents.rows}
         for m, component in enumerate(self.components):
+            if rows and isinstance(component, AutoContinuous):
+                is_by_plate = self.plate is not None and not self.by_row
+                remedy = "Leave out plate=" if is_by_plate else "Use AutoNormal or AmortizedGuide"
+                raise ValueError(
+                    f"{type(component).__name__} has one joint density, and the mixture has one "
+                    f"for each row of plate '{min(rows)}'. {remedy}."
+                )
             if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
