@@ -4,6 +4,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide, Schedule
@@ -125,3 +127,45 @@ def test_all_rows_in_another_order_have_their_own_parameters() -> None:
     params = torch.stack([torch.arange(4.0), torch.full((4,), -30.0)], -1)
     guide.free_local.data.copy_(params)
     torch.testing.assert_close(guide(x, order)["z"].detach(), order.to(x))
+
+
+@pytest.mark.parametrize("dims", [(-2, -1), (-1, -2)])
+@pytest.mark.parametrize(("outer", "inner"), [(2, 3), (None, 3), (2, None)])
+def test_two_subsampled_plates_in_a_list(
+    outer: int | None, inner: int | None, dims: tuple[int, int]
+) -> None:
+    """Rows of both plates are right by their numbers; one guide alone names the remedy."""
+    sizes = {"outer": (6, outer, dims[0]), "inner": (8, inner, dims[1])}
+
+    def both() -> list[pyro.plate]:
+        return [pyro.plate(n, size, part, dim=dim) for n, (size, part, dim) in sizes.items()]
+
+    def nested() -> None:
+        groups, members = both()
+        with groups:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with members:
+                pyro.sample("z", dist.Normal(a, 1.0))
+
+    guide = AutoGuideList(nested, create_plates=both)
+    guide.append(AmortizedGuide(poutine.block(nested, expose=["a"]), plate="outer"))
+    guide.append(AmortizedGuide(poutine.block(nested, hide=["a"]), plate="inner"))
+    guide()
+    tables = []
+    for part in guide:
+        (latents,) = part.groups
+        table = torch.arange(float(part.free_local[..., 0].numel()))
+        tables.append(table.reshape(part.free_local.shape[:-1]))
+        part.restart(latents, tables[-1].unsqueeze(-1), 1e-6)
+    left, right = sorted(sizes, key=lambda name: sizes[name][2])
+    for _ in range(3):
+        nodes = poutine.trace(guide).get_trace().nodes
+        rows = {name: nodes[name]["value"] for name in sizes}
+        expected = tables[1][rows[left]][:, rows[right]]
+        torch.testing.assert_close(nodes["z"]["value"], expected, atol=1e-4, rtol=0)
+        found = nodes["a"]["value"].flatten()
+        torch.testing.assert_close(found, tables[0][rows["outer"]], atol=1e-4, rtol=0)
+    if outer and inner:
+        for plate in (None, "outer", "inner"):
+            with pytest.raises(ValueError, match=r"is subsampled .*Give plate='.*AutoGuideList"):
+                AmortizedGuide(nested, plate=plate)()

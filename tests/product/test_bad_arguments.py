@@ -231,7 +231,7 @@ SWAPPED: dict[str, list[tuple[tuple, str]]] = {
     "calibration": [((local, X), "got Tensor as guide")],
     "calibration_by_fits": [((local, X), "got Tensor as fit_guide")],
     "gradient_snr": [((local, local_guide, X), "got Tensor as loss, and needs Loss")],
-    "gradient_snr_sweep": [((local, local_guide, IWAE_ELBO(2), X), "as make_loss")],
+    "gradient_snr_sweep": [((local, local_guide, X), "got Tensor as make_loss")],
     "evaluate_in_parallel": [
         ((X,), "as function"),
         ((len,), "rows"),
