@@ -319,10 +319,6 @@ KEEPING: dict[str, Callable[[Networks, Tensor], Any]] = {
     "rate_of": lambda n, x: rate_of(n.model, n.amortized, x),
     "active_units": lambda n, x: active_units(n.amortized, x, num_draws=3),
     "mixture_diversity": lambda n, x: mixture_diversity(n.mixture, x, num_draws=3),
-    "calibration": lambda n, x: calibration(n.model, n.amortized, torch.rand(20), num_draws=3),
-    "calibration_by_fits": lambda n, x: calibration_by_fits(
-        n.model, lambda x: n.amortized, x, num_datasets=20, num_draws=3
-    ),
     "gradient_snr": lambda n, x: gradient_snr(n.model, n.amortized, Trace_ELBO(), x, num_draws=10),
 }
 
