@@ -285,7 +285,7 @@ def run_on_draws(
 
     Latents without draws are drawn from the model; so are data, with ``draws_data``. ``collect``
     returns what is wanted of the runs of a chunk; the other options are those of `posterior_draws`.
-    A model that does not fit one more plate runs under `torch.vmap`, or one by one where it draws.
+    A model that does not fit one more plate runs under `torch.vmap`, or one by one.
 
     Raises:
         ValueError: a plate has another size here than in the draws.
@@ -301,8 +301,7 @@ def run_on_draws(
     size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
     several_at_once = vectorize_particles and len(draws) > 1
     fits_plate = several_at_once and _fits_plate(user_model, args, kwargs, draws_data)
-    drawn = {site["name"] for site in sites(single) if not site["is_observed"]} - latents.keys()
-    fits_vmap = vectorize_particles and not fits_plate and not drawn
+    fits_vmap = vectorize_particles and not fits_plate
     wide = {name: each.with_batch_dims(nesting) for name, each in latents.items()}
     values = {name: each.with_batch_dims() for name, each in latents.items()}
     chunks = []

@@ -22,8 +22,8 @@ class MultiSampleELBO(LogWeightELBO):
         num_estimates, num_particles: M, and K, the samples inside each logarithm.
         max_plate_nesting: the number of plate dims of the model; found by one run if not given.
         vectorize_particles: True or ``"auto"`` runs all samples in one pass, under one more plate
-            on the left or, for models that do not fit it, `torch.vmap`, and loops where neither is
-            right; ``"vmap"`` leaves out the plate of the model, False loops.
+            on the left or, for programs that do not fit it, `torch.vmap`, and loops where neither
+            is right; ``"vmap"`` leaves out the plate of the model, False loops.
         global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives those
             outside the data's plates the ELBO and the others the bound: unbiased if subsampled.
 

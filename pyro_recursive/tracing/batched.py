@@ -1,12 +1,14 @@
-"""The model under `torch.vmap`, over the values that the guide drew for all particles.
+"""Programs under `torch.vmap`: the model on the values of a guide, or the guide as well.
 
 Models that are written for one sample (``x @ b``, ``b[group]``, networks with latent weights) do
-not run under one more plate; `torch.vmap` shows them one particle at a time. Every latent is
-replayed: nothing is drawn inside `run_model` but noise of the model's own, such as dropout.
+not run under one more plate; `torch.vmap` shows them one particle at a time. So does a guide that
+is written for one sample, whose draws are those of `batched_samplers`.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro
@@ -17,22 +19,25 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
+from pyro_recursive.tracing.batched_samplers import OwnDraws
+from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import Particles
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
+    JOINT,
+    PACKED,
     PARTICLE_PLATE,
     Site,
-    is_delta,
     latent_sites,
     layers,
-    mask_of,
     plates_of,
+    sites,
 )
 
 
@@ -41,8 +46,14 @@ class KnownDensity(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, log_density: Tensor, batch_shape: torch.Size, event_shape: torch.Size):
-        self.log_density = log_density
+    def __init__(
+        self,
+        log_density: Tensor,
+        batch_shape: torch.Size,
+        event_shape: torch.Size,
+        has_rsample: bool = False,
+    ):
+        self.log_density, self.has_rsample = log_density, has_rsample
         super().__init__(batch_shape, event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -59,42 +70,87 @@ def run_model(
 
     Raises whatever the model raises under `torch.vmap`, and ValueError where it exchanges a buffer.
     """
+    minibatches = program.memory.setdefault("own_minibatches", {})
+    return _run(program.run_model, source, values, particles, minibatches)
+
+
+def run_guide(
+    program: Program,
+    particles: Particles,
+    ranks: dict[str, int],
+    replayed: poutine.Trace,
+    noise: AbstractContextManager | None = None,
+) -> poutine.Trace:
+    """Return a trace of the guide, as `run_model` does, on the values of another run's trace.
+
+    ``noise`` is a handler around each run.
+    """
+    minibatches = program.memory.setdefault("minibatches_of_guide", {})
+    values = values_by_particle(replayed, particles, ranks)
+    try:
+        return _run(
+            partial(_guide_of_one, program), replayed, values, particles, minibatches, noise
+        )
+    finally:
+        guide = poutine.unwrap(program.guide)
+        if isinstance(guide, TraceMessenger):  # a guide messenger keeps the trace of its last run
+            guide.trace = poutine.Trace()
+
+
+def _guide_of_one(program: Program, replayed: poutine.Trace) -> poutine.Trace:
+    """Trace a guide; raise for sites whose densities need more than themselves."""
+    trace = program.run_guide(replayed)
+    for site in sites(trace):
+        if site["infer"].keys() & {JOINT, PACKED} or isinstance(site["fn"], ComponentIndex):
+            raise NotImplementedError(f"'{site['name']}' is part of a joint density")
+        site["infer"].pop("prior", None)  # of a guide messenger
+    return trace
+
+
+def _run(
+    program: Callable[[poutine.Trace], poutine.Trace],
+    source: poutine.Trace,
+    values: dict[str, Tensor],
+    particles: Particles,
+    minibatches: dict[str, Any],
+    noise: AbstractContextManager | None = None,
+) -> poutine.Trace:
+    """Return a trace of a model or guide; ``minibatches`` are plates that are drawn before it."""
     assert particles.dim is not None
     width, is_validated = -particles.dim - 1, is_validation_enabled()
-    known: dict[str, Any] = program.memory.setdefault("own_minibatches", {})
-    prepared, sites = _Prepared(), dict[str, Site]()
+    prepared, forms = _Prepared(), dict[str, Site]()
 
     def run(values: dict[str, Tensor]) -> list[Site]:
         given = source.copy()
         for name, value in values.items():
             given.nodes[name] = {**source.nodes[name], "value": value}
-        trace = program.run_model(given)
+        trace = program(given)
         return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
     def one(index: Tensor, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        with prepared:
+        with prepared, OwnDraws(index):
             sampled = run(values)
-        sites.update((site["name"], _without_tensors(site)) for site in sampled)
+        forms.update((site["name"], _without_tensors(site)) for site in sampled)
         return {site["name"]: _tensors_of(site, is_validated) for site in sampled}
 
-    for name, fn in known.items():
+    for name, fn in minibatches.items():
         if name not in source.nodes:
             prepared.draw(name, fn)
     index = torch.arange(particles.total)  # there may be no latent
     found = None
     while found is None:
         try:
-            with pyro.validation_enabled(False), _same_buffers():
+            with noise or nullcontext(), pyro.validation_enabled(False), _same_buffers():
                 found = torch.vmap(one, randomness="different")(index, values)
         except _NotDrawn as plate:
-            known[plate.name] = plate.fn  # drawn before the first run of a later call
+            minibatches[plate.name] = plate.fn  # drawn before the first run of a later call
             prepared.draw(plate.name, plate.fn)
         except _NewParameter:
             with isolated():
                 run({name: value[0] for name, value in values.items()})
     frame = CondIndepStackFrame(PARTICLE_PLATE, particles.dim, particles.total, 0, particles.total)
     trace = poutine.Trace()
-    for name, site in sites.items():
+    for name, site in forms.items():
         if site_is_subsample(site):
             site["value"] = found[name]["value"][0]
         else:
@@ -113,7 +169,7 @@ def draw(run: Callable[[], Tensor], total: int) -> Tensor:
     """
 
     def one(index: Tensor) -> Tensor:
-        with _OwnDraws(index):
+        with OwnDraws(index):
             return run()
 
     with pyro.validation_enabled(False), _same_buffers():
@@ -151,31 +207,26 @@ def with_rank(tensor: Tensor, rank: int) -> Tensor:
 
 
 def _without_tensors(site: Site) -> Site:
-    """Return what is the same for all particles, and the shapes of the distribution."""
+    """Return what is the same for all particles, and the form of the distribution."""
     kept = {key: site[key] for key in ("type", "name", "infer", "is_observed", "cond_indep_stack")}
     plain = {k: site[k] for k in ("scale", "mask", "value") if not isinstance(site[k], Tensor)}
-    own_mask = getattr(site["fn"], "_mask", None)
-    if site_is_subsample(site):
-        fn = site["fn"]
-    else:
-        fn = site["fn"].batch_shape, site["fn"].event_shape, own_mask is False, is_delta(site)
+    fn = site["fn"] if site_is_subsample(site) else _form_of(site["fn"])
     return {**kept, **plain, "fn": fn, "args": (), "kwargs": {}}
 
 
 def _tensors_of(site: Site, is_validated: bool) -> dict[str, Tensor]:
     found = {k: site[k] for k in ("scale", "mask", "value") if isinstance(site[k], Tensor)}
     if not site_is_subsample(site) and not site["infer"].get("_deterministic"):
-        found["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        *outer, base = layers(site["fn"])
+        found["log_prob"] = base.log_prob(site["value"], *site["args"], **site["kwargs"])
         if is_validated:
             found["is_valid"] = _is_valid(site["fn"], site["value"])
-        if (mask := mask_of(site)) is not None:
-            found["entry_mask"] = mask
-        own_mask = getattr(site["fn"], "_mask", None)
-        if isinstance(own_mask, Tensor):
-            found["own_mask"] = own_mask
-        for layer in layers(site["fn"]):
-            if hasattr(layer, "clear_cache"):  # transforms remember tensors of this run
-                layer.clear_cache()
+        for number, layer in enumerate(outer):
+            if isinstance(layer, dist.MaskedDistribution):
+                mask = torch.as_tensor(layer._mask, device=site["value"].device)
+                found[f"mask of layer {number}"] = mask
+        if hasattr(base, "clear_cache"):  # transforms remember tensors of this run
+            base.clear_cache()
     return found
 
 
@@ -199,33 +250,63 @@ def _is_valid(fn: Any, value: Tensor) -> Tensor:
     return valid
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A distribution without its tensors: the type and shapes of its base, and what is around it.
+
+    ``wrappers`` are, from the outside, numbers of event dims, and None for a mask.
+    """
+
+    event_dim: int
+    base: type
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    has_rsample: bool | None
+    wrappers: tuple[int | None, ...]
+
+
+def _form_of(fn: Any) -> _Form:
+    *outer, base = layers(fn)
+    has_rsample = vars(base).get("has_rsample") if isinstance(base, dist.Unit) else base.has_rsample
+    wrappers = tuple(getattr(layer, "reinterpreted_batch_ndims", None) for layer in outer)
+    shapes = base.batch_shape, base.event_shape
+    return _Form(fn.event_dim, type(base), *shapes, has_rsample, wrappers)
+
+
 def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
     """Give a site its tensors, with the particles left of ``width`` dims of plates."""
-    batch, event_shape, is_masked, computed = site["fn"]
+    form: _Form = site["fn"]
     if "is_valid" in tensors and not bool(tensors["is_valid"].all()):
         raise ValueError(f"Site '{site['name']}' has a value or parameter that is not valid.")
     for key in tensors.keys() & {"scale", "mask"}:
         site[key] = with_rank(tensors[key], width)
-    event_dim = len(event_shape)
+    event_dim = form.event_dim
     if site["infer"].get("_deterministic"):  # it may have more dims than the plates
         event_dim = max(event_dim, tensors["value"].dim() - 1 - width)
     if "value" in tensors:
         site["value"] = with_rank(tensors["value"], width + event_dim)
-    if "entry_mask" in tensors:  # which `KnownDensity` does not show
-        site["entry_mask"] = with_rank(tensors["entry_mask"], width + event_dim)
     if "log_prob" not in tensors:
         site["fn"] = dist.Delta(site["value"], event_dim=event_dim)
         return
-    log_prob = with_rank(tensors["log_prob"], width)
-    if computed:
-        site["fn"] = dist.Delta(site["value"], log_prob, event_dim)
-        return
-    batch = batch[max(0, len(batch) - width) :]
+    width += sum(dims for dims in form.wrappers if dims is not None)
+    fn = _base(form, site["value"], with_rank(tensors["log_prob"], width))
+    for number, dims in reversed(list(enumerate(form.wrappers))):
+        if dims is None:
+            fn = fn.mask(with_rank(tensors[f"mask of layer {number}"], width))
+        else:
+            fn, width = fn.to_event(dims), width - dims
+    site["fn"] = fn
+
+
+def _base(form: _Form, value: Tensor, log_prob: Tensor) -> Any:
+    if issubclass(form.base, dist.Delta):
+        return dist.Delta(value, log_prob, len(form.event_shape))
+    if issubclass(form.base, dist.Unit):
+        return dist.Unit(log_prob, has_rsample=form.has_rsample)
+    width = log_prob.dim() - 1
+    batch = form.batch_shape[max(0, len(form.batch_shape) - width) :]
     shape = torch.Size((len(log_prob), *(1,) * (width - len(batch)), *batch))
-    site["fn"] = KnownDensity(log_prob, shape, event_shape)
-    if "own_mask" in tensors or is_masked:  # it has been applied: other code may look at it
-        own_mask = with_rank(tensors["own_mask"], width) if "own_mask" in tensors else False
-        site["fn"] = site["fn"].mask(own_mask)
+    return KnownDensity(log_prob, shape, form.event_shape, bool(form.has_rsample))
 
 
 class _NotDrawn(Exception):
@@ -266,35 +347,6 @@ class _Prepared(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] not in pyro.get_param_store():
             raise _NewParameter(msg["name"])
-
-
-class _OwnDraws(Messenger):
-    """Draws a value of each particle at sites whose parameters all particles share."""
-
-    def __init__(self, index: Tensor) -> None:
-        super().__init__()
-        self.noise = _OwnNoise(index)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and not msg["done"] and not site_is_subsample(msg):
-            with self.noise:
-                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
-            msg["done"] = True
-
-
-class _OwnNoise(TorchFunctionMode):
-    """Gives random numbers for each particle where distributions fill a tensor and return it."""
-
-    IN_PLACE = (Tensor.normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.uniform_)
-
-    def __init__(self, index: Tensor) -> None:
-        super().__init__()
-        self.index = index
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.IN_PLACE:  # which `torch.vmap` refuses on a tensor that they share
-            args = (torch.zeros_like(args[0]) + 0 * self.index.to(args[0].device), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

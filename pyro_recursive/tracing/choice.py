@@ -1,4 +1,4 @@
-"""How the samples of a program run: under one more plate, the model under `torch.vmap`, or looped.
+"""How the samples of a program run: under one more plate, under `torch.vmap`, or looped.
 
 The choice is made once for each structure. A few particles run under a plate whose size is no other
 size in the program, and run again on their own, on the same values. A plate is right where
@@ -35,7 +35,7 @@ from pyro_recursive.tracing.sites import (
 )
 
 LogDensities = dict[str, Tensor]  # by site
-MODES = ("plate", "vmap", "loop")
+MODES = ("plate", "vmap", "vmap guide", "loop")
 RAISES = " raises "
 NUDGES = 4  # noise such as dropout may be the same twice
 NOISE = 100.0  # a difference so many times that of two runs of one particle is no noise
@@ -75,6 +75,7 @@ class _Comparison:
         self.program, self.ranks = program, structure.ranks
         total = _unused_prime({*structure.sizes, *_sizes((program.args, program.kwargs))})
         self.particles = Particles(1, total, -structure.max_plate_nesting - 1)
+        self.ends = 0, total - 1
         self.is_on_cpu = structure.devices <= {"cpu"}
 
     def choice(self) -> tuple[Mode, str]:
@@ -86,20 +87,13 @@ class _Comparison:
         return self._choice(moved=False)  # other values may be impossible
 
     def _choice(self, moved: bool) -> tuple[Mode, str]:
-        total = self.particles.total
-        try:
-            with self.particles.plate(), self._bounds():
-                drawn = _with_leaves(self._varied(self.program.run_guide(), moved))
-                again = without(drawn, is_delta)  # computed, not drawn
-                source = _with_leaves(self.program.run_guide(again))
-                guide = _log_densities(source)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            return "loop", f"the guide raises {brief(error)}"
-        single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
-        if cause := self._mixing(guide, drawn) or self._difference(guide, single, (0, total - 1)):
-            return "loop", f"in the guide {cause}"
+        source, cause = self._guide(self._in_plate, moved)
+        mode: Mode = "vmap"
+        if source is None:
+            mode = "vmap guide"
+            source, failure = self._guide(self._under_vmap, moved=None)
+            if source is None:
+                return "loop", failure
 
         source = _with_leaves(source)
         first = self.program.run_model(self._row(source, 0))
@@ -110,17 +104,19 @@ class _Comparison:
                 source.add_node(name, **site)
         run = partial(self._single, self.program.run_model, source)
         single = cache(lambda i, nudge: run(i, nudge) if i or nudge else alone)
-        try:
-            with self.particles.plate(), self._bounds():
-                model = _log_densities(self.program.run_model(source))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            cause = f"the model raises {brief(error)}"
-        else:
-            cause = self._mixing(model, source) or self._difference(model, single, range(total))
-            if not cause:
-                return "plate", ""
+        if mode == "vmap":
+            try:
+                with self.particles.plate(), self._bounds():
+                    model = _log_densities(self.program.run_model(source))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                cause = f"the model raises {brief(error)}"
+            else:
+                every = range(self.particles.total)
+                cause = self._mixing(model, source) or self._difference(model, single, every)
+                if not cause:
+                    return "plate", ""
         try:
             values = batched.values_by_particle(source, self.particles, self.ranks)
             vmapped = batched.run_model(self.program, source, values, self.particles)
@@ -128,9 +124,37 @@ class _Comparison:
             raise
         except Exception as error:
             return "loop", f"the model raises {brief(error)}"
-        if failure := self._difference(_log_densities(vmapped), single, (0, total - 1)):
+        if failure := self._difference(_log_densities(vmapped), single, self.ends):
             return "loop", failure
-        return "vmap", cause
+        return mode, cause
+
+    def _guide(
+        self, run: Callable[[poutine.Trace], poutine.Trace], moved: bool | None
+    ) -> tuple[poutine.Trace | None, str]:
+        """Return a trace of the guide for all particles; if it is not right, None and the cause.
+
+        The particles are varied unless ``moved`` is None: nothing mixes them under `torch.vmap`.
+        """
+        try:
+            drawn = run(poutine.Trace())
+            drawn = _with_leaves(drawn if moved is None else self._varied(drawn, moved))
+            again = without(drawn, is_delta)  # computed, not drawn
+            source = _with_leaves(run(again))
+            guide = _log_densities(source)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return None, f"the guide raises {brief(error)}"
+        single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
+        cause = self._mixing(guide, drawn) or self._difference(guide, single, self.ends)
+        return (None, f"in the guide {cause}") if cause else (source, "")
+
+    def _in_plate(self, replayed: poutine.Trace) -> poutine.Trace:
+        with self.particles.plate(), self._bounds():
+            return self.program.run_guide(replayed)
+
+    def _under_vmap(self, replayed: poutine.Trace) -> poutine.Trace:
+        return batched.run_guide(self.program, self.particles, self.ranks, replayed)
 
     def _varied(self, trace: poutine.Trace, moved: bool) -> poutine.Trace:
         """Give particles values that differ, also where the guide is narrow.
@@ -188,7 +212,7 @@ class _Comparison:
         found: LogDensities,
         single: Callable[[int, int], LogDensities],
         particles: Iterable[int],
-    ) -> str | None:
+    ) -> str:
         """Return how densities of all particles differ from those of some on their own."""
         for particle in particles:
             alone = single(particle, 0)
@@ -205,7 +229,7 @@ class _Comparison:
                 others = (single(particle, nudge)[name] for nudge in range(1, NUDGES + 1))
                 if difference > NOISE * max(_distance(other, expected) for other in others):
                     return f"the density of site '{name}' is another than in a run of one sample"
-        return None
+        return ""
 
     def _of(self, particle: int, log_prob: Tensor) -> Tensor:
         dim = self._dim_of_particles(log_prob)
@@ -216,7 +240,7 @@ class _Comparison:
         assert dim is not None
         return dim if log_prob.dim() >= -dim and log_prob.shape[dim] > 1 else None
 
-    def _mixing(self, found: LogDensities, trace: poutine.Trace) -> str | None:
+    def _mixing(self, found: LogDensities, trace: poutine.Trace) -> str:
         """Return a latent whose value in one particle changes the density of another, if any."""
         leaves = [site for site in latent_sites(trace) if site["value"].requires_grad]
         values, dim = [site["value"] for site in leaves], self.particles.dim
@@ -248,7 +272,7 @@ class _Comparison:
                     return (
                         f"one sample's density depends on the value of '{site['name']}' in another"
                     )
-        return None
+        return ""
 
 
 def _is_discrete(base: Any) -> bool:

@@ -64,6 +64,11 @@ class ReplayedNoise(RunCache):
             self.states[""] = random_state()
         return super().__enter__()
 
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None and not self.is_second:
+            self.states.clear()  # the first run starts again
+        super().__exit__(*error)
+
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["fn"].subsample_size == msg["fn"].size:
             return  # nothing is drawn

@@ -31,13 +31,15 @@ from pyro_recursive.tracing.sites import (
 class Particles:
     """M * K samples, m varying slowest; ``dim`` is that of their plate, None in looped runs.
 
-    With ``vmap`` only the guide runs under the plate, and the model under `torch.vmap`.
+    With ``vmap`` the model runs under `torch.vmap`, with ``vmap_guide`` the guide, too; the plate
+    is in their traces alone.
     """
 
     num_estimates: int
     num_particles: int
     dim: int | None = None
     vmap: bool = False
+    vmap_guide: bool = False
 
     @cached_property
     def total(self) -> int:
@@ -50,7 +52,7 @@ class Particles:
         return pyro.plate(PARTICLE_PLATE, self.total, dim=self.dim)
 
 
-Mode = Literal["plate", "vmap", "loop"]
+Mode = Literal["plate", "vmap", "vmap guide", "loop"]
 
 
 @dataclass
@@ -60,7 +62,8 @@ class ProgramStructure:
     ``ranks`` are the numbers of dims of the guide's values, and ``sizes`` all sizes of dims in that
     run, on ``devices``. ``misfit`` says why its sites do not fit together; handlers around a call
     may change that.
-    ``mode`` is how many samples run, None until it is chosen, and ``cause`` why it is not the plate
+    ``mode`` is how many samples run: under a plate, the model or also the guide under `torch.vmap`,
+    or in a loop. It is None until it is chosen, and ``cause`` says why it is not the plate
     (`tracing.choice`).
     ``dependence`` has the plates whose entries were tested for independence, None before that test
     (`tracing.dependence`).

@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -19,7 +20,7 @@ from pyro_recursive.tracing.handlers import ComponentAssignment, ReplacedDraws
 from pyro_recursive.tracing.isolation import ReplayedNoise
 from pyro_recursive.tracing.masks import leave_out_masked
 from pyro_recursive.tracing.plates import Particles, ProgramStructure
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.program import Program, structure_of, without
 from pyro_recursive.tracing.sites import (
     JOINT,
     JointDraw,
@@ -111,7 +112,7 @@ def _run(
     """Run guide and model for M * K samples, in one pass or one by one; see `_draw`.
 
     ``vectorize`` is True or "auto" for what `tracing.choice` finds, "vmap" for the model under
-    `torch.vmap` where the guide runs in one pass, and False for a loop.
+    `torch.vmap` where all samples run in one pass, and False for a loop.
     """
     looped = Particles(num_estimates, num_particles)
     if not vectorize or looped.total == 1:
@@ -145,7 +146,8 @@ def _run(
                     "left. Count dims from the right, or use vectorize_particles=False."
                 )
             raise problem
-        _warn_of_loop(looped, f"the model raises {brief(problem)}")
+        where = "guide or model" if particles.vmap_guide else "model"
+        _warn_of_loop(looped, f"the {where} raises {brief(problem)}")
         again = looped
     return again, _draw(program, again, ranks=fresh.ranks, **options)
 
@@ -172,7 +174,9 @@ def _in_one_pass(
         if is_new:
             _warn_of_loop(looped, structure.cause)
         return looped
-    return replace(looped, dim=-nesting - 1, vmap=structure.mode == "vmap" or vectorize == "vmap")
+    guide = structure.mode == "vmap guide"
+    model = guide or structure.mode == "vmap" or vectorize == "vmap"
+    return replace(looped, dim=-nesting - 1, vmap=model, vmap_guide=guide)
 
 
 def _refuse_misfit(structure: ProgramStructure) -> None:
@@ -227,12 +231,21 @@ def _draw(
         cuts: list[GradientCut] = []
         model_cuts: list[GradientCut] = []
         with assignment or nullcontext():
-            with plate, sharing, noise:
-                guide = program.run_guide(subsample)
-            if replay != "none":
-                replayed, vectors = _stand_ins(guide, particle, replay, cuts)
-                with plate, noise, ReplacedDraws(vectors):
-                    guide = program.run_guide(replayed)
+            if particles.vmap_guide:
+                run_guide = partial(batched.run_guide, program, particles, ranks or {})
+                given = subsample or poutine.Trace()
+                if isinstance(sharing, _ShareWithinEstimate):
+                    given = sharing.shared_in(run_guide(given))
+                guide = run_guide(given, noise)
+                if replay != "none":
+                    guide = run_guide(_stand_ins(guide, particle, replay, cuts)[0], noise)
+            else:
+                with plate, sharing, noise:
+                    guide = program.run_guide(subsample)
+                if replay != "none":
+                    replayed, vectors = _stand_ins(guide, particle, replay, cuts)
+                    with plate, noise, ReplacedDraws(vectors):
+                        guide = program.run_guide(replayed)
             source = _source(guide, particle, subsample, model_cuts if cut_model else None)
             if particles.vmap:
                 values = batched.values_by_particle(source, particles, ranks or {})
@@ -327,6 +340,14 @@ class _ShareWithinEstimate(Messenger):
         # This handler is the outermost: it speaks before the trace records.
         if msg["name"] in self.names - self.packed and not msg["is_observed"]:
             msg["value"] = self._shared(msg["name"], msg["value"], msg["fn"].event_dim)
+
+    def shared_in(self, trace: poutine.Trace) -> poutine.Trace:
+        """Return the shared values of a run of all particles, and its minibatch, for another."""
+        kept = without(trace, lambda s: s["name"] not in self.names or is_delta(s))
+        for site in latent_sites(kept):
+            value = self._shared(site["name"], site["value"], site["fn"].event_dim)
+            kept.nodes[site["name"]] = {**site, "value": value}
+        return kept
 
     def _shared(self, name: str, value: Tensor, event_dim: int) -> Tensor:
         M, K = self.particles.num_estimates, self.particles.num_particles

@@ -107,7 +107,6 @@ class SiteTable:
                     continue
                 *outer, base = layers(site["fn"])
                 is_masked = any(isinstance(layer, dist.MaskedDistribution) for layer in outer)
-                is_masked |= "entry_mask" in site
                 group, has_rsample = "model", site["fn"].has_rsample
                 if records is self.guide:
                     group = "density" if has_rsample else "score"
@@ -221,8 +220,6 @@ def _is_wrapper(kind: Any) -> bool:
 
 def mask_of(site: Site) -> Tensor | None:
     """Return which entries of a site have a density, to broadcast with its value; None for all."""
-    if "entry_mask" in site:
-        return site["entry_mask"]
     found = [(site["mask"], site["fn"].event_dim)]
     for layer in layers(site["fn"]):
         if isinstance(layer, dist.MaskedDistribution):
