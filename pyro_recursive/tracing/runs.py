@@ -28,6 +28,7 @@ from pyro_recursive.tracing.sites import (
     SiteTable,
     is_delta,
     latent_sites,
+    sites,
     subsample_sites,
 )
 from pyro_recursive.tracing.user_warnings import warn_user
@@ -243,9 +244,11 @@ def _draw(
                 with plate, sharing, noise:
                     guide = program.run_guide(subsample)
                 if replay != "none":
-                    replayed, vectors = _stand_ins(guide, particle, replay, cuts)
-                    with plate, noise, ReplacedDraws(vectors):
-                        guide = program.run_guide(replayed)
+                    drawn = guide
+                    guide, vectors = _stand_ins(drawn, particle, replay, cuts)
+                    if not _are_apart(program, drawn):
+                        with plate, noise, ReplacedDraws(vectors):
+                            guide = program.run_guide(guide)
             source = _source(guide, particle, subsample, model_cuts if cut_model else None)
             if particles.vmap:
                 values = batched.values_by_particle(source, particles, ranks or {})
@@ -301,6 +304,27 @@ def _stand_ins(
         else:
             copy.nodes[name] = _cut(site, particle, replay, cuts)
     return copy, vectors
+
+
+def _are_apart(program: Program, guide: poutine.Trace) -> bool:
+    """Whether no distribution of the guide depends on its samples; found once for a structure."""
+    known = program.memory
+    if "samples apart" not in known:
+        known["samples apart"] = False
+        found = list(sites(guide))
+        values = [site["value"] for site in found]
+        if not any(
+            site["is_observed"] or is_delta(site) or JOINT in site["infer"] for site in found
+        ) and all(value.requires_grad for value in values):
+            each = [site["fn"].log_prob(site["value"].detach()).sum() for site in found]
+            moving = [density for density in each if density.requires_grad]
+            slopes = (
+                torch.autograd.grad(moving, values, retain_graph=True, allow_unused=True)
+                if moving
+                else ()
+            )
+            known["samples apart"] = all(slope is None for slope in slopes)
+    return known["samples apart"]
 
 
 def _joint_draw(site: Site, guide: poutine.Trace) -> JointDraw | None:
