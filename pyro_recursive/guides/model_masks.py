@@ -13,7 +13,7 @@ from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.placement import Placement
 from pyro_recursive.tracing.handlers import SubstituteByName
-from pyro_recursive.tracing.isolation import SharedNoise, isolated, outline
+from pyro_recursive.tracing.isolation import SharedNoise, isolated, outline, outside_of_graphs
 from pyro_recursive.tracing.masks import (
     differentiable,
     is_unused,
@@ -108,7 +108,7 @@ def read_masks(groups: Sequence[LatentBlock], call: GuideCall, like: Tensor) -> 
         values: Values = {}
         for placement, u in zip(placements, second, strict=True):
             values |= placement.latents.with_slots(placement.slots.values()).unpack(u)
-        with isolated(noise=noise):
+        with outside_of_graphs(*call.masks.values()), isolated(noise=noise):
             unused = unused_latents(trace, leaves, values, run)
     for name in partly:
         if is_unused(name, unused):

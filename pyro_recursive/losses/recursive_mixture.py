@@ -119,19 +119,41 @@ class RecursiveMixture_ELBO(MixtureLoss):
             mixture.prepare(*args, **kwargs)
             if self.weights != "gradient":
                 mixture.check_shared_weights()
-            program = Program(model, guide, args, kwargs)
             if mixture.is_trial:
-                loss = self._test_component(program, mixture)
+                loss = self._test_component(Program(model, guide, args, kwargs), mixture)
             else:
-                plan = self._plan(mixture)
-                if plan is None:
-                    loss = super().differentiable_loss(model, guide, *args, **kwargs)
-                else:
-                    loss = self._train_component(program, mixture, plan)
+                loss = self.stage_loss(model, guide, *args, **kwargs)
                 mixture.count_step()
             if not mixture.is_growing and mixture.steps_taken % WATCHED_EVERY == 0:
                 mixture.watch(*args, **kwargs)
             return loss
+
+    def stage_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of a step of this stage that is no acceptance test; it is not counted."""
+        mixture, program = growing_mixture_of(guide), Program(model, guide, args, kwargs)
+        plan = self._plan(mixture)
+        if plan is None:
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+        return self._train_component(program, mixture, plan)
+
+    def stage_of(self, guide: Callable) -> tuple[Any, int]:
+        """Return what decides a step, and for how many steps: 0 for one that places or tests.
+
+        So does the last step of a stage, and one that looks for components without weight.
+        """
+        mixture = growing_mixture_of(guide)
+        stage, taken, left = mixture.stage, mixture.steps_taken, mixture.stage_steps_left - 1
+        if not mixture.is_growing:
+            until = WATCHED_EVERY - 1 - taken % WATCHED_EVERY
+            left = until if stage.steps == 0 else min(left, until)
+        is_turn = self.update == "alternating" and stage.component is not None
+        turn = taken % 2 if is_turn else None
+        left = 0 if mixture.starts_component else max(min(left, 1) if is_turn else left, 0)
+        return (stage.kind, stage.component, mixture.members, turn), left
+
+    def count_steps(self, guide: Callable, count: int) -> None:
+        """Count steps whose loss was `stage_loss`."""
+        growing_mixture_of(guide).count_step(count)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return the value of `differentiable_loss`, and add its gradients to the parameters'."""

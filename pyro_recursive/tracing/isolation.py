@@ -1,7 +1,8 @@
 """Extra runs of a program that change nothing outside: no trace, random state or module."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from pyro_recursive.tracing.handlers import FlatPriors, RunCache
 from pyro_recursive.tracing.sites import with_plate_sizes
 
 RandomState = list[Tensor]
+
+# While a graph of a program is made: the context manager that leaves a block out of it.
+OUTSIDE_OF_GRAPHS: ContextVar[Callable[..., AbstractContextManager] | None] = ContextVar(
+    "outside_of_graphs", default=None
+)
+
+# Whether a run restores the random state, so that its draws are not among those of a step.
+IS_ISOLATED: ContextVar[bool] = ContextVar("is_isolated", default=False)
+
+
+def outside_of_graphs(*tensors: Tensor) -> AbstractContextManager:
+    """Leave a block out of a graph that is being made; it decides something by these tensors."""
+    outside = OUTSIDE_OF_GRAPHS.get()
+    return nullcontext() if outside is None else outside(*tensors)
 
 
 def random_state() -> RandomState:
@@ -99,6 +114,7 @@ def isolated(
     with ExitStack() as stack:
         if noise is None:
             stack.callback(set_random_state, random_state())
+            stack.callback(IS_ISOLATED.reset, IS_ISOLATED.set(True))
         else:
             noise.start()
         if programs:

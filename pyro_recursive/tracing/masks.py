@@ -17,7 +17,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_recursive.tracing.handlers import DryRun, Leaves
-from pyro_recursive.tracing.isolation import SharedNoise, isolated
+from pyro_recursive.tracing.isolation import SharedNoise, isolated, outside_of_graphs
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.sites import (
     MODEL_MASK,
@@ -153,7 +153,8 @@ def leave_out_masked(tables: Iterable[SiteTable], program: Program) -> None:
                 masks[record.name] = mask
         for name in partly_masked({n: _or_left_out(guide[n].site, m) for n, m in masks.items()}):
             if name not in unused:
-                unused |= _look(table, program)
+                with outside_of_graphs(*masks.values()):
+                    unused |= _look(table, program)
             if is_unused(name, unused):
                 _mask(guide[name], guide, masks[name])
 

@@ -49,14 +49,16 @@ class GrowingMixture(MixtureLike, Protocol):
     Its ``stage`` has a ``kind`` ("first", "propose", "refine", "cycle", "joint") and a
     ``component``, None for all. The next step may be the first for a component
     (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of each
-    component and row, after which ``end_trial`` returns whether it is kept. A proposed component
-    has the weight ``epsilon``. Log-weights can be set, ``[J]``, where all rows share one vector.
+    component and row, after which ``end_trial`` returns whether it is kept. A stage without end has
+    0 ``stage_steps_left``. A proposed component has the weight ``epsilon``. Log-weights can be set,
+    ``[J]``, where all rows share one vector.
     It can ``watch`` for members that have lost their weight, once it is no longer growing.
     """
 
     epsilon: float
     stage: Any
     steps_taken: int
+    stage_steps_left: int
     starts_component: bool
     is_trial: bool
     is_growing: bool
@@ -68,9 +70,22 @@ class GrowingMixture(MixtureLike, Protocol):
     def free_component(self) -> FreeComponent | None: ...
     def check_shared_weights(self) -> None: ...
     def set_log_weights(self, log_weights: Tensor) -> None: ...
-    def count_step(self) -> None: ...
+    def count_step(self, count: int = 1) -> None: ...
     def end_trial(self, gain: Gain) -> bool: ...
     def watch(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@runtime_checkable
+class StagedLoss(Protocol):
+    """A loss whose steps depend on a state of the guide that advances with them.
+
+    ``stage_of`` returns what decides a step, and for how many steps from now it stays so: 0 where
+    a step does more than train. ``stage_loss`` is the loss of a step that is not counted.
+    """
+
+    def stage_of(self, guide: Callable) -> tuple[Any, int]: ...
+    def stage_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor: ...
+    def count_steps(self, guide: Callable, count: int) -> None: ...
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from pyro_recursive.tracing.isolation import RandomState, random_state, set_rand
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
 from pyro_recursive.training.distributed import DistributedStep
@@ -128,7 +129,6 @@ class Learner:
                 self._present = batch, epoch
                 found = self.compiled.find(call)
                 if isinstance(found, CompiledStep):
-                    found.prepare(call)
                     losses = found.take_many(count - done).clone()
                     first = self._note_block(found.step.health[0], losses)
                     if first is not None:
@@ -158,19 +158,16 @@ class Learner:
         if not self.group.is_alone:
             raise ValueError("compile=True trains in one process. Leave it out, or start one.")
 
-        def differentiable(*batch: Any) -> Tensor:
-            return self.loss.differentiable_loss(self.model, self.guide, *batch)
-
         def eager(call: Call) -> Tensor:
             return self.step(*self._present)
 
         roots = {"model": self.model, "guide": self.guide, "loss": self.loss}
         training = Training(
-            differentiable,
+            traced_loss(self.model, self.guide, self.loss),
             eager,
             lambda parameter: (self.optimizer, {}),
             roots,
-            self.clip_norm,
+            clip_norm=self.clip_norm,
             is_guarded=True,
         )
         return CompiledSteps(training, engine, strict=False)

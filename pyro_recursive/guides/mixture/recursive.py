@@ -18,7 +18,7 @@ from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.starts import StartSearch, component_steps
 from pyro_recursive.tracing.handlers import current_assignment
-from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.isolation import isolated, outside_of_graphs
 from pyro_recursive.tracing.sites import JOINT
 from pyro_recursive.tracing.user_warnings import warn_user
 
@@ -91,6 +91,10 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.dead: tuple[int, ...] = ()  # members without weight, when `watch` last looked
         self._reported: set[int] = set()
 
+    def _read(self) -> list[int]:
+        with outside_of_graphs():
+            return self.progress.tolist()
+
     @property
     def num_steps(self) -> int:
         """How many training steps the schedule has, if no component is tried twice."""
@@ -105,18 +109,18 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def stage(self) -> Stage:
         """The stage of training; after the last one, all components together."""
-        number = int(self.progress[0])
+        number = self._read()[0]
         return self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
 
     @property
     def steps_taken(self) -> int:
         """The training steps taken in this stage."""
-        return int(self.progress[1])
+        return self._read()[1]
 
     @property
     def members(self) -> tuple[int, ...]:
         """The components that make up the mixture; one that is being proposed is not among them."""
-        return tuple(m for m, inside in enumerate(self.progress[3:].tolist()) if inside)
+        return tuple(m for m, inside in enumerate(self._read()[3:]) if inside)
 
     @property
     def left_out(self) -> tuple[int, ...]:
@@ -152,9 +156,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         """Whether the next step is the acceptance test of a component."""
         return self.stage.kind == "refine" and self.stage_steps_left == 1
 
-    def count_step(self) -> None:
-        """Count a training step, and go on to the next stage after the last one of this."""
-        self.progress[1] += 1
+    def count_step(self, count: int = 1) -> None:
+        """Count training steps, and go on to the next stage after the last one of this."""
+        self.progress[1] += count
         if 0 < self.stage.steps <= self.steps_taken:
             self.end_stage()
 

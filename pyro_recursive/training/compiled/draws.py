@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pyro_recursive.tracing.isolation import random_state
+from pyro_recursive.tracing.isolation import IS_ISOLATED, random_state
 
 
 class Draw(NamedTuple):
@@ -49,61 +49,117 @@ class DrawRecorder(TorchDispatchMode):
     """Records the draws of a run, and which of them have the same random state: the same value.
 
     Two runs of a guide with the same noise, as estimators need that cut paths, set the random state
-    back; in a graph, their draws have to be one.
+    back; in a graph, their draws have to be one. ``path`` are the draws that lead from the state at
+    the start to that at the end, in their order. Others are made aside, by runs that restore the
+    state, or are the same in each step, from a generator that the run seeds.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.draws: list[Draw] = []
-        self.order: list[int] = []  # of each call of a random operator, which draw it is
+        self.order: list[int | None] = []  # of each call of a random operator, which draw it is
+        self.path: list[int] = []
+        self.seeded: set[int] = set()
         self._known: dict[Any, int] = {}
+        self._before: dict[bytes, tuple[int, bytes]] = {}  # by the state after it: draw, state
+        self._generators: dict[torch.Generator, bool] = {}  # whether the run has seeded it
+        self._start = _state(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not is_random(func):
             return func(*args, **kwargs)
-        state = b"".join(each.numpy().tobytes() for each in random_state())
+        generator = kwargs.get("generator")
+        before = _state(generator)
+        is_seeded = generator is not None and self._is_seeded(generator, before)
         result = func(*args, **kwargs)
+        after = _state(generator)
+        if after == before:  # nothing is drawn
+            self.order.append(None)
+            return result
         draw = _describe(func, args, kwargs, _first(result))
-        own = len(self.order) if kwargs.get("generator") is not None else None
-        key = (state, func, draw.shape, draw.dtype, own)
+        key = (before, func, draw.shape, draw.dtype, generator)
         if key not in self._known:
             self._known[key] = len(self.draws)
             self.draws.append(draw)
-        self.order.append(self._known[key])
+        number = self._known[key]
+        self.order.append(number)
+        if generator is None and IS_ISOLATED.get():
+            return result
+        if generator is None:
+            self._before[after] = number, before
+        elif is_seeded:
+            self.seeded.add(number)
+        else:
+            self.path.append(number)
         return result
+
+    def finish(self) -> None:
+        """Find the draws that have led to the random state now."""
+        state, path = _state(None), list[int]()
+        while state != self._start:
+            if state not in self._before or len(path) > len(self.draws):
+                raise NotImplementedError("The seed of the random numbers is set in each step.")
+            number, state = self._before[state]
+            path.insert(0, number)
+        self.path += path
+
+    def _is_seeded(self, generator: torch.Generator, state: bytes) -> bool:
+        if generator not in self._generators:
+            new = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+            self._generators[generator] = _state(new) == state
+        return self._generators[generator]
 
 
 class ReplacedDraws(TorchDispatchMode):
-    """Gives the draws of a run recorded before: those made outside, and repeated ones."""
+    """Gives the draws of a run recorded before: those made outside, and repeated ones.
+
+    ``aside`` are the values of draws made aside, which have to decide nothing.
+    """
 
     def __init__(self, recorder: DrawRecorder, outside: dict[int, Tensor]) -> None:
         super().__init__()
         self.recorder, self.outside = recorder, outside
-        self._inside: dict[int, Any] = {}
+        self.aside: list[Tensor] = []
+        self._known: dict[int, Any] = {}
         self._calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not is_random(func):
             return func(*args, **kwargs)
-        number = self._number(func)
+        number = self._number()
+        if number is None:
+            return func(*args, **kwargs)
         draw = self.recorder.draws[number]
+        if draw.operator is not func:
+            raise NotImplementedError("The random draws of two runs differ.")
         if number in self.outside:
             value = self.outside[number].view(draw.shape)
-            return args[0].copy_(value) if draw.is_in_place else value.clone()
-        if number not in self._inside:
-            self._inside[number] = _copy(result := func(*args, **kwargs))
+        elif number in self._known:
+            value = self._known[number]
+        elif number in self.recorder.path:
+            self._known[number] = _copy(result := func(*args, **kwargs))
             return result
-        repeated = self._inside[number]
-        return args[0].copy_(repeated) if draw.is_in_place else _copy(repeated)
+        else:
+            value = self._known[number] = self._constant(number, func, args, kwargs)
+        return args[0].copy_(value) if draw.is_in_place else _copy(value)
 
-    def _number(self, func: Any) -> int:
-        order, draws = self.recorder.order, self.recorder.draws
-        if self._calls >= len(order) or draws[order[self._calls]].operator is not func:
+    def _number(self) -> int | None:
+        if self._calls >= len(self.recorder.order):
             raise NotImplementedError("The random draws of two runs differ.")
         self._calls += 1
-        return order[self._calls - 1]
+        return self.recorder.order[self._calls - 1]
+
+    def _constant(self, number: int, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Draw outside of the graph, which has the values as constants."""
+        with _disable_current_modes():
+            if self.recorder.draws[number].is_in_place:
+                args = (torch.empty_like(args[0]), *args[1:])
+            value = func(*args, **kwargs)
+        if number not in self.recorder.seeded:
+            self.aside += [value] if isinstance(value, Tensor) else list(value)
+        return value
 
 
 class Pool(NamedTuple):
@@ -148,9 +204,11 @@ class DrawPlan:
 
     def __init__(self, recorder: DrawRecorder) -> None:
         self.recorder, self.pools = recorder, list[Pool]()
-        self.is_outside = all(draw.is_outside for draw in recorder.draws)
+        draws = recorder.draws
+        self.is_outside = all(draws[number].is_outside for number in recorder.path)
         pools: dict[Any, Pool] = {}
-        for number, draw in enumerate(recorder.draws if self.is_outside else ()):
+        for number in recorder.path if self.is_outside else ():
+            draw = draws[number]
             kind: Any = number
             if draw.is_in_place:
                 kind = (draw.operator, draw.arguments, draw.options, draw.dtype, draw.device)
@@ -182,8 +240,8 @@ class DrawPlan:
         rows: dict[int, Tensor] = {}
         for pool, buffer in zip(self.pools, buffers, strict=True):
             rows |= pool.split(buffer[step])
-        draws = self.recorder.draws
-        return [(draws[number], rows[number].view(draws[number].shape)) for number in sorted(rows)]
+        draws, path = self.recorder.draws, self.recorder.path if rows else ()
+        return [(draws[number], rows[number].view(draws[number].shape)) for number in path]
 
     def replaced(self, rows: Sequence[Tensor]) -> ReplacedDraws:
         """Return the mode that gives a run the draws of one step, ``[size]`` for each pool."""
@@ -212,6 +270,11 @@ def _describe(operator: Any, args: Any, kwargs: dict[str, Any], result: Tensor) 
         result.device,
         outside,
     )
+
+
+def _state(generator: torch.Generator | None) -> bytes:
+    states = random_state() if generator is None else [generator.get_state()]
+    return b"".join(each.numpy().tobytes() for each in states)
 
 
 def _first(result: Any) -> Tensor:

@@ -20,6 +20,10 @@ class Unsupported(NotImplementedError):
     """Says why a step cannot be compiled."""
 
 
+class NoOptimiser(Unsupported):
+    """Says that a parameter is too new to have an optimiser: an eager step makes it."""
+
+
 def owner_in(optimizer: Any) -> OwnerOf:
     """Return the function that finds the torch optimiser of a parameter, and its clipping."""
     if isinstance(optimizer, Optimizer):
@@ -27,7 +31,9 @@ def owner_in(optimizer: Any) -> OwnerOf:
 
     def find(parameter: Tensor) -> tuple[Optimizer, dict[str, float]]:
         assert isinstance(optimizer, PyroOptim)
-        found = optimizer.optim_objs[parameter]
+        found = optimizer.optim_objs.get(parameter)
+        if found is None:
+            raise NoOptimiser("a parameter has no optimiser")
         # A schedule has an optimiser of its own.
         return getattr(found, "optimizer", found), optimizer._get_grad_clip_args(parameter)
 
@@ -77,6 +83,7 @@ class FlatGroup:
         self.lr = self._spread(self._rates(), torch.float64)
         self._rates_read = self._rates()
         self.done = 0  # steps taken since the counts of the optimiser were written
+        self.is_current = True  # no other step was taken since counts were read
         for optimizer in {id(m.optimizer): m.optimizer for m in self.members}.values():
             optimizer.register_state_dict_pre_hook(self._on_state_dict)
             optimizer.register_load_state_dict_pre_hook(self._on_state_dict)
@@ -134,9 +141,10 @@ class FlatGroup:
         """Take over the number of steps that the optimiser counts."""
         self.write_counts()
         new = self._spread(self._counts(), torch.int64)
-        if new.shape != self.steps.shape:
+        if len(new) > len(self.steps):
             raise Unsupported("the step counts of parameters, equal at first, now differ")
         self.steps.copy_(new)
+        self.is_current = True
 
     @torch.no_grad()
     def bind(self) -> None:
@@ -171,7 +179,7 @@ class FlatGroup:
         rates = self._rates()
         if rates != self._rates_read:
             new = self._spread(rates, torch.float64)
-            if new.shape != self.lr.shape:
+            if len(new) > len(self.lr):
                 raise Unsupported("learning rates of parameters, equal at first, now differ")
             self.lr.copy_(new)
             self._rates_read = rates

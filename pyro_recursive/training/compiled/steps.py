@@ -9,9 +9,18 @@ from torch import Tensor
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
-from pyro_recursive.training.compiled.flat import FlatGroup, OwnerOf, Unsupported, flat_groups
+from pyro_recursive.training.compiled.flat import (
+    FlatGroup,
+    NoOptimiser,
+    OwnerOf,
+    Unsupported,
+    flat_groups,
+)
+from pyro_recursive.training.compiled.losses import TracedLoss
 
 MAX_GRAPHS = 8  # of calls of one form, before these run eagerly
+MAX_KEPT = 4  # of these
+MAX_FORMS = 64
 # Of the loss, and of the norm of an update: Adam turns rounding errors into whole steps.
 TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 5e-2)}
 
@@ -20,14 +29,16 @@ class Training(NamedTuple):
     """What is trained: the loss with its graph, a whole eager step, and all that they read.
 
     ``eager`` takes a step on a call and returns its loss, a scalar in nats; ``owner`` finds the
-    optimiser of a parameter; ``clip_norm`` is the largest norm of all gradients together. With
-    ``is_guarded`` steps change nothing after a loss or gradient that is not finite.
+    optimiser of a parameter; ``others`` returns parameters that it has beside those of the loss,
+    and may change for their gradient of zero; ``clip_norm`` is the largest norm of all gradients
+    together. With ``is_guarded`` steps change nothing after a loss or gradient that is not finite.
     """
 
-    differentiable: Callable[..., Tensor]
+    loss: TracedLoss
     eager: Callable[[Call], Tensor]
     owner: OwnerOf
     roots: dict[str, Any]
+    others: Callable[[], list[Tensor]] = list
     clip_norm: float | None = None
     is_guarded: bool = False
 
@@ -37,41 +48,63 @@ class CompiledSteps:
 
     def __init__(self, training: Training, engine: EngineName, strict: bool) -> None:
         self.training, self.engine, self.strict = training, engine, strict
-        self._steps: dict[Any, CompiledStep | None] = {}
+        self._steps: dict[Any, list[CompiledStep]] = {}  # of calls of a form, the last one first
+        self._eager_forms: set[Any] = set()
         self._graphs: dict[Any, int] = {}  # how many were made of calls of a form
         self._groups: dict[tuple[int, ...], list[FlatGroup]] = {}
 
     def find(self, call: Call) -> CompiledStep | Tensor:
-        """Return the compiled step of a call, or the loss of an eager step that was taken."""
-        key = call.key
+        """Return the compiled step of a call, prepared, or the loss of an eager step taken."""
+        stage, left = self.training.loss.stage()
+        key = call.key, stage
+        if left == 0 or self.engine == "eager" or key in self._eager_forms:
+            return self._eager(call)
         if key not in self._graphs:  # the first step creates parameters and optimisers
-            self._graphs[key] = 0
+            if len(self._graphs) < MAX_FORMS:
+                self._graphs[key] = 0
+            elif not self._eager_forms:
+                self._give_up(key, Unsupported(f"arguments have had {MAX_FORMS} forms or values"))
             return self._eager(call)
-        step = self._steps.get(key)
-        changed = None if step is None else step.state.changed()
-        if step is not None and changed is None:
-            return step
-        if self.engine == "eager" or (step is None and key in self._steps):
-            return self._eager(call)
-        if changed is not None and self._graphs[key] >= MAX_GRAPHS:
-            self._give_up(key, Unsupported(f"{changed} has changed {MAX_GRAPHS} times"))
+        outdated = None
+        for step in self._steps.setdefault(key, []):
+            outdated = step.outdated(call)
+            if outdated is None and self._is_prepared(step, call):
+                step.left = left
+                return step
+        if outdated is not None and self._graphs[key] >= MAX_GRAPHS:
+            self._give_up(key, Unsupported(f"{outdated} has changed {MAX_GRAPHS} times"))
             return self._eager(call)
         self._graphs[key] += 1
         try:
             step = CompiledStep(self.training, call, self._flat, self.engine)
+        except NoOptimiser:
+            return self._eager(call)
         except Unsupported as error:
             self._give_up(key, error)
             return self._eager(call)
-        self._steps[key] = step
+        self._steps[key] = [step, *self._steps[key]][:MAX_KEPT]
         return self._compared(key, step, call)
+
+    def _is_prepared(self, step: CompiledStep, call: Call) -> bool:
+        """Whether a step has taken over what the optimiser has now, in the form that it knows."""
+        if not all(group.is_bound for group in step.groups):  # another one was last
+            self._write_counts()
+        try:
+            step.prepare(call)
+        except Unsupported:
+            self._groups = {k: each for k, each in self._groups.items() if each != step.groups}
+            return False
+        return True
 
     def _compared(self, key: Any, step: CompiledStep, call: Call) -> Tensor:
         """Take an eager step and return its loss; give up a compiled step that differs."""
         step.prepare(call)
+        constants = step.step.gradients.constants
         start = [group.values.clone() for group in step.groups]
         with step.undone():
             loss = step.take().item()
             ends = [group.values.clone() for group in step.groups]
+            moved = [each.detach().clone() for each in constants]  # buffers
         result = self._eager(call)
         expected = result.item()
         tight, loose = TOLERANCES.get(start[0].dtype, (1e-3, 1e-1))
@@ -79,6 +112,8 @@ class CompiledSteps:
         for group, before, after in zip(step.groups, start, ends, strict=True):
             error = (after - group.values).norm()
             is_same &= bool(error <= loose * (group.values - before).norm() + tight**2)
+        for found, own in zip(moved, constants, strict=True):
+            is_same &= torch.allclose(found, own.to(found), rtol=tight, atol=tight, equal_nan=True)
         if not is_same:
             text = f"a compiled step differs from an eager one (losses {loss:.7g}, {expected:.7g})"
             self._give_up(key, Unsupported(text))
@@ -86,6 +121,7 @@ class CompiledSteps:
 
     def _flat(self, parameters: list[Tensor]) -> list[FlatGroup]:
         key = tuple(map(id, parameters))
+        self._write_counts()
         if key not in self._groups:
             self._groups[key] = flat_groups(parameters, self.training.owner)
         return self._groups[key]
@@ -93,14 +129,19 @@ class CompiledSteps:
     def _give_up(self, key: Any, error: Unsupported) -> None:
         if self.strict:
             raise error
-        self._steps[key] = None
+        self._steps.pop(key, None)
+        self._eager_forms.add(key)
         warn_user(f"Training steps run eagerly: {error}.")
 
     def _eager(self, call: Call) -> Tensor:
-        groups = [group for each in self._groups.values() for group in each]
-        for group in groups:
-            group.write_counts()
+        self._write_counts()
         loss = self.training.eager(call)
-        for group in groups:
-            group.read_counts()
+        for groups in self._groups.values():
+            for group in groups:
+                group.is_current = False
         return loss
+
+    def _write_counts(self) -> None:
+        for groups in self._groups.values():
+            for group in groups:
+                group.write_counts()

@@ -1,22 +1,22 @@
 """`CompiledSVI`: the steps of `pyro.infer.SVI` as one compiled graph each."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_recursive import bounds
-from pyro_recursive.losses.multi_sample import MultiSampleELBO
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
 from pyro_recursive.training.compiled.flat import owner_in
+from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 
 
@@ -69,13 +69,9 @@ class CompiledSVI:
         if not isinstance(loss, ELBO):
             raise TypeError(f"loss must be a pyro.infer.ELBO, got {type(loss).__name__}.")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        traced = equal_loss(loss)
-
-        def differentiable(*args: Any, **kwargs: Any) -> Tensor:
-            return traced.differentiable_loss(model, guide, *args, **kwargs)
-
         roots = {"model": model, "guide": guide, "loss": loss}
-        training = Training(differentiable, self._eager, owner_in(optim), roots)
+        traced, others = traced_loss(model, guide, loss), partial(_parameters, optim)
+        training = Training(traced, self._eager, owner_in(optim), roots, others)
         self._steps = CompiledSteps(training, engine, strict)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -83,7 +79,6 @@ class CompiledSVI:
         call = Call(args, kwargs)
         found = self._steps.find(call)
         if isinstance(found, CompiledStep):
-            found.prepare(call)
             found = found.take()
         return found.item()
 
@@ -95,7 +90,6 @@ class CompiledSVI:
         while done < num_steps:
             found = self._steps.find(call)
             if isinstance(found, CompiledStep):
-                found.prepare(call)
                 found = found.take_many(num_steps - done).clone()
             losses.append(found.detach().reshape(-1))
             done += len(losses[-1])
@@ -119,17 +113,7 @@ class CompiledSVI:
         return torch.as_tensor(loss, dtype=torch.float64)
 
 
-def equal_loss(loss: Any) -> Any:
-    """Return the loss of this package that equals one of Pyro's; any other as it is."""
-    order = {Trace_ELBO: 1.0, RenyiELBO: getattr(loss, "alpha", 0.0)}.get(type(loss))
-    if order is None:
-        return loss
-    return MultiSampleELBO(
-        bounds.renyi(order),
-        estimator="score",
-        num_particles=loss.num_particles,
-        # Pyro's constructor counts the plate of the particles.
-        max_plate_nesting=loss.max_plate_nesting
-        - (loss.vectorize_particles and loss.num_particles > 1),
-        vectorize_particles=loss.vectorize_particles,
-    )
+def _parameters(optim: PyroOptim | Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimiser changes in each step, whatever the loss reaches."""
+    groups = optim.param_groups if isinstance(optim, Optimizer) else []
+    return [parameter for group in groups for parameter in group["params"]]
