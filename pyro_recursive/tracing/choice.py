@@ -357,7 +357,7 @@ def _unused_prime(sizes: set[int]) -> int:
 
 
 def brief(error: Exception) -> str:
-    """Return the type of an error and the beginning of its message."""
+    """Return the type of an error and the first sentence of its message."""
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    text = lines[0].partition(". ")[0] if lines else ""
     return f"{type(error).__name__} ({text[:100]})" if text else type(error).__name__

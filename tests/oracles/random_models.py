@@ -80,6 +80,9 @@ class Noise:
             return fallback
         if table.numel() == shape.numel():
             return table.reshape(shape)
+        if torch._C._functorch.is_batchedtensor(fallback):  # under torch.vmap
+            level = torch._C._functorch.maybe_get_level(fallback)
+            return torch._C._functorch._add_batch_dim(table.reshape(-1, *shape), 0, level)
         number = self.calls[name] = self.calls.get(name, -1) + 1  # particles one by one
         return table[number % self.particles].reshape(shape)
 

@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_vectorised() -> None:
         if pyro.sample("z", dist.Normal(0.0, 1.0)) > 0:
             pyro.sample("more", dist.Normal(0.0, 1.0))
 
-    with pytest.warns(UserWarning, match=r"one by one .3 runs .* guide raises RuntimeError \(Bool"):
+    with pytest.warns(UserWarning, match="one by one .3 runs .* guide raises .*data-dependent"):
         assert IWAE_ELBO(3).loss(program, program) == 0
     assert IWAE_ELBO(3).loss(program, program) == 0
     assert IWAE_ELBO(3, vectorize_particles=False).loss(program, program) == 0
