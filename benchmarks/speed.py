@@ -31,7 +31,16 @@ import torch
 from pyro.infer import SVI
 from tqdm import tqdm
 
-from benchmarks.methods.steps import METHODS, OURS, PYRO, NotApplicable, Setting, Steps, make
+from benchmarks.methods.steps import (
+    COMPILED,
+    METHODS,
+    OURS,
+    PYRO,
+    NotApplicable,
+    Setting,
+    Steps,
+    make,
+)
 from benchmarks.report import Results, figure, finish, hardware, name_rows, table, write_json
 from benchmarks.run import base_parser, parse, peak_megabytes
 from benchmarks.tasks.timed import GROUPS, GROWTH, MAIN, MANY, Timed
@@ -145,7 +154,8 @@ def same_seed(make_task: Callable[[], Timed], engine: Any, is_compiled: bool) ->
         return found, many
 
     try:
-        used = engine if is_compiled else "graph"
+        used = COMPILED[0] if engine == "auto" else engine
+        used = used if is_compiled else "graph"
         own = losses(CompiledSVI, engine=used, strict=True)
         plain = losses(CompiledSVI, engine="graph") if is_compiled and used != "graph" else own
         eager = losses(SVI)[0]
@@ -236,9 +246,10 @@ def _cost(threads: int, name: str, method: str, cache: str) -> dict[str, float]:
 def _cost_here(name: str, method: str) -> dict[str, float]:
     group, _, model = name.partition(": ")
     task = GROUPS[group][model]()
-    before = peak_megabytes()
-    steps, start = make(method, task, Setting("alone")), time.perf_counter()
-    steps.call()
+    before, start = peak_megabytes(), time.perf_counter()
+    steps = make(method, task, Setting("alone"))
+    if steps.number == 1:
+        steps.call()
     seconds = time.perf_counter() - start
     for _ in range(1 if steps.number > 1 else 20):
         steps.call()
@@ -371,7 +382,7 @@ def plots(results: Results, folder: Path) -> Iterator[Path]:
     curves = [(t, g) for t in results for g in GROWTH if results[t].get(g)]
     if curves:
         path = folder / "growth.png"
-        with figure(path, 1, len(curves), figsize=(4 * len(curves), 3.6)) as (_, axes):
+        with figure(path, 1, len(curves), figsize=(4 * len(curves), 4.2)) as (_, axes):
             for (threads, group), panel in zip(curves, axes[0], strict=True):
                 _draw_growth(panel, results[threads][group], group, threads)
         yield path
@@ -397,4 +408,4 @@ def _draw_growth(panel: Any, points: dict[str, Any], title: str, threads: str) -
             panel.loglog(sizes, times, "o-", label=f"{method}{slope}")
     panel.set(xlabel=title, ylabel="ms a step", title=f"threads: {threads}")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
+    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.2))

@@ -22,6 +22,7 @@ from benchmarks.tasks.timed import Timed
 from pyro_recursive import IWAE_ELBO, CompiledSVI
 from pyro_recursive.training.compiled.engines import EngineName
 
+COMPILED: list[EngineName] = ["replay", "flat"]  # the first that can is timed
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, everywhere
 
 
@@ -103,14 +104,29 @@ def dreg(timed: Timed) -> ELBO:
 
 
 def compiled(timed: Timed, setting: Setting, many: bool = False) -> Steps:
-    """Return compiled steps, one or many in a call; raises where they would run eagerly."""
-    optimizer = pyro.optim.Adam({"lr": setting.lr})
-    programs, engine = timed.programs(setting.name), setting.engine
-    svi = CompiledSVI(*programs, optimizer, timed.loss(), engine=engine, strict=True)
-    number = timed.many if engine != "graph" else 4  # which is for tests
+    """Return compiled steps, one or many in a call; raise where they would run eagerly."""
+    svi = _compiled_svi(timed, setting)
+    number = timed.many if setting.engine != "graph" else 4  # which is for tests
     if many:
         return Steps(partial(svi.run, number, *timed.args), number)
     return Steps(partial(svi.step, *timed.args))
+
+
+def _compiled_svi(timed: Timed, setting: Setting) -> CompiledSVI:
+    """Return a training whose steps have been compiled, however few will be taken."""
+    engines = COMPILED if setting.engine == "auto" else [setting.engine]
+    for number, engine in enumerate(engines, 1):
+        optimizer = pyro.optim.Adam({"lr": setting.lr})
+        programs = timed.programs(f"{setting.name} {engine}")
+        svi = CompiledSVI(*programs, optimizer, timed.loss(), engine=engine, strict=True)
+        try:
+            svi.step(*timed.args)  # eager
+            svi.step(*timed.args)
+            break
+        except NotImplementedError:
+            if number == len(engines):
+                raise
+    return svi
 
 
 def by_hand(timed: Timed, setting: Setting) -> Steps:

@@ -300,8 +300,16 @@ def _recursive(model: Callable, name: str) -> RecursiveMixtureGuide:
     return guide
 
 
-def _semi_amortized(model: Callable, name: str) -> SemiAmortizedGuide:
-    return SemiAmortizedGuide(model, AmortizedGuide(model, name=f"{name} start"), name=name)
+def semi_amortized() -> Timed:
+    """Return the VAE of 20 images, the posterior of each refined by gradient steps."""
+    plain = autoencoder(20, 1)
+
+    def programs(name: str) -> Programs:
+        vae: Any = plain.programs(name)[0].__self__  # type: ignore[attr-defined]
+        start = AmortizedGuide(vae.model, vae.encoder, name=f"{name} start")
+        return vae.model, SemiAmortizedGuide(vae.model, start, name=name)
+
+    return Timed(programs, plain.args, many=plain.many)
 
 
 def _auto(kind: type, model: Callable, name: str) -> Any:
@@ -331,7 +339,7 @@ GUIDES: dict[str, Callable[[], Timed]] = {
         for name, family in (("diagonal", "diagonal"), ("rank 2", LowRank(2)), ("full", "full"))
     },
     **{f"FlowGuide, {kind}": partial(of_schools, partial(_flow, kind)) for kind in FLOWS},
-    "SemiAmortizedGuide": partial(of_schools, _semi_amortized),
+    "SemiAmortizedGuide, VAE": semi_amortized,
     "MixtureGuide(4)": partial(of_schools, partial(_mixture, 4), partial(Stratified_ELBO, 1)),
     "RecursiveMixtureGuide(4)": partial(of_schools, _recursive, partial(RecursiveMixture_ELBO, 1)),
 }
