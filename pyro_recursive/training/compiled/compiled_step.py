@@ -169,7 +169,7 @@ class CompiledStep:
         except Exception as error:
             raise Unsupported(_reason(error, site.name)) from error
         plan = gradients.plan
-        self.first_draws = plan.slices(self.step.draws)
+        self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
             plan.fill(self.step.draws, self.step.block)
             self.engine: Engine = make_engine(self.step, engine)
@@ -209,10 +209,14 @@ class CompiledStep:
                 options["lr"] = rate
             set_random_state(state)
 
-    def prepare(self, call: Call) -> None:
-        """Take over the arguments of a call and what the optimiser has now."""
+    def prepare(self, call: Call, write_counts: Callable[[], None] = lambda: None) -> None:
+        """Take over the arguments of a call and what the optimiser has now.
+
+        ``write_counts`` gives it the steps that other graphs have counted.
+        """
         for group in self.groups:
             if not (group.is_current and group.is_bound):
+                write_counts()
                 group.bind()
                 group.read_counts()
             group.read_rates()
@@ -250,8 +254,8 @@ class CompiledStep:
 
     def take(self) -> Tensor:
         """Take a step with the random numbers of an eager one; return the loss, a view."""
-        for draw, out in self.first_draws:
-            draw.fill(out)
+        for fill in self.first_draws:
+            fill()
         return self._run(1)
 
     def take_many(self, count: int) -> Tensor:

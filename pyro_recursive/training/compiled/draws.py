@@ -6,7 +6,8 @@ stays in the graph as a call of the same ATen operator, which draws anew each ti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,13 @@ class Draw(NamedTuple):
         drawn = self.operator(*given, *self.arguments, **dict(self.options))
         if drawn is not out:
             out.copy_(drawn)
+
+    def filling(self, out: Tensor) -> Callable[[], Any]:
+        """Return a function that fills a tensor, by its own method where that does the same."""
+        if not self.is_in_place:
+            return partial(self.fill, out)
+        method = getattr(out, self.operator._schema.name.rpartition(":")[2])
+        return partial(method, *self.arguments, **dict(self.options))
 
 
 class DrawRecorder(TorchDispatchMode):

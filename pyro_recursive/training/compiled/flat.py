@@ -149,6 +149,8 @@ class FlatGroup:
     @torch.no_grad()
     def bind(self) -> None:
         """Copy parameters and states into the buffers, and make them views of these."""
+        self._bound: list[tuple[Tensor, int, Optimizer, dict[str, Any]]] = []
+        self._views: list[tuple[dict[str, Any], str, Tensor]] = []
         for member in self.members:
             state = member.optimizer.state[member.parameter]
             for name, buffer in self.slots.items():
@@ -160,19 +162,17 @@ class FlatGroup:
             if member.parameter.data_ptr() != view.data_ptr():
                 view.copy_(member.parameter.detach())
                 member.parameter.data = view
+            place = view.data_ptr()
+            self._bound.append((member.parameter, place, member.optimizer, state))
+            self._views += [(state, name, state[name]) for name in self.slots]
 
     @property
     def is_bound(self) -> bool:
         """Whether parameters and states are still views of the buffers."""
-        start, width = self.values.data_ptr(), self.values.element_size()
-        return all(m.parameter.data_ptr() == start + m.start * width for m in self.members) and all(
-            (state := m.optimizer.state.get(m.parameter)) is not None
-            and all(
-                name in state and state[name].data_ptr() == buffer.data_ptr() + m.start * width
-                for name, buffer in self.slots.items()
-            )
-            for m in self.members
-        )
+        for parameter, place, optimizer, state in self._bound:
+            if parameter.data_ptr() != place or optimizer.state.get(parameter) is not state:
+                return False
+        return all(state.get(name) is view for state, name, view in self._views)
 
     def read_rates(self) -> None:
         """Take over the learning rates that the optimiser has now."""

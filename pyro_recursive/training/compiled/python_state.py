@@ -82,6 +82,9 @@ class PythonState:
             if container.get(key) is not value:
                 break
         else:
+            for container, _, length in self._lengths:
+                if len(container) != length:
+                    return self.changing()[0].name
             for entry in self._slow:
                 if not entry.is_same:
                     return entry.name
@@ -99,7 +102,8 @@ class PythonState:
         gone = {id(entry) for entry in changing}
         self.entries = [entry for entry in self.entries if id(entry) not in gone]
         self._quick = [each[1:4] for each in self.entries if each.read is _item]
-        self._slow = [each for each in self.entries if each.read is not _item]
+        self._lengths = [each[1:4] for each in self.entries if each.read is _length]
+        self._slow = [each for each in self.entries if each.read not in (_item, _length)]
         return changing
 
     def _add(self, part: "Part", name: str, is_private: bool) -> None:

@@ -87,10 +87,8 @@ class CompiledSteps:
 
     def _is_prepared(self, step: CompiledStep, call: Call) -> bool:
         """Whether a step has taken over what the optimiser has now, in the form that it knows."""
-        if not all(group.is_bound for group in step.groups):  # another one was last
-            self._write_counts()
         try:
-            step.prepare(call)
+            step.prepare(call, self._write_counts)
         except Unsupported:
             self._groups = {k: each for k, each in self._groups.items() if each != step.groups}
             return False
