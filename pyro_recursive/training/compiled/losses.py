@@ -1,13 +1,15 @@
-"""Losses as they are traced: those of Pyro by equal ones, those with stages one stage at a time."""
+"""Losses as they are traced: those with stages one stage at a time, Pyro's by their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_recursive import bounds
-from pyro_recursive.losses.multi_sample import MultiSampleELBO
+from pyro_recursive.losses.base import LogWeightELBO
 from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.tracing.protocols import StagedLoss
 from pyro_recursive.training.compiled.flat import Unsupported
@@ -36,27 +38,56 @@ def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
             lambda: staged.stage_of(guide),
             lambda count: staged.count_steps(guide, count),
         )
-    traced = equal_loss(loss)
 
     def differentiable(*args: Any, **kwargs: Any) -> Tensor:
         if isinstance(loss, MAPA_ELBO):
             raise Unsupported("MAPA_ELBO chooses its codes in Python")
-        return traced.differentiable_loss(model, guide, *args, **kwargs)
+        if isinstance(loss, LogWeightELBO):
+            return loss.differentiable_loss(model, guide, *args, **kwargs)
+        return _from_gradients(model, guide, loss, args, kwargs)
 
     return TracedLoss(differentiable, lambda: (None, ENDLESS), lambda count: None)
 
 
-def equal_loss(loss: Any) -> Any:
-    """Return the loss of this package that equals one of Pyro's; any other as it is."""
-    order = {Trace_ELBO: 1.0, RenyiELBO: getattr(loss, "alpha", 0.0)}.get(type(loss))
-    if order is None:
-        return loss
-    return MultiSampleELBO(
-        bounds.renyi(order),
-        estimator="score",
-        num_particles=loss.num_particles,
-        # Pyro's constructor counts the plate of the particles.
-        max_plate_nesting=loss.max_plate_nesting
-        - (loss.vectorize_particles and loss.num_particles > 1),
-        vectorize_particles=loss.vectorize_particles,
-    )
+def _from_gradients(
+    model: Callable, guide: Callable, loss: ELBO, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    """Return a loss of Pyro with the gradients that it gives the parameters."""
+    before: dict[Tensor, Tensor | None] = {}
+
+    def forget(parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            before.setdefault(parameter, parameter.grad)
+            parameter.grad = None
+
+    forget(unconstrained(vars(pyro.get_param_store())["_params"].values()))
+    try:
+        with poutine.trace(param_only=True) as captured:
+            value: Any = loss.loss_and_grads(model, guide, *args, **kwargs)
+        sites = captured.trace.nodes.values()
+        leaves = unconstrained(site["value"] for site in sites)
+        reached = [each for each in leaves if each.grad is not None]
+        gradients = [each.grad for each in reached]
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+    return _WithGradients.apply(torch.as_tensor(value), gradients, *reached)
+
+
+def unconstrained(values: Iterable[Any]) -> list[Tensor]:
+    """Return the leaves of parameters that need a gradient, each once."""
+    found = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
+    return list({id(each): each for each in found if each.requires_grad}.values())
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        return None, None, *(outer[0] * each for each in ctx.gradients)

@@ -29,8 +29,7 @@ class CompiledSVI:
     another shape have a graph of their own. What cannot be compiled runs eagerly, with one warning.
 
     Args:
-        model, guide, loss: as for `SVI`; `Trace_ELBO` and `RenyiELBO` are served by the equal
-            losses of this package.
+        model, guide, loss: as for `SVI`; losses of Pyro, too.
         optim: a `PyroOptim`, or a torch optimiser of all parameters: Adam, AdamW, SGD, RMSprop,
             Adagrad or Pyro's ClippedAdam.
         engine: how steps run: ``"replay"`` of recorded kernel calls, one ``"flat"`` call of

@@ -261,6 +261,30 @@ def test_dropout_and_batch_norm_are_those_of_svi(estimator: Any) -> None:
     check(scenario)
 
 
+@pytest.mark.parametrize("estimator", ["stl", "dreg"])
+def test_both_runs_of_a_guide_have_the_same_dropout(estimator: Any) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            y = pyro.sample("y", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+        def own_guide(x: Tensor) -> None:
+            pyro.module("net", net)
+            loc, scale = net(x[:, None]).unbind(-1)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(loc, 1.0))
+                pyro.sample("y", dist.Normal(loc + 0.5 * z, scale.exp()))  # depends on a sample
+
+        svi = make(model, own_guide, adam(), IWAE_ELBO(3, estimator=estimator))
+        return [svi.step(X) for _ in range(6)]
+
+    check(scenario)
+
+
 @pytest.mark.filterwarnings("ignore:bias was not registered")
 def test_parameters_may_be_frozen() -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:

@@ -27,8 +27,8 @@ REFUSED = {
 }
 QUICK = ("obs_mask", "subsample_size", "discrete", "modules")
 OF_KINDS = (
-    *("subsample_size", "plate", "modules", "hierarchy", "supports", "nested", "obs_mask"),
-    *("mask_handler", "ragged", "angles", "series", "mixture_prior", "improper", "events"),
+    *("subsample_size", "events", "modules", "hierarchy", "supports", "nested", "obs_mask"),
+    *("mask_handler", "ragged", "angles", "series", "mixture_prior", "improper"),
 )
 QUICK_KINDS = ("gaussian", "flow", "mixture", "refined")
 Make = Callable[[], tuple[Any, Any, tuple, Any]]
@@ -138,6 +138,6 @@ def test_steps_of_any_guide_are_those_of_svi(kind: Kind) -> None:
                 lambda guide: IWAE_ELBO(4, estimator=estimators_of(kind, guide)[-1]),
             )
     if kind.mixture:
-        with_kind(model_of("plate"), kind, lambda guide: Stratified_ELBO(2))
+        with_kind(model_of("events"), kind, lambda guide: Stratified_ELBO(2))
     if kind.recursive:
-        with_kind(model_of("plate"), kind, lambda guide: RecursiveMixture_ELBO(4))
+        with_kind(model_of("events"), kind, lambda guide: RecursiveMixture_ELBO(4))
