@@ -131,13 +131,13 @@ def test_steps_of_a_guide_are_those_of_svi(kind: str) -> None:
 def test_steps_of_any_guide_are_those_of_svi(kind: Kind) -> None:
     for number, name in enumerate(OF_KINDS):
         is_listed = f"{name} {kind.name}" in REFUSED
-        if number % 7 == KINDS.index(kind) % 7 or is_listed:
+        if number == KINDS.index(kind) % len(OF_KINDS) or is_listed:
             with_kind(
                 model_of(name),
                 kind,
                 lambda guide: IWAE_ELBO(4, estimator=estimators_of(kind, guide)[-1]),
             )
-    if kind.mixture:
+    if kind.mixture and not kind.name.startswith("refined"):
         with_kind(model_of("events"), kind, lambda guide: Stratified_ELBO(2))
     if kind.recursive:
         with_kind(model_of("events"), kind, lambda guide: RecursiveMixture_ELBO(4))
