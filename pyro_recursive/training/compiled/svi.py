@@ -40,6 +40,7 @@ class CompiledSVI:
     Raises NotImplementedError with ``strict`` for what cannot be compiled; it names where.
 
     >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
     >>> from pyro.infer.autoguide import AutoNormal
     >>> def model(x):
     ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
