@@ -134,8 +134,9 @@ class _Swaps:
             after = _densities(self._run({**self.values, **swapped}))
             found = found | _difference(self.before, after, plate, ~is_swapped)
         kept = torch.ones_like(is_swapped)
-        again = _densities(self._run(self.values)) if found else self.before
-        return None if _difference(self.before, again, plate, kept) else found
+        if found and _difference(self.before, _densities(self._run(self.values)), plate, kept):
+            return None
+        return found
 
     def _run(self, values: dict[str, Tensor]) -> SiteTable:
         """Run model and guide on values, always with the same noise."""

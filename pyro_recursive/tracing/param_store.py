@@ -21,6 +21,11 @@ PYRO_PARAM = "_unconstrained"  # how Pyro names the tensor behind a PyroParam
 _OWNERS: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
 
 
+def unconstrained(value: Any) -> Tensor:
+    """Return the leaf of a parameter; under module_local_params the value is that leaf."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
 def claim_name(guide: PyroModule) -> bool:
     """Take a guide's name; return whether another guide, or none, had it.
 

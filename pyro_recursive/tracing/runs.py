@@ -310,21 +310,25 @@ def _are_apart(program: Program, guide: poutine.Trace) -> bool:
     """Whether no distribution of the guide depends on its samples; found once for a structure."""
     known = program.memory
     if "samples apart" not in known:
-        known["samples apart"] = False
-        found = list(sites(guide))
-        values = [site["value"] for site in found]
-        if not any(
-            site["is_observed"] or is_delta(site) or JOINT in site["infer"] for site in found
-        ) and all(value.requires_grad for value in values):
-            each = [site["fn"].log_prob(site["value"].detach()).sum() for site in found]
-            moving = [density for density in each if density.requires_grad]
-            slopes = (
-                torch.autograd.grad(moving, values, retain_graph=True, allow_unused=True)
-                if moving
-                else ()
-            )
-            known["samples apart"] = all(slope is None for slope in slopes)
+        known["samples apart"] = False  # also where a density raises
+        known["samples apart"] = _no_slopes(sites(guide))
     return known["samples apart"]
+
+
+def _no_slopes(drawn: list[Site]) -> bool:
+    """Whether all sites are drawn with a graph, and no density depends on another's value by it."""
+    for site in drawn:
+        if site["is_observed"] or is_delta(site) or JOINT in site["infer"]:
+            return False
+    values = [site["value"] for site in drawn]
+    if not all(value.requires_grad for value in values):
+        return False
+    each = [site["fn"].log_prob(site["value"].detach()).sum() for site in drawn]
+    moving = [density for density in each if density.requires_grad]
+    if not moving:
+        return True
+    slopes = torch.autograd.grad(moving, values, retain_graph=True, allow_unused=True)
+    return all(slope is None for slope in slopes)
 
 
 def _joint_draw(site: Site, guide: poutine.Trace) -> JointDraw | None:

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
+from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
@@ -122,10 +123,9 @@ class Learner:
             self.interrupts.check()
             batch = piece.batch(done) if isinstance(piece, Table) else piece
             assert self.compiled is not None
+            table = (piece.columns, piece.index[done:]) if isinstance(piece, Table) else ()
             with batch.rows:
-                call = Call(tuple(batch), {})
-                if isinstance(piece, Table):
-                    call = Call(tuple(batch), {}, piece.columns, piece.index[done:])
+                call = Call(tuple(batch), {}, *table)
                 self._present = batch, epoch
                 found = self.compiled.find(call)
                 if isinstance(found, CompiledStep):
@@ -161,12 +161,10 @@ class Learner:
         def eager(call: Call) -> Tensor:
             return self.step(*self._present)
 
-        roots = {"model": self.model, "guide": self.guide, "loss": self.loss}
         training = Training(
             traced_loss(self.model, self.guide, self.loss),
             eager,
             lambda parameter: (self.optimizer, {}),
-            roots,
             clip_norm=self.clip_norm,
             is_guarded=True,
         )
@@ -350,7 +348,7 @@ class Learner:
         tracing = poutine.trace(param_only=True)
         with self._restoring(), torch.no_grad(), batch.rows, tracing as captured:
             self.guide(*batch)
-        seen = {id(_unconstrained(site["value"])) for site in captured.trace.nodes.values()}
+        seen = {id(unconstrained(site["value"])) for site in captured.trace.nodes.values()}
         self.of_guide |= {name for name, tensor in self.parameters.items() if id(tensor) in seen}
         self.num_sorted = len(self.parameters)
         if not self.of_guide or len(self.of_guide) == len(self.parameters):
@@ -369,7 +367,7 @@ class Learner:
         """Add the parameters that are new, under their first name."""
         seen = {id(parameter) for parameter in self.parameters.values()}
         for name, site in trace.nodes.items():
-            parameter = _unconstrained(site["value"])
+            parameter = unconstrained(site["value"])
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 self.parameters[name] = parameter
@@ -451,11 +449,6 @@ def _modules(owners: Iterable[Any]) -> list[Module]:
         if isinstance(owner, Module):
             found[id(owner)] = owner
     return list(found.values())
-
-
-def _unconstrained(value: Any) -> Tensor:
-    """Return the leaf tensor of a value; under module_local_params the value is that leaf."""
-    return getattr(value, "unconstrained", lambda: value)()
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

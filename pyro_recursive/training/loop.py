@@ -138,9 +138,18 @@ def fit(
                 processes,
                 _is_same(data, validation),
             )
+        engine = "auto" if compile is True else compile or None
         learner = Learner(
-            *(model, guide, loss, optimizer, scheduler, clip_norm, check_every, modules),
-            *(processes, "auto" if compile is True else compile or None),
+            model,
+            guide,
+            loss,
+            optimizer,
+            scheduler,
+            clip_norm,
+            check_every,
+            modules,
+            processes,
+            engine,
         )
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)

@@ -125,7 +125,7 @@ class CompiledStep:
         call.check()
         self.training, self.left = training, MAX_BLOCK  # steps until its stage ends
         self._is_undone = False
-        self.state = PythonState(training.roots | call.roots)
+        self.state = PythonState(training.loss.roots | call.roots)
         known = _parameters(self.state)
         self._frozen = [parameter for parameter in known if not parameter.requires_grad]
         # Tensors that are not contiguous, or lie elsewhere in a later call, are copied.
@@ -142,7 +142,7 @@ class CompiledStep:
 
         site = _LastSite()
         try:
-            with _restored(self.state):
+            with _restored(_movable(self.state)):
                 gradients = trace_gradients(
                     run, [*traced, *self.weights], lambda: site.name, training.others()
                 )
@@ -190,19 +190,15 @@ class CompiledStep:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Undo after the block what steps change: parameters, states, constants, draws."""
-        tensors = [*self.step.changed, *self.step.gradients.constants]
-        before, state = [each.clone() for each in tensors], random_state()
+        tensors, state = [*self.step.changed, *self.step.gradients.constants], random_state()
         done = [group.done for group in self.groups]
         rates = [(m.group, m.group["lr"]) for group in self.groups for m in group.members]
         self._is_undone = True
         try:
-            yield
+            with _restored(tensors):
+                yield
         finally:
             self._is_undone = False
-            with torch.no_grad():
-                for each, old in zip(tensors, before, strict=True):
-                    if not torch.equal(each, old):
-                        each.copy_(old)
             for group, count in zip(self.groups, done, strict=True):
                 group.done = count
             for options, rate in rates:
@@ -333,13 +329,17 @@ def _parameters(state: PythonState) -> list[Tensor]:
     return found
 
 
-@contextmanager
-def _restored(state: PythonState) -> Iterator[None]:
-    """Restore after the block what runs may change in place: parameters, buffers in training."""
+def _movable(state: PythonState) -> list[Tensor]:
+    """Return what runs may change in place: parameters, and buffers in training, each once."""
     found = _parameters(state)
     for module in state.modules:
         found += module.buffers(recurse=False) if module.training else ()
-    tensors = list({id(each): each for each in found}.values())
+    return list({id(each): each for each in found}.values())
+
+
+@contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors their values back after the block, in place, where these have changed."""
     before = [each.detach().clone() for each in tensors]
     try:
         yield

@@ -211,7 +211,7 @@ class DrawPlan:
     """
 
     def __init__(self, recorder: DrawRecorder) -> None:
-        self.recorder, self.pools = recorder, list[Pool]()
+        self.recorder = recorder
         draws = recorder.draws
         self.is_outside = all(draws[number].is_outside for number in recorder.path)
         pools: dict[Any, Pool] = {}

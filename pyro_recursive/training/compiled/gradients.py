@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
 from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training.compiled.draws import DrawPlan, DrawRecorder
 from pyro_recursive.training.compiled.flat import Unsupported
 from pyro_recursive.training.compiled.host_reads import HostReads, ReadValues, split_reads
@@ -77,12 +78,14 @@ def trace_gradients(
             with HostReads(), recorder, poutine.trace(param_only=True) as captured:
                 value = loss()
             recorder.finish()
-            known = [*_traced(captured.trace), *others]
+            sites = captured.trace.nodes.values()
+            known = [*(unconstrained(site["value"]) for site in sites), *others]
             parameters, still, idle = _leaves(known, value)
             set_random_state(before)
             plan = DrawPlan(recorder)
-            rows = [buffer[0] for buffer in plan.empty(1)]
-            for draw, out in plan.slices([row.unsqueeze(0) for row in rows]):
+            buffers = plan.empty(1)
+            rows = [buffer[0] for buffer in buffers]
+            for draw, out in plan.slices(buffers):
                 draw.fill(out)
             set_random_state(before)
 
@@ -105,12 +108,6 @@ def trace_gradients(
     read = split_reads(graph, reads, count, len(inputs), [*inputs, *constants])
     _finish(graph, constants, aside)
     return GradientGraph(graph, [*parameters, *still], idle, plan, constants, read)
-
-
-def _traced(trace: poutine.Trace) -> list[Tensor]:
-    """Return the unconstrained parameters of a trace."""
-    values = [site["value"] for site in trace.nodes.values()]
-    return [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
 
 
 def _leaves(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
 from pyro_recursive.mapa.loss import MAPA_ELBO
+from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.tracing.protocols import StagedLoss
 from pyro_recursive.training.compiled.flat import Unsupported
 
@@ -21,22 +22,25 @@ class TracedLoss(NamedTuple):
     """A loss of a model and a guide: with its graph, and what a step depends on beside arguments.
 
     ``stage`` returns that, and for how many steps it stays the same: 0 where a step runs eagerly.
-    ``advance`` notes compiled steps.
+    ``advance`` notes compiled steps; ``roots`` are what its Python values are reached from.
     """
 
     differentiable: Callable[..., Tensor]
     stage: Callable[[], tuple[Any, int]]
     advance: Callable[[int], None]
+    roots: dict[str, Any]
 
 
 def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
     """Return a loss in the form that is traced."""
+    roots = {"model": model, "guide": guide, "loss": loss}
     if isinstance(loss, StagedLoss):
         staged = loss
         return TracedLoss(
             lambda *args, **kwargs: staged.stage_loss(model, guide, *args, **kwargs),
             lambda: staged.stage_of(guide),
             lambda count: staged.count_steps(guide, count),
+            roots,
         )
 
     def differentiable(*args: Any, **kwargs: Any) -> Tensor:
@@ -46,7 +50,7 @@ def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
             return loss.differentiable_loss(model, guide, *args, **kwargs)
         return _from_gradients(model, guide, loss, args, kwargs)
 
-    return TracedLoss(differentiable, lambda: (None, ENDLESS), lambda count: None)
+    return TracedLoss(differentiable, lambda: (None, ENDLESS), lambda count: None, roots)
 
 
 def _from_gradients(
@@ -60,12 +64,12 @@ def _from_gradients(
             before.setdefault(parameter, parameter.grad)
             parameter.grad = None
 
-    forget(unconstrained(vars(pyro.get_param_store())["_params"].values()))
+    forget(_leaves(vars(pyro.get_param_store())["_params"].values()))
     try:
         with poutine.trace(param_only=True) as captured:
             value: Any = loss.loss_and_grads(model, guide, *args, **kwargs)
         sites = captured.trace.nodes.values()
-        leaves = unconstrained(site["value"] for site in sites)
+        leaves = _leaves(site["value"] for site in sites)
         reached = [each for each in leaves if each.grad is not None]
         gradients = [each.grad for each in reached]
     finally:
@@ -74,9 +78,9 @@ def _from_gradients(
     return _WithGradients.apply(torch.as_tensor(value), gradients, *reached)
 
 
-def unconstrained(values: Iterable[Any]) -> list[Tensor]:
+def _leaves(values: Iterable[Any]) -> list[Tensor]:
     """Return the leaves of parameters that need a gradient, each once."""
-    found = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
+    found = map(unconstrained, values)
     return list({id(each): each for each in found if each.requires_grad}.values())
 
 

@@ -26,7 +26,7 @@ TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 5e-2)}
 
 
 class Training(NamedTuple):
-    """What is trained: the loss with its graph, a whole eager step, and all that they read.
+    """What is trained: the loss with its graph, and a whole eager step.
 
     ``eager`` takes a step on a call and returns its loss, a scalar in nats; ``owner`` finds the
     optimiser of a parameter; ``others`` returns parameters that it has beside those of the loss,
@@ -37,7 +37,6 @@ class Training(NamedTuple):
     loss: TracedLoss
     eager: Callable[[Call], Tensor]
     owner: OwnerOf
-    roots: dict[str, Any]
     others: Callable[[], list[Tensor]] = list
     clip_norm: float | None = None
     is_guarded: bool = False

@@ -69,9 +69,8 @@ class CompiledSVI:
         if not isinstance(loss, ELBO):
             raise TypeError(f"loss must be a pyro.infer.ELBO, got {type(loss).__name__}.")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        roots = {"model": model, "guide": guide, "loss": loss}
         traced, others = traced_loss(model, guide, loss), partial(_parameters, optim)
-        training = Training(traced, self._eager, owner_in(optim), roots, others)
+        training = Training(traced, self._eager, owner_in(optim), others)
         self._steps = CompiledSteps(training, engine, strict)
 
     def step(self, *args: Any, **kwargs: Any) -> float:

@@ -46,7 +46,7 @@ def _clipped_adam(
     p: Tensor, g: Tensor, s: Slots, step: Tensor, lr: Tensor, o: Options
 ) -> tuple[Tensor, Slots]:
     beta1, beta2 = o["betas"]
-    g = _decayed(_clamped(g, o["clip_norm"]), p, o)
+    g = _decayed(g.clamp(-o["clip_norm"], o["clip_norm"]), p, o)
     mean = beta1 * s["exp_avg"] + (1 - beta1) * g
     spread = g - mean if o["centered_variance"] else g
     square = beta2 * s["exp_avg_sq"] + (1 - beta2) * spread * spread
@@ -95,10 +95,6 @@ def _decayed(g: Tensor, p: Tensor, o: Options) -> Tensor:
         g = -g
     decay = o["weight_decay"]
     return g if isinstance(decay, int | float) and decay == 0 else g + decay * p
-
-
-def _clamped(g: Tensor, limit: Any) -> Tensor:
-    return g.clamp(-limit, limit)
 
 
 def _adam_slots(o: Options) -> tuple[str, ...]:
