@@ -19,14 +19,15 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_recursive.tracing.graphs.gradients import trace_gradients
+from pyro_recursive.tracing.graphs.host_reads import SKIPPED
+from pyro_recursive.tracing.graphs.python_state import SCALARS, PythonState
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
-from pyro_recursive.training.compiled.flat import FlatGroup, Unsupported
-from pyro_recursive.training.compiled.gradients import trace_gradients
-from pyro_recursive.training.compiled.host_reads import SKIPPED
-from pyro_recursive.training.compiled.python_state import SCALARS, PythonState
+from pyro_recursive.training.compiled.flat import FlatGroup
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
 
 # Handlers around a step that have no effect but on the program inside.

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pyro_recursive.training.compiled.kernels import (
+from pyro_recursive.tracing.graphs.kernels import (
     Compiled,
     KernelCalls,
     NotRecordable,

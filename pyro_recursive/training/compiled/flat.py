@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.training.compiled.updates import RULES, Options, Rule, Slots
 
 DYNAMIC = {"params", "lr", "initial_lr"}  # of a parameter group; all else is fixed in a graph
 SPEED = {"foreach", "fused", "capturable", "differentiable", "initial_accumulator_value"}
 OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
-
-
-class Unsupported(NotImplementedError):
-    """Says why a step cannot be compiled."""
 
 
 class NoOptimiser(Unsupported):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
 from pyro_recursive.mapa.loss import MAPA_ELBO
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.tracing.protocols import StagedLoss
-from pyro_recursive.training.compiled.flat import Unsupported
 
 ENDLESS = 2**31  # steps
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_recursive.tracing.graphs.gradients import GradientGraph
 from pyro_recursive.training.compiled.flat import FlatGroup
-from pyro_recursive.training.compiled.gradients import GradientGraph
 
 MAX_BLOCK = 64  # steps
 MAX_DRAWS = 2**25  # bytes of draws for one block

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
@@ -13,7 +14,6 @@ from pyro_recursive.training.compiled.flat import (
     FlatGroup,
     NoOptimiser,
     OwnerOf,
-    Unsupported,
     flat_groups,
 )
 from pyro_recursive.training.compiled.losses import TracedLoss

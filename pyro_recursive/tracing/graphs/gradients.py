@@ -11,11 +11,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
+from pyro_recursive.tracing.graphs.draws import DrawPlan, DrawRecorder
+from pyro_recursive.tracing.graphs.host_reads import HostReads, ReadValues, split_reads
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.param_store import unconstrained
-from pyro_recursive.training.compiled.draws import DrawPlan, DrawRecorder
-from pyro_recursive.training.compiled.flat import Unsupported
-from pyro_recursive.training.compiled.host_reads import HostReads, ReadValues, split_reads
 
 
 @dataclass

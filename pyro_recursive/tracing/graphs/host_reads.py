@@ -17,9 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyro_recursive.tracing.graphs.draws import is_random
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS
-from pyro_recursive.training.compiled.draws import is_random
-from pyro_recursive.training.compiled.flat import Unsupported
 
 UNSEEN = ("tolist", "numpy", "__array__")  # methods that read memory without an operator
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")

@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn import Module
 
-from pyro_recursive.training.compiled.flat import Unsupported
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
 SCALARS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Modules whose functions and objects keep their state to themselves.
