@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
+from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
 from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training import checkpoint
-from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
+from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training

@@ -18,12 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyro_recursive.tracing.graphs.draws import is_random
-from pyro_recursive.tracing.graphs.unsupported import Unsupported
+from pyro_recursive.tracing.graphs.unsupported import SKIPPED, Unsupported
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS
 
 UNSEEN = ("tolist", "numpy", "__array__")  # methods that read memory without an operator
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-SKIPPED = ("/torch/", "/pyro/poutine/", "/contextlib.py", __file__.rpartition("/")[0])
 
 
 class HostReads(TorchDispatchMode):

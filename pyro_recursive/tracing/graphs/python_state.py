@@ -10,7 +10,8 @@ import argparse
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,6 +107,20 @@ class PythonState:
         self._slow = [each for each in self.entries if each.read not in (_item, _length)]
         return changing
 
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of all modules and in Pyro's store."""
+        found = list(vars(pyro.get_param_store())["_params"].values())
+        for module in self.modules:
+            found += module.parameters(recurse=False)
+        return found
+
+    def movable(self) -> list[Tensor]:
+        """Return what runs may change in place: parameters, and buffers in training, each once."""
+        found = self.parameters()
+        for module in self.modules:
+            found += module.buffers(recurse=False) if module.training else ()
+        return list({id(each): each for each in found}.values())
+
     def _add(self, part: "Part", name: str, is_private: bool) -> None:
         read, container, key, value, label = part
         if read is not None:
@@ -122,6 +137,19 @@ class PythonState:
         is_private = _is_library(type(value).__module__)
         for part in _parts(value):
             self._add(part, name, is_private)
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors their values back after the block, in place, where these have changed."""
+    before = [each.detach().clone() for each in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, old in zip(tensors, before, strict=True):
+                if not torch.equal(each, old):
+                    each.copy_(old)
 
 
 # How a value is read (None where it cannot be another one), from what, by which key, the value, and

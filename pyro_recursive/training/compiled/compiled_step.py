@@ -1,113 +1,20 @@
 """The compiled step of calls of one form: how it is made, and how it takes over a call."""
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.condition_messenger import ConditionMessenger
-from pyro.poutine.mask_messenger import MaskMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.scale_messenger import ScaleMessenger
-from pyro.poutine.substitute_messenger import SubstituteMessenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.gradients import trace_gradients
-from pyro_recursive.tracing.graphs.host_reads import SKIPPED
-from pyro_recursive.tracing.graphs.python_state import SCALARS, PythonState
-from pyro_recursive.tracing.graphs.unsupported import Unsupported
-from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.tracing.graphs.python_state import PythonState, restored
+from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
 from pyro_recursive.tracing.isolation import random_state, set_random_state
-from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
 from pyro_recursive.training.compiled.flat import FlatGroup
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
-
-# Handlers around a step that have no effect but on the program inside.
-KNOWN: tuple[type[Messenger], ...] = (
-    *(BlockMessenger, ConditionMessenger, KLWarmup, MaskMessenger, ScaleMessenger),
-    *(SubstituteMessenger, UnconditionMessenger),
-)
-
-
-class Call:
-    """The arguments of one call: its tensors, and all else that a graph depends on.
-
-    With ``columns`` and a ``table`` of numbers of their rows, ``[steps, rows]``, a graph takes the
-    rows of each step by itself; the arguments are those of the first.
-    """
-
-    def __init__(
-        self,
-        args: tuple,
-        kwargs: dict[str, Any],
-        columns: tuple[Tensor, ...] = (),
-        table: Tensor | None = None,
-    ) -> None:
-        self.args, self.kwargs, self.columns, self.table = args, kwargs, columns, table
-        self.leaves: Sequence[Any] = args
-        self.spec: Any = None
-        self.others: list[Any] = []
-        self.inputs = list(args)
-        if kwargs or not all(type(each) is Tensor for each in args):
-            self.leaves, self.spec = tree_flatten((args, kwargs))
-            self.others = [each for each in self.leaves if not isinstance(each, Tensor)]
-            self.inputs = [each for each in self.leaves if isinstance(each, Tensor)]
-        self.rows, self.handlers = minibatch_rows(), list(poutine.runtime._PYRO_STACK)
-        self.weights = [h for h in self.handlers if type(h) is KLWarmup]
-        if self.rows is not None and self.rows.index is not None:
-            self.inputs.append(self.rows.index)
-
-    @property
-    def key(self) -> Any:
-        """What a graph is known by: the form of the tensors, the values of all else."""
-        forms = [(t.shape, t.dtype, t.device) for t in self.inputs]
-        rows = self.rows and (self.rows.index is None, self.rows.total)
-        handlers = tuple(
-            (type(h), None if type(h) is KLWarmup else _content(vars(h))) for h in self.handlers
-        )
-        modes = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled()
-        given = self.spec, _content(self.others), tuple(forms)
-        return *given, rows, handlers, self.table is not None, modes
-
-    def check(self) -> None:
-        """Raise Unsupported where a step does more than train on its arguments."""
-        for handler in self.handlers:
-            if type(handler) not in KNOWN:
-                raise Unsupported(f"{type(handler).__name__} around a step may see its sites")
-        if any(each.requires_grad for each in self.inputs):
-            raise Unsupported("an argument requires a gradient")
-
-    @property
-    def roots(self) -> dict[str, Any]:
-        """What else its Python values are reached from."""
-        found = {f"argument {n}": each for n, each in enumerate(self.others)}
-        return found | {type(h).__name__: h for h in self.handlers if h not in self.weights}
-
-    @contextmanager
-    def given(self, inputs: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[tuple, dict]]:
-        """Yield the arguments with other tensors, inside their rows and weights of latents."""
-        tensors = iter(inputs)
-        leaves = [next(tensors) if isinstance(each, Tensor) else each for each in self.leaves]
-        rows: AbstractContextManager = nullcontext()
-        if self.rows is not None and self.rows.index is not None:
-            rows = MinibatchRows(next(tensors), self.rows.total)
-        before = [handler.weight for handler in self.weights]
-        try:
-            for handler, weight in zip(self.weights, weights, strict=True):
-                handler.weight = weight  # type: ignore[assignment]
-            with rows:
-                yield (tuple(leaves), {}) if self.spec is None else _unflatten(leaves, self.spec)
-        finally:
-            for handler, value in zip(self.weights, before, strict=True):
-                handler.weight = value
 
 
 class CompiledStep:
@@ -127,7 +34,7 @@ class CompiledStep:
         self.training, self.left = training, MAX_BLOCK  # steps until its stage ends
         self._is_undone = False
         self.state = PythonState(training.loss.roots | call.roots)
-        known = _parameters(self.state)
+        known = self.state.parameters()
         self._frozen = [parameter for parameter in known if not parameter.requires_grad]
         # Tensors that are not contiguous, or lie elsewhere in a later call, are copied.
         traced = [each.detach().contiguous() for each in call.inputs]
@@ -141,9 +48,9 @@ class CompiledStep:
             with call.given(traced, self.weights) as (args, kwargs), site:
                 return training.loss.differentiable(*args, **kwargs)
 
-        site = _LastSite()
+        site = LastSite()
         try:
-            with _restored(_movable(self.state)):
+            with restored(self.state.movable()):
                 gradients = trace_gradients(
                     run, [*traced, *self.weights], lambda: site.name, training.others()
                 )
@@ -168,7 +75,7 @@ class CompiledStep:
         except Unsupported:
             raise
         except Exception as error:
-            raise Unsupported(_reason(error, site.name)) from error
+            raise Unsupported(reason(error, site.name)) from error
         plan = gradients.plan
         self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
@@ -196,7 +103,7 @@ class CompiledStep:
         rates = [(m.group, m.group["lr"]) for group in self.groups for m in group.members]
         self._is_undone = True
         try:
-            with _restored(tensors):
+            with restored(tensors):
                 yield
         finally:
             self._is_undone = False
@@ -280,72 +187,3 @@ class CompiledStep:
         if not self._is_undone:
             self.training.loss.advance(count)
         return self.step.losses[:count]
-
-
-class _LastSite(Messenger):
-    """Knows the site that a program has reached."""
-
-    name: str | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.name = msg["name"]
-
-
-def _content(value: Any) -> Any:
-    """Return what tells a value from another one: numbers and their containers by what they are."""
-    if isinstance(value, SCALARS):
-        return type(value), value
-    if isinstance(value, dict):
-        return tuple((key, _content(each)) for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_content, value))
-    if isinstance(value, partial):
-        return _content((value.func, value.args, value.keywords))
-    return id(value)
-
-
-def _unflatten(leaves: list[Any], spec: Any) -> tuple[tuple, dict[str, Any]]:
-    args, kwargs = tree_unflatten(leaves, spec)
-    return args, kwargs
-
-
-def _reason(error: Exception, site: str | None) -> str:
-    """Say in one line what was raised and where."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in SKIPPED)
-    ]
-    text = " ".join(str(error).split())[:120]
-    where = f" at site '{site}'" if site else ""
-    line = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{where}{line}: {text}"
-
-
-def _parameters(state: PythonState) -> list[Tensor]:
-    """Return the parameters of all modules and in Pyro's store."""
-    found = list(vars(pyro.get_param_store())["_params"].values())
-    for module in state.modules:
-        found += module.parameters(recurse=False)
-    return found
-
-
-def _movable(state: PythonState) -> list[Tensor]:
-    """Return what runs may change in place: parameters, and buffers in training, each once."""
-    found = _parameters(state)
-    for module in state.modules:
-        found += module.buffers(recurse=False) if module.training else ()
-    return list({id(each): each for each in found}.values())
-
-
-@contextmanager
-def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors their values back after the block, in place, where these have changed."""
-    before = [each.detach().clone() for each in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for each, old in zip(tensors, before, strict=True):
-                if not torch.equal(each, old):
-                    each.copy_(old)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
-from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
+from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.training.compiled.compiled_step import Call, CompiledStep
+from pyro_recursive.tracing.graphs.calls import Call
+from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
 from pyro_recursive.training.compiled.flat import owner_in
 from pyro_recursive.training.compiled.losses import traced_loss
