@@ -4,6 +4,7 @@ Tried with torch 2.13.
 """
 
 import ast
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,16 +23,36 @@ class NotRecordable(NotImplementedError):
 
 def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any) -> Compiled:
     """Return machine code for a graph at fixed shapes; it may be called under `torch.no_grad`."""
-    import torch._inductor as inductor
+    settings, module = {**OPTIONS, **options}, _with_samplers_of_aten(module)
+    try:
+        import torch._inductor as inductor
 
-    settings = {**OPTIONS, **options}
-    with torch.no_grad():
-        return inductor.standalone_compile(
-            module,
-            list(tensors),
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": settings},
-        )
+        with torch.no_grad():
+            return inductor.standalone_compile(
+                module,
+                list(tensors),
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": settings},
+            )
+    except (ImportError, AttributeError):  # a release of torch without this private interface
+        return torch.compile(module, fullgraph=True, dynamic=False, options=settings)
+
+
+def _with_samplers_of_aten(module: GraphModule) -> GraphModule:
+    """Return a copy of a graph in which the compiler leaves Bernoulli draws to ATen's operator.
+
+    It has a sampler of its own for ``torch.bernoulli(p)``, even with `OPTIONS`, but none for the
+    operation in place that this calls.
+    """
+    graph, aten = copy.deepcopy(module.graph), torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.bernoulli.default):
+        with graph.inserting_before(node):
+            empty = graph.call_function(aten.empty_like.default, node.args)
+            drawn = graph.call_function(aten.bernoulli_.Tensor, (empty, *node.args), node.kwargs)
+        empty.meta, drawn.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(drawn)
+        graph.erase_node(node)
+    return GraphModule(module, graph)
 
 
 class KernelCalls:

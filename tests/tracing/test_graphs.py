@@ -1,0 +1,156 @@
+"""Graphs of runs become machine code that does the same, by interfaces of torch that may change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_recursive.tracing.graphs.kernels import KernelCalls, NotRecordable, compile_graph
+
+P = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).view(6, 4)
+
+
+def graph_of(function: Callable[..., Any], *tensors: Tensor) -> GraphModule:
+    return make_fx(function)(*tensors)
+
+
+def results(function: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+    """Return the results from seed 2, and the next random number."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        return [*function(*tensors), torch.rand(())]
+
+
+# Random numbers: what takes tensors stays in a graph, and draws in it what an eager step draws.
+
+SAMPLERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli": torch.bernoulli,
+    "bernoulli_": lambda p: torch.empty_like(p).bernoulli_(p),
+    "bernoulli_ of a number": lambda p: torch.empty_like(p).bernoulli_(0.3),
+    "normal": lambda p: torch.normal(p, p),
+    "normal_": lambda p: torch.empty_like(p).normal_(),
+    "uniform_": lambda p: torch.empty_like(p).uniform_(),
+    "poisson": lambda p: torch.poisson(3 * p),
+    "gamma": lambda p: torch._standard_gamma(3 * p),
+    "dirichlet": lambda p: torch._sample_dirichlet(3 * p),
+    "binomial": lambda p: torch.binomial(torch.full_like(p, 9.0), p),
+    "multinomial": lambda p: torch.multinomial(p, 7, True).double(),
+    "multinomial without replacement": lambda p: torch.multinomial(p, 2, False).double(),
+    "geometric_": lambda p: torch.empty_like(p).geometric_(0.4),
+    "cauchy_": lambda p: torch.empty_like(p).cauchy_(),
+    "exponential_": lambda p: torch.empty_like(p).exponential_(),
+    "log_normal_": lambda p: torch.empty_like(p).log_normal_(),
+    "random_": lambda p: torch.empty_like(p).random_(7),
+    "randperm": lambda p: torch.randperm(9).double(),
+    "randint": lambda p: torch.randint(3, 9, (5,)).double(),
+    "rand": lambda p: torch.rand(5),
+    "randn": lambda p: torch.randn(5),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "dropout": lambda p: torch.dropout(p, 0.4, True),
+    "rrelu": lambda p: torch.nn.functional.rrelu(p - 0.5, training=True),
+}
+
+
+def check_stream(names: list[str]) -> None:
+    samplers = [SAMPLERS[name] for name in names]
+
+    def draw(p: Tensor) -> list[Tensor]:
+        return [own(each) + 0.5 for own in samplers for each in (p, p.flip(0))]
+
+    graph = graph_of(draw, P)
+    expected, found = results(graph, P), results(compile_graph(graph, [P]), P)
+    for one, other, name in zip(expected, found, [n for n in names for _ in range(2)] + ["next"]):
+        torch.testing.assert_close(other, one, msg=lambda text, own=name: f"{own}: {text}")
+
+
+def test_bernoulli_draws_are_atens() -> None:
+    check_stream(["bernoulli"])
+
+
+@pytest.mark.slow
+def test_random_operators_in_machine_code_draw_what_aten_draws() -> None:
+    check_stream(list(SAMPLERS))
+
+
+# Interfaces of torch that are private.
+
+
+def updated(index: Tensor, total: Tensor, data: Tensor) -> list[Tensor]:
+    total.copy_(total + data.index_select(0, index).view(-1) @ data.t())
+    index.copy_(index + 1)
+    return []
+
+
+def state() -> list[Tensor]:
+    return [torch.zeros(1, dtype=torch.int64), torch.zeros(6, dtype=torch.float64), P]
+
+
+def test_recorded_kernels_repeat_what_the_code_does() -> None:
+    graph, (expected, found) = graph_of(updated, *state()), (state(), state())
+    with torch.no_grad():
+        for _ in range(5):
+            graph(*expected)
+    calls = KernelCalls(compile_graph(graph, state()), found)
+    calls.repeat(4)
+    assert found[0].item() == 5
+    torch.testing.assert_close(found, expected)
+    assert {each.data_ptr() for each in found[:2]} <= calls.pointers()
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError])
+def test_torch_compile_serves_where_graphs_cannot_be_compiled_by_themselves(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise error("standalone_compile")
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", missing)
+    graph, (expected, found) = graph_of(updated, *state()), (state(), state())
+    compiled = compile_graph(graph, found)
+    with torch.no_grad():
+        graph(*expected)
+        compiled(*found)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(NotRecordable, match="no generated code was found"):
+        KernelCalls(compiled, found)
+
+
+def test_machine_code_of_a_graph_can_be_made_without_a_guard_on_its_inputs() -> None:
+    from torch._inductor import standalone_compile
+
+    options = {"config_patches": {"fallback_random": True}}
+    compiled = standalone_compile(
+        graph_of(lambda p: [p * 2], P), [P], dynamic_shapes="from_example_inputs", options=options
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(P)[0], 2 * P)
+
+
+def test_a_block_can_be_left_out_of_all_modes() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+    class Seen(TorchDispatchMode):
+        names: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        P.exp()
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            P.log()
+    assert Seen.names == ["aten.exp.default"]
+
+
+def test_pyro_keeps_its_parameters_and_handlers_where_they_are_read() -> None:
+    value = pyro.param("own", torch.ones(2))
+    assert vars(pyro.get_param_store())["_params"]["own"] is value.unconstrained()
+    with pyro.poutine.block() as handler:
+        assert handler in pyro.poutine.runtime._PYRO_STACK
