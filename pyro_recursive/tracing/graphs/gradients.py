@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import CodeGen
 
-from pyro_recursive.tracing.graphs.draws import DrawPlan, DrawRecorder
-from pyro_recursive.tracing.graphs.host_reads import HostReads, ReadValues, split_reads
+from pyro_recursive.tracing.graphs.draws import DrawPlan
+from pyro_recursive.tracing.graphs.host_reads import ReadValues
+from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.param_store import unconstrained
@@ -73,41 +71,22 @@ def trace_gradients(
     try:
         with validation_enabled(False):
             loss()  # finds the structure of the program, by runs of its own
-            set_random_state(before)
-            recorder = DrawRecorder()
-            with HostReads(), recorder, poutine.trace(param_only=True) as captured:
-                value = loss()
-            recorder.finish()
-            sites = captured.trace.nodes.values()
-            known = [*(unconstrained(site["value"]) for site in sites), *others]
-            parameters, still, idle = _leaves(known, value)
-            set_random_state(before)
-            plan = DrawPlan(recorder)
-            buffers = plan.empty(1)
-            rows = [buffer[0] for buffer in buffers]
-            for draw, out in plan.slices(buffers):
-                draw.fill(out)
-            set_random_state(before)
-
-            def run(*tensors: Tensor) -> list[Tensor]:
-                given = tensors[len(tensors) - len(rows) :] if rows else ()
-                with reads, plan.replaced(given) as replaced:
-                    value = loss()
-                    found = torch.autograd.grad(value, parameters)
-                aside.extend(replaced.aside)
-                zeros = map(torch.zeros_like, tensors[len(parameters) :][: len(still)])
-                return [value.detach(), *found, *zeros, *reads.tensors]
-
-            reads, aside = HostReads(site), list[Tensor]()
-            tracer = make_fx(run, tracing_mode="real", _allow_non_fake_inputs=True)
-            graph = tracer(*parameters, *still, *inputs, *rows)
     finally:
         set_random_state(before)
-    constants = _hoist(graph)
-    count = len(parameters) + len(still)
-    read = split_reads(graph, reads, count, len(inputs), [*inputs, *constants])
-    _finish(graph, constants, aside)
-    return GradientGraph(graph, [*parameters, *still], idle, plan, constants, read)
+    with poutine.trace(param_only=True) as captured:
+        recorder, value = recorded(loss)
+    sites = captured.trace.nodes.values()
+    known = [*(unconstrained(site["value"]) for site in sites), *others]
+    parameters, still, idle = _leaves(known, value)
+
+    def run() -> list[Tensor]:
+        value = loss()
+        found = torch.autograd.grad(value, parameters)
+        return [value.detach(), *found, *map(torch.zeros_like, still)]
+
+    changing = [*parameters, *still]
+    traced = trace_run(run, recorder, [*changing, *inputs], len(changing), site)
+    return GradientGraph(traced.graph, changing, idle, traced.plan, traced.constants, traced.reads)
 
 
 def _leaves(
@@ -122,34 +101,3 @@ def _leaves(
     rest = [p for p, gradient in zip(leaves, found, strict=True) if gradient is None]
     still = [p for p in rest if p.grad is not None]
     return reached, still, [p for p in rest if p.grad is None]
-
-
-def _finish(graph: GraphModule, constants: list[Tensor], aside: list[Tensor]) -> None:
-    """Remove what the outputs do not need; raise where they need a draw that was made aside."""
-    graph.graph.eliminate_dead_code()
-    graph.graph.set_codegen(CodeGen())
-    graph.recompile()
-    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(arguments[len(arguments) - len(constants) :], constants, strict=True):
-        if node.users and any(value is each for each in aside):
-            raise Unsupported("the random state is set back after draws that matter")
-
-
-def _hoist(module: GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into its last inputs, and return them."""
-    graph, constants = module.graph, dict[str, Any]()
-    graph.eliminate_dead_code()
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    inputs: dict[str, Any] = {}
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        name = node.target
-        if name not in inputs:
-            constants[name] = getattr(module, name)
-            with graph.inserting_after(last):
-                last = inputs[name] = graph.placeholder(f"constant_{len(constants)}")
-            last.meta.update(node.meta)
-        node.replace_all_uses_with(inputs[name])
-        graph.erase_node(node)
-    for name in constants:
-        delattr(module, name)
-    return list(constants.values())
