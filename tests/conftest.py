@@ -1,6 +1,9 @@
-"""What every test shares beyond doctests: float64, and one thread, as tensors are small."""
+"""What every test shares beyond doctests: float64, one thread, and which of its cells are quick."""
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +18,38 @@ def double_precision(reproducible: None) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(default)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with several parameters, mark all cells slow but those that cover every value."""
+    for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cells = {
+            item: values(item)
+            for item in group
+            if hasattr(item, "callspec") and not item.get_closest_marker("slow")
+        }
+        for item in cells.keys() - covering(cells):
+            item.add_marker("slow")
+
+
+def values(item: Any) -> frozenset[tuple[str, int]]:
+    """Return a cell's parameters: each one's name, and which of its objects the value is."""
+    return frozenset((name, id(value)) for name, value in item.callspec.params.items())
+
+
+def covering(cells: dict[Any, frozenset]) -> set[Any]:
+    """Choose cells in which each value of each parameter occurs, about as often as the others.
+
+    Each time, a cell with most values that no chosen one has; of these one whose values have been
+    chosen least.
+    """
+    missing, uses, chosen = set().union(*cells.values()), Counter[Any](), set[Any]()
+    while missing:
+        best = max(
+            cells, key=lambda cell: (len(cells[cell] & missing), -sum(uses[v] for v in cells[cell]))
+        )
+        missing -= cells[best]
+        uses.update(cells[best])
+        chosen.add(best)
+    return chosen

@@ -1,5 +1,6 @@
 """Supports that are circles, that move with data and latents, or that have no bijection."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -453,11 +454,14 @@ def sparse(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(10 * shares[..., 0], 1.0), obs=x)
 
 
-@pytest.mark.parametrize("estimator", ["dreg", "stl", "rws", "rws-dreg", "dreg+vimco"])
-@pytest.mark.parametrize("guide", ["full", "flow", "mixture", "autodiagonal"])
+@pytest.mark.parametrize(
+    ("guide", "estimator"),
+    [
+        *itertools.product(("full", "flow"), ("dreg", "stl", "rws-dreg")),
+        *itertools.product(("mixture", "autodiagonal"), ("rws", "dreg+vimco")),
+    ],
+)
 def test_no_inverse(guide: str, estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ("v" in estimator or estimator == "rws") != (guide in ("mixture", "autodiagonal")):
-        pytest.skip("mixtures need a score function")
     made = GUIDES[guide](cholesky)
     IWAE_ELBO(4).loss(cholesky, made, X)  # the first call compares runs on given values
 

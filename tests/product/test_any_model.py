@@ -7,7 +7,7 @@ gradients included. Expectations are compared with those of another unbiased est
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -42,6 +42,18 @@ all_losses = pytest.mark.parametrize("loss", LOSSES)
 
 def over(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
+
+
+def a_third(part: int) -> pytest.MarkDecorator:
+    """All rows, of which a third is quick: three tests share the rows of the quick loop."""
+    marks = [() if number % 3 == part else pytest.mark.slow for number in range(len(ROWS))]
+    rows = [pytest.param(row, id=row.name, marks=m) for row, m in zip(ROWS, marks, strict=True)]
+    return pytest.mark.parametrize("row", rows)
+
+
+def pairs(of: Iterable[tuple[Any, str]], name: str = "row") -> pytest.MarkDecorator:
+    cells = [pytest.param(each, loss, id=f"{each.name}-{loss}") for each, loss in of]
+    return pytest.mark.parametrize((name, "loss"), cells)
 
 
 def each_estimator(*quick: str, of: Any = ESTIMATORS) -> pytest.MarkDecorator:
@@ -93,12 +105,9 @@ def test_every_public_loss_is_in_a_table() -> None:
 # Values, from Pyro's own loss and traces.
 
 
-@all_losses
-@over([row for row in ROWS if row.sites != "discrete"])
+@pairs((row, loss) for row in ROWS for loss in LOSSES if not row.refusal(loss, "pathwise"))
 def test_one_sample_equals_trace_elbo(row: Row, loss: str) -> None:
     """The same seed gives the same value and gradient for M = K = 1."""
-    if row.refusal(loss, "pathwise"):
-        pytest.skip("the row refuses this loss")
     programs, args = made(row)
     results = []
     for each in (Trace_ELBO(), LOSSES[loss](1, 1)):
@@ -145,7 +154,7 @@ def check_type(row: Row, dtype: torch.dtype, device: str) -> None:
     assert found.isfinite().all()
 
 
-@over(ROWS)
+@a_third(0)
 def test_float32(row: Row) -> None:
     torch.set_default_dtype(torch.float32)
     check_type(row, torch.float32, "cpu")
@@ -172,7 +181,7 @@ def test_exact_posterior(row: Row, loss: str) -> None:
             torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)
 
 
-@over(ROWS)
+@a_third(1)
 def test_log_marginal(row: Row) -> None:
     """One number per entry of the shared plates, in chunks or at once, without subsample scale."""
     programs, args = made(row)
@@ -222,12 +231,19 @@ def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
         torch.testing.assert_close(torch.cat([value, *map(torch.flatten, grads)]), one_pass)
 
 
-@all_losses
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+NESTED_LOSSES = [name for name in LOSSES if name != "PIWAE_ELBO"]  # with global_latents=
+
+
+@pairs(
+    (
+        (refusal, loss)
+        for refusal in REFUSALS
+        for loss in (NESTED_LOSSES if "global_latents" in refusal.options else LOSSES)
+    ),
+    name="refusal",
+)
 def test_refusals(refusal: Refusal, loss: str) -> None:
     """K = 4 data and K = 4 samples: a batch dim must not pass for the particle plate."""
-    if loss == "PIWAE_ELBO" and "global_latents" in refusal.options:
-        pytest.skip("PIWAE has no such option")
     for vectorize in (True, False):
         each = LOSSES[loss](1, 4, vectorize_particles=vectorize, **refusal.options)
         with pytest.raises((ValueError, NotImplementedError), match=refusal.message):
@@ -238,7 +254,7 @@ def test_refusals(refusal: Refusal, loss: str) -> None:
 
 
 @each_estimator("dreg+vimco", of=("pathwise", "stl", "dreg", "score", "vimco"))
-@over(ROWS)
+@a_third(2)
 def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
     """PIWAE's gradient is IWAE's for the model and MIWAE's for the guide; CIWAE's is linear."""
     if row.refusal("PIWAE_ELBO", estimator):
@@ -419,8 +435,6 @@ def test_score_of_subsampled_discrete_sites() -> None:
 
 
 # Global latents under the ELBO, local ones under the bound.
-
-NESTED_LOSSES = [name for name in LOSSES if name != "PIWAE_ELBO"]
 
 
 def nested_by_hand(recording: Recording, x: Tensor, index: Tensor, bound: bounds.Bound) -> Tensor:

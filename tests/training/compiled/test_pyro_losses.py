@@ -38,14 +38,19 @@ def trained(row: Any, loss: Any, make: Callable[..., Any]) -> list[Tensor]:
     return [torch.tensor(losses), *found, torch.rand(())]
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("name", ["data_plate", "subsample_size", "discrete"])
-def test_steps_are_those_of_svi(loss: Any, name: str) -> None:
+CELLS = [
+    pytest.param(loss, name, id=f"{name}-{loss}")
+    for name in ("data_plate", "subsample_size", "discrete")
+    for loss in LOSSES
+    if name != "discrete" or "MeanField" not in loss  # which needs reparameterised sites
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), CELLS)
+def test_steps_are_those_of_svi(loss: str, name: str) -> None:
     row = next(row for row in ROWS if row.name == name)
-    if row.sites == "discrete" and "MeanField" in str(loss):
-        pytest.skip("needs reparameterised sites")
-    expected = trained(row, loss, SVI)
-    found = trained(row, loss, partial(CompiledSVI, engine="graph", strict=True))
+    expected = trained(row, LOSSES[loss], SVI)
+    found = trained(row, LOSSES[loss], partial(CompiledSVI, engine="graph", strict=True))
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
 
