@@ -65,7 +65,8 @@ def check_stream(names: list[str]) -> None:
 
     graph = graph_of(draw, P)
     expected, found = results(graph, P), results(compile_graph(graph, [P]), P)
-    for one, other, name in zip(expected, found, [n for n in names for _ in range(2)] + ["next"]):
+    labels = [*(name for name in names for _ in range(2)), "the next number"]
+    for one, other, name in zip(expected, found, labels, strict=True):
         torch.testing.assert_close(other, one, msg=lambda text, own=name: f"{own}: {text}")
 
 

@@ -6,7 +6,9 @@ Tried with torch 2.13.
 import ast
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any
     try:
         import torch._inductor as inductor
 
-        with torch.no_grad():
+        with torch.no_grad(), _quiet(logging.getLogger("torch._inductor.standalone_compile")):
             return inductor.standalone_compile(
                 module,
                 list(tensors),
@@ -38,21 +40,36 @@ def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any
         return torch.compile(module, fullgraph=True, dynamic=False, options=settings)
 
 
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Log nothing: that the code of a loop cannot be saved is no news."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _with_samplers_of_aten(module: GraphModule) -> GraphModule:
     """Return a copy of a graph in which the compiler leaves Bernoulli draws to ATen's operator.
 
     It has a sampler of its own for ``torch.bernoulli(p)``, even with `OPTIONS`, but none for the
     operation in place that this calls.
     """
-    graph, aten = copy.deepcopy(module.graph), torch.ops.aten
-    for node in graph.find_nodes(op="call_function", target=aten.bernoulli.default):
-        with graph.inserting_before(node):
-            empty = graph.call_function(aten.empty_like.default, node.args)
-            drawn = graph.call_function(aten.bernoulli_.Tensor, (empty, *node.args), node.kwargs)
-        empty.meta, drawn.meta = dict(node.meta), dict(node.meta)
-        node.replace_all_uses_with(drawn)
-        graph.erase_node(node)
-    return GraphModule(module, graph)
+    aten, module = torch.ops.aten, copy.deepcopy(module)
+    for part in module.modules():
+        if not isinstance(part, GraphModule):
+            continue
+        for node in part.graph.find_nodes(op="call_function", target=aten.bernoulli.default):
+            with part.graph.inserting_before(node):
+                empty = part.graph.call_function(aten.empty_like.default, node.args)
+                arguments = empty, *node.args
+                drawn = part.graph.call_function(aten.bernoulli_.Tensor, arguments, node.kwargs)
+            empty.meta, drawn.meta = dict(node.meta), dict(node.meta)
+            node.replace_all_uses_with(drawn)
+            part.graph.erase_node(node)
+        part.recompile()
+    return module
 
 
 class KernelCalls:

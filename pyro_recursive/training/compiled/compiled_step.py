@@ -40,8 +40,10 @@ class CompiledStep:
         traced = [each.detach().contiguous() for each in call.inputs]
         self.inputs, self._owns = traced, [not each.is_contiguous() for each in call.inputs]
         self.table: MinibatchTable | None = None
+        device = known[0].device if known else None  # a CUDA graph keeps values on the CPU
         self.weights = [
-            torch.tensor(float(handler.weight), dtype=torch.float64) for handler in call.weights
+            torch.tensor(float(handler.weight), dtype=torch.float64, device=device)
+            for handler in call.weights
         ]
 
         def run() -> Tensor:
@@ -80,7 +82,7 @@ class CompiledStep:
         self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
             plan.fill(self.step.draws, self.step.block)
-            self.engine: Engine = make_engine(self.step, engine)
+        self.engine: Engine = make_engine(self.step, engine, self.undone)
         self._places = self._constants_at()
 
     def outdated(self, call: Call) -> str | None:

@@ -1,6 +1,8 @@
 """Engines: how the steps of a graph run, from the fastest to the one that always can."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -12,9 +14,16 @@ from pyro_recursive.tracing.graphs.kernels import (
     NotRecordable,
     compile_graph,
 )
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
+from pyro_recursive.training.compiled.loop_graph import changed_inputs, loop_graph
 from pyro_recursive.training.compiled.step_graph import StepGraph
 
-EngineName = Literal["auto", "replay", "flat", "graph", "eager"]
+EngineName = Literal["auto", "replay", "loop", "flat", "graph", "eager"]
+Undone = Callable[[], AbstractContextManager]
+CHECKED = 3  # steps of a new engine that are compared with those of the graph
+# Of the loss, and of the norm of an update: Adam turns rounding errors into whole steps.
+TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 5e-2)}
+COARSE = 1e-3, 1e-1  # of other dtypes
 
 
 class Engine(Protocol):
@@ -56,6 +65,7 @@ class ReplayEngine:
 
     def rebind(self) -> None:
         tensors = self.step.tensors
+        self.step.index.zero_()  # a whole block may have been taken: the next step has no draws
         if self.step.index.is_cuda:
             self._repeat: Callable[[int], None] = _captured(self.compiled, tensors)
             return
@@ -70,15 +80,24 @@ class ReplayEngine:
 
 
 def _captured(compiled: Compiled, tensors: list[Tensor]) -> Callable[[int], None]:
-    """Return a function that repeats a step on a GPU, as a captured CUDA graph."""
+    """Return a function that repeats a step on a GPU, as a captured CUDA graph.
+
+    The first run, which compiles kernels, takes a step. Random operators in the graph draw anew in
+    each replay, from torch's CUDA generator: a capture registers it.
+    """
+    if not all(each.is_cuda and each.device == tensors[0].device for each in tensors):
+        raise NotRecordable("a CUDA graph keeps the values of tensors on the CPU")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
         compiled(*tensors)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        compiled(*tensors)
+    try:
+        with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            compiled(*tensors)
+    except RuntimeError as error:
+        raise NotRecordable(f"a CUDA graph cannot hold the step ({error})") from error
 
     def repeat(count: int) -> None:
         for _ in range(count):
@@ -87,15 +106,89 @@ def _captured(compiled: Compiled, tensors: list[Tensor]) -> Callable[[int], None
     return repeat
 
 
-def make_engine(step: StepGraph, wanted: EngineName = "auto") -> Engine:
-    """Return the engine asked for, or the fastest that can run a step."""
+class LoopEngine:
+    """Calls a compiled loop around the step, in C++, once for all steps."""
+
+    name = "loop"
+
+    def __init__(self, step: StepGraph) -> None:
+        if step.index.is_cuda:
+            raise NotRecordable("a loop on a GPU waits for the end of each step")
+        self.step, self.count = step, torch.ones_like(step.index)
+        self.rebind()
+        index = next(n for n, each in enumerate(self.tensors) if each is step.index)
+        graph = loop_graph(step.module, self.tensors, index)
+        self.function = compile_graph(graph, [self.count, *self.tensors], cpp_wrapper=True)
+
+    def rebind(self) -> None:
+        self.tensors = self.step.tensors
+
+    def run(self, count: int) -> None:
+        torch.add(self.step.index, count, out=self.count)
+        with torch.no_grad():
+            self.function(self.count, *self.tensors)
+
+
+def make_engine(step: StepGraph, wanted: EngineName, undone: Undone) -> Engine:
+    """Return the engine asked for, or the fastest that takes the steps of the graph.
+
+    Steps that are taken inside ``undone`` are undone. Raises Unsupported if there is none.
+    """
+    graph = CallEngine(step, step.module, "graph")
     if wanted == "graph":
-        return CallEngine(step, step.module, "graph")
-    compiled = compile_graph(step.module, step.tensors)
-    if wanted in ("auto", "replay"):
+        return graph
+    compiled = cache(lambda: compile_graph(step.module, step.tensors))
+    makers: dict[str, Callable[[], Engine]] = {
+        "replay": lambda: ReplayEngine(step, compiled()),
+        "loop": lambda: LoopEngine(step),
+        "flat": lambda: CallEngine(step, compiled(), "flat"),
+    }
+    expected, reason = _taken(graph, step, undone), ""
+    for name in makers if wanted == "auto" else (wanted,):
         try:
-            return ReplayEngine(step, compiled)
-        except NotRecordable:
-            if wanted == "replay":
-                raise
-    return CallEngine(step, compiled, "flat")
+            with undone():
+                engine = makers[name]()
+            found = _taken(engine, step, undone)
+        except Exception as error:
+            reason = (
+                f"engine '{name}': {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            )
+            continue
+        if _is_same(step, found, expected):
+            return engine
+        reason = f"engine '{name}' takes other steps than the graph"
+    raise Unsupported(reason)
+
+
+def _taken(engine: Engine, step: StepGraph, undone: Undone) -> list[tuple[Tensor, Tensor]]:
+    """Return what some steps change, before and after them."""
+    tensors = step.tensors
+    changed = [tensors[number] for number in changed_inputs(step.module)]
+    before = [each.clone() for each in changed]
+    with undone():
+        step.index.zero_()
+        engine.run(min(CHECKED, step.block))
+        return [(old, each.clone()) for old, each in zip(before, changed, strict=True)]
+
+
+def _is_same(
+    step: StepGraph,
+    found: Sequence[tuple[Tensor, Tensor]],
+    expected: Sequence[tuple[Tensor, Tensor]],
+) -> bool:
+    tolerances = [TOLERANCES.get(group.values.dtype, COARSE) for group in step.groups]
+    tight, loose = max(tolerances)
+    for (before, one), (_, other) in zip(found, expected, strict=True):
+        if not other.is_floating_point():
+            if not torch.equal(one, other):
+                return False
+            continue
+        is_finite = other.isfinite()
+        if not torch.equal(one.isfinite(), is_finite):
+            return False
+        error, change = (
+            torch.where(is_finite, each, 0.0).norm() for each in (one - other, other - before)
+        )
+        if not error <= loose * change + tight**2 * (1 + before.norm()):
+            return False
+    return True

@@ -10,7 +10,7 @@ from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
-from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.engines import COARSE, TOLERANCES, EngineName
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,
     NoOptimiser,
@@ -22,8 +22,6 @@ from pyro_recursive.training.compiled.losses import TracedLoss
 MAX_GRAPHS = 8  # of calls of one form, before these run eagerly
 MAX_KEPT = 4  # of these
 MAX_FORMS = 64
-# Of the loss, and of the norm of an update: Adam turns rounding errors into whole steps.
-TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 5e-2)}
 
 
 class Training(NamedTuple):
@@ -105,7 +103,7 @@ class CompiledSteps:
             moved = [each.detach().clone() for each in constants]  # buffers
         result = self._eager(call)
         expected = result.item()
-        tight, loose = TOLERANCES.get(start[0].dtype, (1e-3, 1e-1))
+        tight, loose = TOLERANCES.get(start[0].dtype, COARSE)
         is_same = abs(loss - expected) <= tight * (1 + abs(expected))
         for group, before, after in zip(step.groups, start, ends, strict=True):
             error = (after - group.values).norm()

@@ -33,9 +33,9 @@ class CompiledSVI:
         model, guide, loss: as for `SVI`; losses of Pyro, too.
         optim: a `PyroOptim`, or a torch optimiser of all parameters: Adam, AdamW, SGD, RMSprop,
             Adagrad or Pyro's ClippedAdam.
-        engine: how steps run: ``"replay"`` of recorded kernel calls, one ``"flat"`` call of
-            compiled code a step, the uncompiled ``"graph"``, ``"eager"``; ``"auto"`` takes the
-            fastest that can.
+        engine: how steps run: ``"replay"`` of recorded kernel calls, a compiled ``"loop"``, one
+            ``"flat"`` call of compiled code a step, the uncompiled ``"graph"``, ``"eager"``;
+            ``"auto"`` takes the fastest that can.
         strict: whether to raise where steps would run eagerly.
 
     Raises NotImplementedError with ``strict`` for what cannot be compiled; it names where.

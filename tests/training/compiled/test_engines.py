@@ -1,0 +1,202 @@
+"""Each engine takes the steps of the graph, and a wrong one takes none."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.optim import Adam
+from torch import Tensor
+
+from pyro_recursive import IWAE_ELBO, CompiledSVI
+from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.training.compiled import engines
+from pyro_recursive.training.compiled.compiled_step import CompiledStep
+
+pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
+
+X = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
+
+
+def model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.1))
+    scale = pyro.param("scale", lambda: torch.tensor(0.8))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, scale))
+
+
+def mixed(x: Tensor) -> None:
+    """Rows of two kinds."""
+    with pyro.plate("data", len(x)):
+        kind = pyro.sample("kind", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(2 * kind, 1.0), obs=x)
+
+
+def mixed_guide(x: Tensor) -> None:
+    logits = pyro.param("logits", lambda: torch.linspace(-1.0, 1.0, 4))
+    with pyro.plate("data", len(x)):
+        pyro.sample("kind", dist.Bernoulli(logits=logits))
+
+
+def gamma_guide(x: Tensor) -> None:
+    rate = pyro.param("rate", lambda: torch.tensor(1.2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Gamma(rate.exp(), 2.0))
+
+
+def gamma_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(2.0, 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def trained(make: Callable[..., Any], program: tuple, loss: Any, steps: Callable) -> list[Tensor]:
+    """Return what ``steps`` returns, the parameters after it and the next random number."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    losses = steps(make(*program, Adam({"lr": 0.05}), loss()))
+    found = [p.detach().clone() for _, p in pyro.get_param_store().named_parameters()]
+    return [torch.as_tensor(losses), *found, torch.rand(())]
+
+
+def twenty(svi: Any) -> list[float]:
+    return [svi.step(X) for _ in range(20)]
+
+
+def check_same(one: list[Tensor], other: list[Tensor]) -> None:
+    for expected, found in zip(one, other, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def named(engine: Any) -> Callable[..., CompiledSVI]:
+    return partial(CompiledSVI, engine=engine, strict=True)
+
+
+PROGRAMS = {
+    "bernoulli": ((mixed, mixed_guide), partial(IWAE_ELBO, 4, estimator="vimco")),
+    "gamma": ((gamma_model, gamma_guide), partial(IWAE_ELBO, 2)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["flat", "loop", "replay"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_random_numbers_drawn_in_the_graph_are_those_of_svi(program: str, engine: str) -> None:
+    own, loss = PROGRAMS[program]
+    check_same(trained(SVI, own, loss, twenty), trained(named(engine), own, loss, twenty))
+
+
+def blocks(svi: Any) -> Tensor:
+    """Take a whole block, then steps on data that lie elsewhere."""
+    svi.step(X)
+    svi.step(X)
+    first = svi.run(64, X)
+    return torch.cat([first, svi.run(3, X + 1), svi.run(64, X - 1), svi.run(70, X * 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["flat", "loop", "replay"])
+def test_data_may_lie_elsewhere_after_a_whole_block(engine: str) -> None:
+    own = (model, guide), partial(IWAE_ELBO, 3, estimator="dreg"), blocks
+    check_same(trained(named("graph"), *own), trained(named(engine), *own))
+
+
+class Wrong(engines.CallEngine):
+    """Takes steps that are right but for one of its tensors."""
+
+    def __init__(self, step: Any, wrong: Callable[[Any], Tensor], count: int) -> None:
+        super().__init__(step, step.module, "replay")
+        self.wrong, self.later = wrong(step), count
+
+    def run(self, count: int) -> None:
+        super().run(count)
+        if count >= self.later:
+            self.wrong.add_(1e-3 if self.wrong.is_floating_point() else 1)
+
+
+WRONG: dict[str, Callable[[Any], Tensor]] = {
+    "parameters": lambda step: step.groups[0].values,
+    "moments": lambda step: step.groups[0].slots["exp_avg_sq"],
+    "counts": lambda step: step.groups[0].steps,
+    "losses": lambda step: step.losses,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_wrong_engine_never_trains(
+    wrong: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = lambda step, compiled: Wrong(step, WRONG[wrong], count)  # noqa: E731
+    monkeypatch.setattr(engines, "ReplayEngine", made)
+    monkeypatch.setattr(engines, "LoopEngine", made)
+    monkeypatch.setattr(engines, "compile_graph", lambda module, tensors, **options: module)
+    own = (model, guide), partial(IWAE_ELBO, 3)
+
+    def steps(svi: CompiledSVI) -> list[float]:
+        losses = twenty(svi)
+        (found,) = svi._steps._steps.values()
+        assert isinstance(found[0], CompiledStep) and found[0].engine.name == "flat"
+        return losses
+
+    check_same(trained(SVI, *own, twenty), trained(named("auto"), *own, steps))
+    with pytest.raises(NotImplementedError, match="'replay' takes other steps than the graph"):
+        trained(named("replay"), *own, twenty)
+
+
+def test_an_engine_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(engines, "compile_graph", broken)
+    own = (model, guide), partial(IWAE_ELBO, 3), twenty
+    with pytest.warns(UserWarning, match="run eagerly: engine 'flat': RuntimeError: no compiler"):
+        found = trained(CompiledSVI, *own)
+    check_same(trained(SVI, *own), found)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("program", [*PROGRAMS, "normal"])
+def test_captured_steps_are_those_of_svi(program: str) -> None:
+    """A weight of the latents that changes is seen, and draws in the graph are fresh."""
+    own, loss = PROGRAMS.get(program, ((model, guide), partial(IWAE_ELBO, 3)))
+
+    def steps(svi: Any) -> list[float]:
+        losses = []
+        for step in range(20):
+            with KLWarmup((step + 1) / 20):
+                losses.append(svi.step(X.cuda()))
+        return losses
+
+    with torch.device("cuda"):
+        check_same(trained(SVI, own, loss, steps), trained(named("replay"), own, loss, steps))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_blocks_do_not_wait_for_the_device() -> None:
+    def steps(svi: CompiledSVI) -> Tensor:
+        data = X.cuda()
+        svi.step(data)
+        svi.step(data)
+        svi.run(64, data)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return svi.run(100, data)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    own = (model, guide), partial(IWAE_ELBO, 3), steps
+    with torch.device("cuda"):
+        check_same(trained(named("flat"), *own), trained(named("replay"), *own))
