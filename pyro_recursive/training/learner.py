@@ -1,6 +1,7 @@
 """One step of training: the loss, its parameters and their one optimiser."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -57,6 +58,8 @@ class Learner:
         modules: Iterable[Module],
         processes: ProcessGroup,
         engine: EngineName | None = None,
+        compile_cache: str | os.PathLike | None = None,
+        shows_progress: bool = False,
     ) -> None:
         """Store the arguments of `fit`; the first step finds parameters and makes the optimiser."""
         self.model, self.guide, self.loss = model, guide, loss
@@ -74,7 +77,10 @@ class Learner:
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
         self.has_validated = False
         self.interrupts = Interrupts()
-        self.compiled = None if engine is None else self._compiled_steps(engine)
+        self.compiled: CompiledSteps | None = None
+        if engine is not None:
+            training = self._training()
+            self.compiled = CompiledSteps(training, engine, False, compile_cache, shows_progress)
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
 
@@ -117,8 +123,11 @@ class Learner:
         self.guide_steps += owner == "guide"
         return loss
 
-    def take(self, piece: Batch | Table, epoch: int) -> Iterator[Tensor]:
-        """Take the steps of some batches; yield their losses in nats, ``[steps]``, in blocks."""
+    def take(self, piece: Batch | Table, epoch: int, coming: int) -> Iterator[Tensor]:
+        """Take the steps of some batches; yield their losses in nats, ``[steps]``, in blocks.
+
+        ``coming`` is how many such steps are known to come, these among them.
+        """
         done, count = 0, len(piece.index) if isinstance(piece, Table) else 1
         while done < count:
             self.interrupts.check()
@@ -128,7 +137,7 @@ class Learner:
             with batch.rows:
                 call = Call(tuple(batch), {}, *table)
                 self._present = batch, epoch
-                found = self.compiled.find(call)
+                found = self.compiled.find(call, coming - done)
                 if isinstance(found, CompiledStep):
                     losses = found.take_many(count - done).clone()
                     first = self._note_block(found.step.health[0], losses)
@@ -154,22 +163,21 @@ class Learner:
         self.steps -= len(losses) - first
         return first
 
-    def _compiled_steps(self, engine: EngineName) -> CompiledSteps:
-        """Return the compiled form of `step`, for one process."""
+    def _training(self) -> Training:
+        """Return what compiled steps train, in one process."""
         if not self.group.is_alone:
             raise ValueError("compile=True trains in one process. Leave it out, or start one.")
 
         def eager(call: Call) -> Tensor:
             return self.step(*self._present)
 
-        training = Training(
+        return Training(
             traced_loss(self.model, self.guide, self.loss),
             eager,
             lambda parameter: (self.optimizer, {}),
             clip_norm=self.clip_norm,
             is_guarded=True,
         )
-        return CompiledSteps(training, engine, strict=False)
 
     def check(
         self,

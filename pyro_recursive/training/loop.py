@@ -3,7 +3,6 @@
 import math
 import operator
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +24,7 @@ from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.guides.mixture.recursive import RecursiveMixtureGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.tracing.terminal import stderr_is_watched
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
@@ -66,6 +66,7 @@ def fit(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
     compile: bool | EngineName = False,
+    compile_cache: str | os.PathLike | None = None,
 ) -> History:
     """Minimise a loss over the parameters of model and guide; resumes bit for bit.
 
@@ -98,7 +99,9 @@ def fit(
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
         compile: whether to compile the steps, or an engine of `CompiledSVI`; batches of tensors run
-            in blocks, with other random numbers of the same law. `aggressive` steps run eagerly.
+            in blocks, with other random numbers of the same law. `aggressive` steps run eagerly,
+            and with True those that are too few to earn the seconds of compiling back.
+        compile_cache: a folder of compiled graphs, as ``cache`` of `CompiledSVI`.
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; names the site.
@@ -150,6 +153,8 @@ def fit(
             modules,
             processes,
             engine,
+            compile_cache,
+            progress and processes.is_first,
         )
         if aggressive is not None and aggressive.max_steps and held_out is not None:
             phase = Phase(aggressive, learner, batches, held_out)
@@ -160,7 +165,7 @@ def fit(
             hashes = processes.from_first(hashes, "the contents of the data")
             settings["contents of data"], settings["contents of validation"] = hashes
             settings["transform"] = transform
-        run = _Run(learner, batches, phase, path, settings, on_step, validate_args)
+        run = _Run(learner, batches, epochs, phase, path, settings, on_step, validate_args)
         if resume:
             run.resume()
         bar = _progress_bar(batches, epochs, learner.steps, progress and processes.is_first)
@@ -204,11 +209,9 @@ def _warn_if_unfinished(guide: Any, history: History) -> None:
 
 def _progress_bar(batches: Minibatches, epochs: int, done: int, wanted: bool) -> tqdm:
     """Return a bar over steps; it is silent if errors go to neither a terminal nor a notebook."""
-    # A notebook's stream is no terminal, but shows bars. There may be no stream, or any object.
-    is_terminal = getattr(sys.stderr, "isatty", bool)()
-    is_watched = is_terminal or type(sys.stderr).__module__.startswith("ipykernel")
     total = None if batches.count is None else epochs * batches.count
-    return tqdm(total=total, initial=done, unit="step", disable=not (wanted and is_watched))
+    is_shown = wanted and stderr_is_watched()
+    return tqdm(total=total, initial=done, unit="step", disable=not is_shown)
 
 
 class _Run:
@@ -218,6 +221,7 @@ class _Run:
         self,
         learner: Learner,
         batches: Minibatches,
+        epochs: int,
         phase: Phase | None,
         path: Path | None,
         settings: dict[str, Any],
@@ -225,6 +229,7 @@ class _Run:
         validate_args: bool,
     ) -> None:
         self.learner, self.batches, self.phase, self.path = learner, batches, phase, path
+        self.epochs = epochs
         self.processes = learner.group.processes
         self.on_step = on_step if self.processes.is_first else None
         self.validates = True  # the first epoch, which sees all data
@@ -308,9 +313,15 @@ class _Run:
         """Take the steps of an epoch; yield losses ``[steps]`` and the last batch."""
         learner = self.learner
         if learner.compiled is not None and phase is None:
+            passes = self.epochs - self.num_epochs
             for piece in self.batches.pieces():
                 batch = piece.batch(-1) if isinstance(piece, Table) else piece
-                for losses in learner.take(piece, epoch):
+                alike = self.batches.count or 1  # batches of an epoch
+                if isinstance(piece, Table):
+                    alike = len(piece.index)
+                elif rows_of(batch) != self.batches.size:  # the last one
+                    alike = 1
+                for losses in learner.take(piece, epoch, passes * alike):
                     learner.group.rows = rows_of(batch)
                     yield losses, batch
             return

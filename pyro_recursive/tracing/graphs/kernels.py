@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-Compiled = Callable[..., Any]
-OPTIONS = {"fallback_random": True}  # random operators that stay in a graph are ATen's own
+from pyro_recursive.tracing.graphs.compiler import LOCK, Compiled, compiled_once
+
+# Random operators that stay in a graph are ATen's own.
+OPTIONS = {"fallback_random": True}
 
 
 class NotRecordable(NotImplementedError):
@@ -25,19 +27,24 @@ class NotRecordable(NotImplementedError):
 
 def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any) -> Compiled:
     """Return machine code for a graph at fixed shapes; it may be called under `torch.no_grad`."""
-    settings, module = {**OPTIONS, **options}, _with_samplers_of_aten(module)
-    try:
-        import torch._inductor as inductor
+    module = _with_samplers_of_aten(module)
 
-        with torch.no_grad(), _quiet(logging.getLogger("torch._inductor.standalone_compile")):
-            return inductor.standalone_compile(
-                module,
-                list(tensors),
-                dynamic_shapes="from_example_inputs",
-                options={"config_patches": settings},
-            )
-    except (ImportError, AttributeError):  # a release of torch without this private interface
-        return torch.compile(module, fullgraph=True, dynamic=False, options=settings)
+    def compile(settings: dict[str, Any]) -> Compiled:
+        try:
+            import torch._inductor as inductor
+
+            with torch.no_grad(), _quiet(logging.getLogger("torch._inductor.standalone_compile")):
+                return inductor.standalone_compile(
+                    module,
+                    list(tensors),
+                    dynamic_shapes="from_example_inputs",
+                    options={"config_patches": settings},
+                    aot=all(node.op != "get_attr" for node in module.graph.nodes),  # can be saved
+                )
+        except (ImportError, AttributeError, TypeError):  # a release of torch without this
+            return torch.compile(module, fullgraph=True, dynamic=False, options=settings)
+
+    return compiled_once(module, tensors, {**OPTIONS, **options}, compile)
 
 
 @contextmanager
@@ -79,7 +86,7 @@ class KernelCalls:
         module = generated_module(compiled)
         check_recordable(module)
         self.calls: list[tuple[Callable, tuple, dict]] = []
-        with _recording(module, self.calls), torch.no_grad():
+        with LOCK, _recording(module, self.calls), torch.no_grad():
             compiled(*tensors)
 
     def pointers(self) -> set[int]:

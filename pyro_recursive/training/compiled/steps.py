@@ -1,15 +1,24 @@
 """The compiled steps of one program: which calls share one, when one is made, and when given up."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_recursive.tracing.graphs.artifacts import ArtifactFolder
 from pyro_recursive.tracing.graphs.calls import Call
+from pyro_recursive.tracing.graphs.compiler import (
+    CompilePolicy,
+    NotWorthCompiling,
+    compile_policy,
+    is_any_known,
+)
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
+from pyro_recursive.training.compiled.cost import FEWEST, steps_to_earn
 from pyro_recursive.training.compiled.engines import COARSE, TOLERANCES, EngineName
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,
@@ -44,15 +53,29 @@ class Training(NamedTuple):
 class CompiledSteps:
     """The compiled steps of a training, by the form of the call."""
 
-    def __init__(self, training: Training, engine: EngineName, strict: bool) -> None:
+    def __init__(
+        self,
+        training: Training,
+        engine: EngineName,
+        strict: bool,
+        cache: str | os.PathLike | None = None,
+        shows_progress: bool = True,
+    ) -> None:
         self.training, self.engine, self.strict = training, engine, strict
+        self.shows_progress = shows_progress
+        self.folder = None if cache is None else ArtifactFolder(cache)
+        self._eager_steps: dict[Any, int] = {}  # of calls of a form, since a graph was made
+        self._needed: dict[Any, int] = {}  # how many steps earn back the next one
         self._steps: dict[Any, list[CompiledStep]] = {}  # of calls of a form, the last one first
         self._eager_forms: set[Any] = set()
         self._graphs: dict[Any, int] = {}  # how many were made of calls of a form
         self._groups: dict[tuple[int, ...], list[FlatGroup]] = {}
 
-    def find(self, call: Call) -> CompiledStep | Tensor:
-        """Return the compiled step of a call, prepared, or the loss of an eager step taken."""
+    def find(self, call: Call, coming: int = 1) -> CompiledStep | Tensor:
+        """Return the compiled step of a call, prepared, or the loss of an eager step taken.
+
+        ``coming`` is how many such calls are known to come, this one among them.
+        """
         stage, left = self.training.loss.stage()
         key = call.key, stage
         if left == 0 or self.engine == "eager" or key in self._eager_forms:
@@ -72,16 +95,42 @@ class CompiledSteps:
         if outdated is not None and self._graphs[key] >= MAX_GRAPHS:
             self._give_up(key, Unsupported(f"{outdated} has changed {MAX_GRAPHS} times"))
             return self._eager(call)
+        policy = self._policy(key, min(coming, left))
+        if policy is None:
+            return self._wait(key, call)
         self._graphs[key] += 1
         try:
-            step = CompiledStep(self.training, call, self._flat, self.engine)
+            with compile_policy(policy):
+                step = CompiledStep(self.training, call, self._flat, self.engine)
+        except NotWorthCompiling as error:
+            self._graphs[key] -= 1
+            self._needed[key] = steps_to_earn(error.operations)
+            return self._wait(key, call)
         except NoOptimiser:
             return self._eager(call)
         except Unsupported as error:
             self._give_up(key, error)
             return self._eager(call)
         self._steps[key] = [step, *self._steps[key]][:MAX_KEPT]
+        for counts in (self._eager_steps, self._needed):
+            counts.pop(key, None)
         return self._compared(key, step, call)
+
+    def _policy(self, key: Any, coming: int) -> CompilePolicy | None:
+        """Return whether a graph is worth compiling, None if none is for so few steps."""
+        if self.engine != "auto" or self.strict:
+            return CompilePolicy(self.folder, shows=self.shows_progress)
+        steps = self._eager_steps.get(key, 0) + coming
+        if steps < self._needed.get(key, 0 if is_any_known(self.folder) else FEWEST):
+            return None
+        return CompilePolicy(
+            self.folder, lambda operations: steps >= steps_to_earn(operations), self.shows_progress
+        )
+
+    def _wait(self, key: Any, call: Call) -> Tensor:
+        """Take an eager step, as too few are known to come to compile."""
+        self._eager_steps[key] = self._eager_steps.get(key, 0) + 1
+        return self._eager(call)
 
     def _is_prepared(self, step: CompiledStep, call: Call) -> bool:
         """Whether a step has taken over what the optimiser has now, in the form that it knows."""

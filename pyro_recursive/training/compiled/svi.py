@@ -1,5 +1,6 @@
 """`CompiledSVI`: the steps of `pyro.infer.SVI` as one compiled graph each."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,8 @@ from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 class CompiledSVI:
     """`pyro.infer.SVI` with compiled steps: loss, gradients and update are one graph.
 
-    The first call of `step` runs eagerly, the second compiles, for some seconds; from then on a
+    Steps run eagerly until enough of them were taken, or are known to come in `run`, to earn the
+    seconds of compiling back; with an engine by name or ``strict`` the second one compiles. A
     step has the random numbers and, to rounding, the result of `SVI.step`. `run` takes many steps
     at once on the same arguments, faster still, with other random numbers of the same law. Calls of
     another shape have a graph of their own. What cannot be compiled runs eagerly, with one warning.
@@ -37,6 +39,8 @@ class CompiledSVI:
             ``"flat"`` call of compiled code a step, the uncompiled ``"graph"``, ``"eager"``;
             ``"auto"`` takes the fastest that can.
         strict: whether to raise where steps would run eagerly.
+        cache: a folder in which compiled graphs are kept for other processes of the same user on
+            the same machine; a graph that is found there is used at once.
 
     Raises NotImplementedError with ``strict`` for what cannot be compiled; it names where.
 
@@ -62,6 +66,7 @@ class CompiledSVI:
         *,
         engine: EngineName = "auto",
         strict: bool = False,
+        cache: str | os.PathLike | None = None,
     ) -> None:
         if not isinstance(optim, PyroOptim | Optimizer):
             raise TypeError(
@@ -72,7 +77,7 @@ class CompiledSVI:
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         traced, others = traced_loss(model, guide, loss), partial(_parameters, optim)
         training = Training(traced, self._eager, owner_in(optim), others)
-        self._steps = CompiledSteps(training, engine, strict)
+        self._steps = CompiledSteps(training, engine, strict, cache)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return the loss before it, in nats."""
@@ -88,7 +93,7 @@ class CompiledSVI:
         call, losses = Call(args, kwargs), list[Tensor]()
         done = 0
         while done < num_steps:
-            found = self._steps.find(call)
+            found = self._steps.find(call, num_steps - done)
             if isinstance(found, CompiledStep):
                 found = found.take_many(num_steps - done).clone()
             losses.append(found.detach().reshape(-1))

@@ -1,0 +1,204 @@
+"""Compiled graphs in files: nothing in a file is used unless this user's machine has signed it.
+
+A file is a signature and what it signs: torch's artifact of a compiled graph, and the libraries
+that the C++ compiler made for it. Tried with torch 2.13.
+"""
+
+import hashlib
+import hmac
+import os
+import pickle
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pyro_recursive.tracing.user_warnings import warn_user
+
+MAGIC = b"pyro_recursive artifact 1\n"
+DIGEST = "sha256"
+SIZE = hashlib.new(DIGEST).digest_size  # bytes
+Libraries = dict[str, bytes]  # of shared objects, by the digest of their source
+
+
+class ArtifactFolder:
+    """A folder of compiled graphs by their keys, hexadecimal digests.
+
+    Files are signed with a secret of this user, see `secret_file`, which is not in the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        if self.folder in secret_file().parents:
+            raise ValueError(
+                f"The folder of compiled graphs {self.folder} must not hold the key that signs "
+                f"them, {secret_file()}. Choose another one."
+            )
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file of a compiled graph."""
+        return self._path(key).exists()
+
+    def load(self, key: str) -> tuple[Callable[..., Any], Libraries] | None:
+        """Return a compiled graph, None if there is none; warns of a file that is not as signed."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            warn_user(f"The compiled graph {path} cannot be read: {error}. It is compiled anew.")
+            return None
+        start = len(MAGIC) + SIZE
+        body = content[start:]
+        signature = content[len(MAGIC) : start]
+        if content[: len(MAGIC)] != MAGIC or not hmac.compare_digest(signature, _sign(key, body)):
+            warn_user(
+                f"The compiled graph {path} is not as this user has written it on this machine. "
+                "It is compiled anew."
+            )
+            return None
+        try:
+            return _loaded(body)
+        except Exception as error:
+            warn_user(f"The compiled graph {path} cannot be loaded: {error}. It is compiled anew.")
+            return None
+
+    def save(self, key: str, compiled: Any, libraries: Libraries) -> None:
+        """Write a compiled graph, at once as a whole; warns if that fails."""
+        path, temporary = self._path(key), None
+        try:
+            body = pickle.dumps((compiled.serialize(), libraries))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(MAGIC + _sign(key, body) + body)
+            temporary.replace(path)
+        except Exception as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            warn_user(f"The compiled graph cannot be saved as {path}: {error}.")
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.graph"
+
+
+def secret_file() -> Path:
+    """Return where the secret of this user lies, by which files are signed."""
+    variable, default = (
+        ("APPDATA", "~/AppData/Roaming")
+        if sys.platform == "win32"
+        else ("XDG_CONFIG_HOME", "~/.config")
+    )
+    base = Path(os.environ.get(variable) or default).expanduser().absolute()
+    return base / "pyro_recursive" / "artifacts.key"
+
+
+def _secret() -> bytes:
+    """Return the secret, of which the file is made where there is none that only the user reads."""
+    path = secret_file()
+    if not _is_private(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # the user's alone, as made
+            file.write(secrets.token_bytes(SIZE))
+            file.flush()
+            with suppress(FileExistsError):  # of another process, which was first
+                os.link(file.name, path)
+    return path.read_bytes()
+
+
+def _is_private(path: Path) -> bool:
+    try:
+        status = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if sys.platform == "win32":
+        return status.st_size == SIZE
+    is_own = status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return is_own and status.st_size == SIZE
+
+
+def _sign(key: str, body: bytes) -> bytes:
+    return hmac.digest(_secret(), key.encode() + body, DIGEST)
+
+
+# Private interfaces of torch.
+
+
+@contextmanager
+def recorded_libraries() -> Iterator[Callable[[], Libraries]]:
+    """Yield a function that returns the libraries which are compiled or loaded in the block."""
+    from torch._inductor.codecache import CppCodeCache
+
+    original, found = CppCodeCache.__dict__["load_async"], dict[str, Callable[[], Any]]()
+
+    def load_async(cls: Any, main_code: str, *args: Any, **kwargs: Any) -> Any:
+        library = original.__func__(cls, main_code, *args, **kwargs)
+        found[_digest(cls, main_code, kwargs)] = library
+        return library
+
+    CppCodeCache.load_async = classmethod(load_async)  # type: ignore[method-assign, assignment]
+    try:
+        yield lambda: {name: _file(each()).read_bytes() for name, each in found.items()}
+    finally:
+        CppCodeCache.load_async = original  # type: ignore[method-assign]
+
+
+def _loaded(body: bytes) -> tuple[Callable[..., Any], Libraries]:
+    """Return the compiled graph of a verified file; torch reads private copies of its parts."""
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+    artifact, libraries = pickle.loads(body)
+    original, folder = CppCodeCache.__dict__["load_async"], _private_folder()
+
+    def load_async(cls: Any, main_code: str, *args: Any, **kwargs: Any) -> Any:
+        name = _digest(cls, main_code, kwargs)
+        path = folder / f"{name}.so"
+        path.write_bytes(libraries[name])
+        library = cls._load_library(str(path), name)
+        return lambda: library
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(variable)
+    CppCodeCache.load_async = classmethod(load_async)  # type: ignore[method-assign, assignment]
+    os.environ[variable] = str(folder)
+    try:
+        return AOTCompiledArtifact.deserialize(artifact), libraries
+    finally:
+        CppCodeCache.load_async = original  # type: ignore[method-assign]
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def forget_instructions() -> None:
+    """Let torch find out anew which of the processor's instructions the C++ compiler knows."""
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def _digest(cls: Any, main_code: str, options: dict[str, Any]) -> str:
+    text = f"{cls.__name__}\n{options.get('optimized_code')}\n{main_code}"
+    return hashlib.new(DIGEST, text.encode()).hexdigest()
+
+
+def _file(library: Any) -> Path:
+    return Path(getattr(library, "__file__", None) or library._name)
+
+
+@cache
+def _folder_of_process() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="pyro_recursive_")  # the user's alone; ends with us
+
+
+def _private_folder() -> Path:
+    """Return a new folder that others cannot write to; code is read from it while it runs."""
+    return Path(tempfile.mkdtemp(dir=_folder_of_process().name))
