@@ -1,5 +1,6 @@
 """Graphs of runs become machine code that does the same, by interfaces of torch that may change."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_recursive.tracing.graphs import compiler
 from pyro_recursive.tracing.graphs.kernels import KernelCalls, NotRecordable, compile_graph
 
 P = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).view(6, 4)
@@ -112,6 +114,7 @@ def test_torch_compile_serves_where_graphs_cannot_be_compiled_by_themselves(
         raise error("standalone_compile")
 
     monkeypatch.setattr("torch._inductor.standalone_compile", missing)
+    monkeypatch.setattr(compiler, "_kept", OrderedDict())
     graph, (expected, found) = graph_of(updated, *state()), (state(), state())
     compiled = compile_graph(graph, found)
     with torch.no_grad():

@@ -37,7 +37,15 @@ LOCK = RLock()  # of the compiler, and of what it generated while its calls are 
 _kept: OrderedDict[str, Known] = OrderedDict()  # by key, the last one used at the end
 
 
-class NotWorthCompiling(Exception):
+class NotCompiled(Exception):
+    """No code was made for a graph, whatever way it is to run."""
+
+
+class NoCompiler(Unsupported, NotCompiled):
+    """There is no C++ compiler."""
+
+
+class NotWorthCompiling(NotCompiled):
     """A graph would have to be compiled, and has not enough steps to come."""
 
     def __init__(self, operations: int) -> None:
@@ -79,7 +87,7 @@ def compiled_once(
 ) -> Compiled:
     """Return the compiled form of a graph: the one that there is, or that of ``compile(options)``.
 
-    Raises Unsupported without a C++ compiler, NotWorthCompiling under a policy.
+    Raises NoCompiler, or NotWorthCompiling under a policy.
     """
     with LOCK:
         policy, key = _policy.get(CompilePolicy()), _key(module, tensors, options)
@@ -91,7 +99,7 @@ def compiled_once(
             known = compiled, lambda: libraries
         elif known is None or (folder is not None and not folder.has(key)):
             known = known or _new(module, tensors, options, compile, policy)
-            if folder is not None:
+            if folder is not None and hasattr(known[0], "serialize"):  # the code of loops has not
                 folder.save(key, known[0], known[1]())
         _kept[key] = known
         if len(_kept) > MAX_KEPT:
@@ -125,8 +133,9 @@ def _new(
 
 
 def count_operations(module: GraphModule) -> int:
-    """Return the number of operators in a graph."""
-    return sum(node.op == "call_function" for node in module.graph.nodes)
+    """Return the number of operators in a graph and in those that it calls."""
+    graphs = [each.graph for each in module.modules() if isinstance(each, GraphModule)]
+    return sum(node.op == "call_function" for graph in graphs for node in graph.nodes)
 
 
 def _compiler(tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _compiler(tensors: Sequence[Tensor]) -> dict[str, Any]:
     for name in ("g++", "clang++"):
         if shutil.which(name):
             return {"cpp.cxx": (None, name)}
-    raise Unsupported("no C++ compiler was found; install g++ or set CXX")
+    raise NoCompiler("no C++ compiler was found; install g++ or set CXX")
 
 
 def _key(module: GraphModule, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pyro_recursive.tracing.graphs.compiler import NotCompiled
 from pyro_recursive.tracing.graphs.kernels import (
     Compiled,
     KernelCalls,
@@ -149,6 +150,8 @@ def make_engine(step: StepGraph, wanted: EngineName, undone: Undone) -> Engine:
             with undone():
                 engine = makers[name]()
             found = _taken(engine, step, undone)
+        except NotCompiled:
+            raise
         except Exception as error:
             reason = (
                 f"engine '{name}': {type(error).__name__}: {' '.join(str(error).split())[:200]}"

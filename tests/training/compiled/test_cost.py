@@ -23,13 +23,13 @@ NEEDED = 12  # steps, in these tests
 
 
 class Compiler:
-    """Stands for torch's: returns a graph as it is, and counts."""
+    """Stands for torch's: returns a graph as it is, and counts steps, not the loops of these."""
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
+    def __call__(self, module: Any, *args: Any, options: dict[str, Any], **kwargs: Any) -> Any:
+        self.calls += "cpp_wrapper" not in options["config_patches"]
         return module
 
 
