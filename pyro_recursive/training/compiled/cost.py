@@ -2,12 +2,13 @@
 
 import math
 
-# Measured on eight schools, ... on one core; both grow alike on a slower one.
-SECONDS, SECONDS_EACH = 4.0, 0.01  # to compile a graph, and each operation in it
-GAIN_EACH = 1e-5  # seconds that an operation takes less in each step
-FEWEST = math.ceil(SECONDS_EACH / GAIN_EACH)  # steps that earn any graph back
+# On one core of an AMD EPYC, models of 280 to 3,700 operations: seconds to compile a graph, and for
+# each of its operations; seconds of an eager step for each. On a slower core, all are longer.
+SECONDS, SECONDS_EACH, EAGER_EACH = 4.0, 8e-3, 7e-6
+FEWEST = math.ceil(SECONDS_EACH / EAGER_EACH)  # steps that a graph of any size needs
 
 
 def steps_to_earn(operations: int) -> int:
-    """Return after how many steps compiling a graph has taken less time than it saves."""
-    return math.ceil((SECONDS + SECONDS_EACH * operations) / (GAIN_EACH * max(operations, 1)))
+    """Return how many eager steps take as long as compiling a graph, whose steps take no time."""
+    each = max(operations, 1)
+    return math.ceil((SECONDS + SECONDS_EACH * each) / (EAGER_EACH * each))
