@@ -17,7 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_recursive.tracing.graphs.python_state import SCALARS
+from pyro_recursive.tracing.graphs.references import SCALARS
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows
@@ -60,14 +60,16 @@ class Call:
     @property
     def key(self) -> Any:
         """What a graph is known by: the form of the tensors, the values of all else."""
-        forms = [(t.shape, t.dtype, t.device) for t in self.inputs]
+        forms = [(t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in self.inputs]
         rows = self.rows and (self.rows.index is None, self.rows.total)
         handlers = tuple(
             (type(h), None if type(h) is KLWarmup else _content(vars(h))) for h in self.handlers
         )
-        modes = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled()
+        modes = [torch.get_default_dtype(), torch.is_grad_enabled()]
+        for kind in ("cpu", "cuda"):
+            modes += [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
         given = self.spec, _content(self.others), tuple(forms)
-        return *given, rows, handlers, self.table is not None, modes
+        return *given, rows, handlers, self.table is not None, tuple(modes)
 
     def check(self) -> None:
         """Raise Unsupported where a step does more than train on its arguments."""
@@ -76,12 +78,15 @@ class Call:
                 raise Unsupported(f"{type(handler).__name__} around a step may see its sites")
         if any(each.requires_grad for each in self.inputs):
             raise Unsupported("an argument requires a gradient")
+        if any(each.layout is not torch.strided for each in self.inputs):
+            raise Unsupported("an argument is sparse")
 
     @property
     def roots(self) -> dict[str, Any]:
         """What else its Python values are reached from."""
         found = {f"argument {n}": each for n, each in enumerate(self.others)}
-        return found | {type(h).__name__: h for h in self.handlers if h not in self.weights}
+        around = [each for each in self.handlers if each not in self.weights]
+        return found | {f"{type(each).__name__} {n}": each for n, each in enumerate(around)}
 
     @contextmanager
     def given(self, inputs: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[tuple, dict]]:

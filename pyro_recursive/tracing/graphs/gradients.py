@@ -47,7 +47,7 @@ class GradientGraph:
     def is_valid(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the graph is that of these inputs, and of the gradients that there are."""
         for parameter in self.parameters:
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or _has_hooks(parameter):
                 return False
         for parameter in self.idle:
             if parameter.grad is not None or not parameter.requires_grad:
@@ -86,7 +86,12 @@ def trace_gradients(
 
     changing = [*parameters, *still]
     traced = trace_run(run, recorder, [*changing, *inputs], len(changing), site)
+    _check_memory(changing, [*inputs, *traced.constants])
     return GradientGraph(traced.graph, changing, idle, traced.plan, traced.constants, traced.reads)
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _leaves(
@@ -96,8 +101,31 @@ def _leaves(
     leaves = list({id(each): each for each in tensors if each.requires_grad}.values())
     if not (leaves and loss.requires_grad):
         raise Unsupported("no parameter has a gradient")
+    if any(map(_has_hooks, leaves)):
+        raise Unsupported("a parameter has hooks, which see each gradient")
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     reached = [p for p, gradient in zip(leaves, found, strict=True) if gradient is not None]
     rest = [p for p, gradient in zip(leaves, found, strict=True) if gradient is None]
     still = [p for p in rest if p.grad is not None]
     return reached, still, [p for p in rest if p.grad is None]
+
+
+def _check_memory(parameters: list[Tensor], others: list[Tensor]) -> None:
+    """Raise where parameters, which will move to other memory, share theirs with tensors."""
+    if any(each.layout is not torch.strided for each in others):
+        raise Unsupported("a sparse tensor is used")
+    spans = [(*_span(each), False) for each in others] + [(*_span(p), True) for p in parameters]
+    end, is_parameter = 0, False
+    for first, last, is_own in sorted(each for each in spans if each[0] < each[1]):
+        if first < end and (is_own or is_parameter):
+            raise Unsupported("the memory of a parameter is also that of another tensor")
+        if last > end:
+            end, is_parameter = last, is_own
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first entry and of the end of the last."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

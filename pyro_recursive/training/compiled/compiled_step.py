@@ -11,6 +11,7 @@ from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.gradients import trace_gradients
 from pyro_recursive.tracing.graphs.python_state import PythonState, restored
 from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
+from pyro_recursive.tracing.graphs.writes import UndoneWrites
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
 from pyro_recursive.training.compiled.flat import FlatGroup
@@ -32,7 +33,7 @@ class CompiledStep:
     ) -> None:
         call.check()
         self.training, self.left = training, MAX_BLOCK  # steps until its stage ends
-        self._is_undone = False
+        self._is_undone, self.is_compared = False, False
         self.state = PythonState(training.loss.roots | call.roots)
         known = self.state.parameters()
         self._frozen = [parameter for parameter in known if not parameter.requires_grad]
@@ -52,13 +53,18 @@ class CompiledStep:
 
         site = LastSite()
         try:
-            with restored(self.state.movable()):
-                gradients = trace_gradients(
-                    run, [*traced, *self.weights], lambda: site.name, training.others()
-                )
-            for entry in self.state.settle():
+            try:
+                with restored(self.state.movable()), UndoneWrites() as writes:
+                    gradients = trace_gradients(
+                        run, [*traced, *self.weights], lambda: site.name, training.others()
+                    )
+            finally:
+                changed = self.state.settle()
+            for entry in changed:
                 if not entry.is_private:
                     raise Unsupported(f"{entry.name} changes in each run of model or guide")
+            if any(writes.reaches(each) for each in traced):
+                raise Unsupported("model or guide change an argument in place")
             self.groups = groups_of(gradients.parameters)
             if call.table is not None:
                 index, columns = call.table[:1].repeat(MAX_BLOCK, 1), call.columns
@@ -115,14 +121,10 @@ class CompiledStep:
                 options["lr"] = rate
             set_random_state(state)
 
-    def prepare(self, call: Call, write_counts: Callable[[], None] = lambda: None) -> None:
-        """Take over the arguments of a call and what the optimiser has now.
-
-        ``write_counts`` gives it the steps that other graphs have counted.
-        """
+    def prepare(self, call: Call) -> None:
+        """Take over the arguments of a call and what the optimiser has now."""
         for group in self.groups:
             if not (group.is_current and group.is_bound):
-                write_counts()
                 group.bind()
                 group.read_counts()
             group.read_rates()

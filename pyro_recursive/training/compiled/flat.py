@@ -1,6 +1,8 @@
 """Parameters and the state of their optimiser in flat buffers, of which they become views."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from pyro_recursive.training.compiled.updates import RULES, Options, Rule, Slots
 
 DYNAMIC = {"params", "lr", "initial_lr"}  # of a parameter group; all else is fixed in a graph
 SPEED = {"foreach", "fused", "capturable", "differentiable", "initial_accumulator_value"}
+GROUPS, VARYING = "_flat_groups", "_varying_options"  # attributes that optimisers are given
 OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
 
 
@@ -70,6 +73,7 @@ class FlatGroup:
             known = ", ".join(kind.__name__ for kind in RULES)
             raise Unsupported(f"optimiser {names} has no compiled form (which have: {known})")
         self.rule: Rule = RULES[kinds.pop()]
+        self.optimizers = list({id(m.optimizer): m.optimizer for m in self.members}.values())
         self.options = self._read_options()
         some = parameters[0]
         size = self.size
@@ -81,10 +85,11 @@ class FlatGroup:
         self._rates_read = self._rates()
         self.done = 0  # steps taken since the counts of the optimiser were written
         self.is_current = True  # no other step was taken since counts were read
-        for optimizer in {id(m.optimizer): m.optimizer for m in self.members}.values():
-            optimizer.register_state_dict_pre_hook(self._on_state_dict)
-            optimizer.register_load_state_dict_pre_hook(self._on_state_dict)
+        self._read = itemgetter(*self.options)
+        self._options_read = [self._read(member.group) for member in self.members]
+        self._clips_read = [dict(member.clip) for member in self.members]
         self.bind()
+        self._check_hooks()
 
     @property
     def size(self) -> int:
@@ -136,7 +141,6 @@ class FlatGroup:
 
     def read_counts(self) -> None:
         """Take over the number of steps that the optimiser counts."""
-        self.write_counts()
         new = self._spread(self._counts(), torch.int64)
         if len(new) > len(self.steps):
             raise Unsupported("the step counts of parameters, equal at first, now differ")
@@ -146,6 +150,10 @@ class FlatGroup:
     @torch.no_grad()
     def bind(self) -> None:
         """Copy parameters and states into the buffers, and make them views of these."""
+        self.members = [m._replace(group=_group_of(m.optimizer, m.parameter)) for m in self.members]
+        self._gradients: list[tuple[Tensor | None, int | None]] | None = None
+        for optimizer in self.optimizers:
+            _groups_of(optimizer).add(self)
         self._bound: list[tuple[Tensor, int, Optimizer, dict[str, Any]]] = []
         self._views: list[tuple[dict[str, Any], str, Tensor]] = []
         for member in self.members:
@@ -172,7 +180,15 @@ class FlatGroup:
         return all(state.get(name) is view for state, name, view in self._views)
 
     def read_rates(self) -> None:
-        """Take over the learning rates that the optimiser has now."""
+        """Take over the learning rates that the optimiser has now.
+
+        Raises Unsupported where the graph does not hold for the optimiser as it is now.
+        """
+        if self._options_read != [self._read(member.group) for member in self.members]:
+            self._read_changed_options()
+        if self._clips_read != [member.clip for member in self.members]:
+            raise Unsupported("the clipping of gradients")
+        self._check_hooks()
         rates = self._rates()
         if rates != self._rates_read:
             new = self._spread(rates, torch.float64)
@@ -193,8 +209,35 @@ class FlatGroup:
                 state["step"] = count + self.done
         self.done = 0
 
-    def _on_state_dict(self, *args: Any) -> None:
-        self.write_counts()
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a parameter has a gradient that is not of these steps, for the next one."""
+        found = [m.parameter.grad for m in self.members]
+        now = [(grad, None if grad is None else grad._version) for grad in found]
+        if self._gradients is not None:
+            pairs = zip(now, self._gradients, strict=True)
+            return any(new[0] is not old[0] or new[1] != old[1] for new, old in pairs)
+        self._gradients = now
+        return any(grad is not None and bool(grad.any()) for grad in found)
+
+    def _check_hooks(self) -> None:
+        for optimizer in self.optimizers:  # each has one hook, that of its flat groups
+            if len(optimizer._optimizer_step_pre_hooks) > 1 or optimizer._optimizer_step_post_hooks:
+                raise Unsupported("the optimiser has hooks, which see each step")
+
+    def _read_changed_options(self) -> None:
+        """Take over options that have changed: inputs of the graphs that are made from now on."""
+        found = self._read_options()
+        for name, old in self.options.items():
+            pairs = list(zip(tree_leaves(found[name]), tree_leaves(old), strict=True))
+            if all(isinstance(each, Tensor) for pair in pairs for each in pair):
+                for value, own in pairs:
+                    own.copy_(value)
+            elif any(value is not own and value != own for value, own in pairs):
+                for optimizer in self.optimizers:
+                    vars(optimizer).setdefault(VARYING, set()).add(name)
+                raise Unsupported(f"option {name} of the optimiser")
+        self._options_read = [self._read(member.group) for member in self.members]
 
     def _rates(self) -> list[float]:
         return [float(m.group["lr"]) * m.group.get("lrd", 1.0) for m in self.members]
@@ -206,10 +249,13 @@ class FlatGroup:
         return {name: self._merge(name, [each[name] for each in found]) for name in found[0]}
 
     def _merge(self, name: str, values: list[Any]) -> Any:
-        if all(value == values[0] for value in values):
-            return values[0]
         if isinstance(values[0], tuple):
             return tuple(self._merge(name, list(each)) for each in zip(*values, strict=True))
+        varies = any(name in vars(each).get(VARYING, ()) for each in self.optimizers)
+        if all(value == values[0] for value in values) and not (
+            varies and type(values[0]) in (int, float)
+        ):
+            return values[0]
         if isinstance(values[0], bool):
             raise Unsupported(f"option {name} of the optimiser differs between parameters")
         return self._spread(values, self.members[0].parameter.dtype)
@@ -222,9 +268,35 @@ class FlatGroup:
         return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(sizes)
 
     def _counts(self) -> list[int]:
+        for optimizer in self.optimizers:
+            _write_counts(_groups_of(optimizer))  # of other graphs, too
         states = [m.optimizer.state[m.parameter] for m in self.members]
         # Plain SGD counts no steps, and needs to know its first one alone.
         return [int(state["step"]) if "step" in state else bool(state) for state in states]
+
+
+def _groups_of(optimizer: Optimizer) -> set[FlatGroup]:
+    """Return the groups that count steps of an optimiser, which takes these over before use."""
+    if GROUPS not in vars(optimizer):
+        groups = vars(optimizer)[GROUPS] = set[FlatGroup]()
+        write = partial(_write_counts, groups)
+        optimizer.register_state_dict_pre_hook(write)
+        optimizer.register_load_state_dict_pre_hook(write)
+        optimizer.register_step_pre_hook(partial(_before_step, groups))
+    return vars(optimizer)[GROUPS]
+
+
+def _write_counts(groups: set[FlatGroup], *args: Any) -> None:
+    for group in list(groups):
+        group.write_counts()
+        if not group.is_bound:  # it joins again when it is
+            groups.discard(group)
+
+
+def _before_step(groups: set[FlatGroup], *args: Any) -> None:
+    _write_counts(groups)
+    for group in groups:
+        group.is_current = False
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
+from pyro.infer import ELBO, ReweightedWakeSleep
 from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
@@ -33,6 +33,8 @@ class TracedLoss(NamedTuple):
 
 def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
     """Return a loss in the form that is traced."""
+    if isinstance(loss, ReweightedWakeSleep):
+        raise TypeError("ReweightedWakeSleep has two losses. Train with pyro.infer.SVI.")
     roots = {"model": model, "guide": guide, "loss": loss}
     if isinstance(loss, StagedLoss):
         staged = loss

@@ -1,5 +1,6 @@
 """The compiled steps of one program: which calls share one, when one is made, and when given up."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,22 +80,26 @@ class CompiledSteps:
         stage, left = self.training.loss.stage()
         key = call.key, stage
         if left == 0 or self.engine == "eager" or key in self._eager_forms:
-            return self._eager(call)
+            return self.training.eager(call)
         if key not in self._graphs:  # the first step creates parameters and optimisers
             if len(self._graphs) < MAX_FORMS:
                 self._graphs[key] = 0
             elif not self._eager_forms:
                 self._give_up(key, Unsupported(f"arguments have had {MAX_FORMS} forms or values"))
-            return self._eager(call)
+            return self.training.eager(call)
         outdated = None
         for step in self._steps.setdefault(key, []):
-            outdated = step.outdated(call)
-            if outdated is None and self._is_prepared(step, call):
+            outdated = step.outdated(call) or self._prepare(step, call)
+            if outdated is None:
+                if not step.is_compared:
+                    return self._compared(key, step, call)
+                if any(group.has_gradients for group in step.groups):
+                    return self.training.eager(call)
                 step.left = left
                 return step
         if outdated is not None and self._graphs[key] >= MAX_GRAPHS:
             self._give_up(key, Unsupported(f"{outdated} has changed {MAX_GRAPHS} times"))
-            return self._eager(call)
+            return self.training.eager(call)
         policy = self._policy(key, min(coming, left))
         if policy is None:
             return self._wait(key, call)
@@ -107,10 +112,10 @@ class CompiledSteps:
             self._needed[key] = steps_to_earn(error.operations)
             return self._wait(key, call)
         except NoOptimiser:
-            return self._eager(call)
+            return self.training.eager(call)
         except Unsupported as error:
             self._give_up(key, error)
-            return self._eager(call)
+            return self.training.eager(call)
         self._steps[key] = [step, *self._steps[key]][:MAX_KEPT]
         for counts in (self._eager_steps, self._needed):
             counts.pop(key, None)
@@ -130,16 +135,16 @@ class CompiledSteps:
     def _wait(self, key: Any, call: Call) -> Tensor:
         """Take an eager step, as too few are known to come to compile."""
         self._eager_steps[key] = self._eager_steps.get(key, 0) + 1
-        return self._eager(call)
+        return self.training.eager(call)
 
-    def _is_prepared(self, step: CompiledStep, call: Call) -> bool:
-        """Whether a step has taken over what the optimiser has now, in the form that it knows."""
+    def _prepare(self, step: CompiledStep, call: Call) -> str | None:
+        """Give a step what the optimiser has now; return what has another form than it knows."""
         try:
-            step.prepare(call, self._write_counts)
-        except Unsupported:
+            step.prepare(call)
+        except Unsupported as error:
             self._groups = {k: each for k, each in self._groups.items() if each != step.groups}
-            return False
-        return True
+            return str(error)
+        return None
 
     def _compared(self, key: Any, step: CompiledStep, call: Call) -> Tensor:
         """Take an eager step and return its loss; give up a compiled step that differs."""
@@ -150,9 +155,12 @@ class CompiledSteps:
             loss = step.take().item()
             ends = [group.values.clone() for group in step.groups]
             moved = [each.detach().clone() for each in constants]  # buffers
-        result = self._eager(call)
+        result = self.training.eager(call)
         expected = result.item()
         tight, loose = TOLERANCES.get(start[0].dtype, COARSE)
+        if not math.isfinite(expected):
+            return result  # the next step is compared
+        step.is_compared = True
         is_same = abs(loss - expected) <= tight * (1 + abs(expected))
         for group, before, after in zip(step.groups, start, ends, strict=True):
             error = (after - group.values).norm()
@@ -166,7 +174,6 @@ class CompiledSteps:
 
     def _flat(self, parameters: list[Tensor]) -> list[FlatGroup]:
         key = tuple(map(id, parameters))
-        self._write_counts()
         if key not in self._groups:
             self._groups[key] = flat_groups(parameters, self.training.owner)
         return self._groups[key]
@@ -177,16 +184,3 @@ class CompiledSteps:
         self._steps.pop(key, None)
         self._eager_forms.add(key)
         warn_user(f"Training steps run eagerly: {error}.")
-
-    def _eager(self, call: Call) -> Tensor:
-        self._write_counts()
-        loss = self.training.eager(call)
-        for groups in self._groups.values():
-            for group in groups:
-                group.is_current = False
-        return loss
-
-    def _write_counts(self) -> None:
-        for groups in self._groups.values():
-            for group in groups:
-                group.write_counts()

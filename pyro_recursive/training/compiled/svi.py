@@ -1,5 +1,6 @@
 """`CompiledSVI`: the steps of `pyro.infer.SVI` as one compiled graph each."""
 
+import operator
 import os
 from collections.abc import Callable
 from functools import partial
@@ -75,9 +76,20 @@ class CompiledSVI:
         if not isinstance(loss, ELBO):
             raise TypeError(f"loss must be a pyro.infer.ELBO, got {type(loss).__name__}.")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        traced, others = traced_loss(model, guide, loss), partial(_parameters, optim)
-        training = Training(traced, self._eager, owner_in(optim), others)
-        self._steps = CompiledSteps(training, engine, strict, cache)
+        self._options = engine, strict, cache
+        self._trained: tuple[Any, ...] | None = None  # what the steps are those of
+
+    @property
+    def _steps(self) -> CompiledSteps:
+        """The compiled steps, made anew where an attribute has another value, as `SVI` allows."""
+        parts = self.model, self.guide, self.optim, self.loss
+        if self._trained is None or any(map(operator.is_not, parts, self._trained)):
+            traced = traced_loss(self.model, self.guide, self.loss)
+            others = partial(_parameters, self.optim)
+            training = Training(traced, self._eager, owner_in(self.optim), others)
+            self._made = CompiledSteps(training, *self._options)
+            self._trained = parts
+        return self._made
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return the loss before it, in nats."""

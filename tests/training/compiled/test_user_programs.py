@@ -1,0 +1,323 @@
+"""Programs as users write them: compiled steps see what these depend on, or are eager steps."""
+
+import itertools
+import random
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.nn import PyroModule
+from scipy import sparse
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from pyro_recursive import IWAE_ELBO, CompiledSVI
+from tests.training.compiled.test_hazards import (
+    Scenario,
+    X,
+    adam,
+    before_and_after,
+    check,
+    guide,
+    shifted,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
+
+maybe_eager = partial(CompiledSVI, engine="graph")
+
+
+def check_eager(scenario: Scenario, message: str) -> None:
+    """Compare a scenario with `SVI`, of which one form of call runs eagerly."""
+    with pytest.warns(UserWarning, match=f"Training steps run eagerly: {message}") as caught:
+        check(scenario, maybe_eager)
+    assert len(caught) == 1
+
+
+# Values that change between steps: (model, change).
+
+Case = tuple[Callable, Callable[[], Any]]
+GLOBAL = 0.0
+
+
+def private_attribute(base: type) -> Case:
+    class Model(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._shift = 0.0
+
+        def forward(self, x: Tensor) -> None:
+            shifted(x, self._shift)
+
+    model = Model()
+    return model, lambda: setattr(model, "_shift", 3.0)
+
+
+def local_import() -> Case:
+    sys.modules["settings_of_a_user"] = module = ModuleType("settings_of_a_user")
+    module.shift = 0.0  # type: ignore[attr-defined]
+
+    def model(x: Tensor) -> None:
+        from settings_of_a_user import shift  # type: ignore[import-not-found]
+
+        shifted(x, shift)
+
+    return model, lambda: setattr(module, "shift", 3.0)
+
+
+def by_globals() -> Case:
+    globals()["GLOBAL"] = 0.0
+    return lambda x: shifted(x, globals()["GLOBAL"]), lambda: globals().update(GLOBAL=3.0)
+
+
+def context_variable() -> Case:
+    variable = ContextVar("shift", default=0.0)
+    return lambda x: shifted(x, variable.get()), lambda: variable.set(3.0)
+
+
+def distribution() -> Case:
+    prior = dist.Normal(torch.zeros(4), 1.0)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", prior), 1.0), obs=x)
+
+    return model, lambda: setattr(prior, "loc", torch.ones(4))
+
+
+def data_set() -> Case:
+    data = TensorDataset(X)
+    return lambda x: shifted(data.tensors[0]), lambda: setattr(data, "tensors", (X + 3.0,))
+
+
+def array() -> Case:
+    data = X.numpy().copy()
+    return lambda x: shifted(torch.tensor(data)), lambda: np.add(data, 3.0, out=data)
+
+
+def long_list() -> Case:
+    data = [0.1] * 100
+    return lambda x: shifted(x, sum(data)), lambda: data.__setitem__(50, 3.0)
+
+
+def sparse_matrix() -> Case:
+    data = sparse.csr_matrix(np.diag(X.numpy()))
+    change = partial(np.add, data.data, 3.0, out=data.data)
+    return lambda x: shifted(torch.tensor(data.diagonal())), change
+
+
+def schedule() -> Case:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+    rates = optimizer.param_groups[0]
+    return lambda x: shifted(x, optimizer.param_groups[0]["lr"]), lambda: rates.update(lr=3.0)
+
+
+CHANGED = {
+    "private of a module": partial(private_attribute, nn.Module),
+    "private of a Pyro module": partial(private_attribute, PyroModule),
+    **{f.__name__: f for f in (local_import, by_globals, context_variable, distribution)},
+    **{f.__name__: f for f in (data_set, array, long_list, sparse_matrix, schedule)},
+}
+
+
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_values_that_change_are_seen(make: Callable[[], Case]) -> None:
+    def scenario(make_svi: Callable[..., Any]) -> list[Any]:
+        return before_and_after(*make())(make_svi)
+
+    check(scenario)
+
+
+def test_tensors_that_runs_change_in_place_are_part_of_the_graph() -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        count = torch.zeros((), dtype=torch.int64)
+
+        def model(x: Tensor) -> None:
+            shifted(x, count.add_(1) / 10)
+
+        return [*before_and_after(model, lambda: None)(make), count]
+
+    check(scenario)
+
+
+# Values that change in each run.
+
+
+def counter() -> Callable:
+    owner = SimpleNamespace(count=0)
+
+    def model(x: Tensor) -> None:
+        owner.count += 1
+        shifted(x, owner.count / 10)
+
+    return model
+
+
+def drawing(draw: Callable[[], float]) -> Callable:
+    return lambda x: shifted(x, 5.0 if draw() < 0.1 else 0.0)
+
+
+def iterating(values: Any) -> Callable:
+    return lambda x: shifted(x, next(values))
+
+
+def changing_argument(x: Tensor) -> None:
+    shifted(x.mul_(1.1))
+
+
+EACH_RUN = {
+    "counter": (counter, "model -> owner.count changes in each run"),
+    "random": (lambda: drawing(random.Random(1).random), "the state of random changes"),
+    "NumPy": (lambda: drawing(np.random.default_rng(1).random), "NumPy"),
+    "count": (lambda: iterating(itertools.count()), "model -> values is an iterator"),
+    "generator": (lambda: iterating(float(n > 6) for n in range(99)), "model -> values is an"),
+    "argument": (lambda: changing_argument, "model or guide change an argument in place"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), EACH_RUN.values(), ids=EACH_RUN)
+def test_values_that_change_in_each_run_are_those_of_eager_steps(
+    make: Callable[[], Callable], message: str
+) -> None:
+    def scenario(make_svi: Callable[..., Any]) -> list[Any]:
+        return before_and_after(make(), lambda: None, X.clone())(make_svi)
+
+    check_eager(scenario, message)
+
+
+# Gradients.
+
+
+def named_parameters() -> list[Tensor]:
+    return [each for _, each in pyro.get_param_store().named_parameters()]
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_hooks_of_parameters_run(is_recorded: bool) -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi, seen = make(shifted, guide, pyro.optim.SGD({"lr": 0.05}), IWAE_ELBO(3)), []
+
+        def hook(gradient: Tensor) -> Any:
+            return seen.append(gradient.norm()) if is_recorded else 0.1 * gradient
+
+        losses = [svi.step(X) for _ in range(4)]
+        for parameter in named_parameters():
+            parameter.register_hook(hook)
+        return [*losses, *(svi.step(X) for _ in range(4)), *seen]
+
+    check_eager(scenario, "a parameter has hooks")
+
+
+def test_gradients_from_elsewhere_are_added() -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi, losses = make(shifted, guide, adam(), IWAE_ELBO(3)), []
+        for step in range(12):
+            if step % 5 == 4:
+                (3.0 * pyro.param("loc")).backward()
+            losses.append(svi.step(X))
+        return losses
+
+    check(scenario)
+
+
+# Optimisers.
+
+
+def steps_and(
+    change: Callable[[int, Any], Any], optim: Callable[[], Any] = adam, steps: int = 12
+) -> Scenario:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        optimizer, losses = optim(), []
+        svi = make(shifted, guide, optimizer, IWAE_ELBO(3))
+        for step in range(steps):
+            losses.append(svi.step(X))
+            change(step, optimizer)
+        return losses
+
+    return scenario
+
+
+def one_cycle() -> Any:
+    settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}}
+    return pyro.optim.OneCycleLR({**settings, "max_lr": 0.1, "total_steps": 30})
+
+
+def test_schedules_of_momentum_are_seen() -> None:
+    check(steps_and(lambda step, optim: optim.step(), one_cycle, 20))
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 0.1}])
+def test_options_of_an_optimiser_may_change(options: dict[str, Any]) -> None:
+    def change(step: int, optim: Any) -> None:
+        for each in optim.optim_objs.values() if step == 5 else ():
+            each.param_groups[0].update(options)
+
+    check(steps_and(change))
+
+
+def test_clipping_may_change() -> None:
+    def change(step: int, optim: Any) -> None:
+        if step == 5:
+            optim.pt_clip_args["clip_norm"] = 0.01
+
+    check(steps_and(change, lambda: pyro.optim.SGD({"lr": 0.05}, {"clip_norm": 10.0})))
+
+
+def test_hooks_of_an_optimiser_run() -> None:
+    def change(step: int, optim: Any) -> None:
+        if step == 4:
+            for parameter, each in optim.optim_objs.items():
+                each.register_step_post_hook(lambda *args, p=parameter: p.data.clamp_(max=0.05))
+
+    check_eager(steps_and(change), "the optimiser has hooks")
+
+
+def test_a_loaded_optimiser_has_its_new_learning_rate() -> None:
+    def change(step: int, optim: Any) -> None:
+        for each in optim.optim_objs.values():
+            if step == 5:
+                each.load_state_dict(each.state_dict())
+            each.param_groups[0]["lr"] = 0.05 if step < 8 else 0.5
+
+    check(steps_and(change))
+
+
+@pytest.mark.parametrize("is_eager", [True, False])
+@pytest.mark.parametrize("length", [1, 5])
+def test_an_optimiser_may_serve_two(is_eager: bool, length: int) -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        optimizer, losses = adam(), []
+        one = make(shifted, guide, optimizer, IWAE_ELBO(3))
+        other = (SVI if is_eager else make)(shifted, guide, optimizer, IWAE_ELBO(2))
+        for step in range(24):
+            losses.append((one if step // length % 3 else other).step(X))
+        return losses
+
+    check(scenario)
+
+
+def test_model_loss_and_optimiser_may_be_replaced() -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi, losses = make(shifted, guide, adam(), IWAE_ELBO(3)), []
+        for step in range(16):
+            if step == 4:
+                svi.model = partial(shifted, shift=3.0)
+            elif step == 8:
+                svi.optim = pyro.optim.SGD({"lr": 0.01})
+            elif step == 12:
+                loss = IWAE_ELBO(7)
+                svi.loss, svi.loss_and_grads = loss, loss.loss_and_grads  # either takes one
+            losses.append(svi.step(X))
+        return losses
+
+    check(scenario)
