@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief, choose
@@ -307,28 +308,37 @@ def _stand_ins(
 
 
 def _are_apart(program: Program, guide: poutine.Trace) -> bool:
-    """Whether no distribution of the guide depends on its samples; found once for a structure."""
+    """Whether no distribution of the guide depends on its samples, in this run as in those before.
+
+    A graph of this run shows it. Once one has, a structure is taken to depend for good.
+    """
     known = program.memory
-    if "samples apart" not in known:
+    if known.get("samples apart", True):
         known["samples apart"] = False  # also where a density raises
-        known["samples apart"] = _no_slopes(sites(guide))
+        known["samples apart"] = _is_without_paths(sites(guide))
     return known["samples apart"]
 
 
-def _no_slopes(drawn: list[Site]) -> bool:
-    """Whether all sites are drawn with a graph, and no density depends on another's value by it."""
+def _is_without_paths(drawn: list[Site]) -> bool:
+    """Whether all sites are drawn with a graph, and none leads from a density to a value."""
     for site in drawn:
         if site["is_observed"] or is_delta(site) or JOINT in site["infer"]:
             return False
     values = [site["value"] for site in drawn]
     if not all(value.requires_grad for value in values):
         return False
-    each = [site["fn"].log_prob(site["value"].detach()).sum() for site in drawn]
-    moving = [density for density in each if density.requires_grad]
-    if not moving:
-        return True
-    slopes = torch.autograd.grad(moving, values, retain_graph=True, allow_unused=True)
-    return all(slope is None for slope in slopes)
+    ends = {get_gradient_edge(value).node for value in values}
+    each = [site["fn"].log_prob(site["value"].detach()) for site in drawn]
+    waiting = [get_gradient_edge(density).node for density in each if density.requires_grad]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node in ends:
+            return False
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        waiting += new
+    return True
 
 
 def _joint_draw(site: Site, guide: poutine.Trace) -> JointDraw | None:

@@ -99,3 +99,24 @@ def test_a_second_run_is_needed_where_a_density_depends_on_samples(
             twice, count = gradients(guide, loss)
         assert count == 2
         torch.testing.assert_close(found, twice, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["dreg", "stl"])
+def test_a_density_may_begin_to_depend_on_samples(estimator: Any) -> None:
+    def gradients_after(first: Callable) -> list[Tensor]:
+        current = first
+
+        def guide(x: Tensor) -> None:
+            current(x)
+
+        pyro.clear_param_store()
+        loss = IWAE_ELBO(4, estimator=estimator)
+        loss.loss_and_grads(model, guide, X)
+        current = chained
+        torch.manual_seed(2)
+        found = loss.differentiable_loss(model, guide, X)
+        leaves = [p for _, p in pyro.get_param_store().named_parameters()]
+        return list(torch.autograd.grad(found, leaves))
+
+    found, expected = gradients_after(apart), gradients_after(chained)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

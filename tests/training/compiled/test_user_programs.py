@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from pyro_recursive import IWAE_ELBO, CompiledSVI
-from tests.training.compiled.test_hazards import (
+from tests.training.compiled.scenarios import (
     Scenario,
     X,
     adam,
