@@ -45,34 +45,28 @@ class ArtifactFolder:
 
     def load(self, key: str) -> tuple[Callable[..., Any], Libraries] | None:
         """Return a compiled graph, None if there is none; warns of a file that is not as signed."""
-        path = self._path(key)
+        path, start = self._path(key), len(MAGIC) + SIZE
         try:
             content = path.read_bytes()
+            signature, body = content[len(MAGIC) : start], content[start:]
+            if not content.startswith(MAGIC) or not hmac.compare_digest(
+                signature, _sign(key, body)
+            ):
+                problem = "is not as this user has written it on this machine"
+            else:
+                return _loaded(body)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            warn_user(f"The compiled graph {path} cannot be read: {error}. It is compiled anew.")
-            return None
-        start = len(MAGIC) + SIZE
-        body = content[start:]
-        signature = content[len(MAGIC) : start]
-        if content[: len(MAGIC)] != MAGIC or not hmac.compare_digest(signature, _sign(key, body)):
-            warn_user(
-                f"The compiled graph {path} is not as this user has written it on this machine. "
-                "It is compiled anew."
-            )
-            return None
-        try:
-            return _loaded(body)
-        except Exception as error:
-            warn_user(f"The compiled graph {path} cannot be loaded: {error}. It is compiled anew.")
-            return None
+        except Exception as error:  # torch's, too
+            problem = f"cannot be loaded ({type(error).__name__}: {error})"
+        warn_user(f"The compiled graph {path} {problem}. It is compiled anew.")
+        return None
 
-    def save(self, key: str, compiled: Any, libraries: Libraries) -> None:
+    def save(self, key: str, compiled: Any, libraries: Callable[[], Libraries]) -> None:
         """Write a compiled graph, at once as a whole; warns if that fails."""
         path, temporary = self._path(key), None
         try:
-            body = pickle.dumps((compiled.serialize(), libraries))
+            body = pickle.dumps((compiled.serialize(), libraries()))
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 temporary = Path(file.name)

@@ -100,7 +100,7 @@ def compiled_once(
         elif known is None or (folder is not None and not folder.has(key)):
             known = known or _new(module, tensors, options, compile, policy)
             if folder is not None and hasattr(known[0], "serialize"):  # the code of loops has not
-                folder.save(key, known[0], known[1]())
+                folder.save(key, *known)
         _kept[key] = known
         if len(_kept) > MAX_KEPT:
             _kept.popitem(last=False)
@@ -163,7 +163,8 @@ def _key(module: GraphModule, tensors: Sequence[Tensor], options: dict[str, Any]
     storages = [each.untyped_storage().data_ptr() for each in tensors]
     forms = [
         (
-            *(tuple(t.shape), t.stride(), str(t.dtype), str(t.device), t.data_ptr() % 64 == 0),
+            *(tuple(t.shape), t.stride(), str(t.dtype), str(t.device)),
+            t.is_cuda and t.data_ptr() % 16 == 0,
             # where it is a view of the same memory as an earlier one
             (first, t.storage_offset()) if (first := storages.index(place)) < n else None,
         )

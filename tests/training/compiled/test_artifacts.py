@@ -263,8 +263,22 @@ def test_a_folder_that_cannot_be_written_is_told(folder: ArtifactFolder) -> None
     folder.folder.write_text("a file")
     with pytest.warns(UserWarning) as caught:
         compiled_once(graph(X), [X], {}, Compiler())
-    assert "cannot be read" in str(caught[0].message)
+    assert "cannot be loaded" in str(caught[0].message)
     assert "cannot be saved" in str(caught[1].message)
+
+
+def test_without_a_place_for_the_key_graphs_are_compiled(
+    folder: ArtifactFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compile = Compiler()
+    compiled_once(graph(X), [X], {}, compile)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    compiler._kept.clear()
+    with pytest.warns(UserWarning) as caught:
+        compiled_once(graph(X), [X], {}, compile)
+    assert ["cannot be loaded" in str(each.message) for each in caught] == [True, False]
+    assert compile.calls == 2
 
 
 # What is shown, and what is missing.
@@ -356,6 +370,32 @@ def test_another_process_needs_no_compiler(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found.append(done.stdout)
     assert found[0] == found[1]
+
+
+def losses_of(**options: Any) -> list[float]:
+    svi = svi_of(**options)
+    return [svi.step(X) for _ in range(5)] + [svi.step(X[:2]) for _ in range(3)]
+
+
+def test_trainings_share_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(
+        "torch._inductor.standalone_compile",
+        lambda module, *args, **kwargs: made.append(module) or module,
+    )
+    expected = losses_of(engine="eager")
+    for _ in range(2):  # the second time with another guide in a cleared store
+        assert losses_of(engine="flat", strict=True) == pytest.approx(expected, rel=1e-12)
+    svi_of(engine="flat", strict=True).run(4, X)
+    assert len(made) == 2  # one of each shape
+
+
+@pytest.mark.slow
+def test_trainings_share_recorded_code() -> None:
+    expected = losses_of(engine="eager")
+    for number in range(2):
+        assert losses_of(engine="replay", strict=True) == pytest.approx(expected, rel=1e-12)
+        assert len(compiler._kept) == 2, number
 
 
 @pytest.mark.slow
