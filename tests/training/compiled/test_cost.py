@@ -125,15 +125,18 @@ def test_each_new_graph_is_earned(compiler_of_torch: Compiler) -> None:
 def test_fit_compiles_for_enough_steps(
     compiler_of_torch: Compiler, epochs: int, rows: int, compiled: int
 ) -> None:
-    def train(compile: Any) -> Any:
-        pyro.clear_param_store()
-        data, loss = X, Trace_ELBO()
-        settings = {"loss": loss, "seed": 0, "progress": False, "epochs": epochs}
-        optimizer = partial(torch.optim.Adam, lr=0.01)
-        guide = AutoNormal(model)
-        return fit(
-            *(model, guide, data), batch_size=rows, compile=compile, optimizer=optimizer, **settings
-        )
-
-    assert train(True).steps[-1] == epochs * -(-12 // rows)
-    assert compiler_of_torch.calls == compiled
+    calls: list[int] = []
+    pyro.clear_param_store()
+    history = fit(
+        model,
+        AutoNormal(model),
+        X,
+        loss=Trace_ELBO(),
+        epochs=epochs,
+        batch_size=rows,
+        optimizer=partial(torch.optim.Adam, lr=0.01),
+        progress=False,
+        on_step=lambda *step: calls.append(compiler_of_torch.calls),
+        compile=True,
+    )
+    assert calls == [0] + [compiled] * (history.steps[-1] - 1)  # the first step is eager
