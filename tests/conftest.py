@@ -1,5 +1,6 @@
 """What every test shares beyond doctests: float64, one thread, and which of its cells are quick."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -20,9 +21,19 @@ def double_precision(reproducible: None) -> Iterator[None]:
     torch.set_default_dtype(default)
 
 
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with several parameters, mark all cells slow but those that cover every value."""
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Mark the cells of a test slow that `quick` does not name, or that cover no new value."""
+    for item in items:
+        quick = item.get_closest_marker("quick")
+        if quick and item.callspec.id not in quick.args:
+            item.add_marker("slow")
     for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
         cells = {
             item: values(item)

@@ -65,6 +65,7 @@ def test_a_vae_by_hand_has_the_loss_of_the_package() -> None:
     assert found.item() == pytest.approx(expected)
 
 
+@pytest.mark.quick("eager, one fused Adam")
 @pytest.mark.parametrize("method", ["CompiledSVI.step", "eager, one fused Adam"])
 def test_methods_take_the_steps_of_svi(method: str) -> None:
     torch.set_default_dtype(torch.float64)
@@ -106,6 +107,7 @@ def test_parts_are_merged_and_reported(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "tables.md").read_text() == tables
 
 
+@pytest.mark.slow
 def test_a_method_with_another_loss_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,7 @@ def with_p_loo(result: Any) -> Tensor:
     return torch.cat([pointwise(result), torch.tensor([float(result["p_loo"])])])
 
 
-@pytest.mark.parametrize(("shift", "width"), [(1.0, 1.0), slow(-0.7, 1.1), (0.2, 1.5)])
+@pytest.mark.parametrize(("shift", "width"), [(1.0, 1.0), slow(-0.7, 1.1), slow(0.2, 1.5)])
 def test_loo_knows_that_the_guide_is_off(shift: float, width: float) -> None:
     """Within standard errors of the exact value, where ArviZ's own is many of them away.
 
@@ -156,7 +156,7 @@ def of_loop() -> tuple[Callable, Callable, Tensor, Tensor]:
     return normal_loop, guide, X[:2], dist.Normal(0.0, 2**0.5).log_prob(X[1])
 
 
-@pytest.mark.parametrize("case", [of_rows, slow(of_groups), of_masked, of_loop])
+@pytest.mark.parametrize("case", [of_rows, *map(slow, [of_groups, of_masked, of_loop])])
 def test_loo_is_exact(case: Callable) -> None:
     """Up to its standard error and a bias of order 1 / S."""
     model, guide, x, exact = case()
@@ -207,7 +207,7 @@ def exact_survival() -> Tensor:
     return torch.where(CENSORED, survived, survived + (shape / (rate + TIMES)).log())
 
 
-@pytest.mark.parametrize("model", [survival, survival_in_one_plate])
+@pytest.mark.parametrize("model", [survival, slow(survival_in_one_plate)])
 def test_all_sites_of_a_row_are_scored(model: Callable) -> None:
     """Each row once, whether its sites are in one plate or in two; not a factor of the prior."""
     mean, error = repeated(lambda: pointwise(loo_of(model, survival_guide, TIMES)))
@@ -219,6 +219,7 @@ def test_all_sites_of_a_row_are_scored(model: Callable) -> None:
     assert single.shape == (5,)
 
 
+@pytest.mark.slow
 def test_sites_that_share_a_plate_are_one_row() -> None:
     """Two plates inside a row, of one site each; and iterations of a loop."""
 

@@ -163,6 +163,7 @@ def table_row_by_row(guide: Callable, x: Tensor, rows_table: PosteriorTable, dra
     return table
 
 
+@pytest.mark.quick("global", "discrete", "factor", "coupling", "encoder", "mixture_unlike")
 @pytest.mark.parametrize("name", [*BY_HAND, *FLOWS, *AMORTIZED])
 def test_table_is_that_of_rows_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guide, x = guide_and_data(name)
@@ -308,6 +309,7 @@ def vector_guide(x: Tensor) -> None:
         pyro.sample("v", dist.Normal(5.0, 1.0).expand([2, 2]).to_event(2))
 
 
+@pytest.mark.slow
 def test_variances_of_posterior_means_are_unbiased() -> None:
     x = rows(12)
     mean, error = repeated(

@@ -318,8 +318,8 @@ def test_a_mixture_is_refined_as_a_whole() -> None:
     starts = [FixedStart(2, torch.tensor([place, -1.0])) for place in (1.0, -1.0)]
     parts = [AmortizedGuide(model, start) for start in starts]
     mixture = MixtureGuide(model, parts, weights="shared")
-    update = GradientUpdate(0.005, clip=10.0)
-    guide = SemiAmortizedGuide(model, mixture, steps=500, draws=4, update=update)
+    update = GradientUpdate(0.02, clip=10.0)
+    guide = SemiAmortizedGuide(model, mixture, steps=125, draws=16, update=update)
     found = guide.refine(x)
     points = torch.arange(-6, 6, 0.001)[:, None]
     joint = dist.Normal(0.3, 3.0).log_prob(points) + dist.Normal(points**2, 0.5).log_prob(x)

@@ -105,6 +105,7 @@ FIRST_ORDER: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
 }
 
 
+@pytest.mark.quick(*TAKEN_UP, "dreg-of_12", "trace-scaled", "mean_field-warm_up", "no_direct")
 @pytest.mark.parametrize("case", FIRST_ORDER)
 def test_first_order(case: str) -> None:
     """The gradient at the end, straight to the encoder, and that of the start; not of the steps."""
@@ -251,7 +252,7 @@ def check_pipeline(loss: Any, model: Callable, guide: Any, x: Tensor, parameters
 
 
 @pytest.mark.parametrize(
-    ("estimator", "checkpoint"), [("stl", False), ("pathwise", False), ("stl", True)]
+    ("estimator", "checkpoint"), [("stl", True), ("pathwise", False), ("stl", False)]
 )
 def test_second_order_is_the_derivative_of_the_pipeline(estimator: str, checkpoint: bool) -> None:
     net, encoder, x = network(), nn.Linear(3, 2 * SIZE), 2 * torch.randn(ROWS, 3)

@@ -363,6 +363,7 @@ def own_bounds(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
+@pytest.mark.quick("encoder", "refined")
 @pytest.mark.parametrize("kind", ["encoder", "table", "refined", "flow"])
 def test_bounds_of_their_own_in_each_row(kind: str) -> None:
     options: dict[str, Any] = {"inputs": lambda x: x[:, None]}

@@ -129,6 +129,7 @@ def cases() -> Iterator[tuple[dict[str, Any], tuple[int, ...], Sequence[Tensor |
         yield options, PROPOSE, (alone.theta, None, climbed(log_r), None)
 
 
+@pytest.mark.quick("unlike")
 @FAMILIES
 def test_gradients_of_each_stage(families: tuple[str, str]) -> None:
     """The joint stage is the stratified ELBO; exact refinement is its gradient over the weight."""

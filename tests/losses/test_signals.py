@@ -332,6 +332,7 @@ def spread(loss: Any, programs: Programs, x: Tensor, calls: int) -> float:
     return torch.stack(draws).var(0).mean().sqrt().item()
 
 
+@pytest.mark.quick("20")
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
 @pytest.mark.parametrize("number", [20, 200])
 def test_noise_of_local_parameters(number: int) -> None:

@@ -44,9 +44,9 @@ def over(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
 
 
-def a_third(part: int) -> pytest.MarkDecorator:
-    """All rows, of which a third is quick: three tests share the rows of the quick loop."""
-    marks = [() if number % 3 == part else pytest.mark.slow for number in range(len(ROWS))]
+def share(part: int, of: int) -> pytest.MarkDecorator:
+    """All rows, of which some are quick: other tests have the other parts in the quick loop."""
+    marks = [() if number % of == part else pytest.mark.slow for number in range(len(ROWS))]
     rows = [pytest.param(row, id=row.name, marks=m) for row, m in zip(ROWS, marks, strict=True)]
     return pytest.mark.parametrize("row", rows)
 
@@ -154,7 +154,7 @@ def check_type(row: Row, dtype: torch.dtype, device: str) -> None:
     assert found.isfinite().all()
 
 
-@a_third(0)
+@share(0, of=3)
 def test_float32(row: Row) -> None:
     torch.set_default_dtype(torch.float32)
     check_type(row, torch.float32, "cpu")
@@ -181,7 +181,7 @@ def test_exact_posterior(row: Row, loss: str) -> None:
             torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)
 
 
-@a_third(1)
+@share(1, of=3)
 def test_log_marginal(row: Row) -> None:
     """One number per entry of the shared plates, in chunks or at once, without subsample scale."""
     programs, args = made(row)
@@ -204,7 +204,7 @@ def test_log_marginal(row: Row) -> None:
 
 
 @each_estimator("dreg+vimco", "rws")
-@over(ROWS)
+@share(0, of=2)
 def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
     """With the same samples both give the same value and gradient, or the same refusal.
 
@@ -254,7 +254,7 @@ def test_refusals(refusal: Refusal, loss: str) -> None:
 
 
 @each_estimator("dreg+vimco", of=("pathwise", "stl", "dreg", "score", "vimco"))
-@a_third(2)
+@share(2, of=3)
 def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
     """PIWAE's gradient is IWAE's for the model and MIWAE's for the guide; CIWAE's is linear."""
     if row.refusal("PIWAE_ELBO", estimator):
@@ -309,7 +309,7 @@ def check_unbiased(row: Row, bound: bounds.Bound, **options: Any) -> None:
         assert_same_mean(mean, reference)
 
 
-QUICK = {"data_plate", "mixed_above", "delta_log_density", "unequal_scales"}
+QUICK = {"mixed_above", "unequal_scales"}
 TIGHT = {"iwae": bounds.iwae, "renyi": bounds.renyi(0.5)}
 
 
@@ -477,6 +477,7 @@ def test_global_elbo_on_minibatches(loss: str, estimator: str) -> None:
     check_minibatches(HIERARCHY, 2, loss_of)
 
 
+@pytest.mark.quick("mixed")
 @over(
     [
         Row("hierarchy", pair(*HIERARCHY, subsample_size=2)),

@@ -232,6 +232,7 @@ def test_a_model_that_cannot_be_vectorised() -> None:
     assert IWAE_ELBO(3, vectorize_particles=False).loss(program, program) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_mixes_the_samples() -> None:
     """A sum over all dims is right for one sample, and wrong in silence for many under a plate."""
 

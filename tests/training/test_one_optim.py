@@ -71,6 +71,7 @@ def test_updates_are_those_of_one_optimiser_each(pyros: Make, ours: Make) -> Non
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_steps_know_it() -> None:
     def compiled(*args: Any) -> CompiledSVI:
         return CompiledSVI(*args, engine="graph", strict=True)

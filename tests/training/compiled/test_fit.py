@@ -43,6 +43,7 @@ def run(compile: Any, x: Tensor = X, encoder: bool = True, **options: Any) -> tu
     return history, values
 
 
+@pytest.mark.quick("plain", "clip_norm+kl_warmup", "batch_size")
 @pytest.mark.parametrize(
     "options",
     [

@@ -129,6 +129,7 @@ READERS: dict[str, tuple[Callable, Callable[[float], Any]]] = {
 }
 
 
+@pytest.mark.quick("attribute", "closure", "entry", "global")
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_python_values_that_change_are_seen(reader: tuple[Callable, Callable]) -> None:
     model, change = reader
@@ -202,6 +203,7 @@ def encoded(net: nn.Module) -> Callable:
     return own_guide
 
 
+@pytest.mark.quick("dreg")
 @pytest.mark.parametrize("estimator", ["pathwise", "stl", "dreg"])
 def test_dropout_and_batch_norm_are_those_of_svi(estimator: Any) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
@@ -216,6 +218,7 @@ def test_dropout_and_batch_norm_are_those_of_svi(estimator: Any) -> None:
     check(scenario)
 
 
+@pytest.mark.quick("dreg")
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 def test_both_runs_of_a_guide_have_the_same_dropout(estimator: Any) -> None:
     def model(x: Tensor) -> None:
@@ -309,6 +312,7 @@ def test_learning_rates_may_change(kind: str) -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 def test_parameters_may_appear_in_a_later_form_of_call() -> None:
     def own_guide(x: Tensor, flag: bool) -> None:
         shift = pyro.param("later", lambda: torch.tensor(0.3)) if flag else 0.0
@@ -427,6 +431,7 @@ def test_handlers_that_look_at_sites_see_eager_steps() -> None:
     assert counts[1:] == counts[-1:] * 3 and counts[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True])
 def test_a_mixture_grows_as_under_svi(many: bool) -> None:
     def model() -> None:
@@ -473,6 +478,7 @@ def test_noise_is_fresh_in_each_step_and_the_same_from_the_same_seed() -> None:
 # Values read in Python.
 
 
+@pytest.mark.slow
 def test_masks_read_in_python_have_graphs_of_their_own() -> None:
     def model(x: Tensor, mask: Tensor) -> None:
         kept = x[mask]  # of a size that the mask decides
