@@ -33,6 +33,7 @@ from pyro_recursive.tracing.graphs.references import (
     read_item,
     read_length,
     read_random,
+    set_by_libraries,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
@@ -148,8 +149,11 @@ class PythonState:
             raise Unsupported(f"{name} is an iterator, of which the next value is not known")
         if isinstance(value, types.FunctionType) and not is_library(value.__module__):
             self._names.update(*(code.co_names for code in codes_of(value.__code__)))
+        kind: Any = type(value)
+        own, inherited = getattr(value, "__dict__", None), set_by_libraries(kind)
         for part in parts_of(value):
-            self._add(part, name, is_private)
+            is_inherited = part[1] is own and part[2] in inherited
+            self._add(part, name, is_private or is_inherited)
         for key, each in hidden_of(value):
             self._hidden[id(value), key] = (read_item, vars(value), key, each, f".{key}"), name
 

@@ -9,7 +9,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     key: Any
     value: Any
     name: str
-    is_private: bool  # of an object of a library
+    is_private: bool  # of an object of a library, or set by it in an object of a derived class
 
     @property
     def is_same(self) -> bool:
@@ -298,6 +298,20 @@ def _slots(owner: type) -> tuple[str, ...]:
     found = vars(owner).get("__slots__", ())
     names = (found,) if isinstance(found, str) else tuple(found)
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+@cache
+def set_by_libraries(kind: type) -> frozenset[str]:
+    """Return the attributes that code of the libraries' classes among its bases sets alone."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for base in set(kind.__mro__) - {Module}:  # whose modes are the user's
+        codes = [each.__code__ for each in vars(base).values() if hasattr(each, "__code__")]
+        found[is_library(base.__module__)] |= {name for code in codes for name in _stored(code)}
+    return frozenset(found[True] - found[False])
+
+
+def _stored(code: types.CodeType) -> set[str]:
+    return {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
 
 
 def is_library(module: str | None) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -255,6 +256,32 @@ def test_parameters_may_be_frozen() -> None:
         return losses + [svi.step(X) for _ in range(4)]
 
     check(scenario)
+
+
+@pytest.mark.parametrize("base", [AutoNormal, AutoMultivariateNormal])
+def test_autoguides_of_the_user_train_as_those_of_pyro(base: Any) -> None:
+    class Own(base):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi = make(shifted, Own(shifted), adam(), IWAE_ELBO(3))
+        return [svi.step(X) for _ in range(6)]
+
+    check(scenario)
+
+
+def test_what_the_class_of_the_user_sets_in_each_run_is_not_pyros() -> None:
+    class Own(AutoNormal):
+        def forward(self, x: Tensor) -> Any:
+            found = super().forward(x)
+            self.plates = dict(self.plates)
+            return found
+
+    with pytest.raises(NotImplementedError, match=r"guide\.plates changes in each run"):
+        svi = traced(shifted, Own(shifted), adam(), IWAE_ELBO(3))
+        for _ in range(2):
+            svi.step(X)
 
 
 # Parameters and optimisers.
