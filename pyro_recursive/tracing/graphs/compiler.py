@@ -74,9 +74,9 @@ def compile_policy(policy: CompilePolicy) -> Iterator[None]:
         _policy.reset(token)
 
 
-def is_any_known(folder: ArtifactFolder | None) -> bool:
-    """Whether a graph may be found that was compiled before."""
-    return folder is not None or bool(_kept)
+def is_any_known() -> bool:
+    """Whether any graph was compiled in this process."""
+    return bool(_kept)
 
 
 def compiled_once(

@@ -19,7 +19,7 @@ from pyro_recursive.tracing.graphs.compiler import (
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
-from pyro_recursive.training.compiled.cost import FEWEST, steps_to_earn
+from pyro_recursive.training.compiled.cost import FEWEST, TRACING, steps_to_earn
 from pyro_recursive.training.compiled.engines import COARSE, TOLERANCES, EngineName
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,
@@ -126,7 +126,8 @@ class CompiledSteps:
         if self.engine != "auto" or self.strict:
             return CompilePolicy(self.folder, shows=self.shows_progress)
         steps = self._eager_steps.get(key, 0) + coming
-        if steps < self._needed.get(key, 0 if is_any_known(self.folder) else FEWEST):
+        fewest = 0 if self.folder is not None else TRACING if is_any_known() else FEWEST
+        if steps < self._needed.get(key, fewest):
             return None
         return CompilePolicy(
             self.folder, lambda operations: steps >= steps_to_earn(operations), self.shows_progress

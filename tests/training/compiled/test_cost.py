@@ -19,7 +19,7 @@ from pyro_recursive.training.compiled import steps
 from pyro_recursive.training.compiled.cost import FEWEST, steps_to_earn
 
 X = torch.arange(12.0, dtype=torch.float64)
-NEEDED = 12  # steps, in these tests
+NEEDED, TRACING = 12, 3  # steps, in these tests
 
 
 class Compiler:
@@ -39,6 +39,7 @@ def compiler_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compil
     monkeypatch.setattr("torch._inductor.standalone_compile", found)
     monkeypatch.setattr(compiler, "_kept", OrderedDict())
     monkeypatch.setattr(steps, "FEWEST", NEEDED // 2)
+    monkeypatch.setattr(steps, "TRACING", TRACING)
     monkeypatch.setattr(steps, "steps_to_earn", lambda operations: NEEDED)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return found
@@ -92,15 +93,27 @@ def test_what_is_asked_for_is_compiled_at_once(
     assert compiler_of_torch.calls == 1
 
 
-def test_what_was_compiled_before_is_used_at_once(compiler_of_torch: Compiler) -> None:
+def test_what_was_compiled_before_is_used_once_tracing_pays(compiler_of_torch: Compiler) -> None:
     svi_of().run(NEEDED + 1, X)
-    svi = svi_of()
+    for number in (TRACING, TRACING + 1):
+        svi = svi_of()
+        svi.run(number, X)
+        assert bool(svi._steps._steps.get(key_of(svi))) == (number > TRACING)
+    svi_of().run(TRACING + 1, X[:5])  # of another form, which is not known
+    assert compiler_of_torch.calls == 1
+
+
+def test_what_is_in_a_folder_is_used_at_once(compiler_of_torch: Compiler, tmp_path: Path) -> None:
+    svi_of().run(NEEDED + 1, X)
+    svi = svi_of(cache=tmp_path / "cache")
     svi.run(2, X)
+    assert svi._steps._steps.get(key_of(svi))
     assert compiler_of_torch.calls == 1
-    assert svi._steps._steps
-    svi = svi_of()
-    svi.run(3, X[:5])  # of another form, which is not known
-    assert compiler_of_torch.calls == 1
+
+
+def key_of(svi: CompiledSVI) -> Any:
+    (key,) = svi._steps._graphs
+    return key
 
 
 def test_each_new_graph_is_earned(compiler_of_torch: Compiler) -> None:
