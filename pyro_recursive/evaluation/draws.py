@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -13,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.evaluation.evidence import samples_per_chunk
+from pyro_recursive.evaluation.passes import Passes
 from pyro_recursive.tracing.batched import run_model
 from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.handlers import FlatPriors
@@ -280,6 +282,7 @@ def run_on_draws(
     chunk_size: int | None = None,
     vectorize_particles: bool | str = True,
     draws_data: bool = False,
+    compile: bool = False,
 ) -> dict[str, SiteDraws]:
     """Run a model on draws of its latents and on their minibatch, in chunks.
 
@@ -302,29 +305,44 @@ def run_on_draws(
     several_at_once = vectorize_particles and len(draws) > 1
     fits_plate = several_at_once and _fits_plate(user_model, args, kwargs, draws_data)
     fits_vmap = vectorize_particles and not fits_plate
-    wide = {name: each.with_batch_dims(nesting) for name, each in latents.items()}
-    values = {name: each.with_batch_dims() for name, each in latents.items()}
-    chunks = []
-    for start in range(0, len(draws), size):
-        rows = range(start, min(start + size, len(draws)))
-        several = slice(rows.start, rows.stop)
+    kinds = dict[str, SiteDraws]()
+
+    def run(count: int, *tensors: Tensor) -> dict[str, Tensor]:
+        """Return what is wanted of a chunk of draws, and note of which kind it is."""
+        nonlocal fits_vmap
+        pairs = zip(latents.items(), tensors, strict=True)
+        chunk = {name: replace(each, value=value) for (name, each), value in pairs}
+        wide = {name: each.with_batch_dims(nesting) for name, each in chunk.items()}
+        values = {name: each.with_batch_dims() for name, each in chunk.items()}
         traces: list[poutine.Trace] = []
-        if fits_plate and len(rows) > 1:
-            with pyro.plate(PARTICLE_PLATE, len(rows), dim=-nesting - 1):
-                traces = [program.run_model(_source(minibatch, wide, several))]
-        elif fits_vmap and len(rows) > 1:
-            particles = Particles(1, len(rows), -nesting - 1, vmap=True)
-            given = {name: value[several] for name, value in values.items()}
+        if fits_plate and count > 1:
+            with pyro.plate(PARTICLE_PLATE, count, dim=-nesting - 1):
+                traces = [program.run_model(_source(minibatch, wide))]
+        elif fits_vmap and count > 1:
+            particles = Particles(1, count, -nesting - 1, vmap=True)
             try:
-                source = _source(minibatch, wide, several)
-                traces = [run_model(program, source, given, particles)]
+                traces = [run_model(program, _source(minibatch, wide), values, particles)]
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # a loop has the model's own errors
+                if passes.is_traced:
+                    raise
                 fits_vmap = False
         if not traces:
-            traces = [program.run_model(_source(minibatch, values, row)) for row in rows]
-        chunks.append(collect(ModelRuns(traces, len(rows), nesting, single)))
+            passes.loops(count)
+            rows = ({name: value[row] for name, value in values.items()} for row in range(count))
+            traces = [program.run_model(_source(minibatch, row)) for row in rows]
+        found = collect(ModelRuns(traces, count, nesting, single))
+        kinds.update(found)
+        return {name: each.value for name, each in found.items()}
+
+    passes = Passes(partial(run, size), program, len(draws) // size, compile=compile)
+    chunks = []
+    for start in range(0, len(draws), size):
+        count = min(size, len(draws) - start)
+        given = [each.value[start : start + count] for each in latents.values()]
+        found = passes(*given) if count == size else run(count, *given)
+        chunks.append({name: replace(kinds[name], value=value) for name, value in found.items()})
     return joined(chunks)
 
 
@@ -369,14 +387,12 @@ def is_factor(site: Site) -> bool:
     return isinstance(site["fn"], dist.Unit)
 
 
-def _source(
-    minibatch: poutine.Trace, values: Mapping[str, Tensor], rows: int | slice
-) -> poutine.Trace:
+def _source(minibatch: poutine.Trace, values: Mapping[str, Tensor]) -> poutine.Trace:
     """Return a trace of a minibatch and some of the draws, to replay a model on."""
     trace = minibatch.copy()
     for name, value in values.items():
         site: Site = {"name": name, "type": "sample", "fn": None, "is_observed": False, "infer": {}}
-        trace.add_node(name, value=value[rows], **site)
+        trace.add_node(name, value=value, **site)
     return trace
 
 

@@ -1,13 +1,16 @@
 """The evidence log p(x), estimated with many samples in bounded memory."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import measurement
+from pyro_recursive.evaluation.passes import Passes
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_likelihood, check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
@@ -76,6 +79,7 @@ def log_marginal(
     max_plate_nesting: float = math.inf,
     vectorize_particles: bool | str = True,
     diagnostics: bool = False,
+    compile: bool = False,
     **kwargs: Any,
 ) -> Tensor | Evidence:
     """Estimate log p(x) by importance sampling from the guide, in nats per datum.
@@ -93,6 +97,8 @@ def log_marginal(
         max_plate_nesting: the dims of plates; found by a run if infinite.
         vectorize_particles: as in `pyro_recursive.MultiSampleELBO`; False loops over the samples.
         diagnostics: whether to return an `Evidence`, with standard error and sample size.
+        compile: whether to compile the passes of ``chunk_size`` samples: from the same seed the
+            same result to rounding. What cannot be compiled runs eagerly, with a warning.
 
     Returns:
         A ``[*plates]``-dim tensor for the plates that enclose every sample site, in float64.
@@ -118,37 +124,60 @@ def log_marginal(
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
-    weights = WeightSums()
-    with torch.no_grad():
-        for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
-            weights.add(densities(runs, layout).log_weights[0].double())
+    weights, chunk = WeightSums(), (chunk_size, compile)
+    for found, _ in results_in_chunks(program, num_particles, log_weights, *chunk, **run):
+        weights.add(found)
     return weights.evidence() if diagnostics else weights.evidence().log_marginal
 
 
-def runs_in_chunks(
+def log_weights(runs: Sequence[ParticleRun], layout: PlateLayout) -> Tensor:
+    """Return the log-weights of a chunk, ``[k, *plates]`` in float64."""
+    return densities(runs, layout).log_weights[0].double()
+
+
+Collect = Callable[[list[ParticleRun], PlateLayout], Any]
+
+
+@torch.no_grad()
+def results_in_chunks(
     program: Program,
     total: int,
+    collect: Collect,
     chunk_size: int | None = None,
+    compile: bool = False,
     *,
     any_minibatch: bool = False,
     **options: Any,
-) -> Iterator[tuple[list[ParticleRun], PlateLayout]]:
-    """Yield runs of the program and their plates, for `total` samples on one minibatch.
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield what is collected of each chunk of `total` samples on one minibatch.
 
-    ``any_minibatch``: a subsampled plate may enclose only some of the sites.
+    And the names of the plates that enclose every sample site.
+
+    ``collect`` takes the runs of a chunk and their plates. With ``any_minibatch`` a subsampled
+    plate may enclose only some of the sites.
     """
-    size, minibatch = chunk_size or particles_per_chunk(program), None
-    for start in range(0, total, size):
-        count = min(size, total - start)
-        particles, runs = run_particles(program, 1, count, subsample=minibatch, **options)
+    size = chunk_size or particles_per_chunk(program)
+    plates, minibatch = list[str](), list[poutine.Trace]()
+
+    def run(count: int) -> Any:
+        subsample = minibatch[0] if minibatch else None
+        particles, runs = run_particles(program, 1, count, subsample=subsample, **options)
         layout = layout_of(particles, [run.table for run in runs])
-        if minibatch is None:
+        if not minibatch:
             check_match(runs[0].table, layout.max_plate_nesting)
             check_likelihood(runs[0].model)
             if not any_minibatch:
                 check_subsampling(runs[0].table, layout)
-            minibatch = subsample_sites(runs[0].guide, runs[0].model)
-        yield runs, layout
+            minibatch.append(subsample_sites(runs[0].guide, runs[0].model))
+        plates[:] = [frame.name for frame in layout.plates]
+        if particles.dim is None:
+            passes.loops(count)
+        return collect(runs, layout)
+
+    passes = Passes(partial(run, size), program, total // size, compile=compile)
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        yield passes() if count == size else run(count), tuple(plates)
 
 
 def particles_per_chunk(program: Program) -> int:

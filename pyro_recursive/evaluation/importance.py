@@ -14,9 +14,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import checked, measurement, shown_as_html
-from pyro_recursive.evaluation.evidence import runs_in_chunks
+from pyro_recursive.evaluation.evidence import log_weights, results_in_chunks
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
@@ -228,6 +227,7 @@ def importance_weights(
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
     vectorize_particles: bool | str = True,
+    compile: bool = False,
     **kwargs: Any,
 ) -> ImportanceWeights:
     """Draw from a guide and weigh the draws by the model: ``log p(x, z) - log q(z)`` in nats.
@@ -238,7 +238,8 @@ def importance_weights(
 
     Args:
         num_particles: S, more than 20 for a k-hat.
-        chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
+        chunk_size, max_plate_nesting, vectorize_particles, compile: as in
+            `pyro_recursive.log_marginal`.
 
     Raises:
         ValueError: the guide has a `poutine.scale`; and as `pyro_recursive.log_marginal` does.
@@ -260,41 +261,46 @@ def importance_weights(
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
-    parts: list[Tensor] = []
-    points: dict[str, Tensor | None] = {}
-    with torch.no_grad():
-        for runs, layout in runs_in_chunks(program, num_particles, chunk_size, **run):
-            if not parts and (reason := scale_problem(runs[0].guide)):
-                raise ValueError(reason)
-            points = _points(runs, layout, points)
-            parts.append(densities(runs, layout).log_weights[0].double())
+    parts, points = list[Tensor](), dict[str, Tensor | None]()
+    chunks = chunk_size, compile
+    found = results_in_chunks(program, num_particles, _weights_and_values, *chunks, **run)
+    for (part, values), names in found:
+        plates = names
+        parts.append(part)
+        points = {name: _point(draws, points.get(name, draws[0])) for name, draws in values.items()}
     fixed = [name for name, value in points.items() if value is not None and num_particles > 1]
-    plates = tuple(frame.name for frame in layout.plates)
     return ImportanceWeights(torch.cat(parts), plates, tuple(fixed))
 
 
-def _points(
-    runs: Sequence[ParticleRun], layout: PlateLayout, known: dict[str, Tensor | None]
-) -> dict[str, Tensor | None]:
-    """Return the one value of each computed latent in all draws so far, None if there are more."""
-    table, found = runs[0].table, dict[str, Tensor | None]()
+def _weights_and_values(
+    runs: Sequence[ParticleRun], layout: PlateLayout
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the log-weights of a chunk, and the values of its computed latents.
+
+    These have a row for each draw, or one row for all.
+    """
+    if reason := scale_problem(runs[0].guide):
+        raise ValueError(reason)
+    table, found = runs[0].table, dict[str, Tensor]()
     latent = {record.name for record in table.model if not record.site["is_observed"]}
     for site in (r.site for r in table.guide if r.name in latent and is_delta(r.site)):
         values = [run.model.nodes[site["name"]]["value"] for run in runs]
-        shapes = {value.shape for value in values}
-        draws = torch.stack(values) if len(shapes) == 1 else None
-        if draws is not None and layout.particles.dim is not None:  # all draws in one run
+        if len({value.shape for value in values}) > 1:
+            continue
+        draws = torch.stack(values)
+        if layout.particles.dim is not None:  # all draws in one run
             dim = layout.particles.dim - site["fn"].event_dim
             draws = draws[0].movedim(dim, 0) if values[0].dim() >= -dim else draws
-        first = known.get(site["name"], values[0] if draws is None else draws[0].squeeze())
-        same = (
-            draws is not None
-            and first is not None
-            and first.numel() == draws[0].numel()
-            and bool((draws.flatten() == first.flatten().repeat(len(draws))).all())
-        )
-        found[site["name"]] = first if same else None
-    return found
+        found[site["name"]] = draws
+    return log_weights(runs, layout), found
+
+
+def _point(draws: Tensor, known: Tensor | None) -> Tensor | None:
+    """Return the one value of all draws so far, None if there are more."""
+    if known is None or known.numel() != draws[0].numel():
+        return None
+    same = (draws.flatten() == known.flatten().repeat(len(draws))).all()
+    return known if bool(same) else None
 
 
 def scaled_sites(trace: poutine.Trace) -> list[str]:

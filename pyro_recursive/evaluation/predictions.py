@@ -1,7 +1,7 @@
 """Posterior, predictive and prior draws of a model; log-likelihoods of each datum."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from pyro_recursive.evaluation.draws import (
     run_on_draws,
     was_observed,
 )
-from pyro_recursive.evaluation.evidence import runs_in_chunks
+from pyro_recursive.evaluation.evidence import results_in_chunks
 from pyro_recursive.evaluation.importance import psis, scale_problem, scaled_sites
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import (
@@ -50,6 +50,7 @@ def posterior_draws(
     chunk_size: int | None = None,
     max_plate_nesting: float = math.inf,
     vectorize_particles: bool | str = True,
+    compile: bool = False,
     **kwargs: Any,
 ) -> Draws:
     """Draw all latent sites of a model from a guide, and the deterministic sites of the model.
@@ -59,7 +60,8 @@ def posterior_draws(
         resample: ``"psis"`` chooses among proposals by their Pareto-smoothed importance weights:
             each entry of the plates that enclose every site on its own.
         num_proposals: by default 10 for each draw.
-        chunk_size, max_plate_nesting, vectorize_particles: as in `pyro_recursive.log_marginal`.
+        chunk_size, max_plate_nesting, vectorize_particles, compile: as in
+            `pyro_recursive.log_marginal`.
 
     Raises:
         ValueError: draws cannot be weighted; and as `pyro_recursive.log_marginal` does.
@@ -84,44 +86,62 @@ def posterior_draws(
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     with torch.no_grad():
-        program = Program(model, guide, args, kwargs)
-        chunks = runs_in_chunks(program, count, chunk_size, any_minibatch=True, **run)
-        draws = _from_guide(chunks, count, weighted=resample is not None)
+        chunks = Program(model, guide, args, kwargs), count, chunk_size, compile
+        draws = _from_guide(*chunks, weighted=resample is not None, **run)
         if resample is not None:
             draws = draws.take(resampled_index(draws.log_weights, num_draws, draws.plates))
     call = model, args, kwargs, draws.of_this_call()
-    computed = run_on_draws(*call, ModelRuns.computed, chunk_size, vectorize_particles)
+    how = chunk_size, vectorize_particles
+    computed = run_on_draws(*call, ModelRuns.computed, *how, compile=compile)
     return replace(draws, sites={**draws.sites, **computed})
 
 
 def _from_guide(
-    chunks: Iterable[tuple[Sequence[ParticleRun], PlateLayout]], count: int, *, weighted: bool
+    program: Program,
+    count: int,
+    chunk_size: int | None,
+    compile: bool,
+    *,
+    weighted: bool,
+    **run: Any,
 ) -> Draws:
     """Return the latents of a guide's runs, with log p and log q if they exist, or if weighted."""
-    parts: list[dict[str, SiteDraws]] = []
-    log_densities: list[tuple[Tensor, Tensor]] = []
-    for runs, layout in chunks:
-        if not parts:
-            whole = subsample_sites(runs[0].guide, runs[0].model)
-            unweighted = scale_problem(runs[0].guide) or _subsampling_problem(runs[0], layout)
+    known, problems, whole = dict[str, SiteDraws](), list[str](), list[poutine.Trace]()
+
+    def collect(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[dict, tuple]:
         size, models = layout.particles.total, [run.model for run in runs]
-        parts.append(ModelRuns(models, size, layout.max_plate_nesting, models[0]).latents())
-        if not unweighted:
+        latents = ModelRuns(models, size, layout.max_plate_nesting, models[0]).latents()
+        if not whole:
+            whole.append(subsample_sites(runs[0].guide, runs[0].model))
+            problems.append(scale_problem(runs[0].guide) or _subsampling_problem(runs[0], layout))
+        known.update({name: each for name, each in latents.items() if name not in known})
+        log_densities: tuple[Tensor, ...] = ()
+        if not problems[-1]:
             try:
-                log_densities.append(_log_densities(runs, layout))
+                log_densities = _log_densities(runs, layout)
             except NotImplementedError as error:  # a guide of points
-                unweighted = str(error)
-        if unweighted and weighted:
-            raise ValueError(unweighted)
-    latents, plates = joined(parts), tuple(frame.name for frame in layout.plates)
+                problems.append(str(error))
+        if weighted and problems[-1]:
+            raise ValueError(problems[-1])
+        return {name: each.value for name, each in latents.items()}, log_densities
+
+    parts, log_densities = list[dict[str, SiteDraws]](), list[tuple]()
+    chunks = chunk_size, compile
+    found = results_in_chunks(program, count, collect, *chunks, any_minibatch=True, **run)
+    for (values, log_p_and_q), names in found:
+        plates = names
+        parts.append({name: replace(known[name], value=each) for name, each in values.items()})
+        log_densities.append(log_p_and_q)
+    latents = joined(parts)
     around = {name for latent in latents.values() for name in (*latent.plates, *latent.cell)}
     minibatch = poutine.Trace()
-    for name in around & whole.nodes.keys():
-        minibatch.add_node(name, **whole.nodes[name])
+    for name in around & whole[0].nodes.keys():
+        minibatch.add_node(name, **whole[0].nodes[name])
     log_p, log_q = None, None
-    if not unweighted:
+    if not problems[-1]:
         log_p, log_q = (torch.cat(each) for each in zip(*log_densities, strict=True))
-    return Draws(latents, count, log_p, log_q, plates, False, minibatch, whole, unweighted)
+    of_guide = False, minibatch, whole[0], problems[-1]
+    return Draws(latents, count, log_p, log_q, plates, *of_guide)
 
 
 def _subsampling_problem(run: ParticleRun, layout: PlateLayout) -> str:

@@ -1,0 +1,145 @@
+"""Passes over chunks of samples, all of one size: eager ones, or one compiled graph of them.
+
+The first pass is eager: it finds the structure of the program. The second is traced, compiled, and
+compared with an eager one from the same random state; the others run the compiled graph. They draw
+the random numbers of eager passes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from pyro_recursive.tracing.graphs.calls import Call
+from pyro_recursive.tracing.graphs.kernels import compile_graph
+from pyro_recursive.tracing.graphs.python_state import PythonState, restored
+from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
+from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
+from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.user_warnings import warn_user
+
+# Of the largest entry of a result, by the least precise of the tensors.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class Passes:
+    """Runs a function ``count`` times, on tensors of the same shapes, under `torch.no_grad`.
+
+    It returns a tensor, or tuples and dictionaries of tensors.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], program: Program, count: int, *, compile: bool
+    ) -> None:
+        self.run = run
+        self.program, self.is_compiled = program, compile
+        self.left, self.is_first, self.is_traced = count, True, False
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        self.left -= 1
+        is_second, self.is_first = self.is_compiled and not self.is_first, False
+        if is_second and self.left:
+            return self._compile(inputs)
+        return self.run(*inputs)
+
+    def loops(self, count: int) -> None:
+        """Note that a run is a loop over ``count`` samples: a graph would hold each of them."""
+        if count > 1:
+            self._refuse("they run one by one")
+
+    def _refuse(self, cause: str) -> None:
+        if self.is_compiled:
+            self.is_compiled = False
+            warn_user(f"Samples are drawn and weighed eagerly: {cause}.")
+
+    def _compile(self, inputs: Sequence[Tensor]) -> Any:
+        """Take an eager pass; let a compiled one take its place where it does the same."""
+        try:
+            self.is_traced = True
+            compiled = CompiledPass(self.run, self.program, inputs)
+            found = compiled.outcome(*inputs)
+        except Unsupported as error:
+            self._refuse(str(error))
+            return self.run(*inputs)
+        finally:
+            self.is_traced = False
+        results = self.run(*inputs)
+        expected = [*tree_leaves(results), *compiled.constants, *random_state()]
+        if _are_close(found, expected, compiled.tolerance):
+            self.run, self.is_compiled = compiled, False
+        else:
+            self._refuse("a compiled pass differs from an eager one")
+        return results
+
+
+class CompiledPass:
+    """A function of tensors as machine code. Raises Unsupported."""
+
+    def __init__(self, run: Callable[..., Any], program: Program, inputs: Sequence[Tensor]) -> None:
+        site, specs = LastSite(), list[Any]()
+
+        def traced() -> list[Tensor]:
+            with site:
+                tensors, spec = tree_flatten(run(*inputs))
+            specs.append(spec)
+            return tensors
+
+        call = Call(program.args, program.kwargs)
+        call.check()
+        state = PythonState({"model": program.model, "guide": program.guide} | call.roots)
+        try:
+            with restored(state.movable()):
+                recorder, _ = recorded(traced)
+                graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
+            for entry in state.settle():
+                if not entry.is_private:
+                    raise Unsupported(f"{entry.name} changes in each run of model or guide")
+            self.spec, self.constants = specs[-1], graph.constants
+            buffers = graph.plan.empty(1)
+            self.fills = [draw.filling(out) for draw, out in graph.plan.slices(buffers)]
+            self.own = [*(each[0] for each in buffers), *(c.detach() for c in graph.constants)]
+            kinds = {each.dtype for each in (*inputs, *self.own) if each.is_floating_point()}
+            self.tolerance = max((TOLERANCES.get(kind, 1e-3) for kind in kinds), default=1e-9)
+            self.function = compile_graph(graph.graph, [*inputs, *self.own])
+        except Unsupported:
+            raise
+        except Exception as error:
+            raise Unsupported(reason(error, site.name)) from error
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for fill in self.fills:
+            fill()
+        found = self.function(*inputs, *self.own)
+        # A result may be a tensor that the next pass writes into.
+        return tree_unflatten([each.clone() for each in found], self.spec)
+
+    def outcome(self, *inputs: Tensor) -> list[Tensor]:
+        """Return results, constants and random state after a pass, and undo it."""
+        before = random_state()
+        try:
+            with restored(self.constants):
+                results = self(*inputs)
+                return [
+                    *tree_leaves(results),
+                    *(c.clone() for c in self.constants),
+                    *random_state(),
+                ]
+        except Exception as error:
+            raise Unsupported(reason(error, None)) from error
+        finally:
+            set_random_state(before)
+
+
+def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    if len(found) != len(expected):
+        return False
+    for new, old in zip(found, expected, strict=True):
+        finite = old[old.isfinite()] if old.is_floating_point() else old.new_zeros(0)
+        bound = tolerance * (1 + finite.abs().amax().item()) if finite.numel() else 0.0
+        is_close = new.shape == old.shape and new.dtype == old.dtype
+        if not (is_close and torch.allclose(new, old, rtol=0.0, atol=bound, equal_nan=True)):
+            return False
+    return True
