@@ -313,10 +313,10 @@ class _Run:
         """Take the steps of an epoch; yield losses ``[steps]`` and the last batch."""
         learner = self.learner
         if learner.compiled is not None and phase is None:
-            passes = self.epochs - self.num_epochs
+            passes, count = self.epochs - self.num_epochs, self.batches.count or 1
             for piece in self.batches.pieces():
                 batch = piece.batch(-1) if isinstance(piece, Table) else piece
-                alike = self.batches.count or 1  # batches of an epoch
+                alike = count  # batches of an epoch
                 if isinstance(piece, Table):
                     alike = len(piece.index)
                 elif rows_of(batch) != self.batches.size:  # the last one
