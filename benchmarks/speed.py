@@ -240,16 +240,17 @@ def _alone(threads: int, *args: str) -> dict[str, float]:
 
 
 def _cost(threads: int, name: str, method: str, cache: str) -> dict[str, float]:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    with prepared(threads):
-        return _cost_here(name, method)
+    with tempfile.TemporaryDirectory() as folder:  # of torch: what is known is in the cache alone
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        with prepared(threads):
+            return _cost_here(name, method, cache)
 
 
-def _cost_here(name: str, method: str) -> dict[str, float]:
+def _cost_here(name: str, method: str, cache: str | None = None) -> dict[str, float]:
     group, _, model = name.partition(": ")
     task = GROUPS[group][model]()
     before, start = peak_megabytes(), time.perf_counter()
-    steps = make(method, task, Setting("alone"))
+    steps = make(method, task, Setting("alone", cache=cache))
     if steps.number == 1:
         steps.call()
     seconds = time.perf_counter() - start

@@ -39,6 +39,7 @@ class Setting(NamedTuple):
     name: str  # of this one, in Pyro's store
     lr: float = 1e-3
     engine: EngineName = "auto"
+    cache: str | None = None  # a folder of compiled graphs
 
 
 class NotApplicable(NotImplementedError):
@@ -118,7 +119,9 @@ def _compiled_svi(timed: Timed, setting: Setting) -> CompiledSVI:
     for number, engine in enumerate(engines, 1):
         optimizer = pyro.optim.Adam({"lr": setting.lr})
         programs = timed.programs(f"{setting.name} {engine}")
-        svi = CompiledSVI(*programs, optimizer, timed.loss(), engine=engine, strict=True)
+        svi = CompiledSVI(
+            *programs, optimizer, timed.loss(), engine=engine, strict=True, cache=setting.cache
+        )
         try:
             svi.step(*timed.args)  # eager
             svi.step(*timed.args)

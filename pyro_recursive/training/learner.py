@@ -123,10 +123,11 @@ class Learner:
         self.guide_steps += owner == "guide"
         return loss
 
-    def take(self, piece: Batch | Table, epoch: int, coming: int) -> Iterator[Tensor]:
+    def take(self, piece: Batch | Table, epoch: int, coming: int, most: int) -> Iterator[Tensor]:
         """Take the steps of some batches; yield their losses in nats, ``[steps]``, in blocks.
 
-        ``coming`` is how many such steps are known to come, these among them.
+        ``coming`` is how many such steps are known to come, these among them, ``most`` how many
+        steps a block has at most.
         """
         done, count = 0, len(piece.index) if isinstance(piece, Table) else 1
         while done < count:
@@ -139,7 +140,7 @@ class Learner:
                 self._present = batch, epoch
                 found = self.compiled.find(call, coming - done)
                 if isinstance(found, CompiledStep):
-                    losses = found.take_many(count - done).clone()
+                    losses = found.take_many(min(count - done, most)).clone()
                     first = self._note_block(found.step.health[0], losses)
                     if first is not None:
                         bad = piece.batch(done + first) if isinstance(piece, Table) else piece

@@ -29,6 +29,7 @@ from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
 from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.step_graph import MAX_BLOCK
 from pyro_recursive.training.data import Batch, Data, Minibatches, Table, rows_of
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
@@ -99,8 +100,8 @@ def fit(
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
         compile: whether to compile the steps, or an engine of `CompiledSVI`; batches of tensors run
-            in blocks, with other random numbers of the same law. `aggressive` steps run eagerly,
-            and with True those that are too few to earn the seconds of compiling back.
+            in blocks (of one step for an `on_step`), with other random numbers of the same law.
+            Eager are `aggressive` steps and with True those too few to earn the compiling back.
         compile_cache: a folder of compiled graphs, as ``cache`` of `CompiledSVI`.
 
     Raises:
@@ -314,6 +315,7 @@ class _Run:
         learner = self.learner
         if learner.compiled is not None and phase is None:
             passes, count = self.epochs - self.num_epochs, self.batches.count or 1
+            most = MAX_BLOCK if self.on_step is None else 1  # it may change what the next step uses
             for piece in self.batches.pieces():
                 batch = piece.batch(-1) if isinstance(piece, Table) else piece
                 alike = count  # batches of an epoch
@@ -321,7 +323,7 @@ class _Run:
                     alike = len(piece.index)
                 elif rows_of(batch) != self.batches.size:  # the last one
                     alike = 1
-                for losses in learner.take(piece, epoch, passes * alike):
+                for losses in learner.take(piece, epoch, passes * alike, most):
                     learner.group.rows = rows_of(batch)
                     yield losses, batch
             return

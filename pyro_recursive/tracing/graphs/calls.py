@@ -65,9 +65,9 @@ class Call:
         handlers = tuple(
             (type(h), None if type(h) is KLWarmup else _content(vars(h))) for h in self.handlers
         )
-        modes = [torch.get_default_dtype(), torch.is_grad_enabled()]
+        modes: list[Any] = [torch.get_default_dtype(), torch.is_grad_enabled()]
         for kind in ("cpu", "cuda"):
-            modes += [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+            modes.append(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
         given = self.spec, _content(self.others), tuple(forms)
         return *given, rows, handlers, self.table is not None, tuple(modes)
 

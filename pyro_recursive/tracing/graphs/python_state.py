@@ -22,6 +22,7 @@ from torch.nn import Module
 from pyro_recursive.tracing.graphs.references import (
     CONTAINERS,
     GENERATORS,
+    OPEN,
     SCALARS,
     Entry,
     Part,
@@ -34,16 +35,19 @@ from pyro_recursive.tracing.graphs.references import (
     read_length,
     read_random,
     set_by_libraries,
+    without_own,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
 MAX_ENTRIES = 20_000
+DYNAMIC = {"getattr", "hasattr", "vars", "__dict__"}  # with these, names do not show what is read
 
 
 class PythonState:
     """All values within reach of some roots, at the time that it is made.
 
-    Raises Unsupported where these are too many to be compared in each step.
+    Of an object that has a model or a guide as a method, such as one that trains, attributes count
+    that code within reach names. Raises Unsupported where values are too many to be compared.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -53,6 +57,10 @@ class PythonState:
         self._seen: dict[int, Any] = {id(root): root for root in roots.values()}
         self._waiting = [(root, name, False) for name, root in roots.items()]
         self._names = set[str]()  # that code names
+        self._owners = set[int]()  # whose attributes count where code names them
+        for owner in (getattr(root, "__self__", None) for root in roots.values()):
+            if not (isinstance(owner, OPEN) or is_library(type(owner).__module__)):
+                self._owners |= {id(owner), id(type(owner))}
         self._hidden: dict[tuple[int, str], tuple[Part, str]] = {}  # by owner and attribute
         self._random = list[Entry]()  # states, which only runs of the program must not change
         for generator in (random.getstate.__self__, np.random.mtrand._rand):  # type: ignore
@@ -65,7 +73,8 @@ class PythonState:
         while self._waiting:
             self._walk(*self._waiting.pop())
             if not self._waiting:
-                for key in [key for key in self._hidden if key[1] in self._names]:
+                is_open = not self._names.isdisjoint(DYNAMIC)
+                for key in [key for key in self._hidden if is_open or key[1] in self._names]:
                     self._add(*self._hidden.pop(key), False)
 
     def changed(self) -> str | None:
@@ -139,9 +148,11 @@ class PythonState:
         """Add what a value refers to; what a container holds is its owner's."""
         if isinstance(value, Module):
             self.modules.append(value)
-        is_private = is_library(type(value).__module__) and (
-            is_private or not isinstance(value, CONTAINERS)
-        )
+        if isinstance(value, types.FunctionType):
+            is_private = is_library(value.__module__)
+        else:
+            is_closed = is_private or not isinstance(value, CONTAINERS)
+            is_private = is_closed and is_library(type(value).__module__)
         if isinstance(value, GENERATORS):
             state = read_random(value, None)
             self._random.append(Entry(read_random, value, None, state, name, False))
@@ -151,11 +162,21 @@ class PythonState:
             self._names.update(*(code.co_names for code in codes_of(value.__code__)))
         kind: Any = type(value)
         own, inherited = getattr(value, "__dict__", None), set_by_libraries(kind)
-        for part in parts_of(value):
+        parts, hidden = list(parts_of(value)), list(hidden_of(value))
+        if id(value) in self._owners:
+            hidden += [part for part in parts if part[0] is not None and not _is_called(part)]
+            hidden += without_own(value)
+            parts = [part for part in parts if part[0] is None or _is_called(part)]
+        for part in parts:
             is_inherited = part[1] is own and part[2] in inherited
             self._add(part, name, is_private or is_inherited)
-        for key, each in hidden_of(value):
-            self._hidden[id(value), key] = (read_item, vars(value), key, each, f".{key}"), name
+        for part in hidden:
+            self._hidden[id(part[1]), str(part[2])] = part, name
+
+
+def _is_called(part: Part) -> bool:
+    """Whether a part is a method that Python calls by itself."""
+    return str(part[2]).startswith("__") and part[2] not in ("__init__", "__post_init__")
 
 
 @contextmanager

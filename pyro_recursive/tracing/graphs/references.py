@@ -278,7 +278,14 @@ def _of_object(owner: Any) -> Iterator[Part]:
             yield read_item, vars(owner), name, each, f".{name}"
 
 
-def hidden_of(owner: Any) -> Iterator[tuple[str, Any]]:
+def without_own(owner: Any) -> Iterator[Part]:
+    """Yield the attributes that an object has from its class, and may get of its own."""
+    own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
+    names = {name for each in type(owner).__mro__ for name in vars(each)} - own.keys()
+    yield from ((read_item, own, name, _MISSING, f".{name}") for name in names)
+
+
+def hidden_of(owner: Any) -> Iterator[Part]:
     """Yield attributes that are read where code names them: private ones, of libraries' objects."""
     if isinstance(owner, types.FunctionType | types.ModuleType | type):
         return
@@ -289,7 +296,7 @@ def hidden_of(owner: Any) -> Iterator[tuple[str, Any]]:
     for name, each in list(getattr(owner, "__dict__", {}).items()):
         is_left = name.startswith("_") and (is_private or isinstance(owner, Module))
         if name not in OWN and (is_closed or is_left):
-            yield name, each
+            yield read_item, vars(owner), name, each, f".{name}"
 
 
 def _slots(owner: type) -> tuple[str, ...]:

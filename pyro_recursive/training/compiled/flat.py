@@ -83,6 +83,10 @@ class FlatGroup:
         self.steps = self._spread(self._counts(), torch.int64)
         self.lr = self._spread(self._rates(), torch.float64)
         self._rates_read = self._rates()
+        # Each parameter, its gradient and the version of that, which is zero.
+        self._gradients: list[tuple[Tensor, Tensor | None, int]] = [
+            (p, None, -1) for p in parameters
+        ]
         self.done = 0  # steps taken since the counts of the optimiser were written
         self.is_current = True  # no other step was taken since counts were read
         self._read = itemgetter(*self.options)
@@ -151,7 +155,6 @@ class FlatGroup:
     def bind(self) -> None:
         """Copy parameters and states into the buffers, and make them views of these."""
         self.members = [m._replace(group=_group_of(m.optimizer, m.parameter)) for m in self.members]
-        self._gradients: list[tuple[Tensor | None, int | None]] | None = None
         for optimizer in self.optimizers:
             _groups_of(optimizer).add(self)
         self._bound: list[tuple[Tensor, int, Optimizer, dict[str, Any]]] = []
@@ -212,13 +215,15 @@ class FlatGroup:
     @property
     def has_gradients(self) -> bool:
         """Whether a parameter has a gradient that is not of these steps, for the next one."""
-        found = [m.parameter.grad for m in self.members]
-        now = [(grad, None if grad is None else grad._version) for grad in found]
-        if self._gradients is not None:
-            pairs = zip(now, self._gradients, strict=True)
-            return any(new[0] is not old[0] or new[1] != old[1] for new, old in pairs)
-        self._gradients = now
-        return any(grad is not None and bool(grad.any()) for grad in found)
+        for parameter, gradient, version in self._gradients:
+            now = parameter.grad
+            if now is not gradient or (now is not None and now._version != version):
+                break
+        else:
+            return False
+        found = [(m.parameter, m.parameter.grad) for m in self.members]
+        self._gradients = [(p, g, -1 if g is None else g._version) for p, g in found]
+        return any(gradient is not None and bool(gradient.any()) for _, gradient in found)
 
     def _check_hooks(self) -> None:
         for optimizer in self.optimizers:  # each has one hook, that of its flat groups

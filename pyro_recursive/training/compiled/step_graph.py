@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive.tracing.graphs.gradients import GradientGraph
+from pyro_recursive.tracing.graphs.lowering import DECOMPOSITIONS, lower
 from pyro_recursive.training.compiled.flat import FlatGroup
 
 MAX_BLOCK = 64  # steps
@@ -83,9 +84,9 @@ class StepGraph:
 
     def _trace(self) -> GraphModule:
         with torch.no_grad():
-            module = make_fx(self._step, tracing_mode="fake")(*self.tensors)
-        module.graph.eliminate_dead_code()
-        module.recompile()
+            tracer = make_fx(self._step, DECOMPOSITIONS, tracing_mode="fake")
+            module = tracer(*self.tensors)
+        lower(module)
         return module
 
     def _step(self, *tensors: Tensor) -> list[Tensor]:

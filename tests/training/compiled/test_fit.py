@@ -64,7 +64,26 @@ def test_compiled_fit_takes_the_steps_of_fit(options: dict[str, Any]) -> None:
     assert (found.steps, found.rows) == (expected.steps, expected.rows)
 
 
-def test_on_step_is_called_for_each_step_of_a_block() -> None:
+def test_on_step_may_change_what_the_next_step_uses() -> None:
+    def trained(compile: Any) -> Tensor:
+        made: list[torch.optim.Optimizer] = []
+
+        def optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+            made.append(torch.optim.SGD(parameters, lr=0.001))
+            return made[0]
+
+        def on_step(step: int, loss: Tensor) -> None:
+            for group in made[0].param_groups:
+                group["lr"] = 0.001 / step
+                for parameter in group["params"]:
+                    parameter.data.clamp_(max=0.2)
+
+        return run(compile, optimizer=optimizer, on_step=on_step)[1]
+
+    torch.testing.assert_close(trained("graph"), trained(False), rtol=1e-9, atol=1e-11)
+
+
+def test_on_step_is_called_for_each_step() -> None:
     seen: list[tuple[int, float]] = []
     history, _ = run("graph", on_step=lambda step, loss: seen.append((step, loss.item())))
     assert [step for step, _ in seen] == list(range(1, 13))

@@ -182,6 +182,17 @@ def in_list() -> Callable:
     return model
 
 
+def hooked() -> Callable:
+    net, seen = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), list[Tensor]()
+    net[1].register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
+
+    def model(x: Tensor) -> None:
+        pyro.module("net", net)
+        shifted(x, net(x[:, None]).squeeze(-1) + 0.1 * len(seen))
+
+    return model
+
+
 def drawing(draw: Callable[[], float]) -> Callable:
     return lambda x: shifted(x, 5.0 if draw() < 0.1 else 0.0)
 
@@ -197,6 +208,7 @@ def changing_argument(x: Tensor) -> None:
 EACH_RUN = {
     "counter": (counter, "model -> owner.count changes in each run"),
     "dictionary": (in_dictionary, r"model -> counts\['runs'\] changes in each run"),
+    "hook": (hooked, "model -> seen changes in each run"),
     "list": (in_list, "model -> runs changes in each run"),
     "random": (lambda: drawing(random.random), "the state of random changes"),
     "Random": (lambda: drawing(random.Random(1).random), "model -> draw changes"),
@@ -250,6 +262,8 @@ def test_gradients_from_elsewhere_are_added() -> None:
         for step in range(12):
             if step % 5 == 4:
                 (3.0 * pyro.param("loc")).backward()
+            elif step % 5 == 2:
+                pyro.param("loc").grad = None
             losses.append(svi.step(X))
         return losses
 
@@ -347,3 +361,35 @@ def test_model_loss_and_optimiser_may_be_replaced() -> None:
         return losses
 
     check(scenario)
+
+
+class Trainer:
+    """Trains with methods of its own as model and guide, and notes how it goes."""
+
+    weight = 0.0
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.svi = make(self.model, self.guide, adam(), IWAE_ELBO(3))
+        self.epoch, self.losses = 0, list[float]()
+
+    def shift(self) -> float:
+        return self.weight
+
+    def model(self, x: Tensor) -> None:
+        shifted(x, self.shift())
+
+    def guide(self, x: Tensor) -> None:
+        guide(x)
+
+    def train(self) -> list[float]:
+        for self.epoch in range(12):
+            if self.epoch == 4:
+                self.weight = 3.0
+            elif self.epoch == 8:
+                self.shift = lambda: 1.0  # type: ignore[method-assign]
+            self.losses.append(self.svi.step(X))
+        return self.losses
+
+
+def test_what_an_object_notes_of_its_training_is_no_part_of_its_model() -> None:
+    check(lambda make: Trainer(make).train())  # not one of 8 graphs, and then eager
