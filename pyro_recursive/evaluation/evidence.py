@@ -181,9 +181,10 @@ def results_in_chunks(
 
 
 def particles_per_chunk(program: Program) -> int:
-    """Return how many particles make about `CHUNK_ROWS` rows."""
+    """Return how many particles make about `CHUNK_ROWS` rows, times values that are enumerated."""
     structure = structure_of(program)
-    return samples_per_chunk((*structure.model.values(), *structure.guide.values()))
+    number = samples_per_chunk((*structure.model.values(), *structure.guide.values()))
+    return max(1, number // structure.num_values)
 
 
 def samples_per_chunk(sites: Iterable[Site]) -> int:

@@ -138,7 +138,8 @@ def predict(
     kept = {name: each for name, each in drawn.sites.items() if name not in new.local}
     fixed = replace(empty, sites=kept, count=len(drawn))
     missing = _lacking(single, drawn)
-    if new.rows and (lacking := sorted(set(missing) - new.local)):
+    undrawn = {site["name"] for site in latent_sites(single)} - drawn.sites.keys()
+    if new.rows and (lacking := sorted(undrawn - new.local)):
         raise ValueError(f"There are no draws of {lacking}, outside plates {sorted(new.rows)}.")
     if new.data and missing and not isinstance(guide, Draws):
         found = _missing_data(program, replace(fixed, sites=drawn.sites), new, missing, run)

@@ -129,7 +129,13 @@ class PosteriorTable:
         """
         with pyro.plate(PARTICLE_PLATE, draws.count, dim=-self.nesting - 1):
             model = self.program.run_model(draws.trace)
-        check_match(SiteTable(model, draws.trace), self.nesting)
+        table = SiteTable(model, draws.trace)
+        check_match(table, self.nesting)
+        if table.enumerated:
+            raise NotImplementedError(
+                f"Site '{table.enumerated[0].name}' is enumerated, and the prior of the rows' "
+                "latents is not summed over it. Sample it in the guide."
+            )
         found = [site for site in latent_sites(model) if self.frame.name in plates_of(site)]
         names = {site["name"] for site in found}
         for name in sorted(names ^ (self.local & set(model.nodes))):

@@ -32,7 +32,7 @@ from pyro_recursive.tracing.compatibility import (
 )
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import Site, subsample_sites
 
@@ -64,6 +64,7 @@ def posterior_draws(
             `pyro_recursive.log_marginal`.
 
     Raises:
+        NotImplementedError: the model has enumerated latents.
         ValueError: draws cannot be weighted; and as `pyro_recursive.log_marginal` does.
 
     Reference: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
@@ -86,7 +87,13 @@ def posterior_draws(
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     with torch.no_grad():
-        chunks = Program(model, guide, args, kwargs), count, chunk_size, compile
+        program = Program(model, guide, args, kwargs)
+        if enumerated := sorted(structure_of(program).enumerated):
+            raise NotImplementedError(
+                f"Sites {enumerated} are enumerated, and have no posterior draws. Sample them in "
+                "the guide, or draw them by pyro.infer.infer_discrete."
+            )
+        chunks = program, count, chunk_size, compile
         draws = _from_guide(*chunks, weighted=resample is not None, **run)
         if resample is not None:
             draws = draws.take(resampled_index(draws.log_weights, num_draws, draws.plates))

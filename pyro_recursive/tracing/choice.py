@@ -76,6 +76,8 @@ class _Comparison:
         total = _unused_prime({*structure.sizes, *_sizes((program.args, program.kwargs))})
         self.particles = Particles(1, total, -structure.max_plate_nesting - 1)
         self.ends = 0, total - 1
+        nesting = structure.max_plate_nesting
+        self.enum_dim = -nesting - 2 if structure.enumerated else None
         self.is_on_cpu = structure.devices <= {"cpu"}
 
     def choice(self) -> tuple[Mode, str]:
@@ -96,18 +98,18 @@ class _Comparison:
                 return "loop", failure
 
         source = _with_leaves(source)
-        first = self.program.run_model(self._row(source, 0))
+        first = self._model(self._row(source, 0))
         found = _log_densities(first)  # raises for data that no mode can serve
         alone = {name: each.detach() for name, each in found.items()}
         for name, site in subsample_sites(first).nodes.items():
             if name not in source.nodes:
                 source.add_node(name, **site)
-        run = partial(self._single, self.program.run_model, source)
+        run = partial(self._single, self._model, source)
         single = cache(lambda i, nudge: run(i, nudge) if i or nudge else alone)
         if mode == "vmap":
             try:
                 with self.particles.plate(), self._bounds():
-                    model = _log_densities(self.program.run_model(source))
+                    model = _log_densities(self._model(source))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -117,6 +119,8 @@ class _Comparison:
                 cause = self._mixing(model, source) or self._difference(model, single, every)
                 if not cause:
                     return "plate", ""
+        if self.enum_dim is not None:
+            return "loop", cause
         try:
             values = batched.values_by_particle(source, self.particles, self.ranks)
             vmapped = batched.run_model(self.program, source, values, self.particles)
@@ -127,6 +131,10 @@ class _Comparison:
         if failure := self._difference(_log_densities(vmapped), single, self.ends):
             return "loop", failure
         return mode, cause
+
+    def _model(self, source: poutine.Trace) -> poutine.Trace:
+        """Trace the model with all values of its enumerated latents, whose densities must agree."""
+        return self.program.run_model(source, self.enum_dim)
 
     def _guide(
         self, run: Callable[[poutine.Trace], poutine.Trace], moved: bool | None
@@ -233,7 +241,7 @@ class _Comparison:
 
     def _of(self, particle: int, log_prob: Tensor) -> Tensor:
         dim = self._dim_of_particles(log_prob)
-        return log_prob if dim is None else log_prob.select(dim, particle)
+        return log_prob if dim is None else log_prob.narrow(dim, particle, 1)
 
     def _dim_of_particles(self, log_prob: Tensor) -> int | None:
         dim = self.particles.dim

@@ -48,19 +48,22 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
     guided = {record.name: record for record in table.guide if not record.site["is_observed"]}
     for name, record in {**latent, **guided}.items():
         infer = record.site["infer"]
-        if infer.get("enumerate"):
-            raise NotImplementedError(
-                f"Site '{name}' is to be enumerated: use TraceEnum_ELBO, or sample it in the guide "
-                "without infer={'enumerate'}."
-            )
         if name not in guided:
+            if infer.get("enumerate"):  # summed out
+                continue
             raise ValueError(f"Model site '{name}' is latent and the guide does not sample it.")
         if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
                 f"Guide site '{name}' is no latent site of the model: mark it is_auxiliary."
             )
+        if infer.get("enumerate"):
+            raise NotImplementedError(
+                f"Guide site '{name}' is enumerated: leave it out of the guide and enumerate it in "
+                "the model, where it is summed exactly, or drop infer={'enumerate'} to sample it."
+            )
     check_latent(record.site for record in table.guide)
     check_sizes(table)
+    _check_summed(table)
     check_shapes = is_validation_enabled()
     for name in latent.keys() & guided.keys():
         one, other = latent[name], guided[name]
@@ -68,6 +71,35 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
             _check_angle(other, guided.values())
         if check_shapes:
             _check_shapes(one, other, max_plate_nesting)
+
+
+def _check_summed(table: SiteTable) -> None:
+    """Raise where entries of a plate depend on enumerated latents of others, which are summed."""
+    for plate, found in table.dependence.items():
+        if found.summed:
+            inside = next(r.name for r in table.enumerated if plate in r.plates)
+            where = "" if found.summed[0] in found.coupled else f", outside plate '{plate}',"
+            raise ValueError(
+                f"The density of '{found.summed[0]}'{where} changes with enumerated latents in "
+                f"other entries of plate '{plate}': the sum does not split by entry. Sample "
+                f"'{inside}' in the guide."
+            )
+
+
+def check_enumerable(site: Site) -> None:
+    """Raise where a site's values cannot all be enumerated."""
+    name, number = site["name"], site["infer"].get("num_samples")
+    if number is not None:
+        raise NotImplementedError(
+            f"Site '{name}' has infer={{'num_samples': {number}}}: a sampled sum inside the "
+            "logarithm has another bound and no gradient. Drop num_samples, or sample "
+            f"'{name}' in the guide."
+        )
+    if not site["fn"].has_enumerate_support:
+        raise NotImplementedError(
+            f"Site '{name}' is enumerated, and {type(site['fn']).__name__} has no finite support. "
+            f"Sample '{name}' in the guide."
+        )
 
 
 def check_global_elbo(
@@ -79,8 +111,11 @@ def check_global_elbo(
     """Return whether global and local sites can be separated.
 
     They cannot where the density of a global site depends on local latents, as far as a test shows;
-    with several samples that raises.
+    with several samples that raises. With one they need not be: it is not done where a global site
+    is enumerated, as it is summed together with those that depend on it.
     """
+    if num_particles == 1 and structure.enumerated - local:
+        return False
     for plate in sorted(data_plates(structure.model.values()) & dependence.keys()):
         outside = dependence[plate].outside.items()
         name, where = next(((n, w) for n, w in outside if n not in local), (None, None))
@@ -291,6 +326,8 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
     if found is not None:
         frame, outside = found
         problem = f"does not enclose site '{outside}'. Use global_latents='elbo', full data, or"
+        if any(record.name == outside for record in table.enumerated):
+            problem = f"does not enclose site '{outside}', which is enumerated. Use full data or"
         if frame.name in table.coupled:
             site = table.coupled[frame.name]
             problem = f"the density of '{site}' in one entry depends on others. Use full data or"
@@ -322,9 +359,11 @@ def _warn_if_coupled(table: SiteTable) -> None:
 def _warn_if_joint(table: SiteTable) -> None:
     """Warn where one weight covers the whole data set although there are local latents."""
     latent = [record for record in table.model if not record.site["is_observed"]]
+    summed = {record.name for record in table.enumerated}
+    sampled = [record for record in latent if record.name not in summed]
     for record in table.model:
         for name, frame in record.plates.items() if record.site["is_observed"] else ():
-            local = next((other.name for other in latent if name in other.plates), None)
+            local = next((other.name for other in sampled if name in other.plates), None)
             if local is None or frame.size == 1:
                 continue
             outside = [other.name for other in (*latent, *table.model) if name not in other.plates]
@@ -337,7 +376,8 @@ def _warn_if_joint(table: SiteTable) -> None:
                 remedy = (
                     " Use global_latents='elbo'." if is_global else " Put that site in the plate."
                 )
-            if table.dependence.get(name, PlateDependence()).outside:
+            is_summed = bool(outside) and outside[0] in summed
+            if is_summed or table.dependence.get(name, PlateDependence()).outside:
                 remedy = ""  # that would be refused
             warn_user(
                 f"Plate '{name}' encloses latent site '{local}'{cause}: all its {frame.size} "

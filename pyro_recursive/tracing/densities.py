@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_recursive.tracing.compatibility import check_batch_shape, log_prob_of
+from pyro_recursive.tracing.enumeration import is_enumerated, marginalised
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.runs import ParticleRun
@@ -28,7 +29,8 @@ class Densities:
     reparameterised sites, of the other sampled ones, and of what is computed from them. Scales and
     masks are in these; ``density_rest`` and ``score_rest`` are what they took away from the density
     that the samples come from. ``names`` are the sites that were asked for, None for all; ``terms``
-    are the sites' own log-densities where some are score-handled.
+    are the sites' own log-densities where some are score-handled. Entries of the ``coupled`` plates
+    depend on each other by the sum over an enumerated latent outside.
     """
 
     layout: PlateLayout
@@ -40,6 +42,7 @@ class Densities:
     score_rest: Tensor | None = None
     names: frozenset[str] | None = None
     terms: "Terms | None" = None
+    coupled: frozenset[str] = frozenset()
 
     @cached_property
     def reparameterized(self) -> Tensor:
@@ -70,12 +73,24 @@ def densities(
 ) -> Densities:
     """Return the log-densities of runs; `only` restricts them to sites of these names."""
     terms: Terms = {group: [[] for _ in runs] for group in GROUPS}
+    coupled = frozenset[str]()
     for number, run in enumerate(runs):
-        for record in run.table.records:
+        records = run.table.records
+        if is_enumerated(run.table):
+            ordinary, marginals = marginalised(run.table, layout)
+            records = [*ordinary, *run.table.guide]
+            for marginal in marginals:
+                if only is not None and not marginal.names <= only:
+                    marginal.check_apart(only)
+                    continue
+                terms["model"][number].append((marginal.site, marginal.log_prob))
+                coupled |= marginal.reached
+        for record in records:
             if only is None or record.name in only:
                 _add(record, layout, terms, number)
     tensors = {name: layout.gather(group) if any(group) else None for name, group in terms.items()}
-    return Densities(layout, **tensors, names=only, terms=terms if any(terms["score"]) else None)
+    kept = terms if any(terms["score"]) else None
+    return Densities(layout, **tensors, names=only, terms=kept, coupled=coupled)
 
 
 def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> None:

@@ -7,6 +7,7 @@ test: it finds what these values show, and may miss a dependence.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -71,13 +72,14 @@ def independent_plates(program: Program) -> frozenset[str]:
 def _tested(program: Program) -> dict[str, PlateDependence]:
     try:
         guide = program.run_guide()
-        if not any(map(plates_of, latent_sites(guide))):
+        is_enumerated = bool(structure_of(program).enumerated)
+        if not is_enumerated and not any(map(plates_of, latent_sites(guide))):
             return {}
         swaps = _Swaps(program, guide)
         drawn = {r.name for r in swaps.table.model if not r.site["is_observed"]}
-        if not drawn <= {record.name for record in swaps.table.guide}:
+        if not drawn <= {record.name for record in swaps.latents}:
             return {}  # what the model draws itself need not be the same in two runs
-        names = _plates_to_test(swaps.table)
+        names = _plates_to_test(swaps.table, swaps.latents)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a program that cannot run says so itself
@@ -95,11 +97,11 @@ def _tested(program: Program) -> dict[str, PlateDependence]:
     return found
 
 
-def _plates_to_test(table: SiteTable) -> list[str]:
-    latents = [record for record in table.guide if not record.site["is_observed"]]
+def _plates_to_test(table: SiteTable, latents: list[SiteRecord]) -> list[str]:
     stacks = [set(record.row_plates) for record in table.records]
     enclosing = set.intersection(*stacks) if stacks else set()
-    scored = {name for record in latents if record.group == "score" for name in record.row_plates}
+    discrete = [record for record in latents if record.group in ("score", "model")]
+    scored = {name for record in discrete for name in record.row_plates}
     inside = {name for record in latents for name in record.plates}
     return sorted((enclosing | scored | data_plates(r.site for r in table.model)) & inside)
 
@@ -109,19 +111,42 @@ class _Swaps:
 
     def __init__(self, program: Program, guide: poutine.Trace) -> None:
         self.program, self.guide = program, guide
+        self.enumerated: dict[str, Site] = {}
         # Not the values themselves: transforms remember those, and need not invert them.
         self.values = {s["name"]: s["value"].clone() for s in latent_sites(self.guide)}
         self.state = random_state()
         self.table = self._run(self.values)
-        self.latents = [record for record in self.table.guide if record.name in self.values]
+        self.enumerated = {record.name: record.site for record in self.table.enumerated}
+        if self.enumerated:  # drawn by the model, and given to it from now on
+            self.values |= {name: site["value"] for name, site in self.enumerated.items()}
+            self.table = self._run(self.values)
+        self.latents = [
+            record
+            for record in self.table.records
+            if (record.group != "model" or record.name in self.enumerated)
+            and record.name in self.values
+        ]
         self.before = _densities(self.table)
 
     def dependence(self, plate: str) -> PlateDependence | None:
         """Return what depends on latents in a plate; None where runs cannot be compared."""
         inside = [record for record in self.latents if plate in record.plates]
+        found = self._found(plate, inside)
+        summed = [record for record in inside if record.group == "model"]
+        if found and summed and summed[0].plates[plate].vectorized:
+            own = self._found(plate, summed) if len(summed) < len(inside) else found
+            found = replace(found, summed=(*own.outside, *own.coupled))
+        kept = torch.ones(inside[0].plates[plate].size, dtype=torch.bool)
+        if found and _difference(self.before, _densities(self._run(self.values)), plate, kept):
+            return None
+        return found
+
+    def _found(self, plate: str, inside: list[SiteRecord]) -> PlateDependence:
+        """Return what other values of these latents in some entries show."""
         drawn = self._drawn_again(inside)
         discrete = any(
-            r.group == "score" and not isinstance(r.site["fn"], ComponentIndex) for r in inside
+            r.group in ("score", "model") and not isinstance(r.site["fn"], ComponentIndex)
+            for r in inside
         )
         # A generator of its own, as all runs start from one random state.
         random = torch.Generator().manual_seed(0)
@@ -129,27 +154,27 @@ class _Swaps:
         for is_swapped in _parts(inside[0].plates[plate].size, discrete, random):
             swapped = {}
             for record in inside:
-                other = _other_value(record.site, drawn[record.name], random)
+                other = _other_value(record.site, drawn.get(record.name), random)
                 swapped[record.name] = _swap(record, plate, is_swapped, other)
             after = _densities(self._run({**self.values, **swapped}))
             found = found | _difference(self.before, after, plate, ~is_swapped)
-        kept = torch.ones_like(is_swapped)
-        if found and _difference(self.before, _densities(self._run(self.values)), plate, kept):
-            return None
         return found
 
     def _run(self, values: dict[str, Tensor]) -> SiteTable:
         """Run model and guide on values, always with the same noise."""
         set_random_state(self.state)
         replayed = self.guide.copy()
-        for name, value in values.items():
-            replayed.nodes[name] = {**replayed.nodes[name], "value": value}
+        for name in replayed.nodes.keys() & values.keys():
+            replayed.nodes[name] = {**replayed.nodes[name], "value": values[name]}
         guide = self.program.run_guide(replayed)
-        return SiteTable(self.program.run_model(guide), guide)
+        source = guide.copy()
+        for name in self.enumerated.keys() & values.keys():
+            source.add_node(name, **{**self.enumerated[name], "value": values[name]})
+        return SiteTable(self.program.run_model(source), guide)
 
     def _drawn_again(self, inside: list[SiteRecord]) -> dict[str, Tensor]:
         """Return other values of the sites inside, given the same minibatch and sites outside."""
-        names = {record.name for record in inside}
+        names = {record.name for record in inside if record.group != "model"}
         kept = self.guide.copy()
         for name in names:
             kept.remove_node(name)
@@ -175,8 +200,11 @@ def _parts(size: int, discrete: bool, random: torch.Generator) -> Iterator[Tenso
             yield ~part
 
 
-def _other_value(site: Site, drawn: Tensor, random: torch.Generator) -> Tensor:
-    """Return the drawn value, or for discrete sites one that differs in every entry."""
+def _other_value(site: Site, drawn: Tensor | None, random: torch.Generator) -> Tensor:
+    """Return the drawn value, or for discrete sites one that differs in every entry.
+
+    What is not drawn has a support of one value, if it does not differ.
+    """
     base, value = layers(site["fn"])[-1], site["value"]
     if base.has_enumerate_support:
         support = base.enumerate_support(expand=False)
@@ -189,7 +217,7 @@ def _other_value(site: Site, drawn: Tensor, random: torch.Generator) -> Tensor:
             return support[(index + shift) % len(support)]
     elif base.support is constraints.nonnegative_integer:
         return value + 1
-    return drawn
+    return value if drawn is None else drawn
 
 
 def _swap(record: SiteRecord, plate: str, is_swapped: Tensor, other: Tensor) -> Tensor:
@@ -215,7 +243,9 @@ def _difference(
         for (site, first), (_, second) in zip(one, other, strict=True):
             pairs = zip(first, second, strict=True)
             changes = [_changed(*each) for each in pairs]
-            if plate not in independent_plates_of(site):
+            # A model's site has the guide's `infer` by replay.
+            own = plates_of(site) if where == "model" else independent_plates_of(site)
+            if plate not in own:
                 if any(bool(change.any()) for change in changes):
                     outside[site["name"]] = where
             elif any(_changed_in(change, plates_of(site)[plate], is_kept) for change in changes):

@@ -99,8 +99,15 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
         return []
     shared, terms = dens.layout, dens.terms
 
+    def plates(site: Site) -> dict[str, Any]:
+        return {
+            name: frame
+            for name, frame in independent_plates_of(site).items()
+            if name in shared.names or (name in independent and name not in dens.coupled)
+        }
+
     def kind(site: Site) -> tuple[frozenset[str], bool]:
-        return frozenset(_plates(site, shared, independent)), isinstance(site["fn"], ComponentIndex)
+        return frozenset(plates(site)), isinstance(site["fn"], ComponentIndex)
 
     kinds = {kind(site): site for site, _ in itertools.chain.from_iterable(terms["score"])}
     if len(kinds) == 1:
@@ -110,7 +117,7 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
     groups = []
     for key, example in kinds.items():
         names, is_choice = key
-        layout = shared.within(_plates(example, shared, independent).values())
+        layout = shared.within(plates(example).values())
         score, rest = (
             layout.gather([[term for term in run if kind(term[0]) == key] for run in terms[group]])
             for group in ("score", "score_rest")
@@ -119,14 +126,6 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
         split = None if names == shared.names else terms
         groups.append(ScoreGroup(shared, layout, score, rest, is_choice, split))
     return groups
-
-
-def _plates(site: Site, shared: PlateLayout, independent: Container[str]) -> dict[str, Any]:
-    return {
-        name: frame
-        for name, frame in independent_plates_of(site).items()
-        if name in shared.names or name in independent
-    }
 
 
 def _double(tensor: Tensor) -> Tensor:

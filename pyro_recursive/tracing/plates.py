@@ -60,8 +60,9 @@ class ProgramStructure:
     """The plate nesting of a program and the plates of each sample site, from one run.
 
     ``ranks`` are the numbers of dims of the guide's values, and ``sizes`` all sizes of dims in that
-    run, on ``devices``. ``misfit`` says why its sites do not fit together; handlers around a call
-    may change that.
+    run, on ``devices``. ``enumerated`` are the model's latents that are summed out, which that run
+    draws, and ``num_values`` the largest number of their values in one density. ``misfit`` says why
+    its sites do not fit together; handlers around a call may change that.
     ``mode`` is how many samples run: under a plate, the model or also the guide under `torch.vmap`,
     or in a loop. It is None until it is chosen, and ``cause`` says why it is not the plate
     (`tracing.choice`).
@@ -74,6 +75,8 @@ class ProgramStructure:
     guide: dict[str, Site]
     ranks: dict[str, int] = field(default_factory=dict)
     sizes: frozenset[int] = frozenset()
+    enumerated: frozenset[str] = frozenset()
+    num_values: int = 1
     devices: frozenset[str] = frozenset()
     misfit: Exception | None = None
     mode: Mode | None = None
@@ -88,7 +91,8 @@ def structure_in(table: SiteTable) -> ProgramStructure:
         {record.name: {key: record.site[key] for key in keys} for record in records}
         for records in (table.model, table.guide)
     )
-    return ProgramStructure(table.nesting, model, guide)
+    enumerated = frozenset(record.name for record in table.enumerated)
+    return ProgramStructure(table.nesting, model, guide, enumerated=enumerated)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from pyro.poutine.util import site_is_subsample
 from pyro_recursive.tracing.compatibility import (
     batch_shapes,
     check_batch_shape,
+    check_enumerable,
     check_latent,
     check_match,
     check_sizes,
 )
+from pyro_recursive.tracing.enumeration import EnumeratedModel, most_values
 from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
@@ -67,15 +69,38 @@ class Program:
             trace = without(trace, lambda site: site["is_observed"])
         return with_plate_sizes(trace)
 
-    def run_model(self, guide: poutine.Trace) -> poutine.Trace:
-        model = GivenMinibatches()(self.model) if _draws_minibatch(guide) else self.model
+    def run_model(self, guide: poutine.Trace, enum_dim: int | None = None) -> poutine.Trace:
+        """Trace the model on the guide's values.
+
+        It draws what the guide lacks; with ``enum_dim`` its enumerated latents have all their
+        values at once instead, in dims from that one leftwards.
+        """
+        model: Any = self.model
+        if _draws_minibatch(guide):
+            model = GivenMinibatches()(model)
+        if enum_dim is not None:
+            guide = _with_own_infer(guide)
+            # Inside `replay`, or a guide's value would hide the dims of its prior.
+            model = EnumeratedModel(model, guide.nodes.keys(), enum_dim)
         replayed = poutine.replay(model, trace=guide)
         try:
             trace = poutine.trace(replayed).get_trace(*self.args, **self.kwargs)
-        except RuntimeError:
-            check_latent(sites(guide))  # Pyro's error is less clear
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(model, EnumeratedModel):
+                model.check_branches(error)
+            if isinstance(error, RuntimeError):
+                check_latent(sites(guide))  # Pyro's error is less clear
             raise
         return with_plate_sizes(trace)
+
+
+def _with_own_infer(trace: poutine.Trace) -> poutine.Trace:
+    """Copy a trace and the sites' ``infer``, to which enumeration writes under `poutine.replay`."""
+    copy = trace.copy()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            copy.nodes[name] = {**site, "infer": dict(site["infer"])}
+    return copy
 
 
 def no_model(*args: Any, **kwargs: Any) -> None:
@@ -185,6 +210,12 @@ def _discover(program: Program) -> ProgramStructure:
         guide = program.run_guide()
         table = SiteTable(program.run_model(guide), guide)
         check_sizes(table)
+        num_values = 1
+        if table.enumerated:
+            for record in table.enumerated:
+                check_enumerable(record.site)
+            trace = program.run_model(guide, -table.nesting - 2)
+            num_values = most_values(trace, table.nesting)
         # Later a dim of size M * K could pass for the particle plate.
         for record in table.records:
             check_batch_shape(record.site, *batch_shapes(record.site))
@@ -199,6 +230,7 @@ def _discover(program: Program) -> ProgramStructure:
         structure_in(table),
         ranks={record.name: record.site["value"].dim() for record in table.guide},
         sizes=frozenset(size for tensor in tensors for size in tensor.shape),
+        num_values=num_values,
         devices=frozenset(tensor.device.type for tensor in tensors),
         misfit=misfit,
     )

@@ -114,32 +114,37 @@ def _run(
     """Run guide and model for M * K samples, in one pass or one by one; see `_draw`.
 
     ``vectorize`` is True or "auto" for what `tracing.choice` finds, "vmap" for the model under
-    `torch.vmap` where all samples run in one pass, and False for a loop.
+    `torch.vmap` where all samples run in one pass, and False for a loop. Enumerated latents of the
+    model have all their values at once, in dims left of the particle plate.
     """
     looped = Particles(num_estimates, num_particles)
-    if not vectorize or looped.total == 1:
-        return looped, _draw(program, looped, **options)
+    one_by_one = not vectorize or looped.total == 1
     structure = structure_of(program)
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
-    particles = _in_one_pass(program, structure, looped, assumed, vectorize)
+    if one_by_one:
+        particles = looped
+    else:
+        particles = _in_one_pass(program, structure, looped, assumed, vectorize)
     try:
-        runs = _draw(program, particles, ranks=structure.ranks, **options)
-        if particles.dim is None or runs[0].table.nesting <= assumed:
+        runs = _draw(program, particles, **_form(structure, assumed), **options)
+        if not _is_outgrown(runs[0].table, particles, structure, assumed):
             return particles, runs
         problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if particles.dim is None:
+        if particles.dim is None and not structure.enumerated:
             raise
         problem = error
     # Plates may depend on the arguments: look at this call's, in a run of one sample.
     fresh = structure_of(program, fresh=True)
     _refuse_misfit(fresh)
     nesting = max(assumed, fresh.max_plate_nesting)
-    again = _in_one_pass(program, fresh, looped, nesting, vectorize)
-    if again == particles and fresh.ranks == structure.ranks:
+    again = looped if one_by_one else _in_one_pass(program, fresh, looped, nesting, vectorize)
+    if again == particles and _form(fresh, nesting) == _form(structure, assumed):
+        if particles.dim is None:
+            raise problem
         if not particles.vmap:
             text = str(problem).partition("Trace Shapes")[0]  # which Pyro adds to every error
             if _SHAPES.search(text):
@@ -151,7 +156,25 @@ def _run(
         where = "guide or model" if particles.vmap_guide else "model"
         _warn_of_loop(looped, f"the {where} raises {brief(problem)}")
         again = looped
-    return again, _draw(program, again, ranks=fresh.ranks, **options)
+    return again, _draw(program, again, **_form(fresh, nesting), **options)
+
+
+def _form(structure: ProgramStructure, nesting: int) -> dict[str, Any]:
+    """Return what `_draw` needs of a structure, with so many dims of plates."""
+    return {
+        "ranks": structure.ranks,
+        "enum_dim": -nesting - 2 if structure.enumerated else None,
+    }
+
+
+def _is_outgrown(
+    table: SiteTable, particles: Particles, structure: ProgramStructure, nesting: int
+) -> bool:
+    """Whether a run has plates in the way of others, or enumerated sites that were not known."""
+    if structure.enumerated.issuperset(record.name for record in table.enumerated):
+        is_free = particles.dim is None and not structure.enumerated
+        return table.nesting > nesting and not is_free
+    return True
 
 
 # What errors about shapes say, in torch and in Pyro, and `choice` of samples that mix.
@@ -177,7 +200,8 @@ def _in_one_pass(
             _warn_of_loop(looped, structure.cause)
         return looped
     guide = structure.mode == "vmap guide"
-    model = guide or structure.mode == "vmap" or vectorize == "vmap"
+    model = guide or structure.mode == "vmap"
+    model |= vectorize == "vmap" and not structure.enumerated
     return replace(looped, dim=-nesting - 1, vmap=model, vmap_guide=guide)
 
 
@@ -207,6 +231,7 @@ def _draw(
     subsample: poutine.Trace | None = None,
     assignment: ComponentAssignment | None = None,
     ranks: dict[str, int] | None = None,
+    enum_dim: int | None = None,
 ) -> list[ParticleRun]:
     """Run guide and model for all particles on one minibatch.
 
@@ -214,12 +239,13 @@ def _draw(
     ``"values"`` on detached samples; ``cut_model`` gives the model stand-ins of everything it takes
     from the guide. Sites in ``shared`` have one value for the K samples of an estimate. A trace
     of subsample sites fixes the minibatch; without one it is drawn here, once for all particles.
-    ``assignment`` choose the components of mixture guides. ``ranks`` are those of the structure.
+    ``assignment`` choose the components of mixture guides. ``ranks`` are those of the structure,
+    and ``enum_dim`` is the first dim of enumerated latents.
     """
     runs: list[ParticleRun] = []
     looped, count = particles.dim is None, particles.total
     sharing = _ShareWithinEstimate(shared, particles) if shared else nullcontext()
-    dependence = dependence_of(program) if count > 1 else {}
+    dependence = dependence_of(program) if count > 1 or enum_dim is not None else {}
     key = f"plate of {count} at {particles.dim}"
     if key not in program.memory:  # making one costs a sample statement
         program.memory[key] = particles.plate()
@@ -256,7 +282,7 @@ def _draw(
                 model = batched.run_model(program, source, values, particles)
             else:
                 with plate:
-                    model = program.run_model(source)
+                    model = program.run_model(source, enum_dim)
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
         runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))

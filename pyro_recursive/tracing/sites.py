@@ -62,11 +62,13 @@ class PlateDependence:
     """What depends on latents inside a plate and may not: nothing, if its entries are independent.
 
     ``outside`` are sites outside the plate, each "model" or "guide"; ``coupled`` are sites inside
-    whose density in one entry depends on latents of another.
+    whose density in one entry depends on latents of another. ``summed`` are those of both kinds
+    that depend so on an enumerated latent, in a plate that is no loop.
     """
 
     outside: dict[str, str] = field(default_factory=dict)
     coupled: tuple[str, ...] = ()
+    summed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.outside or self.coupled)
@@ -74,7 +76,9 @@ class PlateDependence:
     def __or__(self, other: "PlateDependence") -> "PlateDependence":
         in_guide = {name: where for name, where in self.outside.items() if where == "guide"}
         outside = {**self.outside, **other.outside, **in_guide}
-        return PlateDependence(outside, (*self.coupled, *other.coupled))
+        return PlateDependence(
+            outside, (*self.coupled, *other.coupled), (*self.summed, *other.summed)
+        )
 
 
 class SiteTable:
@@ -121,6 +125,18 @@ class SiteTable:
                 )
         self.records = [*self.model, *self.guide]
         self.dependence: dict[str, PlateDependence] = {}
+
+    @property
+    def enumerated(self) -> list[SiteRecord]:
+        """The model's latents that are to be enumerated: marked, and not sampled by the guide."""
+        guided = {record.name for record in self.guide}
+        return [
+            record
+            for record in self.model
+            if record.site["infer"].get("enumerate")
+            and not record.site["is_observed"]
+            and record.name not in guided
+        ]
 
     def note(self, dependence: dict[str, PlateDependence]) -> None:
         """Note what is known of plates: entries that depend on each other are no rows."""

@@ -38,16 +38,63 @@ def mask_without_plate(x: Tensor) -> None:
     observe(z, x[0])
 
 
-def enumerated(x: Tensor) -> None:
+def enumerated(x: Tensor, **infer: Any) -> Tensor:
+    """Return an enumerated latent of each row, whose value generates the row."""
     with pyro.plate("data", len(x)):
-        k = pyro.sample("k", dist.Bernoulli(0.35), infer={"enumerate": "parallel"})
+        k = pyro.sample("k", dist.Bernoulli(0.35), infer={"enumerate": "parallel", **infer})
         observe(k + real("mu", 0.3), x)
+    return k
 
 
 def enumerated_guide(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         k = dist.Bernoulli(logits=real("a", 0.4) * x)
         pyro.sample("k", k, infer={"enumerate": "parallel"})
+
+
+def enumerated_branch(x: Tensor) -> None:
+    for i in pyro.plate("data", len(x)):
+        k = pyro.sample(f"k{i}", dist.Bernoulli(0.35), infer={"enumerate": "sequential"})
+        observe(torch.tensor(1.0 if k else -1.0), x[i], f"x{i}")
+
+
+def enumerated_counts(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        observe(pyro.sample("k", dist.Poisson(1.0), infer={"enumerate": "parallel"}), x)
+
+
+def enumerated_scales(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.35), infer={"enumerate": "parallel"})
+        with poutine.scale(scale=0.5):
+            observe(k, x)
+
+
+def enumerated_crossing(x: Tensor) -> None:
+    rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", len(x), dim=-1)
+    fn = dist.Bernoulli(0.35)
+    with rows:
+        one = pyro.sample("one", fn, infer={"enumerate": "parallel"})
+    with columns:
+        other = pyro.sample("other", fn, infer={"enumerate": "parallel"})
+    with rows, columns:
+        observe(one + other, x.expand(2, -1))
+
+
+def enumerated_outside(x: Tensor) -> None:
+    k = pyro.sample("k", dist.Bernoulli(0.35), infer={"enumerate": "parallel"})
+    with pyro.plate("data", len(x)):
+        observe(normal("z", k, 1.0), x)
+
+
+def enumerated_inside(x: Tensor) -> None:
+    observe(enumerated(x).sum(-1, keepdim=True), x[0], "total")
+
+
+def enumerated_neighbours(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.35), infer={"enumerate": "parallel"})
+        observe(k.roll(1, -1), x)
 
 
 def two_data_sets(x: Tensor) -> None:
@@ -124,8 +171,25 @@ REFUSALS = [
         ("batch", batch_without_plate, batch_without_plate_guide, NO_PLATE.format("z")),
         ("data", data_without_plate, scalar_guide, NO_PLATE.format("x")),
         ("mask", mask_without_plate, poutine.mask(scalar_guide, mask()), NO_PLATE.format("z")),
-        ("enumerated_in_model", enumerated, empty_guide, "Site 'k' is to be enumerated"),
-        ("enumerated_in_guide", enumerated, enumerated_guide, "Site 'k' is to be enumerated"),
+        ("enumerated_in_guide", enumerated, enumerated_guide, "Guide site 'k' is enumerated"),
+        ("enumerated_branch", enumerated_branch, empty_guide, "'k0' is enumerated and the .*branc"),
+        ("enumerated_samples", partial(enumerated, num_samples=4), empty_guide, "num_samples': 4}"),
+        ("enumerated_counts", enumerated_counts, empty_guide, "'k' .*Poisson has no finite"),
+        ("enumerated_scales", enumerated_scales, empty_guide, "'k' and 'x' .*scales 1 and 0.5"),
+        (
+            "enumerated_crossing",
+            enumerated_crossing,
+            empty_guide,
+            "'rows' and 'columns' cross at s",
+        ),
+        ("enumerated_inside", enumerated_inside, empty_guide, "'total'.*outside plate 'data'.*'k'"),
+        (
+            "enumerated_neighbours",
+            enumerated_neighbours,
+            empty_guide,
+            "'x' changes with enumerated",
+        ),
+        ("enumerated_outside", enumerated_outside, local_guide, "'k', 'z' are summed toget", ELBO),
         ("no_data_plate", two_data_sets, two_data_sets_guide, "elbo' needs a plate", ELBO),
         ("discrete_global", discrete_global, discrete_global_guide, "'k' is not repar", ELBO),
         ("missing_in_guide", local, empty_guide, "Model site 'z' is latent and the guide"),

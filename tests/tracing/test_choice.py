@@ -208,13 +208,7 @@ def test_a_model_that_branches_later_is_looped() -> None:
 
 
 def test_misfits_are_told_before_errors_of_shapes() -> None:
-    """Enumerated sites, latents without a guide, a batch dim without a plate."""
-
-    def enumerated() -> None:
-        locs = weights()
-        with pyro.plate("data", N):
-            z = pyro.sample("z", dist.Categorical(torch.ones(D)), infer={"enumerate": "parallel"})
-            pyro.sample("y", dist.Normal(locs[z], 1.0), obs=Y)
+    """Latents without a guide, a batch dim without a plate."""
 
     def unguided() -> None:
         observe(X @ (weights() + weights(name="c")))
@@ -223,7 +217,6 @@ def test_misfits_are_told_before_errors_of_shapes() -> None:
         pyro.sample("y", dist.Normal(X @ weights(), 1.0), obs=Y)
 
     for model, error, message in (
-        (enumerated, NotImplementedError, "'z' is to be enumerated"),
         (unguided, ValueError, "'c' is latent and the guide does not"),
         (unplated, ValueError, r"'y' has batch shape \(6,\), and dim -1 belongs to no plate"),
     ):

@@ -1,0 +1,363 @@
+"""Enumerated latents of a model, summed exactly inside the log-density.
+
+A model's latent that is marked ``infer={"enumerate": ...}``, and that the guide does not sample,
+runs with all its values at once, in dims left of all plates (Pyro's `EnumMessenger`). Its density
+and all that depend on it become one: log sum_y p(y) p(x | y), in the plates that enclose them all.
+Only log p changes by it, so that every bound and estimator is as without.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
+from torch import Tensor
+
+from pyro_recursive.tracing.compatibility import (
+    batch_shapes,
+    check_batch_shape,
+    check_enumerable,
+    log_prob_of,
+)
+from pyro_recursive.tracing.plates import PlateLayout
+from pyro_recursive.tracing.sites import (
+    Site,
+    SiteRecord,
+    SiteTable,
+    own_scale,
+    sites,
+    unmasked,
+)
+
+# What Python and torch say where a program needs one number and finds a tensor of several.
+_ONE_VALUE = ("ambiguous", "converted to Scalar", "single element", "one element tensors")
+
+
+class EnumeratedModel:
+    """A model with all values of its enumerated latents at once, in dims from ``dim`` leftwards.
+
+    Those that are ``guided`` have the guide's values. Sequential enumeration runs in parallel as
+    well: the sum is the same.
+    """
+
+    def __init__(self, model: Callable, guided: Container[str], dim: int) -> None:
+        self.guided, self.last = guided, ""
+        self.model = poutine.enum(poutine.infer_config(model, self._config), dim)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def check_branches(self, error: Exception) -> None:
+        """Raise a clearer error where the model branches on an enumerated value."""
+        if self.last and any(words in str(error) for words in _ONE_VALUE):
+            raise NotImplementedError(
+                f"Model site '{self.last}' is enumerated and the model branches on its value. "
+                "Sample it in the guide (estimator='vimco'), or write the branch with torch.where."
+            ) from error
+
+    def _config(self, site: Any) -> Any:
+        name, infer = site["name"], site["infer"]
+        if site["type"] != "sample" or site["is_observed"] or not infer.get("enumerate"):
+            return {}
+        if name in self.guided:
+            return {"enumerate": None}
+        check_enumerable(site)
+        self.last = name
+        return {"enumerate": "parallel"}
+
+
+class StableRing(LogRing):
+    """Sums of products in log space: terms are added before they are exponentiated.
+
+    Pyro's ring exponentiates each factor by itself, and loses the gradient where two disagree by
+    16 nats in single precision. Dims are summed one by one, those of the smallest tables first.
+    """
+
+    def sumproduct(self, terms: Iterable[Tensor], dims: Iterable[str]) -> Tensor:
+        rest: dict[int, Tensor] = dict(enumerate(terms))
+        buckets = {dim: {i for i, term in rest.items() if dim in _dims(term)} for dim in dims}
+        sizes = {dim: self._dim_to_size[dim] for term in rest.values() for dim in _dims(term)}
+
+        def cost(dim: str) -> float:
+            union = {each for i in buckets[dim] for each in _dims(rest[i])}
+            return math.prod(sizes[each] for each in union)
+
+        costs = {dim: cost(dim) for dim in sorted(buckets)}
+        for new in range(len(rest), len(rest) + len(buckets)):
+            dim = min(costs, key=costs.__getitem__)
+            joined = buckets.pop(dim)
+            del costs[dim]
+            rest[new] = _log_sum(_product([rest.pop(i) for i in sorted(joined)]), dim)
+            for other in buckets.keys() & set(_dims(rest[new])):
+                buckets[other] = buckets[other] - joined | {new}
+                costs[other] = cost(other)
+        return _product(list(rest.values()))
+
+
+def _dims(term: Tensor) -> str:
+    return term._pyro_dims  # type: ignore[attr-defined]
+
+
+def _packed(term: Tensor, dims: str) -> Tensor:
+    term._pyro_dims = dims  # type: ignore[attr-defined]
+    return term
+
+
+def _product(terms: list[Tensor]) -> Tensor:
+    first, *others = terms
+    if not others:
+        return first
+    expanded = packed.broadcast_all(*terms)
+    return _packed(sum(expanded[1:], expanded[0]), _dims(expanded[0]))
+
+
+def _log_sum(term: Tensor, dim: str) -> Tensor:
+    """Return the log of the sum over a dim; the gradient is 0 where all entries are -inf."""
+    axis = _dims(term).index(dim)
+    largest = term.detach().amax(axis, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    total = (term - largest).exp().sum(axis)
+    dead = total == 0
+    log = torch.where(dead, -math.inf, torch.where(dead, 1.0, total).log())
+    return _packed(log + largest.squeeze(axis), _dims(term).replace(dim, ""))
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """A log-density that enumerated latents are summed out of, scaled, and the names of its sites.
+
+    ``site`` has the frames of the plates that enclose all of them; ``reached`` are the plates of
+    some of them, whose entries depend on each other by the sum.
+    """
+
+    site: Site
+    log_prob: Tensor
+    names: frozenset[str]
+    reached: frozenset[str]
+
+    def check_apart(self, names: frozenset[str]) -> None:
+        """Raise where some of the sites are among those named and others are not."""
+        if self.names & names and not self.names <= names:
+            raise ValueError(
+                f"Sites {', '.join(map(repr, sorted(self.names)))} are summed together, and not "
+                "all of them are inside the plate of the data: the sum does not split by entry. "
+                "Use global_latents='joint' with all data, or sample the enumerated site in the "
+                "guide."
+            )
+
+
+def is_enumerated(table: SiteTable) -> bool:
+    """Whether the model ran with all values of a latent at once."""
+    return any("_enumerate_dim" in record.site["infer"] for record in table.model)
+
+
+def most_values(trace: poutine.Trace, nesting: int) -> int:
+    """Return the largest number of values of enumerated latents in one density of a model."""
+    shapes = (torch.broadcast_shapes(*batch_shapes(site)) for site in sites(trace))
+    return max((_values(nesting + 1, shape) for shape in shapes), default=1)
+
+
+def marginalised(table: SiteTable, layout: PlateLayout) -> tuple[list[SiteRecord], list[Marginal]]:
+    """Return a model's sites that depend on no enumerated latent, and what the others sum to."""
+    table.traces[0].symbolize_dims()
+    enumerated = {
+        record.site["infer"]["_enumerate_symbol"]: record
+        for record in table.model
+        if "_enumerate_dim" in record.site["infer"]
+    }
+    width = layout.max_plate_nesting + 1
+    ordinary: list[SiteRecord] = []
+    components: list[_Component] = []
+    for record in table.model:
+        if all(_values(width, shape) == 1 for shape in batch_shapes(record.site)):
+            ordinary.append(record)
+            continue
+        factor = _factor(record, enumerated, width)
+        new, others = _Component(enumerated, [factor]), []
+        for each in components:
+            if each.symbols & factor.symbols:
+                new.factors = each.factors + new.factors
+            else:
+                others.append(each)
+        components = [*others, new]
+    return ordinary, [each.marginal(table, layout) for each in components]
+
+
+def _values(width: int, shape: torch.Size) -> int:
+    """Return the size of a batch shape left of so many dims, where those of enumeration are."""
+    return math.prod(shape[: max(0, len(shape) - width)])
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """The packed log-density of a site, with its mask and without scale, and the dims to sum."""
+
+    record: SiteRecord
+    term: Tensor
+    symbols: frozenset[str]
+
+    @property
+    def frames(self) -> dict[str, Any]:
+        """The frames of all plates by name, the particle plate's too."""
+        return {frame.name: frame for frame in self.record.site["cond_indep_stack"]}
+
+
+def _factor(record: SiteRecord, enumerated: dict[str, SiteRecord], width: int) -> _Factor:
+    site = record.site
+    if "_enumerate_dim" in site["infer"]:
+        log_prob = log_prob_of(site, unmasked(site["fn"]))  # which sums to 1 where masked, too
+    else:
+        log_prob = scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
+    check_batch_shape(site, log_prob.shape[max(0, log_prob.dim() - width) :])
+    try:
+        term = packed.pack(log_prob, site["infer"]["_dim_to_symbol"])
+    except ValueError as error:
+        raise ValueError(
+            f"Site '{record.name}' has batch shape {tuple(log_prob.shape)}, and a dim of it "
+            "belongs to no plate and to no enumerated site: index dims from the right."
+        ) from error
+    return _Factor(record, term, frozenset(_dims(term)) & enumerated.keys())
+
+
+@dataclass
+class _Component:
+    """Sites that are summed together over the values of enumerated latents, those by symbol."""
+
+    enumerated: dict[str, SiteRecord]
+    factors: list[_Factor]
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        return frozenset[str]().union(*(factor.symbols for factor in self.factors))
+
+    def marginal(self, table: SiteTable, layout: PlateLayout) -> Marginal:
+        self._check_outside()
+        plate_to_symbol, symbol_to_dim = (
+            table.traces[0].plate_to_symbol,
+            table.traces[0].symbol_to_dim,
+        )
+        tree = OrderedDict[frozenset[str], list[Tensor]]()
+        sizes: dict[str, int] = {}
+        for factor in self.factors:
+            vectorized = [name for name, frame in factor.frames.items() if frame.vectorized]
+            ordinal = frozenset(plate_to_symbol[name] for name in vectorized)
+            tree.setdefault(ordinal, []).append(factor.term)
+            sizes.update(zip(_dims(factor.term), factor.term.shape, strict=True))
+        try:
+            found = contract_tensor_tree(
+                tree, set(self.symbols), ring=StableRing(dim_to_size=sizes)
+            )
+        except NotImplementedError as error:
+            raise self._crossing() from error
+        ((term,),) = found.values()
+        frames = self._frames(layout)
+        scale = self._scale(frames, layout)
+        names = frozenset(factor.record.name for factor in self.factors)
+        site = {
+            "name": "+".join(factor.record.name for factor in self.factors),
+            "cond_indep_stack": tuple(frames.values()),
+            "infer": {},
+        }
+        log_prob = scale_and_mask(packed.unpack(term, symbol_to_dim), scale)
+        plates = {name for factor in self.factors for name in factor.record.plates}
+        return Marginal(site, log_prob, names, frozenset(plates - frames.keys()))
+
+    def _frames(self, layout: PlateLayout) -> dict[str, Any]:
+        """Return the frames of the plates that enclose all sites; sequential ones in one entry."""
+        first, *others = [factor.frames for factor in self.factors]
+        frames = {}
+        for name, frame in first.items():
+            if not all(name in each for each in others):
+                continue
+            if frame.vectorized or len({_entry(each[name]) for each in (first, *others)}) == 1:
+                frames[name] = frame
+            elif name in layout.sequential:
+                raise ValueError(
+                    f"Sites {self._named()} are summed together, and are in several entries of "
+                    f"the sequential plate '{name}'. Use a loop without a plate."
+                )
+        return frames
+
+    def _scale(self, frames: dict[str, Any], layout: PlateLayout) -> Any:
+        """Return the scale of all sites, without the shared plates' subsample scale."""
+        first, *others = [factor.record for factor in self.factors]
+        scale = first.site["scale"]
+        for other in others:
+            if not _same(scale, other.site["scale"]):
+                raise ValueError(
+                    f"Sites '{first.name}' and '{other.name}' are summed together and have scales "
+                    f"{_brief(scale)} and {_brief(other.site['scale'])}: the logarithm of their "
+                    "sum has no one scale. Put one poutine.scale around both, and in a subsampled "
+                    "plate both of them or none."
+                )
+        if isinstance(scale, Tensor):
+            inside = {frame.dim for frame in frames.values() if frame.vectorized}
+            wide = [dim for dim in range(-scale.dim(), 0) if scale.shape[dim] > 1]
+            if not inside.issuperset(wide):
+                raise ValueError(
+                    f"Sites {self._named()} are summed together, and their scale differs inside "
+                    "the sum. Give it the plates of all of them."
+                )
+        return own_scale(first.site, layout.names)
+
+    def _check_outside(self) -> None:
+        """Raise where a site outside a plate depends on an enumerated one inside."""
+        for factor in self.factors:
+            for symbol in factor.symbols:
+                inside = self.enumerated[symbol]
+                for name, frame in inside.plates.items():
+                    if frame.vectorized and frame.size > 1 and name not in factor.frames:
+                        raise ValueError(
+                            f"The density of '{factor.record.name}', outside plate '{name}', "
+                            f"depends on '{inside.name}', which is enumerated inside it: the sum "
+                            f"does not split by entry. Sample '{inside.name}' in the guide."
+                        )
+
+    def _crossing(self) -> NotImplementedError:
+        """Return the error for latents in plates that cross: each entry depends on all others."""
+        for factor in self.factors:
+            stacks = [self.enumerated[symbol].plates.keys() for symbol in sorted(factor.symbols)]
+            for one in stacks:
+                for other in stacks:
+                    if one - other and other - one:
+                        plates = f"'{min(one - other)}' and '{min(other - one)}'"
+                        return NotImplementedError(
+                            f"Plates {plates} cross at site '{factor.record.name}', which depends "
+                            "on sites enumerated in each: the sum has C**(size) terms. Make the "
+                            "smaller plate sequential (`for i in pyro.plate(...)`), or sample one "
+                            "of them in the guide."
+                        )
+        every = {name for factor in self.factors for name in factor.record.plates}
+        return NotImplementedError(
+            f"Sites {self._named()} depend on sites enumerated in plates {sorted(every)}, which "
+            "cross. Make the smaller plate sequential, or sample one of them in the guide."
+        )
+
+    def _named(self) -> str:
+        return ", ".join(f"'{factor.record.name}'" for factor in self.factors)
+
+
+def _entry(frame: Any) -> int:
+    return (frame.counter - 1) % frame.size
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two scales are equal; tensors are compared under validation, as that may wait."""
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return math.isclose(one, other, rel_tol=1e-9)
+    if one is other or not is_validation_enabled():
+        return True
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.shape == other.shape and bool((one == other.to(one)).all())
+
+
+def _brief(scale: Any) -> str:
+    return f"of shape {list(scale.shape)}" if isinstance(scale, Tensor) else f"{scale:g}"
