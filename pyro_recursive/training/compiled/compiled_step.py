@@ -14,7 +14,7 @@ from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, rea
 from pyro_recursive.tracing.graphs.writes import UndoneWrites
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
-from pyro_recursive.training.compiled.flat import FlatGroup
+from pyro_recursive.training.compiled.flat import FlatGroup, advance
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
 
 
@@ -186,8 +186,7 @@ class CompiledStep:
     def _run(self, count: int) -> Tensor:
         self.step.index.zero_()
         self.engine.run(count)
-        for group in self.groups:
-            group.advance(count)
+        advance(self.groups, count)
         if not self._is_undone:
             self.training.loss.advance(count)
         return self.step.losses[:count]

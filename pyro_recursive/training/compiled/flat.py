@@ -17,6 +17,7 @@ from pyro_recursive.training.compiled.updates import RULES, Options, Rule, Slots
 DYNAMIC = {"params", "lr", "initial_lr"}  # of a parameter group; all else is fixed in a graph
 SPEED = {"foreach", "fused", "capturable", "differentiable", "initial_accumulator_value"}
 GROUPS, VARYING = "_flat_groups", "_varying_options"  # attributes that optimisers are given
+LARGE = 4096  # entries of a parameter that has a group for itself
 OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
 
 
@@ -55,7 +56,7 @@ class Member(NamedTuple):
 
 
 class FlatGroup:
-    """All parameters of one dtype and device: ``values``, ``slots`` of the optimiser's state,
+    """Parameters of one dtype and device: ``values``, ``slots`` of the optimiser's state,
     the number of ``steps`` done (int64, before this one) and the learning rate ``lr`` (float64).
 
     The last two have one entry where it is the same for all parameters, else one for each value.
@@ -135,13 +136,6 @@ class FlatGroup:
             if is_finite is not None:
                 result = torch.where(is_finite.to(old.device), result, old)
             old.copy_(result)
-
-    def advance(self, count: int) -> None:
-        """Note that a number of steps was taken, outside of the graph."""
-        self.done += count
-        groups = {id(m.group): m.group for m in self.members if m.group.get("lrd", 1.0) != 1.0}
-        for group in groups.values():
-            group["lr"] *= group["lrd"] ** count
 
     def read_counts(self) -> None:
         """Take over the number of steps that the optimiser counts."""
@@ -320,9 +314,23 @@ def _clipped(
     return gradient if clip_value is None else gradient.clamp(-clip_value, clip_value)
 
 
+def advance(groups: Sequence[FlatGroup], count: int) -> None:
+    """Note that a number of steps was taken, outside of the graph."""
+    members = [member for group in groups for member in group.members]
+    decayed = {id(m.group): m.group for m in members if m.group.get("lrd", 1.0) != 1.0}
+    for group in groups:
+        group.done += count
+    for options in decayed.values():
+        options["lr"] *= options["lrd"] ** count
+
+
 def flat_groups(parameters: Iterable[Tensor], owner: OwnerOf) -> list[FlatGroup]:
-    """Return the parameters by dtype and device."""
+    """Return the parameters by dtype and device: small ones together, each large one alone.
+
+    The gradients of a group are copied together, which costs more for large ones than it saves.
+    """
     found: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        found.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for number, parameter in enumerate(parameters):
+        alone = number if parameter.numel() >= LARGE else None
+        found.setdefault((parameter.dtype, parameter.device, alone), []).append(parameter)
     return [FlatGroup(each, owner) for each in found.values()]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 
 from pyro_recursive import IWAE_ELBO
+from pyro_recursive.training.compiled import flat
 from pyro_recursive.training.compiled.svi import CompiledSVI
 
 pytestmark = pytest.mark.filterwarnings("ignore:Plate 'schools' encloses")
@@ -70,6 +72,28 @@ OPTIMISERS = {
 @pytest.mark.parametrize("optim", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_steps_of_each_optimiser_are_those_of_svi(optim: Any) -> None:
     check_same(traced, optim, partial(IWAE_ELBO, 4, estimator="dreg"))
+
+
+@pytest.mark.parametrize("optim", ["Adam", "ClippedAdam", "clipped", "each its own"])
+def test_large_parameters_have_buffers_of_their_own(
+    optim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat, "LARGE", 8)
+    check_same(traced, OPTIMISERS[optim], partial(IWAE_ELBO, 4, estimator="dreg"))
+
+
+def test_learning_rate_of_one_optimiser_decays_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(engine: Any) -> Tensor:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        guide = AutoNormal(eight_schools)
+        guide(*DATA)
+        adam = ClippedAdam(guide.parameters(), lr=0.1, lrd=0.7)
+        svi = CompiledSVI(eight_schools, guide, adam, IWAE_ELBO(1), engine=engine, strict=True)
+        return torch.tensor([svi.step(*DATA) for _ in range(8)])
+
+    monkeypatch.setattr(flat, "LARGE", 8)
+    torch.testing.assert_close(losses("graph"), losses("eager"), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
