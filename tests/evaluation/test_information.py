@@ -199,6 +199,7 @@ def test_global_latents_are_those_of_the_draw() -> None:
     assert rows_table.local == {"a", "b", "c0", "c1"}
 
 
+@pytest.mark.slow
 def test_autoguides_with_a_plate() -> None:
     """AutoNormal's densities stand at auxiliary sites, its Jacobians at Delta sites."""
 
@@ -229,6 +230,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_any_model(row: Row) -> None:
     model, guide = row.build()

@@ -190,6 +190,7 @@ def test_hierarchy(kind: str) -> None:
         check_moments(predict(hierarchy, guide, NEW, num_draws=S)["y"], LOC + NEW, VARIANCE)
 
 
+@pytest.mark.slow
 def test_hierarchy_one_by_one() -> None:
     exact = dist.Normal(LOC + NEW, VARIANCE**0.5).log_prob(Y)
     check(predict(hierarchy, encoded, NEW, Y, num_draws=400, vectorize_particles=False), exact)

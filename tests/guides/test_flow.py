@@ -285,7 +285,7 @@ def divergence(guide: AmortizedGuide | FlowGuide) -> float:
     svi = SVI(banana_model, guide, optim, loss)
     for _ in range(800):
         svi.step()
-    nodes = torch.linspace(-6, 6, 601)
+    nodes = torch.linspace(-6, 6, 301)
     grid = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij"), -1).flatten(0, 1)
     cell = (nodes[1] - nodes[0]) ** 2
     log_p = banana(grid)

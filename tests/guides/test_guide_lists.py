@@ -95,6 +95,7 @@ def test_map_globals_and_amortised_locals(in_order: bool, g: float, w: float) ->
     assert found.keys() == {"g", "w", "z"} and found["z"].shape == (5,)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses latent site 'z' but not 'g'")
 def test_map_globals_are_learnt_beside_exact_locals() -> None:
     """The mode of p(g, w, x) in closed form, at which g = w."""

@@ -203,7 +203,7 @@ def test_the_density_of_some_members_has_weights_that_sum_to_one() -> None:
 # --- Weights
 
 
-@pytest.mark.quick("linear", "shared")
+@pytest.mark.quick("shared")
 @pytest.mark.parametrize("kind", ["table", "linear", "shared"])
 def test_two_data_with_opposite_dominant_modes(kind: str) -> None:
     """Weights of their own are exact; the best shared ones lose 0.5108 nats for each row."""

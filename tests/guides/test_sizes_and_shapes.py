@@ -170,6 +170,7 @@ def test_plates_of_other_things_keep_their_size() -> None:
             assert guide(x)["z"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_encoders_follow() -> None:
     """At the exact posteriors any loss is the exact one."""
 

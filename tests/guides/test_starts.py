@@ -484,6 +484,7 @@ def diverse(x: Tensor) -> tuple[Any, Callable[[Any], Tensor]]:
     return guide, lambda guide: mixture_diversity(guide, x, num_draws=50).divergence
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("make", [mapa, refined, mixture, gap, diverse])
 def test_methods_use_a_store_that_was_loaded(make: Callable, tmp_path: Any) -> None:
     x = torch.randn(4, 3)
@@ -551,6 +552,7 @@ def test_bounds_of_models_with_improper_priors_are_exact(vectorize: bool) -> Non
     assert draws["mean"].std() == pytest.approx(0.25, rel=0.06)
 
 
+@pytest.mark.slow
 def test_a_growing_mixture_searches_beside_an_improper_prior() -> None:
     """Two modes under a flat prior: the second component finds the one that is missing."""
 

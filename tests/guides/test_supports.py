@@ -224,6 +224,7 @@ def test_densities_and_draws(guide: str, model: Callable) -> None:
     check_guide(model, trained(model, guide, x, FIRST if x is X else x), x)
 
 
+@pytest.mark.quick("gaussian-circle", "mixture-by_data")
 @pytest.mark.parametrize("model", [circle, by_data, by_latent])
 @pytest.mark.parametrize("guide", ["gaussian", "mixture"])
 def test_looped_particles(guide: str, model: Callable) -> None:
@@ -363,7 +364,7 @@ def own_bounds(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-@pytest.mark.quick("encoder", "refined")
+@pytest.mark.quick("encoder")
 @pytest.mark.parametrize("kind", ["encoder", "table", "refined", "flow"])
 def test_bounds_of_their_own_in_each_row(kind: str) -> None:
     options: dict[str, Any] = {"inputs": lambda x: x[:, None]}

@@ -1,6 +1,7 @@
 """What growing mixtures find, compared with divergences by quadrature and by other optimisers."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -57,6 +58,7 @@ def grow(
     return guide
 
 
+@cache
 def best_single(parts: Sequence[Sequence[float]]) -> tuple[float, Tensor]:
     starts = [torch.tensor([loc, 0.0]) for loc in (-3.0, -1.0, 0.0, 1.0, 3.0)]
     return minimise(lambda place: divergence(parts, place[None], torch.zeros(1)), starts)

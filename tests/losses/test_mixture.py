@@ -193,6 +193,7 @@ def iwae_2(theta: Tensor, places: Tensor, logits: Tensor) -> Tensor:
     return total
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [

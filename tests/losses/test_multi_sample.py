@@ -98,6 +98,7 @@ TABLE = [("reparameterised", *row) for row in PATHWISE_ROWS]
 TABLE += [("scored", *row) for row in SCORE_ROWS]
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize(("guide", "loss", "expected"), TABLE, ids=repr)
 def test_value_and_gradients(guide: str, loss: MultiSampleELBO, expected: tuple) -> None:
     assert_means(draws(loss, conjugate_model, GUIDES[guide], ("mu", "m", "s")), expected)

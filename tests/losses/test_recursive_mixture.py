@@ -300,6 +300,7 @@ KINDS = [*(("coupling", stage) for stage in STAGES), ("spline", "refine")]
 KINDS += [("iaf", "refine"), ("maf", "propose")]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("kind", "stage"), KINDS)
 def test_flows_climb_as_the_gaussians_that_they_start_as(kind: str, stage: str) -> None:
     """Held or not, drawn or scored at others' draws: same noise, same value and gradients."""

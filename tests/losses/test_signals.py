@@ -174,6 +174,7 @@ CASES = [
 SLOW = [("nested", "iwae", 2, "vimco", True), ("crossed", "iwae", 2, "vimco", True)]
 
 
+@pytest.mark.quick(5)
 @pytest.mark.filterwarnings("ignore:Plate .* encloses", "ignore:Entries of plate")
 @pytest.mark.parametrize(
     ("name", "bound", "size", "estimator", "vectorize"),

@@ -299,6 +299,7 @@ def _by_hand(row: Row) -> MAPAGuide:
     return MAPAGuide(model, FreeCodes(torch.randn(5, size)), site=site, create_plates=create_plates)
 
 
+@pytest.mark.quick(16)
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
 def test_any_model(row: Row) -> None:
     guide, args = _by_hand(row), row.args()

@@ -77,6 +77,7 @@ MEMBERS: dict[str, tuple[Any, Callable[[int], Tensor]]] = {
 # The k best, against all.
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_against_brute_force_and_in_blocks_of_any_size(name: str) -> None:
     kernel, make = MEMBERS[name]

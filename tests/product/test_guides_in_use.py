@@ -147,6 +147,7 @@ def widen(guide: nn.Module, log_scale: float) -> None:
 PREDICTIVE = ("full", "table", "encoder", "flow_encoder", "mixture", "mixture_encoders")
 
 
+@pytest.mark.quick(5)
 @kinds(*PREDICTIVE, "recursive", "refined", "refined_table", "refined_mixture")
 @pytest.mark.parametrize("row", ["hierarchy", "supports"])
 def test_predictive(row: str, kind: str) -> None:

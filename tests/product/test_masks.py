@@ -130,7 +130,7 @@ MODELS: dict[str, tuple[Callable, Callable, Callable]] = {  # model, arguments, 
     "positive": (impute_positive, lambda: (data().exp(),), evidence_of_positive),
     "flat": (flat_rows, lambda: (data(),), flat_evidence),
 }
-QUICK = [("full", "imputed"), ("sites", "flat")]
+QUICK = [("full", "imputed")]
 SLOW = [
     *sorted(set(itertools.product(("full", "sites"), MODELS)) - set(QUICK)),
     *itertools.product(sorted(set(GUIDES) - {"full", "sites"}), ("ragged", "imputed")),
@@ -432,6 +432,7 @@ def test_a_mask_around_the_model_alone() -> None:
     assert_evidence(masked, guide, (x,), flat_evidence(x))
 
 
+@pytest.mark.slow
 def test_supports_of_each_call() -> None:
     """Bounds come from the data of the call, and only the entries that are kept have a Jacobian."""
 

@@ -101,6 +101,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses latent site")
 def test_runs_of_the_model(name: str) -> None:

@@ -249,6 +249,7 @@ every_combination = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.quick(6)
 @every_combination
 def test_a_bad_batch_leaves_no_trace(name: str, kind: str) -> None:
     """Neither in the first step, when all is made, nor in the third."""
@@ -273,6 +274,7 @@ def test_a_bad_batch_leaves_no_trace(name: str, kind: str) -> None:
         assert same(run.state(), seen[-1]), f"after a bad {way} step"
 
 
+@pytest.mark.quick(6)
 @every_combination
 def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
     run = Run(kind)
@@ -290,6 +292,7 @@ def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
     assert same(run.state(), before)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.filterwarnings("ignore:Training has ended with")
 @every_combination
 def test_a_bad_third_batch_ends_fit(name: str, kind: str) -> None:

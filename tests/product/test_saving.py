@@ -201,7 +201,7 @@ def each(names: Iterable[str], *quick: str) -> Any:
 # state_dict
 
 
-@each(KIND, "mixture_unlike", "mapa", "recursive_encoders")
+@each(KIND, "mapa", "recursive_encoders")
 def test_state_dict(name: str, tmp_path: Path) -> None:
     """Into a guide that is prepared or has run; before that it works, or says what to do."""
     trained = program(name).train()

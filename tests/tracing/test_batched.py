@@ -56,6 +56,7 @@ COMPARED = [
 ]
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize(("case", "estimator"), COMPARED)
 def test_every_mode_equals_the_loop(case: Case, estimator: str) -> None:
     """Values and gradients agree to rounding, on the same draws of the guide."""

@@ -89,6 +89,7 @@ def draw(make: Callable[[Tensor], Any], a: Tensor) -> Tensor:
         return torch.vmap(one, in_dims, randomness="different")(torch.arange(TOTAL), a)
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("name", MAKE)
 def test_draws_are_distributed_as_outside(name: str, is_shared: bool) -> None:

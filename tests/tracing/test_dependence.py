@@ -176,6 +176,7 @@ def test_coupled_entries_of_a_minibatch_are_refused() -> None:
 # No false alarms.
 
 
+@pytest.mark.quick(24)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_all_models_of_the_table_are_independent(row: Row) -> None:
     programs, args = row.build(), row.args()

@@ -40,7 +40,7 @@ from tests.oracles.training import (
 )
 
 interrupted = partial(pytest.warns, UserWarning, match="Training was interrupted in epoch")
-QUICK = {"auto_normal", "vae", "growing mixture", "late parameters", "loss with parameters"}
+QUICK = {"auto_normal", "vae", "late parameters", "loss with parameters"}
 
 
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
@@ -186,6 +186,7 @@ MISFITS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("kind", MISFITS)
 def test_a_file_of_another_program_changes_nothing(kind: str, tmp_path: Path) -> None:
     one, other, changes, message = MISFITS[kind]

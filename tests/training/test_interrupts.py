@@ -177,7 +177,7 @@ def schedule_free(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.quick("schedule-free")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prodigy", "schedule-free"])
 def test_optimisers_without_a_learning_rate(name: str, tmp_path: Path) -> None:
     """With fit, bit for bit resumed, and by PyroOptim with SVI: the mode of the posterior."""

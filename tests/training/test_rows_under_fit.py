@@ -142,6 +142,7 @@ def test_evaluation_after_fit_has_the_parameters_of_each_row(kind: str) -> None:
         log_marginal(model, guide, X[index], num_particles=2)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_evidence() -> None:
     guide = AmortizedGuide(model, plate="data")
     adam = partial(torch.optim.Adam, lr=0.1)

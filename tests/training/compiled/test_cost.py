@@ -67,6 +67,7 @@ def test_a_larger_graph_needs_fewer_steps_down_to_a_bound() -> None:
     assert found[-1] in (FEWEST, FEWEST + 1)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("number", [1, NEEDED, NEEDED + 1, NEEDED + 2])
 def test_run_compiles_for_enough_steps(compiler_of_torch: Compiler, number: int) -> None:
     assert svi_of().run(number, X).shape == (number,)
@@ -116,6 +117,7 @@ def key_of(svi: CompiledSVI) -> Any:
     return key
 
 
+@pytest.mark.slow
 def test_each_new_graph_is_earned(compiler_of_torch: Compiler) -> None:
     svi = svi_of()
     try:
@@ -132,6 +134,7 @@ def test_each_new_graph_is_earned(compiler_of_torch: Compiler) -> None:
         SHIFT[0] = 0.0
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("epochs", "rows", "compiled"), [(3, 3, 0), (4, 3, 1), (12, 12, 0), (13, 12, 1), (7, 8, 0)]
 )

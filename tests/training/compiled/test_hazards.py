@@ -317,6 +317,7 @@ def test_states_of_the_optimiser_are_those_of_svi() -> None:
     check(scenario)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["exponential", "plateau", "edited"])
 def test_learning_rates_may_change(kind: str) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
@@ -415,6 +416,7 @@ def test_float32_parameters_and_data_train_as_under_svi() -> None:
 # Handlers and stages.
 
 
+@pytest.mark.slow
 def test_handlers_around_steps_may_change_from_step_to_step() -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
         svi, losses = make(shifted, guide, adam(), IWAE_ELBO(3)), []
@@ -568,6 +570,7 @@ def _seeds(x: Tensor) -> None:
     pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(), obs=x)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -68,7 +68,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.quick("Adam", "ClippedAdam", "momentum", "each its own")
+@pytest.mark.quick("Adam", "ClippedAdam", "momentum")
 @pytest.mark.parametrize("optim", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_steps_of_each_optimiser_are_those_of_svi(optim: Any) -> None:
     check_same(traced, optim, partial(IWAE_ELBO, 4, estimator="dreg"))

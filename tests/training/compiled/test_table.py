@@ -116,6 +116,7 @@ def model_of(name: str) -> Row:
     return next(row for row in MODELS if row.name == name)
 
 
+@pytest.mark.quick("gaussian", "flow", "mixture")
 @pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_steps_of_a_guide_are_those_of_svi(kind: str) -> None:
     own = of_kind(kind)
