@@ -58,7 +58,8 @@ class PythonState:
         self._waiting = [(root, name, False) for name, root in roots.items()]
         self._names = set[str]()  # that code names
         self._owners = set[int]()  # whose attributes count where code names them
-        for owner in (getattr(root, "__self__", None) for root in roots.values()):
+        for root in roots.values():
+            owner = root.__self__ if isinstance(root, types.MethodType) else None
             if not (isinstance(owner, OPEN) or is_library(type(owner).__module__)):
                 self._owners |= {id(owner), id(type(owner))}
         self._hidden: dict[tuple[int, str], tuple[Part, str]] = {}  # by owner and attribute
@@ -164,9 +165,10 @@ class PythonState:
         own, inherited = getattr(value, "__dict__", None), set_by_libraries(kind)
         parts, hidden = list(parts_of(value)), list(hidden_of(value))
         if id(value) in self._owners:
-            hidden += [part for part in parts if part[0] is not None and not _is_called(part)]
-            hidden += without_own(value)
-            parts = [part for part in parts if part[0] is None or _is_called(part)]
+            is_class = isinstance(value, type)
+            hidden += [] if is_class else without_own(value)
+            hidden += [part for part in parts if not _counts(part, is_class)]
+            parts = [part for part in parts if _counts(part, is_class)]
         for part in parts:
             is_inherited = part[1] is own and part[2] in inherited
             self._add(part, name, is_private or is_inherited)
@@ -174,9 +176,11 @@ class PythonState:
             self._hidden[id(part[1]), str(part[2])] = part, name
 
 
-def _is_called(part: Part) -> bool:
-    """Whether a part is a method that Python calls by itself."""
-    return str(part[2]).startswith("__") and part[2] not in ("__init__", "__post_init__")
+def _counts(part: Part, is_class: bool) -> bool:
+    """Whether a part counts if no code names it: methods that Python calls, how many of a class."""
+    read, _, key, *_ = part
+    is_called = str(key).startswith("__") and key not in ("__init__", "__post_init__")
+    return read is None or is_called or (is_class and read is read_length)
 
 
 @contextmanager

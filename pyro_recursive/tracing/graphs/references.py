@@ -6,7 +6,9 @@ import pickle
 import random
 import sys
 import types
-from collections import deque
+import weakref
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache, partial
@@ -31,7 +33,7 @@ LIBRARIES |= {"torch", "pyro", "pyro_recursive", "numpy", "scipy", "sklearn", "p
 LIBRARIES |= {"jax", "numpyro", "matplotlib", "torchvision", "tqdm", "IPython", "_pytest", "pytest"}
 OPEN = (  # but for these
     *(Module, Messenger, ELBO, Distribution, Transform, sparray, spmatrix),
-    *(types.SimpleNamespace, argparse.Namespace),
+    *(types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap),
 )
 NAMED = {"torch", "pyro", "_thread"}  # of whose objects the attributes are read that code names
 GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")  # operations on names of a module
@@ -40,6 +42,7 @@ CONTENTS = ("_parameters", "_buffers", "_modules", *HOOKS)
 OWN = vars(PyroModule()).keys()  # attributes of modules that are not their author's
 CONTAINERS = (  # of a program, unlike other objects of libraries
     *(dict, list, tuple, set, frozenset, deque, types.SimpleNamespace, argparse.Namespace),
+    *(UserDict, UserList, ChainMap, array, bytearray, weakref.ref, types.MappingProxyType),
     *(types.FunctionType, types.MethodType, partial, ContextVar, type, property),
 )
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -76,7 +79,9 @@ class Entry(NamedTuple):
     def restore(self) -> None:
         """Write the value back, where that can be done."""
         owner = self.container
-        if self.read is read_random:
+        if self.value is _MISSING and isinstance(owner, dict):
+            owner.pop(self.key)
+        elif self.read is read_random:
             write_random(owner, self.value)
         elif self.read is _cell:
             owner.cell_contents = self.value
@@ -170,7 +175,11 @@ def parts_of(value: Any) -> Iterator[Part]:
         yield from (_fixed(each) for each in value)
     elif isinstance(value, ContextVar):
         yield _in_context, value, None, _in_context(value, None), ""
-    elif isinstance(value, dict | list | deque | tuple | frozenset):
+    elif isinstance(value, bytearray | array):
+        yield read_copy, value, bytes, bytes(value), ""
+    elif isinstance(value, weakref.ref):
+        yield _fixed(value())
+    elif isinstance(value, dict | list | deque | tuple | frozenset | types.MappingProxyType):
         yield from _of_container(value)
     elif isinstance(value, type):
         yield from _of_class(value)
@@ -179,7 +188,7 @@ def parts_of(value: Any) -> Iterator[Part]:
     elif is_library(type(value).__module__) and hasattr(type(value), "__array__"):
         yield read_array, value, None, read_array(value, None), ""
     elif not isinstance(value, types.ModuleType):
-        if hasattr(value, "__wrapped__"):
+        if "__wrapped__" in getattr(value, "__dict__", ()):
             yield _fixed(value.__wrapped__)
         yield from _of_object(value)
 
@@ -196,7 +205,7 @@ def _of_container(value: Any) -> Iterator[Part]:
         yield read_copy, value, None, list(value), ""
         return
     yield read_length, value, None, len(value), ""
-    if isinstance(value, dict):
+    if isinstance(value, dict | types.MappingProxyType):
         yield from ((read_item, value, key, each, f"[{key!r}]") for key, each in value.items())
     else:
         yield from ((_element, value, i, each, f"[{i}]") for i, each in enumerate(value))
@@ -254,6 +263,7 @@ def _of_class(owner: type) -> Iterator[Part]:
     for each in owner.__mro__:
         if is_library(each.__module__):
             continue
+        yield read_length, vars(each), None, len(vars(each)), ""
         for name, value in vars(each).items():
             is_code = isinstance(value, types.FunctionType)
             if is_code or not (name.startswith("__") or isinstance(value, DESCRIPTORS)):
@@ -280,7 +290,7 @@ def _of_object(owner: Any) -> Iterator[Part]:
 
 def without_own(owner: Any) -> Iterator[Part]:
     """Yield the attributes that an object has from its class, and may get of its own."""
-    own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
+    own = getattr(owner, "__dict__", {})
     names = {name for each in type(owner).__mro__ for name in vars(each)} - own.keys()
     yield from ((read_item, own, name, _MISSING, f".{name}") for name in names)
 

@@ -1,10 +1,12 @@
 """Scenarios of training steps, taken under compiled steps and under `pyro.infer.SVI`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -37,6 +39,12 @@ def check(scenario: Scenario, make: Callable[..., Any] = traced) -> list[Tensor]
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
     return found
+
+
+def check_eager(scenario: Scenario, message: str) -> None:
+    """Compare a scenario with `SVI`, of which one form of call runs eagerly."""
+    with pytest.warns(UserWarning, match=f"Training steps run eagerly: {message}"):
+        check(scenario, partial(CompiledSVI, engine="graph"))
 
 
 def adam() -> Adam:

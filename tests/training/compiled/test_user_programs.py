@@ -3,6 +3,8 @@
 import itertools
 import random
 import sys
+from array import array
+from collections import ChainMap, UserDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
@@ -15,33 +17,24 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from scipy import sparse
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pyro_recursive import IWAE_ELBO, CompiledSVI
+from pyro_recursive import IWAE_ELBO
 from tests.training.compiled.scenarios import (
-    Scenario,
     X,
     adam,
     before_and_after,
     check,
+    check_eager,
     guide,
     shifted,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
-
-maybe_eager = partial(CompiledSVI, engine="graph")
-
-
-def check_eager(scenario: Scenario, message: str) -> None:
-    """Compare a scenario with `SVI`, of which one form of call runs eagerly."""
-    with pytest.warns(UserWarning, match=f"Training steps run eagerly: {message}"):
-        check(scenario, maybe_eager)
-
 
 # Values that change between steps: (model, change).
 
@@ -99,7 +92,7 @@ def data_set() -> Case:
     return lambda x: shifted(data.tensors[0]), lambda: setattr(data, "tensors", (X + 3.0,))
 
 
-def array() -> Case:
+def numbers() -> Case:
     data = X.numpy().copy()
     return lambda x: shifted(torch.tensor(data)), lambda: np.add(data, 3.0, out=data)
 
@@ -115,6 +108,27 @@ def sparse_matrix() -> Case:
     return lambda x: shifted(torch.tensor(data.diagonal())), change
 
 
+def containers() -> Case:
+    data, own, view = UserDict(shift=0.0), {"shift": 0.0}, array("d", [0.0])
+    seen = ChainMap(own)
+
+    def change() -> None:
+        data["shift"], own["shift"], view[0] = 1.0, 1.0, 1.0
+
+    return lambda x: shifted(x, data["shift"] + seen["shift"] + view[0]), change
+
+
+def base_class() -> Case:
+    class Base:
+        shift = 0.0
+
+    class Model(Base):
+        def run(self, x: Tensor) -> None:
+            shifted(x, self.shift)
+
+    return Model().run, lambda: setattr(Model, "shift", 3.0)
+
+
 def schedule() -> Case:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
     rates = optimizer.param_groups[0]
@@ -125,7 +139,8 @@ CHANGED = {
     "private of a module": partial(private_attribute, nn.Module),
     "private of a Pyro module": partial(private_attribute, PyroModule),
     **{f.__name__: f for f in (local_import, by_globals, context_variable, distribution)},
-    **{f.__name__: f for f in (data_set, array, long_list, sparse_matrix, schedule)},
+    **{f.__name__: f for f in (data_set, numbers, long_list, sparse_matrix, schedule)},
+    **{f.__name__: f for f in (containers, base_class)},
 }
 
 
@@ -264,99 +279,6 @@ def test_gradients_from_elsewhere_are_added() -> None:
                 (3.0 * pyro.param("loc")).backward()
             elif step % 5 == 2:
                 pyro.param("loc").grad = None
-            losses.append(svi.step(X))
-        return losses
-
-    check(scenario)
-
-
-# Optimisers.
-
-
-def steps_and(
-    change: Callable[[int, Any], Any], optim: Callable[[], Any] = adam, steps: int = 12
-) -> Scenario:
-    def scenario(make: Callable[..., Any]) -> list[Any]:
-        optimizer, losses = optim(), []
-        svi = make(shifted, guide, optimizer, IWAE_ELBO(3))
-        for step in range(steps):
-            losses.append(svi.step(X))
-            change(step, optimizer)
-        return losses
-
-    return scenario
-
-
-def one_cycle() -> Any:
-    settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}}
-    return pyro.optim.OneCycleLR({**settings, "max_lr": 0.1, "total_steps": 30})
-
-
-def test_schedules_of_momentum_are_seen() -> None:
-    check(steps_and(lambda step, optim: optim.step(), one_cycle, 20))
-
-
-@pytest.mark.parametrize("options", [{"weight_decay": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 0.1}])
-def test_options_of_an_optimiser_may_change(options: dict[str, Any]) -> None:
-    def change(step: int, optim: Any) -> None:
-        for each in optim.optim_objs.values() if step == 5 else ():
-            each.param_groups[0].update(options)
-
-    check(steps_and(change))
-
-
-def test_clipping_may_change() -> None:
-    def change(step: int, optim: Any) -> None:
-        if step == 5:
-            optim.pt_clip_args["clip_norm"] = 0.01
-
-    check(steps_and(change, lambda: pyro.optim.SGD({"lr": 0.05}, {"clip_norm": 10.0})))
-
-
-def test_hooks_of_an_optimiser_run() -> None:
-    def change(step: int, optim: Any) -> None:
-        if step == 4:
-            for parameter, each in optim.optim_objs.items():
-                each.register_step_post_hook(lambda *args, p=parameter: p.data.clamp_(max=0.05))
-
-    check_eager(steps_and(change), "the optimiser has hooks")
-
-
-def test_a_loaded_optimiser_has_its_new_learning_rate() -> None:
-    def change(step: int, optim: Any) -> None:
-        for each in optim.optim_objs.values():
-            if step == 5:
-                each.load_state_dict(each.state_dict())
-            each.param_groups[0]["lr"] = 0.05 if step < 8 else 0.5
-
-    check(steps_and(change))
-
-
-@pytest.mark.parametrize("is_eager", [True, False])
-@pytest.mark.parametrize("length", [1, 5])
-def test_an_optimiser_may_serve_two(is_eager: bool, length: int) -> None:
-    def scenario(make: Callable[..., Any]) -> list[Any]:
-        optimizer, losses = adam(), []
-        one = make(shifted, guide, optimizer, IWAE_ELBO(3))
-        other = (SVI if is_eager else make)(shifted, guide, optimizer, IWAE_ELBO(2))
-        for step in range(24):
-            losses.append((one if step // length % 3 else other).step(X))
-        return losses
-
-    check(scenario)
-
-
-def test_model_loss_and_optimiser_may_be_replaced() -> None:
-    def scenario(make: Callable[..., Any]) -> list[Any]:
-        svi, losses = make(shifted, guide, adam(), IWAE_ELBO(3)), []
-        for step in range(16):
-            if step == 4:
-                svi.model = partial(shifted, shift=3.0)
-            elif step == 8:
-                svi.optim = pyro.optim.SGD({"lr": 0.01})
-            elif step == 12:
-                loss = IWAE_ELBO(7)
-                svi.loss, svi.loss_and_grads = loss, loss.loss_and_grads  # either takes one
             losses.append(svi.step(X))
         return losses
 
