@@ -17,6 +17,7 @@ from pyro_recursive.tracing.graphs.kernels import compile_graph
 from pyro_recursive.tracing.graphs.python_state import PythonState, restored
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
+from pyro_recursive.tracing.graphs.writes import UndoneWrites
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.user_warnings import warn_user
@@ -91,10 +92,13 @@ class CompiledPass:
         call.check()
         state = PythonState({"model": program.model, "guide": program.guide} | call.roots)
         try:
-            with restored(state.movable()):
-                recorder, _ = recorded(traced)
-                graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
-            for entry in state.settle():
+            try:
+                with restored(state.movable()), UndoneWrites():
+                    recorder, _ = recorded(traced)
+                    graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
+            finally:
+                changed = state.settle()
+            for entry in changed:
                 if not entry.is_private:
                     raise Unsupported(f"{entry.name} changes in each run of model or guide")
             self.spec, self.constants = specs[-1], graph.constants

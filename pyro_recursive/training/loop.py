@@ -69,7 +69,7 @@ def fit(
     compile: bool | EngineName = False,
     compile_cache: str | os.PathLike | None = None,
 ) -> History:
-    """Minimise a loss over the parameters of model and guide; resumes bit for bit.
+    """Minimise a loss over the parameters of model and guide; eager runs resume bit for bit.
 
     Ctrl-C ends the training after the present step and returns the history so far.
 

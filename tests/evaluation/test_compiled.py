@@ -271,6 +271,18 @@ def test_what_changes_in_each_run_runs_eagerly(graphs: list[int]) -> None:
     check(make, graphs, ".*count changes in each run")
 
 
+def test_tensors_that_runs_change_in_place_are_those_of_eager_passes(graphs: list[int]) -> None:
+    def make() -> tuple[Any, Any, tuple]:
+        count = torch.zeros(())
+
+        def model(x: Tensor) -> None:
+            normal(x, 1.0 + count.add_(1.0) / 100.0)
+
+        return model, AutoNormal(model), (torch.ones(3),)
+
+    check(make, graphs)
+
+
 def test_samples_that_run_one_by_one_are_not_compiled(graphs: list[int]) -> None:
     def looped(*args: Any, **options: Any) -> list[Tensor]:
         return evidence(*args, vectorize_particles=False, **options)
