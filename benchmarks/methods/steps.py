@@ -22,7 +22,7 @@ from benchmarks.tasks.timed import Timed
 from pyro_recursive import IWAE_ELBO, CompiledSVI
 from pyro_recursive.training.compiled.engines import EngineName
 
-COMPILED: list[EngineName] = ["replay", "flat"]  # the first that can is timed
+COMPILED: list[EngineName] = ["replay", "loop", "flat"]  # the first that can is timed
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, everywhere
 
 
