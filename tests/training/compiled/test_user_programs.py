@@ -144,6 +144,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
 def test_values_that_change_are_seen(make: Callable[[], Case]) -> None:
     def scenario(make_svi: Callable[..., Any]) -> list[Any]:
@@ -235,6 +236,7 @@ EACH_RUN = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("make", "message"), EACH_RUN.values(), ids=EACH_RUN)
 def test_values_that_change_in_each_run_are_those_of_eager_steps(
     make: Callable[[], Callable], message: str
