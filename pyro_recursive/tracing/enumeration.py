@@ -29,6 +29,7 @@ from pyro_recursive.tracing.compatibility import (
 )
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.sites import (
+    SUMMED,
     Site,
     SiteRecord,
     SiteTable,
@@ -71,7 +72,7 @@ class EnumeratedModel:
             return {"enumerate": None}
         check_enumerable(site)
         self.last = name
-        return {"enumerate": "parallel"}
+        return {"enumerate": "parallel", SUMMED: True}
 
 
 class StableRing(LogRing):

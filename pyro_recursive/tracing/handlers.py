@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_recursive.tracing.plates import outer_shape
-from pyro_recursive.tracing.sites import at_zero, layers
+from pyro_recursive.tracing.sites import SUMMED, at_zero, layers
 
 # (log q_j(u) of every component, log weights, [*batch, J] both; log |dz / du|, [*batch]; the number
 # of the run where runs are looped, None for one pass) -> log-density of u, [*batch]
@@ -140,7 +140,8 @@ class KLWarmup(Messenger):
 
     Around a call of an ELBO it turns ``log p(x | z) + log p(z) - log q(z)`` into
     ``log p(x | z) + weight * (log p(z) - log q(z))``, in nats, for a ``weight`` above 0. A guide's
-    auxiliary sites and Jacobians are weighted too; `pyro.factor` is observed.
+    auxiliary sites and Jacobians are weighted too; `pyro.factor` is observed, and latents that a
+    loss sums out by enumeration are a part of ``p(x | z)``.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist
@@ -159,7 +160,8 @@ class KLWarmup(Messenger):
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        is_latent = not msg["is_observed"] and not msg["infer"].get(SUMMED)
+        if is_latent and not site_is_subsample(msg):
             msg["scale"] = self.weight * msg["scale"]
 
     def _pyro_latent_weight(self, msg: Any) -> None:

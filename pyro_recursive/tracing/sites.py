@@ -18,6 +18,7 @@ PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses u
 PACKED = "packed_plates"  # in a guide site's infer: plates whose entries have one joint density
 MODEL_MASK = "model_mask"  # there, too: the mask of the model's site, which the density uses
 LEAVES_OUT = "leaves_out"  # and whether the density leaves out masked entries
+SUMMED = "summed_out"  # in a model site's infer: whether the site is enumerated, not sampled
 JOINT = "joint_draw"  # in a guide site's infer: the `JointDraw` that its value is a part of
 
 

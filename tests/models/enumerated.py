@@ -22,6 +22,7 @@ from tests.models.row import data, mask, normal, positive, real, table
 PARALLEL = {"enumerate": "parallel"}
 WORDS = torch.tensor([[0, 2], [1, 2], [1, 0]])
 SEQUENCES = torch.tensor([[0.5, 1.5], [-1.0, 0.3], [1.2, 0.0]])
+CAPTURES = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]])
 LENGTHS = torch.tensor([3, 2])
 LABELS = torch.tensor([1, 0, 0, 1])
 # Values that observed labels do not hide: entry 1 is given.
@@ -194,6 +195,69 @@ def long_memory(x: Tensor, collapsed: bool = False) -> None:
         one, two = y, one
 
 
+def two_chains(x: Tensor, collapsed: bool = False) -> None:
+    """Two chains beside each other, and data in an inner plate that depend on both.
+
+    ``x`` is ``[sequences, time]``, and heard in two tones.
+    """
+    transitions, a, b = chain(), param("a", -0.5, 0.7), param("b", 0.2, 1.3)
+    start, tones = torch.tensor([0.4, 0.6]).log(), torch.tensor([-0.3, 0.8])
+    with pyro.plate("sequences", 2, dim=-2):
+        z = normal("z", 0.0, 1.0)
+        if collapsed:
+            both = (transitions[:, None, :, None] + transitions[:, None]).reshape(4, 4)
+            state = (start[:, None] + start).reshape(4)
+            locs = (a[:, None] + b).reshape(4) + z.unsqueeze(-1) + tones.unsqueeze(-1)
+            for t in range(x.shape[1]):
+                state = summed(state.unsqueeze(-2), both.mT) if t else state
+                state = state + gaussian(locs, x[:, t].reshape(-1, 1, 1)).sum(-2)
+            pyro.factor("x", summed(state).unsqueeze(-1))
+            return
+        one: Any = None
+        two: Any = None
+        tone = pyro.plate("tone", 2, dim=-1)
+        for t in pyro.markov(range(x.shape[1])):
+            fn = dist.Categorical(logits=transitions[one] if t else start)
+            one = pyro.sample(f"one{t}", fn, infer=PARALLEL)
+            fn = dist.Categorical(logits=transitions[two] if t else start)
+            two = pyro.sample(f"two{t}", fn, infer=PARALLEL)
+            with tone:
+                normal(f"x{t}", a[one] + b[two] + z + tones, 1.0, obs=x[:, t : t + 1].expand(2, 2))
+
+
+def sequences_guide(x: Tensor, **options: Any) -> None:
+    with pyro.plate("sequences", 2, dim=-2):
+        normal("z", param("m", 0.2, -0.3).unsqueeze(-1), positive("s", 0.6))
+
+
+def recapture(x: Tensor, collapsed: bool = False) -> None:
+    """Animals that may die are seen again (Cormack, Jolly, Seber): ``x`` is ``[time, animals]``."""
+    survival = pyro.sample("survival", dist.Beta(2.0, 1.0))
+    seen = pyro.sample("seen", dist.Beta(1.0, 1.5))
+    known = torch.zeros(x.shape[1], dtype=torch.bool)
+    alive, dead = torch.ones(()), torch.zeros(())
+    z: Any = torch.ones(x.shape[1])
+    with pyro.plate("animals", x.shape[1], dim=-1):
+        for t in pyro.markov(range(len(x))):
+            stays = torch.where(known, survival, 1.0)
+            if collapsed:
+                alive, dead = alive * stays, dead + alive * (1 - stays)
+                alive = alive * torch.where(known, torch.where(x[t] == 1, seen, 1 - seen), 1.0)
+                dead = dead * torch.where(known, 1 - x[t], 1.0)
+            else:
+                with poutine.mask(mask=known):
+                    z = pyro.sample(f"z{t}", dist.Bernoulli(stays * z), infer=PARALLEL)
+                    pyro.sample(f"x{t}", dist.Bernoulli(seen * z), obs=x[t])
+            known = known | (x[t] == 1)
+        if collapsed:
+            pyro.factor("x", (alive + dead).log())
+
+
+def recapture_guide(x: Tensor, **options: Any) -> None:
+    for name in ("survival", "seen"):
+        pyro.sample(name, dist.Beta(positive(f"{name}_a", 1.7), positive(f"{name}_b", 1.2)))
+
+
 def global_guide(x: Tensor, **options: Any) -> None:
     normal("z", real("a", 0.3), positive("s", 0.6))
 
@@ -364,6 +428,8 @@ ENUMERATED = [
     row("labelled", config_enumerate(labelled), rows_guide),
     row("hmm", hmm, hmm_guide, lambda: SEQUENCES),
     row("long_memory", long_memory, global_guide),
+    row("two_chains", two_chains, sequences_guide, table),
+    row("recapture", recapture, recapture_guide, lambda: 1.0 * CAPTURES),
     row("lda", lda, lda_guide, lambda: WORDS),
     row("nested", nested, groups_guide, table),
     row("siblings", siblings, rows_guide),

@@ -32,7 +32,7 @@ from pyro_recursive.evaluation.evidence import particles_per_chunk
 from pyro_recursive.tracing.enumeration import StableRing
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.program import Program
-from tests.models.enumerated import ENUMERATED, PARALLEL, gmm, hmm
+from tests.models.enumerated import ENUMERATED, PARALLEL, gmm
 from tests.models.losses import LOSSES, OF_MIXTURES
 from tests.models.row import data
 
@@ -181,6 +181,19 @@ def test_a_marked_site_of_the_guide_is_sampled() -> None:
     assert values == pytest.approx(values[:1] * 3)
 
 
+def test_the_guides_trace_stays_as_it_is() -> None:
+    """A second run of the model on it has no dims of the first."""
+    row = ROW["gmm"]
+    program = Program(row.model, row.guide, (row.x(),))
+    guide = program.run_guide()
+    before = dict(guide.nodes["z"]["infer"])
+    for dim in (-3, -5):
+        model = program.run_model(guide, dim)
+        assert list(model.nodes["z"]["infer"]["_dim_to_id"]) == [dim]
+        assert model.nodes["z"]["fn"].batch_shape == (3, *[1] * (-dim - 2), 4)
+    assert guide.nodes["z"]["infer"] == before
+
+
 def test_sites_that_some_calls_enumerate() -> None:
     """Labels may be given in one call; more plates may come in another."""
 
@@ -217,9 +230,21 @@ def test_one_sample_of_a_global_latent() -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
-def test_warm_up_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scales 0.5 and 1: .*one scale"), KLWarmup(0.5):
-        IWAE_ELBO(2).loss(hmm, ROW["hmm"].guide, ROW["hmm"].x())
+@pytest.mark.parametrize("name", ["hmm", "nested"])
+def test_warm_up_leaves_enumerated_latents(name: str) -> None:
+    """They are a part of the likelihood."""
+    row, found = ROW[name], []
+    for model in (row.model, row.collapsed):
+        pyro.set_rng_seed(0)
+        with KLWarmup(0.5):
+            found.append(IWAE_ELBO(2).loss(model, row.guide, row.x()))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_warm_up_of_priors_that_depend_on_them() -> None:
+    row = ROW["gmm"]
+    with pytest.raises(ValueError, match=r"'y' and 'z' .*scales 1 and 0.5"), KLWarmup(0.5):
+        IWAE_ELBO(2).loss(row.model, row.guide, row.x())
 
 
 # Evaluation.
