@@ -210,8 +210,11 @@ def check_sizes(table: SiteTable) -> None:
 def _check_shapes(model: SiteRecord, guide: SiteRecord, max_plate_nesting: int) -> None:
     found = []
     for record in (model, guide):
-        fn = record.site["fn"]
-        batch = [1] * max_plate_nesting + list(fn.batch_shape)
+        fn, value = record.site["fn"], record.site["value"]
+        shape = fn.batch_shape
+        if len(shape) > max_plate_nesting + 1:  # given enumerated values, in a plate without a size
+            shape = torch.broadcast_shapes(shape, value.shape[: value.dim() - fn.event_dim])
+        batch = [1] * max_plate_nesting + list(shape)
         found.append((batch[len(batch) - max_plate_nesting :], list(fn.event_shape)))
     if found[0] != found[1]:
         raise ValueError(

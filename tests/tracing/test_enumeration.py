@@ -27,8 +27,9 @@ from pyro_recursive import (
     SemiAmortizedGuide,
     log_marginal,
 )
-from pyro_recursive.evaluation import importance_weights, posterior_draws
+from pyro_recursive.evaluation import gaps, importance_weights, posterior_draws
 from pyro_recursive.evaluation.evidence import particles_per_chunk
+from pyro_recursive.evaluation.search import Search
 from pyro_recursive.tracing.enumeration import StableRing
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.program import Program
@@ -123,8 +124,11 @@ GUIDES: dict[str, Callable[[Callable], Any]] = {
     "flow": lambda model: FlowGuide(model, transforms=2, hidden=(4,)),
     "mixture": lambda model: MixtureGuide(model, 2, plate="data"),
     "recursive": lambda model: RecursiveMixtureGuide(model, 2, plate="data"),
+    "refined": lambda model: SemiAmortizedGuide(model, GUIDES["encoder"](model), draws=2, steps=2),
+    "refined_once": lambda model: SemiAmortizedGuide(model, GUIDES["encoder"](model), steps=1),
 }
-OF_GUIDES = [(guide, "IWAE_ELBO") for guide in ("amortized", "table", "encoder", "flow")]
+MIXTURES = ("mixture", "recursive")
+OF_GUIDES = [(guide, "IWAE_ELBO") for guide in GUIDES if guide not in MIXTURES]
 OF_GUIDES += [("mixture", loss) for loss in OF_MIXTURES if loss != "RecursiveMixture_ELBO"]
 OF_GUIDES += [("recursive", "RecursiveMixture_ELBO")]
 
@@ -192,6 +196,27 @@ def test_the_guides_trace_stays_as_it_is() -> None:
         assert list(model.nodes["z"]["infer"]["_dim_to_id"]) == [dim]
         assert model.nodes["z"]["fn"].batch_shape == (3, *[1] * (-dim - 2), 4)
     assert guide.nodes["z"]["infer"] == before
+
+
+def test_plates_without_a_size() -> None:
+    """Pyro does not expand the prior of a latent there, whose value is one for each row."""
+    x, found = data(), []
+    for size in (None, len(x)):
+
+        def model(x: Tensor, size: int | None = size) -> None:
+            with pyro.plate("data", size):
+                fn = dist.Categorical(torch.ones(len(x), 3))
+                y = pyro.sample("y", fn, infer=PARALLEL)
+                z = pyro.sample("z", dist.Normal(1.0 * y, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x: Tensor, size: int | None = size) -> None:
+            with pyro.plate("data", size):
+                pyro.sample("z", dist.Normal(x, 1.0))
+
+        pyro.set_rng_seed(0)
+        found.append(IWAE_ELBO(1).loss(model, guide, x))
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_sites_that_some_calls_enumerate() -> None:
@@ -267,6 +292,21 @@ def test_evidence_and_weights() -> None:
     torch.testing.assert_close(found[0].pareto_k, found[1].pareto_k)
 
 
+def test_gaps_of_the_guide() -> None:
+    found, row, state = [], ROW["siblings"], {}
+    for model in (row.model, row.collapsed):
+        pyro.clear_param_store()
+        guide = GUIDES["encoder"](model)
+        guide(data())
+        guide.load_state_dict(state := state or guide.state_dict())
+        pyro.set_rng_seed(3)
+        search = Search(steps=5, lr=0.1)
+        found.append(gaps(model, guide, data(), num_particles=20, search=search))
+    for one, other in zip(*found, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
 def test_chunks_have_room_for_all_values() -> None:
     gmm_rows, chain = ROW["gmm"], ROW["hmm"]
     for row, values in ((gmm_rows, 3), (chain, 4)):  # a transition has two values of two
@@ -281,9 +321,6 @@ def test_draws_are_refused() -> None:
     row = ROW["gmm"]
     with pytest.raises(NotImplementedError, match=r"Sites \['y'\] are enumerated"):
         posterior_draws(row.model, row.guide, row.x())
-    guide = SemiAmortizedGuide(gmm, GUIDES["encoder"](gmm))
-    with pytest.raises(NotImplementedError, match=r"'y' is not this guide's"):
-        IWAE_ELBO(2).loss(gmm, guide, data())
 
 
 # Compiled steps.

@@ -4,10 +4,11 @@
 model on the minibatch, with the user's scales and masks, and without the subsample scale.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pyro
 import torch
@@ -20,11 +21,13 @@ from pyro_recursive.guides.placement import Placement
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.densities import weighted
+from pyro_recursive.tracing.enumeration import EnumeratedModel, marginalised
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout
 from pyro_recursive.tracing.sites import (
     Site,
+    SiteTable,
     latent_sites,
     nesting_of,
     plates_of,
@@ -44,6 +47,7 @@ class LocalBound:
     ``nesting`` is how many dims the model's plates take and those around the guide, and
     ``latent_weight`` KL warm-up's factor of the latents' densities. The gradient leaves out the
     score of q (``"stl"``) or not (``"pathwise"``); with ``double_backward`` it has one itself.
+    ``enumerated`` are latents of the model to sum out, known after the first run.
     """
 
     model: Callable
@@ -55,6 +59,7 @@ class LocalBound:
     estimator: str = "stl"
     shared_noise: SharedNoise = field(default_factory=SharedNoise)
     double_backward: bool = False
+    enumerated: set[str] = field(default_factory=set)
 
     @cached_property
     def keep(self) -> Tensor | None:
@@ -108,7 +113,10 @@ class LocalBound:
         point = wide if count > 1 else u[0, 0]
         with isolated(noise=self.shared_noise, double_backward=self.double_backward):
             placement = Placement(self.latents, point)
+            known = len(self.enumerated)
             trace = self._run(placement, count, width)
+        if len(self.enumerated) > known:  # which this run has drawn
+            return self.log_joint(u)
         if nesting_of(trace) > width + (count > 1):  # plates may depend on the arguments
             raise ValueError("The model has more plates than before. Make a new guide.")
         total = self._by_row(trace, batch, width, count)
@@ -119,16 +127,22 @@ class LocalBound:
 
     def _run(self, placement: Placement, count: int, width: int) -> poutine.Trace:
         given = self.call.fixed_values
-        model = poutine.trace(placement(SubstituteByName(given)(self.model)))
+        own = given.keys() | placement.slots.keys()
+        model: Any = SubstituteByName(given)(self.model)
+        if self.enumerated:
+            model = EnumeratedModel(model, own, -width - 2)
+        model = poutine.trace(placement(model))
         draws = pyro.plate(DRAWS, count, dim=-width - 1) if count > 1 else nullcontext()
         warmup = KLWarmup(self.latent_weight) if self.latent_weight != 1 else nullcontext()
         with draws, warmup:
             trace = with_plate_sizes(model.get_trace(*self.call.args, **self.call.kwargs))
-        for site in latent_sites(trace):
-            if site["name"] not in given and site["name"] not in placement.slots:
+        others = [site for site in latent_sites(trace) if site["name"] not in own]
+        for site in others:
+            if not site["infer"].get("enumerate"):
                 raise NotImplementedError(
                     f"Latent site '{site['name']}' is not this guide's. Marginalise it."
                 )
+        self.enumerated.update(site["name"] for site in others)
         return trace
 
     def _by_row(self, trace: poutine.Trace, batch: torch.Size, width: int, count: int) -> Tensor:
@@ -142,8 +156,7 @@ class LocalBound:
         around -= row_dims
         shape = (count, *[1] * (width - len(batch)), *batch)
         total: Tensor | float = 0.0
-        for site in sites(trace):
-            each = weighted(log_prob_of(site, site["fn"]), site, layout)
+        for site, each in self._densities(trace, layout):
             _check_batch(site, each.shape, around, count)
             dims = range(-each.dim(), 0)
             if summed := [dim for dim in dims if dim not in around | row_dims]:
@@ -153,6 +166,18 @@ class LocalBound:
                     each = each / (frame.size * subsample_scale(frame))
             total = total + each
         return torch.as_tensor(total).expand(shape).reshape(count, *batch)
+
+    def _densities(
+        self, trace: poutine.Trace, layout: PlateLayout
+    ) -> Iterator[tuple[Site, Tensor]]:
+        """Yield sites and their weighted log-densities, one for all that are summed together."""
+        own = sites(trace)
+        if self.enumerated:
+            ordinary, marginals = marginalised(SiteTable(trace, poutine.Trace()), layout)
+            own = [record.site for record in ordinary]
+            yield from ((marginal.site, marginal.log_prob) for marginal in marginals)
+        for site in own:
+            yield site, weighted(log_prob_of(site, site["fn"]), site, layout)
 
 
 def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) -> None:
