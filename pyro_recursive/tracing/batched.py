@@ -61,17 +61,24 @@ class KnownDensity(TorchDistribution):
 
 
 def run_model(
-    program: Program, source: poutine.Trace, values: dict[str, Tensor], particles: Particles
+    program: Program,
+    source: poutine.Trace,
+    values: dict[str, Tensor],
+    particles: Particles,
+    enum_dim: int | None = None,
 ) -> poutine.Trace:
     """Return a trace of the model, as if it had run under the plate of particles.
 
     ``source`` has the guide's values under that plate, and ``values`` those that differ between
     particles as `values_by_particle` returns them. The sites of the trace have a `KnownDensity`.
+    ``enum_dim`` is the first dim of enumerated latents, left of the particles.
 
     Raises whatever the model raises under `torch.vmap`, and ValueError where it exchanges a buffer.
     """
     minibatches = program.memory.setdefault("own_minibatches", {})
-    return _run(program.run_model, source, values, particles, minibatches)
+    # One particle alone has no dim for them.
+    run = partial(program.run_model, enum_dim=None if enum_dim is None else enum_dim + 1)
+    return _run(run, source, values, particles, minibatches)
 
 
 def run_guide(
@@ -278,34 +285,53 @@ def _place(site: Site, tensors: dict[str, Tensor], width: int) -> None:
     form: _Form = site["fn"]
     if "is_valid" in tensors and not bool(tensors["is_valid"].all()):
         raise ValueError(f"Site '{site['name']}' has a value or parameter that is not valid.")
+    if "_dim_to_id" in site["infer"]:
+        site["infer"] = _left_of_particles(site["infer"])
     for key in tensors.keys() & {"scale", "mask"}:
-        site[key] = with_rank(tensors[key], width)
+        site[key] = _placed(tensors[key], width)
     event_dim = form.event_dim
     if site["infer"].get("_deterministic"):  # it may have more dims than the plates
         event_dim = max(event_dim, tensors["value"].dim() - 1 - width)
     if "value" in tensors:
-        site["value"] = with_rank(tensors["value"], width + event_dim)
+        site["value"] = _placed(tensors["value"], width + event_dim)
     if "log_prob" not in tensors:
         site["fn"] = dist.Delta(site["value"], event_dim=event_dim)
         return
     width += sum(dims for dims in form.wrappers if dims is not None)
-    fn = _base(form, site["value"], with_rank(tensors["log_prob"], width))
+    fn = _base(form, site["value"], _placed(tensors["log_prob"], width), width)
     for number, dims in reversed(list(enumerate(form.wrappers))):
         if dims is None:
-            fn = fn.mask(with_rank(tensors[f"mask of layer {number}"], width))
+            fn = fn.mask(_placed(tensors[f"mask of layer {number}"], width))
         else:
             fn, width = fn.to_event(dims), width - dims
     site["fn"] = fn
 
 
-def _base(form: _Form, value: Tensor, log_prob: Tensor) -> Any:
+def _placed(tensor: Tensor, width: int) -> Tensor:
+    """Return ``[*enumerated, particles, *rest]`` of ``[particles, *enumerated, *rest]``.
+
+    With so many dims in rest; what is left of them is enumerated, if it is more than ones.
+    """
+    extra = tensor.shape[1 : max(1, tensor.dim() - width)]
+    return with_rank(tensor, width) if extra.numel() == 1 else tensor.movedim(0, -width - 1)
+
+
+def _left_of_particles(infer: dict[str, Any]) -> dict[str, Any]:
+    """Return what enumeration notes of a site, for dims that are one further to the left."""
+    moved = {**infer, "_dim_to_id": {dim - 1: each for dim, each in infer["_dim_to_id"].items()}}
+    if "_enumerate_dim" in infer:
+        moved["_enumerate_dim"] = infer["_enumerate_dim"] - 1
+    return moved
+
+
+def _base(form: _Form, value: Tensor, log_prob: Tensor, width: int) -> Any:
     if issubclass(form.base, dist.Delta):
         return dist.Delta(value, log_prob, len(form.event_shape))
     if issubclass(form.base, dist.Unit):
         return dist.Unit(log_prob, has_rsample=form.has_rsample)
-    width = log_prob.dim() - 1
     batch = form.batch_shape[max(0, len(form.batch_shape) - width) :]
-    shape = torch.Size((len(log_prob), *(1,) * (width - len(batch)), *batch))
+    values, count = log_prob.shape[: -width - 1], log_prob.shape[-width - 1]
+    shape = torch.Size((*values, count, *(1,) * (width - len(batch)), *batch))
     return KnownDensity(log_prob, shape, form.event_shape, bool(form.has_rsample))
 
 

@@ -119,11 +119,9 @@ class _Comparison:
                 cause = self._mixing(model, source) or self._difference(model, single, every)
                 if not cause:
                     return "plate", ""
-        if self.enum_dim is not None:
-            return "loop", cause
         try:
             values = batched.values_by_particle(source, self.particles, self.ranks)
-            vmapped = batched.run_model(self.program, source, values, self.particles)
+            vmapped = batched.run_model(self.program, source, values, self.particles, self.enum_dim)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
+from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_recursive.tracing.compatibility import (
@@ -51,7 +53,7 @@ class EnumeratedModel:
 
     def __init__(self, model: Callable, guided: Container[str], dim: int) -> None:
         self.guided, self.last = guided, ""
-        self.model = poutine.enum(poutine.infer_config(model, self._config), dim)
+        self.model = _Enumerate(dim)(poutine.infer_config(model, self._config))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -73,6 +75,16 @@ class EnumeratedModel:
         check_enumerable(site)
         self.last = name
         return {"enumerate": "parallel", SUMMED: True}
+
+
+class _Enumerate(EnumMessenger):
+    """Pyro's handler, without its look at `Tensor.data`, which `torch.vmap` does not have."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        shape = getattr(msg["value"], "shape", None)
+        if shape is not None:
+            value = SimpleNamespace(data=SimpleNamespace(shape=shape), dim=lambda: len(shape))
+            super()._pyro_post_sample({**msg, "value": value})  # which writes to `infer`
 
 
 class StableRing(LogRing):

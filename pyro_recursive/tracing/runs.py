@@ -200,8 +200,7 @@ def _in_one_pass(
             _warn_of_loop(looped, structure.cause)
         return looped
     guide = structure.mode == "vmap guide"
-    model = guide or structure.mode == "vmap"
-    model |= vectorize == "vmap" and not structure.enumerated
+    model = guide or structure.mode == "vmap" or vectorize == "vmap"
     return replace(looped, dim=-nesting - 1, vmap=model, vmap_guide=guide)
 
 
@@ -279,7 +278,7 @@ def _draw(
             source = _source(guide, particle, subsample, model_cuts if cut_model else None)
             if particles.vmap:
                 values = batched.values_by_particle(source, particles, ranks or {})
-                model = batched.run_model(program, source, values, particles)
+                model = batched.run_model(program, source, values, particles, enum_dim)
             else:
                 with plate:
                     model = program.run_model(source, enum_dim)

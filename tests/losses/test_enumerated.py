@@ -73,8 +73,8 @@ def estimators_of(row: Enumerated) -> list[str]:
 
 
 @over
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_sums_by_hand(row: Enumerated, vectorize: bool) -> None:
+@pytest.mark.parametrize("vectorize", [True, False, "vmap"])
+def test_sums_by_hand(row: Enumerated, vectorize: bool | str) -> None:
     for estimator in estimators_of(row):
         check_collapsed(
             row, LOSSES["MIWAE_ELBO"], estimator=estimator, vectorize_particles=vectorize

@@ -219,6 +219,33 @@ def test_plates_without_a_size() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+@pytest.mark.parametrize("mode", [True, "vmap"])
+def test_models_of_one_sample(mode: bool | str) -> None:
+    """``locs[y]`` of latent locations has no dim for samples: it runs under `torch.vmap`."""
+
+    def model(x: Tensor, collapsed: bool) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.full((3,), 2.0)))
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            if collapsed:
+                parts = dist.Categorical(weights), dist.Normal(locs, 1.0)
+                pyro.sample("x", dist.MixtureSameFamily(*parts), obs=x)
+            else:
+                y = pyro.sample("y", dist.Categorical(weights), infer=PARALLEL)
+                pyro.sample("x", dist.Normal(locs[y], 1.0), obs=x)
+
+    def guide(x: Tensor, collapsed: bool) -> None:
+        pyro.sample("weights", dist.Dirichlet(torch.full((3,), 3.0)))
+        pyro.sample("locs", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    found = []
+    for collapsed in (False, True):
+        pyro.set_rng_seed(0)
+        loss = IWAE_ELBO(4, num_estimates=2, vectorize_particles=mode)
+        found.append(loss.loss(model, guide, data(), collapsed))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_sites_that_some_calls_enumerate() -> None:
     """Labels may be given in one call; more plates may come in another."""
 
