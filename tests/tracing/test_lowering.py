@@ -110,6 +110,24 @@ def test_dimensions_before_the_last_two() -> None:
     assert targets(found)[ATEN.transpose.int]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_have_no_denormal_factors(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    x = torch.tensor([[tiny, tiny / 4, -tiny / 4], [1.0, float("nan"), -tiny]], dtype=dtype)
+
+    def function(x: Tensor) -> Tensor:
+        half = x * 0.5
+        return torch.cat([half.mT @ torch.ones(2, 3, dtype=dtype), half, half.log()])
+
+    module = make_fx(function, DECOMPOSITIONS, tracing_mode="fake")(x)
+    lower(module)
+    found, plain = module(x), function(x)
+    torch.testing.assert_close(found[3:], plain[3:], rtol=0.0, atol=0.0, equal_nan=True)
+    expected = torch.tensor([0.5, float("nan"), 0.0], dtype=dtype)  # by columns of x
+    torch.testing.assert_close(found[:3, 0], expected, rtol=0.0, atol=0.0, equal_nan=True)
+    assert plain[2, 0] != 0.0  # as it is with them
+
+
 def test_small_tensors_are_stored() -> None:
     def function(x: Tensor, step: Tensor) -> Tensor:
         return x * (1 - 0.9**step).sqrt() + step
