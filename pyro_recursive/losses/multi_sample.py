@@ -31,7 +31,8 @@ class MultiSampleELBO(LogWeightELBO):
         ValueError: a subsampled plate does not enclose every site, or its entries depend on each
             other; under ``"elbo"`` a global density depends on local latents; sites or plates of
             model and guide differ; they share a parameter under PIWAE; data are NaN or infinite.
-        NotImplementedError: the estimator has no gradient for a site; a site is to be enumerated.
+        NotImplementedError: the estimator has no gradient for a site; the guide enumerates a site,
+            or the model one that it branches on (others of the model are summed exactly).
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro.infer.autoguide import AutoNormal
