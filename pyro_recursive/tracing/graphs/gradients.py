@@ -73,11 +73,12 @@ def trace_gradients(
             loss()  # finds the structure of the program, by runs of its own
     finally:
         set_random_state(before)
-    with poutine.trace(param_only=True) as captured:
+    # Checkpoints run parts of the loss again for the gradients: with the same checks of arguments.
+    with validation_enabled(False), poutine.trace(param_only=True) as captured:
         recorder, value = recorded(loss)
-    sites = captured.trace.nodes.values()
-    known = [*(unconstrained(site["value"]) for site in sites), *others]
-    parameters, still, idle = _leaves(known, value)
+        sites = captured.trace.nodes.values()
+        known = [*(unconstrained(site["value"]) for site in sites), *others]
+        parameters, still, idle = _leaves(known, value)
 
     def run() -> list[Tensor]:
         value = loss()
