@@ -22,8 +22,10 @@ from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.user_warnings import warn_user
 
-# Of the largest entry of a result, by the least precise of the tensors.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Relative to the largest entry of a result, and absolute, as large terms may cancel in a sum of
+# them; by the least precise of the tensors.
+TOLERANCES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-6, 1e-5)}
+COARSE = 1e-3, 1e-3  # of other dtypes
 
 
 class Passes:
@@ -36,12 +38,12 @@ class Passes:
         self, run: Callable[..., Any], program: Program, count: int, *, compile: bool
     ) -> None:
         self.run = run
-        self.program, self.is_compiled = program, compile
+        self.program, self.wants_compile = program, compile
         self.left, self.is_first, self.is_traced = count, True, False
 
     def __call__(self, *inputs: Tensor) -> Any:
         self.left -= 1
-        is_second, self.is_first = self.is_compiled and not self.is_first, False
+        is_second, self.is_first = self.wants_compile and not self.is_first, False
         if is_second and self.left:
             return self._compile(inputs)
         return self.run(*inputs)
@@ -52,8 +54,8 @@ class Passes:
             self._refuse("they run one by one")
 
     def _refuse(self, cause: str) -> None:
-        if self.is_compiled:
-            self.is_compiled = False
+        if self.wants_compile:
+            self.wants_compile = False
             warn_user(f"Samples are drawn and weighed eagerly: {cause}.")
 
     def _compile(self, inputs: Sequence[Tensor]) -> Any:
@@ -68,9 +70,9 @@ class Passes:
         finally:
             self.is_traced = False
         results = self.run(*inputs)
-        expected = [*tree_leaves(results), *compiled.constants, *random_state()]
+        expected = [*tree_leaves(results), *compiled.changed, *random_state()]
         if _are_close(found, expected, compiled.tolerance):
-            self.run, self.is_compiled = compiled, False
+            self.run, self.wants_compile = compiled, False
         else:
             self._refuse("a compiled pass differs from an eager one")
         return results
@@ -93,7 +95,7 @@ class CompiledPass:
         state = PythonState({"model": program.model, "guide": program.guide} | call.roots)
         try:
             try:
-                with restored(state.movable()), UndoneWrites():
+                with restored(state.movable()), UndoneWrites() as writes:
                     recorder, _ = recorded(traced)
                     graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
             finally:
@@ -101,12 +103,18 @@ class CompiledPass:
             for entry in changed:
                 if not entry.is_private:
                     raise Unsupported(f"{entry.name} changes in each run of model or guide")
-            self.spec, self.constants = specs[-1], graph.constants
-            buffers = graph.plan.empty(1)
-            self.fills = [draw.filling(out) for draw, out in graph.plan.slices(buffers)]
-            self.own = [*(each[0] for each in buffers), *(c.detach() for c in graph.constants)]
+            self.spec = specs[-1]
+            # Batch norm's operator does not declare that it writes to its buffers.
+            modules = [module for module in state.modules if module.training]
+            buffers = {_place(each) for module in modules for each in module.buffers(False)}
+            self.changed = [
+                each for each in graph.constants if writes.reaches(each) or _place(each) in buffers
+            ]
+            pools = graph.plan.empty(1)
+            self.fills = [draw.filling(out) for draw, out in graph.plan.slices(pools)]
+            self.own = [*(each[0] for each in pools), *(c.detach() for c in graph.constants)]
             kinds = {each.dtype for each in (*inputs, *self.own) if each.is_floating_point()}
-            self.tolerance = max((TOLERANCES.get(kind, 1e-3) for kind in kinds), default=1e-9)
+            self.tolerance = max(TOLERANCES.get(kind, COARSE) for kind in {torch.float64, *kinds})
             self.function = compile_graph(graph.graph, [*inputs, *self.own])
         except Unsupported:
             raise
@@ -121,14 +129,14 @@ class CompiledPass:
         return tree_unflatten([each.clone() for each in found], self.spec)
 
     def outcome(self, *inputs: Tensor) -> list[Tensor]:
-        """Return results, constants and random state after a pass, and undo it."""
+        """Return results, changed constants and random state after a pass, and undo it."""
         before = random_state()
         try:
-            with restored(self.constants):
+            with restored(self.changed):
                 results = self(*inputs)
                 return [
                     *tree_leaves(results),
-                    *(c.clone() for c in self.constants),
+                    *(each.clone() for each in self.changed),
                     *random_state(),
                 ]
         except Exception as error:
@@ -137,12 +145,19 @@ class CompiledPass:
             set_random_state(before)
 
 
-def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _are_close(
+    found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: tuple[float, float]
+) -> bool:
     if len(found) != len(expected):
         return False
+    relative, absolute = tolerance
     for new, old in zip(found, expected, strict=True):
         finite = old[old.isfinite()] if old.is_floating_point() else old.new_zeros(0)
-        bound = tolerance * (1 + finite.abs().amax().item()) if finite.numel() else 0.0
+        bound = relative * finite.abs().amax().item() + absolute if finite.numel() else 0.0
         is_close = new.shape == old.shape and new.dtype == old.dtype
         if not (is_close and torch.allclose(new, old, rtol=0.0, atol=bound, equal_nan=True)):
             return False

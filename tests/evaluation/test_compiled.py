@@ -323,6 +323,31 @@ def test_machine_code_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize(("error", "is_used"), [(0.02, True), (1.0, False)])  # in nats
+def test_float32_results_may_differ_by_rounding_alone(
+    error: float, is_used: bool, graphs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = passes.compile_graph
+
+    def rounded(module: Any, tensors: list[Tensor]) -> Callable:
+        run = traced(module, tensors)
+        return lambda *given: [each + error * (each < -1e4) for each in run(*given)]
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+
+    x = torch.full((2000,), 10.0, dtype=torch.float32)  # log-weights near -1e5, of rounding 0.01
+    monkeypatch.setattr(passes, "compile_graph", rounded)
+    with quiet() if is_used else pytest.warns(UserWarning, match="differs from an eager one"):
+        values(lambda: (model, guide, (x,)), weights, compile=True)
+    assert graphs == [2 if is_used else 1]
+
+
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(module: Any, tensors: list[Tensor]) -> Callable:
         raise RuntimeError("No working C++ compiler found")
