@@ -45,6 +45,16 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(cuda_state)
 
 
+@contextmanager
+def restored_random_state() -> Iterator[None]:
+    """Restore the random state after the block."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
 class SharedNoise:
     """The random state that several runs start from: read at the first, set at the others."""
 
@@ -113,7 +123,7 @@ def isolated(
     """
     with ExitStack() as stack:
         if noise is None:
-            stack.callback(set_random_state, random_state())
+            stack.enter_context(restored_random_state())
             stack.callback(IS_ISOLATED.reset, IS_ISOLATED.set(True))
         else:
             noise.start()

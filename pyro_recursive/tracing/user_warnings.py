@@ -8,11 +8,13 @@ from pathlib import Path
 import pyro
 import torch
 
-_PACKAGE = Path(__file__).parents[1]
-_INSIDE = tuple(
-    f"{folder}{os.sep}"
-    for folder in (_PACKAGE, *(Path(str(each.__file__)).parent for each in (pyro, torch)))
-)
+
+def folder_of(file: str | Path | None) -> str:
+    """Return the folder of a file, with a separator at its end."""
+    return f"{Path(str(file)).parent}{os.sep}"
+
+
+_INSIDE = tuple(map(folder_of, (Path(__file__).parent, pyro.__file__, torch.__file__)))
 
 
 def warn_user(message: str) -> None:

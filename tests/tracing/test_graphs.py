@@ -1,9 +1,14 @@
 """Graphs of runs become machine code that does the same, by interfaces of torch that may change."""
 
+import gc
+import threading
+import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -12,7 +17,16 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive.tracing.graphs import compiler
-from pyro_recursive.tracing.graphs.kernels import KernelCalls, NotRecordable, compile_graph
+from pyro_recursive.tracing.graphs.calls import Call
+from pyro_recursive.tracing.graphs.host_reads import HostReads
+from pyro_recursive.tracing.graphs.kernels import (
+    KernelCalls,
+    NotRecordable,
+    _recording,
+    compile_graph,
+)
+from pyro_recursive.tracing.graphs.python_state import PythonState
+from pyro_recursive.tracing.graphs.references import Entry, read_copy
 
 P = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).view(6, 4)
 
@@ -106,14 +120,14 @@ def test_recorded_kernels_repeat_what_the_code_does() -> None:
     assert {each.data_ptr() for each in found[:2]} <= calls.pointers()
 
 
-@pytest.mark.parametrize("error", [AttributeError, ImportError])
+@pytest.mark.parametrize("release", ["without standalone_compile", "without its aot"])
 def test_torch_compile_serves_where_graphs_cannot_be_compiled_by_themselves(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    release: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*args: Any, **kwargs: Any) -> None:
-        raise error("standalone_compile")
-
-    monkeypatch.setattr("torch._inductor.standalone_compile", missing)
+    if release == "without its aot":
+        monkeypatch.setattr("torch._inductor.standalone_compile", lambda module, inputs: None)
+    else:
+        monkeypatch.delattr("torch._inductor.standalone_compile")
     monkeypatch.setattr(compiler, "_kept", OrderedDict())
     graph, (expected, found) = graph_of(updated, *state()), (state(), state())
     compiled = compile_graph(graph, found)
@@ -123,6 +137,109 @@ def test_torch_compile_serves_where_graphs_cannot_be_compiled_by_themselves(
     torch.testing.assert_close(found, expected)
     with pytest.raises(NotRecordable, match="no generated code was found"):
         KernelCalls(compiled, found)
+
+
+def test_an_error_of_the_compiler_is_not_taken_for_another_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*args: Any, aot: bool = False, **kwargs: Any) -> None:
+        raise TypeError("in a lowering")
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", failing)
+    monkeypatch.setattr(compiler, "_kept", OrderedDict())
+    with pytest.raises(TypeError, match="in a lowering"):
+        compile_graph(graph_of(lambda p: [p * 3], P), [P])
+
+
+def test_calls_of_other_threads_are_not_recorded() -> None:
+    module, calls = types.ModuleType("generated"), list[Any]()
+    names: Any = vars(module)
+    names.update(
+        cpp_fused_0=lambda n: n, extern_kernels=types.SimpleNamespace(mm=torch.mm), torch=torch
+    )
+
+    def run() -> None:
+        names["cpp_fused_0"](1)
+        names["extern_kernels"].mm(P, P.t())
+        names["torch"].ops.aten.exp.default(P)
+
+    with _recording(module, calls):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert calls == []
+        run()
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_an_operator_with_one_result_in_a_sequence_is_repeated(kind: type) -> None:
+    calls: list[Any] = []
+    call = _recording(types.ModuleType("generated"), calls)._fallback(lambda x: kind([2 * x]))
+    source = torch.ones(2)
+    (result,) = call(source)
+    source += 1.0
+    again, args, kwargs = calls[0]
+    again(*args, **kwargs)
+    assert result.tolist() == [4.0, 4.0]
+
+
+def test_files_in_folders_named_as_libraries_are_the_users() -> None:
+    name = "/home/own/torch/pyro/infer/own.py"
+    with HostReads() as reads:
+        exec(compile("value = x.sum().item()", name, "exec"), {"x": P})
+    assert len(reads.tensors) == 1
+    assert "(own.py:1)" in reads.places[0]
+
+
+def test_keys_hold_the_objects_that_they_are_made_from() -> None:
+    class Option:
+        pass
+
+    option = Option()
+    key, same, other = (Call((P, each), {}).key for each in (option, option, Option()))
+    assert key == same and hash(key) == hash(same) and key != other
+    held = weakref.ref(option)
+    del option, same
+    gc.collect()
+    assert held() is not None  # so that no new object has its id
+    del key
+    gc.collect()
+    assert held() is None
+
+
+class Owner:
+    scale = 2.0
+
+    def model(self) -> float:
+        return self.scale
+
+
+def test_bound_methods_are_compared_in_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = Owner()
+    state = PythonState({"model": owner.model})
+    state.settle()
+
+    def slow() -> list[Any]:
+        raise AssertionError("the slow way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "changing", slow)
+        assert state.changed() is None
+    owner.scale = 3.0
+    assert "scale" in str(state.changed())
+
+
+def test_arrays_are_compared_without_a_copy() -> None:
+    class Uncopied(np.ndarray):
+        def copy(self, order: Any = "C") -> Any:
+            raise AssertionError("a copy")
+
+    array, old = np.ones(3).view(Uncopied), np.ones(3).view(Uncopied)
+    entry = Entry(read_copy, array, None, old, "array", False)
+    assert entry.is_same
+    array[1] = 2.0
+    assert not entry.is_same
 
 
 def test_machine_code_of_a_graph_can_be_made_without_a_guard_on_its_inputs() -> None:

@@ -1,14 +1,16 @@
-"""Compiled graphs in files: nothing in a file is used unless this user's machine has signed it.
+"""Compiled graphs in files: nothing in a file is used unless it is signed with this user's key.
 
 A file is a signature and what it signs: torch's artifact of a compiled graph, and the libraries
 that the C++ compiler made for it. Tried with torch 2.13.
 """
 
+import errno
 import hashlib
 import hmac
 import os
 import pickle
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ class ArtifactFolder:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        if self.folder in secret_file().parents:
+        if self.folder.resolve() in secret_file().resolve().parents:
             raise ValueError(
                 f"The folder of compiled graphs {self.folder} must not hold the key that signs "
                 f"them, {secret_file()}. Choose another one."
@@ -73,9 +75,10 @@ class ArtifactFolder:
                 file.write(MAGIC + _sign(key, body) + body)
             temporary.replace(path)
         except Exception as error:
+            warn_user(f"The compiled graph cannot be saved as {path}: {error}.")
+        finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
-            warn_user(f"The compiled graph cannot be saved as {path}: {error}.")
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.graph"
@@ -93,28 +96,44 @@ def secret_file() -> Path:
 
 
 def _secret() -> bytes:
-    """Return the secret, of which the file is made where there is none that only the user reads."""
+    """Return the signing key; create the key file if it is missing or readable by others."""
     path = secret_file()
-    if not _is_private(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # the user's alone, as made
-            file.write(secrets.token_bytes(SIZE))
-            file.flush()
-            with suppress(FileExistsError):  # of another process, which was first
-                os.link(file.name, path)
-    return path.read_bytes()
-
-
-def _is_private(path: Path) -> bool:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if sys.platform != "win32" and path.parent.stat().st_mode & 0o022:
+        raise PermissionError(f"others can write to the folder of the signing key, {path.parent}")
+    with suppress(FileNotFoundError):
+        if (found := _read_private(path)) is not None:
+            return found
+        path.unlink()
+        warn_user(f"The signing key {path} was readable by others or incomplete. It was renewed.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # readable by this user alone
     try:
-        status = path.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    if sys.platform == "win32":
-        return status.st_size == SIZE
-    is_own = status.st_uid == os.getuid() and not status.st_mode & 0o077
-    return is_own and status.st_size == SIZE
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(SIZE))
+        with suppress(FileExistsError):  # of another process, which was first
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    if (found := _read_private(path)) is None:
+        raise PermissionError(f"others can read the signing key {path}")
+    return found
+
+
+def _read_private(path: Path) -> bytes | None:
+    """Return the content of a key file; None if others can read it or it is no complete key."""
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | sum(flags))
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a symbolic link
+            return None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        is_private = stat.S_ISREG(status.st_mode) and status.st_size == SIZE
+        if sys.platform != "win32":
+            is_private &= status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return file.read() if is_private else None
 
 
 def _sign(key: str, body: bytes) -> bytes:
@@ -153,6 +172,8 @@ def _loaded(body: bytes) -> tuple[Callable[..., Any], Libraries]:
 
     def load_async(cls: Any, main_code: str, *args: Any, **kwargs: Any) -> Any:
         name = _digest(cls, main_code, kwargs)
+        if name not in libraries:  # that another thread compiles
+            return original.__func__(cls, main_code, *args, **kwargs)
         path = folder / f"{name}.so"
         path.write_bytes(libraries[name])
         library = cls._load_library(str(path), name)
@@ -190,7 +211,8 @@ def _file(library: Any) -> Path:
 
 @cache
 def _folder_of_process() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="pyro_recursive_")  # the user's alone; ends with us
+    """Return a folder that this user alone can read; deleted at exit."""
+    return tempfile.TemporaryDirectory(prefix="pyro_recursive_")
 
 
 def _private_folder() -> Path:

@@ -1,4 +1,4 @@
-"""The arguments of one call, as a graph of it is given them and known by them."""
+"""Arguments of one call: tensors passed to its graph, and the cache key."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,10 +23,23 @@ from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows
 
 # Handlers around a step that have no effect but on the program inside.
-KNOWN: tuple[type[Messenger], ...] = (
+TRANSPARENT_HANDLERS: tuple[type[Messenger], ...] = (
     *(BlockMessenger, ConditionMessenger, KLWarmup, MaskMessenger, ScaleMessenger),
     *(SubstituteMessenger, UnconditionMessenger),
 )
+
+
+class _Identity:
+    """An object in a key, equal to itself alone; held, so that no other object gets its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class Call:
@@ -74,7 +87,7 @@ class Call:
     def check(self) -> None:
         """Raise Unsupported where a step does more than train on its arguments."""
         for handler in self.handlers:
-            if type(handler) not in KNOWN:
+            if type(handler) not in TRANSPARENT_HANDLERS:
                 raise Unsupported(f"{type(handler).__name__} around a step may see its sites")
         if any(each.requires_grad for each in self.inputs):
             raise Unsupported("an argument requires a gradient")
@@ -90,7 +103,7 @@ class Call:
 
     @contextmanager
     def given(self, inputs: list[Tensor], weights: list[Tensor]) -> Iterator[tuple[tuple, dict]]:
-        """Yield the arguments with other tensors, inside their rows and weights of latents."""
+        """Yield the arguments with `inputs` as tensors; set minibatch rows and KL weights."""
         tensors = iter(inputs)
         leaves = [next(tensors) if isinstance(each, Tensor) else each for each in self.leaves]
         rows: AbstractContextManager = nullcontext()
@@ -117,7 +130,7 @@ def _content(value: Any) -> Any:
         return tuple(map(_content, value))
     if isinstance(value, partial):
         return _content((value.func, value.args, value.keywords))
-    return id(value)
+    return _Identity(value)
 
 
 def _unflatten(leaves: list[Any], spec: Any) -> tuple[tuple, dict[str, Any]]:

@@ -30,15 +30,15 @@ from pyro_recursive.tracing.terminal import stderr_is_watched
 
 Compiled = Callable[..., Any]
 # The processor's vector instructions are not tested one by one, for 2 seconds each.
-UNTESTED = {"cpp.vec_isa_ok": True} if platform.machine() in ("x86_64", "AMD64") else {}
-Known = tuple[Compiled, Callable[[], Libraries]]  # and what is saved with it
+ASSUME_VEC_ISA = {"cpp.vec_isa_ok": True} if platform.machine() in ("x86_64", "AMD64") else {}
+Artifact = tuple[Compiled, Callable[[], Libraries]]  # and what is saved with it
 MAX_KEPT = 64  # graphs
 LOCK = RLock()  # of the compiler, and of what it generated while its calls are recorded
-_kept: OrderedDict[str, Known] = OrderedDict()  # by key, the last one used at the end
+_kept: OrderedDict[str, Artifact] = OrderedDict()  # by key, the last one used at the end
 
 
 class NotCompiled(Exception):
-    """No code was made for a graph, whatever way it is to run."""
+    """The graph was not compiled; no engine can run it."""
 
 
 class NoCompiler(Unsupported, NotCompiled):
@@ -54,7 +54,7 @@ class NotWorthCompiling(NotCompiled):
 
 
 class CompilePolicy(NamedTuple):
-    """Where compiled graphs are kept, whether one of some operations is worth it, what is shown."""
+    """Where artifacts are saved, whether to compile a graph of n operations, whether to print."""
 
     folder: ArtifactFolder | None = None
     is_worth: Callable[[int], bool] = lambda operations: True
@@ -113,7 +113,7 @@ def _new(
     options: dict[str, Any],
     compile: Callable[[dict[str, Any]], Compiled],
     policy: CompilePolicy,
-) -> Known:
+) -> Artifact:
     """Compile a graph, if that is worth it."""
     operations = count_operations(module)
     if not policy.is_worth(operations):
@@ -124,12 +124,22 @@ def _new(
         tqdm.write(text, file=sys.stderr)
     with recorded_libraries() as libraries:
         try:
-            return compile({**options, **UNTESTED}), libraries
-        except Exception:  # as of a compiler that is too old for the processor
-            if not UNTESTED:
+            return compile({**options, **ASSUME_VEC_ISA}), libraries
+        except Exception as error:
+            # The C++ compiler may be too old for the processor's instructions.
+            if not (ASSUME_VEC_ISA and _is_of_cpp_compiler(error)):
                 raise
             forget_instructions()
             return compile(options), libraries
+
+
+def _is_of_cpp_compiler(error: BaseException | None) -> bool:
+    """Whether the C++ compiler refused the code; torch wraps its error."""
+    from torch._inductor.exc import CppCompileError
+
+    while error is not None and not isinstance(error, CppCompileError):
+        error = getattr(error, "inner_exception", None)
+    return error is not None
 
 
 def count_operations(module: GraphModule) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.isolation import IS_ISOLATED, random_state
 
 
@@ -39,7 +40,7 @@ class Draw(NamedTuple):
         return self.operator._schema.name.endswith("_like")
 
     def fill(self, out: Tensor) -> None:
-        """Draw into a tensor of this shape, in place; in any shape where each entry is alone."""
+        """Draw into a tensor of this shape, in place; elementwise samplers accept any shape."""
         given = (out,) if self.is_in_place or self.is_like else ()
         drawn = self.operator(*given, *self.arguments, **dict(self.options))
         if drawn is not out:
@@ -107,7 +108,7 @@ class DrawRecorder(TorchDispatchMode):
         state, path = _state(None), list[int]()
         while state != self._start:
             if state not in self._before or len(path) > len(self.draws):
-                raise NotImplementedError("The seed of the random numbers is set in each step.")
+                raise Unsupported("the seed of the random numbers is set in each step")
             number, state = self._before[state]
             path.insert(0, number)
         self.path += path
@@ -122,7 +123,7 @@ class DrawRecorder(TorchDispatchMode):
 class ReplacedDraws(TorchDispatchMode):
     """Gives the draws of a run recorded before: those made outside, and repeated ones.
 
-    ``aside`` are the values of draws made aside, which have to decide nothing.
+    ``aside`` are the values of draws made aside, which must not affect the outputs.
     """
 
     def __init__(self, recorder: DrawRecorder, outside: dict[int, Tensor]) -> None:
@@ -141,7 +142,7 @@ class ReplacedDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         draw = self.recorder.draws[number]
         if draw.operator is not func:
-            raise NotImplementedError("The random draws of two runs differ.")
+            raise Unsupported("the random draws of two runs differ")
         if number in self.outside:
             value = self.outside[number].view(draw.shape)
         elif number in self._known:
@@ -155,7 +156,7 @@ class ReplacedDraws(TorchDispatchMode):
 
     def _number(self) -> int | None:
         if self._calls >= len(self.recorder.order):
-            raise NotImplementedError("The random draws of two runs differ.")
+            raise Unsupported("the random draws of two runs differ")
         self._calls += 1
         return self.recorder.order[self._calls - 1]
 
@@ -240,14 +241,14 @@ class DrawPlan:
         for pool, buffer in zip(self.pools, buffers, strict=True):
             pool.fill(buffer[:count])
 
-    def slices(self, buffers: Sequence[Tensor], step: int = 0) -> list[tuple[Draw, Tensor]]:
-        """Return each draw of a step and where it goes, in the order of an eager step.
+    def slices(self, buffers: Sequence[Tensor]) -> list[tuple[Draw, Tensor]]:
+        """Return each draw of the first step and where it goes, in the order of an eager step.
 
         Filled in this order they are the random numbers of an eager step.
         """
         rows: dict[int, Tensor] = {}
         for pool, buffer in zip(self.pools, buffers, strict=True):
-            rows |= pool.split(buffer[step])
+            rows |= pool.split(buffer[0])
         draws, path = self.recorder.draws, self.recorder.path if rows else ()
         return [(draws[number], rows[number].view(draws[number].shape)) for number in path]
 

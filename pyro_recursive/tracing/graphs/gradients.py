@@ -12,7 +12,7 @@ from pyro_recursive.tracing.graphs.draws import DrawPlan
 from pyro_recursive.tracing.graphs.host_reads import ReadValues
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import restored_random_state
 from pyro_recursive.tracing.param_store import unconstrained
 
 
@@ -22,14 +22,14 @@ class GradientGraph:
 
     ``draws`` are rows ``[size]`` of the pools of `plan`. Parameters that the loss does not reach
     are among `parameters` where they have a gradient, which an optimiser takes for zero, and
-    `idle` where they have none. `constants` are tensors that model and guide have from elsewhere
-    than their arguments: data of closures, buffers, literals. The graph is right where the values
-    of `reads` are the same.
+    `no_gradient` where they have none. `constants` are tensors that model and guide have from
+    elsewhere than their arguments: data of closures, buffers, literals. The graph is right where
+    the values of `reads` are the same.
     """
 
     graph: GraphModule
     parameters: list[Tensor]
-    idle: list[Tensor]
+    no_gradient: list[Tensor]
     plan: DrawPlan
     constants: list[Tensor]
     reads: ReadValues
@@ -45,11 +45,11 @@ class GradientGraph:
         return loss, tuple(gradients)
 
     def is_valid(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the graph is that of these inputs, and of the gradients that there are."""
+        """Whether the traced reads and set of trained parameters still hold."""
         for parameter in self.parameters:
             if not parameter.requires_grad or _has_hooks(parameter):
                 return False
-        for parameter in self.idle:
+        for parameter in self.no_gradient:
             if parameter.grad is not None or not parameter.requires_grad:
                 return False
         return self.reads.hold([*inputs, *self.constants])
@@ -58,8 +58,8 @@ class GradientGraph:
 def trace_gradients(
     loss: Callable[[], Tensor],
     inputs: Sequence[Tensor],
-    site: Callable[[], str | None] = lambda: None,
-    others: Sequence[Tensor] = (),
+    site: Callable[[], str | None],
+    others: Sequence[Tensor],
 ) -> GradientGraph:
     """Trace a loss that reads ``inputs``, the very objects; it runs three times.
 
@@ -67,28 +67,26 @@ def trace_gradients(
     optimiser has beside those of the runs. The random state is restored; what the runs change in
     place, as buffers, is not.
     """
-    before = random_state()
-    try:
-        with validation_enabled(False):
-            loss()  # finds the structure of the program, by runs of its own
-    finally:
-        set_random_state(before)
+    with restored_random_state(), validation_enabled(False):
+        loss()  # finds the structure of the program, by runs of its own
     # Checkpoints run parts of the loss again for the gradients: with the same checks of arguments.
     with validation_enabled(False), poutine.trace(param_only=True) as captured:
         recorder, value = recorded(loss)
         sites = captured.trace.nodes.values()
         known = [*(unconstrained(site["value"]) for site in sites), *others]
-        parameters, still, idle = _leaves(known, value)
+        parameters, zero_gradient, no_gradient = _leaves(known, value)
 
     def run() -> list[Tensor]:
         value = loss()
         found = torch.autograd.grad(value, parameters)
-        return [value.detach(), *found, *map(torch.zeros_like, still)]
+        return [value.detach(), *found, *map(torch.zeros_like, zero_gradient)]
 
-    changing = [*parameters, *still]
+    changing = [*parameters, *zero_gradient]
     traced = trace_run(run, recorder, [*changing, *inputs], len(changing), site)
     _check_memory(changing, [*inputs, *traced.constants])
-    return GradientGraph(traced.graph, changing, idle, traced.plan, traced.constants, traced.reads)
+    return GradientGraph(
+        traced.graph, changing, no_gradient, traced.plan, traced.constants, traced.reads
+    )
 
 
 def _has_hooks(parameter: Tensor) -> bool:
@@ -107,8 +105,8 @@ def _leaves(
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     reached = [p for p, gradient in zip(leaves, found, strict=True) if gradient is not None]
     rest = [p for p, gradient in zip(leaves, found, strict=True) if gradient is None]
-    still = [p for p in rest if p.grad is not None]
-    return reached, still, [p for p in rest if p.grad is None]
+    zero_gradient = [p for p in rest if p.grad is not None]
+    return reached, zero_gradient, [p for p in rest if p.grad is None]
 
 
 def _check_memory(parameters: list[Tensor], others: list[Tensor]) -> None:

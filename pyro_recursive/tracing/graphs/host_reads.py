@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import Token
 from typing import Any
 
+import pyro.infer
 import torch
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.distributions import distribution
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -20,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyro_recursive.tracing.graphs.draws import is_random
 from pyro_recursive.tracing.graphs.unsupported import SKIPPED, Unsupported
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS
+from pyro_recursive.tracing.user_warnings import folder_of
 
 UNSEEN = ("tolist", "numpy", "__array__")  # methods that read memory without an operator
+PYRO_INFER = folder_of(pyro.infer.__file__)
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
@@ -92,7 +96,7 @@ class HostReads(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """Sees the reads that are no operators, and those of Pyro that decide nothing."""
+    """Intercepts reads that bypass the dispatcher, and Pyro's reads for logging or validation."""
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()
@@ -104,11 +108,11 @@ class _Methods(TorchFunctionMode):
             return self.reads.read(func, args, kwargs)
         if name in ("item", "__bool__"):
             caller = sys._getframe(1).f_code
-            if name == "item" and "/pyro/infer/" in caller.co_filename:  # a loss, to be reported
-                return args[0].detach()
+            if name == "item" and caller.co_filename.startswith(PYRO_INFER):
+                return args[0].detach()  # a loss, to be reported
             if caller is warn_if_nan.__code__:
                 return False
-            if caller.co_filename.endswith("/torch/distributions/distribution.py"):
+            if caller.co_filename == distribution.__file__:
                 return True  # validation, as of a distribution made elsewhere
         return func(*args, **kwargs)
 
@@ -180,7 +184,7 @@ def _varies(node: Node, data: list[Node]) -> bool:
 def _place(site: str | None) -> str:
     """Return where the running program is: the site that it has reached, the file and the line."""
     frame: Any = sys._getframe(1)
-    while frame is not None and any(part in frame.f_code.co_filename for part in SKIPPED):
+    while frame is not None and frame.f_code.co_filename.startswith(SKIPPED):
         frame = frame.f_back
     where = f" after site '{site}'" if site else ""
     if frame is None:

@@ -7,6 +7,8 @@ import ast
 import copy
 import inspect
 import logging
+import textwrap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +24,7 @@ OPTIONS = {"fallback_random": True}
 
 
 class NotRecordable(NotImplementedError):
-    """Says which line of the generated code is no recorded call."""
+    """Says which line of the generated code cannot be recorded."""
 
 
 def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any) -> Compiled:
@@ -30,26 +32,27 @@ def compile_graph(module: GraphModule, tensors: Sequence[Tensor], **options: Any
     module = _with_samplers_of_aten(module)
 
     def compile(settings: dict[str, Any]) -> Compiled:
-        try:
-            import torch._inductor as inductor
+        import torch._inductor as inductor
 
-            with torch.no_grad(), _quiet(logging.getLogger("torch._inductor.standalone_compile")):
-                return inductor.standalone_compile(
-                    module,
-                    list(tensors),
-                    dynamic_shapes="from_example_inputs",
-                    options={"config_patches": settings},
-                    aot=all(node.op != "get_attr" for node in module.graph.nodes),  # can be saved
-                )
-        except (ImportError, AttributeError, TypeError):  # a release of torch without this
+        standalone_compile = getattr(inductor, "standalone_compile", None)
+        names = inspect.signature(standalone_compile).parameters if standalone_compile else ()
+        if "aot" not in names:  # a release of torch without this
             return torch.compile(module, fullgraph=True, dynamic=False, options=settings)
+        with torch.no_grad(), _quiet(logging.getLogger("torch._inductor.standalone_compile")):
+            return inductor.standalone_compile(
+                module,
+                list(tensors),
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": settings},
+                aot=all(node.op != "get_attr" for node in module.graph.nodes),  # can be saved
+            )
 
     return compiled_once(module, tensors, {**OPTIONS, **options}, compile)
 
 
 @contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Log nothing: that the code of a loop cannot be saved is no news."""
+    """Log nothing: that the code of a loop cannot be saved is expected."""
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -151,7 +154,7 @@ RECORDED = ("cpp_fused", "extern_kernels.", "torch.ops.")
 
 def check_recordable(module: Any) -> None:
     """Raise NotRecordable where the generated code does more than call kernels on its buffers."""
-    tree = ast.parse(inspect.getsource(type(module.runner).call).replace("\n    ", "\n").lstrip())
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(module.runner).call)))
     for statement in tree.body[0].body:  # type: ignore[attr-defined]
         if not _is_known(statement):
             raise NotRecordable(f"generated line '{ast.unparse(statement)[:80]}' is no kernel call")
@@ -171,11 +174,12 @@ def _is_known(statement: ast.stmt) -> bool:
 
 
 class _recording:
-    """Records the calls of kernels in a generated module inside the block."""
+    """Records the calls of kernels in a generated module by this thread inside the block."""
 
     def __init__(self, module: Any, calls: list) -> None:
         self.names, self.calls = vars(module), calls
         self.saved: dict[str, Any] = {}
+        self.thread = threading.get_ident()
 
     def __enter__(self) -> None:
         kernels = [n for n in self.names if n.startswith("cpp_fused")]
@@ -190,26 +194,29 @@ class _recording:
 
     def _recorded(self, kernel: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((kernel, args, kwargs))
+            if threading.get_ident() == self.thread:
+                self.calls.append((kernel, args, kwargs))
             return kernel(*args, **kwargs)
 
         return call
 
     def _fallback(self, operator: Any) -> Callable:
         """Record an ATen operator; repeated, it writes into the results of the first call."""
+        if threading.get_ident() != self.thread:
+            return operator
         tags = getattr(operator, "tags", ())
         if torch.Tag.dynamic_output_shape in tags:
             raise NotRecordable(f"operator {operator} has results of a size that varies")
 
         def call(*args: Any, **kwargs: Any) -> Any:
             results = operator(*args, **kwargs)
-            kept = results if isinstance(results, tuple | list) else (results,)
+            kept = _sequence(results)
             is_in_place = any(each is arg for each in kept for arg in args)
 
             def again(*args: Any, **kwargs: Any) -> None:
-                new = operator(*args, **kwargs)
+                new = _sequence(operator(*args, **kwargs))
                 if not is_in_place:
-                    for old, value in zip(kept, new if len(kept) > 1 else (new,), strict=True):
+                    for old, value in zip(kept, new, strict=True):
                         if isinstance(old, Tensor):
                             old.copy_(value)
 
@@ -217,6 +224,10 @@ class _recording:
             return results
 
         return call
+
+
+def _sequence(results: Any) -> Sequence[Any]:
+    return results if isinstance(results, tuple | list) else (results,)
 
 
 class _Attributes:

@@ -1,8 +1,9 @@
-"""The Python values that a program can read, so that a graph made from them is never stale.
+"""The Python values that a program can read, to find graphs that are stale.
 
 A graph holds numbers, flags and functions as they were when it was made. What model, guide and
 handlers can reach is recorded with it, and compared before it is used: closures, globals that their
 code names, defaults, attributes of modules, classes and objects, entries of lists and dictionaries.
+What is outside of Python's values, as files and clocks, is not compared.
 Values of tensors are no part of it: a graph is given the tensors themselves.
 """
 
@@ -22,6 +23,7 @@ from torch.nn import Module
 from pyro_recursive.tracing.graphs.references import (
     CONTAINERS,
     GENERATORS,
+    MISSING,
     OPEN,
     SCALARS,
     Entry,
@@ -77,11 +79,12 @@ class PythonState:
                 is_open = not self._names.isdisjoint(DYNAMIC)
                 for key in [key for key in self._hidden if is_open or key[1] in self._names]:
                     self._add(*self._hidden.pop(key), False)
+        self._sort()
 
     def changed(self) -> str | None:
         """Return the name of a value that is another one now, if there is one."""
         for container, key, value in self._quick:
-            if container.get(key) is not value:
+            if container.get(key, MISSING) is not value:
                 break
         else:
             for container, _, length in self._lengths:
@@ -99,7 +102,7 @@ class PythonState:
         return [entry for entry in self.entries if not entry.is_same]
 
     def settle(self) -> list[Entry]:
-        """Leave out what runs have changed, as caches, and return it; undo it, but for caches."""
+        """Drop and return entries that changed while tracing; restore all but library caches."""
         changing = self.changing()
         gone = {id(entry) for entry in changing}
         changing += [entry for entry in self._random if not entry.is_same]
@@ -114,10 +117,14 @@ class PythonState:
             if not entry.is_private:
                 entry.restore()
         self.entries = [entry for entry in self.entries if id(entry) not in gone]
+        self._sort()
+        return changing
+
+    def _sort(self) -> None:
+        """Sort the entries by how they are compared."""
         self._quick = [each[1:4] for each in self.entries if each.read is read_item]
         self._lengths = [each[1:4] for each in self.entries if each.read is read_length]
         self._slow = [each for each in self.entries if each.read not in (read_item, read_length)]
-        return changing
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all modules and in Pyro's store."""

@@ -31,11 +31,12 @@ SCALARS = (
 LIBRARIES = sys.stdlib_module_names - {"__main__"}
 LIBRARIES |= {"torch", "pyro", "pyro_recursive", "numpy", "scipy", "sklearn", "pandas", "zuko"}
 LIBRARIES |= {"jax", "numpyro", "matplotlib", "torchvision", "tqdm", "IPython", "_pytest", "pytest"}
-OPEN = (  # but for these
+OPEN = (  # library classes whose attributes are compared all the same
     *(Module, Messenger, ELBO, Distribution, Transform, sparray, spmatrix),
     *(types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap),
 )
-NAMED = {"torch", "pyro", "_thread"}  # of whose objects the attributes are read that code names
+# Libraries whose objects' attributes are compared only if the program's code names them.
+NAMED = {"torch", "pyro", "_thread"}
 GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")  # operations on names of a module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONTENTS = ("_parameters", "_buffers", "_modules", *HOOKS)
@@ -47,7 +48,7 @@ CONTAINERS = (  # of a program, unlike other objects of libraries
 )
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
-_MISSING = object()
+MISSING = object()
 Read = Callable[[Any, Any], Any]
 # How a value is read (None where it cannot be another one), from what, by which key, the value, and
 # what its name ends in.
@@ -66,7 +67,13 @@ class Entry(NamedTuple):
 
     @property
     def is_same(self) -> bool:
-        now, old = self.read(self.container, self.key), self.value
+        old = self.value
+        if self.read is read_copy and self.key is None:
+            now = self.container
+        elif self.read is read_array:
+            now = np.asarray(self.container)
+        else:
+            now = self.read(self.container, self.key)
         if now is old:
             return True
         if type(now) is not type(old):
@@ -79,7 +86,7 @@ class Entry(NamedTuple):
     def restore(self) -> None:
         """Write the value back, where that can be done."""
         owner = self.container
-        if self.value is _MISSING and isinstance(owner, dict):
+        if self.value is MISSING and isinstance(owner, dict):
             owner.pop(self.key)
         elif self.read is read_random:
             write_random(owner, self.value)
@@ -95,18 +102,18 @@ class Entry(NamedTuple):
 
 def read_item(container: Any, key: Any) -> Any:
     """Return an entry of a dictionary."""
-    return container.get(key, _MISSING)
+    return container.get(key, MISSING)
 
 
 def _cell(cell: Any, key: None) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not yet assigned
-        return _MISSING
+        return MISSING
 
 
 def _element(container: Any, index: int) -> Any:
-    return container[index] if index < len(container) else _MISSING
+    return container[index] if index < len(container) else MISSING
 
 
 def _default(function: Any, number: int) -> Any:
@@ -119,7 +126,7 @@ def read_length(container: Any, key: None) -> int:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    return getattr(owner, name, _MISSING)
+    return getattr(owner, name, MISSING)
 
 
 def read_copy(container: Any, kind: Any) -> Any:
@@ -128,7 +135,7 @@ def read_copy(container: Any, kind: Any) -> Any:
 
 
 def _in_context(variable: Any, key: None) -> Any:
-    return variable.get(_MISSING)
+    return variable.get(MISSING)
 
 
 def read_array(container: Any, key: None) -> Any:
@@ -215,7 +222,7 @@ def _of_function(function: types.FunctionType) -> Iterator[Part]:
     if is_library(function.__module__):
         return
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if (found := _cell(cell, None)) is not _MISSING:
+        if (found := _cell(cell, None)) is not MISSING:
             yield _cell, cell, None, found, f" -> {name}"
     yield from _named(function)
     for key, each in vars(function).items():
@@ -292,7 +299,7 @@ def without_own(owner: Any) -> Iterator[Part]:
     """Yield the attributes that an object has from its class, and may get of its own."""
     own = getattr(owner, "__dict__", {})
     names = {name for each in type(owner).__mro__ for name in vars(each)} - own.keys()
-    yield from ((read_item, own, name, _MISSING, f".{name}") for name in names)
+    yield from ((read_item, own, name, MISSING, f".{name}") for name in names)
 
 
 def hidden_of(owner: Any) -> Iterator[Part]:
@@ -332,5 +339,5 @@ def _stored(code: types.CodeType) -> set[str]:
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module keeps its state to itself."""
+    """Whether a module is a library, whose internal state is not compared."""
     return str(module or "").partition(".")[0] in LIBRARIES

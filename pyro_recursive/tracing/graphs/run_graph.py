@@ -13,7 +13,7 @@ from torch.fx.graph import CodeGen
 from pyro_recursive.tracing.graphs.draws import DrawPlan, DrawRecorder
 from pyro_recursive.tracing.graphs.host_reads import HostReads, ReadValues, split_reads
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import restored_random_state
 
 
 @dataclass
@@ -33,13 +33,11 @@ class RunGraph:
 
 def recorded(run: Callable[[], Any]) -> tuple[DrawRecorder, Any]:
     """Return the draws of a run and its result; the random state is restored."""
-    before, recorder = random_state(), DrawRecorder()
-    try:
+    with restored_random_state():
+        recorder = DrawRecorder()
         with validation_enabled(False), HostReads(), recorder:
             result = run()
         recorder.finish()
-    finally:
-        set_random_state(before)
     return recorder, result
 
 
@@ -47,8 +45,8 @@ def trace_run(
     run: Callable[[], Sequence[Tensor]],
     recorder: DrawRecorder,
     inputs: Sequence[Tensor],
-    num_parameters: int = 0,
-    site: Callable[[], str | None] = lambda: None,
+    num_parameters: int,
+    site: Callable[[], str | None],
 ) -> RunGraph:
     """Trace a run that reads ``inputs``, the very objects, and whose draws are those `recorded`.
 
@@ -56,7 +54,7 @@ def trace_run(
     their values in Python. ``site`` returns the name of the site that it has reached. The random
     state is restored; what the run changes in place, as buffers, is not.
     """
-    before, plan = random_state(), DrawPlan(recorder)
+    plan = DrawPlan(recorder)
     buffers = plan.empty(1)
     rows = [buffer[0] for buffer in buffers]
     reads, aside = HostReads(site), list[Tensor]()
@@ -68,15 +66,12 @@ def trace_run(
         aside.extend(replaced.aside)
         return [*results, *reads.tensors]
 
-    try:
+    with restored_random_state():
         for draw, out in plan.slices(buffers):
             draw.fill(out)
-        set_random_state(before)
-        with validation_enabled(False):
-            tracer = make_fx(traced, tracing_mode="real", _allow_non_fake_inputs=True)
-            graph = tracer(*inputs, *rows)
-    finally:
-        set_random_state(before)
+    with restored_random_state(), validation_enabled(False):
+        tracer = make_fx(traced, tracing_mode="real", _allow_non_fake_inputs=True)
+        graph = tracer(*inputs, *rows)
     constants = _hoist(graph)
     count = len(inputs) - num_parameters
     data = [*inputs[num_parameters:], *constants]

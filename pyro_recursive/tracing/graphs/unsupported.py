@@ -1,12 +1,20 @@
-"""What a graph cannot hold, and where the program was that wanted it."""
+"""The error for programs that cannot be compiled, and its source location."""
 
+import contextlib
 import traceback
 from typing import Any
 
+import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
+from pyro_recursive.tracing.user_warnings import folder_of
+
 # Frames that say nothing about where a program is.
-SKIPPED = ("/torch/", "/pyro/poutine/", "/contextlib.py", __file__.rpartition("/")[0])
+SKIPPED = (
+    *map(folder_of, (torch.__file__, poutine.__file__, __file__)),
+    str(contextlib.__file__),
+)
 
 
 class Unsupported(NotImplementedError):
@@ -14,7 +22,7 @@ class Unsupported(NotImplementedError):
 
 
 class LastSite(Messenger):
-    """Knows the site that a program has reached."""
+    """Records the name of the last sample site."""
 
     name: str | None = None
 
@@ -27,7 +35,7 @@ def reason(error: Exception, site: str | None) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(part in frame.filename for part in SKIPPED)
+        if not frame.filename.startswith(SKIPPED)
     ]
     text = " ".join(str(error).split())[:120]
     where = f" at site '{site}'" if site else ""

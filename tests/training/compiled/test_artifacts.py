@@ -1,15 +1,18 @@
 """What was compiled is found again, in this process or a folder, and nothing else is run."""
 
 import hashlib
+import inspect
 import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive import CompiledSVI
-from pyro_recursive.tracing.graphs import compiler
+from pyro_recursive.tracing.graphs import artifacts, compiler
 from pyro_recursive.tracing.graphs.artifacts import ArtifactFolder, secret_file
 from pyro_recursive.tracing.graphs.compiler import CompilePolicy, compile_policy, compiled_once
 from pyro_recursive.tracing.graphs.kernels import KernelCalls, compile_graph
@@ -221,7 +224,7 @@ def test_a_file_under_another_name_is_not_read(folder: ArtifactFolder) -> None:
         compiled_once(graph(X), [X], {}, compile)
 
 
-@pytest.mark.parametrize("way", ["of another user", "others can read it", "short"])
+@pytest.mark.parametrize("way", ["of another user", "others can read it", "short", "a link"])
 def test_files_count_for_the_key_that_has_signed_them(folder: ArtifactFolder, way: str) -> None:
     compile, secret = Compiler(), secret_file()
     compiled_once(graph(X), [X], {}, compile)
@@ -229,12 +232,18 @@ def test_files_count_for_the_key_that_has_signed_them(folder: ArtifactFolder, wa
     assert not secret.is_relative_to(folder.folder)
     if way == "others can read it":
         secret.chmod(0o644)
+    elif way == "a link":
+        secret.rename(secret.with_suffix(".moved"))
+        secret.symlink_to(secret.with_suffix(".moved"))
     else:
         secret.write_bytes(b"k" * (32 if way == "of another user" else 5))
     compiler._kept.clear()
-    with pytest.warns(UserWarning, match="compiled anew"):
+    with pytest.warns(UserWarning) as caught:
         compiled_once(graph(X), [X], {}, compile)
-    assert secret.stat().st_mode & 0o777 == 0o600
+    messages = [str(each.message) for each in caught]
+    assert "compiled anew" in messages.pop()
+    assert ["It was renewed" in each for each in messages] == [True] * (way != "of another user")
+    assert secret.stat().st_mode & 0o777 == 0o600 and not secret.is_symlink()
     assert compile.calls == 2
 
 
@@ -257,6 +266,62 @@ def test_files_of_another_version_are_left_alone(
 def test_the_key_does_not_lie_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must not hold the key"):
         ArtifactFolder(tmp_path / "config")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "config")
+    with pytest.raises(ValueError, match="must not hold the key"):
+        ArtifactFolder(tmp_path / "link")
+
+
+def test_all_that_start_together_have_one_key() -> None:
+    for _ in range(20):
+        secret_file().unlink(missing_ok=True)
+        barrier = threading.Barrier(8)
+
+        def read(barrier: threading.Barrier = barrier) -> bytes:
+            barrier.wait()
+            return artifacts._secret()
+
+        with ThreadPoolExecutor(8) as pool:
+            found = {each.result() for each in [pool.submit(read) for _ in range(8)]}
+        assert found == {secret_file().read_bytes()}
+        assert list(secret_file().parent.iterdir()) == [secret_file()]
+
+
+def test_a_key_in_a_folder_that_others_can_write_to_is_not_used(folder: ArtifactFolder) -> None:
+    compiled_once(graph(X), [X], {}, Compiler())
+    file_of(folder).unlink()
+    secret_file().parent.chmod(0o777)
+    with pytest.warns(UserWarning, match="cannot be saved.*others can write to the folder"):
+        compiled_once(graph(X), [X], {}, Compiler())
+
+
+def test_an_interrupted_file_is_removed(
+    folder: ArtifactFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(key: str, body: bytes) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "_sign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled_once(graph(X), [X], {}, Compiler())
+    assert list(folder.folder.iterdir()) == []
+
+
+def test_code_that_another_thread_compiles_is_not_looked_for_in_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+    def load(cls: Any, code: str) -> str:
+        return f"compiled {code}"
+
+    def deserialize(content: bytes) -> Any:
+        return CppCodeCache.load_async("code")
+
+    monkeypatch.setattr(CppCodeCache, "load_async", classmethod(load))
+    monkeypatch.setattr(AOTCompiledArtifact, "deserialize", staticmethod(deserialize))
+    assert artifacts._loaded(pickle.dumps((b"", {}))) == ("compiled code", {})
 
 
 def test_a_folder_that_cannot_be_written_is_told(folder: ArtifactFolder) -> None:
@@ -334,17 +399,33 @@ def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatc
 def test_instructions_are_tested_where_code_without_a_test_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from torch._inductor.exc import CppCompileError, InductorError
+
     seen: list[dict[str, Any]] = []
 
     def compile(options: dict[str, Any]) -> Any:
         seen.append(options)
         if options.get("cpp.vec_isa_ok"):
-            raise RuntimeError("unknown instructions")
+            error = CppCompileError(["g++"], "unknown instructions")
+            raise InductorError(error, inspect.currentframe())
         return Artifact()
 
-    monkeypatch.setattr(compiler, "UNTESTED", {"cpp.vec_isa_ok": True})
+    monkeypatch.setattr(compiler, "ASSUME_VEC_ISA", {"cpp.vec_isa_ok": True})
     compiled_once(graph(X), [X], {"a": 1}, compile)
     assert seen == [{"a": 1, "cpp.vec_isa_ok": True}, {"a": 1}]
+
+
+def test_other_failures_are_not_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compile(options: dict[str, Any]) -> Any:
+        seen.append(options)
+        raise TypeError("in a lowering")
+
+    monkeypatch.setattr(compiler, "ASSUME_VEC_ISA", {"cpp.vec_isa_ok": True})
+    with pytest.raises(TypeError, match="in a lowering"):
+        compiled_once(graph(X), [X], {}, compile)
+    assert len(seen) == 1
 
 
 # With the real compiler.
@@ -381,7 +462,7 @@ def test_trainings_share_code(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(
         "torch._inductor.standalone_compile",
-        lambda module, *args, **kwargs: made.append(module) or module,
+        lambda module, *args, aot, **kwargs: made.append(module) or module,
     )
     expected = losses_of(engine="eager")
     for _ in range(2):  # the second time with another guide in a cleared store

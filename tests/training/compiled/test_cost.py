@@ -28,7 +28,9 @@ class Compiler:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, module: Any, *args: Any, options: dict[str, Any], **kwargs: Any) -> Any:
+    def __call__(
+        self, module: Any, *args: Any, options: dict[str, Any], aot: bool, **kwargs: Any
+    ) -> Any:
         self.calls += "cpp_wrapper" not in options["config_patches"]
         return module
 
