@@ -13,6 +13,7 @@ import secrets
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -145,14 +146,16 @@ def _sign(key: str, body: bytes) -> bytes:
 
 @contextmanager
 def recorded_libraries() -> Iterator[Callable[[], Libraries]]:
-    """Yield a function that returns the libraries which are compiled or loaded in the block."""
+    """Yield a function that returns the libraries which this thread loads in the block."""
     from torch._inductor.codecache import CppCodeCache
 
     original, found = CppCodeCache.__dict__["load_async"], dict[str, Callable[[], Any]]()
+    thread = threading.get_ident()
 
     def load_async(cls: Any, main_code: str, *args: Any, **kwargs: Any) -> Any:
         library = original.__func__(cls, main_code, *args, **kwargs)
-        found[_digest(cls, main_code, kwargs)] = library
+        if threading.get_ident() == thread:
+            found[_digest(cls, main_code, kwargs)] = library
         return library
 
     CppCodeCache.load_async = classmethod(load_async)  # type: ignore[method-assign, assignment]

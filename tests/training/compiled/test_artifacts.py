@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -322,6 +323,22 @@ def test_code_that_another_thread_compiles_is_not_looked_for_in_a_file(
     monkeypatch.setattr(CppCodeCache, "load_async", classmethod(load))
     monkeypatch.setattr(AOTCompiledArtifact, "deserialize", staticmethod(deserialize))
     assert artifacts._loaded(pickle.dumps((b"", {}))) == ("compiled code", {})
+
+
+def test_a_file_holds_the_libraries_of_its_own_thread(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    library = SimpleNamespace(__file__=str(tmp_path / "library.so"))
+    Path(library.__file__).write_bytes(b"code")
+    monkeypatch.setattr(CppCodeCache, "load_async", classmethod(lambda *args: lambda: library))
+    with artifacts.recorded_libraries() as libraries:
+        other = threading.Thread(target=CppCodeCache.load_async, args=("other",))
+        other.start()
+        other.join()
+        CppCodeCache.load_async("own")
+    assert list(libraries().values()) == [b"code"]
 
 
 def test_a_folder_that_cannot_be_written_is_told(folder: ArtifactFolder) -> None:
