@@ -25,6 +25,7 @@ from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.flat import advance
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
@@ -143,6 +144,7 @@ class Learner:
                     losses = found.take_many(min(count - done, most)).clone()
                     first = self._note_block(found.step.health[0], losses)
                     if first is not None:
+                        advance(found.groups, first - len(losses))
                         bad = piece.batch(done + first) if isinstance(piece, Table) else piece
                         self.check(bad, epoch)
                 else:
@@ -153,7 +155,7 @@ class Learner:
     def _note_block(self, health: Tensor, losses: Tensor) -> int | None:
         """Count the steps of a block; return the first that is not finite, where that is checked.
 
-        Compiled steps change nothing from that one on.
+        Compiled steps change nothing from that one on, and their losses are NaN or infinite.
         """
         self.steps += len(losses)
         self.health = health.squeeze(0)
@@ -189,7 +191,8 @@ class Learner:
     ) -> None:
         """Raise NonFiniteError if any loss or gradient so far was not finite; waits for the device.
 
-        ``before`` is the random state before the step, the other arguments are those of the step.
+        ``before`` is the random state before the step, None if it is not known; the other arguments
+        are those of the step.
         """
         if not math.isfinite(self.health.item()):
             places = self._find_non_finite(batch, before or random_state())
@@ -197,7 +200,12 @@ class Learner:
             gathered = self.group.processes.gather(places, "a NaN")
             if not self.group.is_alone:
                 places = [f"process {n}: {each}" for n, own in enumerate(gathered) for each in own]
-            raise self._error(places or ["only the sum overflows"], epoch, owner)
+            if not places and before is not None:
+                places = ["only the sum overflows"]
+            elif not places:
+                remedy = "; compile=False names the site" * (self.compiled is not None)
+                places = [f"it did not recur with other random numbers{remedy}"]
+            raise self._error(places, epoch, owner)
 
     def validate(self, loss: ELBO, held_out: Minibatches) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of held-out batches."""

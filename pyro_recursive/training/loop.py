@@ -28,7 +28,7 @@ from pyro_recursive.tracing.terminal import stderr_is_watched
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Aggressive, Phase
-from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.engines import EngineName, check_engine
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK
 from pyro_recursive.training.data import Batch, Data, Minibatches, Table, rows_of
 from pyro_recursive.training.history import History
@@ -71,7 +71,8 @@ def fit(
 ) -> History:
     """Minimise a loss over the parameters of model and guide; eager runs resume bit for bit.
 
-    Ctrl-C ends the training after the present step and returns the history so far.
+    Ctrl-C ends the training after the present step, or block of compiled steps, and returns the
+    history so far.
 
     Args:
         model, guide: called as ``model(*batch)``.
@@ -101,7 +102,8 @@ def fit(
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
         compile: whether to compile the steps, or an engine of `CompiledSVI`; batches of tensors run
             in blocks (of one step for an `on_step`), with other random numbers of the same law.
-            Eager are `aggressive` steps and with True those too few to earn the compiling back.
+            `aggressive` steps are always eager. With True, steps are also eager while too few
+            remain to repay the compile time.
         compile_cache: a folder of compiled graphs, as ``cache`` of `CompiledSVI`.
 
     Raises:
@@ -120,6 +122,9 @@ def fit(
     """
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_at_least(0, kl_warmup=kl_warmup)
+    engine = "auto" if compile is True else compile or None
+    if engine is not None:
+        check_engine(compile=engine)
     if validation is None and (patience is not None or aggressive is not None):
         raise ValueError("patience and aggressive need a validation loss. Pass validation data.")
     if not (clip_norm > 0 and (patience is None or patience >= 1)):
@@ -142,7 +147,6 @@ def fit(
                 processes,
                 _is_same(data, validation),
             )
-        engine = "auto" if compile is True else compile or None
         learner = Learner(
             model,
             guide,

@@ -89,7 +89,7 @@ class CompiledStep:
         with self.undone():
             plan.fill(self.step.draws, self.step.block)
         self.engine: Engine = make_engine(self.step, engine, self.undone)
-        self._places = self._constants_at()
+        self._places: list[int] | None = self._constants_at()  # None if the engine is not bound
 
     def outdated(self, call: Call) -> str | None:
         """Return what has changed since the graph was made, if it is not right for a call."""
@@ -100,13 +100,13 @@ class CompiledStep:
         if any(parameter.requires_grad for parameter in self._frozen):
             return "which parameters are trained"
         if not self.step.gradients.is_valid([*call.inputs, *self.weights]):
-            return "what is read of the arguments, or which parameters have gradients,"
+            return "what is read of the arguments, or which parameters have gradients"
         return None
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Undo after the block what steps change: parameters, states, constants, draws."""
-        tensors, state = [*self.step.changed, *self.step.gradients.constants], random_state()
+        """Undo after the block what steps change: tensors, step counts, rates, random states."""
+        tensors, state = self.step.changed, random_state()
         done = [group.done for group in self.groups]
         rates = [(m.group, m.group["lr"]) for group in self.groups for m in group.members]
         self._is_undone = True
@@ -122,12 +122,12 @@ class CompiledStep:
             set_random_state(state)
 
     def prepare(self, call: Call) -> None:
-        """Take over the arguments of a call and what the optimiser has now."""
+        """Take over the arguments of a call and what the optimiser has now.
+
+        Raises Unsupported where the step does not hold for these.
+        """
         for group in self.groups:
-            if not (group.is_current and group.is_bound):
-                group.bind()
-                group.read_counts()
-            group.read_rates()
+            group.refresh()
         if self._places != self._constants_at():  # as of parameters that another graph trains
             self._rebind()
         inputs: Sequence[Tensor] = call.inputs
@@ -153,8 +153,12 @@ class CompiledStep:
         self._rebind()
 
     def _rebind(self) -> None:
-        with self.undone():
-            self.engine.rebind()
+        self._places = None
+        try:
+            with self.undone():
+                self.engine.rebind()
+        except Exception as error:
+            raise Unsupported(f"engine '{self.engine.name}': {reason(error, None)}") from error
         self._places = self._constants_at()
 
     def _constants_at(self) -> list[int]:

@@ -176,11 +176,18 @@ class FlatGroup:
                 return False
         return all(state.get(name) is view for state, name, view in self._views)
 
-    def read_rates(self) -> None:
-        """Take over the learning rates that the optimiser has now.
+    def refresh(self) -> None:
+        """Take over the states, step counts, options and rates that the optimiser has now.
 
         Raises Unsupported where the graph does not hold for the optimiser as it is now.
         """
+        if not (self.is_current and self.is_bound):
+            self.is_current = False  # until all is read: it may raise
+            self.bind()
+            self.read_counts()
+        self._read_rates()
+
+    def _read_rates(self) -> None:
         if self._options_read != [self._read(member.group) for member in self.members]:
             self._read_changed_options()
         if self._clips_read != [member.clip for member in self.members]:

@@ -1,11 +1,15 @@
 """Many steps as one graph: a loop around the graph of a step."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+UNDECLARED = {"running_mean", "running_var"}  # batch norms change these, as no schema says
 
 
 def changed_inputs(module: GraphModule) -> list[int]:
@@ -14,13 +18,19 @@ def changed_inputs(module: GraphModule) -> list[int]:
     sources: dict[Node, Node] = {node: node for node in inputs}  # of what is a view of an input
     changed = set[Node]()
     for node in module.graph.nodes:
+        if node.target is operator.getitem and node.args[0] in sources:
+            sources[node] = sources[node.args[0]]
         schema = getattr(node.target, "_schema", None)
-        for given, argument in zip(node.args, schema.arguments if schema else (), strict=False):
-            if argument.alias_info is None or given not in sources:
-                continue
-            sources[node] = sources[given]
-            if argument.alias_info.is_write:
-                changed.add(sources[given])
+        arguments = schema.arguments if schema else ()
+        given = dict(zip((each.name for each in arguments), node.args, strict=False)) | node.kwargs
+        for argument in arguments:
+            alias, is_undeclared = argument.alias_info, argument.name in UNDECLARED
+            reached = [each for each in tree_leaves(given.get(argument.name)) if each in sources]
+            for source in (sources[each] for each in reached):
+                if alias is not None:
+                    sources[node] = source
+                if is_undeclared or (alias is not None and alias.is_write):
+                    changed.add(source)
     return [number for number, node in enumerate(inputs) if node in changed]
 
 

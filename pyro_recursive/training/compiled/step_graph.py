@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_recursive.tracing.graphs.gradients import GradientGraph
 from pyro_recursive.tracing.graphs.lowering import DECOMPOSITIONS, lower
 from pyro_recursive.training.compiled.flat import FlatGroup
+from pyro_recursive.training.compiled.loop_graph import changed_inputs
 
 MAX_BLOCK = 64  # steps
 MAX_DRAWS = 2**25  # bytes of draws for one block
@@ -68,6 +69,7 @@ class StepGraph:
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         self.health = [zero] if is_guarded else []
         self.module: GraphModule = self._trace()
+        self._changed = changed_inputs(self.module)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -78,9 +80,9 @@ class StepGraph:
 
     @property
     def changed(self) -> list[Tensor]:
-        """The tensors that each step changes."""
-        own = [t for g in self.groups for t in (g.values, *g.slots.values(), g.steps)]
-        return [*own, self.index, self.losses, *self.health]
+        """The tensors that a step changes, constants that the model or guide change among them."""
+        tensors = self.tensors
+        return [tensors[number] for number in self._changed]
 
     def _trace(self) -> GraphModule:
         with torch.no_grad():
@@ -111,6 +113,8 @@ class StepGraph:
         by_id: dict[int, Any] = dict(zip(map(id, parameters), gradients, strict=True))
         for group, own in zip(self.groups, owned, strict=True):
             group.update(own, [by_id[id(m.parameter)] for m in group.members], index, is_finite)
+        if is_finite is not None:  # the block shows where its steps have stopped
+            loss = torch.where(is_finite, loss.to(losses), math.nan)
         here = torch.arange(self.block, device=index.device) == index
         losses.copy_(torch.where(here, loss.to(losses.dtype), losses))
         index.copy_(index + 1)

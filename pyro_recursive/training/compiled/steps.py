@@ -20,7 +20,7 @@ from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.cost import FEWEST, TRACING, steps_to_earn
-from pyro_recursive.training.compiled.engines import COARSE, TOLERANCES, EngineName
+from pyro_recursive.training.compiled.engines import EngineName, tolerances
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,
     NoOptimiser,
@@ -69,6 +69,7 @@ class CompiledSteps:
         self._needed: dict[Any, int] = {}  # how many steps earn back the next one
         self._steps: dict[Any, list[CompiledStep]] = {}  # of calls of a form, the last one first
         self._eager_forms: set[Any] = set()
+        self._is_full = False  # calls of more than MAX_FORMS forms were seen
         self._graphs: dict[Any, int] = {}  # how many were made of calls of a form
         self._groups: dict[tuple[int, ...], list[FlatGroup]] = {}
 
@@ -84,7 +85,8 @@ class CompiledSteps:
         if key not in self._graphs:  # the first step creates parameters and optimisers
             if len(self._graphs) < MAX_FORMS:
                 self._graphs[key] = 0
-            elif not self._eager_forms:
+            elif not self._is_full:
+                self._is_full = not self.strict
                 self._give_up(key, Unsupported(f"arguments have had {MAX_FORMS} forms or values"))
             return self.training.eager(call)
         outdated = None
@@ -98,17 +100,17 @@ class CompiledSteps:
                 step.left = left
                 return step
         if outdated is not None and self._graphs[key] >= MAX_GRAPHS:
-            self._give_up(key, Unsupported(f"{outdated} has changed {MAX_GRAPHS} times"))
+            text = f"{MAX_GRAPHS} graphs were made, and a new one is needed because of: {outdated}"
+            self._give_up(key, Unsupported(text))
             return self.training.eager(call)
         policy = self._policy(key, min(coming, left))
         if policy is None:
             return self._wait(key, call)
-        self._graphs[key] += 1
         try:
             with compile_policy(policy):
                 step = CompiledStep(self.training, call, self._flat, self.engine)
+            step.prepare(call)
         except NotWorthCompiling as error:
-            self._graphs[key] -= 1
             self._needed[key] = steps_to_earn(error.operations)
             return self._wait(key, call)
         except NoOptimiser:
@@ -116,13 +118,14 @@ class CompiledSteps:
         except Unsupported as error:
             self._give_up(key, error)
             return self.training.eager(call)
+        self._graphs[key] += 1
         self._steps[key] = [step, *self._steps[key]][:MAX_KEPT]
         for counts in (self._eager_steps, self._needed):
             counts.pop(key, None)
         return self._compared(key, step, call)
 
     def _policy(self, key: Any, coming: int) -> CompilePolicy | None:
-        """Return whether a graph is worth compiling, None if none is for so few steps."""
+        """Return the compile policy, or None if too few steps are expected."""
         if self.engine != "auto" or self.strict:
             return CompilePolicy(self.folder, shows=self.shows_progress)
         steps = self._eager_steps.get(key, 0) + coming
@@ -139,18 +142,17 @@ class CompiledSteps:
         return self.training.eager(call)
 
     def _prepare(self, step: CompiledStep, call: Call) -> str | None:
-        """Give a step what the optimiser has now; return what has another form than it knows."""
+        """Give a step the call and what the optimiser has now; return why it does not hold."""
         try:
             step.prepare(call)
         except Unsupported as error:
-            self._groups = {k: each for k, each in self._groups.items() if each != step.groups}
             return str(error)
         return None
 
     def _compared(self, key: Any, step: CompiledStep, call: Call) -> Tensor:
         """Take an eager step and return its loss; give up a compiled step that differs."""
-        step.prepare(call)
-        constants = step.step.gradients.constants
+        changed = set(map(id, step.step.changed))
+        constants = [each for each in step.step.gradients.constants if id(each) in changed]
         start = [group.values.clone() for group in step.groups]
         with step.undone():
             loss = step.take().item()
@@ -158,7 +160,7 @@ class CompiledSteps:
             moved = [each.detach().clone() for each in constants]  # buffers
         result = self.training.eager(call)
         expected = result.item()
-        tight, loose = TOLERANCES.get(start[0].dtype, COARSE)
+        tight, loose = tolerances(step.step)
         if not math.isfinite(expected):
             return result  # the next step is compared
         step.is_compared = True
@@ -175,6 +177,11 @@ class CompiledSteps:
 
     def _flat(self, parameters: list[Tensor]) -> list[FlatGroup]:
         key = tuple(map(id, parameters))
+        try:
+            for group in self._groups.get(key, ()):
+                group.refresh()
+        except Unsupported:  # options of the optimiser are others now
+            del self._groups[key]
         if key not in self._groups:
             self._groups[key] = flat_groups(parameters, self.training.owner)
         return self._groups[key]

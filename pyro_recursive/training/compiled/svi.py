@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.graphs.calls import Call
+from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
-from pyro_recursive.training.compiled.engines import EngineName
+from pyro_recursive.training.compiled.engines import EngineName, check_engine
 from pyro_recursive.training.compiled.flat import owner_in
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
+from pyro_recursive.training.interrupts import Interrupts
 
 
 class CompiledSVI:
@@ -43,7 +45,8 @@ class CompiledSVI:
         cache: a folder in which compiled graphs are kept for other processes of the same user on
             the same machine; a graph that is found there is used at once.
 
-    Raises NotImplementedError with ``strict`` for what cannot be compiled; it names where.
+    Raises ValueError for another engine, and with ``strict`` NotImplementedError for what cannot
+    be compiled; it names where.
 
     >>> import pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
@@ -69,6 +72,7 @@ class CompiledSVI:
         strict: bool = False,
         cache: str | os.PathLike | None = None,
     ) -> None:
+        check_engine(engine=engine)
         if not isinstance(optim, PyroOptim | Optimizer):
             raise TypeError(
                 f"optim must be a PyroOptim or a torch optimiser, got {type(optim).__name__}."
@@ -107,7 +111,9 @@ class CompiledSVI:
         while done < num_steps:
             found = self._steps.find(call, num_steps - done)
             if isinstance(found, CompiledStep):
-                found = found.take_many(num_steps - done).clone()
+                with Interrupts() as interrupts:  # Ctrl-C ends the run between two blocks
+                    found = found.take_many(num_steps - done).clone()
+                interrupts.check()
             losses.append(found.detach().reshape(-1))
             done += len(losses[-1])
         return torch.cat([each.to(losses[-1]) for each in losses])
@@ -121,7 +127,7 @@ class CompiledSVI:
         with poutine.trace(param_only=True) as captured:
             loss = self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
         sites = captured.trace.nodes.values()
-        parameters = dict.fromkeys(site["value"].unconstrained() for site in sites)
+        parameters = dict.fromkeys(unconstrained(site["value"]) for site in sites)
         if isinstance(self.optim, PyroOptim):
             self.optim(parameters)
         else:

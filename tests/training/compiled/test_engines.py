@@ -1,5 +1,6 @@
 """Each engine takes the steps of the graph, and a wrong one takes none."""
 
+import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive import IWAE_ELBO, CompiledSVI
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training.compiled import engines
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
+from pyro_recursive.training.compiled.loop_graph import changed_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
 
@@ -164,6 +167,98 @@ def test_an_engine_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(UserWarning, match="run eagerly: engine 'flat': RuntimeError: no compiler"):
         found = trained(partial(CompiledSVI, engine="flat"), *own)
     check_same(trained(SVI, *own), found)
+
+
+@pytest.mark.parametrize("count", [2e-9, 5e-10])
+def test_the_first_loss_of_an_engine_has_a_small_tolerance(count: float) -> None:
+    svi = named("graph")(model, guide, Adam({"lr": 0.05}), IWAE_ELBO(3))
+    twenty(svi)
+    ((made,),) = svi._steps._steps.values()
+    expected = [(each.clone(), each.clone()) for each in made.step.changed]
+    found = [(before, after.clone()) for before, after in expected]
+    number = [each is made.step.losses for each in made.step.changed].index(True)
+    found[number][1][0] += count * (1 + expected[number][1][0].abs())
+    expected[number][0][0] += 1e6  # the loss changes much
+    assert engines._is_same(made.step, found, expected) == (count < 1e-9)
+
+
+def _by_argument(x: Tensor) -> None:
+    torch.ops.aten.add.out(x, 1.0, out=x)
+
+
+def _by_piece(x: Tensor) -> None:
+    x.unbind()[1].add_(1.0)
+
+
+def _by_list(x: Tensor) -> None:
+    torch._foreach_add_([x.view(-1)], 1.0)
+
+
+def _by_batch_norm(x: Tensor) -> None:
+    torch.nn.functional.batch_norm(torch.ones(2, 3), x, torch.ones(3), training=True)
+
+
+CHANGES = [_by_argument, _by_piece, _by_list, _by_batch_norm, lambda x: x[0].mul_(2.0)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_graph_changes_is_known(change: Callable[[Tensor], None]) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        change(y)
+        return x + y
+
+    assert changed_inputs(make_fx(function)(torch.ones(3), torch.ones(3))) == [1]
+
+
+def test_names_of_engines_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"engine must be an engine .*'graph'.*, got 'fast'"):
+        trained(partial(CompiledSVI, engine="fast"), (model, guide), partial(IWAE_ELBO, 3), twenty)
+
+
+def test_an_engine_that_cannot_be_bound_again_gives_way() -> None:
+    def broken() -> None:
+        raise RuntimeError("no room")
+
+    def steps(svi: Any) -> list[float]:
+        losses = [svi.step(X) for _ in range(4)]
+        if isinstance(svi, CompiledSVI):
+            (found,) = svi._steps._steps.values()
+            engine: Any = found[0].engine
+            engine.rebind = broken
+        return losses + [svi.step(X + 1.0) for _ in range(6)]  # where they lie changes
+
+    own = (model, guide), partial(IWAE_ELBO, 3), steps
+    check_same(trained(SVI, *own), trained(named("graph"), *own))
+
+
+def test_an_interrupt_ends_a_run_between_two_blocks() -> None:
+    made: list[CompiledSVI] = []
+
+    def interrupted(svi: CompiledSVI) -> list[float]:
+        svi.run(4, X)
+        (found,) = svi._steps._steps.values()
+        engine: Any = found[0].engine
+        function, calls = engine.function, iter(range(1000))
+
+        def interrupting(*tensors: Tensor) -> None:
+            function(*tensors)
+            if next(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        engine.function = interrupting
+        with pytest.raises(KeyboardInterrupt):
+            svi.run(1000, X)
+        made.append(svi)
+        return []
+
+    trained(named("graph"), (model, guide), partial(IWAE_ELBO, 3), interrupted)
+    steps = [
+        (int(state["step"]), int(group.steps[0]))
+        for group in next(iter(made[0]._steps._steps.values()))[0].groups
+        for member in group.members
+        for state in member.optimizer.state_dict()["state"].values()
+    ]
+    assert set(steps) == {(68, 68)}
 
 
 @pytest.mark.cuda

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_recursive import IWAE_ELBO, AmortizedGuide, fit
 from pyro_recursive.training.history import History
+from pyro_recursive.training.learner import Learner
 from pyro_recursive.training.nan_search import NonFiniteError
 
 X = torch.randn(64, 2, generator=torch.Generator().manual_seed(3)).double()
@@ -31,10 +32,24 @@ class Model(nn.Module):
             pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
 
 
-def run(compile: Any, x: Tensor = X, encoder: bool = True, **options: Any) -> tuple[History, Any]:
+class Root(Model):
+    """Has no finite gradient at large data, of a finite loss."""
+
+    def forward(self, x: Tensor) -> None:
+        super().forward(x)
+        pyro.factor("root", ((self.decoder.bias.sum() * (x.amax() < 10)) ** 2).sqrt())
+
+
+def run(
+    compile: Any,
+    x: Tensor = X,
+    encoder: bool = True,
+    program: type[Model] = Model,
+    **options: Any,
+) -> tuple[History, Any]:
     pyro.clear_param_store()
     torch.manual_seed(0)
-    model = Model()
+    model = program()
     guide = AmortizedGuide(model, nn.Linear(2, 2) if encoder else None, plate="data")
     settings = {"epochs": 3, "batch_size": 16, "optimizer": ADAM, "seed": 4, "progress": False}
     loss = IWAE_ELBO(1, estimator="dreg")
@@ -95,6 +110,36 @@ def test_a_block_stops_before_what_is_not_finite() -> None:
     x[-1] = torch.inf  # the last rows of the first epoch
     with pytest.raises(NonFiniteError, match="step 4, epoch 1"):
         run("graph", x, epochs=1, shuffle=False)
+
+
+def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
+    x, made = torch.cat([X, X]), list[torch.optim.Optimizer]()
+    x[-1] = 20.0
+
+    def optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        made.append(ADAM(parameters))
+        return made[0]
+
+    with pytest.raises(NonFiniteError, match="step 8, epoch 1: the gradient of"):
+        run("graph", x, program=Root, epochs=1, shuffle=False, optimizer=optimizer)
+    states = made[0].state_dict()["state"].values()
+    assert {int(state["step"]) for state in states} == {7}
+
+
+@pytest.mark.parametrize("check_every", [None, 100])
+def test_what_does_not_recur_is_said_to_be_so(
+    check_every: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = X.clone()
+    x[-1] = 20.0
+    monkeypatch.setattr(Learner, "_find_non_finite", lambda self, batch, state: [])
+    with pytest.raises(NonFiniteError, match="other random numbers; compile=False names the site"):
+        run("graph", x, program=Root, epochs=1, shuffle=False, check_every=check_every)
+
+
+def test_engines_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"compile must be an engine .*'graph'.*, got 'fast'"):
+        run("fast")
 
 
 def test_checkpoints_hold_the_state_of_compiled_steps(tmp_path: Any) -> None:

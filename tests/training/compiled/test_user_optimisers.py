@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -102,5 +103,21 @@ def test_model_loss_and_optimiser_may_be_replaced() -> None:
                 svi.loss, svi.loss_and_grads = loss, loss.loss_and_grads  # either takes one
             losses.append(svi.step(X))
         return losses
+
+    check(scenario)
+
+
+@pytest.mark.parametrize("has_another_shape", [True, False])
+def test_options_may_change_with_what_needs_another_graph(has_another_shape: bool) -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        owner, optimizer = SimpleNamespace(shift=0.0), adam()
+        svi = make(lambda x: shifted(x, owner.shift), guide, optimizer, IWAE_ELBO(3))
+        losses = [svi.step(X) for _ in range(5)]
+        for each in optimizer.optim_objs.values():
+            each.param_groups[0]["weight_decay"] = 0.5
+        if not has_another_shape:
+            owner.shift = 3.0
+        x = X[:2] if has_another_shape else X
+        return losses + [svi.step(x) for _ in range(5)] + [svi.step(X) for _ in range(5)]
 
     check(scenario)

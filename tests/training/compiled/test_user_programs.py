@@ -23,7 +23,8 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pyro_recursive import IWAE_ELBO
+from pyro_recursive import IWAE_ELBO, CompiledSVI
+from pyro_recursive.training.compiled import steps
 from tests.training.compiled.scenarios import (
     X,
     adam,
@@ -163,6 +164,36 @@ def test_tensors_that_runs_change_in_place_are_part_of_the_graph() -> None:
         return [*before_and_after(model, lambda: None)(make), count]
 
     check(scenario)
+
+
+def test_tensors_that_runs_leave_alone_are_not_copied() -> None:
+    pyro.clear_param_store()
+    data, count = torch.zeros(4), torch.zeros(())
+    svi = CompiledSVI(
+        lambda x: shifted(x, data + count.add_(1)), guide, adam(), IWAE_ELBO(3), engine="graph"
+    )
+    for _ in range(4):
+        svi.step(X)
+    ((made,),) = svi._steps._steps.values()
+    places = {each.data_ptr() for each in made.step.changed}
+    assert count.data_ptr() in places
+    assert data.data_ptr() not in places
+    assert data.data_ptr() in {each.data_ptr() for each in made.step.gradients.constants}
+
+
+def test_too_many_forms_are_told_after_another_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor) -> None:
+        shifted(x, next(numbers) if len(x) == 4 else 0.0)
+
+    pyro.clear_param_store()
+    numbers = iter(range(100))
+    monkeypatch.setattr(steps, "MAX_FORMS", 2)
+    svi = CompiledSVI(model, guide, adam(), IWAE_ELBO(3), engine="graph")
+    with pytest.warns(UserWarning, match="Training steps run eagerly") as caught:
+        for count in (4, 3, 2, 1):
+            for _ in range(3):
+                svi.step(X[:count])
+    assert sum("have had 2 forms" in str(each.message) for each in caught) == 1
 
 
 # Values that change in each run.
