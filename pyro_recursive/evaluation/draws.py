@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -307,7 +306,7 @@ def run_on_draws(
     fits_vmap = vectorize_particles and not fits_plate
     kinds = dict[str, SiteDraws]()
 
-    def run(count: int, *tensors: Tensor) -> dict[str, Tensor]:
+    def run(passes: Passes, count: int, *tensors: Tensor) -> dict[str, Tensor]:
         """Return what is wanted of a chunk of draws, and note of which kind it is."""
         nonlocal fits_vmap
         pairs = zip(latents.items(), tensors, strict=True)
@@ -336,12 +335,12 @@ def run_on_draws(
         kinds.update(found)
         return {name: each.value for name, each in found.items()}
 
-    passes = Passes(partial(run, size), program, len(draws) // size, compile=compile)
+    passes = Passes(run, program, size, len(draws), compile=compile)
     chunks = []
     for start in range(0, len(draws), size):
         count = min(size, len(draws) - start)
         given = [each.value[start : start + count] for each in latents.values()]
-        found = passes(*given) if count == size else run(count, *given)
+        found = passes(count, *given)
         chunks.append({name: replace(kinds[name], value=value) for name, value in found.items()})
     return joined(chunks)
 

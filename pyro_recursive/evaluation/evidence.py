@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -159,7 +158,7 @@ def results_in_chunks(
     size = chunk_size or particles_per_chunk(program)
     plates, minibatch = list[str](), list[poutine.Trace]()
 
-    def run(count: int) -> Any:
+    def run(passes: Passes, count: int) -> Any:
         subsample = minibatch[0] if minibatch else None
         particles, runs = run_particles(program, 1, count, subsample=subsample, **options)
         layout = layout_of(particles, [run.table for run in runs])
@@ -174,10 +173,9 @@ def results_in_chunks(
             passes.loops(count)
         return collect(runs, layout)
 
-    passes = Passes(partial(run, size), program, total // size, compile=compile)
+    passes = Passes(run, program, size, total, compile=compile)
     for start in range(0, total, size):
-        count = min(size, total - start)
-        yield passes() if count == size else run(count), tuple(plates)
+        yield passes(min(size, total - start)), tuple(plates)
 
 
 def particles_per_chunk(program: Program) -> int:

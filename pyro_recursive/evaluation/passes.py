@@ -6,6 +6,7 @@ the random numbers of eager passes.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,24 +30,30 @@ COARSE = 1e-3, 1e-3  # of other dtypes
 
 
 class Passes:
-    """Runs a function ``count`` times, on tensors of the same shapes, under `torch.no_grad`.
+    """Calls ``run(passes, count, *tensors)`` for chunks of samples, under `torch.no_grad`.
 
-    It returns a tensor, or tuples and dictionaries of tensors.
+    There are ``total`` samples, ``size`` in each chunk but the last. `run` returns a tensor, or
+    tuples and dictionaries of tensors. It is given these passes, as a reference of its own would
+    keep all that it knows until the garbage collector runs.
     """
 
     def __init__(
-        self, run: Callable[..., Any], program: Program, count: int, *, compile: bool
+        self, run: Callable[..., Any], program: Program, size: int, total: int, *, compile: bool
     ) -> None:
-        self.run = run
-        self.program, self.wants_compile = program, compile
-        self.left, self.is_first, self.is_traced = count, True, False
+        self.run, self.program, self.size = run, program, size
+        self.wants_compile, self.left = compile, total // size
+        self.is_first, self.is_traced = True, False
+        self.compiled: CompiledPass | None = None
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        self.left -= 1
-        is_second, self.is_first = self.wants_compile and not self.is_first, False
-        if is_second and self.left:
-            return self._compile(inputs)
-        return self.run(*inputs)
+    def __call__(self, count: int, *inputs: Tensor) -> Any:
+        if count == self.size:
+            self.left -= 1
+            if self.compiled is not None:
+                return self.compiled(*inputs)
+            is_second, self.is_first = self.wants_compile and not self.is_first, False
+            if is_second and self.left:
+                return self._compile(partial(self.run, self, count), inputs)
+        return self.run(self, count, *inputs)
 
     def loops(self, count: int) -> None:
         """Note that a run is a loop over ``count`` samples: a graph would hold each of them."""
@@ -58,21 +65,21 @@ class Passes:
             self.wants_compile = False
             warn_user(f"Samples are drawn and weighed eagerly: {cause}.")
 
-    def _compile(self, inputs: Sequence[Tensor]) -> Any:
+    def _compile(self, run: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """Take an eager pass; let a compiled one take its place where it does the same."""
         try:
             self.is_traced = True
-            compiled = CompiledPass(self.run, self.program, inputs)
+            compiled = CompiledPass(run, self.program, inputs)
             found = compiled.outcome(*inputs)
         except Unsupported as error:
             self._refuse(str(error))
-            return self.run(*inputs)
+            return run(*inputs)
         finally:
             self.is_traced = False
-        results = self.run(*inputs)
+        results = run(*inputs)
         expected = [*tree_leaves(results), *compiled.changed, *random_state()]
         if _are_close(found, expected, compiled.tolerance):
-            self.run, self.wants_compile = compiled, False
+            self.compiled = compiled
         else:
             self._refuse("a compiled pass differs from an eager one")
         return results

@@ -4,7 +4,9 @@ Graphs are not compiled here but in the slow tests at the end. `REFUSED` are the
 guide whose samples are evaluated eagerly, with the reason.
 """
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_recursive import log_marginal
+from pyro_recursive import AmortizedGuide, log_marginal
 from pyro_recursive.evaluation import importance_weights, passes, posterior_draws
 from tests.models import ROWS, Row
 from tests.models.guides import KINDS, MODELS, Kind, made, quiet
@@ -281,6 +283,26 @@ def test_tensors_that_runs_change_in_place_are_those_of_eager_passes(graphs: lis
         return model, AutoNormal(model), (torch.ones(3),)
 
     check(make, graphs)
+
+
+@pytest.mark.parametrize("function", [evidence, weights, draws])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_guide_is_freed_with_its_last_reference(
+    function: Callable, compile: bool, graphs: list[int]
+) -> None:
+    """A notebook makes its guide again under the same name, before the garbage collector runs."""
+    model, _, args = made_normal()
+
+    def evaluated() -> weakref.ref:
+        guide = AmortizedGuide(model)
+        values(lambda: (model, guide, args), function, compile=compile)
+        return weakref.ref(guide)
+
+    gc.disable()
+    try:
+        assert evaluated()() is None
+    finally:
+        gc.enable()
 
 
 def test_samples_that_run_one_by_one_are_not_compiled(graphs: list[int]) -> None:
