@@ -168,6 +168,7 @@ def by_hand_compiled(timed: Timed, setting: Setting) -> Steps:
 
     # Normal numbers by ATen: the compiler's own are many times slower on a CPU.
     options: dict[str, Any] = {"fallback_random": True}
+    torch.compiler.reset()  # after eight models it would give up
     graph = torch.compile(step, fullgraph=True, dynamic=False, options=options)
     return Steps(torch.no_grad()(graph))
 
