@@ -15,11 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.kernels import compile_graph
-from pyro_recursive.tracing.graphs.python_state import PythonState, restored
+from pyro_recursive.tracing.graphs.python_state import PythonState, restored, undone_runs
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
-from pyro_recursive.tracing.graphs.writes import UndoneWrites
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import random_state, restored_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.user_warnings import warn_user
 
@@ -101,15 +100,9 @@ class CompiledPass:
         call.check()
         state = PythonState({"model": program.model, "guide": program.guide} | call.roots)
         try:
-            try:
-                with restored(state.movable()), UndoneWrites() as writes:
-                    recorder, _ = recorded(traced)
-                    graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
-            finally:
-                changed = state.settle()
-            for entry in changed:
-                if not entry.is_private:
-                    raise Unsupported(f"{entry.name} changes in each run of model or guide")
+            with undone_runs(state) as writes:
+                recorder, _ = recorded(traced)
+                graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
             self.spec = specs[-1]
             # Batch norm's operator does not declare that it writes to its buffers.
             modules = [module for module in state.modules if module.training]
@@ -137,9 +130,8 @@ class CompiledPass:
 
     def outcome(self, *inputs: Tensor) -> list[Tensor]:
         """Return results, changed constants and random state after a pass, and undo it."""
-        before = random_state()
         try:
-            with restored(self.changed):
+            with restored_random_state(), restored(self.changed):
                 results = self(*inputs)
                 return [
                     *tree_leaves(results),
@@ -148,8 +140,6 @@ class CompiledPass:
                 ]
         except Exception as error:
             raise Unsupported(reason(error, None)) from error
-        finally:
-            set_random_state(before)
 
 
 def _place(tensor: Tensor) -> int:

@@ -40,6 +40,7 @@ from pyro_recursive.tracing.graphs.references import (
     without_own,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
+from pyro_recursive.tracing.graphs.writes import UndoneWrites
 
 MAX_ENTRIES = 20_000
 DYNAMIC = {"getattr", "hasattr", "vars", "__dict__"}  # with these, names do not show what is read
@@ -188,6 +189,22 @@ def _counts(part: Part, is_class: bool) -> bool:
     read, _, key, *_ = part
     is_called = str(key).startswith("__") and key not in ("__init__", "__post_init__")
     return read is None or is_called or (is_class and read is read_length)
+
+
+@contextmanager
+def undone_runs(state: PythonState) -> Iterator[UndoneWrites]:
+    """Undo what runs of a program in the block change; yield what they write to tensors.
+
+    Raises Unsupported where a Python value changes in each run.
+    """
+    try:
+        with restored(state.movable()), UndoneWrites() as writes:
+            yield writes
+    finally:
+        changed = state.settle()
+    for entry in changed:
+        if not entry.is_private:
+            raise Unsupported(f"{entry.name} changes in each run of model or guide")
 
 
 @contextmanager

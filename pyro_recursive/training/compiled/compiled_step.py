@@ -9,10 +9,9 @@ from torch import Tensor
 
 from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.gradients import trace_gradients
-from pyro_recursive.tracing.graphs.python_state import PythonState, restored
+from pyro_recursive.tracing.graphs.python_state import PythonState, restored, undone_runs
 from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
-from pyro_recursive.tracing.graphs.writes import UndoneWrites
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import restored_random_state
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
 from pyro_recursive.training.compiled.flat import FlatGroup, advance
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
@@ -53,16 +52,10 @@ class CompiledStep:
 
         site = LastSite()
         try:
-            try:
-                with restored(self.state.movable()), UndoneWrites() as writes:
-                    gradients = trace_gradients(
-                        run, [*traced, *self.weights], lambda: site.name, training.others()
-                    )
-            finally:
-                changed = self.state.settle()
-            for entry in changed:
-                if not entry.is_private:
-                    raise Unsupported(f"{entry.name} changes in each run of model or guide")
+            with undone_runs(self.state) as writes:
+                gradients = trace_gradients(
+                    run, [*traced, *self.weights], lambda: site.name, training.others()
+                )
             if any(writes.reaches(each) for each in traced):
                 raise Unsupported("model or guide change an argument in place")
             self.groups = groups_of(gradients.parameters)
@@ -106,12 +99,11 @@ class CompiledStep:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Undo after the block what steps change: tensors, step counts, rates, random states."""
-        tensors, state = self.step.changed, random_state()
         done = [group.done for group in self.groups]
         rates = [(m.group, m.group["lr"]) for group in self.groups for m in group.members]
         self._is_undone = True
         try:
-            with restored(tensors):
+            with restored_random_state(), restored(self.step.changed):
                 yield
         finally:
             self._is_undone = False
@@ -119,7 +111,6 @@ class CompiledStep:
                 group.done = count
             for options, rate in rates:
                 options["lr"] = rate
-            set_random_state(state)
 
     def prepare(self, call: Call) -> None:
         """Take over the arguments of a call and what the optimiser has now.
