@@ -25,7 +25,7 @@ from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
-from pyro_recursive.training.compiled.flat import advance
+from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, advance
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
@@ -41,7 +41,6 @@ Weights = dict[str, dict[str, Tensor]]  # "parameter" (unconstrained) and "buffe
 
 ACCELERATOR_CHECKS_EVERY = 100  # steps; each check waits for the device
 VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
-SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optimisers; same results
 
 
 class Learner:

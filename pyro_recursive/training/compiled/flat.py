@@ -15,7 +15,8 @@ from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.training.compiled.updates import RULES, Options, Rule, Slots
 
 DYNAMIC = {"params", "lr", "initial_lr"}  # of a parameter group; all else is fixed in a graph
-SPEED = {"foreach", "fused", "capturable", "differentiable", "initial_accumulator_value"}
+SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optimisers; same results
+NOT_IN_UPDATE = DYNAMIC | SPEED_OPTIONS | {"initial_accumulator_value"}
 GROUPS, VARYING = "_flat_groups", "_varying_options"  # attributes that optimisers are given
 LARGE = 4096  # entries of a parameter that has a group for itself
 OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
@@ -249,9 +250,7 @@ class FlatGroup:
         return [float(m.group["lr"]) * m.group.get("lrd", 1.0) for m in self.members]
 
     def _read_options(self) -> Options:
-        found = [
-            {k: v for k, v in m.group.items() if k not in DYNAMIC | SPEED} for m in self.members
-        ]
+        found = [{k: v for k, v in m.group.items() if k not in NOT_IN_UPDATE} for m in self.members]
         return {name: self._merge(name, [each[name] for each in found]) for name in found[0]}
 
     def _merge(self, name: str, values: list[Any]) -> Any:
