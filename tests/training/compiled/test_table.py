@@ -99,6 +99,17 @@ def test_steps_under_any_loss_are_those_of_svi(loss: str, estimator: str) -> Non
     with_loss(next(row for row in ROWS if row.name == "subsample_size"), loss, estimator)
 
 
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+def test_steps_with_several_global_samples_are_those_of_svi(estimator: str) -> None:
+    row = next(row for row in ROWS if row.name == "hierarchy")
+
+    def make() -> tuple[Any, Any, tuple, Any]:
+        options: dict[str, Any] = {"estimator": estimator, "global_latents": "elbo"}
+        return *row.build(), row.args(), LOSSES["IWAE_ELBO"](2, 4, num_globals=3, **options)
+
+    check(make, None)
+
+
 def with_kind(row: Row, kind: Kind, loss: Callable[[Any], Any]) -> None:
     def make() -> tuple[Any, Any, tuple, Any]:
         setting, guide = made(row, kind)
