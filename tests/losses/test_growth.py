@@ -73,6 +73,7 @@ def reached(guide: RecursiveMixtureGuide, parts: Sequence[Sequence[float]]) -> f
 # --- Where a component starts
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("parts", "near", "at_least"),
     [

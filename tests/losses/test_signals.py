@@ -232,7 +232,7 @@ CASES = [
 SLOW = [("nested", "iwae", 2, "vimco", True), ("crossed", "iwae", 2, "vimco", True)]
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore:Plate .* encloses", "ignore:Entries of plate")
 @pytest.mark.parametrize(
     ("name", "bound", "size", "estimator", "vectorize"),
@@ -364,6 +364,7 @@ def chain_guide(x: Tensor) -> None:
         normal("z", real("e", 0.4) * x + k * real("f", 0.5), 0.8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
 @pytest.mark.parametrize(
     ("estimator", "size"), [("score", 1), ("score", 3), ("vimco", 3), ("dreg+vimco", 3)]

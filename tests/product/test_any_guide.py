@@ -200,7 +200,7 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.quick(40)
+@pytest.mark.quick(28)
 @pytest.mark.parametrize(("row", "kind"), COMBINATIONS)
 def test_works_or_is_refused(row: Row, kind: Kind) -> None:
     refused = refusal(row, kind, setting(row).plate is not None)

@@ -247,6 +247,7 @@ def make_loss(bound: str, estimator: str, vectorize: bool) -> Any:
     return make(count, K, estimator=estimator, vectorize_particles=vectorize, **options)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @each_case
 def test_values_and_gradients_equal_the_loop(case: Case, estimator: str) -> None:

@@ -475,6 +475,7 @@ def losses_of(**options: Any) -> list[float]:
     return [svi.step(X) for _ in range(5)] + [svi.step(X[:2]) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_trainings_share_code(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(

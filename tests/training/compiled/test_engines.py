@@ -135,7 +135,7 @@ WRONG: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick("1-counts")
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_wrong_engine_never_trains(

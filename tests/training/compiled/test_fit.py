@@ -58,7 +58,7 @@ def run(
     return history, values
 
 
-@pytest.mark.quick("plain", "clip_norm+kl_warmup", "batch_size")
+@pytest.mark.quick("plain", "clip_norm+kl_warmup")
 @pytest.mark.parametrize(
     "options",
     [
@@ -98,6 +98,7 @@ def test_on_step_may_change_what_the_next_step_uses() -> None:
     torch.testing.assert_close(trained("graph"), trained(False), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_on_step_is_called_for_each_step() -> None:
     seen: list[tuple[int, float]] = []
     history, _ = run("graph", on_step=lambda step, loss: seen.append((step, loss.item())))
