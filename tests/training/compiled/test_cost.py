@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_recursive import CompiledSVI, fit
 from pyro_recursive.tracing.graphs import compiler
 from pyro_recursive.training.compiled import steps
-from pyro_recursive.training.compiled.cost import FEWEST, steps_to_earn
+from pyro_recursive.training.compiled.steps import FEWEST, steps_to_earn
 
 X = torch.arange(12.0, dtype=torch.float64)
 NEEDED, TRACING = 12, 3  # steps, in these tests
