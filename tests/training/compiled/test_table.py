@@ -110,7 +110,7 @@ def model_of(name: str) -> Row:
     return next(row for row in MODELS if row.name == name)
 
 
-@pytest.mark.quick("encoder", "mixture")
+@pytest.mark.quick("gaussian")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_steps_of_any_guide_are_those_of_svi(kind: Kind) -> None:
     for number, name in enumerate(OF_KINDS):
