@@ -119,7 +119,7 @@ def with_kind(name: str, kind: Kind, graphs: list[int]) -> None:
     check(make, graphs, REFUSED.get(f"{name} {kind.name}"))
 
 
-@pytest.mark.quick("flow")
+@pytest.mark.quick("gaussian")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_results_of_any_guide_are_those_of_eager_passes(kind: Kind, graphs: list[int]) -> None:
     with_kind(OF_KINDS[KINDS.index(kind) % len(OF_KINDS)], kind, graphs)
@@ -227,6 +227,7 @@ class Normalised(nn.Module):
             pyro.sample("z", dist.Normal(self.head(self.layers(x)).squeeze(-1), 1.0))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_training", [True, False])
 def test_modules_keep_their_mode_and_their_buffers(is_training: bool, graphs: list[int]) -> None:
     module = Normalised().train(is_training)
@@ -266,6 +267,7 @@ def test_what_changes_in_each_run_runs_eagerly(graphs: list[int]) -> None:
     check(make, graphs, ".*count changes in each run")
 
 
+@pytest.mark.slow
 def test_tensors_that_runs_change_in_place_are_those_of_eager_passes(graphs: list[int]) -> None:
     def make() -> tuple[Any, Any, tuple]:
         count = torch.zeros(())

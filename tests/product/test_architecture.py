@@ -93,6 +93,7 @@ def test_no_cycles() -> None:
     TopologicalSorter({module_of(path): own(path) & modules for path in FILES}).prepare()
 
 
+@pytest.mark.slow
 def test_no_test_file_imports_another() -> None:
     for path in TESTS:
         modules = {name for name in imports_of(path) if name.startswith("tests.")}

@@ -82,10 +82,12 @@ def python_blocks(page: Path) -> str:
 
 
 SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-SLOW = [pytest.param(page, marks=pytest.mark.slow) for page in filter(python_blocks, PAGES)]
 
 
-@pytest.mark.parametrize("page", [*SHOWN, *SLOW], ids=lambda page: page.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [*SHOWN, *filter(python_blocks, PAGES)], ids=lambda page: page.stem
+)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some of them write files
     exec(python_blocks(page), {"__name__": "docs"})

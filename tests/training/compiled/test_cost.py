@@ -108,6 +108,7 @@ def test_what_was_compiled_before_is_used_once_tracing_pays(compiler_of_torch: C
     assert compiler_of_torch.calls == 1
 
 
+@pytest.mark.slow
 def test_what_is_in_a_folder_is_used_at_once(compiler_of_torch: Compiler, tmp_path: Path) -> None:
     svi_of().run(NEEDED + 1, X)
     svi = svi_of(cache=tmp_path / "cache")

@@ -113,6 +113,7 @@ def test_a_block_stops_before_what_is_not_finite() -> None:
         run("graph", x, epochs=1, shuffle=False)
 
 
+@pytest.mark.slow
 def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
     x, made = torch.cat([X, X]), list[torch.optim.Optimizer]()
     x[-1] = 20.0
@@ -127,6 +128,7 @@ def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
     assert {int(state["step"]) for state in states} == {7}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("check_every", [None, 100])
 def test_what_does_not_recur_is_said_to_be_so(
     check_every: int | None, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +145,7 @@ def test_engines_are_checked() -> None:
         run("fast")
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_state_of_compiled_steps(tmp_path: Any) -> None:
     file = tmp_path / "run.pt"
     run("graph", checkpoint=file, epochs=2)

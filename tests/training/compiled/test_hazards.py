@@ -274,7 +274,7 @@ def test_parameters_may_be_frozen() -> None:
     check(scenario)
 
 
-@pytest.mark.quick("AutoNormal")
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [AutoNormal, AutoMultivariateNormal])
 def test_autoguides_of_the_user_train_as_those_of_pyro(base: Any) -> None:
     class Own(base):

@@ -68,7 +68,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.quick("Adam", "momentum")
+@pytest.mark.quick("Adam")
 @pytest.mark.parametrize("optim", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_steps_of_each_optimiser_are_those_of_svi(optim: Any) -> None:
     check_same(traced, optim, partial(IWAE_ELBO, 4, estimator="dreg"))
@@ -83,6 +83,7 @@ def test_large_parameters_have_buffers_of_their_own(
     check_same(traced, OPTIMISERS[optim], partial(IWAE_ELBO, 4, estimator="dreg"))
 
 
+@pytest.mark.slow
 def test_learning_rate_of_one_optimiser_decays_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(engine: Any) -> Tensor:
         pyro.clear_param_store()

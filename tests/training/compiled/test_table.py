@@ -73,7 +73,7 @@ def with_loss(row: Row, loss: str, estimator: Any) -> None:
     check(make, REFUSED.get(row.name))
 
 
-@pytest.mark.quick("obs_mask", "discrete")
+@pytest.mark.quick("obs_mask")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_steps_on_any_model_are_those_of_svi(row: Row) -> None:
     with_loss(row, "IWAE_ELBO", "vimco" if row.sites == "discrete" else "dreg")

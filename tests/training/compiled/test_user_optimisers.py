@@ -69,6 +69,7 @@ def test_hooks_of_an_optimiser_run() -> None:
     check_eager(steps_and(change), "the optimiser has hooks")
 
 
+@pytest.mark.slow
 def test_a_loaded_optimiser_has_its_new_learning_rate() -> None:
     def change(step: int, optim: Any) -> None:
         for each in optim.optim_objs.values():
@@ -112,7 +113,7 @@ def test_model_loss_and_optimiser_may_be_replaced() -> None:
     check(scenario)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("has_another_shape", [True, False])
 def test_options_may_change_with_what_needs_another_graph(has_another_shape: bool) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:

@@ -298,6 +298,7 @@ def named_parameters() -> list[Tensor]:
     return [each for _, each in pyro.get_param_store().named_parameters()]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_hooks_of_parameters_run(is_recorded: bool) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
