@@ -34,7 +34,7 @@ def refusal(name: str, loss: str) -> str | None:
 def test_every_loss_trains_or_is_refused(name: str, guide: str) -> None:
     torch.set_default_dtype(torch.float32)
     for loss in LOSSES:
-        cell = train(EXAMPLES[name], guide, loss, Settings(seed=0, steps=20, samples=20))
+        cell = train(EXAMPLES[name], guide, loss, Settings(seed=0, steps=30, samples=20))
         sentence = refusal(name, loss)
         if sentence is not None:
             assert re.search(sentence, cell["refused"]), (loss, cell)

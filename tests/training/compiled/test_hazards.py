@@ -127,7 +127,7 @@ READERS: dict[str, tuple[Callable, Callable[[float], Any]]] = {
     "class": (OWNER.in_class, lambda to: setattr(Shift, "by_class", to)),
     "method": (OWNER.in_method, lambda to: HERE.update(GLOBAL=to)),
     "entry": (OWNER.in_sum, lambda to: OWNER.many.__setitem__(0, to)),
-    "longer": (OWNER.in_sum, lambda to: OWNER.many.append(to) if to else OWNER.many.clear()),
+    "longer": (OWNER.in_sum, lambda to: OWNER.many.__setitem__(slice(1, None), [to] * bool(to))),
 }
 
 
