@@ -37,9 +37,11 @@ class AmortizedGuide(LatentGuide):
             observed sites. Its rows may be minibatches, subsampled in the model or before it.
         inputs: a function from the model's arguments to the encoder's inputs, a tensor with the
             plate's rows first; by default the first argument.
-        init_loc_fn: where the Gaussians start: a function of a site, as in Pyro's autoguides. By
-            default the median of the prior in closed form, its mean, or zero in unconstrained
-            space. An encoder's last linear layer is moved there, if the ELBO is much higher.
+        init_loc_fn: where the Gaussians start: a function of a site as in Pyro's autoguides, values
+            by name, ``"mean"``, ``"median"``, ``"sample"``, ``"uniform"``, ``"feasible"``, or
+            ``"pathfinder"``, a location near the posterior. By default the median of the prior in
+            closed form, its mean, or zero in unconstrained space. An encoder's last linear layer is
+            moved there, if the ELBO is much higher.
         init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
@@ -147,6 +149,11 @@ class AmortizedGuide(LatentGuide):
                 getattr(self, _free(latents)).copy_(initial)
         else:
             setattr(self, _free(latents), PyroParam(initial.clone()))
+
+    def set_gaussian(self, latents: LatentBlock, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set the free Gaussians of a block to the members of the family near these."""
+        with torch.no_grad():
+            getattr(self, _free(latents)).copy_(self.family.from_gaussian(loc, scale_tril))
 
     def scatter(self, latents: LatentBlock, other: "AmortizedGuide", width: float) -> None:
         """Put the free Gaussians at random around another guide's, ``width`` of its scales away."""

@@ -19,7 +19,7 @@ from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
-from pyro_recursive.guides.starts import InitLocFn, StartSearch
+from pyro_recursive.guides.starts import InitLocFn, StartSearch, site_function
 from pyro_recursive.tracing.compatibility import check_batch_shapes
 from pyro_recursive.tracing.param_store import (
     check_prepared,
@@ -82,6 +82,7 @@ class LatentGuide(AutoGuide):
         self._model = ModelReference(model)
         self.plate = plate
         self.inputs = inputs or first_argument
+        site_function(init_loc_fn)  # which raises for an unknown name
         self.init_loc_fn = init_loc_fn  # None: the default, or what a mixture has
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take

@@ -37,6 +37,14 @@ class Family(ABC):
         rest = self.num_parameters(loc.shape[-1]) - 2 * loc.shape[-1]
         return torch.cat([loc, log_scale, loc.new_zeros(*loc.shape[:-1], rest)], -1)
 
+    def from_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return the parameters of a member close to ``N(loc, L L')``, ``[*batch, P]``.
+
+        The one with the least KL(member || N) where the family has a closed form for it; ``loc`` is
+        ``[*batch, D]``, the Cholesky factor L ``[*batch, D, D]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define from_gaussian().")
+
     def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
         """Return parameters from those whose factors were not in units of the scales.
 
@@ -57,6 +65,10 @@ class Diagonal(Family):
         """Return the normals with their dims as event."""
         loc, log_scale = parameters.split(size, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def from_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return the normals with the variances of each coordinate given all others."""
+        return torch.cat([loc, _conditional_scale(scale_tril).log()], -1)
 
     def draw(self, parameters: Tensor, size: int, noise: Tensor) -> Tensor:
         """Return ``loc + scale * noise``."""
@@ -81,6 +93,17 @@ class LowRank(Family):
         """Return parameters of about ``N(loc, scale ** 2 I)``; zero factors have no gradient."""
         factors = 0.1 * torch.randn(*loc.shape, self.rank).to(loc)
         return torch.cat([Diagonal().initial(loc, scale), factors.flatten(-2)], -1)
+
+    def from_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return the scales of `Diagonal`, and the eigenvectors with variances of most above 1."""
+        scale = _conditional_scale(scale_tril)
+        root = scale_tril / scale.unsqueeze(-1)
+        variances, vectors = torch.linalg.eigh(root @ root.mT)
+        size, rank = loc.shape[-1], min(self.rank, loc.shape[-1])
+        excess = (variances[..., size - rank :] - 1).clamp(min=0.0).sqrt()
+        factors = loc.new_zeros(*loc.shape, self.rank)
+        factors[..., :rank] = vectors[..., size - rank :] * excess.unsqueeze(-2)
+        return torch.cat([loc, scale.log(), factors.flatten(-2)], -1)
 
     def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
         """Divide the rows of F by the scales, to ``F = diag(scale) B``."""
@@ -140,11 +163,26 @@ class Full(Family):
         factor[..., rows, columns] = below
         return loc, log_scale.exp().unsqueeze(-1) * factor
 
+    def from_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """Return the parameters of this Gaussian."""
+        scale, size = scale_tril.diagonal(dim1=-2, dim2=-1), loc.shape[-1]
+        rows, columns = torch.tril_indices(size, size, -1, device=loc.device)
+        below = scale_tril[..., rows, columns] / scale[..., rows]
+        return torch.cat([loc, scale.log(), below], -1)
+
     def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:
         """Divide the rows of L by its diagonal."""
         loc, log_scale, below = parameters.split([size, size, size * (size - 1) // 2], -1)
         rows, _ = torch.tril_indices(size, size, -1, device=parameters.device)
         return torch.cat([loc, log_scale, below / log_scale[..., rows].exp()], -1)
+
+
+def _conditional_scale(scale_tril: Tensor) -> Tensor:
+    """Return the scale of each coordinate given all others, ``[*batch, D]``."""
+    size = scale_tril.shape[-1]
+    identity = torch.eye(size, dtype=scale_tril.dtype, device=scale_tril.device)
+    inverse = torch.linalg.solve_triangular(scale_tril, identity, upper=False)
+    return inverse.square().sum(-2).rsqrt()
 
 
 FamilyName = Literal["diagonal", "full"]

@@ -9,18 +9,21 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide import init_to_mean, init_to_median, init_to_sample, init_to_value
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.packing import Values
+from pyro_recursive.guides.pathfinder.gaussians import find_gaussians
 from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
@@ -35,8 +38,10 @@ from pyro_recursive.tracing.sites import (
 )
 from pyro_recursive.tracing.supports import coordinates, is_circular, is_interior, plain_support
 
-InitLocFn = Callable[[Site], Any]
+Strategy = Literal["feasible", "mean", "median", "pathfinder", "sample", "uniform"]
+InitLocFn = Callable[[Site], Any] | Mapping[str, Any] | Strategy
 
+PATHS = 4  # of the strategy "pathfinder"
 ATTEMPTS = 100
 RADIUS = 2.0  # of the last perturbation, in unconstrained space
 
@@ -72,12 +77,29 @@ def _centers(fn: Any) -> Iterator[Tensor]:
             yield value
 
 
+def site_function(init_loc_fn: InitLocFn | None) -> Callable[[Site], Any]:
+    """Return a start as a function of a site: of a name of Pyro's, of values, or the default."""
+    if init_loc_fn is None:
+        return init_to_center
+    if isinstance(init_loc_fn, Mapping):
+        return init_to_value(values=dict(init_loc_fn), fallback=init_to_center)
+    if not isinstance(init_loc_fn, str):
+        return init_loc_fn
+    if init_loc_fn not in _STRATEGIES:
+        raise ValueError(
+            f"init_loc_fn must be a function of a site, values by name, or one of "
+            f"{sorted(_STRATEGIES)}, got {init_loc_fn!r}."
+        )
+    return _STRATEGIES[init_loc_fn]
+
+
 class StartSearch:
     """Runs a model on the arguments of one call to find starts of the guides for it.
 
-    ``trace`` is that of the run at the values of ``init_loc_fn`` (`init_to_center` if None), which
-    is a function of a site as in Pyro's autoguides. A site that it cannot serve, or at a value on
-    the boundary of its support, has that of `init_to_center`.
+    ``trace`` is that of the run at the values of ``init_loc_fn`` (`init_to_center` if None): a
+    function of a site as in Pyro's autoguides, values of sites by name, or the name of a strategy.
+    ``"pathfinder"`` is the location with the highest ELBO of a few paths of an optimiser. A site
+    without a value, or at one on the boundary of its support, has that of `init_to_center`.
     """
 
     def __init__(
@@ -89,7 +111,7 @@ class StartSearch:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.init_loc_fn = init_loc_fn
-        self.trace, self._start = self._run(init_loc_fn)
+        self.trace, self._start = self._start_by(init_loc_fn)
         self._minibatch = {n: s["value"] for n, s in subsample_sites(self.trace).nodes.items()}
         self._is_checked = False
 
@@ -101,8 +123,8 @@ class StartSearch:
         Raises:
             ValueError: the density of a site is finite at none of them.
         """
-        if init_loc_fn not in (None, self.init_loc_fn):
-            return self._finite(self._run(init_loc_fn)[1])
+        if init_loc_fn is not None and init_loc_fn is not self.init_loc_fn:
+            return self._finite(self._start_by(init_loc_fn)[1])
         if not self._is_checked:
             self._start, self._is_checked = self._finite(self._start), True
         return self._start
@@ -124,9 +146,18 @@ class StartSearch:
         except ValueError:
             return math.nan
 
-    def _run(self, init_loc_fn: InitLocFn | None) -> tuple[poutine.Trace, Values]:
+    def _start_by(self, init_loc_fn: InitLocFn | None) -> tuple[poutine.Trace, Values]:
+        """Return a trace of the model, and the start."""
+        trace, start = self._run(site_function(init_loc_fn))
+        if init_loc_fn == "pathfinder":
+            density = LogDensity(self.model, self.args, self.kwargs, trace)
+            found = find_gaussians(density, PATHS)
+            start = density.values(found.gaussians.loc[found.elbo.argmax()])
+        return trace, start
+
+    def _run(self, init: Callable[[Site], Any]) -> tuple[poutine.Trace, Values]:
         """Run the model; if it raises ValueError at these values, at random ones."""
-        attempts = [init_loc_fn or init_to_center, *[_init_to_uniform] * 10]
+        attempts = [init, *[_init_to_uniform] * 10]
         for number, init in enumerate(attempts):
             start = _AtStart(init)
             try:
@@ -191,7 +222,7 @@ class _AtStart(Messenger):
     ``values`` are their unconstrained values by name.
     """
 
-    def __init__(self, init_loc_fn: InitLocFn) -> None:
+    def __init__(self, init_loc_fn: Callable[[Site], Any]) -> None:
         super().__init__()
         self.init_loc_fn = init_loc_fn
         self.values: Values = {}
@@ -330,6 +361,23 @@ def _init_to_uniform(site: Site) -> Tensor:
     assert transform is not None
     u = transform.inv(at_zero(site["fn"], transform))
     return transform(RADIUS * (2 * torch.rand_like(u) - 1))
+
+
+def _init_to_zero(site: Site) -> Tensor:
+    """Return T(0)."""
+    transform = _transform(site["fn"])
+    assert transform is not None
+    return at_zero(site["fn"], transform)
+
+
+_STRATEGIES: dict[str, Callable[[Site], Any]] = {
+    "feasible": _init_to_zero,
+    "mean": init_to_mean,
+    "median": init_to_median,
+    "pathfinder": init_to_center,  # of the run before
+    "sample": init_to_sample,
+    "uniform": _init_to_uniform,
+}
 
 
 def _transform(fn: Any) -> Transform | None:

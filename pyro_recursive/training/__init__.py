@@ -9,6 +9,7 @@ from pyro_recursive.training.history import History, burda_schedule
 from pyro_recursive.training.loop import fit
 from pyro_recursive.training.nan_search import NonFiniteError
 from pyro_recursive.training.one_optim import OneOptim
+from pyro_recursive.training.pathfinder import PathfinderGuide, PathReport, pathfinder
 
 __all__ = [
     "Aggressive",
@@ -19,6 +20,9 @@ __all__ = [
     "MinibatchRows",
     "NonFiniteError",
     "OneOptim",
+    "PathReport",
+    "PathfinderGuide",
     "burda_schedule",
     "fit",
+    "pathfinder",
 ]

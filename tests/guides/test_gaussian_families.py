@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_recursive import AmortizedGuide, MixtureGuide, SemiAmortizedGuide
-from pyro_recursive.guides.gaussian_families import Family, LowRank, family_of
+from pyro_recursive.guides.gaussian_families import (
+    Diagonal,
+    Family,
+    Full,
+    LowRank,
+    family_of,
+)
 
 KINDS = {"full": family_of("full"), "low rank": LowRank(2)}
 
@@ -75,6 +81,55 @@ def test_factors_have_no_unit(kind: str) -> None:
         found.append(parameter.grad[6:])
     torch.testing.assert_close(*found)
     assert found[0].abs().min() > 1e-3
+
+
+# --- Members near a Gaussian
+
+
+def gaussian(size: int) -> tuple[Tensor, Tensor]:
+    root = torch.randn(size, 2 * size)
+    return torch.randn(size), torch.linalg.cholesky(root @ root.mT / size)
+
+
+def kl(member: Any, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    own = torch.distributions.MultivariateNormal(member.mean, covariance_of(member))
+    other = torch.distributions.MultivariateNormal(loc, scale_tril=scale_tril)
+    return torch.distributions.kl_divergence(own, other)
+
+
+def covariance_of(member: Any) -> Tensor:
+    found = getattr(member, "covariance_matrix", None)
+    return member.variance.diag_embed() if found is None else found
+
+
+def test_the_diagonal_member_has_the_least_divergence() -> None:
+    loc, factor = gaussian(4)
+    params = Diagonal().from_gaussian(loc, factor)
+    precision = torch.cholesky_inverse(factor)
+    least = kl(Diagonal()(params, 4), loc, factor)
+    log_det = 2 * factor.diagonal().log().sum()
+    torch.testing.assert_close(least, 0.5 * (log_det + precision.diagonal().log().sum()))
+    for _ in range(1000):
+        near = params + 0.1 * torch.randn_like(params)
+        assert kl(Diagonal()(near, 4), loc, factor) >= least
+
+
+def test_full_members_are_the_gaussian_and_ranks_come_closer_to_it() -> None:
+    loc, factor = gaussian(5)
+    full = Full()(Full().from_gaussian(loc, factor), 5)
+    torch.testing.assert_close(full.covariance_matrix, factor @ factor.mT)
+    torch.testing.assert_close(full.mean, loc)
+    families = [Diagonal(), *(LowRank(rank) for rank in (1, 2, 4))]
+    found = [kl(family(family.from_gaussian(loc, factor), 5), loc, factor) for family in families]
+    assert found == sorted(found, reverse=True)
+    # One factor and unit scales, in any units: of rank 1.
+    one = torch.tensor([[2.0], [1.0], [-1.0]])
+    units = torch.diag(torch.tensor([1e3, 1.0, 1e-2]))
+    exact = torch.linalg.cholesky(units @ (torch.eye(3) + one @ one.mT) @ units)
+    batch = LowRank(5).from_gaussian(loc[:3].expand(2, -1), exact.expand(2, -1, -1))
+    assert batch.shape == (2, 21)  # more factors than dims
+    of_rank = LowRank(1)(LowRank(1).from_gaussian(loc[:3], exact), 3)
+    torch.testing.assert_close(LowRank(5)(batch[0], 3).variance, of_rank.variance)
 
 
 # --- States of before
@@ -174,7 +229,6 @@ def rows_alone(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("free", [True, False])
 def test_a_family_with_few_numbers_is_refined_to_the_posterior(learnt: bool, free: bool) -> None:

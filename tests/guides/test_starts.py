@@ -127,6 +127,58 @@ def test_functions_of_pyro_mean_what_they_mean_there(name: str) -> None:
     torch.testing.assert_close(found, theirs.loc.detach())
 
 
+# --- Names of strategies, and values by name
+
+
+def awkward() -> None:
+    """Priors that cannot be drawn from, have no mean, or a bound that is another latent."""
+    pyro.sample("flat", dist.ImproperUniform(constraints.real, (), (2,)))
+    pyro.sample("flat_positive", dist.ImproperUniform(constraints.positive, (), ()))
+    a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+    limits = constraints.interval(torch.zeros(()), 1 - a)
+    pyro.sample("b", dist.ImproperUniform(limits, (), ()))
+    scale = pyro.sample("scale", dist.HalfCauchy(5.0))
+    pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    pyro.sample("sparse", dist.Dirichlet(torch.full((4,), 0.05)))
+    pyro.sample("x", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["feasible", "mean", "median", "sample", "uniform"])
+def test_names_of_strategies_serve_all_priors(name: str) -> None:
+    found = start_of(awkward, init_loc_fn=name)
+    assert bool(found.isfinite().all())
+    if name == "feasible":
+        torch.testing.assert_close(found, torch.zeros(12))
+
+
+def test_names_and_values_mean_what_they_mean_in_pyro() -> None:
+    for name in ("mean", "median", "sample"):
+        pyro.set_rng_seed(3)
+        theirs = start_of(several, init_loc_fn=getattr(initialization, f"init_to_{name}"))
+        pyro.set_rng_seed(3)
+        torch.testing.assert_close(start_of(several, init_loc_fn=name, name=name), theirs)
+    found = start_of(several, init_loc_fn=VALUES, name="values")
+    torch.testing.assert_close(found[:1], torch.tensor([-1.0]))
+    torch.testing.assert_close(found[2:4], torch.tensor([0.2, 0.9]).logit())
+    with pytest.raises(ValueError, match="init_loc_fn must be a function"):
+        AmortizedGuide(several, init_loc_fn="average")
+
+
+@pytest.mark.parametrize("kind", [AmortizedGuide, MixtureGuide, FlowGuide])
+def test_pathfinder_starts_near_the_posterior(kind: Any) -> None:
+    """Its mode is far out in the tail of the prior."""
+    options = {"components": 2} if kind is MixtureGuide else {}
+
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1e-4))
+        pyro.sample("x", dist.Poisson(rate), obs=torch.tensor(1000.0))
+
+    guide = kind(model, init_loc_fn="pathfinder", **options)
+    guide.prepare()
+    draws = posterior_draws(model, guide, num_draws=100)["rate"]
+    assert draws.log().mean().item() == pytest.approx(math.log(1000.0), abs=0.3)
+
+
 def test_generated_values_are_new_in_each_guide() -> None:
     def generate() -> Any:
         return initialization.init_to_value(

@@ -91,6 +91,12 @@ class Weights(PyroModule):
         for index, logit in zip(indices, logits.clamp(-limit, limit), strict=True):
             getattr(self, f"{table}_{index}").copy_(_unsquashed(logit))
 
+    @torch.no_grad()
+    def set_shared(self, logits: Tensor) -> None:
+        """Set the one vector of logits that a group without rows has."""
+        limit = LARGEST * (1 - 1e-3)
+        self.overall.copy_(_unsquashed(logits.clamp(-limit, limit)))
+
     def vector(self) -> str:
         """Return the name of the vector that all rows share; raise ValueError if there is none."""
         for table in self.tables:

@@ -1,0 +1,1 @@
+"""Gaussians along the paths of an optimiser: normal approximations without training."""

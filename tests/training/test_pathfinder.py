@@ -1,0 +1,199 @@
+"""Pathfinder: exact on Gaussians, all modes of several, and a guide like any other."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from torch import Tensor
+
+from benchmarks.tasks.posteriors import EFFECTS, ERRORS, labels, square
+from pyro_recursive import AmortizedGuide, Stratified_ELBO, fit, log_marginal, pathfinder
+from pyro_recursive.evaluation import importance_weights, posterior_draws
+from pyro_recursive.guides.gaussian_families import LowRank
+from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.guides.pathfinder.gaussians import find_gaussians
+from pyro_recursive.guides.pathfinder.lbfgs import minimise
+
+
+def gaussian(size: int, condition: float) -> tuple[Tensor, Tensor, Any]:
+    """Return mean and covariance of a Gaussian, and a model whose posterior it is; log Z is 0."""
+    basis = torch.linalg.qr(torch.randn(size, size)).Q
+    scales = torch.logspace(0, math.log10(condition) / 2, size) / condition**0.25
+    covariance = basis @ torch.diag(scales.square()) @ basis.mT
+    covariance = (covariance + covariance.mT) / 2
+    mean = torch.randn(size)
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(mean, covariance))
+
+    return mean, covariance, model
+
+
+@pytest.mark.parametrize(("size", "condition"), [(3, 1e6), (20, 1e6), (1, 1.0)])
+def test_a_gaussian_is_found_exactly(size: int, condition: float) -> None:
+    mean, covariance, model = gaussian(size, condition)
+    guide = pathfinder(model, paths=3)
+    posterior = guide.component(0).family(guide.component(0).free_global.detach(), size)
+    scale = covariance.diagonal().sqrt()
+    assert ((posterior.mean - mean) / scale).abs().max() < 1e-6
+    ratio = (posterior.covariance_matrix - covariance) / scale / scale[:, None]
+    assert ratio.abs().max() < 1e-6
+    assert guide.report.elbo == pytest.approx(0.0, abs=1e-6)
+    assert guide.report.standard_error < 1e-6 and guide.report.pareto_k < 0.1
+    assert guide.report.num_paths == (3,)
+
+
+def test_pairs_of_a_path_are_enough_where_memory_is() -> None:
+    _, _, model = gaussian(5, 100.0)
+    density = LogDensity(model)
+    density.hessian = _no_second_derivatives  # type: ignore[method-assign]
+    found = find_gaussians(density, 4, memory=6)
+    assert not bool(found.is_newton.any()) and found.elbo.min() > -0.2
+    assert found.elbo.max() > -0.02
+
+
+def _no_second_derivatives(u: Tensor) -> Any:
+    raise RuntimeError("no second derivatives")
+
+
+def rosenbrock(u: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = u.detach().requires_grad_()
+    value = (1 - leaf[:, 0]) ** 2 + 100 * (leaf[:, 1] - leaf[:, 0] ** 2) ** 2
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def test_paths_of_a_batch_are_those_of_single_runs() -> None:
+    starts = torch.tensor([[-1.2, 1.0], [2.0, -1.0], [0.0, 3.0], [1.0, 1.0]])
+    batch = minimise(rosenbrock, starts)
+    for i in range(len(starts)):
+        single, count = minimise(rosenbrock, starts[i : i + 1]), int(batch.moved[:, i].sum()) + 1
+        assert int(single.moved.sum()) + 1 == count
+        for name in ("points", "gradients", "diagonal"):
+            one, other = getattr(batch, name)[:count, i], getattr(single, name)[:count, 0]
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(batch.points[-1], torch.ones(4, 2), atol=1e-4, rtol=0.0)
+
+
+def test_a_value_that_is_not_finite_shortens_the_step() -> None:
+    def objective(u: Tensor) -> tuple[Tensor, Tensor]:  # minimum 1 at 1
+        value = torch.where(u[:, 0] > 0, u[:, 0] - u[:, 0].log(), math.nan)
+        return value, 1 - 1 / u
+
+    found = minimise(objective, torch.tensor([[0.01], [30.0], [-1.0]]))
+    torch.testing.assert_close(found.points[-1, :2], torch.ones(2, 1), atol=1e-3, rtol=0.0)
+    assert found.moved.sum(0)[2] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_two_modes_have_half_of_the_mass_each(seed: int) -> None:
+    """Whatever the split of the paths."""
+    problem = square()
+    torch.manual_seed(seed)
+    guide = pathfinder(problem.model, paths=8)
+    assert guide.report.weights == pytest.approx((0.5, 0.5), abs=0.03)
+    assert sum(guide.report.num_paths) <= 8
+    weights = importance_weights(problem.model, guide, num_particles=20_000)
+    assert problem.log_evidence - weights.log_weights.mean() < 0.013
+    assert weights.pareto_k < 0.7
+
+
+@pytest.mark.slow
+def test_all_labels_are_found() -> None:
+    problem = labels()
+    guide = pathfinder(problem.model, paths=32)
+    assert len(guide.components) == 6
+    assert guide.report.weights == pytest.approx([1 / 6] * 6, abs=0.02)
+    weights = importance_weights(problem.model, guide, num_particles=20_000)
+    assert problem.log_evidence - weights.log_weights.mean() < 0.06
+
+
+def schools() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample(
+            "y", dist.Normal(mu + tau * theta, torch.tensor(ERRORS)), obs=torch.tensor(EFFECTS)
+        )
+
+
+X = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64)
+Y = 1.5 + 0.7 * X + 0.4 * torch.sin(12 * X)
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    """Flat priors, and a scale."""
+    beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    sigma = pyro.sample("sigma", dist.ImproperUniform(constraints.positive, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(beta[..., 0] + beta[..., 1] * x, sigma), obs=y)
+
+
+def test_the_result_is_a_guide_for_losses_and_evaluations() -> None:
+    guide = pathfinder(regression, X, Y)
+    assert "k-hat=" in repr(guide) and "of 8 paths" in repr(guide)
+    evidence = log_marginal(regression, guide, X, Y, num_particles=4000)
+    exact = evidence_of_regression()
+    assert evidence.item() == pytest.approx(exact, abs=0.02)
+    assert guide.report.elbo == pytest.approx(exact, abs=0.15)
+    draws = posterior_draws(regression, guide, X, Y, num_draws=2000)
+    assert draws["beta"].mean(0)[0].item() == pytest.approx(Y.mean().item(), abs=0.02)
+    for again in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert again.report == guide.report
+    svi = SVI(regression, guide, pyro.optim.Adam({"lr": 0.001}), Stratified_ELBO(64))
+    assert svi.step(X, Y) == pytest.approx(-exact, abs=0.5)
+    history = fit(regression, guide, (X, Y), loss=Trace_ELBO(), epochs=3, progress=False)
+    assert len(history.loss) == 3
+
+
+def evidence_of_regression() -> float:
+    """By the closed form of flat coefficients and a sum over a grid of log sigma."""
+    design = torch.stack([torch.ones_like(X), X], -1)
+    rest = Y - design @ torch.linalg.lstsq(design, Y[:, None]).solution[:, 0]
+    log_sigma = torch.linspace(-4.0, 3.0, 20_001)
+    sigma, free = log_sigma.exp(), len(X) - 2
+    given = -0.5 * rest.square().sum() / sigma**2 - free * (log_sigma + 0.5 * math.log(2 * math.pi))
+    given = given - 0.5 * torch.logdet(design.mT @ design)
+    return (given + log_sigma).logsumexp(0).item() + math.log(7.0 / 20_000)
+
+
+def test_single_precision_finds_the_same() -> None:
+    torch.set_default_dtype(torch.float32)
+    x, y = X.float(), Y.float()
+    guide = pathfinder(regression, x, y)
+    assert guide.component(0).free_global.dtype == torch.float32
+    assert guide.report.elbo == pytest.approx(evidence_of_regression(), abs=0.15)
+
+
+@pytest.mark.parametrize("family", ["diagonal", LowRank(2)])
+def test_other_families_have_the_member_closest_to_each_path(family: Any) -> None:
+    guide = pathfinder(schools, family=family, paths=4)
+    weights = importance_weights(schools, guide, num_particles=4000)
+    error = 6 * weights.log_weights.std().item() / 4000**0.5
+    assert guide.report.elbo == pytest.approx(weights.log_weights.mean().item(), abs=error)
+    assert guide.component(0).family.num_parameters(10) == len(guide.component(0).free_global)
+    assert len(Predictive(schools, guide=guide, num_samples=3)()["tau"]) == 3
+
+
+def test_a_density_without_a_maximum_is_refused() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+
+    with pytest.raises(ValueError, match="None of 2 paths has a Gaussian"):
+        pathfinder(model, paths=2)
+    with pytest.raises(ValueError, match="paths must be an integer >= 1"):
+        pathfinder(model, paths=0)
+
+
+def test_guides_start_where_paths_end() -> None:
+    guide = AmortizedGuide(regression, init_loc_fn="pathfinder")
+    guide.prepare(X, Y)
+    beta = guide.median(X, Y)["beta"]
+    torch.testing.assert_close(beta[..., 0].squeeze(), Y.mean(), atol=0.02, rtol=0.0)
