@@ -70,16 +70,13 @@ def test_impossible_values_have_no_gradient() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-LOST = {  # Pyro's gradients
-    torch.float32: {15: 0.999, 20: 0.017, 30: 8e-7, 80: 2e-28, 100: 0.0, 200: 0.0},
-    torch.float64: {36: 1.0, 40: 0.019, 60: 4e-11},
-}
+LOST = {15: 0.999, 20: 0.017, 30: 8e-7, 80: 2e-28, 100: 0.0, 200: 0.0}  # Pyro's, in float32
 
 
-@pytest.mark.parametrize(("dtype", "g"), [(dtype, g) for dtype in LOST for g in LOST[dtype]])
-def test_gradients_that_disagreeing_factors_lose(dtype: torch.dtype, g: float) -> None:
-    """A prior and a likelihood that disagree by g nats and 1.5 g: the exact gradient is 1."""
-    torch.set_default_dtype(dtype)
+@pytest.mark.parametrize("g", LOST)
+def test_gradients_that_disagreeing_factors_lose(g: float) -> None:
+    """A prior and a likelihood that disagree by g / 2 nats: the exact gradient is 1."""
+    torch.set_default_dtype(torch.float32)
     locs = torch.tensor([math.sqrt(3 * g), 0.0])
 
     def model() -> None:
@@ -95,8 +92,7 @@ def test_gradients_that_disagreeing_factors_lose(dtype: torch.dtype, g: float) -
             assert value.item() == pytest.approx(exact, rel=1e-6)
         return torch.autograd.grad(value, pyro.param("logits").unconstrained())[0][0].item()
 
-    lost = pytest.approx(LOST[dtype][g], rel=0.3, abs=1e-30)
-    assert slope(TraceEnum_ELBO(max_plate_nesting=0)) == lost
+    assert slope(TraceEnum_ELBO(max_plate_nesting=0)) == pytest.approx(LOST[g], rel=0.3, abs=1e-30)
     assert slope(IWAE_ELBO(1)) == pytest.approx(1.0, rel=1e-3)
     assert slope(IWAE_ELBO(4)) == pytest.approx(1.0, rel=1e-3)
 
@@ -221,33 +217,6 @@ def test_plates_without_a_size() -> None:
         pyro.set_rng_seed(0)
         found.append(IWAE_ELBO(1).loss(model, guide, x))
     assert found[0] == pytest.approx(found[1])
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_latents_of_one_value(size: int) -> None:
-    """Beside one of several values, and alone."""
-
-    def model(x: Tensor, is_enumerated: bool) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            if is_enumerated:
-                y = pyro.sample("y", dist.Categorical(torch.ones(1)), infer=PARALLEL)
-                z = z + y
-            if size > 1:
-                z = z + pyro.sample("more", dist.Categorical(torch.ones(size)), infer=PARALLEL)
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x: Tensor, is_enumerated: bool) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 1.0))
-
-    for vectorize in (True, False, "vmap"):
-        found = []
-        for is_enumerated in (False, True):
-            pyro.set_rng_seed(0)
-            loss = IWAE_ELBO(4, vectorize_particles=vectorize)
-            found.append(loss.loss(model, guide, data(), is_enumerated))
-        assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", [True, "vmap"])
