@@ -127,13 +127,13 @@ class LogWeightELBO(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return minus the bound, summed over the data, in nats."""
         with torch.no_grad():
-            return self._value(self._evaluate(Program(model, guide, args, kwargs))).item()
+            return self._value(self._evaluate(self._program(model, guide, args, kwargs))).item()
 
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return a scalar: its value is minus the bound, its gradient is the estimator's."""
-        program = Program(model, guide, args, kwargs)
+        program = self._program(model, guide, args, kwargs)
         if not torch.is_grad_enabled():
             return self._value(self._evaluate(program))
         replay, cut_model = self.estimator.replay, self._bound.is_split
@@ -150,6 +150,10 @@ class LogWeightELBO(ELBO):
         if loss.requires_grad:
             loss.backward()
         return loss.item()
+
+    def _program(self, model: Callable, guide: Any, args: tuple, kwargs: dict[str, Any]) -> Program:
+        """Return the program whose log-weights are bounded."""
+        return Program(model, guide, args, kwargs)
 
     def _evaluate(
         self,

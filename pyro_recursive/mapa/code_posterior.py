@@ -1,7 +1,6 @@
 """The posterior over codes: of rows by the likelihood of a model, and as a guide's mixture."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +15,13 @@ from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, with_noise
-from pyro_recursive.mapa.loss import MAPA_ELBO
+from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
+from pyro_recursive.tracing.plates import Particles, PlateLayout
+from pyro_recursive.tracing.program import Program, no_model
+from pyro_recursive.tracing.runs import ParticleRun
+from pyro_recursive.tracing.sites import SiteTable
 
 
 class CodeMixture(Mixture):
@@ -57,9 +60,7 @@ def index_posterior(guide: Any, call: GuideCall, decoded: DecodedCodes) -> Tenso
     minibatch = {name: plate.indices for name, plate in call.plates.items()}
     others = {name: value for name, value in call.given.items() if name != site}
     handled = OnCodes(site, lambda plate: decoded, normalise_masked=False)(guide.own_model())
-    known = poutine.condition(handled, data=others)
-    codes = SimpleNamespace(site=site, others=_nothing, end_step=_nothing)
-    codes.empiricalized = lambda model: known
+    known = Program(poutine.condition(handled, data=others), no_model, call.args, call.kwargs)
     with (
         isolated(noise=SharedNoise()),
         torch.enable_grad(),
@@ -67,9 +68,11 @@ def index_posterior(guide: Any, call: GuideCall, decoded: DecodedCodes) -> Tenso
         _Around(outer),
         SubstituteByName(minibatch),
     ):
-        loss = MAPA_ELBO(max_plate_nesting=nesting)
-        minus_evidence = loss.differentiable_loss(known, codes, *call.args, **call.kwargs)
-    (grad,) = torch.autograd.grad(minus_evidence, log_weights)
+        nothing = poutine.Trace()
+        trace = known.run_model(nothing, -nesting - 2)
+        run = ParticleRun(trace, nothing, SiteTable(trace, nothing), [], [])
+        evidence = densities([run], PlateLayout(Particles(1, 1), nesting, ())).reparameterized
+    (grad,) = torch.autograd.grad(evidence, log_weights)
     return (grad / grad.sum(-1, keepdim=True)).log()
 
 
@@ -91,7 +94,3 @@ class _Around(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
             msg["cond_indep_stack"] = msg["cond_indep_stack"] + self.frames
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: in place of a guide's ``others`` and ``end_step``."""

@@ -1,7 +1,7 @@
 """The effect handler that replaces a latent site's prior by a choice among codes.
 
-A model under `OnCodes` samples an index to enumerate, ``<site>_index``, in the site's plate.
-`pyro.infer.TraceEnum_ELBO` then takes the logarithm of a sum over codes for each row.
+A model under `OnCodes` has one more enumerated latent in the site's plate, ``<site>_index``. Every
+loss of this package, or `pyro.infer.TraceEnum_ELBO`, then sums over codes for each row.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,14 @@ class CodeIndex(dist.Categorical):
         return Vindex(self.log_weights)[..., value]
 
 
+class ChosenCode(dist.Delta):
+    """A code as the value of a site, not compared with itself: that takes time and memory."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return zeros."""
+        return value.new_zeros(()).expand(self.batch_shape)
+
+
 def index_site(site: str) -> str:
     """Return the name of the index's site."""
     return f"{site}_index"
@@ -99,7 +107,7 @@ class OnCodes(Messenger):
         frame = check_site(msg)
         plate = Plate(frame.full_size or frame.size, frame.size, self._rows.get(frame.name))
         decoded = self.select_codes(plate)
-        log_weights = _at_plate(decoded.log_weights, frame.dim)
+        log_weights = _at_plate(decoded.log_weights, frame)
         if self.normalise_masked:
             log_weights = _normalised_where_masked(log_weights, msg["mask"])
         index = pyro.sample(
@@ -110,7 +118,7 @@ class OnCodes(Messenger):
         batch = torch.broadcast_shapes(
             value.shape[: value.dim() - event_dim], msg["fn"].batch_shape
         )
-        msg["fn"] = dist.Delta(value, event_dim=event_dim).expand(batch)
+        msg["fn"] = ChosenCode(value, event_dim=event_dim).expand(batch)
         msg["value"], msg["is_observed"] = value, True
         self._shared_dim = frame.dim if decoded.codes.dim() == 2 else None
 
@@ -123,17 +131,18 @@ class Empiricalized:
     """A model whose local latent site has an empirical prior: ``p(z) = sum_i w_i delta(z - c_i)``.
 
     The index is a discrete site ``<site>_index`` inside the site's plate, marked for enumeration:
-    `pyro.infer.TraceEnum_ELBO` with an empty guide gives the exact sum over all codes (with
-    `GridCodes`, a generative topographic mapping), and ``compute_marginals`` the posterior of the
-    index. Codes with a scale have one draw of noise for each code and run, so that the ELBO is a
-    bound of the evidence.
+    any loss of this package, with a guide of the other latents, sums over all codes (with
+    `GridCodes`, a generative topographic mapping). So does `pyro.infer.TraceEnum_ELBO`, whose
+    ``compute_marginals`` gives the posterior of the index; in float32 it may lose gradients. Codes
+    with a scale have one draw of noise for each code and run, so that the ELBO is a bound of the
+    evidence.
 
     Args:
         model: any Pyro model.
         codes: `pyro_recursive.mapa.Codes`; they are registered under ``name``.
         site: the latent site; optional where only one is inside a plate.
 
-    >>> from pyro.infer import TraceEnum_ELBO
+    >>> from pyro_recursive import IWAE_ELBO
     >>> from pyro_recursive.mapa import GridCodes
     >>> decoder = torch.nn.Linear(1, 2)
     >>> def model(x):
@@ -142,8 +151,7 @@ class Empiricalized:
     ...         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
     ...         pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
     >>> topographic = Empiricalized(model, GridCodes(9))
-    >>> loss = TraceEnum_ELBO(max_plate_nesting=1)
-    >>> loss.loss(topographic, lambda x: None, torch.randn(5, 2)) > 0
+    >>> IWAE_ELBO(1).loss(topographic, lambda x: None, torch.randn(5, 2)) > 0
     True
     """
 
@@ -216,11 +224,13 @@ def _is_discrete(site: Site) -> bool:
     return bool(getattr(site["fn"].support, "is_discrete", False))
 
 
-def _at_plate(log_weights: Tensor, dim: int) -> Tensor:
-    """Move rows to the plate's dim, ``[B, K]`` to ``[B, 1, ..., K]``."""
+def _at_plate(log_weights: Tensor, frame: Any) -> Tensor:
+    """Move rows to the plate's dim, ``[B, K]`` to ``[B, 1, ..., K]``; ``[K]`` is for all rows."""
+    if log_weights.dim() == 1:
+        log_weights = log_weights.expand(frame.size, -1)
     if log_weights.dim() != 2:
         return log_weights
-    return log_weights.reshape(len(log_weights), *[1] * (-dim - 1), log_weights.shape[-1])
+    return log_weights.reshape(len(log_weights), *[1] * (-frame.dim - 1), log_weights.shape[-1])
 
 
 def _at_index(codes: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,7 +35,12 @@ from pyro_recursive.mapa.empirical_model import (
 from pyro_recursive.mapa.kernels import kernel_of_model
 from pyro_recursive.mapa.recover import recover_prior, with_prior
 from pyro_recursive.mapa.table import NeighbourRows, Rows, Table, neighbours
-from pyro_recursive.tracing.handlers import ComponentIndex, FlatPriors, SubstituteByName
+from pyro_recursive.tracing.handlers import (
+    ComponentIndex,
+    FlatPriors,
+    SubstituteByName,
+    is_dry_run,
+)
 from pyro_recursive.tracing.isolation import isolated, outline
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
@@ -309,7 +315,9 @@ class MAPAGuide(LatentGuide):
             self.passes = Passes(len(self.codes), plate.size)
             return all_of(self.codes)
         plan = self.plan
-        if torch.is_grad_enabled() and int(self.steps_to_warm_up):  # an autoencoder
+        if is_dry_run():  # no draws: only such runs can be compared
+            plan = replace(plan, top=2, samples=0)
+        elif torch.is_grad_enabled() and int(self.steps_to_warm_up):  # an autoencoder
             plan = Plan(1, 0, "pair" if plan.share == "pair" else "shared")
         chosen = plan(rows.index, rows.log_q, len(self.codes))
         self.passes = Passes(chosen.codes.numel(), plate.size)

@@ -157,8 +157,9 @@ class PlateLayout:
         others = [dim for dim in range(-width + 1, 0) if dim not in self.dims]
         cells: dict[tuple[int, ...], Tensor] = {}
         for site, log_prob in run:
-            if log_prob.dim() != width:
-                log_prob = log_prob.reshape((1,) * (width - log_prob.dim()) + log_prob.shape)
+            if log_prob.dim() != width:  # dims on the left are those of latents with one value
+                shape = (1,) * (width - log_prob.dim()) + log_prob.shape[-width:]
+                log_prob = log_prob.reshape(shape)
             reduced = log_prob.sum(others) if others else log_prob
             cell = self.cell(site) if self.sequential else ()
             cells[cell] = cells[cell] + reduced if cell in cells else reduced

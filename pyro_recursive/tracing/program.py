@@ -30,18 +30,24 @@ from pyro_recursive.tracing.sites import Site, SiteTable, sites, with_plate_size
 
 @dataclass(frozen=True)
 class Program:
-    """A model, a guide, and the arguments of this call."""
+    """A model, a guide, and the arguments of this call.
+
+    ``remembered_by`` stands for a model that is made anew in each call: what is remembered of the
+    program is kept under it.
+    """
 
     model: Callable
     guide: Callable
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    remembered_by: Callable | None = None
 
     @cached_property
     def memory(self) -> dict[str, Any]:
         """What is remembered of the model and the guide, for arguments of this form."""
         # Bound methods are new objects at each access: their owner and function are not.
-        pair = self.model, self.guide
+        known_as = self.model if self.remembered_by is None else self.remembered_by
+        pair = known_as, self.guide
         model, guide = (each.__self__ if ismethod(each) else each for each in pair)
         methods = tuple(each.__func__ if ismethod(each) else None for each in pair)
         try:

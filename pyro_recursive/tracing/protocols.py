@@ -93,10 +93,8 @@ class CodeGuide(Protocol):
     """A guide that chooses, for each training step, the codes of a model's empirical prior.
 
     ``others`` samples the latents that have no codes; ``empiricalized`` returns the model with the
-    codes of a step in place of the prior of ``site``; ``end_step`` counts a training step.
+    codes of a step in place of the prior of a latent; ``end_step`` counts a training step.
     """
-
-    site: str | None
 
     def others(self, *args: Any, **kwargs: Any) -> Any: ...
     def empiricalized(self, model: Callable) -> Callable: ...

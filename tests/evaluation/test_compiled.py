@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyro_recursive import AmortizedGuide, log_marginal
 from pyro_recursive.evaluation import importance_weights, passes, posterior_draws
 from tests.models import ROWS, Row
+from tests.models.enumerated import ENUMERATED
 from tests.models.guides import KINDS, MODELS, Kind, made, quiet
 
 COUNT = 30  # samples: three chunks of 8 and a ragged one
@@ -109,6 +110,15 @@ def test_results_on_a_model_are_those_of_eager_passes(row: Row, graphs: list[int
 @rows(is_quick=False)
 def test_results_on_any_model_are_those_of_eager_passes(row: Row, graphs: list[int]) -> None:
     check(lambda: (*row.build(), row.args()), graphs, REFUSED.get(row.name))
+
+
+@pytest.mark.quick("hmm")
+@pytest.mark.parametrize("name", ["gmm", "hmm", "recapture", "nested", "loop"])
+def test_results_on_an_enumerated_model_are_those_of_eager_passes(
+    name: str, graphs: list[int]
+) -> None:
+    row = next(row for row in ENUMERATED if row.name == name)
+    check(lambda: (row.model, row.guide, (row.x(),)), graphs)
 
 
 def with_kind(name: str, kind: Kind, graphs: list[int]) -> None:

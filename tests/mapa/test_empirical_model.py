@@ -10,9 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, TraceEnum_ELBO
+from pyro.infer import ELBO, SVI, Predictive, TraceEnum_ELBO
 from torch import Tensor, nn
 
+from pyro_recursive import IWAE_ELBO
 from pyro_recursive.mapa.candidates import Candidates, Plan, inclusion, systematic
 from pyro_recursive.mapa.codes import (
     Codes,
@@ -22,6 +23,8 @@ from pyro_recursive.mapa.codes import (
     PseudoInputCodes,
 )
 from pyro_recursive.mapa.empirical_model import CodeIndex, DecodedCodes, Empiricalized, OnCodes
+from tests.models.autoencoder import with_global
+from tests.models.losses import LOSSES
 from tests.models.small import poisson_rows, vector_rows
 
 M = 6  # codes
@@ -226,6 +229,46 @@ def test_sum_over_all_codes_is_the_mixtures_evidence(kind: str) -> None:
     found = loss.compute_marginals(model, nothing, x)["z_index"].probs
     table = dist.Normal(codes(), 0.7).to_event(1).log_prob(x[:, None]) + codes.log_weights
     torch.testing.assert_close(found, table.softmax(-1))
+
+
+@pytest.mark.parametrize("loss", [TraceEnum_ELBO(max_plate_nesting=1), IWAE_ELBO(1)])
+def test_codes_of_another_dtype_than_the_default(loss: ELBO) -> None:
+    torch.set_default_dtype(torch.float32)
+    codes, x = FreeCodes(torch.randn(5, 2)).double(), torch.randn(4, 2).double()
+    value = loss.differentiable_loss(Empiricalized(gaussian, codes), nothing, x)
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(value, -mixture_evidence(x, codes).sum())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_sums_over_codes(loss: str) -> None:
+    """A global latent has several samples, each with its own sum for each row."""
+    x, codes = torch.randn(5), FreeCodes(torch.randn(4, 1), weights=torch.tensor([1.0, 2, 3, 4]))
+
+    def by_hand(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            parts = dist.Normal(codes()[:, 0] + shift.unsqueeze(-1), 0.5)
+            pyro.sample(
+                "x", dist.MixtureSameFamily(dist.Categorical(logits=logits()), parts), obs=x
+            )
+
+    def logits() -> Tensor:
+        return codes.log_weights
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("shift", dist.Normal(0.3, pyro.param("scale", torch.tensor(0.7))))
+
+    found = []
+    for model in (Empiricalized(with_global, codes, "z"), by_hand):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        value = LOSSES[loss](2, 3, estimator="dreg").differentiable_loss(model, guide, x)
+        leaves = codes.codes, pyro.param("scale")
+        found.append(
+            torch.cat([value.reshape(1), *map(torch.flatten, torch.autograd.grad(value, leaves))])
+        )
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("parallel", [False, True])

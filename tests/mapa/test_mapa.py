@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyro import poutine
 from pyro.infer import SVI, autoguide, config_enumerate
 from torch import Tensor, nn
 
-from pyro_recursive import MAPA_ELBO, MAPAGuide
+from pyro_recursive import MAPA_ELBO, CompiledSVI, MAPAGuide
 from pyro_recursive.mapa.codes import EncodedCodes, FreeCodes, GridCodes
 from pyro_recursive.mapa.empirical_model import Empiricalized
 from pyro_recursive.mapa.kernels import Gaussian
@@ -306,7 +307,77 @@ def test_discrete_sites_are_summed_beside_the_codes(share: str) -> None:
     torch.testing.assert_close(found.log_q, weights)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_codes_and_classes_far_apart(dtype: torch.dtype) -> None:
+    """Sums over both at once, in which products of factors would underflow in float32."""
+    x, codes = torch.tensor([0.0, 40.0]), torch.tensor([30.0, -30.0, 9.0])
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            k = pyro.sample("k", dist.Categorical(x.new_tensor([0.2, 0.8])))
+            for part in range(3):
+                pyro.sample(f"x{part}", dist.Normal(z + 20.0 * k, 1.0), obs=x)
+            with pyro.plate("copies", 2, dim=-2):
+                more = pyro.sample("more", dist.Bernoulli(x.new_tensor([0.1, 0.6])[k]))
+                pyro.sample("y", dist.Normal(z - 30.0 * more, 1.0), obs=x)
+
+    loc = codes[:, None, None] + 20.0 * torch.arange(2.0)[:, None]  # codes, classes, rows
+    three = 3 * dist.Normal(loc, 1.0).log_prob(x)
+    chance = torch.tensor([0.1, 0.6])[:, None]
+    two = torch.stack([(1 - chance).log().expand(2, 2), chance.log().expand(2, 2)])
+    two = two + dist.Normal(codes[:, None, None, None], 1.0).log_prob(
+        x + 30.0 * torch.arange(2.0)[:, None, None]
+    )
+    table = three + 2 * two.logsumexp(1) + torch.tensor([0.2, 0.8]).log()[:, None]
+    expected = (table.flatten(0, 1).logsumexp(0) - math.log(3)).sum()
+    own = FreeCodes(codes[:, None]).to(dtype)
+    guide = MAPAGuide(model, own, site="z")
+    loss = MAPA_ELBO().differentiable_loss(model, guide, x.to(dtype))
+    assert -loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert own.codes.grad.isfinite().all() and own.codes.grad.abs().max() > 1.0
+
+
+def test_rows_must_not_depend_on_the_codes_of_others() -> None:
+    """Each row's sum would be over its own code alone."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z - z.mean(-1, keepdim=True), 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = MAPAGuide(model, FreeCodes(torch.randn(5, 1)), x)
+    with pytest.raises(ValueError, match="'x' changes with enumerated latents in other entries"):
+        MAPA_ELBO().loss(model, guide, x)
+
+
 # The loss.
+
+
+def steps(make: Callable[..., Any], guide: Callable[[], MAPAGuide], x: Tensor) -> list[Tensor]:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    own = guide()
+    svi = make(with_global, own, pyro.optim.Adam({"lr": 0.05}), MAPA_ELBO())
+    losses = torch.tensor([svi.step(x) for _ in range(5)])
+    return [losses, *(p.detach() for p in own.parameters()), torch.rand(())]
+
+
+def test_compiled_steps() -> None:
+    """Sums over all codes are compiled, with draws of other latents; drawn codes are not."""
+    x, codes = torch.randn(6), torch.randn(4, 1)
+    traced = partial(CompiledSVI, engine="graph", strict=True)
+    found, expected = (
+        steps(make, lambda: MAPAGuide(with_global, FreeCodes(codes)), x) for make in (traced, SVI)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    options = {"samples": 2, "neighbours": 3}
+    with pytest.raises(NotImplementedError, match="values that vary in each step are read"):
+        steps(traced, lambda: MAPAGuide(with_global, FreeCodes(x[:, None]), x, **options), x)
 
 
 def test_loss_is_for_this_guide() -> None:

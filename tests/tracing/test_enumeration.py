@@ -219,6 +219,33 @@ def test_plates_without_a_size() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_latents_of_one_value(size: int) -> None:
+    """Beside one of several values, and alone."""
+
+    def model(x: Tensor, is_enumerated: bool) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if is_enumerated:
+                y = pyro.sample("y", dist.Categorical(torch.ones(1)), infer=PARALLEL)
+                z = z + y
+            if size > 1:
+                z = z + pyro.sample("more", dist.Categorical(torch.ones(size)), infer=PARALLEL)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor, is_enumerated: bool) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    for vectorize in (True, False, "vmap"):
+        found = []
+        for is_enumerated in (False, True):
+            pyro.set_rng_seed(0)
+            loss = IWAE_ELBO(4, vectorize_particles=vectorize)
+            found.append(loss.loss(model, guide, data(), is_enumerated))
+        assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 @pytest.mark.parametrize("mode", [True, "vmap"])
 def test_models_of_one_sample(mode: bool | str) -> None:
     """``locs[y]`` of latent locations has no dim for samples: it runs under `torch.vmap`."""

@@ -10,8 +10,6 @@ from pyro.infer import ELBO, ReweightedWakeSleep
 from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
-from pyro_recursive.mapa.loss import MAPA_ELBO
-from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.tracing.protocols import StagedLoss
 
@@ -46,8 +44,6 @@ def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
         )
 
     def differentiable(*args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(loss, MAPA_ELBO):
-            raise Unsupported("MAPA_ELBO chooses its codes in Python")
         if isinstance(loss, LogWeightELBO):
             return loss.differentiable_loss(model, guide, *args, **kwargs)
         return _from_gradients(model, guide, loss, args, kwargs)
