@@ -14,17 +14,20 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import sampling
-from pyro_recursive.evaluation.draws import Draws, ModelRuns, SiteDraws, run_on_draws, stacked
+from pyro_recursive.evaluation.draws import Draws, SiteDraws, stacked
+from pyro_recursive.evaluation.enumerated import with_enumerated
 from pyro_recursive.evaluation.leave_one_out import (
     CELL,
     FACTORS,
     OLD,
     SCALED,
+    SUMMED,
     UNWEIGHTED,
     ArvizData,
     az,
     loo,
 )
+from pyro_recursive.evaluation.model_runs import ModelRuns, enumerated_without, run_on_draws
 from pyro_recursive.evaluation.predictions import (
     log_likelihoods,
     observed_data,
@@ -33,7 +36,7 @@ from pyro_recursive.evaluation.predictions import (
     prior_draws,
 )
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.sites import nesting_of, sites, subsample_sites
+from pyro_recursive.tracing.sites import latent_sites, nesting_of, subsample_sites
 
 __all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
 
@@ -121,7 +124,8 @@ def mcmc_to_arviz(
     """Return the draws of a Pyro MCMC run in the form of `to_arviz`, to compare a guide with them.
 
     ``sample_stats`` has ``diverging`` if the kernel records it. The model and its arguments are
-    those of the run ``mcmc``; other options and errors as in `to_arviz`.
+    those of the run ``mcmc``; latents that it sums out are drawn given the others. Other options
+    and errors as in `to_arviz`.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> def model(x):
@@ -156,18 +160,21 @@ def _chain_draws(
     chains, count = next(iter(samples.values())).shape[:2]
     single = outline(model, args, kwargs)
     nesting, latents = nesting_of(single), {}
-    for site in (site for site in sites(single) if not site["is_observed"]):
+    summed = enumerated_without(single, samples)
+    for site in (site for site in latent_sites(single) if site["name"] not in summed):
         if site["name"] not in samples:
-            raise ValueError(
-                f"The MCMC run has no draws of latent site '{site['name']}'. Use infer_discrete."
-            )
+            raise ValueError(f"The MCMC run has no draws of latent site '{site['name']}'.")
         value = samples[site["name"]].flatten(0, 1)
         padding = (1,) * (nesting + 1 + site["fn"].event_dim - value.dim())
         value = value.reshape(len(value), *padding, *value.shape[1:])
         latents[site["name"]] = stacked(site, [value], len(value), nesting)
-    draws = Draws(latents, chains * count, whole_minibatch=subsample_sites(single))
-    computed = run_on_draws(model, args, kwargs, draws.of_this_call(), ModelRuns.computed, **run)
-    return replace(draws, sites={**latents, **computed}), chains
+    minibatch = subsample_sites(single)
+    draws = Draws(latents, chains * count, minibatch=minibatch, whole_minibatch=minibatch)
+    call = model, args, kwargs
+    if summed:
+        draws = with_enumerated(*call, draws, **run)
+    computed = run_on_draws(*call, draws, ModelRuns.computed, **run)
+    return replace(draws, sites={**draws.sites, **computed}), chains
 
 
 def _groups(
@@ -182,12 +189,16 @@ def _groups(
     model, args, kwargs, run = call
     draws = draws.of_this_call()
     found = {"posterior": labels.draws(draws.of_kind("latent", "computed"))}
+    for name in draws.summed:
+        found["posterior"][name].attrs[SUMMED] = 1
     if predictive:
         new = predictive_draws(model, draws, *args, **run, **kwargs)
         found["posterior_predictive"] = labels.draws(new.sites)
     if log_likelihood:
         new = log_likelihoods(model, draws, *args, **run, **kwargs)
-        attributes = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
+        attributes: dict[str, Any] = {SCALED: ", ".join(new.scaled)} if new.scaled else {}
+        if new.factors:
+            attributes[FACTORS] = list(new.factors)
         group = labels.draws(new.sites).assign_attrs(attributes)
         for name, site in new.sites.items():
             if site.cell:
@@ -198,10 +209,7 @@ def _groups(
         new = prior_draws(model, *args, **options, **kwargs)
         found["prior"] = labels.draws(new.of_kind("latent", "computed"))
         found["prior_predictive"] = labels.draws(new.of_kind("observed"))
-    data = observed_data(model, draws, *args, **kwargs).sites
-    found["observed_data"] = labels.data(data)
-    if log_likelihood and (factors := sorted(new.sites.keys() - data.keys())):
-        found["log_likelihood"].attrs[FACTORS] = factors
+    found["observed_data"] = labels.data(observed_data(model, draws, *args, **kwargs).sites)
     return {name: group for name, group in found.items() if group.data_vars}
 
 

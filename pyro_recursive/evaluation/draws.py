@@ -1,34 +1,14 @@
-"""Draws of the sites of a model, and runs of the model on them."""
+"""Draws of the sites of a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.evaluation.evidence import samples_per_chunk
-from pyro_recursive.evaluation.passes import Passes
-from pyro_recursive.tracing.batched import run_model
-from pyro_recursive.tracing.choice import choose
-from pyro_recursive.tracing.handlers import FlatPriors
-from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.plates import Particles
-from pyro_recursive.tracing.program import Program, no_model, structure_of
-from pyro_recursive.tracing.sites import (
-    PARTICLE_PLATE,
-    Site,
-    is_delta,
-    nesting_of,
-    plates_of,
-    sites,
-    subsample_sites,
-)
+from pyro_recursive.tracing.sites import Site, plates_of
 
 Kind = Literal["latent", "computed", "observed"]
 
@@ -86,7 +66,7 @@ def stacked(
     Values have the plate of samples left of the ``nesting`` dims of other plates. ``event_dim`` and
     ``frames`` are by default those of the site.
     """
-    frames = _frames(site) if frames is None else frames
+    frames = frames_of(site) if frames is None else frames
     event_dim = site["fn"].event_dim if event_dim is None else event_dim
     sizes = {frame.dim: frame.size for frame in frames}
     batch = (total, *(sizes.get(dim, 1) for dim in range(-nesting, 0)))
@@ -102,7 +82,8 @@ def stacked(
     return SiteDraws(torch.cat(rows), frames, kind, cell)
 
 
-def _frames(site: Site) -> tuple[Any, ...]:
+def frames_of(site: Site) -> tuple[Any, ...]:
+    """Return the frames of a site's vectorised plates, from left to right."""
     found = [frame for frame in plates_of(site).values() if frame.vectorized]
     return tuple(sorted(found, key=lambda frame: frame.dim))
 
@@ -115,8 +96,10 @@ class Draws:
     site from left to right. ``log_p`` and ``log_q`` of posterior draws are log p(x, z) and log
     q(z), ``[S, *plates]`` in nats, float64, for the ``plates`` that enclose every sample site;
     where they are None, ``unweighted`` says why. ``resampled`` draws were chosen by their weights.
+    ``summed`` names latents that log p is summed over: drawn from the model given all others.
     ``minibatch`` has the subsample sites of the plates around latents, which other calls must
-    share; ``whole_minibatch`` those of all plates. ``scaled`` names log-likelihoods with a scale.
+    share; ``whole_minibatch`` those of all plates. Of log-likelihoods ``scaled`` names those with a
+    scale, and ``factors`` those of a `pyro.factor` alone.
     """
 
     sites: dict[str, SiteDraws]
@@ -129,6 +112,8 @@ class Draws:
     whole_minibatch: poutine.Trace = field(default_factory=poutine.Trace, repr=False)
     unweighted: str = ""
     scaled: tuple[str, ...] = ()
+    summed: frozenset[str] = frozenset()
+    factors: tuple[str, ...] = ()
 
     @property
     def log_densities(self) -> tuple[Tensor, Tensor]:
@@ -169,238 +154,12 @@ def joined(chunks: Sequence[dict[str, SiteDraws]]) -> dict[str, SiteDraws]:
     return {
         name: replace(draws[0], value=torch.cat([each.value for each in draws]))
         for name in dict.fromkeys(name for chunk in chunks for name in chunk)
-        for draws in [_of_each(name, chunks)]
+        for draws in [of_each(name, chunks)]
     }
 
 
-def _of_each(name: str, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
+def of_each(name: str, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return what each of several runs has of a name; raise where some have nothing."""
     if any(name not in run for run in runs):
         raise ValueError(f"Site '{name}' is in some runs only. Sample it in all, under a mask.")
     return [run[name] for run in runs]
-
-
-class ModelRuns(NamedTuple):
-    """Traces of a model for S samples: one trace of all of them, or one of each.
-
-    ``nesting`` is the number of dims of plates; ``single`` a run without a plate of samples.
-    """
-
-    traces: Sequence[poutine.Trace]
-    samples: int
-    nesting: int
-    single: poutine.Trace
-
-    @property
-    def total(self) -> int:
-        return self.samples // len(self.traces)
-
-    def latents(self) -> dict[str, SiteDraws]:
-        return self.each(is_latent)
-
-    def computed(self) -> dict[str, SiteDraws]:
-        found = (site for trace in self.traces for site in trace.nodes.values())
-        names = dict.fromkeys(site["name"] for site in found if is_computed(site))
-        return {name: self._deterministic(name) for name in names}
-
-    def each(
-        self, is_wanted: Callable[[Site], bool], kind: Kind = "latent", **options: Any
-    ) -> dict[str, SiteDraws]:
-        """Return the draws of the sites wanted of any run; ``options`` are those of `site`."""
-        found = (site for site in sites(*self.traces) if is_wanted(site))
-        names = dict.fromkeys(site["name"] for site in found)
-        return {name: self.site(name, kind, **options) for name in names}
-
-    def site(
-        self,
-        name: str,
-        kind: Kind = "latent",
-        value_of: Callable[[Site], Tensor] = lambda site: site["value"],
-        event_dim: int | None = None,
-    ) -> SiteDraws:
-        """Return the draws of a site, or a function of them."""
-        group = _of_each(name, [trace.nodes for trace in self.traces])
-        values = [value_of(site) for site in group]
-        return stacked(group[0], values, self.total, self.nesting, kind, event_dim)
-
-    def _deterministic(self, name: str) -> SiteDraws:
-        """Return the values of a deterministic site; its shape in a single run gives its dims."""
-        group = _of_each(name, [trace.nodes for trace in self.traces])
-        single = self.single.nodes.get(name, group[0])
-        shape, depth = single["value"].shape, _plate_dims(single)
-        values = []
-        for site in group:
-            value = site["value"]
-            if value.shape == shape:  # the same for all samples, or there is only one
-                value = value.expand(self.total, *shape)
-            elif value.shape[:1] != (self.total,) or value[0].numel() != shape.numel():
-                raise ValueError(
-                    f"Deterministic site '{name}' has shape {tuple(shape)} for one sample, "
-                    f"{tuple(value.shape)} for {self.total}. Count dims from the right."
-                )
-            values.append(value.reshape(self.total, *(1,) * (self.nesting - depth), *shape))
-        frames = tuple(frame for frame in _frames(group[0]) if -frame.dim <= depth)
-        run = values, self.total, self.nesting
-        return stacked(group[0], *run, "computed", len(shape) - depth, frames)
-
-
-def _plate_dims(site: Site) -> int:
-    """Return how many dims of a deterministic site, from the left, are those of plates."""
-    shape, event_dim = site["value"].shape, site["fn"].event_dim
-    if event_dim < len(shape):  # given by the user: by default all dims are those of an event
-        return len(shape) - event_dim
-    sizes = {frame.dim: frame.size for frame in _frames(site)}
-    depth = -min(sizes, default=0)
-    if depth > len(shape):
-        return 0
-    fits = all(shape[i] in (1, sizes.get(i - depth, 1)) for i in range(depth))
-    return depth if fits else 0
-
-
-def was_observed(site: Site) -> bool:
-    """Whether a site's value was drawn in the place of data, as by `poutine.uncondition`."""
-    return "was_observed" in site["infer"]
-
-
-def is_latent(site: Site) -> bool:
-    """Whether a site is drawn, and not in the place of data."""
-    return not site["is_observed"] and not was_observed(site)
-
-
-def is_computed(site: Site) -> bool:
-    """Whether a site has no randomness, deterministic or reparameterised: an observed Delta."""
-    return site["type"] == "sample" and site["is_observed"] and is_delta(site)
-
-
-@torch.no_grad()
-def run_on_draws(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    draws: Draws,
-    collect: Callable[[ModelRuns], dict[str, SiteDraws]],
-    chunk_size: int | None = None,
-    vectorize_particles: bool | str = True,
-    draws_data: bool = False,
-    compile: bool = False,
-) -> dict[str, SiteDraws]:
-    """Run a model on draws of its latents and on their minibatch, in chunks.
-
-    Latents without draws are drawn from the model; so are data, with ``draws_data``. ``collect``
-    returns what is wanted of the runs of a chunk; the other options are those of `posterior_draws`.
-    A model that does not fit one more plate runs under `torch.vmap`, or one by one.
-
-    Raises:
-        ValueError: a plate has another size here than in the draws.
-    """
-    user_model, model = model, drawing_data(model) if draws_data else model
-    program, single = Program(model, model, args, kwargs), outline(model, args, kwargs)
-    latents = draws.of_kind("latent")
-    _check_plates(single, latents)
-    minibatch = draws.minibatch.copy()
-    for name, site in subsample_sites(single).nodes.items():  # of the other plates
-        if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
-            minibatch.add_node(name, **site)
-    size, nesting = chunk_size or samples_per_chunk(sites(single)), nesting_of(single)
-    several_at_once = vectorize_particles and len(draws) > 1
-    fits_plate = several_at_once and _fits_plate(user_model, args, kwargs, draws_data)
-    fits_vmap = vectorize_particles and not fits_plate
-    kinds = dict[str, SiteDraws]()
-
-    def run(passes: Passes, count: int, *tensors: Tensor) -> dict[str, Tensor]:
-        """Return what is wanted of a chunk of draws, and note of which kind it is."""
-        nonlocal fits_vmap
-        pairs = zip(latents.items(), tensors, strict=True)
-        chunk = {name: replace(each, value=value) for (name, each), value in pairs}
-        wide = {name: each.with_batch_dims(nesting) for name, each in chunk.items()}
-        values = {name: each.with_batch_dims() for name, each in chunk.items()}
-        traces: list[poutine.Trace] = []
-        if fits_plate and count > 1:
-            with pyro.plate(PARTICLE_PLATE, count, dim=-nesting - 1):
-                traces = [program.run_model(_source(minibatch, wide))]
-        elif fits_vmap and count > 1:
-            particles = Particles(1, count, -nesting - 1, vmap=True)
-            try:
-                traces = [run_model(program, _source(minibatch, wide), values, particles)]
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a loop has the model's own errors
-                if passes.is_traced:
-                    raise
-                fits_vmap = False
-        if not traces:
-            passes.loops(count)
-            rows = ({name: value[row] for name, value in values.items()} for row in range(count))
-            traces = [program.run_model(_source(minibatch, row)) for row in rows]
-        found = collect(ModelRuns(traces, count, nesting, single))
-        kinds.update(found)
-        return {name: each.value for name, each in found.items()}
-
-    passes = Passes(run, program, size, len(draws), compile=compile)
-    chunks = []
-    for start in range(0, len(draws), size):
-        count = min(size, len(draws) - start)
-        given = [each.value[start : start + count] for each in latents.values()]
-        found = passes(count, *given)
-        chunks.append({name: replace(kinds[name], value=value) for name, value in found.items()})
-    return joined(chunks)
-
-
-def _fits_plate(
-    model: Callable, args: tuple, kwargs: dict[str, Any], draws_data: bool = False
-) -> bool:
-    """Whether a model draws and computes the same for each sample under one more plate.
-
-    Remembered with the user's model: the handlers here are new objects in each call.
-    """
-    memory, key = Program(no_model, model, args, kwargs).memory, f"fits plate, {draws_data}"
-    if key not in memory:
-        drawing = FlatPriors()(drawing_data(model) if draws_data else model)
-        alone = Program(no_model, drawing, args, kwargs)
-        structure = structure_of(alone)
-        choose(alone, structure)
-        memory[key] = structure.mode == "plate"
-    return memory[key]
-
-
-def drawing_data(model: Callable) -> Callable:
-    """Return a model that draws its data instead of observing them."""
-    return _DrawData()(model)
-
-
-class _DrawData(UnconditionMessenger):
-    """Draws data; deterministic sites, factors and minibatches stay as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if can_be_drawn(msg):
-            super()._pyro_sample(msg)
-
-
-def can_be_drawn(site: Any) -> bool:
-    """Whether a site is data: observed, and no subsample, deterministic site or factor."""
-    special = site_is_subsample(site) or is_computed(site) or is_factor(site)
-    return site["is_observed"] and not special
-
-
-def is_factor(site: Site) -> bool:
-    """Whether a site is a `pyro.factor`, which has a density and no value."""
-    return isinstance(site["fn"], dist.Unit)
-
-
-def _source(minibatch: poutine.Trace, values: Mapping[str, Tensor]) -> poutine.Trace:
-    """Return a trace of a minibatch and some of the draws, to replay a model on."""
-    trace = minibatch.copy()
-    for name, value in values.items():
-        site: Site = {"name": name, "type": "sample", "fn": None, "is_observed": False, "infer": {}}
-        trace.add_node(name, value=value, **site)
-    return trace
-
-
-def _check_plates(trace: poutine.Trace, latents: Mapping[str, SiteDraws]) -> None:
-    for site in sites(trace):
-        for frame in latents[site["name"]].frames if site["name"] in latents else ():
-            here = plates_of(site).get(frame.name)
-            if here is None or here.size != frame.size:
-                raise ValueError(
-                    f"Site '{site['name']}' was drawn in plate '{frame.name}' of {frame.size} "
-                    f"entries, not {here and here.size}. Draw it for these data."
-                )

@@ -31,8 +31,10 @@ else:
     ArvizData = az.InferenceData if OLD else xr.DataTree
 
 # Attributes of the log-likelihoods: sites with a scale of the user's own; factors; of a site, its
-# iteration of the loops around it. Of the statistics: why draws have no weights.
+# iteration of the loops around it. Of the statistics: why draws have no weights. Of a latent site:
+# whether the posterior was sampled without it.
 SCALED, FACTORS, CELL, UNWEIGHTED = "scaled_sites", "factors", "iteration", "unweighted"
+SUMMED = "summed_out"
 SAMPLE = ("chain", "draw")
 
 
@@ -46,6 +48,7 @@ def loo(data: ArvizData, var_name: str | None = None) -> "ELPDData":
 
     with Pareto-smoothed, normalised weights. All sites of a row, factors too, make one x_i: a row
     is an entry of the plates that sites with a plate in common share, or an iteration of a loop.
+    Sites that are summed together over enumerated latents (see `log_likelihoods`) are one row, too.
     Draws without ``sample_stats["log_weight"]``, of Markov chains or resampled, count as draws from
     the posterior, as in ``az.loo``. Point estimates of a guide are taken as given; masked data are
     left out. A k-hat above the threshold warns: that of the guide's weights where all rows share
@@ -142,6 +145,8 @@ def _rows(data: ArvizData, var_name: str | None) -> list[xr.DataArray]:
     names = map(str, group.data_vars)
     sites = {name: group[name].transpose(*SAMPLE, ...) for name in names}
     if var_name is not None:
+        if var_name not in sites:
+            raise ValueError(f"There is no log-likelihood of '{var_name}', only of {[*sites]}.")
         return [sites[var_name]]
     factors = np.atleast_1d(group.attrs.get(FACTORS, [])).tolist()
     rows = {n: s for n, s in sites.items() if n not in factors or _plates(s) or CELL in s.attrs}
@@ -232,7 +237,8 @@ def _relative_ess(data: ArvizData) -> float:
     chains, draws = posterior.sizes["chain"], posterior.sizes["draw"]
     if chains == 1:
         return 1.0
-    found = az.ess(xr.Dataset(posterior.data_vars), method="mean")
+    sampled = {n: v for n, v in posterior.data_vars.items() if SUMMED not in v.attrs}
+    found = az.ess(xr.Dataset(sampled), method="mean")
     values = np.hstack([np.ravel(found[name].values) for name in found.data_vars])
     return float(values.mean() / (chains * draws))
 

@@ -14,15 +14,16 @@ from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import sampling, shown_as_html
-from pyro_recursive.evaluation.draws import (
-    Draws,
+from pyro_recursive.evaluation.draws import Draws, SiteDraws
+from pyro_recursive.evaluation.enumerated import with_enumerated
+from pyro_recursive.evaluation.evidence import Evidence, WeightSums
+from pyro_recursive.evaluation.model_runs import (
     ModelRuns,
-    SiteDraws,
+    enumerated_without,
     is_computed,
     is_factor,
     run_on_draws,
 )
-from pyro_recursive.evaluation.evidence import Evidence, WeightSums
 from pyro_recursive.evaluation.predictions import predictive_draws
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.arguments import check_at_least
@@ -140,9 +141,13 @@ def predict(
     missing = _lacking(single, drawn)
     undrawn = {site["name"] for site in latent_sites(single)} - drawn.sites.keys()
     if new.rows and (lacking := sorted(undrawn - new.local)):
-        raise ValueError(f"There are no draws of {lacking}, outside plates {sorted(new.rows)}.")
+        raise ValueError(
+            f"There are no draws of {lacking}, outside plates {sorted(new.rows)}. Pass "
+            "posterior_draws(model, guide, *training_data) in place of the guide."
+        )
     if new.data and missing and not isinstance(guide, Draws):
-        found = _missing_data(program, replace(fixed, sites=drawn.sites), new, missing, run)
+        summed = frozenset(enumerated_without(single, drawn.sites))
+        found = _missing_data(program, replace(fixed, sites=drawn.sites), new, missing, summed, run)
     else:
         found = predictive_draws(model, fixed, *args, **run, **kwargs).sites
     draws = Draws({n: s for n, s in found.items() if n not in drawn.sites}, len(drawn))
@@ -269,16 +274,23 @@ def _sizes(record: SiteRecord) -> dict[str, int]:
 
 
 def _missing_data(
-    program: Program, drawn: Draws, new: NewRows, missing: list[str], run: dict[str, Any]
+    program: Program,
+    drawn: Draws,
+    new: NewRows,
+    missing: list[str],
+    summed: frozenset[str],
+    run: dict[str, Any],
 ) -> dict[str, SiteDraws]:
-    """Draw the data that a call lacks, given those that it has."""
-    if unknown := sorted(new.local - set(missing) - new.proposed):
+    """Draw the data that a call lacks, given those that it has; ``summed`` are enumerated."""
+    if unknown := sorted(new.local - set(missing) - new.proposed - summed):
         raise ValueError(
             f"Data {missing} are to be drawn given {sorted(new.data)}: the guide needs a "
             f"distribution of {unknown} for each new row, as by an encoder."
         )
-    call = program.model, program.args, program.kwargs, drawn
-    return run_on_draws(*call, lambda runs: runs.each(lambda s: s["name"] in missing), **run)
+    call = program.model, program.args, program.kwargs
+    if summed:
+        drawn = with_enumerated(*call, drawn, undrawn=frozenset(missing), **run)
+    return run_on_draws(*call, drawn, lambda runs: runs.each(lambda s: s["name"] in missing), **run)
 
 
 # --- The density of each row

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pyro_recursive.tracing.choice import require_plate
 from pyro_recursive.tracing.compatibility import check_match, log_prob_of
+from pyro_recursive.tracing.conditionals import Conditional, conditionals
+from pyro_recursive.tracing.enumeration import is_enumerated
 from pyro_recursive.tracing.handlers import ComponentIndex, RunCache
 from pyro_recursive.tracing.isolation import random_state, set_random_state
 from pyro_recursive.tracing.plates import Particles, PlateLayout
@@ -118,34 +120,47 @@ class PosteriorTable:
                 if not torch.allclose(site["value"], expected, 1e-4, 1e-6, equal_nan=True):
                     raise _no_density(site)
             counted = [site for site in sites(again) if _is_density(site)]
-            yield self._summed([s for s in counted if self.frame.name in plates_of(s)], index)
+            inside = [site for site in counted if self.frame.name in plates_of(site)]
+            yield self._summed(self._log_probs(inside), index)
 
     def log_prior(self, draws: RowDraws) -> Tensor:
         """Run the model on the draws; return its log-density of the rows' latents.
 
-        ``[S, B]`` in nats, float64, given the latents outside the rows.
+        ``[S, B]`` in nats, float64, given the latents outside the rows, without enumerated latents.
 
-        Raises ValueError where a site is inside the rows' plate in one of the programs only.
+        Raises ValueError where a site is inside the rows' plate in one of the programs only, or
+        rows depend on each other by an enumerated latent outside.
         """
-        with pyro.plate(PARTICLE_PLATE, draws.count, dim=-self.nesting - 1):
-            model = self.program.run_model(draws.trace)
-        table = SiteTable(model, draws.trace)
+        enum_dim = -self.nesting - 2 if self.structure.enumerated else None
+        particles = Particles(1, draws.count, -self.nesting - 1)
+        with particles.plate():
+            model = self.program.run_model(draws.trace, enum_dim)
+        table, row = SiteTable(model, draws.trace), self.frame.name
         check_match(table, self.nesting)
-        if table.enumerated:
-            raise NotImplementedError(
-                f"Site '{table.enumerated[0].name}' is enumerated, and the prior of the rows' "
-                "latents is not summed over it. Sample it in the guide."
-            )
-        found = [site for site in latent_sites(model) if self.frame.name in plates_of(site)]
-        names = {site["name"] for site in found}
+        ordinary, summed = table.model, list[Conditional]()
+        if is_enumerated(table):
+            ordinary, summed = conditionals(table, PlateLayout(particles, self.nesting, ()))
+        drawn = [record.site for record in ordinary if not record.site["is_observed"]]
+        found = [s for s in drawn if row in plates_of(s) and "_enumerate_dim" not in s["infer"]]
+        terms, names = self._log_probs(found), {site["name"] for site in found}
+        for each in summed:
+            if each.log_prior is not None and row in plates_of(each.site):
+                for name in each.latent:
+                    self._check_mask(model.nodes[name])
+                names |= set(each.latent)
+                terms.append((each.site, each.log_prior))
+            elif shared := sorted(self.local & set(each.latent)):
+                raise ValueError(
+                    f"The prior of '{shared[0]}' is summed over an enumerated latent outside plate "
+                    f"'{row}', by which rows depend on each other. Sample it in the guide."
+                )
         for name in sorted(names ^ (self.local & set(model.nodes))):
             inside, outside = ("model", "guide") if name in names else ("guide", "model")
             raise ValueError(
-                f"Site '{name}' is inside plate '{self.frame.name}' in the {inside}, not in the "
-                f"{outside}."
+                f"Site '{name}' is inside plate '{row}' in the {inside}, not in the {outside}."
             )
         require_plate(self.program, self.structure)
-        return self._summed(found, range(draws.count))
+        return self._summed(terms, range(draws.count))
 
     def _run(self, count: int, values: poutine.Trace | None) -> poutine.Trace:
         with pyro.plate(PARTICLE_PLATE, count, dim=-self.nesting - 1):
@@ -173,12 +188,30 @@ class PosteriorTable:
             copy.nodes[site["name"]] = {**site, "value": value}
         return copy
 
-    def _summed(self, found: list[Site], index: Collection) -> Tensor:
+    def _log_probs(self, found: Sequence[Site]) -> list[tuple[Site, Tensor]]:
+        """Return the log-densities of sites with their masks and without their scales."""
+        for site in found:
+            self._check_mask(site)
+        return [(s, scale_and_mask(log_prob_of(s, s["fn"]), mask=s["mask"])) for s in found]
+
+    def _check_mask(self, site: Site) -> None:
+        """Raise where a site is masked in some rows."""
+        mask, dim = mask_of(site), plates_of(site)[self.frame.name].dim - site["fn"].event_dim
+        differs = bool(site["infer"].get(LEAVES_OUT))
+        if mask is not None and mask.dim() >= -dim:
+            differs |= bool((mask != mask.narrow(dim, 0, 1)).any())
+        if differs:
+            raise ValueError(
+                f"The mask of site '{site['name']}' differs between rows of plate "
+                f"'{self.frame.name}'."
+            )
+
+    def _summed(self, terms: Sequence[tuple[Site, Tensor]], index: Collection) -> Tensor:
         """Sum log-densities over all but particles and rows, ``[particles, B]``."""
-        frame = plates_of(found[0])[self.frame.name]
+        frame = plates_of(terms[0][0])[self.frame.name]
         particles = Particles(1, len(index), -self.nesting - 1)
         layout = PlateLayout(particles, self.nesting, (frame,))
-        summed = layout.gather([[(site, _log_prob(site, frame)) for site in found]])
+        summed = layout.gather([terms])
         assert summed is not None
         return summed[0].double()
 
@@ -193,19 +226,6 @@ def table_of(
 def _is_density(site: Site) -> bool:
     """Whether a guide site is part of log q: latents, and the factors of a change of variables."""
     return not site["is_observed"] or isinstance(site["fn"], Unit)
-
-
-def _log_prob(site: Site, frame: Any) -> Tensor:
-    """Return a site's log-density with its mask and without its scale."""
-    mask, dim = mask_of(site), frame.dim - site["fn"].event_dim
-    differs = bool(site["infer"].get(LEAVES_OUT))
-    if mask is not None and mask.dim() >= -dim:
-        differs |= bool((mask != mask.narrow(dim, 0, 1)).any())
-    if differs:
-        raise ValueError(
-            f"The mask of site '{site['name']}' differs between rows of plate '{frame.name}'."
-        )
-    return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
 
 def _rows_frame(found: Sequence[Site], plate: str | None) -> Any:

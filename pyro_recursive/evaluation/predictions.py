@@ -1,40 +1,33 @@
 """Posterior, predictive and prior draws of a model; log-likelihoods of each datum."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import sampling
-from pyro_recursive.evaluation.draws import (
-    Draws,
+from pyro_recursive.evaluation.draws import Draws, SiteDraws, joined
+from pyro_recursive.evaluation.enumerated import summed_log_likelihoods, with_enumerated
+from pyro_recursive.evaluation.evidence import results_in_chunks
+from pyro_recursive.evaluation.importance import psis, scale_problem, scaled_sites
+from pyro_recursive.evaluation.model_runs import (
     ModelRuns,
-    SiteDraws,
     can_be_drawn,
-    is_computed,
     is_latent,
-    joined,
     run_on_draws,
     was_observed,
 )
-from pyro_recursive.evaluation.evidence import results_in_chunks
-from pyro_recursive.evaluation.importance import psis, scale_problem, scaled_sites
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import (
-    check_batch_shape,
-    half_subsampled,
-    log_prob_of,
-)
+from pyro_recursive.tracing.compatibility import half_subsampled
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
-from pyro_recursive.tracing.sites import Site, subsample_sites
+from pyro_recursive.tracing.sites import subsample_sites
 
 PROPOSALS = 10  # for each resampled draw, by default
 
@@ -55,6 +48,9 @@ def posterior_draws(
 ) -> Draws:
     """Draw all latent sites of a model from a guide, and the deterministic sites of the model.
 
+    Latents y that the model enumerates, and the guide does not sample, are drawn last, from the
+    exact p(y | x, z) without scales.
+
     Args:
         num_draws: S.
         resample: ``"psis"`` chooses among proposals by their Pareto-smoothed importance weights:
@@ -64,7 +60,6 @@ def posterior_draws(
             `pyro_recursive.log_marginal`.
 
     Raises:
-        NotImplementedError: the model has enumerated latents.
         ValueError: draws cannot be weighted; and as `pyro_recursive.log_marginal` does.
 
     Reference: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
@@ -88,19 +83,17 @@ def posterior_draws(
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
     with torch.no_grad():
         program = Program(model, guide, args, kwargs)
-        if enumerated := sorted(structure_of(program).enumerated):
-            raise NotImplementedError(
-                f"Sites {enumerated} are enumerated, and have no posterior draws. Sample them in "
-                "the guide, or draw them by pyro.infer.infer_discrete."
-            )
         chunks = program, count, chunk_size, compile
         draws = _from_guide(*chunks, weighted=resample is not None, **run)
         if resample is not None:
             draws = draws.take(resampled_index(draws.log_weights, num_draws, draws.plates))
-    call = model, args, kwargs, draws.of_this_call()
-    how = chunk_size, vectorize_particles
-    computed = run_on_draws(*call, ModelRuns.computed, *how, compile=compile)
-    return replace(draws, sites={**draws.sites, **computed})
+    call, how = (model, args, kwargs), (chunk_size, vectorize_particles)
+    draws = draws.of_this_call()
+    if draws.summed:
+        draws = with_enumerated(*call, draws, *how, compile=compile)
+    computed = run_on_draws(*call, draws, ModelRuns.computed, *how, compile=compile)
+    minibatch = _minibatch_around(draws.sites, draws.whole_minibatch)
+    return replace(draws, sites={**draws.sites, **computed}, minibatch=minibatch)
 
 
 def _from_guide(
@@ -114,8 +107,11 @@ def _from_guide(
 ) -> Draws:
     """Return the latents of a guide's runs, with log p and log q if they exist, or if weighted."""
     known, problems, whole = dict[str, SiteDraws](), list[str](), list[poutine.Trace]()
+    summed: frozenset[str] = frozenset()
 
     def collect(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[dict, tuple]:
+        nonlocal summed
+        summed |= {record.name for run in runs for record in run.table.enumerated}
         size, models = layout.particles.total, [run.model for run in runs]
         latents = ModelRuns(models, size, layout.max_plate_nesting, models[0]).latents()
         if not whole:
@@ -134,21 +130,25 @@ def _from_guide(
 
     parts, log_densities = list[dict[str, SiteDraws]](), list[tuple]()
     chunks = chunk_size, compile
-    found = results_in_chunks(program, count, collect, *chunks, any_minibatch=True, **run)
-    for (values, log_p_and_q), names in found:
+    results = results_in_chunks(program, count, collect, *chunks, any_minibatch=True, **run)
+    for (values, log_p_and_q), names in results:
         plates = names
         parts.append({name: replace(known[name], value=each) for name, each in values.items()})
         log_densities.append(log_p_and_q)
-    latents = joined(parts)
-    around = {name for latent in latents.values() for name in (*latent.plates, *latent.cell)}
-    minibatch = poutine.Trace()
-    for name in around & whole[0].nodes.keys():
-        minibatch.add_node(name, **whole[0].nodes[name])
     log_p, log_q = None, None
     if not problems[-1]:
         log_p, log_q = (torch.cat(each) for each in zip(*log_densities, strict=True))
-    of_guide = False, minibatch, whole[0], problems[-1]
-    return Draws(latents, count, log_p, log_q, plates, *of_guide)
+    found = Draws(joined(parts), count, log_p, log_q, plates, whole_minibatch=whole[0])
+    return replace(found, unweighted=problems[-1], summed=summed)
+
+
+def _minibatch_around(latents: Mapping[str, SiteDraws], whole: poutine.Trace) -> poutine.Trace:
+    """Return the subsample sites of the plates and loops around latents."""
+    around = {name for latent in latents.values() for name in (*latent.plates, *latent.cell)}
+    minibatch = poutine.Trace()
+    for name in around & whole.nodes.keys():
+        minibatch.add_node(name, **whole.nodes[name])
+    return minibatch
 
 
 def _subsampling_problem(run: ParticleRun, layout: PlateLayout) -> str:
@@ -247,8 +247,10 @@ def log_likelihoods(
     """Return the log-likelihood of each datum in nats, for each draw of the model's latents.
 
     For every observed site and factor ``found["x"]``, a ``[S, *plates]``-dim tensor without scales,
-    nan where masked. ``found.scaled`` names the sites, latent ones too, that have a scale of the
-    user's own (`poutine.scale`): their posterior is a tempered one.
+    nan where masked. Enumerated latents are summed out: all data under one sum have one joint value
+    ``found["x1+x2"]``, for each entry of the plates around all that is summed. ``found.scaled``
+    names the sites, latent ones too, that have a scale of the user's own (`poutine.scale`): their
+    posterior is a tempered one.
 
     Raises:
         ValueError: the draws are those of other data, or lack a latent.
@@ -265,17 +267,20 @@ def log_likelihoods(
     """
     check_at_least(1, chunk_size=chunk_size)
     scaled: dict[str, None] = {}
+    factors: dict[str, None] = {}
+    kept = {name: site for name, site in draws.sites.items() if name not in draws.summed}
 
     def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
         if missing := sorted(runs.latents().keys() - draws.sites.keys()):
             raise ValueError(f"There are no draws of {missing}, only of {[*draws.sites]}.")
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
-        options = {"value_of": _log_likelihood, "event_dim": 0}
-        return runs.each(lambda s: s["is_observed"] and not is_computed(s), "observed", **options)
+        found, of_factors = summed_log_likelihoods(runs)
+        factors.update(dict.fromkeys(of_factors))
+        return found
 
-    run = chunk_size, vectorize_particles
-    found = run_on_draws(model, args, kwargs, draws, collect, *run)
-    return Draws(found, len(draws), minibatch=draws.minibatch, scaled=tuple(scaled))
+    run = model, args, kwargs, replace(draws, sites=kept), collect, chunk_size, vectorize_particles
+    of_run = Draws(run_on_draws(*run, enumerates=True), len(draws), minibatch=draws.minibatch)
+    return replace(of_run, scaled=tuple(scaled), factors=tuple(factors))
 
 
 def observed_data(model: Callable, draws: Draws, *args: Any, **kwargs: Any) -> Draws:
@@ -325,17 +330,3 @@ def _everything(runs: ModelRuns) -> dict[str, SiteDraws]:
 def _data(runs: ModelRuns) -> dict[str, SiteDraws]:
     """Return the data, or what the model drew in their place; factors have none."""
     return runs.each(lambda site: was_observed(site) or can_be_drawn(site), "observed")
-
-
-def _log_likelihood(site: Site) -> Tensor:
-    """Return a site's log-density without scale, nan where a mask leaves out a whole entry."""
-    log_prob = log_prob_of(site, site["fn"])
-    check_batch_shape(site, log_prob.shape)
-    fn, masks = site["fn"], [site["mask"]]
-    while isinstance(fn, dist.MaskedDistribution):  # a mask under `Independent` is not of entries
-        fn, masks = fn.base_dist, [*masks, fn._mask]
-    for mask in masks:
-        if mask is not None:
-            seen = torch.as_tensor(mask, device=log_prob.device)
-            log_prob = torch.where(seen, log_prob, torch.nan)
-    return log_prob

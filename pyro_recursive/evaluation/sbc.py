@@ -4,7 +4,7 @@ Latents and data are drawn from the model; the guide is given the data. If it is
 rank of a true latent among L draws of the guide is uniform on 0 .. L.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_recursive.evaluation.calls import measurement
-from pyro_recursive.evaluation.draws import drawing_data, is_factor, is_latent, was_observed
+from pyro_recursive.evaluation.model_runs import (
+    drawing_data,
+    enumerated_without,
+    is_factor,
+    is_latent,
+    was_observed,
+)
 from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
 from pyro_recursive.tracing.arguments import check_at_least
@@ -50,7 +56,7 @@ def calibration(
         model, guide: called with the same arguments; all sites are in the plate of the rows.
         num_draws: L, the draws that a true value is ranked among.
         plate: the name of the rows' plate; None is the one around all latents of the guide.
-        names: the latent sites that are ranked; None is all.
+        names: the latent sites that are ranked; None is all but those that losses sum out.
         replace: from simulated values by site, args and kwargs to new (args, kwargs): for data in
             the last of three columns, ``lambda s, a, k: ((torch.cat([a[0][:, :2], s["y"][:, None]],
             1),), k)``. None puts the values into the arguments that the sites had their data from.
@@ -89,7 +95,7 @@ def calibration(
                 f"Site '{site['name']}' is outside plate '{frame.name}'. Use calibration_by_fits."
             )
     ranks = {}
-    for site in _ranked(simulated.trace, names):
+    for site in _ranked(simulated.trace, names, chunks[0]):
         name, rows = site["name"], site["value"].movedim(frame.dim - site["fn"].event_dim, 0)
         drawn = [chunk[name] for chunk in chunks if name in chunk]
         ranks[name] = _checked_ranks(name, rows.reshape(len(rows), -1), drawn)
@@ -144,7 +150,7 @@ def calibration_by_fits(
             with poutine.block(), torch.no_grad():
                 _, runs = run_particles(program, 1, num_draws, vectorize=vectorize_particles)
         size = num_draws // len(runs)  # one draw each, or all draws in the dim on the left
-        for site in _ranked(simulated.trace, names):
+        for site in _ranked(simulated.trace, names, runs[0].guide.nodes):
             name = site["name"]
             found = [run.guide.nodes[name]["value"] for run in runs if name in run.guide.nodes]
             drawn = [value.reshape(size, -1) for value in found]
@@ -208,11 +214,12 @@ def simulate(
     return found
 
 
-def _ranked(trace: poutine.Trace, names: Sequence[str] | None) -> list[Site]:
-    """Return the latent sites that are ranked."""
+def _ranked(trace: poutine.Trace, names: Sequence[str] | None, drawn: Container[str]) -> list[Site]:
+    """Return the latent sites that are ranked: all but those that losses sum out."""
     known = {site["name"]: site for site in sites(trace) if is_latent(site)}
     if names is None:
-        return [site for site in known.values() if not site["infer"].get("enumerate")]
+        summed = enumerated_without(trace, drawn)
+        return [site for name, site in known.items() if name not in summed]
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"names= has {unknown}; the latent sites are {list(known)}.")
     return [known[name] for name in names]

@@ -96,11 +96,11 @@ class StableRing(LogRing):
 
     def sumproduct(self, terms: Iterable[Tensor], dims: Iterable[str]) -> Tensor:
         rest: dict[int, Tensor] = dict(enumerate(terms))
-        buckets = {dim: {i for i, term in rest.items() if dim in _dims(term)} for dim in dims}
-        sizes = {dim: self._dim_to_size[dim] for term in rest.values() for dim in _dims(term)}
+        buckets = {dim: {i for i, term in rest.items() if dim in packed_dims(term)} for dim in dims}
+        sizes = {dim: self._dim_to_size[dim] for term in rest.values() for dim in packed_dims(term)}
 
         def cost(dim: str) -> float:
-            union = {each for i in buckets[dim] for each in _dims(rest[i])}
+            union = {each for i in buckets[dim] for each in packed_dims(rest[i])}
             return math.prod(sizes[each] for each in union)
 
         costs = {dim: cost(dim) for dim in sorted(buckets)}
@@ -108,14 +108,19 @@ class StableRing(LogRing):
             dim = min(costs, key=costs.__getitem__)
             joined = buckets.pop(dim)
             del costs[dim]
-            rest[new] = _log_sum(_product([rest.pop(i) for i in sorted(joined)]), dim)
-            for other in buckets.keys() & set(_dims(rest[new])):
+            rest[new] = self.log_sum(_product([rest.pop(i) for i in sorted(joined)]), dim)
+            for other in buckets.keys() & set(packed_dims(rest[new])):
                 buckets[other] = buckets[other] - joined | {new}
                 costs[other] = cost(other)
         return _product(list(rest.values()))
 
+    def log_sum(self, term: Tensor, dim: str) -> Tensor:
+        """Sum a packed product of all factors of a latent over its values."""
+        return _log_sum(term, dim)
 
-def _dims(term: Tensor) -> str:
+
+def packed_dims(term: Tensor) -> str:
+    """Return the symbols of a packed tensor's dims."""
     return term._pyro_dims  # type: ignore[attr-defined]
 
 
@@ -129,18 +134,18 @@ def _product(terms: list[Tensor]) -> Tensor:
     if not others:
         return first
     expanded = packed.broadcast_all(*terms)
-    return _packed(sum(expanded[1:], expanded[0]), _dims(expanded[0]))
+    return _packed(sum(expanded[1:], expanded[0]), packed_dims(expanded[0]))
 
 
 def _log_sum(term: Tensor, dim: str) -> Tensor:
     """Return the log of the sum over a dim; the gradient is 0 where all entries are -inf."""
-    axis = _dims(term).index(dim)
+    axis = packed_dims(term).index(dim)
     largest = term.detach().amax(axis, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
     total = (term - largest).exp().sum(axis)
     dead = total == 0
     log = torch.where(dead, -math.inf, torch.where(dead, 1.0, total).log())
-    return _packed(log + largest.squeeze(axis), _dims(term).replace(dim, ""))
+    return _packed(log + largest.squeeze(axis), packed_dims(term).replace(dim, ""))
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,12 @@ def most_values(trace: poutine.Trace, nesting: int) -> int:
 
 def marginalised(table: SiteTable, layout: PlateLayout) -> tuple[list[SiteRecord], list[Marginal]]:
     """Return a model's sites that depend on no enumerated latent, and what the others sum to."""
+    ordinary, components = factorised(table, layout)
+    return ordinary, [each.marginal(layout) for each in components]
+
+
+def factorised(table: SiteTable, layout: PlateLayout) -> tuple[list[SiteRecord], list["Component"]]:
+    """Return a model's sites that depend on no enumerated latent, and the others in components."""
     table.traces[0].symbolize_dims()
     enumerated = {
         record.site["infer"]["_enumerate_symbol"]: record
@@ -188,20 +199,20 @@ def marginalised(table: SiteTable, layout: PlateLayout) -> tuple[list[SiteRecord
     }
     width = layout.max_plate_nesting + 1
     ordinary: list[SiteRecord] = []
-    components: list[_Component] = []
+    components: list[Component] = []
     for record in table.model:
         if all(_values(width, shape) == 1 for shape in batch_shapes(record.site)):
             ordinary.append(record)
             continue
         factor = _factor(record, enumerated, width)
-        new, others = _Component(enumerated, [factor]), []
+        new, others = Component(table.traces[0], enumerated, [factor]), []
         for each in components:
             if each.symbols & factor.symbols:
                 new.factors = each.factors + new.factors
             else:
                 others.append(each)
         components = [*others, new]
-    return ordinary, [each.marginal(table, layout) for each in components]
+    return ordinary, components
 
 
 def _values(width: int, shape: torch.Size) -> int:
@@ -210,7 +221,7 @@ def _values(width: int, shape: torch.Size) -> int:
 
 
 @dataclass(frozen=True)
-class _Factor:
+class Factor:
     """The packed log-density of a site, with its mask and without scale, and the dims to sum."""
 
     record: SiteRecord
@@ -223,7 +234,7 @@ class _Factor:
         return {frame.name: frame for frame in self.record.site["cond_indep_stack"]}
 
 
-def _factor(record: SiteRecord, enumerated: dict[str, SiteRecord], width: int) -> _Factor:
+def _factor(record: SiteRecord, enumerated: dict[str, SiteRecord], width: int) -> Factor:
     site = record.site
     if "_enumerate_dim" in site["infer"]:
         log_prob = log_prob_of(site, unmasked(site["fn"]))  # which sums to 1 where masked, too
@@ -237,53 +248,54 @@ def _factor(record: SiteRecord, enumerated: dict[str, SiteRecord], width: int) -
             f"Site '{record.name}' has batch shape {tuple(log_prob.shape)}, and a dim of it "
             "belongs to no plate and to no enumerated site: index dims from the right."
         ) from error
-    return _Factor(record, term, frozenset(_dims(term)) & enumerated.keys())
+    return Factor(record, term, frozenset(packed_dims(term)) & enumerated.keys())
 
 
 @dataclass
-class _Component:
+class Component:
     """Sites that are summed together over the values of enumerated latents, those by symbol."""
 
+    trace: poutine.Trace
     enumerated: dict[str, SiteRecord]
-    factors: list[_Factor]
+    factors: list[Factor]
 
     @property
     def symbols(self) -> frozenset[str]:
         return frozenset[str]().union(*(factor.symbols for factor in self.factors))
 
-    def marginal(self, table: SiteTable, layout: PlateLayout) -> Marginal:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all packed dims."""
+        pairs = [zip(packed_dims(f.term), f.term.shape, strict=True) for f in self.factors]
+        return {dim: size for each in pairs for dim, size in each}
+
+    def contracted(
+        self, factors: Iterable[Factor], ring: StableRing
+    ) -> dict[frozenset[str], list[Tensor]]:
+        """Sum the enumerated latents out of factors: packed terms, by the symbols of plates."""
         self._check_outside()
-        plate_to_symbol, symbol_to_dim = (
-            table.traces[0].plate_to_symbol,
-            table.traces[0].symbol_to_dim,
-        )
         tree = OrderedDict[frozenset[str], list[Tensor]]()
-        sizes: dict[str, int] = {}
-        for factor in self.factors:
+        for factor in factors:
             vectorized = [name for name, frame in factor.frames.items() if frame.vectorized]
-            ordinal = frozenset(plate_to_symbol[name] for name in vectorized)
+            ordinal = frozenset(self.trace.plate_to_symbol[name] for name in vectorized)
             tree.setdefault(ordinal, []).append(factor.term)
-            sizes.update(zip(_dims(factor.term), factor.term.shape, strict=True))
         try:
-            found = contract_tensor_tree(
-                tree, set(self.symbols), ring=StableRing(dim_to_size=sizes)
-            )
+            return contract_tensor_tree(tree, set(self.symbols), ring=ring)
         except NotImplementedError as error:
             raise self._crossing() from error
-        ((term,),) = found.values()
-        frames = self._frames(layout)
+
+    def marginal(self, layout: PlateLayout) -> Marginal:
+        ring = StableRing(dim_to_size=self.sizes)
+        ((term,),) = self.contracted(self.factors, ring).values()
+        frames = self.frames(layout)
         scale = self._scale(frames, layout)
         names = frozenset(factor.record.name for factor in self.factors)
-        site = {
-            "name": "+".join(factor.record.name for factor in self.factors),
-            "cond_indep_stack": tuple(frames.values()),
-            "infer": {},
-        }
-        log_prob = scale_and_mask(packed.unpack(term, symbol_to_dim), scale)
+        log_prob = scale_and_mask(packed.unpack(term, self.trace.symbol_to_dim), scale)
         plates = {name for factor in self.factors for name in factor.record.plates}
+        site = joint_site(self.factors, frames)
         return Marginal(site, log_prob, names, frozenset(plates - frames.keys()))
 
-    def _frames(self, layout: PlateLayout) -> dict[str, Any]:
+    def frames(self, layout: PlateLayout) -> dict[str, Any]:
         """Return the frames of the plates that enclose all sites; sequential ones in one entry."""
         first, *others = [factor.frames for factor in self.factors]
         frames = {}
@@ -356,6 +368,12 @@ class _Component:
 
     def _named(self) -> str:
         return ", ".join(f"'{factor.record.name}'" for factor in self.factors)
+
+
+def joint_site(factors: Iterable[Factor], frames: dict[str, Any]) -> Site:
+    """Return what stands for the sites of factors, in the plates of these frames."""
+    name = "+".join(factor.record.name for factor in factors)
+    return {"name": name, "cond_indep_stack": tuple(frames.values()), "infer": {}}
 
 
 def _entry(frame: Any) -> int:

@@ -250,6 +250,22 @@ def mask_of(site: Site) -> Tensor | None:
     return total
 
 
+def entry_mask_of(site: Site) -> Tensor | None:
+    """Return which entries of a site's plates have a density; None for all.
+
+    A mask under event dims leaves out parts of entries, not whole ones.
+    """
+    fn, masks = site["fn"], [site["mask"]]
+    while isinstance(fn, dist.MaskedDistribution):
+        fn, masks = fn.base_dist, [*masks, fn._mask]
+    total = None
+    for mask in masks:
+        if mask is not None and mask is not True:
+            each = torch.as_tensor(mask, device=site["value"].device)
+            total = each if total is None else total & each
+    return total
+
+
 def unmasked(fn: Any) -> Any:
     """Return a distribution without the masks under its event dims."""
     if isinstance(fn, dist.MaskedDistribution):

@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from tests.models.small import (
     prior_of,
     vector_rows,
 )
+from tests.oracles.arviz_objects import Chains, pointwise
 
 QUICK = {"obs_mask", "factor", "no_latents", "nested", "sequential"}
 
@@ -59,12 +59,6 @@ def exact_loo(x: Tensor) -> Tensor:
         loc, scale = posterior_of(torch.cat([x[:i], x[i + 1 :]]))
         rows.append(dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(x[i]))
     return torch.stack(rows)
-
-
-def pointwise(result: Any) -> Tensor:
-    """Return elpd_i of ArviZ's result, by its names in both versions."""
-    found = result["loo_i"] if "loo_i" in dir(result) else result.elpd_i
-    return torch.from_numpy(np.array(found.values))
 
 
 def local_guide(x: Tensor) -> None:
@@ -372,21 +366,6 @@ def test_loo_of_what_has_none() -> None:
 
 
 # --- Guides and chains compared
-
-
-@dataclass
-class Chains:
-    """What a run of MCMC tells, without a run."""
-
-    samples: dict[str, Tensor]
-    divergences: dict[str, list[int]] | None = None
-
-    def get_samples(self, group_by_chain: bool) -> dict[str, Tensor]:
-        assert group_by_chain
-        return self.samples
-
-    def diagnostics(self) -> dict[str, Any]:
-        return {} if self.divergences is None else {"divergences": self.divergences}
 
 
 def test_chains_have_the_shape_of_guides() -> None:

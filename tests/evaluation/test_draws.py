@@ -23,7 +23,7 @@ from pyro_recursive.evaluation import (
     prior_draws,
     psis,
 )
-from pyro_recursive.evaluation.draws import _fits_plate
+from pyro_recursive.evaluation.model_runs import _fits_plate
 from pyro_recursive.evaluation.predictions import resampled_index
 from pyro_recursive.mapa import EncodedCodes
 from pyro_recursive.tracing.handlers import SubstituteByName

@@ -28,7 +28,7 @@ from pyro_recursive import (
     log_marginal,
 )
 from pyro_recursive.evaluation import mixture_diversity, posterior_draws
-from pyro_recursive.evaluation.draws import _fits_plate
+from pyro_recursive.evaluation.model_runs import _fits_plate
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.guides.gaussian_families import Diagonal, Full, LowRank
 from tests.models import small

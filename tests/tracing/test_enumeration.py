@@ -27,7 +27,7 @@ from pyro_recursive import (
     SemiAmortizedGuide,
     log_marginal,
 )
-from pyro_recursive.evaluation import gaps, importance_weights, posterior_draws
+from pyro_recursive.evaluation import gaps, importance_weights
 from pyro_recursive.evaluation.evidence import particles_per_chunk
 from pyro_recursive.evaluation.search import Search
 from pyro_recursive.tracing.enumeration import StableRing
@@ -369,12 +369,6 @@ def test_chunks_have_room_for_all_values() -> None:
             for model in (row.model, row.collapsed)
         )
         assert one == other // values
-
-
-def test_draws_are_refused() -> None:
-    row = ROW["gmm"]
-    with pytest.raises(NotImplementedError, match=r"Sites \['y'\] are enumerated"):
-        posterior_draws(row.model, row.guide, row.x())
 
 
 # Compiled steps.
