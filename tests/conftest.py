@@ -30,30 +30,34 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[Any]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """Mark the cells of a test slow that the quick loop leaves out."""
+    has_all_cells = not any("[" in each for each in config.args)  # none is asked for by its id
     for name, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
         cells = {
             item: values(item)
             for item in group
             if hasattr(item, "callspec") and not item.get_closest_marker("slow")
         }
-        for item in cells.keys() - quick(name, cells):
+        for item in cells.keys() - quick(name, cells, has_all_cells):
             item.add_marker("slow")
 
 
-def quick(name: str, cells: dict[Any, frozenset]) -> set[Any]:
+def quick(name: str, cells: dict[Any, frozenset], has_all_cells: bool = True) -> set[Any]:
     """Choose the cells that a marker `quick` names, or those that cover each value.
 
     Of the latter as many as the marker says, from a start that depends on the test: tests over the
-    same rows take different ones.
+    same rows take different ones. A name that is no cell's is an error.
     """
     chosen = covering(cells)
     marker = next((item.get_closest_marker("quick") for item in cells), None)
     if marker is None:
         return chosen
     if isinstance(marker.args[0], str):
-        return {item for item in cells if item.callspec.id in marker.args}
+        named = {item.callspec.id: item for item in cells if item.callspec.id in marker.args}
+        if has_all_cells and (unknown := set(marker.args) - named.keys()):
+            raise pytest.UsageError(f"{name}: marker quick names no cell by {sorted(unknown)}.")
+        return set(named.values())
     step = math.ceil(len(chosen) / marker.args[0])
     ordered = [item for item in cells if item in chosen]
     return set(ordered[crc32(name.encode()) % step :: step]) if step > 1 else chosen

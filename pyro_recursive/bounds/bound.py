@@ -198,6 +198,23 @@ class Weighted(Bound):
         return weights * self.bound.replaced(log_weights, substitute)
 
 
+@dataclass(frozen=True, eq=False)
+class Nested(Weighted):
+    """Estimates of which each S have one logarithm: ``mean_m log mean_s exp(sum L_ms)``.
+
+    Its first derivative in a log-weight is ``u L'`` with u the share of ``exp(sum L_ms)`` over M,
+    for ``weights`` of M S times u; the second is ``u L'' + u (1 - M u) L' ** 2``.
+    """
+
+    num_globals: int
+
+    def derivatives(self, log_weights: Tensor) -> Derivatives:
+        first, second = self.bound.derivatives(log_weights)
+        weights, count = self.weights.unsqueeze(1), len(log_weights)
+        moved = count * (1 - weights / self.num_globals) * first * first
+        return Derivatives(weights * first, weights * (second + moved))
+
+
 class Jackknife(Bound):
     """First-order jackknife of the importance-weighted bound; less biased, and no lower bound.
 

@@ -19,7 +19,7 @@ from pyro_recursive.guides.semi_amortized.row_elbo import LocalBound
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.choice import require_plate
 from pyro_recursive.tracing.compatibility import check_match, check_subsampling
-from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
+from pyro_recursive.tracing.isolation import SharedNoise, isolated, restored_random_state
 from pyro_recursive.tracing.plates import layout_of
 from pyro_recursive.tracing.program import Program, rows_needed, structure_of
 from pyro_recursive.tracing.runs import run_particles
@@ -162,14 +162,13 @@ def gaps(
         family, own = guide.row_family(latents), _own(guide, latents, call, shared)
         target = LocalBound(model, latents, call, family, guide.nesting, shared_noise=shared)
         noise, search = Noise(own.device), search or Search()
-        state = random_state()  # runs of the model set it back
-        _check_rows(target, own[0], noise)
-        starts = (own[0], family.start(own.new_zeros(*own.shape[1:-1], latents.size)))
-        found = torch.stack([*own, *(search(target, start, noise) for start in starts)])
-        best = Scores(target, found, noise).draw(num_particles, chunk_size).best()
-        shown = torch.stack([own[0], best, *own[1:]])
-        scores = Scores(target, shown, noise).draw(num_particles, chunk_size, evidence=True)
-        set_random_state(state)
+        with restored_random_state():  # runs of the model set it to that of their noise
+            _check_rows(target, own[0], noise)
+            starts = (own[0], family.start(own.new_zeros(*own.shape[1:-1], latents.size)))
+            found = torch.stack([*own, *(search(target, start, noise) for start in starts)])
+            best = Scores(target, found, noise).draw(num_particles, chunk_size).best()
+            shown = torch.stack([own[0], best, *own[1:]])
+            scores = Scores(target, shown, noise).draw(num_particles, chunk_size, evidence=True)
     return _gaps(scores, call.sizes(latents))
 
 

@@ -14,6 +14,7 @@ import pyro
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_recursive.evaluation.calls import checked
 from pyro_recursive.tracing.arguments import check_at_least
@@ -211,7 +212,7 @@ def evaluate_in_parallel(
         found = []
         for part in parts:
             check = partial(_checked, rows=part.stop - part.start)
-            found.append(_mapped(check, function(*(column[part] for column in rows))))
+            found.append(tree_map(check, function(*(column[part] for column in rows))))
         by_process = processes.gather(found, "an evaluation")
 
     def join(*leaves: Any) -> Any:
@@ -221,7 +222,7 @@ def evaluate_in_parallel(
             return leaves[0]
         return torch.cat(leaves).to(rows[0].device)
 
-    return _mapped(join, *(part for parts in by_process for part in parts))
+    return tree_map(join, *(part for parts in by_process for part in parts))
 
 
 def _checked(leaf: Any, rows: int) -> Any:
@@ -233,14 +234,3 @@ def _checked(leaf: Any, rows: int) -> Any:
             "each row, in the first dim."
         )
     return leaf.detach().cpu()
-
-
-def _mapped(function: Callable, *results: Any) -> Any:
-    """Apply a function to the corresponding leaves of results: nested tuples and dicts."""
-    first = results[0]
-    if isinstance(first, dict):
-        return {key: _mapped(function, *(each[key] for each in results)) for key in first}
-    if isinstance(first, tuple):
-        values = [_mapped(function, *leaves) for leaves in zip(*results, strict=True)]
-        return first._make(values) if hasattr(first, "_make") else tuple(values)
-    return function(*results)

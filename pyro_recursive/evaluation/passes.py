@@ -17,7 +17,7 @@ from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.kernels import compile_graph
 from pyro_recursive.tracing.graphs.python_state import PythonState, restored, undone_runs
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
-from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
+from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, as_unsupported
 from pyro_recursive.tracing.isolation import random_state, restored_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.user_warnings import warn_user
@@ -99,7 +99,7 @@ class CompiledPass:
         call = Call(program.args, program.kwargs)
         call.check()
         state = PythonState({"model": program.model, "guide": program.guide} | call.roots)
-        try:
+        with as_unsupported(site):
             with undone_runs(state) as writes:
                 recorder, _ = recorded(traced)
                 graph = trace_run(traced, recorder, inputs, len(inputs), lambda: site.name)
@@ -116,10 +116,6 @@ class CompiledPass:
             kinds = {each.dtype for each in (*inputs, *self.own) if each.is_floating_point()}
             self.tolerance = max(TOLERANCES.get(kind, COARSE) for kind in {torch.float64, *kinds})
             self.function = compile_graph(graph.graph, [*inputs, *self.own])
-        except Unsupported:
-            raise
-        except Exception as error:
-            raise Unsupported(reason(error, site.name)) from error
 
     def __call__(self, *inputs: Tensor) -> Any:
         for fill in self.fills:
@@ -130,16 +126,9 @@ class CompiledPass:
 
     def outcome(self, *inputs: Tensor) -> list[Tensor]:
         """Return results, changed constants and random state after a pass, and undo it."""
-        try:
-            with restored_random_state(), restored(self.changed):
-                results = self(*inputs)
-                return [
-                    *tree_leaves(results),
-                    *(each.clone() for each in self.changed),
-                    *random_state(),
-                ]
-        except Exception as error:
-            raise Unsupported(reason(error, None)) from error
+        with as_unsupported(), restored_random_state(), restored(self.changed):
+            results = tree_leaves(self(*inputs))
+            return [*results, *(each.clone() for each in self.changed), *random_state()]
 
 
 def _place(tensor: Tensor) -> int:

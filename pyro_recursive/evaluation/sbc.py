@@ -26,7 +26,7 @@ from pyro_recursive.evaluation.posterior_tables import PosteriorTable
 from pyro_recursive.evaluation.ranks import FEWEST, Calibration, ranks_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import log_prob_of
-from pyro_recursive.tracing.isolation import random_state, set_random_state
+from pyro_recursive.tracing.isolation import restored_random_state
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import Site, independent_plates_of, sites
@@ -142,10 +142,10 @@ def calibration_by_fits(
     for _ in tqdm(range(num_datasets), disable=None):
         simulated = simulate(model, args, kwargs, replace)
         with _parameters_restored():
-            seed, state = int(torch.randint(2**62, (), device="cpu")), random_state()
-            torch.manual_seed(seed)
-            guide = fit_guide(*simulated.args, **simulated.kwargs)
-            set_random_state(state)
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            with restored_random_state():
+                torch.manual_seed(seed)
+                guide = fit_guide(*simulated.args, **simulated.kwargs)
             program = Program(model, guide, simulated.args, simulated.kwargs)
             with poutine.block(), torch.no_grad():
                 _, runs = run_particles(program, 1, num_draws, vectorize=vectorize_particles)

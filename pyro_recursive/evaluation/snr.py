@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_recursive.evaluation.calls import checked, sampling
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.isolation import SharedNoise, isolated, random_state, set_random_state
+from pyro_recursive.tracing.isolation import SharedNoise, isolated, restored_random_state
 from pyro_recursive.tracing.program import Program
 
 FEWEST = 10  # draws of a gradient
@@ -149,14 +149,12 @@ def gradient_snr(
     """
     check_at_least(FEWEST, num_draws=num_draws)
     _check_stage(loss, guide)
-    program, state = Program(model, guide, args, kwargs), random_state()
+    program = Program(model, guide, args, kwargs)
     of_program = _by_program(program)
-    if seed is not None:
-        torch.manual_seed(seed)
-    try:
+    with restored_random_state():
+        if seed is not None:
+            torch.manual_seed(seed)
         names, draws = _draws_of_gradient(loss, program, num_draws)
-    finally:
-        set_random_state(state)
     members: dict[str, list[Tensor]] = {group: [] for group in groups or ()}
     for parameter, name in names.items():
         group = of_program.get(name, "loss") if groups is None else _prefix_of(name, groups)

@@ -15,11 +15,17 @@ from torch import Tensor
 
 from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator, EstimatorName
-from pyro_recursive.losses.surrogate import global_surrogate, surrogate
+from pyro_recursive.losses.surrogate import global_surrogate, nested_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_global_elbo, check_likelihood, check_runs
+from pyro_recursive.tracing.compatibility import (
+    check_all_data,
+    check_global_elbo,
+    check_likelihood,
+    check_runs,
+)
 from pyro_recursive.tracing.densities import Densities, densities
 from pyro_recursive.tracing.dependence import dependence_of, independent_plates
+from pyro_recursive.tracing.downstream import double
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
@@ -27,7 +33,13 @@ from pyro_recursive.tracing.user_warnings import warn_user
 
 GLOBAL_LATENTS = ("joint", "elbo")
 VECTORIZE = (True, False, "auto", "vmap")
-DEFAULTS = {"max_plate_nesting": math.inf, "vectorize_particles": True, "global_latents": "joint"}
+DEFAULTS = {
+    "max_plate_nesting": math.inf,
+    "vectorize_particles": True,
+    "global_latents": "joint",
+    "num_globals": 1,
+}
+NESTED = ("pathwise", "dreg")  # estimators with several global samples in one logarithm
 
 
 class LossOptions(TypedDict, total=False):
@@ -37,6 +49,7 @@ class LossOptions(TypedDict, total=False):
     max_plate_nesting: float
     vectorize_particles: bool | Literal["auto", "vmap"]
     global_latents: Literal["joint", "elbo"]
+    num_globals: int
 
 
 class SampleOptions(LossOptions, total=False):
@@ -49,8 +62,9 @@ class Evaluation(NamedTuple):
     """One evaluation of a bound: its runs and their densities.
 
     ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
-    ``global_latents="elbo"``. ``independent`` are plates of score-handled sites beyond those of the
-    weights, whose entries are independent given all else.
+    ``global_latents="elbo"``, where ``num_globals`` estimates share a logarithm. ``independent``
+    are plates of score-handled sites beyond those of the weights, whose entries are independent
+    given all else.
     """
 
     bound: Bound
@@ -58,6 +72,7 @@ class Evaluation(NamedTuple):
     local: Densities
     shared: Densities | None
     independent: frozenset[str] = frozenset()
+    num_globals: int = 1
 
 
 class LogWeightELBO(ELBO):
@@ -77,6 +92,7 @@ class LogWeightELBO(ELBO):
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool | Literal["auto", "vmap"] = True,
         global_latents: Literal["joint", "elbo"] = "joint",
+        num_globals: int = 1,
         **unknown: Never,
     ) -> None:
         for name in unknown:
@@ -84,13 +100,14 @@ class LogWeightELBO(ELBO):
             near = get_close_matches(name, known, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise TypeError(f"{type(self).__name__} got an unknown option '{name}'.{hint}")
-        check_at_least(1, num_estimates=num_estimates, num_particles=num_particles)
+        counts = {"num_estimates": num_estimates, "num_particles": num_particles}
+        check_at_least(1, **counts, num_globals=num_globals)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._bound = bound
         self.max_plate_nesting = max_plate_nesting  # Pyro's constructor would add 1 to it
         self.num_estimates = num_estimates
         self.estimator = _estimator(estimator)
-        self.global_latents = global_latents
+        self.global_latents, self.num_globals = global_latents, num_globals
         if vectorize_particles not in VECTORIZE:
             raise ValueError(
                 f"vectorize_particles must be one of {VECTORIZE}, got {vectorize_particles!r}."
@@ -107,6 +124,22 @@ class LogWeightELBO(ELBO):
         if global_latents == "elbo" and (bound.is_split or self.estimator.wake):
             raise ValueError(
                 "global_latents='elbo' needs one bound for model and guide, not PIWAE or 'rws'."
+            )
+        if num_globals > 1:
+            self._check_nested()
+
+    def _check_nested(self) -> None:
+        """Raise where several global samples cannot share a logarithm."""
+        if self.global_latents != "elbo":
+            raise ValueError(f"num_globals={self.num_globals} needs global_latents='elbo'.")
+        if self.estimator.name not in NESTED:
+            raise ValueError(
+                f"num_globals > 1 has estimators {', '.join(NESTED)}; got {self.estimator.name!r}."
+            )
+        if self._bound != iwae:
+            raise ValueError(
+                "num_globals > 1 needs the bound iwae, as in IWAE_ELBO: the exponential of "
+                f"{self._bound!r} is no unbiased estimate of a density."
             )
 
     @property
@@ -165,18 +198,21 @@ class LogWeightELBO(ELBO):
     ) -> Evaluation:
         """Draw M * K samples and gather their log-densities; ``shape`` overrides (M, K)."""
         shape = shape or (self.num_estimates, self.num_particles)
-        is_linear = self._bound.is_linear(*shape)
+        (M, K), S = shape, self.num_globals
         structure, local = None, None
         if self.global_latents == "elbo":
             structure = structure_of(program, fresh=fresh)
             local = local_sites(structure)
-            if check_global_elbo(structure, dependence_of(program), local, shape[1]):
+            if check_global_elbo(structure, dependence_of(program), local, K):
                 options["shared"] = frozenset(structure.guide) - local
-            else:
-                structure = local = None  # with one sample both are the ELBO
+                M = M * S
+            else:  # with one local sample for each global one: S joint samples
+                structure, local, K = None, None, S
+        is_linear = self._bound.is_linear(M, K) and (S == 1 or local is None)
         particles, runs = run_particles(
             program,
-            *shape,
+            M,
+            K,
             max_plate_nesting=self.max_plate_nesting,
             vectorize=self.vectorize_particles,
             **options,
@@ -188,6 +224,8 @@ class LogWeightELBO(ELBO):
                 # Sites depend on the arguments: find the structure of this call.
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, tables, only=local)
+        if S > 1:
+            check_all_data(tables[0], S)
         check_runs(tables, layout, is_linear=is_linear)
         if not is_linear:
             check_likelihood(runs[0].model)
@@ -199,15 +237,20 @@ class LogWeightELBO(ELBO):
         inside = {name for r in tables[0].guide if r.group == "score" for name in r.row_plates}
         if not inside <= layout.names:
             independent = independent_plates(program)
-        return Evaluation(self.bound, runs, in_weights, shared, independent)
+        return Evaluation(self.bound, runs, in_weights, shared, independent, S)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
         local, shared = evaluation.local, evaluation.shared
-        each = self._bounds(evaluation)
-        warn_if_infinite(each)
-        total = local.layout.scale * each.sum()
-        if shared is not None:
-            total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
+        if shared is not None and evaluation.num_globals > 1:
+            values = _per_estimate(evaluation.bound, local, shared)
+            total = iwae(values.unflatten(0, (-1, evaluation.num_globals))).to(local.log_weights)
+            warn_if_infinite(total)
+        else:
+            each = self._bounds(evaluation)
+            warn_if_infinite(each)
+            total = local.layout.scale * each.sum()
+            if shared is not None:
+                total = total + shared.layout.scale * shared.log_weights.mean((0, 1)).sum()
         if is_validation_enabled():
             warn_if_nan(total, "loss")
         return -total
@@ -218,7 +261,10 @@ class LogWeightELBO(ELBO):
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         """Return a scalar whose gradient is the estimator's, for ascent."""
-        bound, runs, local, shared, independent = evaluation
+        bound, runs, local, shared, independent, num_globals = evaluation
+        if shared is not None and num_globals > 1:
+            values = _per_estimate(bound, local, shared)
+            return nested_surrogate(runs, local, shared, values, num_globals, self.estimator)
         total = local.layout.scale * surrogate(
             runs, local, bound, self.estimator, independent=independent
         )
@@ -243,13 +289,16 @@ def warn_if_infinite(bounds: Tensor) -> None:
 
 
 def _per_estimate(bound: Bound, local: Densities, shared: Densities) -> Tensor:
-    """Return the value of each estimate, ``[M]``; one where the bound pools them."""
+    """Return the value of each estimate, ``[M]``; one where the bound pools them.
+
+    In double precision: that of many data is large beside what one sample changes.
+    """
     inside = bound.estimate(local.log_weights)
     outside = shared.log_weights.mean(1)
     if len(inside) < len(outside):
         outside = outside.mean(0, keepdim=True)
     scaled = local.layout.scale * inside, shared.layout.scale * outside
-    return sum(each.reshape(len(each), -1).sum(1) for each in scaled)  # type: ignore[return-value]
+    return sum(double(each).reshape(len(each), -1).sum(1) for each in scaled)  # type: ignore[return-value]
 
 
 def _estimator(estimator: EstimatorName | Estimator) -> Estimator:

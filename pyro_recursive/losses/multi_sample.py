@@ -26,11 +26,14 @@ class MultiSampleELBO(LogWeightELBO):
             is right; ``"vmap"`` leaves out the plate of the model, False loops.
         global_latents: ``"joint"`` puts all latents into the weights; ``"elbo"`` gives those
             outside the data's plates the ELBO and the others the bound: unbiased if subsampled.
+        num_globals: S, the global samples in one logarithm under ``"elbo"``, each with K local ones
+            for each datum: for IWAE on all data, ``"pathwise"`` or ``"dreg"``.
 
     Raises:
-        ValueError: a subsampled plate does not enclose every site, or its entries depend on each
-            other; under ``"elbo"`` a global density depends on local latents; sites or plates of
-            model and guide differ; they share a parameter under PIWAE; data are NaN or infinite.
+        ValueError: a subsampled plate does not enclose every site, its entries depend on each
+            other, or S > 1; under ``"elbo"`` a global density depends on local latents; sites or
+            plates of model and guide differ; they share a parameter under PIWAE; data are NaN or
+            infinite.
         NotImplementedError: the estimator has no gradient for a site; the guide enumerates a site,
             or the model one that it branches on (others of the model are summed exactly).
 

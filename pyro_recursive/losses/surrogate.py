@@ -11,6 +11,7 @@ away what leaked through the stand-ins. So theta, the densities and the paths ea
 coefficient from one backward pass through the model.
 """
 
+import itertools
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_recursive.bounds.bound import Bound, Pooled, elbo
+from pyro_recursive.bounds.bound import Bound, Nested, Pooled, Weighted, elbo, iwae
 from pyro_recursive.bounds.estimators import (
     ESTIMATORS,
     Coefficients,
@@ -120,6 +121,68 @@ def global_surrogate(
         signal = found.reshape(M, *[1] * len(shared.layout.shape), 1)
     own = ESTIMATORS["stl" if _cuts_in(runs, shared) else "pathwise"]
     return surrogate(runs, shared, Pooled(elbo), own, signal=signal)
+
+
+def nested_surrogate(
+    runs: Sequence[ParticleRun],
+    local: Densities,
+    shared: Densities,
+    values: Tensor,
+    num_globals: int,
+    estimator: Estimator,
+) -> Tensor:
+    """Return a scalar with the gradient of ``mean_m log mean_s exp(values)``, of IWAEs inside.
+
+    ``values`` ``[M S]`` are those of the estimates, each with one global sample g and K local ones.
+    Under DReG the shares of the estimates in the logarithm move with the global sample, too; see
+    `_along_globals`.
+    """
+    with torch.no_grad():
+        share = iwae.derivatives(values.unflatten(0, (-1, num_globals))).first
+        weights = (len(values) * share).flatten().to(local.log_weights)
+        inside, outside = (
+            weights.reshape(-1, *[1] * len(each.layout.shape)) for each in (local, shared)
+        )
+    moved = _along_globals(runs, local, shared, weights, num_globals)
+    own = ESTIMATORS["dreg" if _cuts_in(runs, shared) else "pathwise"]
+    total = surrogate(runs, local, Nested(iwae, inside, num_globals), estimator)
+    return total + surrogate(runs, shared, Weighted(elbo, outside), own) + moved
+
+
+def _along_globals(
+    runs: Sequence[ParticleRun],
+    local: Densities,
+    shared: Densities,
+    weights: Tensor,
+    num_globals: int,
+) -> Tensor | float:
+    """Return what the score of the global samples becomes by DReG: ``-(u - M u^2) <dt/dg, g>``.
+
+    With t the value of an estimate and u its share in the logarithm, over M. The derivative is a
+    total one: local samples move with g. Other global samples do not, as all are one vector.
+    """
+    if not (cuts := runs[0].shared_cuts):
+        return 0.0
+    one = weights.new_ones(())
+    for cut in itertools.chain.from_iterable(run.guide_cuts for run in runs):
+        cut.scale_gradient(one)
+    for cut in cuts:
+        cut.scale_gradient(0 * one)
+    with torch.no_grad():
+        factor = weights / len(weights) * (1 - weights / num_globals)
+        inside, outside = (
+            factor.reshape(-1, *[1] * (1 + len(each.layout.shape))) for each in (local, shared)
+        )
+        inside = inside * len(weights) * iwae.derivatives(local.log_weights).first
+        outside = outside / shared.log_weights.shape[1]
+    moved = _weighted_sum((inside, local.reparameterized), (outside, shared.reparameterized))
+    found = torch.autograd.grad(
+        torch.as_tensor(moved), [cut.stand_in for cut in cuts], retain_graph=True, allow_unused=True
+    )
+    for cut in cuts:
+        cut.scale_gradient(one)
+    pairs = zip(cuts, found, strict=True)
+    return -sum((each * cut.value).sum() for cut, each in pairs if each is not None)
 
 
 def _along_paths(

@@ -117,8 +117,9 @@ def check_global_elbo(
     if num_particles == 1 and structure.enumerated - local:
         return False
     for plate in sorted(data_plates(structure.model.values()) & dependence.keys()):
-        outside = dependence[plate].outside.items()
-        name, where = next(((n, w) for n, w in outside if n not in local), (None, None))
+        found = dependence[plate]
+        apart = found.outside.keys() - local - {*found.summed}  # of the latter `check_match` tells
+        name, where = next(((n, found.outside[n]) for n in sorted(apart)), (None, None))
         if name is None:
             continue
         if num_particles == 1:
@@ -338,6 +339,18 @@ def check_subsampling(table: SiteTable, layout: PlateLayout) -> None:
             f"Plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but {problem} "
             "Trace_ELBO."
         )
+
+
+def check_all_data(table: SiteTable, num_globals: int) -> None:
+    """Raise where a plate is subsampled: the logarithm is over all data."""
+    for record in table.records:
+        for name, frame in record.plates.items() if record.is_subsampled else ():
+            if frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"num_globals={num_globals} takes a logarithm over all data: plate '{name}' is "
+                    f"subsampled ({frame.size} of {frame.full_size}). Use num_globals=1 or all "
+                    "data."
+                )
 
 
 def half_subsampled(table: SiteTable, layout: PlateLayout) -> tuple[Any, str] | None:

@@ -53,7 +53,7 @@ class ScoreGroup:
         In double precision: the log-weight of many data is large beside what one entry changes.
         """
         assert estimator.signal is not None
-        share = self._share(_double(log_weights))
+        share = self._share(double(log_weights))
         return estimator.signal(bound, share).to(log_weights)
 
     def _share(self, log_weights: Tensor) -> Share:
@@ -74,7 +74,7 @@ class ScoreGroup:
     def _total(self, layout: PlateLayout, *, is_inside: bool) -> Tensor:
         """Return log p - log q of the sites inside all plates of the group, or of the others."""
         assert self.terms is not None
-        total = _double(self.score.new_zeros(()))
+        total = double(self.score.new_zeros(()))
         for group, sign in SIGNS.items():
             chosen = [
                 [(site, each.detach()) for site, each in run if self._encloses(site) is is_inside]
@@ -83,7 +83,7 @@ class ScoreGroup:
             if any(chosen):
                 found = layout.gather(chosen)
                 assert found is not None
-                total = total + sign * _double(found)
+                total = total + sign * double(found)
         return total
 
     def _encloses(self, site: Site) -> bool:
@@ -128,5 +128,6 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
     return groups
 
 
-def _double(tensor: Tensor) -> Tensor:
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, where the device has it."""
     return tensor if tensor.device.type == "mps" else tensor.double()  # which has no float64

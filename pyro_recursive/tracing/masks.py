@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_recursive.tracing.handlers import DryRun, Leaves
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, outside_of_graphs
@@ -57,13 +58,7 @@ def partly_masked(masks: Mapping[str, Tensor]) -> list[str]:
 
 def differentiable(values: Any) -> Any:
     """Copy tensors of inference mode, also in tuples, lists and dicts: they take no derivatives."""
-    if isinstance(values, Tensor):
-        return values.clone() if values.is_inference() else values
-    if type(values) in (tuple, list):
-        return type(values)(map(differentiable, values))
-    if type(values) is dict:
-        return {key: differentiable(value) for key, value in values.items()}
-    return values
+    return tree_map_only(Tensor, lambda each: each.clone() if each.is_inference() else each, values)
 
 
 def on_leaves(

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_recursive.tracing.graph_leaves import graph_leaves
 from pyro_recursive.tracing.program import Program
@@ -48,21 +48,14 @@ def _log_probs(program: Program) -> list[Tensor]:
 
 def _with_other_data(program: Program) -> Program:
     """Return the program with other data; without those that have no other values, as counts."""
-    data = {id(tensor): tensor for tensor in _data((*program.args, program.kwargs))}
+    given = tree_leaves((program.args, program.kwargs))
+    tensors = [each for each in given if isinstance(each, Tensor) and each.is_floating_point()]
+    data = {id(tensor): tensor for tensor in tensors if tensor.layout is torch.strided}
     others = {key: _other(tensor) for key, tensor in data.items()}
     if _runs(changed := _given(program, others)) or not others:
         return changed
     possible = {k: each for k, each in others.items() if _runs(_given(program, {k: each}))}
     return changed if _runs(changed := _given(program, possible)) else program
-
-
-def _data(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.layout is torch.strided:
-            yield value
-    elif type(value) in (tuple, list, dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _data(each)
 
 
 def _other(tensor: Tensor) -> Tensor:
@@ -72,14 +65,9 @@ def _other(tensor: Tensor) -> Tensor:
 
 
 def _given(program: Program, others: dict[int, Tensor]) -> Program:
-    def given(value: Any) -> Any:
-        if type(value) is dict:
-            return {name: given(each) for name, each in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(map(given, value))
-        return others.get(id(value), value)
-
-    return replace(program, args=given(tuple(program.args)), kwargs=given(program.kwargs))
+    arguments = tuple(program.args), program.kwargs
+    args, kwargs = tree_map(lambda each: others.get(id(each), each), arguments)
+    return replace(program, args=args, kwargs=kwargs)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -67,6 +67,8 @@ class ParticleRun:
     """One run of guide and model: all particles, or one of them where runs are looped.
 
     `guide_cuts` cut the guide's samples from its densities, `model_cuts` the guide from the model.
+    `shared_cuts` cut the samples that several particles share from all that the guide makes of
+    them; the first of looped runs has those of all.
     """
 
     model: poutine.Trace
@@ -74,6 +76,7 @@ class ParticleRun:
     table: SiteTable
     guide_cuts: list[GradientCut]
     model_cuts: list[GradientCut]
+    shared_cuts: list[GradientCut] = field(default_factory=list)
 
 
 Replay = Literal["none", "paths", "values"]
@@ -243,7 +246,12 @@ def _draw(
     """
     runs: list[ParticleRun] = []
     looped, count = particles.dim is None, particles.total
-    sharing = _ShareWithinEstimate(shared, particles) if shared else nullcontext()
+    sharing: Any = nullcontext()
+    shared_cuts: list[GradientCut] = []
+    if shared:
+        sharing = _ShareWithinEstimate(
+            shared, particles, shared_cuts if replay == "paths" else None
+        )
     dependence = dependence_of(program) if count > 1 or enum_dim is not None else {}
     key = f"plate of {count} at {particles.dim}"
     if key not in program.memory:  # making one costs a sample statement
@@ -284,7 +292,8 @@ def _draw(
                     model = program.run_model(source, enum_dim)
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
-        runs.append(ParticleRun(model, guide, SiteTable(model, guide), cuts, model_cuts))
+        found = cuts, model_cuts, [] if runs else shared_cuts
+        runs.append(ParticleRun(model, guide, SiteTable(model, guide), *found))
     if count == 1 and any(record.group == "score" for record in runs[0].table.guide):
         dependence = dependence_of(program)
     for run in runs:
@@ -385,39 +394,53 @@ def _cut(site: Site, particle: int, replay: Replay, cuts: list[GradientCut]) -> 
 
 
 class _ShareWithinEstimate(Messenger):
-    """Gives the K samples of an estimate one value at the named sites."""
+    """Gives the K samples of an estimate one value at the named sites.
 
-    def __init__(self, names: frozenset[str], particles: Particles) -> None:
+    Sampled values are cut from what the guide makes of them, if there is a list of ``cuts``.
+    """
+
+    def __init__(
+        self, names: frozenset[str], particles: Particles, cuts: list[GradientCut] | None = None
+    ) -> None:
         super().__init__()
-        self.names, self.particles, self.particle = names, particles, 0
+        self.names, self.particles, self.cuts, self.particle = names, particles, cuts, 0
         self.first: dict[str, Tensor] = {}
         self.packed: frozenset[str] = frozenset()  # sites whose packed vector is shared
 
     def _pyro_post_joint_draw(self, msg: Any) -> None:
         sites = msg["args"][1]
         if sites <= self.names:
-            msg["value"] = self._shared(min(sites), msg["value"], 1)
+            msg["value"] = self._shared(min(sites), msg["value"], 1, True)
             self.packed |= sites
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # This handler is the outermost: it speaks before the trace records.
         if msg["name"] in self.names - self.packed and not msg["is_observed"]:
-            msg["value"] = self._shared(msg["name"], msg["value"], msg["fn"].event_dim)
+            drawn = msg["value"], msg["fn"].event_dim, not is_delta(msg)
+            msg["value"] = self._shared(msg["name"], *drawn)
 
     def shared_in(self, trace: poutine.Trace) -> poutine.Trace:
         """Return the shared values of a run of all particles, and its minibatch, for another."""
         kept = without(trace, lambda s: s["name"] not in self.names or is_delta(s))
         for site in latent_sites(kept):
-            value = self._shared(site["name"], site["value"], site["fn"].event_dim)
+            value = self._shared(site["name"], site["value"], site["fn"].event_dim, True)
             kept.nodes[site["name"]] = {**site, "value": value}
         return kept
 
-    def _shared(self, name: str, value: Tensor, event_dim: int) -> Tensor:
+    def _shared(self, name: str, value: Tensor, event_dim: int, is_drawn: bool) -> Tensor:
         M, K = self.particles.num_estimates, self.particles.num_particles
         if self.particles.dim is None:
             if self.particle % K == 0:
-                self.first[name] = value
+                self.first[name] = self._cut(value) if is_drawn else value
             return self.first[name]
         dim = value.dim() + self.particles.dim - event_dim
         split = value.unflatten(dim, (M, K))
-        return split.narrow(dim + 1, 0, 1).expand_as(split).flatten(dim, dim + 1)
+        value = split.narrow(dim + 1, 0, 1).expand_as(split).flatten(dim, dim + 1)
+        return self._cut(value) if is_drawn else value
+
+    def _cut(self, value: Tensor) -> Tensor:
+        if self.cuts is None or not value.requires_grad:
+            return value
+        self.cuts.append(GradientCut({"value": value}, self.particle))
+        self.cuts[-1].scale_gradient(value.new_ones(()))
+        return self.cuts[-1].stand_in

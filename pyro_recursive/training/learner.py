@@ -3,16 +3,15 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
 from pyro.infer import ELBO
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -21,7 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
-from pyro_recursive.tracing.param_store import unconstrained
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
@@ -32,12 +30,11 @@ from pyro_recursive.training.data import Batch, Minibatches, Table
 from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.interrupts import Interrupts
 from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
+from pyro_recursive.training.parameters import Owner, TrainedParameters
 from pyro_recursive.training.plate_sizes import BatchTakenForData, check_autoguides, check_shares
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
-Owner = Literal["guide", "model"]
-Weights = dict[str, dict[str, Tensor]]  # "parameter" (unconstrained) and "buffer", by name
 
 ACCELERATOR_CHECKS_EVERY = 100  # steps; each check waits for the device
 VALIDATION_SEED = 0  # the same draws in each validation, so that differences are the guide's
@@ -65,12 +62,9 @@ class Learner:
         self.model, self.guide, self.loss = model, guide, loss
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.clip_norm, self.check_every = clip_norm, check_every
-        self.modules = _modules([model, guide, loss, *modules])
+        self.parameters = TrainedParameters([model, guide, loss, *modules])
         self.group = DistributedStep(processes)
-        self.parameters: dict[str, Tensor] = {}  # unconstrained, in order of appearance
-        self.num_initial = 0  # how many of them the optimiser was made with
-        self.num_sorted = 0  # how many of them have a known owner
-        self.of_guide: set[str] = set()  # those of the guide; shared ones are the guide's
+        self.num_initial = 0  # how many parameters the optimiser was made with
         self.optimizer: Any = None  # made in the first step
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
@@ -105,20 +99,20 @@ class Learner:
                 raise
             raise self._error(places, epoch, owner) from error
         if owner is not None:
-            if self.num_sorted < len(self.parameters):
+            if self.parameters.num_sorted < len(self.parameters.by_name):
                 self._find_owners(batch)
-            for parameter in self._others(owner):
+            for parameter in self.parameters.others(owner):
                 parameter.grad = None  # torch's optimisers skip parameters without a gradient
         if not self.group.is_alone:
-            loss = self.group.combine(loss, self.parameters, self._buffers())
+            loss = self.group.combine(loss, self.parameters.by_name, self.parameters.buffers)
         optimizer = self.optimizer or self._start_optimizer()
-        norm = clip_grad_norm_(self.parameters.values(), self.clip_norm).double()
+        norm = clip_grad_norm_(self.parameters.by_name.values(), self.clip_norm).double()
         self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
         every = 1 if norm.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY
         if (self.steps + self.guide_steps) % (self.check_every or every) == 0:
             self.check(batch, epoch, before, owner)
         optimizer.step()
-        self.zero_gradients()  # a later step of SVI would add to them
+        self.parameters.zero_gradients()  # a later step of SVI would add to them
         self.steps += owner != "guide"
         self.guide_steps += owner == "guide"
         return loss
@@ -169,13 +163,9 @@ class Learner:
         """Return what compiled steps train, in one process."""
         if not self.group.is_alone:
             raise ValueError("compile=True trains in one process. Leave it out, or start one.")
-
-        def eager(call: Call) -> Tensor:
-            return self.step(*self._present)
-
         return Training(
             traced_loss(self.model, self.guide, self.loss),
-            eager,
+            lambda call: self.step(*self._present),
             lambda parameter: (self.optimizer, {}),
             clip_norm=self.clip_norm,
             is_guarded=True,
@@ -225,10 +215,11 @@ class Learner:
     @contextmanager
     def evaluating(self, held_out: Minibatches) -> Iterator[None]:
         """Hold modules in eval mode, without gradients, with the same random draws each time."""
-        modes = {part: part.training for module in self.modules for part in module.modules()}
+        modules = self.parameters.modules
+        modes = {part: part.training for module in modules for part in module.modules()}
         seed = VALIDATION_SEED + self.group.processes.rank
         try:
-            for module in self.modules:
+            for module in modules:
                 module.eval()
             with torch.no_grad(), checkpoint.forked_rng(seed, held_out.generators):
                 yield
@@ -244,7 +235,7 @@ class Learner:
         """Take all buffers from the first process: batch norms may change theirs unnoticed."""
         if not self.group.is_alone:
             self.group.processes.barrier_at("the end of an epoch")
-            self.group.processes.copy_first(list(self._buffers().values()))
+            self.group.processes.copy_first(list(self.parameters.buffers.values()))
 
     def show_weights(self) -> None:
         """Let an optimiser that has modes put its averaged weights into the parameters."""
@@ -257,24 +248,15 @@ class Learner:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def weights(self) -> Weights:
-        """Return a copy of all parameters and buffers."""
-        return {kind: _copy(tensors) for kind, tensors in self._live().items()}
-
-    def set_weights(self, weights: Weights) -> None:
-        """Copy parameters and buffers in place."""
-        for kind, tensors in self._live().items():
-            _load(tensors, weights[kind])
-
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on, random states aside."""
         return {
-            "weights": self.weights(),
+            "weights": self.parameters.copied(),
             "num_initial": self.num_initial,
             "steps": self.steps,
             "guide_steps": self.guide_steps,
-            "of_guide": sorted(self.of_guide),
-            "num_sorted": self.num_sorted,
+            "of_guide": sorted(self.parameters.of_guide),
+            "num_sorted": self.parameters.num_sorted,
             "optimiser": self._optimiser_settings(),
             "states": [each and each.state_dict() for each in (self.optimizer, self.scheduler)],
         }
@@ -284,25 +266,25 @@ class Learner:
 
         A CheckpointError comes before any parameter has changed.
         """
-        saved: Weights = state["weights"]
+        saved, parameters = state["weights"], self.parameters
         missing = set(saved["parameter"])
-        with self._restoring(batches.generators):
+        with parameters.restoring(batches.generators):
             for batch in batches:
                 self._differentiate(batch)
-                missing -= self.parameters.keys()
+                missing -= parameters.by_name.keys()
                 if not missing:
                     break
-        self.zero_gradients()
-        checkpoint.check_same(path, checkpoint.outline(saved), checkpoint.outline(self._live()))
-        self.parameters = {name: self.parameters[name] for name in saved["parameter"]}
+        parameters.zero_gradients()
+        checkpoint.check_same(path, *map(checkpoint.outline, (saved, parameters.weights)))
+        parameters.by_name = {name: parameters.by_name[name] for name in saved["parameter"]}
         self._start_optimizer(state["num_initial"])
         checkpoint.check_same(path, state["optimiser"], self._optimiser_settings())
         for each, own in zip((self.optimizer, self.scheduler), state["states"], strict=True):
             if each is not None:
                 each.load_state_dict(own)
-        self.set_weights(saved)
+        parameters.load(saved)
+        parameters.of_guide, parameters.num_sorted = set(state["of_guide"]), state["num_sorted"]
         self.steps, self.guide_steps = state["steps"], state["guide_steps"]
-        self.of_guide, self.num_sorted = set(state["of_guide"]), state["num_sorted"]
 
     def _optimiser_settings(self) -> dict[str, Any]:
         """Return the classes of optimiser and schedule, and what the optimiser was made with."""
@@ -313,87 +295,57 @@ class Learner:
             **{k: checkpoint.plain(v) for k, v in options if k not in SPEED_OPTIONS},
         }
 
-    @contextmanager
-    def _restoring(self, generators: Iterable[Generator] = ()) -> Iterator[None]:
-        """Restore random states and buffers after the block."""
-        buffers = _copy(self._buffers())
-        try:
-            with checkpoint.forked_rng(generators=generators):
-                yield
-        finally:
-            _load(self._buffers(), buffers)
-
     def _prepare(self, batch: Batch) -> None:
         """Start from the first process's parameters; record what the loss may change."""
+        parameters = self.parameters
         if self.group.is_new:
-            with self._restoring():
-                if not self.parameters:
+            with parameters.restoring():
+                if not parameters.by_name:
                     self._differentiate(batch)
                 if self.group.processes.is_first:
                     check_shares(self.model, self.guide, batch)
-            self.zero_gradients()
-            self.group.sync_initial(self.parameters, self._buffers())
-        self.group.watch(self.parameters, self._buffers())
+            parameters.zero_gradients()
+            self.group.sync_initial(parameters.by_name, parameters.buffers)
+        self.group.watch(parameters.by_name, parameters.buffers)
 
     def _differentiate(self, batch: Batch, owner: Owner | None = None) -> Tensor:
         """Return the loss as a float64 scalar, with its gradient in the parameters.
 
         Parameters that are known to be another owner's may have none.
         """
-        self.zero_gradients()
+        parameters = self.parameters
+        parameters.zero_gradients()
         if self.group.has_no_rows:
-            some = next(iter(self.parameters.values()), torch.empty(()))
+            some = next(iter(parameters.by_name.values()), torch.empty(()))
             return torch.zeros((), dtype=torch.float64, device=some.device)
         differentiable = getattr(self.loss, "differentiable_loss", None)
         run = differentiable or self.loss.loss_and_grads
         with batch.rows, poutine.trace(param_only=True) as captured:
             value = run(self.model, self.guide, *batch)
-        self._collect(captured.trace)
+        new = parameters.add(captured.trace)
+        if self.optimizer is not None:
+            _add(self.optimizer, new)
         loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
         if differentiable is not None and loss.requires_grad:
-            self.zero_gradients()  # those of parameters that are new in this run too
-            others = set(map(id, self._others(owner)))
-            moving = [p for p in self.parameters.values() if id(p) not in others]
+            parameters.zero_gradients()  # those of parameters that are new in this run too
+            others = set(map(id, parameters.others(owner)))
+            moving = [p for p in parameters.by_name.values() if id(p) not in others]
             loss.backward(inputs=moving if others else None)
         return loss.detach().double()
 
     def _find_owners(self, batch: Batch) -> None:
-        """Find the guide's parameters: those that Pyro sees while it runs, also if shared.
+        """Find the guide's parameters: those that Pyro sees while it runs.
 
         Parameters of model runs that a guide hides from Pyro are not counted.
         """
         tracing = poutine.trace(param_only=True)
-        with self._restoring(), torch.no_grad(), batch.rows, tracing as captured:
+        with self.parameters.restoring(), torch.no_grad(), batch.rows, tracing as captured:
             self.guide(*batch)
-        seen = {id(unconstrained(site["value"])) for site in captured.trace.nodes.values()}
-        self.of_guide |= {name for name, tensor in self.parameters.items() if id(tensor) in seen}
-        self.num_sorted = len(self.parameters)
-        if not self.of_guide or len(self.of_guide) == len(self.parameters):
-            owner, other = ("model", "guide") if self.of_guide else ("guide", "model")
-            names = ", ".join(self.parameters)
-            raise ValueError(
-                f"The {owner} has no parameters of its own: all are the {other}'s ({names})."
-            )
-
-    def _others(self, owner: Owner | None) -> list[Tensor]:
-        """Return the parameters that are known to be the other owner's."""
-        known = list(self.parameters.items())[: self.num_sorted if owner else 0]
-        return [p for name, p in known if (name in self.of_guide) == (owner == "model")]
-
-    def _collect(self, trace: poutine.Trace) -> None:
-        """Add the parameters that are new, under their first name."""
-        seen = {id(parameter) for parameter in self.parameters.values()}
-        for name, site in trace.nodes.items():
-            parameter = unconstrained(site["value"])
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                self.parameters[name] = parameter
-                if self.optimizer is not None:
-                    _add(self.optimizer, parameter)
+        self.parameters.sort(captured.trace)
 
     def _start_optimizer(self, num_initial: int | None = None) -> Optimizer:
         """Make optimiser and schedule, with the first parameters and then those seen later."""
-        parameters = list(self.parameters.values())
+        parameters = list(self.parameters.by_name.values())
         if not parameters:
             raise ValueError("Model and guide have no parameters to train.")
         self.num_initial = len(parameters) if num_initial is None else num_initial
@@ -402,46 +354,30 @@ class Learner:
             kind = type(optimizer).__name__
             remedy = "Pass e.g. partial(torch.optim.Adam, lr=1e-3)."
             raise TypeError(f"optimizer must return a torch optimiser, got {kind}. {remedy}")
-        for parameter in parameters[self.num_initial :]:
-            _add(optimizer, parameter)
+        _add(optimizer, parameters[self.num_initial :])
         self.begin_pass()
         self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None
         return optimizer
 
-    def zero_gradients(self) -> None:
-        """Leave no gradients in the parameters."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def _live(self) -> Weights:
-        return {"parameter": self.parameters, "buffer": self._buffers()}
-
-    def _buffers(self) -> dict[str, Tensor]:
-        # Collected anew each time: a module may replace the tensor of a buffer.
-        return {
-            f"{number}.{name}": buffer
-            for number, module in enumerate(self.modules)
-            for name, buffer in module.named_buffers()
-        }
-
     def _find_non_finite(self, batch: Batch, state: RandomState) -> list[str]:
         """Repeat a step's loss; return the data, parameters, site or gradients with a NaN."""
         search = FirstNonFiniteSite()
-        with self._restoring(), warnings.catch_warnings():
+        with self.parameters.restoring(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             set_random_state(state)
             # The run may raise as it did before; the sites up to there are known.
             with suppress(Exception), validation_enabled(False), search:
                 self._differentiate(batch)
-        gradients = {name: p.grad for name, p in self.parameters.items()}
+        parameters = self.parameters.by_name
+        gradients = {name: p.grad for name, p in parameters.items()}
         found = non_finite("data tensor", dict(enumerate(batch)))
-        found += non_finite("parameter", self.parameters)
+        found += non_finite("parameter", parameters)
         return found + (
             [search.first] if search.first else non_finite("the gradient of parameter", gradients)
         )
 
     def _error(self, places: list[str], epoch: int, owner: Owner | None) -> NonFiniteError:
-        self.zero_gradients()
+        self.parameters.zero_gradients()
         alone = f"step {self.guide_steps + 1} of the guide alone, before " * (owner == "guide")
         return NonFiniteError(
             f"The loss or its gradient is not finite in {alone}step {self.steps + 1}, epoch "
@@ -456,28 +392,6 @@ def _set_mode(optimizer: Any, mode: str) -> None:
         switch()
 
 
-def _modules(owners: Iterable[Any]) -> list[Module]:
-    """Return the modules among callables, under partials and bound methods, each once."""
-    found: dict[int, Module] = {}
-    for owner in owners:
-        while isinstance(owner, partial):
-            owner = owner.func
-        owner = poutine.unwrap(getattr(owner, "__self__", owner))
-        if isinstance(owner, Module):
-            found[id(owner)] = owner
-    return list(found.values())
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _load(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    for name, tensor in saved.items():
-        live[name].copy_(tensor)
-
-
-def _add(optimizer: Optimizer, parameter: Tensor) -> None:
-    # A group of its own would start at the first learning rate, and no schedule would change it.
-    optimizer.param_groups[-1]["params"].append(parameter)
+def _add(optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    # A group of their own would start at the first learning rate, and no schedule would change it.
+    optimizer.param_groups[-1]["params"] += parameters

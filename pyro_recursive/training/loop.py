@@ -32,7 +32,8 @@ from pyro_recursive.training.compiled.engines import EngineName, check_engine
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK
 from pyro_recursive.training.data import Batch, Data, Minibatches, Table, rows_of
 from pyro_recursive.training.history import History
-from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler, Weights
+from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler
+from pyro_recursive.training.parameters import Weights
 
 OnStep = Callable[[int, Tensor], Any]
 OnEpoch = Callable[[int, History], Any]
@@ -187,7 +188,7 @@ def fit(
                 run.interrupt(error)
         run.history.stopped_early = run.num_epochs < epochs and not run.history.interrupted
         if patience is not None and run.best is not None:
-            learner.set_weights(run.best)
+            learner.parameters.load(run.best)
         if processes.is_first:
             _warn_if_unfinished(guide, run.history)
         return run.history
@@ -340,7 +341,7 @@ class _Run:
         validated = [value for value in self.history.validation if value is not None]
         self.learner.end_epoch(validated[-1] if validated else self.history.loss[-1])
         if keep_best and self.history.best_epoch == self.num_epochs:
-            self.best = self.learner.weights()
+            self.best = self.learner.parameters.copied()
         if self.path is not None:
             own = checkpoints.random_states(self.generators)
             state = {
@@ -364,7 +365,7 @@ class _Run:
         """Leave a consistent state after an interrupt, and end the other processes."""
         self.processes.send_error(error)
         self.history.interrupted = True
-        self.learner.zero_gradients()
+        self.learner.parameters.zero_gradients()
         self.learner.show_weights()
 
     def resume(self) -> None:

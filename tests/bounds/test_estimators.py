@@ -92,6 +92,7 @@ def gradient(table: Coefficients, grid: Grid, handling: str) -> torch.Tensor:
     return total.sum((1, 2))
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize(("bound", "size", "name", "handling", "mean", "spread"), ROWS)
 def test_mean_and_spread(
     bound: Bound, size: int, name: str, handling: str, mean: tuple, spread: tuple | None

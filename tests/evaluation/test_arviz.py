@@ -201,6 +201,7 @@ def exact_survival() -> Tensor:
     return torch.where(CENSORED, survived, survived + (shape / (rate + TIMES)).log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [survival, slow(survival_in_one_plate)])
 def test_all_sites_of_a_row_are_scored(model: Callable) -> None:
     """Each row once, whether its sites are in one plate or in two; not a factor of the prior."""

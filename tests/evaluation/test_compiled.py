@@ -27,9 +27,7 @@ from tests.models.guides import KINDS, MODELS, Kind, made, quiet
 
 COUNT = 30  # samples: three chunks of 8 and a ragged one
 REFUSED: dict[str, str] = {}  # by row, or by row and kind of guide
-QUICK = ("obs_mask", "discrete")
 OF_KINDS = ("subsample_size", "hierarchy", "nested", "mask_handler", "mixture_prior")
-QUICK_KINDS = ("flow", "refined")
 EAGERLY = "Samples are drawn and weighed eagerly: "
 Make = Callable[[], tuple[Any, Any, tuple]]
 
@@ -96,18 +94,8 @@ def check(make: Make, graphs: list[int], refused: str | None = None) -> None:
             torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-def rows(is_quick: bool) -> Any:
-    chosen = [row for row in ROWS if (row.name in QUICK) == is_quick]
-    return pytest.mark.parametrize("row", chosen, ids=lambda row: row.name)
-
-
-@rows(is_quick=True)
-def test_results_on_a_model_are_those_of_eager_passes(row: Row, graphs: list[int]) -> None:
-    check(lambda: (*row.build(), row.args()), graphs, REFUSED.get(row.name))
-
-
-@pytest.mark.slow
-@rows(is_quick=False)
+@pytest.mark.quick("obs_mask")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_results_on_any_model_are_those_of_eager_passes(row: Row, graphs: list[int]) -> None:
     check(lambda: (*row.build(), row.args()), graphs, REFUSED.get(row.name))
 
@@ -131,12 +119,7 @@ def with_kind(name: str, kind: Kind, graphs: list[int]) -> None:
     check(make, graphs, REFUSED.get(f"{name} {kind.name}"))
 
 
-@pytest.mark.parametrize("kind", QUICK_KINDS)
-def test_results_of_a_guide_are_those_of_eager_passes(kind: str, graphs: list[int]) -> None:
-    with_kind("subsample_size", next(each for each in KINDS if each.name == kind), graphs)
-
-
-@pytest.mark.slow
+@pytest.mark.quick("gaussian")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_results_of_any_guide_are_those_of_eager_passes(kind: Kind, graphs: list[int]) -> None:
     with_kind(OF_KINDS[KINDS.index(kind) % len(OF_KINDS)], kind, graphs)
@@ -244,6 +227,7 @@ class Normalised(nn.Module):
             pyro.sample("z", dist.Normal(self.head(self.layers(x)).squeeze(-1), 1.0))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_training", [True, False])
 def test_modules_keep_their_mode_and_their_buffers(is_training: bool, graphs: list[int]) -> None:
     module = Normalised().train(is_training)
@@ -283,6 +267,7 @@ def test_what_changes_in_each_run_runs_eagerly(graphs: list[int]) -> None:
     check(make, graphs, ".*count changes in each run")
 
 
+@pytest.mark.slow
 def test_tensors_that_runs_change_in_place_are_those_of_eager_passes(graphs: list[int]) -> None:
     def make() -> tuple[Any, Any, tuple]:
         count = torch.zeros(())

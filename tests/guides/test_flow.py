@@ -62,6 +62,7 @@ def rows_of_flows(kind: str, size: int = 3, rows: int = 4) -> ZukoDistribution:
 # --- the distribution
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_density_integrates_to_one(kind: str, size: int) -> None:
@@ -182,6 +183,7 @@ def mixed_guide(kind: str = "coupling", **options: Any) -> FlowGuide:
     return FlowGuide(mixed_model, kind, encoder=encoder, transforms=2, hidden=(8,), **options)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("estimator", ["pathwise", "stl", "dreg"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_moves_every_parameter(kind: str, estimator: str) -> None:

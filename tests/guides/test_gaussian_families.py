@@ -229,6 +229,7 @@ def rows_alone(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("free", [True, False])
 def test_a_family_with_few_numbers_is_refined_to_the_posterior(learnt: bool, free: bool) -> None:

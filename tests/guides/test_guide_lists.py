@@ -147,6 +147,7 @@ PARTS: dict[str, Callable[[], list[Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(4)
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses latent site 'z' but not 'g'")
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_sample_as_alone(name: str) -> None:

@@ -251,6 +251,7 @@ def check_pipeline(loss: Any, model: Callable, guide: Any, x: Tensor, parameters
     assert_slopes(found, value, parameters)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("estimator", "checkpoint"), [("stl", True), ("pathwise", False), ("stl", False)]
 )

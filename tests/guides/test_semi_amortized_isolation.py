@@ -127,6 +127,7 @@ def test_the_minibatch_is_drawn_once() -> None:
             assert [tuple(own) for _, own in seen[:3]] == [shape] * 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("base", ["diagonal", "table", "coupling"])
 def test_a_guide_that_was_trained_before(base: str) -> None:
     model, x = model_of(network()), torch.randn(ROWS, 3)

@@ -214,6 +214,7 @@ QUICK = {"gaussian", "mixture"}
 IN_TURN = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GUIDES]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("guide", IN_TURN)
 def test_densities_and_draws(guide: str, model: Callable) -> None:
@@ -224,7 +225,7 @@ def test_densities_and_draws(guide: str, model: Callable) -> None:
     check_guide(model, trained(model, guide, x, FIRST if x is X else x), x)
 
 
-@pytest.mark.quick("gaussian-circle", "mixture-by_data")
+@pytest.mark.quick("gaussian-circle")
 @pytest.mark.parametrize("model", [circle, by_data, by_latent])
 @pytest.mark.parametrize("guide", ["gaussian", "mixture"])
 def test_looped_particles(guide: str, model: Callable) -> None:
@@ -242,6 +243,7 @@ def rows(x: Tensor) -> None:
         pyro.sample("x", dist.VonMises(z, 2.0), obs=x)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["encoder", "table", "refined"])
 def test_angles_in_rows(kind: str) -> None:
     """Each row has its own circle: with an encoder, a table, refined; and in `gaps`."""
@@ -328,6 +330,7 @@ def sphere(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z[..., 0] - z[..., 2], 1.0), obs=x)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("guide", [name for name in GUIDES if name != "autonormal"])
 def test_spheres_by_the_remedy_in_the_message(guide: str) -> None:
     with pytest.raises(NotImplementedError, match=r"Latent site 'z'.*ProjectedNormalReparam\(\)"):

@@ -73,6 +73,7 @@ def reached(guide: RecursiveMixtureGuide, parts: Sequence[Sequence[float]]) -> f
 # --- Where a component starts
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("parts", "near", "at_least"),
     [
@@ -205,7 +206,7 @@ def test_divergence_of_two_components(objective: Any, name: str, expected: float
     assert single == pytest.approx(ALONE[name], abs=1e-4)
     proposal = "skew" if objective == "exact" else objective
     loss = RecursiveMixture_ELBO(32, objective=objective, proposal=proposal, update="guide")
-    guide = grow(two_modes(parts), [first, torch.tensor(STARTS[name])], loss, 300)
+    guide = grow(two_modes(parts), [first, torch.tensor(STARTS[name])], loss, 200)
     found = reached(guide, parts)
     if objective == "relbo":
         assert found > 0.9 * single

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, MultiSampleELBO, bounds
@@ -24,9 +24,11 @@ from tests.oracles.enumeration import (
     mean_over,
 )
 
+ENUMERATED = {"enumerate": "parallel"}
 
-def coin(name: str, logits: Any) -> Tensor:
-    return pyro.sample(name, dist.Bernoulli(logits=torch.as_tensor(logits)))
+
+def coin(name: str, logits: Any, infer: Any = None) -> Tensor:
+    return pyro.sample(name, dist.Bernoulli(logits=torch.as_tensor(logits)), infer=infer)
 
 
 def vector(name: str, *values: float) -> Tensor:
@@ -46,7 +48,7 @@ def mixture(x: Tensor) -> None:
 def mixture_guide(x: Tensor) -> None:
     g = coin("g", real("a", 0.3))
     with pyro.plate("data", len(x)):
-        coin("y", vector("b", 0.2, -0.5) + real("c", 0.6) * g)
+        coin("y", vector("b", 0.2, -0.5)[: len(x)] + real("c", 0.6) * g)
 
 
 # Dependences that no plate shows: the whole log-weight is the signal.
@@ -77,6 +79,50 @@ def coupled(x: Tensor) -> None:
 def coupled_guide(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         coin("y", vector("b", 0.2, -0.5))
+
+
+# Sums over an enumerated coin above the sampled ones, which depend on each other by it.
+
+
+def summed_outside(x: Tensor, collapsed: bool = False) -> None:
+    """The data share the enumerated coin: the whole sum is downstream of each sampled one."""
+    y: Any = None if collapsed else coin("y", -0.3, ENUMERATED)
+    with pyro.plate("data", len(x)):
+        k = coin("k", 0.4)
+        pyro.sample("own", dist.Normal(1.5 * k, 1.0), obs=-x)
+        if not collapsed:
+            pyro.sample("x", dist.Normal(2.5 * y - k, 0.7), obs=x)
+    if collapsed:
+        two = dist.Normal(torch.tensor([[0.0], [2.5]]) - k.unsqueeze(-2), 0.7).log_prob(x).sum(-1)
+        prior = dist.Bernoulli(logits=torch.tensor(-0.3)).log_prob(torch.tensor([0.0, 1.0]))
+        pyro.factor("x", (two + prior).logsumexp(-1))
+
+
+def summed_outside_guide(x: Tensor, **options: Any) -> None:
+    with pyro.plate("data", len(x)):
+        coin("k", vector("b", 0.2, -0.5))
+
+
+def summed_between(x: Tensor, collapsed: bool = False) -> None:
+    """A sum for each group, over a coin above those of the group's items."""
+    g = coin("g", 0.3)
+    with pyro.plate("group", 2, dim=-2):
+        y: Any = None if collapsed else coin("y", -0.3, ENUMERATED)
+        with pyro.plate("item", x.shape[1], dim=-1):
+            k = coin("k", 0.4 - 0.6 * g)
+            if not collapsed:
+                pyro.sample("x", dist.Normal(2.5 * y - k + g, 0.7), obs=x)
+        if collapsed:
+            loc = torch.tensor([0.0, 2.5]) - (k - g).unsqueeze(-1)
+            two = dist.Normal(loc, 0.7).log_prob(x.unsqueeze(-1)).sum(-2, keepdim=True)
+            prior = dist.Bernoulli(logits=torch.tensor(-0.3)).log_prob(torch.tensor([0.0, 1.0]))
+            pyro.factor("x", (two + prior).logsumexp(-1))
+
+
+def summed_between_guide(x: Tensor, **options: Any) -> None:
+    g = coin("g", real("a", 0.2))
+    with pyro.plate("group", 2, dim=-2), pyro.plate("item", x.shape[1], dim=-1):
+        coin("k", real("c", 0.4) * x + real("d", -0.6) * g)
 
 
 # Plates inside plates, and a plate in a loop.
@@ -138,7 +184,10 @@ PROGRAMS: dict[str, tuple[Programs, Tensor, int]] = {  # with the number of dims
     "crossed": ((crossed, crossed_guide), TABLE, 2),
     "outside_last": ((outside_last, outside_last_guide), PAIR, 1),
     "coupled": ((coupled, coupled_guide), PAIR, 1),
+    "summed_outside": ((summed_outside, summed_outside_guide), PAIR, 1),
+    "summed_between": ((summed_between, summed_between_guide), TABLE, 2),
 }
+COLLAPSED = ("summed_outside", "summed_between")  # have their sums by hand with an option
 EXACT = {  # mixture: value, gradient in a, b, c
     "elbo": (-3.8018297553, (-0.445054262129, 0.136937764798, -0.348129741572, -0.431857795066)),
     "iwae": (-3.3909892774, (-0.302839561022, 0.168940221257, -0.154574614431, -0.202474664278)),
@@ -150,6 +199,12 @@ def test_the_oracle(bound: str) -> None:
     value = exact_value(enumerate_outcomes(*PROGRAMS["mixture"][:2]), getattr(bounds, bound), 2)
     assert value.item() == pytest.approx(EXACT[bound][0], abs=1e-10)
     assert gradients(value).tolist() == pytest.approx(EXACT[bound][1], abs=1e-12)
+
+
+def by_hand(name: str) -> Programs:
+    """Return programs without enumerated sites."""
+    model, guide = PROGRAMS[name][0]
+    return (partial(model, collapsed=True) if name in COLLAPSED else model), guide
 
 
 BOUNDS = {"elbo": bounds.elbo, "iwae": bounds.iwae, "renyi": bounds.renyi(0.5)}
@@ -170,11 +225,14 @@ CASES = [
     ("outside_last", "elbo", 1, "score", True),
     ("coupled", "iwae", 2, "vimco", True),
     ("coupled", "elbo", 1, "score", True),
+    ("summed_outside", "iwae", 2, "vimco", True),
+    ("summed_outside", "elbo", 1, "score", True),
+    ("summed_between", "elbo", 1, "score", True),
 ]
 SLOW = [("nested", "iwae", 2, "vimco", True), ("crossed", "iwae", 2, "vimco", True)]
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore:Plate .* encloses", "ignore:Entries of plate")
 @pytest.mark.parametrize(
     ("name", "bound", "size", "estimator", "vectorize"),
@@ -182,13 +240,22 @@ SLOW = [("nested", "iwae", 2, "vimco", True), ("crossed", "iwae", 2, "vimco", Tr
 )
 def test_mean_gradient(name: str, bound: str, size: int, estimator: str, vectorize: bool) -> None:
     programs, x, depth = PROGRAMS[name]
-    table = enumerate_outcomes(programs, x)
+    table = enumerate_outcomes(by_hand(name), x)
     exact = gradients(exact_value(table, BOUNDS[bound], size))
     loss = MultiSampleELBO(
         BOUNDS[bound], num_particles=size, estimator=estimator, vectorize_particles=vectorize
     )
     mean = mean_gradient(loss, programs, x, table, size, depth)
     torch.testing.assert_close(mean, exact, atol=1e-12, rtol=0)
+
+
+def test_pyros_gradient_of_a_sum_over_rows() -> None:
+    """`TraceEnum_ELBO` leaves the sum out of what is downstream of the sampled coins."""
+    programs, x, depth = PROGRAMS["summed_outside"]
+    table = enumerate_outcomes(by_hand("summed_outside"), x)
+    exact = gradients(exact_value(table, bounds.elbo, 1))
+    found = mean_gradient(TraceEnum_ELBO(max_plate_nesting=1), programs, x, table, 1, depth)
+    assert (found - exact).abs().max() > 0.5
 
 
 # A global site under the ELBO, local ones under a bound.
@@ -218,6 +285,29 @@ def test_a_discrete_global_site_under_the_elbo(estimator: str, vectorize: bool) 
     assert (weights @ torch.tensor(values)).item() == pytest.approx(SEPARATE[0], abs=1e-10)
     mean = mean_over(samples, weights, loss, programs, x, 1)
     assert mean.tolist() == pytest.approx(SEPARATE[1], abs=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["score", "vimco", "dreg+vimco"])
+def test_several_estimates_of_a_discrete_global_site(estimator: str) -> None:
+    """Each of M = 2 global samples has K = 2 local ones; the mean of one is that of both."""
+    (model, guide), x = PROGRAMS["mixture"][0], PAIR[:1]
+    table = enumerate_outcomes((model, guide), x)
+    log_global = dist.Bernoulli(logits=real("a", 0.3)).log_prob(torch.tensor([0.0, 1.0]))
+    samples, log_q, values = [], [], []
+    for i, j in itertools.product(range(4), repeat=2):
+        g, other = (int(table.outcomes[each]["g"]) for each in (i, j))
+        if g == other:
+            samples.append([table.outcomes[i], table.outcomes[j]])
+            log_q.append(table.log_q[i] + table.log_q[j] - log_global[g])
+            values.append(bounds.iwae((table.log_p - table.log_q)[torch.tensor([[i, j]])]))
+    q = torch.stack(log_q).exp()
+    exact = gradients(q @ torch.stack(values))
+    pairs = list(itertools.product(range(len(samples)), repeat=2))
+    weights = torch.stack([q[i] * q[j] for i, j in pairs]).detach()
+    both = [samples[i] + samples[j] for i, j in pairs]
+    loss = MIWAE_ELBO(2, 2, estimator=estimator, global_latents="elbo")
+    mean = mean_over(both, weights, loss, (model, guide), x, 1)
+    torch.testing.assert_close(mean, exact, atol=1e-12, rtol=0)
 
 
 def test_a_discrete_global_site_of_minibatches() -> None:
@@ -274,6 +364,7 @@ def chain_guide(x: Tensor) -> None:
         normal("z", real("e", 0.4) * x + k * real("f", 0.5), 0.8)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
 @pytest.mark.parametrize(
     ("estimator", "size"), [("score", 1), ("score", 3), ("vimco", 3), ("dreg+vimco", 3)]

@@ -279,7 +279,7 @@ def test_windows_are_a_mixture_of_normals(kind: str) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_flow_beats_a_normal_on_two_groups(size: int) -> None:
     codes, new = two_groups(1000, size), two_groups(2000, size)
-    prior = recover_prior(codes, "flow", steps=600)
+    prior = recover_prior(codes, "flow", steps=300)
     normal = dist.Normal(codes.mean(0), codes.std(0)).to_event(1)
     found = prior().log_prob(new)
     gain = found - normal.log_prob(new)

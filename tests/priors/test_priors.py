@@ -90,6 +90,7 @@ def grid() -> tuple[Tensor, float]:
 # --- The density and its draws
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("learn_weights", [False, True])
 def test_equals_mixture_same_family_and_integrates_to_one(kind: str, learn_weights: bool) -> None:
@@ -106,6 +107,7 @@ def test_equals_mixture_same_family_and_integrates_to_one(kind: str, learn_weigh
     assert (mixture.log_prob(nodes).exp().sum() * cell).item() == pytest.approx(1.0, abs=1e-8)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_samples_have_the_mixtures_moments(kind: str) -> None:
     mixture, number = build(kind, learn_weights=True)(), 20_000

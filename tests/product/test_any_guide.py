@@ -59,6 +59,11 @@ ALIKE = {  # as others are, but for what their own guides make of them: the quic
     *("size_one", "exact_unsized", "level"),
 }
 
+VARIANTS = {  # of other kinds, by what does not depend on the model: some models will do
+    *("low_rank", "encoder_full", "recursive_conditional", "refined_by_network"),
+}
+OF_VARIANTS = {*QUICK_MODELS, *EVERY_LOSS, *MASKED, "subsample_size", "events", "unsized", "series"}
+
 Refused = tuple[type[Exception], str]
 
 
@@ -197,10 +202,11 @@ COMBINATIONS = [
     for kind in KINDS
     if kind.auto != "hand" or row.name not in NONE_BY_HAND
     if kind.name in QUICK_KINDS or row.name not in ALIKE
+    if kind.name not in VARIANTS or row.name in OF_VARIANTS
 ]
 
 
-@pytest.mark.quick(40)
+@pytest.mark.quick(28)
 @pytest.mark.parametrize(("row", "kind"), COMBINATIONS)
 def test_works_or_is_refused(row: Row, kind: Kind) -> None:
     refused = refusal(row, kind, setting(row).plate is not None)

@@ -118,7 +118,7 @@ def check_value(row: Row, loss: str, programs: Programs, args: tuple) -> None:
         assert LOSSES[loss](M, K).loss(*programs, *args) == pytest.approx(-value.item(), rel=1e-5)
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(16)
 @over(ROWS)
 def test_value(row: Row) -> None:
     programs, args = made(row)
@@ -148,7 +148,7 @@ def check_type(row: Row, dtype: torch.dtype, device: str) -> None:
     assert found.isfinite().all()
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(16)
 @over(ROWS)
 def test_float32(row: Row) -> None:
     torch.set_default_dtype(torch.float32)
@@ -176,7 +176,7 @@ def test_exact_posterior(row: Row, loss: str) -> None:
             torch.testing.assert_close(gradients(value), torch.zeros(2), atol=1e-10, rtol=0)
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(16)
 @over(ROWS)
 def test_log_marginal(row: Row) -> None:
     """One number per entry of the shared plates, in chunks or at once, without subsample scale."""
@@ -199,7 +199,7 @@ def test_log_marginal(row: Row) -> None:
 # One pass over all particles, or a loop.
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(16)
 @each_estimator("dreg+vimco", "rws")
 @over(ROWS)
 def test_loop_equals_one_pass(row: Row, estimator: str) -> None:
@@ -250,7 +250,7 @@ def test_refusals(refusal: Refusal, loss: str) -> None:
 # Gradients.
 
 
-@pytest.mark.quick(24)
+@pytest.mark.quick(16)
 @each_estimator("dreg+vimco", of=("pathwise", "stl", "dreg", "score", "vimco"))
 @over(ROWS)
 def test_gradients_of_composed_bounds(row: Row, estimator: str) -> None:
@@ -309,26 +309,16 @@ def check_unbiased(row: Row, bound: bounds.Bound, **options: Any) -> None:
         assert_same_mean(mean, reference, errors=5)  # of Student's t with 38 degrees of freedom
 
 
-QUICK = {"mixed_above", "unequal_scales"}
-TIGHT = {"iwae": bounds.iwae, "renyi": bounds.renyi(0.5)}
+TIGHT = itertools.cycle([bounds.iwae, bounds.renyi(0.5)])
 
 
+@pytest.mark.quick("mixed_above", "unequal_scales")
 @pytest.mark.parametrize(
-    ("row", "bound"),
-    [
-        pytest.param(
-            row,
-            bound,
-            id=f"{row.name}-{bound}",
-            marks=() if bound == "iwae" and row.name in QUICK else pytest.mark.slow,
-        )
-        for row in ROWS
-        for bound in TIGHT
-    ],
+    ("row", "bound"), [pytest.param(row, next(TIGHT), id=row.name) for row in ROWS]
 )
-def test_estimators_agree(row: Row, bound: str) -> None:
-    """All unbiased estimators have one mean, on every model."""
-    check_unbiased(row, TIGHT[bound])
+def test_estimators_agree(row: Row, bound: bounds.Bound) -> None:
+    """All unbiased estimators have one mean, on every model; under one or another bound."""
+    check_unbiased(row, bound)
 
 
 def noisy_guide(x: Tensor) -> None:
@@ -385,7 +375,7 @@ def check_minibatches(programs: Programs, size: int, loss: MultiSampleELBO) -> N
     torch.testing.assert_close(torch.stack(batches).mean(0), full)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @all_losses
 @pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("name", MINIBATCHED)

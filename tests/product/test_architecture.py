@@ -7,7 +7,6 @@ import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,33 +62,30 @@ def test_the_root_has_folders_alone() -> None:
     assert entries == {*RANKS, "datasets", "__init__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("path", list((PACKAGE / "bounds").glob("*.py")), ids=module_of)
-def test_bounds_are_pure_torch(path: Path) -> None:
+def test_bounds_are_pure_torch() -> None:
     allowed = {"math", "abc", "dataclasses", "typing", "collections", "torch", "pyro_recursive"}
-    assert {module.split(".")[0] for module in imports_of(path)} <= allowed
+    for path in (PACKAGE / "bounds").glob("*.py"):
+        assert {module.split(".")[0] for module in imports_of(path)} <= allowed, path
 
 
-@pytest.mark.parametrize("path", INNER, ids=module_of)
-def test_a_folder_imports_lower_ranks_alone(path: Path) -> None:
-    folder = folder_of(path)
-    others = {name.split(".")[1] for name in own(path)} - {folder}
-    if folder == "datasets":
-        assert not others
-    else:
-        assert {other for other in others if RANKS.get(other, 9) >= RANKS[folder]} == set()
+def test_a_folder_imports_lower_ranks_alone() -> None:
+    for path in INNER:
+        folder = folder_of(path)
+        others = {name.split(".")[1] for name in own(path)} - {folder}
+        rank = RANKS.get(folder, 0)  # that of datasets, which import nothing of the package
+        assert {other for other in others if RANKS.get(other, 9) >= rank} == set(), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_functions_import_optional_packages_alone(path: Path) -> None:
+def test_functions_import_optional_packages_alone() -> None:
     optional = {"sklearn", "pooch", "PIL", "matplotlib", "zuko"}
     optional |= {"arviz", "arviz_stats", "torch"}  # they, and torch's compiler, take seconds
-    for function in nodes_of(path):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Import):
-                    assert {alias.name.split(".")[0] for alias in node.names} <= optional
-                elif isinstance(node, ast.ImportFrom):
-                    assert (node.module or "").split(".")[0] in optional
+    for path in FILES:
+        functions = [each for each in nodes_of(path) if isinstance(each, ast.FunctionDef)]
+        for node in (each for function in functions for each in ast.walk(function)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= optional, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] in optional, path
 
 
 def test_no_cycles() -> None:
@@ -97,10 +93,11 @@ def test_no_cycles() -> None:
     TopologicalSorter({module_of(path): own(path) & modules for path in FILES}).prepare()
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_no_test_file_imports_another(path: Path) -> None:
-    modules = {name for name in imports_of(path) if name.startswith("tests.")}
-    assert not {name for name in modules if ".test_" in name}
+@pytest.mark.slow
+def test_no_test_file_imports_another() -> None:
+    for path in TESTS:
+        modules = {name for name in imports_of(path) if name.startswith("tests.")}
+        assert not {name for name in modules if ".test_" in name}, path
 
 
 def test_files_of_tests_are_of_moderate_length() -> None:
@@ -115,10 +112,10 @@ NAMES = [(pyro_recursive, name) for name in pyro_recursive.__all__]
 NAMES += [(evaluation, name) for name in evaluation.__all__ if name[0].islower()]
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES)
-def test_public_names_are_documented_with_an_example(module: Any, name: str) -> None:
-    doc = getattr(module, name).__doc__
-    assert doc and (">>>" in doc or name.startswith("plot_"))
+def test_public_names_are_documented_with_an_example() -> None:
+    for module, name in NAMES:
+        doc = getattr(module, name).__doc__
+        assert doc and (">>>" in doc or name.startswith("plot_")), name
 
 
 BARE = """

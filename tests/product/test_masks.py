@@ -332,7 +332,7 @@ def test_growth() -> None:
     assert_evidence(impute, guide, (x,), exact)
 
 
-@pytest.mark.quick("dreg", "score")
+@pytest.mark.quick("dreg")
 @quiet
 @pytest.mark.parametrize("estimator", SMOOTH)
 def test_guide_by_hand_without_a_mask(estimator: str) -> None:

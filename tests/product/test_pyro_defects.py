@@ -77,6 +77,7 @@ def over_all_minibatches(loss: ELBO, calls: int = 12) -> tuple[Tensor, Tensor]:
     return rows.mean(0) / 4000, rows.std(0) / calls**0.5 / 4000
 
 
+@pytest.mark.slow
 def test_scale_inside_the_logarithm() -> None:
     """Under subsampling Pyro's value exceeds log p(x) and the guide's gradient has another sign."""
     mean, error = over_all_minibatches(renyi(2, nesting=2))

@@ -6,7 +6,7 @@ after it are compared, bit for bit, with those of a run without it.
 
 import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,6 +237,34 @@ def cloned(state: Any) -> Any:
     return pickle.loads(pickle.dumps(state))
 
 
+@cache
+def states_of_good_steps(kind: str) -> list[Any]:
+    clean, seen = Run(kind), []
+    for seed in range(4):
+        clean.step(seed, *good(kind))
+        seen.append(cloned(clean.state()))
+    return seen
+
+
+def fitted(kind: str, *batches: Arguments) -> tuple[Any, Exception | None]:
+    """Return the state after `fit` on some batches, and what it has raised."""
+    run = Run(kind)
+    loader = DataLoader(list(batches), batch_size=None, collate_fn=tuple)
+    options: dict[str, Any] = {"loss": run.make_loss(), "epochs": 1, "seed": 4, "progress": False}
+    try:
+        fit(run.model, run.guide, loader, **options)
+    except Exception as error:
+        return cloned(run.state()), error
+    return cloned(run.state()), None
+
+
+@cache
+def fitted_on_two(kind: str) -> Any:
+    state, error = fitted(kind, good(kind), good(kind))
+    assert error is None
+    return state
+
+
 # A MAPAGuide's model has one observed site.
 every_combination = pytest.mark.parametrize(
     ("name", "kind"),
@@ -249,14 +277,11 @@ every_combination = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(4)
 @every_combination
 def test_a_bad_batch_leaves_no_trace(name: str, kind: str) -> None:
     """Neither in the first step, when all is made, nor in the third."""
-    clean, seen = Run(kind), []
-    for seed in range(4):
-        clean.step(seed, *good(kind))
-        seen.append(cloned(clean.state()))
+    seen = states_of_good_steps(kind)
     for position, way in ((0, "first"), (2, "third")):
         expected = expectation(name, kind, way)
         run = Run(kind)
@@ -274,7 +299,7 @@ def test_a_bad_batch_leaves_no_trace(name: str, kind: str) -> None:
         assert same(run.state(), seen[-1]), f"after a bad {way} step"
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(4)
 @every_combination
 def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
     run = Run(kind)
@@ -292,33 +317,19 @@ def test_bad_data_cannot_be_evaluated(name: str, kind: str) -> None:
     assert same(run.state(), before)
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(4)
 @pytest.mark.filterwarnings("ignore:Training has ended with")
 @every_combination
 def test_a_bad_third_batch_ends_fit(name: str, kind: str) -> None:
     """With the parameters that two good batches left."""
     expected = expectation(name, kind, "fit")
-
-    def train(*batches: Arguments) -> Any:
-        run = Run(kind)
-        loader = DataLoader(list(batches), batch_size=None, collate_fn=tuple)
-        try:
-            options = {"loss": run.make_loss(), "epochs": 1, "seed": 4, "progress": False}
-            fit(run.model, run.guide, loader, **options)
-        except Exception as error:
-            return run.state(), error
-        return run.state(), None
-
-    two = [good(kind), good(kind)]
-    after_two, nothing = train(*two)
-    assert nothing is None
-    after_bad, error = train(*two, arguments_of(name, kind))
+    state, error = fitted(kind, good(kind), good(kind), arguments_of(name, kind))
     if expected is None:
         assert error is None
         return
     with pytest.raises(expected[0], match=f"(?s){expected[1]}"):
         raise error
-    assert same(after_bad, after_two)
+    assert same(state, fitted_on_two(kind))
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own

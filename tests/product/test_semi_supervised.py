@@ -68,6 +68,7 @@ CALLS: dict[str, tuple] = {"labelled": (X, Y), "unlabelled": (X,), "none": (X, N
 ORDERS = pytest.mark.parametrize("order", list(itertools.permutations(CALLS)), ids="-".join)
 
 
+@pytest.mark.quick(3)
 @ORDERS
 def test_the_evidence_of_each_call(order: tuple[str, ...]) -> None:
     """Every loss at the exact posterior; `log_marginal` and weights for a guide that is off."""

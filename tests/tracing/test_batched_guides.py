@@ -167,7 +167,7 @@ def messenger(make: Callable, model: Callable = chain) -> Callable:
     return build
 
 
-EVERY = "MIWAE", "PIWAE", "elbo"
+EVERY = "MIWAE", "PIWAE", "elbo", "nested"
 SEQUENCE = masked(Y > -1, 0.5)
 CASES = [
     Case("chain", pair(chain, chain_guide)),
@@ -239,10 +239,15 @@ def outcome(call: Callable[[], Tensor]) -> Any:
 
 def make_loss(bound: str, estimator: str, vectorize: bool) -> Any:
     make = PIWAE_ELBO if bound == "PIWAE" else MIWAE_ELBO
-    options = {"global_latents": "elbo"} if bound == "elbo" else {}
-    return make(M, K, estimator=estimator, vectorize_particles=vectorize, **options)
+    count, options = M, dict[str, Any]()
+    if bound in ("elbo", "nested"):
+        options["global_latents"] = "elbo"
+    if bound == "nested":
+        count, options["num_globals"] = 1, M
+    return make(count, K, estimator=estimator, vectorize_particles=vectorize, **options)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @each_case
 def test_values_and_gradients_equal_the_loop(case: Case, estimator: str) -> None:
@@ -252,9 +257,12 @@ def test_values_and_gradients_equal_the_loop(case: Case, estimator: str) -> None
     for bound in case.bounds:
         if bound == "elbo" and estimator.startswith("rws"):
             continue
+        if bound == "nested" and estimator not in ("pathwise", "dreg"):
+            continue
         loss = make_loss(bound, estimator, vectorize=True)
         outcome(lambda: loss.differentiable_loss(program.model, program.guide))  # noqa: B023
-        shared = frozenset(structure.guide) - {"z", "k"} if bound == "elbo" else frozenset()
+        is_shared = loss.global_latents == "elbo"
+        shared = frozenset(structure.guide) - {"z", "k"} if is_shared else frozenset()
         pyro.set_rng_seed(7)
         particles, (run,) = run_particles(program, M, K, shared=shared)
         assert particles.vmap_guide

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from pyro_recursive import IWAE_ELBO, MIWAE_ELBO, log_marginal
 from pyro_recursive.tracing.dependence import dependence_of
 from pyro_recursive.tracing.program import Program
 from tests.models import ROWS, Row, data, normal, observe, real
+from tests.models.enumerated import ENUMERATED, Enumerated
 
 ELBO = {"global_latents": "elbo"}
 
@@ -184,6 +186,39 @@ def test_all_models_of_the_table_are_independent(row: Row) -> None:
     found = dependence_of(Program(*programs, args))
     assert {*row.shared} <= found.keys() or row.name == "no_latents"
     assert not any(found.values())
+
+
+@pytest.mark.quick(6)
+@pytest.mark.parametrize("row", ENUMERATED, ids=lambda row: row.name)
+def test_enumerated_latents_inside_are_independent(row: Enumerated) -> None:
+    poutine.trace(row.guide).get_trace(row.x())
+    found = dependence_of(Program(row.model, row.guide, (row.x(),)))
+    assert found or row.name in ("long_memory", "outside")
+    assert not any(found.values())
+
+
+def counted(x: Tensor) -> None:
+    """A global latent after enumerated ones."""
+    rows = pyro.plate("data", len(x))
+    with rows:
+        y = pyro.sample("y", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        observe(normal("z", y, 1.0), x)
+    normal("g", y.sum(-1, keepdim=True), 1.0)
+
+
+def counted_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        normal("z", real("a", 0.3) * x, 0.8)
+    normal("g", real("b", 0.2).expand(1), 0.7)
+
+
+@pytest.mark.parametrize("options", [{}, ELBO])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_global_density_that_depends_on_enumerated_latents(options: dict, size: int) -> None:
+    """No order of sites repairs that: they have to be sampled."""
+    message = r"'g', outside plate 'data', .*ed.* Sample 'y' in the guide"
+    with pytest.raises(ValueError, match=message):
+        IWAE_ELBO(size, **options).loss(counted, counted_guide, data())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -84,6 +84,7 @@ def mixture(x: Tensor, locs: Tensor, shares: Tensor) -> Tensor:
     return each.logsumexp(-1) + each.softmax(-1)[:, 0] + each.view(-1).view_as(each)[:, -1]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("rows, few", [(200, 3), (200, 1), (64, 8), (63, 8), (8, 8), (90, 9)])
 def test_narrow_tensors_are_turned(rows: int, few: int) -> None:
     def function(*inputs: Tensor) -> Tensor:

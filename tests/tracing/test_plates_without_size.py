@@ -68,7 +68,7 @@ MAKE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", MAKE)
 def test_losses_and_evaluation_are_exact(kind: str) -> None:
     guide = MAKE[kind]()
@@ -107,7 +107,7 @@ FREE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", FREE)
 def test_other_guides_train(kind: str) -> None:
     guide = FREE[kind]()

@@ -93,6 +93,7 @@ LIKELIHOODS: dict[str, tuple[Callable, Callable[[Tensor], Any]]] = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_data_of_zero_hide_no_mixing(name: str) -> None:
     """Covariates are zero in the first call; the second is compared with quadrature."""

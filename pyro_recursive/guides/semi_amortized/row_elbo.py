@@ -21,7 +21,7 @@ from pyro_recursive.guides.placement import Placement
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.densities import weighted
-from pyro_recursive.tracing.enumeration import EnumeratedModel, marginalised
+from pyro_recursive.tracing.enumeration import EnumeratedModel, Marginal, marginalised
 from pyro_recursive.tracing.handlers import KLWarmup, SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
 from pyro_recursive.tracing.plates import Particles, PlateLayout
@@ -174,10 +174,22 @@ class LocalBound:
         own = sites(trace)
         if self.enumerated:
             ordinary, marginals = marginalised(SiteTable(trace, poutine.Trace()), layout)
+            _check_parts(marginals, self.family, {frame.name for frame in self.latents.rows})
             own = [record.site for record in ordinary]
             yield from ((marginal.site, marginal.log_prob) for marginal in marginals)
         for site in own:
             yield site, weighted(log_prob_of(site, site["fn"]), site, layout)
+
+
+def _check_parts(marginals: list[Marginal], family: RowFamily, rows: set[str]) -> None:
+    """Raise where a sum over the rows is met by mixtures, whose rows choose parts independently."""
+    for marginal in marginals:
+        if family.parts > 1 and (across := marginal.reached & rows):
+            raise NotImplementedError(
+                f"Sites {', '.join(map(repr, sorted(marginal.names)))} are summed together across "
+                f"the rows of plate '{min(across)}', which a mixture draws apart. Refine a guide "
+                "of one component, or sample the enumerated site in the guide."
+            )
 
 
 def _check_batch(site: Site, shape: torch.Size, around: set[int], count: int) -> None:

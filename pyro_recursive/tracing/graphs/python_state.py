@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyro_recursive.tracing.graphs.references import (
     CONTAINERS,
@@ -40,7 +41,6 @@ from pyro_recursive.tracing.graphs.references import (
     without_own,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
-from pyro_recursive.tracing.graphs.writes import UndoneWrites
 
 MAX_ENTRIES = 20_000
 DYNAMIC = {"getattr", "hasattr", "vars", "__dict__"}  # with these, names do not show what is read
@@ -189,6 +189,41 @@ def _counts(part: Part, is_class: bool) -> bool:
     read, _, key, *_ = part
     is_called = str(key).startswith("__") and key not in ("__init__", "__post_init__")
     return read is None or is_called or (is_class and read is read_length)
+
+
+class UndoneWrites(TorchDispatchMode):
+    """Gives all tensors that a block writes to their values from before, at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, value in reversed(self._before):
+                tensor.copy_(value)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            named = func._schema.arguments
+            given = [*zip(named, args, strict=False), *((n, kwargs.get(n.name)) for n in named)]
+            for argument, value in given:
+                if argument.is_write:
+                    self._keep(*(value if isinstance(value, list | tuple) else (value,)))
+        return func(*args, **kwargs)
+
+    def reaches(self, tensor: Tensor) -> bool:
+        """Whether the block has written to the memory of a tensor."""
+        place = tensor.untyped_storage().data_ptr()
+        return any(each.untyped_storage().data_ptr() == place for each, _ in self._before)
+
+    def _keep(self, *values: Any) -> None:
+        with _disable_current_modes(), torch.no_grad():
+            for tensor in values:
+                if isinstance(tensor, Tensor):
+                    self._before.append((tensor.detach(), tensor.detach().clone()))
 
 
 @contextmanager

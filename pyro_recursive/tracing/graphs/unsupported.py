@@ -2,6 +2,7 @@
 
 import contextlib
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,21 @@ class LastSite(Messenger):
         self.name = msg["name"]
 
 
-def reason(error: Exception, site: str | None) -> str:
+@contextlib.contextmanager
+def as_unsupported(site: LastSite | None = None, of: str = "") -> Iterator[None]:
+    """Raise Unsupported for any error of the block: says what was raised, at which site and line.
+
+    ``of`` is what the message begins with.
+    """
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise Unsupported(of + _reason(error, site and site.name)) from error
+
+
+def _reason(error: Exception, site: str | None) -> str:
     """Say in one line what was raised and where."""
     frames = [
         frame

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.gradients import trace_gradients
 from pyro_recursive.tracing.graphs.python_state import PythonState, restored, undone_runs
-from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, reason
+from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, as_unsupported
 from pyro_recursive.tracing.isolation import restored_random_state
 from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
 from pyro_recursive.training.compiled.flat import FlatGroup, advance
@@ -51,7 +51,7 @@ class CompiledStep:
                 return training.loss.differentiable(*args, **kwargs)
 
         site = LastSite()
-        try:
+        with as_unsupported(site):
             with undone_runs(self.state) as writes:
                 gradients = trace_gradients(
                     run, [*traced, *self.weights], lambda: site.name, training.others()
@@ -73,10 +73,6 @@ class CompiledStep:
                 clip_norm=training.clip_norm,
                 is_guarded=training.is_guarded,
             )
-        except Unsupported:
-            raise
-        except Exception as error:
-            raise Unsupported(reason(error, site.name)) from error
         plan = gradients.plan
         self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
@@ -145,11 +141,8 @@ class CompiledStep:
 
     def _rebind(self) -> None:
         self._places = None
-        try:
-            with self.undone():
-                self.engine.rebind()
-        except Exception as error:
-            raise Unsupported(f"engine '{self.engine.name}': {reason(error, None)}") from error
+        with as_unsupported(of=f"engine '{self.engine.name}': "), self.undone():
+            self.engine.rebind()
         self._places = self._constants_at()
 
     def _constants_at(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Losses as they are traced: those with stages one stage at a time, Pyro's by their gradients."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -35,24 +36,18 @@ def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
         raise TypeError("ReweightedWakeSleep has two losses. Train with pyro.infer.SVI.")
     roots = {"model": model, "guide": guide, "loss": loss}
     if isinstance(loss, StagedLoss):
-        staged = loss
-        return TracedLoss(
-            lambda *args, **kwargs: staged.stage_loss(model, guide, *args, **kwargs),
-            lambda: staged.stage_of(guide),
-            lambda count: staged.count_steps(guide, count),
-            roots,
-        )
-
-    def differentiable(*args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(loss, LogWeightELBO):
-            return loss.differentiable_loss(model, guide, *args, **kwargs)
-        return _from_gradients(model, guide, loss, args, kwargs)
-
-    return TracedLoss(differentiable, lambda: (None, ENDLESS), lambda count: None, roots)
+        staged = partial(loss.stage_loss, model, guide)
+        advance = partial(loss.count_steps, guide)
+        return TracedLoss(staged, partial(loss.stage_of, guide), advance, roots)
+    differentiable: Callable[..., Tensor] = partial(_from_gradients, loss)
+    if isinstance(loss, LogWeightELBO):
+        differentiable = loss.differentiable_loss
+    run = partial(differentiable, model, guide)
+    return TracedLoss(run, lambda: (None, ENDLESS), lambda count: None, roots)
 
 
 def _from_gradients(
-    model: Callable, guide: Callable, loss: ELBO, args: tuple, kwargs: dict[str, Any]
+    loss: ELBO, model: Callable, guide: Callable, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Return a loss of Pyro with the gradients that it gives the parameters."""
     before: dict[Tensor, Tensor | None] = {}

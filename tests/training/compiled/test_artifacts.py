@@ -398,6 +398,7 @@ def svi_of(**options: Any) -> CompiledSVI:
     return CompiledSVI(model, AutoNormal(model), optim, Trace_ELBO(), **options)
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     svi, eager = svi_of(engine="flat"), []
@@ -475,6 +476,7 @@ def losses_of(**options: Any) -> list[float]:
     return [svi.step(X) for _ in range(5)] + [svi.step(X[:2]) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_trainings_share_code(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(

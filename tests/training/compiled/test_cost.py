@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_recursive import CompiledSVI, fit
 from pyro_recursive.tracing.graphs import compiler
 from pyro_recursive.training.compiled import steps
-from pyro_recursive.training.compiled.cost import FEWEST, steps_to_earn
+from pyro_recursive.training.compiled.steps import FEWEST, steps_to_earn
 
 X = torch.arange(12.0, dtype=torch.float64)
 NEEDED, TRACING = 12, 3  # steps, in these tests
@@ -69,7 +69,7 @@ def test_a_larger_graph_needs_fewer_steps_down_to_a_bound() -> None:
     assert found[-1] in (FEWEST, FEWEST + 1)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick("1", "13")
 @pytest.mark.parametrize("number", [1, NEEDED, NEEDED + 1, NEEDED + 2])
 def test_run_compiles_for_enough_steps(compiler_of_torch: Compiler, number: int) -> None:
     assert svi_of().run(number, X).shape == (number,)
@@ -86,6 +86,7 @@ def test_step_compiles_after_as_many_steps_as_earn_it_back(compiler_of_torch: Co
     assert losses == pytest.approx([svi.step(X) for _ in range(NEEDED + 3)], rel=1e-12)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{"engine": "flat"}, {"strict": True}], ids=str)
 def test_what_is_asked_for_is_compiled_at_once(
     compiler_of_torch: Compiler, options: dict[str, Any]
@@ -96,6 +97,7 @@ def test_what_is_asked_for_is_compiled_at_once(
     assert compiler_of_torch.calls == 1
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_is_used_once_tracing_pays(compiler_of_torch: Compiler) -> None:
     svi_of().run(NEEDED + 1, X)
     for number in (TRACING, TRACING + 1):
@@ -106,6 +108,7 @@ def test_what_was_compiled_before_is_used_once_tracing_pays(compiler_of_torch: C
     assert compiler_of_torch.calls == 1
 
 
+@pytest.mark.slow
 def test_what_is_in_a_folder_is_used_at_once(compiler_of_torch: Compiler, tmp_path: Path) -> None:
     svi_of().run(NEEDED + 1, X)
     svi = svi_of(cache=tmp_path / "cache")
@@ -136,7 +139,7 @@ def test_each_new_graph_is_earned(compiler_of_torch: Compiler) -> None:
         SHIFT[0] = 0.0
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick("4-3-1")
 @pytest.mark.parametrize(
     ("epochs", "rows", "compiled"), [(3, 3, 0), (4, 3, 1), (12, 12, 0), (13, 12, 1), (7, 8, 0)]
 )

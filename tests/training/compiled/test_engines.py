@@ -135,7 +135,7 @@ WRONG: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick("1-counts")
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_wrong_engine_never_trains(
@@ -169,6 +169,7 @@ def test_an_engine_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch)
     check_same(trained(SVI, *own), found)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("count", [2e-9, 5e-10])
 def test_the_first_loss_of_an_engine_has_a_small_tolerance(count: float) -> None:
     svi = named("graph")(model, guide, Adam({"lr": 0.05}), IWAE_ELBO(3))
@@ -215,6 +216,7 @@ def test_names_of_engines_are_checked() -> None:
         trained(partial(CompiledSVI, engine="fast"), (model, guide), partial(IWAE_ELBO, 3), twenty)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_bound_again_gives_way() -> None:
     def broken() -> None:
         raise RuntimeError("no room")

@@ -58,7 +58,7 @@ def run(
     return history, values
 
 
-@pytest.mark.quick("plain", "clip_norm+kl_warmup", "batch_size")
+@pytest.mark.quick("plain", "clip_norm+kl_warmup")
 @pytest.mark.parametrize(
     "options",
     [
@@ -98,6 +98,7 @@ def test_on_step_may_change_what_the_next_step_uses() -> None:
     torch.testing.assert_close(trained("graph"), trained(False), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_on_step_is_called_for_each_step() -> None:
     seen: list[tuple[int, float]] = []
     history, _ = run("graph", on_step=lambda step, loss: seen.append((step, loss.item())))
@@ -112,6 +113,7 @@ def test_a_block_stops_before_what_is_not_finite() -> None:
         run("graph", x, epochs=1, shuffle=False)
 
 
+@pytest.mark.slow
 def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
     x, made = torch.cat([X, X]), list[torch.optim.Optimizer]()
     x[-1] = 20.0
@@ -126,6 +128,7 @@ def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
     assert {int(state["step"]) for state in states} == {7}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("check_every", [None, 100])
 def test_what_does_not_recur_is_said_to_be_so(
     check_every: int | None, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +145,7 @@ def test_engines_are_checked() -> None:
         run("fast")
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_state_of_compiled_steps(tmp_path: Any) -> None:
     file = tmp_path / "run.pt"
     run("graph", checkpoint=file, epochs=2)

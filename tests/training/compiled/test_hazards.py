@@ -27,6 +27,7 @@ from pyro_recursive import (
     RecursiveMixtureGuide,
     Schedule,
 )
+from pyro_recursive.tracing.graphs.python_state import PythonState
 from pyro_recursive.tracing.handlers import KLWarmup
 from tests.training.compiled.scenarios import (
     X,
@@ -126,11 +127,24 @@ READERS: dict[str, tuple[Callable, Callable[[float], Any]]] = {
     "class": (OWNER.in_class, lambda to: setattr(Shift, "by_class", to)),
     "method": (OWNER.in_method, lambda to: HERE.update(GLOBAL=to)),
     "entry": (OWNER.in_sum, lambda to: OWNER.many.__setitem__(0, to)),
-    "longer": (OWNER.in_sum, lambda to: OWNER.many.append(to) if to else OWNER.many.clear()),
+    "longer": (OWNER.in_sum, lambda to: OWNER.many.__setitem__(slice(1, None), [to] * bool(to))),
 }
 
 
-@pytest.mark.quick("attribute", "closure", "entry", "global")
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_python_values_are_compared(reader: tuple[Callable, Callable]) -> None:
+    model, change = reader
+    change(0.0)
+    state = PythonState({"model": model})
+    assert state.changed() is None
+    try:
+        change(5.0)
+        assert state.changed() is not None
+    finally:
+        change(0.0)
+
+
+@pytest.mark.quick("closure")
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_python_values_that_change_are_seen(reader: tuple[Callable, Callable]) -> None:
     model, change = reader
@@ -167,6 +181,7 @@ def test_data_of_closures_may_be_rebound_or_change_in_place() -> None:
         check(partial(scenario, is_rebound=is_rebound))
 
 
+@pytest.mark.slow
 def test_attributes_of_a_loss_may_change() -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
         loss = IWAE_ELBO(2)
@@ -244,6 +259,7 @@ def test_both_runs_of_a_guide_have_the_same_dropout(estimator: Any) -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:bias was not registered")
 def test_parameters_may_be_frozen() -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
@@ -258,6 +274,7 @@ def test_parameters_may_be_frozen() -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [AutoNormal, AutoMultivariateNormal])
 def test_autoguides_of_the_user_train_as_those_of_pyro(base: Any) -> None:
     class Own(base):
@@ -287,6 +304,7 @@ def test_what_the_class_of_the_user_sets_in_each_run_is_not_pyros() -> None:
 # Parameters and optimisers.
 
 
+@pytest.mark.slow
 def test_a_cleared_store_starts_anew() -> None:
     check(before_and_after(shifted, pyro.clear_param_store))
 
@@ -317,7 +335,7 @@ def test_states_of_the_optimiser_are_those_of_svi() -> None:
     check(scenario)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick("plateau")
 @pytest.mark.parametrize("kind", ["exponential", "plateau", "edited"])
 def test_learning_rates_may_change(kind: str) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
@@ -359,6 +377,7 @@ def test_parameters_may_appear_in_a_later_form_of_call() -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 def test_parameters_that_a_call_does_not_reach_are_updated_as_by_pyro() -> None:
     def own_guide(x: Tensor, flag: bool) -> None:
         shift = pyro.param("shift", lambda: torch.tensor(0.3))
@@ -380,6 +399,7 @@ def test_parameters_that_a_call_does_not_reach_are_updated_as_by_pyro() -> None:
 # Arguments.
 
 
+@pytest.mark.slow
 def test_arguments_of_any_form() -> None:
     def model(batch: dict[str, Any], factor: float, *rest: Any) -> None:
         shifted(batch["x"], factor * sum(map(torch.mean, batch["more"])))
@@ -526,6 +546,7 @@ def test_masks_read_in_python_have_graphs_of_their_own() -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 def test_masked_latents_are_left_out_as_in_eager_steps() -> None:
     def model(x: Tensor, mask: Tensor) -> None:
         with pyro.plate("data", len(x)), poutine.mask(mask=mask):
@@ -570,7 +591,7 @@ def _seeds(x: Tensor) -> None:
     pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(), obs=x)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("model", "message"),
     [

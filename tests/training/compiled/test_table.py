@@ -25,12 +25,10 @@ REFUSED = {
     "sequential_subsample": "values that vary in each step are read in Python",  # its index
     "mixture_prior refined_table": "no parameter has a gradient",
 }
-QUICK = ("obs_mask", "subsample_size", "discrete", "modules")
 OF_KINDS = (
     *("subsample_size", "events", "modules", "hierarchy", "supports", "nested", "obs_mask"),
     *("mask_handler", "ragged", "angles", "series", "mixture_prior", "improper"),
 )
-QUICK_KINDS = ("gaussian", "flow", "mixture", "refined")
 Make = Callable[[], tuple[Any, Any, tuple, Any]]
 
 
@@ -68,11 +66,6 @@ def check(make: Make, refused: str | None) -> None:
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)
 
 
-def rows(is_quick: bool) -> Any:
-    chosen = [row for row in ROWS if (row.name in QUICK) == is_quick]
-    return pytest.mark.parametrize("row", chosen, ids=lambda row: row.name)
-
-
 def with_loss(row: Row, loss: str, estimator: Any) -> None:
     def make() -> tuple[Any, Any, tuple, Any]:
         return *row.build(), row.args(), LOSSES[loss](2, 4, estimator=estimator)
@@ -80,14 +73,8 @@ def with_loss(row: Row, loss: str, estimator: Any) -> None:
     check(make, REFUSED.get(row.name))
 
 
-@rows(is_quick=True)
-@pytest.mark.parametrize("estimator", ["dreg", "vimco"])
-def test_steps_on_a_model_are_those_of_svi(row: Row, estimator: str) -> None:
-    with_loss(row, "IWAE_ELBO", estimator)
-
-
-@pytest.mark.slow
-@rows(is_quick=False)
+@pytest.mark.quick("obs_mask")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_steps_on_any_model_are_those_of_svi(row: Row) -> None:
     with_loss(row, "IWAE_ELBO", "vimco" if row.sites == "discrete" else "dreg")
 
@@ -99,6 +86,17 @@ def test_steps_under_any_loss_are_those_of_svi(loss: str, estimator: str) -> Non
     with_loss(next(row for row in ROWS if row.name == "subsample_size"), loss, estimator)
 
 
+@pytest.mark.parametrize("estimator", ["pathwise", "dreg"])
+def test_steps_with_several_global_samples_are_those_of_svi(estimator: str) -> None:
+    row = next(row for row in ROWS if row.name == "hierarchy")
+
+    def make() -> tuple[Any, Any, tuple, Any]:
+        options: dict[str, Any] = {"estimator": estimator, "global_latents": "elbo"}
+        return *row.build(), row.args(), LOSSES["IWAE_ELBO"](2, 4, num_globals=3, **options)
+
+    check(make, None)
+
+
 def with_kind(row: Row, kind: Kind, loss: Callable[[Any], Any]) -> None:
     def make() -> tuple[Any, Any, tuple, Any]:
         setting, guide = made(row, kind)
@@ -108,26 +106,11 @@ def with_kind(row: Row, kind: Kind, loss: Callable[[Any], Any]) -> None:
     check(make, reason)
 
 
-def of_kind(name: str) -> Kind:
-    return next(kind for kind in KINDS if kind.name == name)
-
-
 def model_of(name: str) -> Row:
     return next(row for row in MODELS if row.name == name)
 
 
-@pytest.mark.quick("gaussian", "flow", "mixture")
-@pytest.mark.parametrize("kind", QUICK_KINDS)
-def test_steps_of_a_guide_are_those_of_svi(kind: str) -> None:
-    own = of_kind(kind)
-    with_kind(
-        model_of("subsample_size"),
-        own,
-        lambda guide: IWAE_ELBO(4, estimator=estimators_of(own, guide)[-1]),
-    )
-
-
-@pytest.mark.slow
+@pytest.mark.quick("gaussian")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_steps_of_any_guide_are_those_of_svi(kind: Kind) -> None:
     for number, name in enumerate(OF_KINDS):

@@ -36,10 +36,12 @@ def one_cycle() -> Any:
     return pyro.optim.OneCycleLR({**settings, "max_lr": 0.1, "total_steps": 30})
 
 
+@pytest.mark.slow
 def test_schedules_of_momentum_are_seen() -> None:
     check(steps_and(lambda step, optim: optim.step(), one_cycle, 20))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{"weight_decay": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 0.1}])
 def test_options_of_an_optimiser_may_change(options: dict[str, Any]) -> None:
     def change(step: int, optim: Any) -> None:
@@ -49,6 +51,7 @@ def test_options_of_an_optimiser_may_change(options: dict[str, Any]) -> None:
     check(steps_and(change))
 
 
+@pytest.mark.slow
 def test_clipping_may_change() -> None:
     def change(step: int, optim: Any) -> None:
         if step == 5:
@@ -66,6 +69,7 @@ def test_hooks_of_an_optimiser_run() -> None:
     check_eager(steps_and(change), "the optimiser has hooks")
 
 
+@pytest.mark.slow
 def test_a_loaded_optimiser_has_its_new_learning_rate() -> None:
     def change(step: int, optim: Any) -> None:
         for each in optim.optim_objs.values():
@@ -76,6 +80,7 @@ def test_a_loaded_optimiser_has_its_new_learning_rate() -> None:
     check(steps_and(change))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_eager", [True, False])
 @pytest.mark.parametrize("length", [1, 5])
 def test_an_optimiser_may_serve_two(is_eager: bool, length: int) -> None:
@@ -90,6 +95,7 @@ def test_an_optimiser_may_serve_two(is_eager: bool, length: int) -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 def test_model_loss_and_optimiser_may_be_replaced() -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
         svi, losses = make(shifted, guide, adam(), IWAE_ELBO(3)), []
@@ -107,6 +113,7 @@ def test_model_loss_and_optimiser_may_be_replaced() -> None:
     check(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_another_shape", [True, False])
 def test_options_may_change_with_what_needs_another_graph(has_another_shape: bool) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:

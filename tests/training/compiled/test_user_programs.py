@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from pyro_recursive import IWAE_ELBO, CompiledSVI
+from pyro_recursive.tracing.graphs.python_state import PythonState
 from pyro_recursive.training.compiled import steps
 from tests.training.compiled.scenarios import (
     X,
@@ -145,7 +146,16 @@ CHANGED = {
 }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_values_are_compared(make: Callable[[], Case]) -> None:
+    model, change = make()
+    state = PythonState({"model": model})
+    assert state.changed() is None
+    change()
+    assert state.changed() is not None
+
+
+@pytest.mark.quick("containers")
 @pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
 def test_values_that_change_are_seen(make: Callable[[], Case]) -> None:
     def scenario(make_svi: Callable[..., Any]) -> list[Any]:
@@ -267,7 +277,7 @@ EACH_RUN = {
 }
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick("counter", "argument")
 @pytest.mark.parametrize(("make", "message"), EACH_RUN.values(), ids=EACH_RUN)
 def test_values_that_change_in_each_run_are_those_of_eager_steps(
     make: Callable[[], Callable], message: str
@@ -288,6 +298,7 @@ def named_parameters() -> list[Tensor]:
     return [each for _, each in pyro.get_param_store().named_parameters()]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_hooks_of_parameters_run(is_recorded: bool) -> None:
     def scenario(make: Callable[..., Any]) -> list[Any]:
