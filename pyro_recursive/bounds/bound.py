@@ -177,7 +177,9 @@ class Split(Bound):
 class Weighted(Bound):
     """Another bound whose M estimates do not count alike: ``weights`` are ``[M, *plates]``.
 
-    The estimates of a stratified loss come from different components of the guide.
+    Of size 1 where estimates, or entries of plates, count alike. The estimates of a stratified loss
+    come from different components of the guide, those of other entries from other values of a
+    latent. Where the weight is 0 the estimate does not matter, whatever it is.
     """
 
     bound: Bound
@@ -187,15 +189,22 @@ class Weighted(Bound):
         return self.bound.is_linear(num_estimates, num_particles)
 
     def estimate(self, log_weights: Tensor) -> Tensor:
-        return self.weights * self.bound.estimate(log_weights)
+        return times(self._weights(log_weights)[:, 0], self.bound.estimate(log_weights))
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
-        weights = self.weights.unsqueeze(1)
+        weights = self._weights(log_weights)
         return Derivatives(*(weights * part for part in self.bound.derivatives(log_weights)))
 
     def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
-        weights = self.weights.reshape(len(log_weights), 1, *log_weights.shape[2:])
-        return weights * self.bound.replaced(log_weights, substitute)
+        weights = self._weights(log_weights)
+        return times(weights, self.bound.replaced(log_weights, substitute))
+
+    def _weights(self, log_weights: Tensor) -> Tensor:
+        """Return the weights as ``[M, 1, *plates]``, for log-weights with more dims of size 1."""
+        weights = self.weights.unsqueeze(1)
+        if weights.dim() == log_weights.dim():
+            return weights
+        return weights.reshape(len(weights), 1, *log_weights.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +304,11 @@ def renyi(alpha: float) -> PowerMeans:
     The value is that of `Renyi Divergence Variational Inference` (arXiv 1602.02311).
     """
     return PowerMeans(((1.0, float(alpha)),))
+
+
+def times(weights: Tensor, values: Tensor) -> Tensor:
+    """Return the product; 0 where the weight is 0 and the value infinite."""
+    return weights * values.masked_fill(weights == 0, 0.0)
 
 
 def _identity(log_weights: Tensor) -> Tensor:

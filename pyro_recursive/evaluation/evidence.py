@@ -13,6 +13,7 @@ from pyro_recursive.evaluation.passes import Passes
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_likelihood, check_match, check_subsampling
 from pyro_recursive.tracing.densities import densities
+from pyro_recursive.tracing.guide_values import outside_of_plates
 from pyro_recursive.tracing.plates import PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles
@@ -123,6 +124,7 @@ def log_marginal(
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
+    run["by_value"] = True
     weights, chunk = WeightSums(), (chunk_size, compile)
     for found, _ in results_in_chunks(program, num_particles, log_weights, *chunk, **run):
         weights.add(found)
@@ -131,7 +133,7 @@ def log_marginal(
 
 def log_weights(runs: Sequence[ParticleRun], layout: PlateLayout) -> Tensor:
     """Return the log-weights of a chunk, ``[k, *plates]`` in float64."""
-    return densities(runs, layout).log_weights[0].double()
+    return densities(runs, layout).marginal_log_weights[0].double()
 
 
 Collect = Callable[[list[ParticleRun], PlateLayout], Any]
@@ -146,6 +148,7 @@ def results_in_chunks(
     compile: bool = False,
     *,
     any_minibatch: bool = False,
+    by_value: bool = False,
     **options: Any,
 ) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """Yield what is collected of each chunk of `total` samples on one minibatch.
@@ -153,15 +156,22 @@ def results_in_chunks(
     And the names of the plates that enclose every sample site.
 
     ``collect`` takes the runs of a chunk and their plates. With ``any_minibatch`` a subsampled
-    plate may enclose only some of the sites.
+    plate may enclose only some of the sites. ``by_value`` is as in `run_particles`, where the
+    latents that the guide enumerates are in the plates of the weights; they are sampled elsewhere.
     """
     size = chunk_size or particles_per_chunk(program)
     plates, minibatch = list[str](), list[poutine.Trace]()
 
     def run(passes: Passes, count: int) -> Any:
+        nonlocal by_value
         subsample = minibatch[0] if minibatch else None
-        particles, runs = run_particles(program, 1, count, subsample=subsample, **options)
+        particles, runs = run_particles(
+            program, 1, count, subsample=subsample, by_value=by_value, **options
+        )
         layout = layout_of(particles, [run.table for run in runs])
+        if particles.values and outside_of_plates(runs[0].table, layout) is not None:
+            by_value = False
+            return run(passes, count)
         if not minibatch:
             check_match(runs[0].table, layout.max_plate_nesting)
             check_likelihood(runs[0].model)
@@ -182,7 +192,7 @@ def particles_per_chunk(program: Program) -> int:
     """Return how many particles make about `CHUNK_ROWS` rows, times values that are enumerated."""
     structure = structure_of(program)
     number = samples_per_chunk((*structure.model.values(), *structure.guide.values()))
-    return max(1, number // structure.num_values)
+    return max(1, number // (structure.num_values * math.prod(structure.value_axes)))
 
 
 def samples_per_chunk(sites: Iterable[Site]) -> int:

@@ -261,6 +261,7 @@ def importance_weights(
     check_at_least(1, num_particles=num_particles, chunk_size=chunk_size)
     program = Program(model, guide, args, kwargs)
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
+    run["by_value"] = True
     parts, points = list[Tensor](), dict[str, Tensor | None]()
     chunks = chunk_size, compile
     found = results_in_chunks(program, num_particles, _weights_and_values, *chunks, **run)

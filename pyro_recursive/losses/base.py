@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_recursive.bounds.bound import Bound, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator, EstimatorName
+from pyro_recursive.losses.expected import ExpectedBound
 from pyro_recursive.losses.surrogate import global_surrogate, nested_surrogate, surrogate
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import (
@@ -170,6 +171,8 @@ class LogWeightELBO(ELBO):
         if not torch.is_grad_enabled():
             return self._value(self._evaluate(program))
         replay, cut_model = self.estimator.replay, self._bound.is_split
+        if self.estimator.wake and structure_of(program).guide_values:
+            cut_model = True  # the guide's samples count by other weights than the model's
         evaluation = self._evaluate(program, replay=replay, cut_model=cut_model)
         value = self._value(evaluation)
         objective = self._surrogate(evaluation)
@@ -215,6 +218,7 @@ class LogWeightELBO(ELBO):
             K,
             max_plate_nesting=self.max_plate_nesting,
             vectorize=self.vectorize_particles,
+            by_value=True,
             **options,
         )
         tables = [run.table for run in runs]
@@ -230,9 +234,16 @@ class LogWeightELBO(ELBO):
         if not is_linear:
             check_likelihood(runs[0].model)
         in_weights, shared = densities(runs, layout, only=local), None
+        if in_weights.values is not None:
+            if S > 1:
+                raise NotImplementedError(
+                    f"num_globals={S} and a guide that enumerates latents: use num_globals=1, or "
+                    "enumerate them in the model."
+                )
+            ExpectedBound(self.bound, in_weights).check(program)
         if local is not None:
             outside = frozenset(record.name for record in tables[0].records) - local
-            shared = densities(runs, layout_of(particles, tables, only=outside), only=outside)
+            shared = densities(runs, layout_of(particles.alike, tables, only=outside), only=outside)
         independent = frozenset[str]()
         inside = {name for r in tables[0].guide if r.group == "score" for name in r.row_plates}
         if not inside <= layout.names:
@@ -257,6 +268,8 @@ class LogWeightELBO(ELBO):
 
     def _bounds(self, evaluation: Evaluation) -> Tensor:
         """Return the bound of each entry of the plates, ``[*plates]``."""
+        if evaluation.local.values is not None:
+            return ExpectedBound(evaluation.bound, evaluation.local).value()
         return evaluation.bound(evaluation.local.log_weights)
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
@@ -265,10 +278,20 @@ class LogWeightELBO(ELBO):
         if shared is not None and num_globals > 1:
             values = _per_estimate(bound, local, shared)
             return nested_surrogate(runs, local, shared, values, num_globals, self.estimator)
-        total = local.layout.scale * surrogate(
-            runs, local, bound, self.estimator, independent=independent
+        expected = None if local.values is None else ExpectedBound(bound, local)
+        total = surrogate(
+            runs,
+            local,
+            bound if expected is None else expected.weighted(self.estimator),
+            self.estimator,
+            independent=independent,
         )
+        if expected is not None:
+            total = total + expected.of_probabilities(self.estimator)
+        total = local.layout.scale * total
         if shared is not None:
+            if expected is not None:
+                _refuse_scored(shared)
             values = _per_estimate(bound, local, shared)
             total = total + shared.layout.scale * global_surrogate(
                 runs, shared, values, self.estimator
@@ -299,6 +322,15 @@ def _per_estimate(bound: Bound, local: Densities, shared: Densities) -> Tensor:
         outside = outside.mean(0, keepdim=True)
     scaled = local.layout.scale * inside, shared.layout.scale * outside
     return sum(double(each).reshape(len(each), -1).sum(1) for each in scaled)  # type: ignore[return-value]
+
+
+def _refuse_scored(shared: Densities) -> None:
+    """Raise where a guide enumerates latents beside a global one that is score-handled."""
+    if shared.score is not None and shared.score.requires_grad:
+        raise NotImplementedError(
+            "The guide enumerates latents, and a site outside the data's plates is not "
+            "reparameterised. Use global_latents='joint', or sample the enumerated ones."
+        )
 
 
 def _estimator(estimator: EstimatorName | Estimator) -> Estimator:

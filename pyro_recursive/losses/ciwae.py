@@ -103,6 +103,11 @@ class CIWAE_ELBO(MultiSampleELBO):
         total = super()._surrogate(evaluation)
         if self._learned is None:
             return total
+        if evaluation.local.values is not None:
+            raise NotImplementedError(
+                "learn_beta=True needs a guide that samples all its latents, and this one "
+                "enumerates some. Use a fixed beta, or drop infer={'enumerate'}."
+            )
         target = optimal_beta(evaluation.runs, evaluation.local, self.estimator)
         return total - 0.5 * (self._learned() - target) ** 2
 

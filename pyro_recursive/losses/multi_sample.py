@@ -34,8 +34,8 @@ class MultiSampleELBO(LogWeightELBO):
             other, or S > 1; under ``"elbo"`` a global density depends on local latents; sites or
             plates of model and guide differ; they share a parameter under PIWAE; data are NaN or
             infinite.
-        NotImplementedError: the estimator has no gradient for a site; the guide enumerates a site,
-            or the model one that it branches on (others of the model are summed exactly).
+        NotImplementedError: the estimator has no gradient for a site; the model branches on one
+            that it enumerates; the guide enumerates one given a sampled site, for K > 1.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> from pyro.infer.autoguide import AutoNormal

@@ -84,7 +84,10 @@ def surrogate(
             scored.append(Scored(group, table.score, table.score_rest))
             continue
         if not group.is_choice or table.density is None:
-            found = found + constant_of(log_weights)
+            constant: Tensor | float = constant_of(log_weights)
+            if isinstance(guide_bound, Weighted):
+                constant = constant * group.spread(guide_bound.weights.unsqueeze(1))
+            found = found + constant
         scored.append(Scored(group, found - group.spread(guide), found))
     if is_split:
         model, ratio = _ratio(guide, bound.derivatives(log_weights).first)
@@ -306,7 +309,8 @@ def _refuse_shared_parameters(runs: Sequence[ParticleRun], local: Densities) -> 
     """Raise where model and guide share a parameter: its two gradients have different targets."""
     paths = [path.value for run in runs for path in run.guide_cuts]
     values = [site["value"] for run in runs for site in sites(run.guide)]
-    guide = _parameters([local.density, local.score, local.jacobian, *paths, *values], runs)
+    densities = local.density, local.score, local.jacobian, local.values
+    guide = _parameters([*densities, *paths, *values], runs)
     for parameter in guide & _parameters([local.model], runs):
         name = pyro.get_param_store().param_name(parameter)
         known = f"'{name}'" if name else f"of shape {tuple(parameter.shape)}"

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_recursive.tracing.guide_values import outside_of_plates
 from pyro_recursive.tracing.handlers import ComponentIndex
 from pyro_recursive.tracing.plates import PlateLayout, ProgramStructure, data_plates
 from pyro_recursive.tracing.sites import (
@@ -33,6 +34,12 @@ def check_runs(tables: Sequence[SiteTable], layout: PlateLayout, *, is_linear: b
     for table in tables:
         check_match(table, layout.max_plate_nesting)
     _check_factors(tables[0], layout)
+    if layout.particles.values and (record := outside_of_plates(tables[0], layout)) is not None:
+        raise NotImplementedError(
+            f"Guide site '{record.name}' is enumerated in plates {sorted(record.plates)}, and the "
+            f"weights have plates {sorted(layout.names)}. Use global_latents='elbo' if a global "
+            "latent is the reason, or enumerate it in the model."
+        )
     if not is_linear:
         if any(record.is_subsampled for record in tables[0].records):
             check_subsampling(tables[0], layout)
@@ -55,11 +62,6 @@ def check_match(table: SiteTable, max_plate_nesting: int) -> None:
         if name not in latent and not infer.get("is_auxiliary"):
             raise ValueError(
                 f"Guide site '{name}' is no latent site of the model: mark it is_auxiliary."
-            )
-        if infer.get("enumerate"):
-            raise NotImplementedError(
-                f"Guide site '{name}' is enumerated: leave it out of the guide and enumerate it in "
-                "the model, where it is summed exactly, or drop infer={'enumerate'} to sample it."
             )
     check_latent(record.site for record in table.guide)
     check_sizes(table)
@@ -86,19 +88,19 @@ def _check_summed(table: SiteTable) -> None:
             )
 
 
-def check_enumerable(site: Site) -> None:
-    """Raise where a site's values cannot all be enumerated."""
+def check_enumerable(site: Site, *, in_guide: bool = False) -> None:
+    """Raise where not all values of a site can be enumerated."""
     name, number = site["name"], site["infer"].get("num_samples")
+    remedy = "Drop infer={'enumerate'}" if in_guide else f"Sample '{name}' in the guide"
     if number is not None:
         raise NotImplementedError(
             f"Site '{name}' has infer={{'num_samples': {number}}}: a sampled sum inside the "
-            "logarithm has another bound and no gradient. Drop num_samples, or sample "
-            f"'{name}' in the guide."
+            f"logarithm has another bound and no gradient. {remedy}, or drop num_samples."
         )
     if not site["fn"].has_enumerate_support:
         raise NotImplementedError(
             f"Site '{name}' is enumerated, and {type(site['fn']).__name__} has no finite support. "
-            f"Sample '{name}' in the guide."
+            f"{remedy}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Log-densities of traces as ``[M, K, *plates]`` tensors.
+"""Log-densities of traces as ``[M, K, *plates]`` tensors, with ``C`` on the right in some.
 
 The subsample scale of the shared plates is taken out of the log-weights, to be multiplied on after
 the bound: inside a logarithm of a mean it would be a power of the weights. A user's own scales and
@@ -23,14 +23,16 @@ from pyro_recursive.tracing.sites import Site, SiteRecord, own_scale, unmasked
 
 @dataclass(frozen=True)
 class Densities:
-    """Log-densities as ``[M, K, *plates]`` in nats; None for a group without sites.
+    """Log-densities in the layout's `whole_shape`, in nats; None for a group without sites.
 
     ``model`` is log p; ``density``, ``score`` and ``jacobian`` together are log q: of the
     reparameterised sites, of the other sampled ones, and of what is computed from them. Scales and
     masks are in these; ``density_rest`` and ``score_rest`` are what they took away from the density
-    that the samples come from. ``names`` are the sites that were asked for, None for all; ``terms``
-    are the sites' own log-densities where some are score-handled. Entries of the ``coupled`` plates
-    depend on each other by the sum over an enumerated latent outside.
+    that the samples come from. ``values`` is log q of latents that are enumerated in the guide, no
+    part of the log-weights, and ``values_rest`` what was taken away there. ``names`` are the sites
+    that were asked for, None for all; ``terms`` are the sites' own log-densities where some are
+    score-handled. Entries of the ``coupled`` plates depend on each other by the sum over an
+    enumerated latent outside.
     """
 
     layout: PlateLayout
@@ -40,6 +42,8 @@ class Densities:
     jacobian: Tensor | None
     density_rest: Tensor | None = None
     score_rest: Tensor | None = None
+    values: Tensor | None = None
+    values_rest: Tensor | None = None
     names: frozenset[str] | None = None
     terms: "Terms | None" = None
     coupled: frozenset[str] = frozenset()
@@ -59,12 +63,22 @@ class Densities:
         total = self.reparameterized.detach()
         if self.score is not None:
             total = total - self.score.detach()
-        particles = self.layout.particles
-        shape = (particles.num_estimates, particles.num_particles, *self.layout.shape)
-        return total.expand(shape)
+        return total.expand(self.layout.whole_shape)
+
+    @property
+    def marginal_log_weights(self) -> Tensor:
+        """The log-weights ``[M, K, *plates]``, summed over the values enumerated in the guide.
+
+        ``log sum_c p(x, y_c, z) / q(z | y_c)``. Masked values count by their probability.
+        """
+        if self.values is None:
+            return self.log_weights
+        rest = 0.0 if self.values_rest is None else self.values_rest.detach()
+        return (self.log_weights + rest).logsumexp(-1)
 
 
-GROUPS = ("model", "density", "score", "jacobian", "density_rest", "score_rest")
+WITH_REST = "density", "score", "values"
+GROUPS = ("model", "jacobian", *WITH_REST, *(f"{group}_rest" for group in WITH_REST))
 Terms = dict[str, list[list[tuple[Site, Tensor]]]]  # by group and run: sites' log-densities
 
 
@@ -113,7 +127,7 @@ def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> Non
     if any(n != 1 and sizes.get(d - dim) != n for d, n in enumerate(own.shape)):
         check_batch_shape(site, own.shape)
     terms[group][run].append((site, own))
-    if is_weighted and group in ("density", "score"):
+    if is_weighted and group in WITH_REST:
         whole = log_prob_of(site, unmasked(site["fn"]))
         terms[f"{group}_rest"][run].append((site, whole - own))
 

@@ -61,7 +61,7 @@ class ScoreGroup:
             return Share(log_weights, log_weights, torch.zeros_like(log_weights))
         inside = self._total(self.layout, is_inside=True)
         outside = self._total(self.shared, is_inside=False)
-        cost = inside.expand(*log_weights.shape[:2], *self.layout.shape)
+        cost = inside.expand(self.layout.whole_shape)
         others = tuple(
             dim
             for dim, frame in enumerate(self.layout.plates, start=2)

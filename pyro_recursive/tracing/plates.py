@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ class Particles:
     """M * K samples, m varying slowest; ``dim`` is that of their plate, None in looped runs.
 
     With ``vmap`` the model runs under `torch.vmap`, with ``vmap_guide`` the guide, too; the plate
-    is in their traces alone.
+    is in their traces alone. ``values`` are the numbers of values of latents that are enumerated in
+    the guide: all samples run for each of the C combinations, which vary slower than m, the first
+    latent's value fastest.
     """
 
     num_estimates: int
@@ -40,10 +42,16 @@ class Particles:
     dim: int | None = None
     vmap: bool = False
     vmap_guide: bool = False
+    values: tuple[int, ...] = ()
 
     @cached_property
     def total(self) -> int:
-        return self.num_estimates * self.num_particles
+        return math.prod(self.values) * self.num_estimates * self.num_particles
+
+    @property
+    def alike(self) -> "Particles":
+        """The same samples as C * M estimates, whatever their values."""
+        return replace(self, num_estimates=self.total // self.num_particles, values=())
 
     def plate(self) -> AbstractContextManager:
         """Return the plate of the particles, nothing where runs are looped."""
@@ -61,8 +69,10 @@ class ProgramStructure:
 
     ``ranks`` are the numbers of dims of the guide's values, and ``sizes`` all sizes of dims in that
     run, on ``devices``. ``enumerated`` are the model's latents that are summed out, which that run
-    draws, and ``num_values`` the largest number of their values in one density. ``misfit`` says why
-    its sites do not fit together; handlers around a call may change that.
+    draws, and ``num_values`` the largest number of their values in one density. ``guide_values``
+    are the latents that the guide enumerates, with their numbers of values (which that run draws,
+    too), and ``value_axes`` those numbers as in `Particles.values`. ``misfit`` says why its sites
+    do not fit together; handlers around a call may change that.
     ``mode`` is how many samples run: under a plate, the model or also the guide under `torch.vmap`,
     or in a loop. It is None until it is chosen, and ``cause`` says why it is not the plate
     (`tracing.choice`).
@@ -77,6 +87,8 @@ class ProgramStructure:
     sizes: frozenset[int] = frozenset()
     enumerated: frozenset[str] = frozenset()
     num_values: int = 1
+    guide_values: dict[str, int] = field(default_factory=dict)
+    value_axes: tuple[int, ...] = ()
     devices: frozenset[str] = frozenset()
     misfit: Exception | None = None
     mode: Mode | None = None
@@ -100,7 +112,9 @@ class PlateLayout:
     """How Pyro's dims become ``[M, K, *plates]``.
 
     ``plates`` are frames of the shared plates: ``sequential`` ones first, then the vectorised from
-    left to right, at ``dims`` (negative). ``scale`` is the product of ``full_size / size``.
+    left to right, at ``dims`` (negative). ``scale`` is the product of ``full_size / size``. Where
+    the guide enumerates latents, the combination of their values is one more dim on the right, of
+    size C: ``[M, K, *plates, C]``.
     """
 
     particles: Particles
@@ -119,6 +133,13 @@ class PlateLayout:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(frame.size for frame in self.plates)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """``[M, K, *plates]`` or ``[M, K, *plates, C]``."""
+        particles = self.particles
+        values = (math.prod(particles.values),) if particles.values else ()
+        return (particles.num_estimates, particles.num_particles, *self.shape, *values)
 
     @cached_property
     def dims(self) -> tuple[int, ...]:
@@ -142,14 +163,15 @@ class PlateLayout:
         return tuple((frames[name].counter - 1) % frames[name].size for name in self.sequential)
 
     def gather(self, runs: Sequence[Sequence[tuple[Site, Tensor]]]) -> Tensor | None:
-        """Sum the sites' log-densities of every run and return ``[M, K, *plates]``."""
+        """Sum the sites' log-densities of every run and return them in `whole_shape`."""
         found = [self._gather_run(run) if run else None for run in runs]
         some = next((row for row in found if row is not None), None)
         if some is None:
             return None
         rows = [torch.zeros_like(some) if row is None else row for row in found]
         stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return stacked.unflatten(0, (self.particles.num_estimates, self.particles.num_particles))
+        split = stacked.unflatten(0, (-1, *self.whole_shape[:2]))
+        return split.movedim(0, -1) if self.particles.values else split[0]
 
     def _gather_run(self, run: Sequence[tuple[Site, Tensor]]) -> Tensor:
         """Sum over all plates that are not shared: to ``[particles, *plates]``."""
@@ -175,7 +197,9 @@ class PlateLayout:
         return torch.stack(rows, 1).reshape(total, *self.shape)
 
     def at_site(self, tensor: Tensor, site: Site, particle: int = 0) -> Tensor:
-        """Broadcast ``[M, K, *plates]``, or a looped particle's row, against a site's value."""
+        """Broadcast what has `whole_shape`, or a looped particle's row, against a site's value."""
+        if self.particles.values:
+            tensor = tensor.movedim(-1, 0).flatten(0, 1)
         rows = tensor.flatten(0, 1)
         rows = rows[particle : particle + 1] if self.particles.dim is None else rows
         if self.sequential:

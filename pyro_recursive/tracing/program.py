@@ -22,6 +22,7 @@ from pyro_recursive.tracing.compatibility import (
     check_sizes,
 )
 from pyro_recursive.tracing.enumeration import EnumeratedModel, most_values
+from pyro_recursive.tracing.guide_values import axes_of, number_of_values
 from pyro_recursive.tracing.handlers import DryRun, SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
@@ -217,6 +218,9 @@ def _discover(program: Program) -> ProgramStructure:
         table = SiteTable(program.run_model(guide), guide)
         check_sizes(table)
         num_values = 1
+        for record in table.enumerated_in_guide:
+            check_enumerable(record.site, in_guide=True)
+        guide_values = {r.name: number_of_values(r.site) for r in table.enumerated_in_guide}
         if table.enumerated:
             for record in table.enumerated:
                 check_enumerable(record.site)
@@ -237,6 +241,8 @@ def _discover(program: Program) -> ProgramStructure:
         ranks={record.name: record.site["value"].dim() for record in table.guide},
         sizes=frozenset(size for tensor in tensors for size in tensor.shape),
         num_values=num_values,
+        guide_values=guide_values,
+        value_axes=axes_of(table.enumerated_in_guide),
         devices=frozenset(tensor.device.type for tensor in tensors),
         misfit=misfit,
     )

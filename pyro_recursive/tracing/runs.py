@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief, choose
 from pyro_recursive.tracing.dependence import dependence_of
+from pyro_recursive.tracing.guide_values import GuideValues
 from pyro_recursive.tracing.handlers import ComponentAssignment, ReplacedDraws
 from pyro_recursive.tracing.isolation import ReplayedNoise
 from pyro_recursive.tracing.masks import leave_out_masked
@@ -112,17 +113,20 @@ def _run(
     *,
     max_plate_nesting: float = math.inf,
     vectorize: bool | str = True,
+    by_value: bool = False,
     **options: Any,
 ) -> tuple[Particles, list[ParticleRun]]:
     """Run guide and model for M * K samples, in one pass or one by one; see `_draw`.
 
     ``vectorize`` is True or "auto" for what `tracing.choice` finds, "vmap" for the model under
     `torch.vmap` where all samples run in one pass, and False for a loop. Enumerated latents of the
-    model have all their values at once, in dims left of the particle plate.
+    model have all their values at once, in dims left of the particle plate. ``by_value`` runs all
+    samples for each combination of the values that the guide enumerates, which are sampled
+    otherwise.
     """
-    looped = Particles(num_estimates, num_particles)
-    one_by_one = not vectorize or looped.total == 1
     structure = structure_of(program)
+    looped = Particles(num_estimates, num_particles, values=structure.value_axes * by_value)
+    one_by_one = not vectorize or looped.total == 1
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
     if one_by_one:
@@ -131,19 +135,21 @@ def _run(
         particles = _in_one_pass(program, structure, looped, assumed, vectorize)
     try:
         runs = _draw(program, particles, **_form(structure, assumed), **options)
-        if not _is_outgrown(runs[0].table, particles, structure, assumed):
+        if not _is_outgrown(runs[0].table, particles, structure, assumed, by_value):
             return particles, runs
         problem: Exception = ValueError(f"a plate stands left of the particle plate at {-assumed}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if particles.dim is None and not structure.enumerated:
+        if particles.dim is None and not structure.enumerated and not particles.values:
             raise
         problem = error
     # Plates may depend on the arguments: look at this call's, in a run of one sample.
     fresh = structure_of(program, fresh=True)
     _refuse_misfit(fresh)
     nesting = max(assumed, fresh.max_plate_nesting)
+    looped = replace(looped, values=fresh.value_axes * by_value)
+    one_by_one = not vectorize or looped.total == 1
     again = looped if one_by_one else _in_one_pass(program, fresh, looped, nesting, vectorize)
     if again == particles and _form(fresh, nesting) == _form(structure, assumed):
         if particles.dim is None:
@@ -171,9 +177,15 @@ def _form(structure: ProgramStructure, nesting: int) -> dict[str, Any]:
 
 
 def _is_outgrown(
-    table: SiteTable, particles: Particles, structure: ProgramStructure, nesting: int
+    table: SiteTable,
+    particles: Particles,
+    structure: ProgramStructure,
+    nesting: int,
+    by_value: bool,
 ) -> bool:
     """Whether a run has plates in the way of others, or enumerated sites that were not known."""
+    if by_value and {r.name for r in table.enumerated_in_guide} != structure.guide_values.keys():
+        return True
     if structure.enumerated.issuperset(record.name for record in table.enumerated):
         is_free = particles.dim is None and not structure.enumerated
         return table.nesting > nesting and not is_free
@@ -203,6 +215,9 @@ def _in_one_pass(
             _warn_of_loop(looped, structure.cause)
         return looped
     guide = structure.mode == "vmap guide"
+    if guide and looped.values:
+        _warn_of_loop(looped, "the guide runs under torch.vmap, and enumerates latents")
+        return looped
     model = guide or structure.mode == "vmap" or vectorize == "vmap"
     return replace(looped, dim=-nesting - 1, vmap=model, vmap_guide=guide)
 
@@ -252,6 +267,7 @@ def _draw(
         sharing = _ShareWithinEstimate(
             shared, particles, shared_cuts if replay == "paths" else None
         )
+    enumerated = GuideValues(particles) if particles.values else nullcontext()
     dependence = dependence_of(program) if count > 1 or enum_dim is not None else {}
     key = f"plate of {count} at {particles.dim}"
     if key not in program.memory:  # making one costs a sample statement
@@ -260,6 +276,8 @@ def _draw(
     for particle in range(count if looped else 1):
         if isinstance(sharing, _ShareWithinEstimate):
             sharing.particle = particle
+        if isinstance(enumerated, GuideValues):
+            enumerated.particle = particle
         if assignment is not None:
             assignment.particle = particle if looped else None
         noise = ReplayedNoise() if replay != "none" else nullcontext()
@@ -275,7 +293,7 @@ def _draw(
                 if replay != "none":
                     guide = run_guide(_stand_ins(guide, particle, replay, cuts)[0], noise)
             else:
-                with plate, sharing, noise:
+                with enumerated, plate, sharing, noise:
                     guide = program.run_guide(subsample)
                 if replay != "none":
                     drawn = guide
@@ -292,8 +310,9 @@ def _draw(
                     model = program.run_model(source, enum_dim)
         if subsample is None and looped:
             subsample = subsample_sites(guide, model)
+        table = SiteTable(model, guide, by_value=bool(particles.values))
         found = cuts, model_cuts, [] if runs else shared_cuts
-        runs.append(ParticleRun(model, guide, SiteTable(model, guide), *found))
+        runs.append(ParticleRun(model, guide, table, *found))
     if count == 1 and any(record.group == "score" for record in runs[0].table.guide):
         dependence = dependence_of(program)
     for run in runs:
@@ -428,13 +447,13 @@ class _ShareWithinEstimate(Messenger):
         return kept
 
     def _shared(self, name: str, value: Tensor, event_dim: int, is_drawn: bool) -> Tensor:
-        M, K = self.particles.num_estimates, self.particles.num_particles
+        K = self.particles.num_particles
         if self.particles.dim is None:
             if self.particle % K == 0:
                 self.first[name] = self._cut(value) if is_drawn else value
             return self.first[name]
         dim = value.dim() + self.particles.dim - event_dim
-        split = value.unflatten(dim, (M, K))
+        split = value.unflatten(dim, (-1, K))
         value = split.narrow(dim + 1, 0, 1).expand_as(split).flatten(dim, dim + 1)
         return self._cut(value) if is_drawn else value
 

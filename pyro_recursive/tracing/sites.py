@@ -42,10 +42,11 @@ class SiteRecord:
     """A sample site that has a density.
 
     ``group`` is "model" for the model's sites; those of the guide are "density" where they are
-    reparameterised, "score" where they are sampled otherwise, and "jacobian" where they are
-    computed from other sites. ``plates`` are the frames of its plates by name, ``row_plates`` those
-    whose entries have densities of their own, both without the particle plate, ``sizes`` the sizes
-    of all by dim. The site or its distribution may have a mask, and one of its plates a subsample.
+    reparameterised, "score" where they are sampled otherwise, "jacobian" where they are computed
+    from other sites, and "values" where each of their values has samples of its own. ``plates`` are
+    the frames of its plates by name, ``row_plates`` those whose entries have densities of their
+    own, both without the particle plate, ``sizes`` the sizes of all by dim. The site or its
+    distribution may have a mask, and one of its plates a subsample.
     """
 
     name: str
@@ -87,10 +88,11 @@ class SiteTable:
 
     ``model`` and ``guide`` have the sites with a density; ``nesting`` is how many dims to the right
     the plates of both traces use, the particle plate aside. ``dependence`` has the plates whose
-    entries were tested for independence.
+    entries were tested for independence. With ``by_value`` the guide ran on each value of its
+    enumerated latents; otherwise it sampled them.
     """
 
-    def __init__(self, model: poutine.Trace, guide: poutine.Trace) -> None:
+    def __init__(self, model: poutine.Trace, guide: poutine.Trace, by_value: bool = False) -> None:
         self.traces = model, guide
         self.model: list[SiteRecord] = []
         self.guide: list[SiteRecord] = []
@@ -117,6 +119,8 @@ class SiteTable:
                     group = "density" if has_rsample else "score"
                     if isinstance(base, dist.Delta) or (site["is_observed"] and has_rsample):
                         group = "jacobian"
+                    if by_value and is_marked_in_guide(site):
+                        group = "values"
                 rows = plates
                 if packed := infer.get(PACKED):
                     rows = {name: frame for name, frame in plates.items() if name not in packed}
@@ -139,6 +143,11 @@ class SiteTable:
             and record.name not in guided
         ]
 
+    @property
+    def enumerated_in_guide(self) -> list[SiteRecord]:
+        """The guide's latents that are to be enumerated, see `is_marked_in_guide`."""
+        return [record for record in self.guide if is_marked_in_guide(record.site)]
+
     def note(self, dependence: dict[str, PlateDependence]) -> None:
         """Note what is known of plates: entries that depend on each other are no rows."""
         self.dependence = dependence
@@ -151,6 +160,16 @@ class SiteTable:
         """The plates whose entries depend on each other, and a site that shows it."""
         found = self.dependence.items()
         return {name: each.coupled[0] for name, each in found if each.coupled}
+
+
+def is_marked_in_guide(site: Site) -> bool:
+    """Whether a guide's latent is marked for enumeration.
+
+    Marks of auxiliary sites have no effect: the model has no density of their values.
+    """
+    infer = site["infer"]
+    is_latent = not site["is_observed"] and not infer.get("is_auxiliary")
+    return is_latent and bool(infer.get("enumerate"))
 
 
 def with_plate_sizes(trace: poutine.Trace) -> poutine.Trace:

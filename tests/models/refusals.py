@@ -46,10 +46,20 @@ def enumerated(x: Tensor, **infer: Any) -> Tensor:
     return k
 
 
-def enumerated_guide(x: Tensor) -> None:
+def enumerated_guide(x: Tensor, is_global: bool = False) -> None:
+    """Enumerate a latent of each row, given one that is sampled."""
+    z = normal("z", real("loc", 0.2), 1.0) if is_global else 0.0
     with pyro.plate("data", len(x)):
-        k = dist.Bernoulli(logits=real("a", 0.4) * x)
+        z = z if is_global else normal("z", real("loc", 0.2), 1.0)
+        k = dist.Bernoulli(logits=real("a", 0.4) * z)
         pyro.sample("k", k, infer={"enumerate": "parallel"})
+
+
+def enumerated_below(x: Tensor, is_global: bool = False) -> None:
+    z = normal("z", 0.0, 1.0) if is_global else 0.0
+    with pyro.plate("data", len(x)):
+        z = z if is_global else normal("z", 0.0, 1.0)
+        observe(pyro.sample("k", dist.Bernoulli(0.35)) + z, x)
 
 
 def enumerated_branch(x: Tensor) -> None:
@@ -171,7 +181,18 @@ REFUSALS = [
         ("batch", batch_without_plate, batch_without_plate_guide, NO_PLATE.format("z")),
         ("data", data_without_plate, scalar_guide, NO_PLATE.format("x")),
         ("mask", mask_without_plate, poutine.mask(scalar_guide, mask()), NO_PLATE.format("z")),
-        ("enumerated_in_guide", enumerated, enumerated_guide, "Guide site 'k' is enumerated"),
+        (
+            "enumerated_given",
+            enumerated_below,
+            enumerated_guide,
+            "'k' is enumerated given a sample",
+        ),
+        (
+            "enumerated_below",
+            partial(enumerated_below, is_global=True),
+            partial(enumerated_guide, is_global=True),
+            r"Guide site 'k' is enumerated in plates \['data'\], and the weights have plates \[\]",
+        ),
         ("enumerated_branch", enumerated_branch, empty_guide, "'k0' is enumerated and the .*branc"),
         ("enumerated_samples", partial(enumerated, num_samples=4), empty_guide, "num_samples': 4}"),
         ("enumerated_counts", enumerated_counts, empty_guide, "'k' .*Poisson has no finite"),
