@@ -14,7 +14,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import Results, finish, hardware, table, write_json
+from benchmarks.report import Results, finish, table, write_json
 from benchmarks.run import base_parser, parse, stored
 from benchmarks.tasks.encoded import MODELS, Encoded
 from pyro_recursive import MIWAE_ELBO, AmortizedGuide, fit
@@ -50,7 +50,6 @@ def main(arguments: list[str]) -> None:
         if str(seed) not in found:
             found[str(seed)] = elbo_after(MODELS[name], start, settings, seed)
             write_json(folder / "results.json", results)
-    results["hardware"] = hardware()
     finish(results, folder / "results.json", report(results))
 
 

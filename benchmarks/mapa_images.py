@@ -58,7 +58,6 @@ from benchmarks.report import (
     Runs,
     figure,
     finish,
-    hardware,
     spread,
     table,
     with_error,
@@ -108,7 +107,6 @@ def main(arguments: list[str]) -> None:
     settings, folder = ImageSettings.of(options, epochs=epochs, **widths), Path(options.output)
     data = image_data(settings, options)
     results = stored(folder, asdict(settings), options.resume, "runs")
-    results["hardware"] = hardware()
     pictures: dict[str, Picture] = {}
     for seed, latents, name in tqdm(
         list(product(options.seeds, options.latents, options.methods)), desc="runs"

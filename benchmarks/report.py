@@ -34,6 +34,17 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def check_machine(known: dict[str, Any], path: Path) -> None:
+    """Exit where results in a file are of another machine: their times would not compare."""
+    here = hardware()
+    for key in ("processor", "cores", "gpu", "torch"):
+        if known[key] != here[key]:
+            raise SystemExit(
+                f"{path} was measured with {key} {known[key]}, and this is {here[key]}: give "
+                "another --output"
+            )
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -19,7 +19,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.report import Results, finish, hardware, write_json
+from benchmarks.report import Results, check_machine, finish, hardware, write_json
 from pyro_recursive import IWAE_ELBO, fit
 from pyro_recursive.datasets import fixed_binarize
 from pyro_recursive.evaluation import importance_weights
@@ -159,7 +159,6 @@ class Experiment:
             write_json(self.path, self.results)
         for key, of_methods in (("runs", runs), ("diverged", diverged)):
             self.results[key] = {n: of_methods[n] for n in self.methods if of_methods.get(n)}
-        self.results["hardware"] = hardware()
 
     def _train(self, method: Method, name: str, seed: int, known: dict[str, Any]) -> None:
         """Train one method; add its history and processor time to ``known``."""
@@ -342,7 +341,7 @@ def parse(
 
 
 def stored(folder: Path, settings: dict[str, Any], resume: bool, key: str) -> Results:
-    """Return the results of an interrupted run, or none; exit where their settings are others."""
+    """Return the results of an interrupted run, or none; exit for other settings or machines."""
     path = folder / "results.json"
     if resume and path.exists():
         results: Results = json.loads(path.read_text())
@@ -351,9 +350,10 @@ def stored(folder: Path, settings: dict[str, Any], resume: bool, key: str) -> Re
                 f"{path} holds a run with {results['settings']}, not {settings}: "
                 "give the same options to resume it, or another --output"
             )
+        check_machine(results["hardware"], path)
         return results
     for checkpoint in folder.glob("*.pt"):  # of a run that is not to be resumed
         checkpoint.unlink()
-    fresh: Results = {"settings": settings, key: {}}
+    fresh: Results = {"settings": settings, "hardware": hardware(), key: {}}
     write_json(path, fresh)  # from here on there is something to resume
     return fresh

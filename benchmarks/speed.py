@@ -6,8 +6,8 @@ the start of what has another random stream within 5 standard errors. Methods ar
 in one process; factors are medians of those within a repeat. Without the packages of extra
 `numpyro` its rows are left out.
 
-A run adds its models to the results in the output folder, so that all may be measured in parts:
-other --groups, --models or --threads. --groups without a name only writes the report.
+A run adds its models to the results in the output folder, so that all may be measured in parts on
+one machine: other --groups, --models or --threads. --groups without a name only writes the report.
 """
 
 import json
@@ -41,12 +41,25 @@ from benchmarks.methods.steps import (
     Steps,
     make,
 )
-from benchmarks.report import Results, figure, finish, hardware, name_rows, table, write_json
+from benchmarks.report import (
+    Results,
+    check_machine,
+    figure,
+    finish,
+    hardware,
+    name_rows,
+    table,
+    write_json,
+)
 from benchmarks.run import base_parser, parse, peak_megabytes
 from benchmarks.tasks.timed import GROUPS, GROWTH, MAIN, MANY, Timed
 from pyro_recursive import CompiledSVI, log_marginal
 
-COSTS = {"classical": list(GROUPS["classical"]), "VAE": ["20 x 1", "20 x 8", "100 x 8"]}
+COSTS = {
+    "classical": list(GROUPS["classical"]),
+    "VAE": ["20 x 1", "20 x 8", "100 x 8"],
+    "enumerated": list(GROUPS["enumerated"]),
+}
 SHORT = {"classical": ["eight schools", "logistic", "30 sites"], "VAE": ["20 x 1", "100 x 8"]}
 SUMMARY = [PYRO, "CompiledSVI.step", "CompiledSVI.run", "NumPyro scan", "hand-written, compiled"]
 EVALUATION = {  # columns of the table of costs, by their titles
@@ -84,9 +97,10 @@ def main(arguments: list[str]) -> None:
     parts = [(group, name) for group in options.groups for name in _names(group, options)]
     with prepared(options.threads, options.device):
         for group, name in tqdm(parts):
-            found = results.setdefault(str(options.threads), {}).setdefault(group, {})
+            known = results.setdefault(str(options.threads), {"hardware": hardware()})
+            check_machine(known["hardware"], path)
+            found = known.setdefault(group, {})
             found[name] = costs(name) if group == "costs" else timed(group, name, options)
-            results[str(options.threads)]["hardware"] = hardware()
             write_json(path, results)
     text, folder = report(results), path.parent
     (folder / "tables.md").write_text(f"{text}\n")
@@ -235,8 +249,8 @@ def costs(name: str) -> dict[str, Any]:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         cold, warm = (_alone(threads, name, "CompiledSVI.run", folder) for _ in range(2))
-        eager = _alone(threads, name, PYRO, folder)
-    return {"cold": cold, "warm": warm, "eager": eager}
+        eager, own = (_alone(threads, name, each, folder) for each in (PYRO, "eager, SVI"))
+    return {"cold": cold, "warm": warm, "eager": eager, "own": own}
 
 
 def _alone(threads: int, *args: str) -> dict[str, float]:
@@ -318,7 +332,8 @@ def _of_threads(threads: str, results: Results) -> Iterator[str]:
         yield table(["", "method", "from", "to", "ms", "exponent"], list(_growth(curves)))
     if "costs" in found:
         yield "Compiling and memory"
-        header = ["model", "cold, s", "warm, s", "compiled, MB", "Pyro, MB", *EVALUATION]
+        memory = ["compiled, MB", "eager, MB", "Pyro, MB"]
+        header = ["model", "cold, s", "warm, s", *memory, *EVALUATION]
         yield table(header, [_cost_row(*each) for each in found["costs"].items()])
 
 
@@ -385,9 +400,10 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
 
 def _cost_row(name: str, found: dict[str, Any]) -> list[str]:
     cold, warm, eager = (found[key] for key in ("cold", "warm", "eager"))
-    own = [f"{each['megabytes']:.0f}" for each in (warm, eager)]
+    runs = [found.get(key) for key in ("warm", "own", "eager")]
+    memory = [f"{each['megabytes']:.0f}" if each else "-" for each in runs]
     evaluation = [f"{eager[key]:.3g}" if key in eager else "-" for key in EVALUATION.values()]
-    return [name, f"{cold['seconds']:.1f}", f"{warm['seconds']:.1f}", *own, *evaluation]
+    return [name, f"{cold['seconds']:.1f}", f"{warm['seconds']:.1f}", *memory, *evaluation]
 
 
 # Plots.

@@ -18,7 +18,7 @@ import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO, autoguide
 from tqdm import tqdm
 
-from benchmarks.report import Results, finish, hardware, table, write_json
+from benchmarks.report import Results, finish, table, write_json
 from benchmarks.run import base_parser, parse, stored
 from benchmarks.tasks.classical import MODELS
 from pyro_recursive import (
@@ -120,7 +120,6 @@ def main(arguments: list[str]) -> None:
         if str(seed) not in found:
             found[str(seed)] = elbo_after(MODELS[of_model], METHODS[name], settings, seed)
             write_json(folder / "results.json", results)
-    results["hardware"] = hardware()
     finish(results, folder / "results.json", report(results))
 
 

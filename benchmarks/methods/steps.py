@@ -11,8 +11,10 @@ from pyro.infer import (
     ELBO,
     SVI,
     JitTrace_ELBO,
+    JitTraceEnum_ELBO,
     RenyiELBO,
     Trace_ELBO,
+    TraceEnum_ELBO,
     TraceMeanField_ELBO,
 )
 from torch import Tensor
@@ -65,18 +67,26 @@ def checked(timed: Timed, setting: Setting) -> Steps:
 
 
 def of_pyro(timed: Timed, kind: Callable[..., ELBO] | None = None) -> ELBO:
-    """Return a loss of Pyro; by default, that of the bound: Trace_ELBO or RenyiELBO."""
+    """Return a loss of Pyro; by default, that of the bound: Trace_ELBO or RenyiELBO.
+
+    TraceEnum_ELBO has the mean of as many ELBOs, as Pyro has no other loss that sums latents.
+    """
     options: dict[str, Any] = {"num_particles": timed.particles}
     if timed.particles > 1:
-        options |= {"vectorize_particles": True, "max_plate_nesting": 1}
-    if kind is None:
+        options |= {"vectorize_particles": True}
+    if timed.enumerated and kind in (Trace_ELBO, TraceMeanField_ELBO):
+        raise NotApplicable("sums no latents")
+    if kind is None and timed.enumerated:
+        kind = TraceEnum_ELBO
+    elif kind is None:
         kind = partial(RenyiELBO, alpha=0.0) if timed.particles > 1 else Trace_ELBO
     return kind(**options)
 
 
 def jit(timed: Timed) -> ELBO:
     """Return Pyro's loss that torch.jit traces."""
-    return of_pyro(timed, partial(JitTrace_ELBO, ignore_jit_warnings=True))
+    kind = JitTraceEnum_ELBO if timed.enumerated else JitTrace_ELBO
+    return of_pyro(timed, partial(kind, ignore_jit_warnings=True))
 
 
 def fused(timed: Timed, setting: Setting) -> Steps:

@@ -156,7 +156,7 @@ def latent_dirichlet_allocation() -> Example:
                 topic = pyro.sample("topic", dist.Categorical(shares), infer=PARALLEL)
                 pyro.sample("word", dist.Categorical(topics[topic]), obs=words)
 
-    return Example(model, _guides_without(model, "topic"), (words,))
+    return _summed(model, "topic", words)
 
 
 def gaussian_mixture() -> Example:
@@ -171,7 +171,7 @@ def gaussian_mixture() -> Example:
             component = pyro.sample("component", dist.Categorical(shares), infer=PARALLEL)
             pyro.sample("x", dist.Normal(locs[component], 1.0), obs=x)
 
-    return Example(model, _guides_without(model, "component"), (x,))
+    return _summed(model, "component", x)
 
 
 def hidden_markov() -> Example:
@@ -189,7 +189,7 @@ def hidden_markov() -> Example:
                 state = pyro.sample(f"state_{step}", fn, infer=PARALLEL)
                 pyro.sample(f"x_{step}", dist.Normal(locs[state], 1.0), obs=x[:, step])
 
-    return Example(model, _guides_without(model, "state_.*"), (x,))
+    return _summed(model, "state_.*", x)
 
 
 def capture_recapture() -> Example:
@@ -208,16 +208,17 @@ def capture_recapture() -> Example:
                 chance = dist.Bernoulli(detection * alive)
                 pyro.sample(f"seen_{year}", chance, obs=seen[:, year])
 
-    return Example(model, _guides_without(model, "alive_.*"), (seen,))
+    return _summed(model, "alive_.*", seen)
 
 
-def _guides_without(model: Callable, hidden: str) -> dict[str, Callable[[], Any]]:
-    """Return guides of all but the enumerated sites, whose names match a pattern."""
+def _summed(model: Callable, hidden: str, data: Tensor) -> Example:
+    """Return an example whose enumerated sites, with names of a pattern, guides leave out."""
     blocked = poutine.block(model, hide_fn=lambda site: bool(re.fullmatch(hidden, site["name"])))
-    return {
+    guides: dict[str, Callable[[], Any]] = {
         "AutoNormal": lambda: AutoNormal(blocked),
         "AmortizedGuide": lambda: AmortizedGuide(model),
     }
+    return Example(model, guides, (data,), enumerated=True)
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {

@@ -13,3 +13,4 @@ class Example:
     guides: Mapping[str, Callable[[], Any]]
     args: tuple = ()
     rate: float = 0.02  # of ClippedAdam
+    enumerated: bool = False  # whether a latent is summed out, as TraceEnum_ELBO does

@@ -15,6 +15,7 @@ from pyro.infer import ELBO, autoguide
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
+from benchmarks.tasks import enumerated
 from benchmarks.tasks.images import VAE
 from pyro_recursive import (
     IWAE_ELBO,
@@ -49,6 +50,7 @@ class Timed:
     by_hand: ByHand | None = None
     in_numpyro: Callable[[Any], Programs] | None = None
     many: int = MANY  # steps in a call that takes several
+    enumerated: bool = False  # whether the model has enumerated latents
 
 
 # Models of Pyro and NumPyro: `ppl` is either.
@@ -285,6 +287,19 @@ def autoencoder(batch: int, particles: int) -> Timed:
     )
 
 
+def summed(kind: str, particles: int) -> Timed:
+    """Return a model with enumerated latents, and K weights of each row."""
+
+    def programs(name: str) -> Programs:
+        own = enumerated.PROGRAMS[kind](name)
+        return own.model, own.guide
+
+    loss = partial(IWAE_ELBO, particles)
+    many = max(4, 64 // particles)
+    args = (enumerated.data(kind),)
+    return Timed(programs, args, particles, loss, many=many, enumerated=True)
+
+
 def of_schools(guide: Callable[[Callable, str], Any], loss: Callable[[], ELBO] = ONE_DRAW) -> Timed:
     """Return eight schools under a guide and a loss."""
     model = partial(eight_schools, pyro)
@@ -362,6 +377,11 @@ GROUPS: dict[str, dict[str, Callable[[], Timed]]] = {
         for batch in (20, 100, 500)
         for particles in (1, 8, 64)
     },
+    "enumerated": {
+        f"{kind} x {particles}": partial(summed, kind, particles)
+        for kind in enumerated.PROGRAMS
+        for particles in (1, 8, 64)
+    },
     "guides": GUIDES,
     "K": {
         str(k): _under(partial(IWAE_ELBO, k, estimator="dreg")) for k in (1, 4, 16, 64, 256, 1024)
@@ -374,5 +394,5 @@ GROUPS: dict[str, dict[str, Callable[[], Timed]]] = {
     },
     "rows": {str(rows): partial(regression, rows) for rows in (100, 1000, 10_000, 100_000)},
 }
-MAIN = ("classical", "VAE")
+MAIN = ("classical", "VAE", "enumerated")
 GROWTH = ("K", "M", "batch", "components", "rows")

@@ -65,6 +65,18 @@ def test_a_vae_by_hand_has_the_loss_of_the_package() -> None:
     assert found.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", ["GMM", "HMM", "LDA"])
+def test_sums_of_one_sample_have_the_loss_of_pyro(kind: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    task, found = GROUPS["enumerated"][f"{kind} x 1"](), []
+    for method in (PYRO, "eager, SVI"):
+        steps = make(method, task, Setting(method, lr=0.0))
+        steps.call()  # finds the structure of the programs
+        pyro.set_rng_seed(1)
+        found.append(steps.call())
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
+
+
 @pytest.mark.quick("eager, one fused Adam")
 @pytest.mark.parametrize("method", ["CompiledSVI.step", "eager, one fused Adam"])
 def test_methods_take_the_steps_of_svi(method: str) -> None:
@@ -105,6 +117,16 @@ def test_parts_are_merged_and_reported(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     run(tmp_path, "--groups")
     assert (tmp_path / "tables.md").read_text() == tables
+
+
+@pytest.mark.slow
+def test_results_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
+    part = ("--groups", "M", "--models", "1", "--methods", "eager, SVI")
+    run(tmp_path, *part)
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace('"cores"', '"cores": 0, "before"'))
+    with pytest.raises(SystemExit, match="was measured with cores 0"):
+        run(tmp_path, *part)
 
 
 @pytest.mark.slow
