@@ -124,6 +124,20 @@ def schools() -> None:
         )
 
 
+def centred_schools() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, torch.tensor(ERRORS)), obs=torch.tensor(EFFECTS))
+
+
+def test_a_funnel_is_left_soon_and_told_by_k_hat() -> None:
+    guide = pathfinder(centred_schools)
+    assert guide.report.pareto_k > 0.7
+    assert guide.report.num_gradients < 1400
+
+
 X = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64)
 Y = 1.5 + 0.7 * X + 0.4 * torch.sin(12 * X)
 

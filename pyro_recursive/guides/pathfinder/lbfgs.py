@@ -14,7 +14,8 @@ MEMORY = 6  # pairs of steps and changes of the gradient
 ITERATIONS = 1000
 TRIALS = 30  # of the length of a step
 DECREASE, CURVATURE = 1e-4, 0.9  # of Wolfe's conditions
-SMALL_DECREASE, SMALL_GRADIENT = 2.2e-9, 1e-5  # at which a path ends, as in SciPy
+SMALL_DECREASE, SMALL_GRADIENT = 1e-13, 1e-5  # at which a path ends; the first is relative
+STEEP = 1e3  # times the gradient at the start, at which a path has no end
 CURVED = 1e-12  # least s'z / z'z of a pair that is kept
 
 
@@ -45,9 +46,10 @@ def minimise(
 ) -> Paths:
     """Minimise a function from each of the starts ``[I, D]``.
 
-    Values that are not finite count as infinite. A path ends where value or gradient are small by
-    SciPy's defaults, or where no step lowers the value. Once three quarters of the paths have
-    ended, the others go on for as many iterations as that took.
+    Values that are not finite count as infinite. A path ends where decrease or gradient are small,
+    where no step lowers the value, or where the gradient is 1,000 times that at the start, as on
+    the way to a point where the value has no bound (a funnel). Once three quarters of the paths
+    have ended, the others go on for as many iterations as that took.
     """
     x, count = starts, len(starts)
     value, grad = objective(x)
@@ -57,6 +59,7 @@ def minimise(
     still = torch.zeros(count, dtype=torch.bool, device=x.device)
     record = [(x, value, grad, diagonal, still, still)]
     running = value.isfinite() & grad.isfinite().all(-1)
+    steepest = STEEP * grad.abs().amax(-1)
     last = iterations
     for iteration in range(1, iterations + 1):
         left = int(running.sum())
@@ -81,10 +84,9 @@ def minimise(
         unit = torch.where(kept, along / change, unit)
         diagonal = torch.where(kept[:, None], _diagonal(diagonal, s, z), diagonal)
         size = torch.maximum(value.abs(), new[1].abs()).clamp(min=1.0)
-        is_small = (value - new[1] <= SMALL_DECREASE * size) | (
-            new[2].abs().amax(-1) <= SMALL_GRADIENT
-        )
-        running = running & moved & ~is_small
+        slope = new[2].abs().amax(-1)
+        has_ended = (value - new[1] <= SMALL_DECREASE * size) | (slope <= SMALL_GRADIENT)
+        running = running & moved & ~has_ended & (slope <= steepest)
         x, value, grad = new
         record.append((x, value, grad, diagonal, moved, kept))
     points, values, gradients, diagonals, moved_at, kept_at = zip(*record, strict=True)
