@@ -24,6 +24,7 @@ from pyro_recursive.evaluation import (
 from pyro_recursive.evaluation.draws import SiteDraws
 from pyro_recursive.evaluation.enumerated import with_enumerated
 from pyro_recursive.evaluation.model_runs import ModelRuns, run_on_draws
+from pyro_recursive.mapa import Empiricalized, GridCodes
 from pyro_recursive.tracing.compatibility import log_prob_of
 from pyro_recursive.tracing.sites import sites, unmasked
 from tests.models.enumerated import ENUMERATED, PARALLEL, Enumerated, gmm
@@ -255,6 +256,30 @@ def test_a_support_of_one_value() -> None:
 
     draws = posterior_draws(model, ROW["gmm"].guide, data(), num_draws=5)
     assert draws["y"].tolist() == [[0] * 4] * 5
+
+
+def test_codes_in_place_of_a_latent() -> None:
+    """Their index is drawn, and the latent computed from it; the data are those of a mixture."""
+    decoder, x = torch.nn.Linear(1, 2), torch.tensor([[0.4, -0.2], [0.0, 0.3]])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
+
+    topographic = Empiricalized(model, GridCodes(3))
+    draws = posterior_draws(topographic, lambda x: None, x, num_draws=4000)
+    codes = topographic.codes()
+    likely = dist.Normal(decoder(codes), 0.5).to_event(1).log_prob(x.unsqueeze(1)).detach()
+    joint = topographic.codes.log_weights.detach() + likely
+    p, index = joint.softmax(-1), torch.nn.functional.one_hot(draws["z_index"], 3)
+    error = (p * (1 - p) / 4000).sqrt()
+    assert ((index.double().mean(0) - p).abs() < 4.5 * error).all()
+    torch.testing.assert_close(draws["z"], codes.detach()[draws["z_index"]])
+    found = log_likelihoods(topographic, draws, x)
+    assert set(found.sites) == {"x"}
+    weights = topographic.codes.log_weights.logsumexp(0)
+    torch.testing.assert_close(found["x"], (joint.logsumexp(-1) - weights).detach().expand(4000, 2))
 
 
 def test_impossible_values_are_not_drawn() -> None:
