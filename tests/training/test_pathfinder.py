@@ -104,6 +104,26 @@ def test_two_modes_have_half_of_the_mass_each(seed: int) -> None:
     assert weights.pareto_k < 0.7
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modes_have_their_masses_and_scales(seed: int) -> None:
+    """However many paths find each of two Gaussians with masses of 0.8 and 0.2."""
+    torch.manual_seed(seed)
+    means, scales = torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.5, 0.3], [0.2, 0.6]])
+    shares = torch.tensor([0.8, 0.2]).log()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        terms = dist.Normal(means, scales).log_prob(z[..., None, :]).sum(-1)
+        pyro.factor("mixture", (terms + shares).logsumexp(-1))
+
+    guide = pathfinder(model, paths=8)
+    assert guide.report.weights == pytest.approx((0.8, 0.2), abs=0.02)
+    assert guide.report.elbo == pytest.approx(0.0, abs=0.01)
+    params = torch.stack([component.free_global.detach() for component in guide.components])
+    torch.testing.assert_close(params[:, :2], means, atol=0.01, rtol=0.0)
+    torch.testing.assert_close(params[:, 2:4].exp(), scales, atol=0.01, rtol=0.0)
+
+
 @pytest.mark.slow
 def test_all_labels_are_found() -> None:
     problem = labels()

@@ -14,7 +14,7 @@ MEMORY = 6  # pairs of steps and changes of the gradient
 ITERATIONS = 1000
 TRIALS = 30  # of the length of a step
 DECREASE, CURVATURE = 1e-4, 0.9  # of Wolfe's conditions
-SMALL_DECREASE, SMALL_GRADIENT = 1e-13, 1e-5  # at which a path ends; the first is relative
+SMALL_DECREASE, SMALL_GRADIENT = 1e-12, 1e-5  # at which a path ends; the first is relative
 STEEP = 1e3  # times the gradient at the start, at which a path has no end
 CURVED = 1e-12  # least s'z / z'z of a pair that is kept
 
