@@ -116,7 +116,7 @@ def test_modes_have_their_masses_and_scales(seed: int) -> None:
         terms = dist.Normal(means, scales).log_prob(z[..., None, :]).sum(-1)
         pyro.factor("mixture", (terms + shares).logsumexp(-1))
 
-    guide = pathfinder(model, paths=8)
+    guide = pathfinder(model, paths=16)
     assert guide.report.weights == pytest.approx((0.8, 0.2), abs=0.02)
     assert guide.report.elbo == pytest.approx(0.0, abs=0.01)
     params = torch.stack([component.free_global.detach() for component in guide.components])
