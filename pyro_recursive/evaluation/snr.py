@@ -17,6 +17,7 @@ from pyro_recursive.evaluation.calls import checked, sampling
 from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.isolation import SharedNoise, isolated, restored_random_state
+from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.tracing.program import Program
 
 FEWEST = 10  # draws of a gradient
@@ -184,8 +185,8 @@ def _draws_of_gradient(
         for _ in range(num_draws):
             with isolated(model, guide, noise=SharedNoise()), torch.enable_grad(), seen:
                 loss.loss_and_grads(model, guide, *program.args, **program.kwargs)
-            for name, site in seen.trace.nodes.items():
-                names.setdefault(site["value"].unconstrained(), name)
+            for name, parameter in parameters_in(seen.trace).items():
+                names.setdefault(parameter, name)
             draws.append({p: p.grad for p in names if p.grad is not None})
             for parameter in names:
                 parameter.grad = None

@@ -34,6 +34,7 @@ from pyro_recursive.losses.mixture import (
 )
 from pyro_recursive.losses.surrogate import finite, surrogate
 from pyro_recursive.tracing.densities import weighted
+from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import GrowingMixture
 
@@ -159,7 +160,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         """Return the value of `differentiable_loss`, and add its gradients to the parameters'."""
         with poutine.trace(param_only=True) as seen:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        parameters = [site["value"].unconstrained() for site in seen.trace.nodes.values()]
+        parameters = list(parameters_in(seen.trace).values())
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None

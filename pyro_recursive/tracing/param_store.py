@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -24,6 +25,11 @@ _OWNERS: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
 def unconstrained(value: Any) -> Tensor:
     """Return the leaf of a parameter; under module_local_params the value is that leaf."""
     return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def parameters_in(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Return the leaves of the parameters in a trace of ``param_only=True``, by their names."""
+    return {name: unconstrained(site["value"]) for name, site in trace.nodes.items()}
 
 
 def claim_name(guide: PyroModule) -> bool:

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Generator, Tensor
 from torch.nn import Module
 
-from pyro_recursive.tracing.param_store import unconstrained
+from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.training import checkpoint
 
 Owner = Literal["guide", "model"]
@@ -34,8 +34,7 @@ class TrainedParameters:
         """Add the parameters of a trace that are new, under their first name; return them."""
         known = {id(parameter) for parameter in self.by_name.values()}
         new = list[Tensor]()
-        for name, site in trace.nodes.items():
-            parameter = unconstrained(site["value"])
+        for name, parameter in parameters_in(trace).items():
             if id(parameter) not in known:
                 known.add(id(parameter))
                 new.append(parameter)
@@ -44,7 +43,7 @@ class TrainedParameters:
 
     def sort(self, guide: poutine.Trace) -> None:
         """Find the guide's parameters: those of a trace of the guide, also if shared."""
-        seen = {id(unconstrained(site["value"])) for site in guide.nodes.values()}
+        seen = set(map(id, parameters_in(guide).values()))
         self.of_guide |= {name for name, tensor in self.by_name.items() if id(tensor) in seen}
         self.num_sorted = len(self.by_name)
         if not self.of_guide or len(self.of_guide) == len(self.by_name):

@@ -13,7 +13,7 @@ from pyro_recursive.tracing.graphs.host_reads import ReadValues
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 from pyro_recursive.tracing.isolation import restored_random_state
-from pyro_recursive.tracing.param_store import unconstrained
+from pyro_recursive.tracing.param_store import parameters_in
 
 
 @dataclass
@@ -72,8 +72,7 @@ def trace_gradients(
     # Checkpoints run parts of the loss again for the gradients: with the same checks of arguments.
     with validation_enabled(False), poutine.trace(param_only=True) as captured:
         recorder, value = recorded(loss)
-        sites = captured.trace.nodes.values()
-        known = [*(unconstrained(site["value"]) for site in sites), *others]
+        known = [*parameters_in(captured.trace).values(), *others]
         parameters, zero_gradient, no_gradient = _leaves(known, value)
 
     def run() -> list[Tensor]:

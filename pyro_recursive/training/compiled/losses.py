@@ -11,7 +11,7 @@ from pyro.infer import ELBO, ReweightedWakeSleep
 from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
-from pyro_recursive.tracing.param_store import unconstrained
+from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.tracing.protocols import StagedLoss
 
 ENDLESS = 2**31  # steps
@@ -61,8 +61,7 @@ def _from_gradients(
     try:
         with poutine.trace(param_only=True) as captured:
             value: Any = loss.loss_and_grads(model, guide, *args, **kwargs)
-        sites = captured.trace.nodes.values()
-        leaves = _leaves(site["value"] for site in sites)
+        leaves = _leaves(parameters_in(captured.trace).values())
         reached = [each for each in leaves if each.grad is not None]
         gradients = [each.grad for each in reached]
     finally:
@@ -71,10 +70,9 @@ def _from_gradients(
     return _WithGradients.apply(torch.as_tensor(value), gradients, *reached)
 
 
-def _leaves(values: Iterable[Any]) -> list[Tensor]:
-    """Return the leaves of parameters that need a gradient, each once."""
-    found = map(unconstrained, values)
-    return list({id(each): each for each in found if each.requires_grad}.values())
+def _leaves(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters that need a gradient, each once."""
+    return list({id(each): each for each in parameters if each.requires_grad}.values())
 
 
 class _WithGradients(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.graphs.calls import Call
-from pyro_recursive.tracing.param_store import unconstrained
+from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName, check_engine
 from pyro_recursive.training.compiled.flat import owner_in
@@ -126,8 +126,7 @@ class CompiledSVI:
     def _eager(self, call: Call) -> Tensor:
         with poutine.trace(param_only=True) as captured:
             loss = self.loss.loss_and_grads(self.model, self.guide, *call.args, **call.kwargs)
-        sites = captured.trace.nodes.values()
-        parameters = dict.fromkeys(unconstrained(site["value"]) for site in sites)
+        parameters = dict.fromkeys(parameters_in(captured.trace).values())
         if isinstance(self.optim, PyroOptim):
             self.optim(parameters)
         else:
