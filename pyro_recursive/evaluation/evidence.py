@@ -171,7 +171,7 @@ def results_in_chunks(
         layout = layout_of(particles, [run.table for run in runs])
         if particles.values and outside_of_plates(runs[0].table, layout) is not None:
             by_value = False
-            return run(passes, count)
+            return passes.run(passes, count)  # not by its own name: that would be a cycle
         if not minibatch:
             check_match(runs[0].table, layout.max_plate_nesting)
             check_likelihood(runs[0].model)
