@@ -72,8 +72,8 @@ def stacked(
     batch = (total, *(sizes.get(dim, 1) for dim in range(-nesting, 0)))
     rows = []
     for value in values:
-        padding = (1,) * (len(batch) + event_dim - value.dim())
-        value = value.detach().reshape(padding + value.shape)
+        excess = value.dim() - len(batch) - event_dim  # dims of latents with one enumerated value
+        value = value.detach().reshape((1,) * -excess + value.shape[max(0, excess) :])
         event = value.shape[len(batch) :]
         value = value.expand(*batch, *event)
         rows.append(value.reshape(total, *(frame.size for frame in frames), *event))

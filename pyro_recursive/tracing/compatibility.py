@@ -290,7 +290,8 @@ def check_finite(site: Site) -> None:
     where = (~finite).nonzero().tolist()
     raise ValueError(
         f"Site '{site['name']}' observes values that are NaN or infinite: {len(where)} of "
-        f"{value.numel()}, at {where[:5]}. Clean the data, or use pyro.poutine.mask."
+        f"{value.numel()}, at {where[:5]}. Clean the data, or put numbers there "
+        "and pyro.poutine.mask around the site."
     )
 
 

@@ -256,6 +256,8 @@ def test_a_support_of_one_value() -> None:
 
     draws = posterior_draws(model, ROW["gmm"].guide, data(), num_draws=5)
     assert draws["y"].tolist() == [[0] * 4] * 5
+    found = log_likelihoods(model, draws, data())["x"]
+    torch.testing.assert_close(found, dist.Normal(draws["z"], 1.0).log_prob(data()))
 
 
 def test_codes_in_place_of_a_latent() -> None:
