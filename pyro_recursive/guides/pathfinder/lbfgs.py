@@ -11,7 +11,7 @@ from torch import Tensor
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MEMORY = 6  # pairs of steps and changes of the gradient
-ITERATIONS = 1000
+ITERATIONS = 700
 TRIALS = 30  # of the length of a step
 DECREASE, CURVATURE = 1e-4, 0.9  # of Wolfe's conditions
 SMALL_DECREASE, SMALL_GRADIENT = 1e-12, 1e-5  # at which a path ends; the first is relative
