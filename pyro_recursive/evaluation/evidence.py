@@ -192,7 +192,7 @@ def particles_per_chunk(program: Program) -> int:
     """Return how many particles make about `CHUNK_ROWS` rows, times values that are enumerated."""
     structure = structure_of(program)
     number = samples_per_chunk((*structure.model.values(), *structure.guide.values()))
-    return max(1, number // (structure.num_values * math.prod(structure.value_axes)))
+    return max(1, number // (structure.num_values * math.prod(structure.value_axes or ())))
 
 
 def samples_per_chunk(sites: Iterable[Site]) -> int:

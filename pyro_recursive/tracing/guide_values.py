@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_recursive.tracing.plates import Particles, PlateLayout
+from pyro_recursive.tracing.plates import Particles, PlateLayout, ProgramStructure
 from pyro_recursive.tracing.sites import (
     Site,
     SiteRecord,
@@ -26,10 +26,11 @@ from pyro_recursive.tracing.sites import (
 Cell = dict[str, int]  # the iteration of each sequential plate around a site
 
 
-def axes_of(records: Iterable[SiteRecord]) -> tuple[int, ...]:
+def axes_of(records: Iterable[SiteRecord]) -> tuple[int, ...] | None:
     """Return the numbers of values as `Particles.values`: of the first latent, the second, ...
 
-    Entries of a sequential plate share them, as those of a vectorised one do.
+    Entries of a sequential plate share them, as those of a vectorised one do; None where they are
+    not alike, so that the latents can only be sampled.
     """
     by_cell: dict[frozenset[tuple[str, int]], list[int]] = {}
     for record in records:
@@ -37,11 +38,18 @@ def axes_of(records: Iterable[SiteRecord]) -> tuple[int, ...]:
         by_cell.setdefault(cell, []).append(number_of_values(record.site))
     found = {tuple(each) for each in by_cell.values()}
     if len(found) > 1:
-        raise NotImplementedError(
-            f"Guide sites {sorted(record.name for record in records)} are enumerated, and not "
-            "alike in all entries of a sequential plate. Enumerate them in the model."
-        )
+        return None
     return found.pop() if found else ()
+
+
+def value_axes(structure: ProgramStructure) -> tuple[int, ...]:
+    """Return the numbers of values as `Particles.values`; raise where entries are not alike."""
+    if structure.value_axes is None:
+        raise NotImplementedError(
+            f"Guide sites {sorted(structure.guide_values)} are enumerated, and not alike in all "
+            "entries of a sequential plate. Enumerate them in the model."
+        )
+    return structure.value_axes
 
 
 def number_of_values(site: Site) -> int:

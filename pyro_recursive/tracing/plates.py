@@ -71,8 +71,8 @@ class ProgramStructure:
     run, on ``devices``. ``enumerated`` are the model's latents that are summed out, which that run
     draws, and ``num_values`` the largest number of their values in one density. ``guide_values``
     are the latents that the guide enumerates, with their numbers of values (which that run draws,
-    too), and ``value_axes`` those numbers as in `Particles.values`. ``misfit`` says why its sites
-    do not fit together; handlers around a call may change that.
+    too), and ``value_axes`` those numbers as in `Particles.values`, None where they are not alike.
+    ``misfit`` says why its sites do not fit together; handlers around a call may change that.
     ``mode`` is how many samples run: under a plate, the model or also the guide under `torch.vmap`,
     or in a loop. It is None until it is chosen, and ``cause`` says why it is not the plate
     (`tracing.choice`).
@@ -88,7 +88,7 @@ class ProgramStructure:
     enumerated: frozenset[str] = frozenset()
     num_values: int = 1
     guide_values: dict[str, int] = field(default_factory=dict)
-    value_axes: tuple[int, ...] = ()
+    value_axes: tuple[int, ...] | None = ()
     devices: frozenset[str] = frozenset()
     misfit: Exception | None = None
     mode: Mode | None = None

@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief, choose
 from pyro_recursive.tracing.dependence import dependence_of
-from pyro_recursive.tracing.guide_values import GuideValues
+from pyro_recursive.tracing.guide_values import GuideValues, value_axes
 from pyro_recursive.tracing.handlers import ComponentAssignment, ReplacedDraws
 from pyro_recursive.tracing.isolation import ReplayedNoise
 from pyro_recursive.tracing.masks import leave_out_masked
@@ -125,7 +125,9 @@ def _run(
     otherwise.
     """
     structure = structure_of(program)
-    looped = Particles(num_estimates, num_particles, values=structure.value_axes * by_value)
+    looped = Particles(
+        num_estimates, num_particles, values=value_axes(structure) if by_value else ()
+    )
     one_by_one = not vectorize or looped.total == 1
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
@@ -148,7 +150,7 @@ def _run(
     fresh = structure_of(program, fresh=True)
     _refuse_misfit(fresh)
     nesting = max(assumed, fresh.max_plate_nesting)
-    looped = replace(looped, values=fresh.value_axes * by_value)
+    looped = replace(looped, values=value_axes(fresh) if by_value else ())
     one_by_one = not vectorize or looped.total == 1
     again = looped if one_by_one else _in_one_pass(program, fresh, looped, nesting, vectorize)
     if again == particles and _form(fresh, nesting) == _form(structure, assumed):
