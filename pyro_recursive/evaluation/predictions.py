@@ -23,6 +23,7 @@ from pyro_recursive.evaluation.model_runs import (
 )
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import half_subsampled
+from pyro_recursive.tracing.conditionals import drawn_index
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
@@ -49,7 +50,9 @@ def posterior_draws(
     """Draw all latent sites of a model from a guide, and the deterministic sites of the model.
 
     Latents y that the model enumerates, and the guide does not sample, are drawn last, from the
-    exact p(y | x, z) without scales.
+    exact p(y | x, z) without scales. Those that the guide enumerates are drawn from its q(y); with
+    ``resample``, from the weights of all their values, whose sum is that of a proposal, as in
+    `importance_weights`.
 
     Args:
         num_draws: S.
@@ -118,19 +121,23 @@ def _from_guide(
             whole.append(subsample_sites(runs[0].guide, runs[0].model))
             problems.append(scale_problem(runs[0].guide) or _subsampling_problem(runs[0], layout))
         known.update({name: each for name, each in latents.items() if name not in known})
-        log_densities: tuple[Tensor, ...] = ()
+        log_densities, index = tuple[Tensor, ...](), None
         if not problems[-1]:
             try:
-                log_densities = _log_densities(runs, layout)
+                log_densities, index = _log_densities(runs, layout)
             except NotImplementedError as error:  # a guide of points
                 problems.append(str(error))
         if weighted and problems[-1]:
             raise ValueError(problems[-1])
+        if index is not None:
+            plates = [frame.name for frame in layout.plates]
+            latents = {name: each.take(index, plates) for name, each in latents.items()}
         return {name: each.value for name, each in latents.items()}, log_densities
 
     parts, log_densities = list[dict[str, SiteDraws]](), list[tuple]()
     chunks = chunk_size, compile
-    results = results_in_chunks(program, count, collect, *chunks, any_minibatch=True, **run)
+    run |= {"any_minibatch": True, "by_value": weighted}
+    results = results_in_chunks(program, count, collect, *chunks, **run)
     for (values, log_p_and_q), names in results:
         plates = names
         parts.append({name: replace(known[name], value=each) for name, each in values.items()})
@@ -162,14 +169,33 @@ def _subsampling_problem(run: ParticleRun, layout: PlateLayout) -> str:
     )
 
 
-def _log_densities(runs: Sequence[ParticleRun], layout: PlateLayout) -> tuple[Tensor, Tensor]:
-    """Return log p and log q of one chunk, ``[k, *plates]`` in float64."""
+def _log_densities(
+    runs: Sequence[ParticleRun], layout: PlateLayout
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Return log p and log q of one chunk, ``[k, *plates]`` in float64.
+
+    Where the guide's values are enumerated one is drawn by its weight, and log q has the
+    log-probability of that draw: log p - log q is the log of the sum of all weights. Also returned
+    are the numbers of the particles that were drawn, ``[k, *plates]``.
+    """
     found = densities(runs, layout)
     groups = [group for group in (found.density, found.score, found.jacobian) if group is not None]
-    shape = (1, layout.particles.total, *layout.shape)
+    shape = (1, *layout.whole_shape[1:])
     log_p = torch.zeros(shape) if found.model is None else found.model.expand(shape)
     log_q = sum(groups, torch.zeros_like(log_p))
-    return log_p[0].double(), log_q[0].double()
+    log_p, log_q = log_p[0].double(), log_q[0].double()
+    if found.values is None:
+        return (log_p, log_q), None
+    if found.values_rest is not None:  # masked values count by their probability
+        log_q = log_q - found.values_rest[0].double()
+    log_weights = log_p - log_q
+    value = drawn_index(log_weights, -1)
+    chance = log_weights.log_softmax(-1).nan_to_num(nan=0.0)  # where no value has a weight
+    log_p, log_q = (
+        each.gather(-1, value.unsqueeze(-1)).squeeze(-1) for each in (log_p, log_q + chance)
+    )
+    number = torch.arange(len(value), device=value.device)
+    return (log_p, log_q), value * len(value) + number.reshape(-1, *[1] * (value.dim() - 1))
 
 
 def resampled_index(log_weights: Tensor, count: int, plates: Sequence[str]) -> Tensor:

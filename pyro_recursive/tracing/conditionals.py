@@ -87,13 +87,18 @@ def _draw(product: Tensor, symbol: str, index: dict[str, Tensor], plates: dict[s
     dims = packed_dims(product)
     missing = plates.keys() - set(dims)
     logits = product.expand(*(plates[plate] for plate in missing), *product.shape)
+    dims = "".join(missing) + dims
+    found = drawn_index(logits, dims.index(symbol))
+    found._pyro_dims = dims.replace(symbol, "")  # type: ignore[attr-defined]
+    return found
+
+
+def drawn_index(logits: Tensor, dim: int) -> Tensor:
+    """Draw an index along a dim by log-weights that need no norm; the first where none has any."""
     # The smallest of exponential variables with these rates.
     noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
     noise = noise.clamp_min(torch.finfo(logits.dtype).tiny)
-    dims = "".join(missing) + dims
-    found = (logits - noise.log()).argmax(dims.index(symbol))
-    found._pyro_dims = dims.replace(symbol, "")  # type: ignore[attr-defined]
-    return found
+    return (logits - noise.log()).argmax(dim)
 
 
 def _check_whole(component: Component, layout: PlateLayout) -> None:
