@@ -85,14 +85,16 @@ def loo(data: ArvizData, var_name: str | None = None) -> "ELPDData":
     seen = _seen(matrix, ", ".join(str(row.name) for row in rows))
     weights = [_log_weights(data, row) for row in rows]
     corrected = [_matrix(weight) for weight in weights if weight is not None]
-    correction = torch.cat(corrected, 1)[:, seen] if corrected else torch.zeros(())
+    correction = torch.cat(corrected, 1)[:, seen] if corrected else matrix.new_zeros(1, 1)
+    is_shared = bool((correction == correction[:, :1]).all())
     reff = _relative_ess(data) if not corrected and has_group(data, "posterior") else 1.0
     matrix = matrix[:, seen]
     without = psis(correction - matrix, relative_ess=reff)
     elpd = (without.log_weights + matrix).logsumexp(0)
-    everything = psis(correction.expand_as(matrix), relative_ess=reff)
+    column = correction[:, :1] if is_shared else correction
+    everything = psis(column.expand(len(matrix), -1), relative_ess=reff)
     p_loo = (everything.log_weights + matrix).logsumexp(0) - elpd
-    is_joint = bool(corrected) and len(elpd) > 1 and bool((correction == correction[:, :1]).all())
+    is_joint = bool(corrected) and len(elpd) > 1 and is_shared
     threshold = pareto_k_threshold(len(matrix))
     joint_k = float(everything.pareto_k[0]) if is_joint else -math.inf
     high = _warn(without.pareto_k, joint_k, threshold, corrected=bool(corrected))

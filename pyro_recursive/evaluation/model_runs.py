@@ -24,7 +24,7 @@ from pyro_recursive.evaluation.draws import (
 from pyro_recursive.evaluation.evidence import samples_per_chunk
 from pyro_recursive.evaluation.passes import Passes
 from pyro_recursive.tracing.batched import run_model
-from pyro_recursive.tracing.choice import choose
+from pyro_recursive.tracing.choice import brief, choose
 from pyro_recursive.tracing.enumeration import most_values
 from pyro_recursive.tracing.handlers import FlatPriors
 from pyro_recursive.tracing.isolation import isolated, outline
@@ -41,6 +41,7 @@ from pyro_recursive.tracing.sites import (
     sites,
     subsample_sites,
 )
+from pyro_recursive.tracing.user_warnings import warn_user
 
 
 class ModelRuns(NamedTuple):
@@ -183,11 +184,9 @@ def run_on_draws(
     for name, site in subsample_sites(single).nodes.items():  # of the other plates
         if name not in minibatch.nodes and len(site["value"]) != site["fn"].size:
             minibatch.add_node(name, **site)
-    size, nesting, enum_dim = (
-        chunk_size or samples_per_chunk(sites(single)),
-        nesting_of(single),
-        None,
-    )
+    size = chunk_size or samples_per_chunk(sites(single))
+    nesting = nesting_of(single)
+    enum_dim = None
     if enumerates and enumerated_without(single, latents):
         enum_dim = -nesting - 2
         with isolated():
@@ -216,10 +215,11 @@ def run_on_draws(
                 traces = [run_model(program, _source(minibatch, wide), values, particles, enum_dim)]
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # a loop has the model's own errors
+            except Exception as error:  # a loop has the model's own errors
                 if passes.is_traced:
                     raise
                 fits_vmap = False
+                warn_user(f"Draws run one by one ({len(draws)} runs of the model): {brief(error)}.")
         if not traces:
             passes.loops(count)
             rows = ({name: value[row] for name, value in values.items()} for row in range(count))
@@ -294,7 +294,8 @@ def _check_plates(trace: poutine.Trace, latents: Mapping[str, SiteDraws]) -> Non
         for frame in latents[site["name"]].frames if site["name"] in latents else ():
             here = plates_of(site).get(frame.name)
             if here is None or here.size != frame.size:
+                found = f"not {here.size}" if here else "and the model has it outside of that plate"
                 raise ValueError(
                     f"Site '{site['name']}' was drawn in plate '{frame.name}' of {frame.size} "
-                    f"entries, not {here and here.size}. Draw it for these data."
+                    f"entries, {found}. Draw it for these data."
                 )

@@ -67,8 +67,11 @@ class MAPA_ELBO(LogWeightELBO):
         )
 
     def __repr__(self) -> str:
-        """Return the loss with its number of particles."""
-        return f"{type(self).__name__}(num_particles={self.num_particles})"
+        """Return the loss with its number of particles and its estimator."""
+        return (
+            f"{type(self).__name__}(num_particles={self.num_particles}, "
+            f"estimator={self.estimator.name!r})"
+        )
 
     def differentiable_loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss with its graph, and count a training step if gradients are enabled."""

@@ -3,6 +3,7 @@
 Sums and draws are of the model itself: masks count, scales of the user's and of subsamples do not.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ def _draw(product: Tensor, symbol: str, index: dict[str, Tensor], plates: dict[s
         if other in index:
             product = packed.gather(product, index[other], other)
     dims = packed_dims(product)
-    missing = plates.keys() - set(dims)
+    missing = sorted(plates.keys() - set(dims))  # a set's order differs between processes
     logits = product.expand(*(plates[plate] for plate in missing), *product.shape)
     dims = "".join(missing) + dims
     found = drawn_index(logits, dims.index(symbol))
@@ -121,8 +122,9 @@ class Conditional:
     """Log-densities of sites that are summed together, without scales, at the plates of all.
 
     ``site`` has the frames of these plates, and is named after ``observed``, the sites with data.
-    ``log_likelihood`` is log p(x | z), nan in entries where all data are masked, and ``log_prior``
-    log p(z) of ``latent``, the sites that are not enumerated; None without such sites.
+    ``log_likelihood`` is log p(x | z), nan in entries where all data are masked and -inf where p(z)
+    is 0, and ``log_prior`` log p(z) of ``latent``, the sites that are not enumerated; None without
+    such sites.
     """
 
     site: Site
@@ -156,7 +158,8 @@ def _conditional(component: Component, layout: PlateLayout) -> Conditional:
     frames, likelihood = component.frames(layout), None
     prior = _summed(component, others, frames)
     if observed:
-        likelihood = _summed(component, component.factors, frames) - prior
+        total = _summed(component, component.factors, frames)
+        likelihood = torch.where(prior.isneginf(), -math.inf, total - prior)
         seen = _seen([f.record.site for f in observed], layout, frames)
         if seen is not None:
             likelihood = torch.where(seen, likelihood, torch.nan)

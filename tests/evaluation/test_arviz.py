@@ -265,8 +265,11 @@ def test_sites_without_a_plate_in_common_need_a_choice() -> None:
 
 
 @pytest.mark.parametrize("width", [0.75, 0.45])
-def test_a_joint_weight_has_one_k(width: float) -> None:
-    """Where all rows share it, one warning tells its k-hat, and no row has a smaller one."""
+def test_a_joint_weight_has_one_k(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all rows share it, one warning tells its k-hat, and no row has a smaller one.
+
+    It is smoothed once, not for each row.
+    """
 
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
@@ -279,9 +282,17 @@ def test_a_joint_weight_has_one_k(width: float) -> None:
     x = torch.linspace(-1.0, 1.0, 20)
     data = to_arviz(model, guide, x, num_draws=1000)
     joint = psis(torch.from_numpy(data["sample_stats"]["log_weight"].values[0])).pareto_k
+    shapes: list[torch.Size] = []
+
+    def noted(log_weights: Tensor, **options: Any) -> Any:
+        shapes.append(log_weights.shape)
+        return psis(log_weights, **options)
+
+    monkeypatch.setattr(leave_one_out, "psis", noted)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = loo(data)
+    assert shapes == [(1000, 20), (1000, 1)]
     assert (np.asarray(found["pareto_k"]) >= float(joint)).all()
     messages = [str(each.message) for each in caught if each.category is UserWarning]
     if width == 0.45:

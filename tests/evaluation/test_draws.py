@@ -391,6 +391,27 @@ def test_draws_of_other_data_are_refused() -> None:
     with pytest.raises(ValueError, match="no log p"):
         predictive_draws(normal_rows, draws, torch.zeros(3)).log_weights  # noqa: B018
 
+    def outside(x: Tensor) -> None:
+        z = normal("z", 0.0)
+        with pyro.plate("data", len(x)):
+            normal("x", z, obs=x)
+
+    with pytest.raises(ValueError, match="3 entries, and the model has it outside of that plate"):
+        predictive_draws(outside, draws, torch.zeros(3))
+
+
+def test_a_loop_over_draws_warns() -> None:
+    """That of a model which branches on a value: it may take long."""
+
+    def model(x: Tensor) -> None:
+        z = normal("z", 0.0)
+        with pyro.plate("data", len(x)):
+            normal("x", z if z > 0 else 2 * z, obs=x)
+
+    draws = prior_draws(model, torch.zeros(2), num_draws=6, vectorize_particles=False)
+    with pytest.warns(UserWarning, match=r"Draws run one by one \(6 runs of the model\)"):
+        log_likelihoods(model, draws, torch.zeros(2), chunk_size=4)
+
 
 @in_rows
 def mixing(x: Tensor) -> None:

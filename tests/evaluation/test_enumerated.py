@@ -26,6 +26,8 @@ from pyro_recursive.evaluation.enumerated import with_enumerated
 from pyro_recursive.evaluation.model_runs import ModelRuns, run_on_draws
 from pyro_recursive.mapa import Empiricalized, GridCodes
 from pyro_recursive.tracing.compatibility import log_prob_of
+from pyro_recursive.tracing.conditionals import _draw
+from pyro_recursive.tracing.enumeration import packed_dims
 from pyro_recursive.tracing.sites import sites, unmasked
 from tests.models.enumerated import ENUMERATED, PARALLEL, Enumerated, gmm
 from tests.models.row import data, normal, table
@@ -294,6 +296,33 @@ def test_impossible_values_are_not_drawn() -> None:
     draws = posterior_draws(model, lambda x: None, torch.tensor([0.0, 3.5, 9.0]), num_draws=500)
     assert (draws["y"][:, 0] == 0).all() and 0.3 < draws["y"][:, 1].double().mean() < 0.99
     assert (draws["y"][:, 2] == 0).all()  # by no value
+
+
+def test_draws_that_the_prior_excludes() -> None:
+    """They are no masked data."""
+
+    def model(x: Tensor) -> None:
+        y = pyro.sample("y", dist.Bernoulli(0.4), infer=PARALLEL)
+        probs = torch.tensor([[0.3, 0.7, 0.0], [0.6, 0.4, 0.0]])
+        w = pyro.sample("w", dist.Categorical(logits=probs[y.long()].log()))
+        normal("x", y + w, 1.0, obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("w", dist.Categorical(torch.ones(3)))
+
+    x = torch.tensor(0.5)
+    draws = posterior_draws(model, guide, x, num_draws=50)
+    found, excluded = log_likelihoods(model, draws, x)["x"], draws["w"] == 2
+    assert excluded.any() and found[excluded].isneginf().all()
+    assert found[~excluded].isfinite().all()
+
+
+def test_plates_are_added_in_one_order() -> None:
+    """The order of a set of strings differs from process to process, and draws follow it."""
+    product = torch.zeros(2)
+    product._pyro_dims = "z"  # type: ignore[attr-defined]
+    found = _draw(product, "z", {}, dict.fromkeys("hcgbfdae", 1))
+    assert packed_dims(found) == "abcdefgh"
 
 
 def chain_of_two(x: Tensor) -> None:
