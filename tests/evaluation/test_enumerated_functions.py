@@ -13,13 +13,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 from torch import Tensor
 
 from pyro_recursive import IWAE_ELBO, AmortizedGuide, MixtureGuide, evaluation
 from pyro_recursive.evaluation import arviz
 from pyro_recursive.evaluation.search import Search
 from tests.models.enumerated import ENUMERATED, PARALLEL, Enumerated
-from tests.models.row import normal
+from tests.models.enumerated_guides import rows, rows_guide
+from tests.models.row import data, normal
+from tests.oracles.arviz_objects import pointwise
 
 ROWS = [row for row in ENUMERATED if row.name in ("gmm", "hmm", "lda")]
 PLATE = {"gmm": "data", "hmm": "data", "lda": "documents"}
@@ -168,6 +171,97 @@ def test_calibration_ranks_what_the_guide_draws(width: float) -> None:
         assert set(found.ranks) == {"z"} and found.is_calibrated() == (width == 1.0)
     with pytest.raises(ValueError, match=r"'y' has shape \(500, 1\) in the model, no draws in"):
         of.calibration(mixture, guide, x, names=["y"])
+
+
+# Guides that enumerate: one value from the same seed with the mark and without it, where what is
+# marked is drawn as any other latent.
+
+
+def densities_of(draws: of.draws.Draws) -> list[Tensor]:
+    return [draws["z"], draws["y"], *draws.log_densities]
+
+
+def from_draws(values: Callable) -> Callable:
+    def run(guide: Callable, x: Tensor) -> Any:
+        pyro.set_rng_seed(2)
+        draws = of.posterior_draws(rows, guide, x, num_draws=20)
+        return values(draws, x)
+
+    return run
+
+
+def arrays(guide: Callable, x: Tensor) -> list[Tensor]:
+    data = arviz.to_arviz(rows, guide, x, num_draws=50, prior_predictive=True)
+    found = [torch.from_numpy(each.values) for each in data["posterior"].data_vars.values()]
+    return [*found, pointwise(arviz.loo(data))]
+
+
+DRAWN: dict[str, Callable] = {
+    "posterior_draws": from_draws(lambda draws, x: densities_of(draws)),
+    "predictive_draws": from_draws(lambda draws, x: [of.predictive_draws(rows, draws, x)["x"]]),
+    "log_likelihoods": from_draws(lambda draws, x: [of.log_likelihoods(rows, draws, x)["x"]]),
+    "to_arviz, loo": arrays,
+    "predict": lambda guide, x: [of.predict(rows, guide, x, num_draws=20).log_p],
+    "rate_of": lambda guide, x: [*of.rate_of(rows, guide, x, num_draws=20)],
+    "mutual_information": lambda guide, x: [of.mutual_information(guide, x)],
+    "active_units": lambda guide, x: [of.active_units(guide, x).variances["z"]],
+    "calibration": lambda guide, x: [
+        of.calibration(rows, guide, x.repeat(50), num_draws=20, names=["z"]).ranks["z"]
+    ],
+    "gradient_snr": lambda guide, x: [
+        of.gradient_snr(rows, guide, IWAE_ELBO(1, estimator="score"), x, num_draws=20)[
+            "model"
+        ].ratio.isfinite()
+    ],
+}  # others: test_enumerated_guides.py
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.filterwarnings("ignore:.*k-hat")
+def test_marks_in_the_guide(name: str) -> None:
+    found, bare = [], partial(rows_guide, infer={})
+    for guide in (bare, config_enumerate(bare)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        found.append(DRAWN[name](guide, data()))
+    torch.testing.assert_close(*found)
+
+
+def classifier(x: Tensor, width: float = 1.0) -> None:
+    """Any distribution of the label, and the posterior given it, or a wider one."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(logits=x.unsqueeze(-1) * torch.tensor([0.4, 1.0])))
+        loc = (torch.tensor([-1.5, 2.0])[y] / 0.36 + x / 0.64) / (1 / 0.36 + 1 / 0.64)
+        normal("z", loc, width * (1 / 0.36 + 1 / 0.64) ** -0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*k-hat")
+@pytest.mark.parametrize("resample", [None, "psis"])
+def test_objects_of_guides_that_enumerate(resample: str | None) -> None:
+    """Leave-one-out is the evidence, as latents are local; predictions are the posterior's."""
+    x, locs = torch.tensor([-1.0, 0.3, 1.6]), torch.tensor([-1.5, 2.0])
+    log_p = torch.tensor([0.4, 0.6]).log() + dist.Normal(locs, 1.0).log_prob(x.unsqueeze(-1))
+    guide = config_enumerate(partial(classifier, width=1.25 if resample is None else 1.0))
+    data = arviz.to_arviz(mixture, guide, x, num_draws=8000, resample=resample)
+    stats, groups = data["sample_stats"], ("posterior", "posterior_predictive")
+    (y, z), new = (
+        [torch.from_numpy(data[group][name].values[0]) for name in names]
+        for group, names in zip(groups, (("y", "z"), ("x",)), strict=True)
+    )
+    weights = torch.ones(8000, 3) / 8000
+    if resample is None:
+        weights = torch.from_numpy(stats["log_weight"].values[0]).softmax(0)
+    label = log_p.softmax(-1)[:, 1]
+    mean = (locs / 0.36 + x.unsqueeze(-1) / 0.64) / (1 / 0.36 + 1 / 0.64) * log_p.softmax(-1)
+    for each, exact in ((y, label), (z, mean.sum(-1)), (new[0], mean.sum(-1))):
+        error = (weights**2 * (each - exact) ** 2).sum(0).sqrt()
+        assert (((weights * each).sum(0) - exact).abs() < 4.5 * error).all() and error.max() < 0.05
+    if resample is None:
+        found = pointwise(arviz.loo(data))
+        assert (found - log_p.logsumexp(-1)).abs().max() < 0.04
+    else:
+        log_weights = torch.from_numpy((stats["log_p"] - stats["log_q"]).values[0])
+        torch.testing.assert_close(log_weights, log_p.logsumexp(-1).expand(8000, 3))
 
 
 def test_rows_that_an_enumerated_latent_couples_have_no_prior_of_their_own() -> None:
