@@ -8,6 +8,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+ROUNDS = 20  # of scales and factors of the low-rank member closest to a Gaussian
+LEAST_SHARE = 1e-6  # of a coordinate's conditional variance that its own variance keeps
+
 
 class Family(ABC):
     """A family of Gaussians over vectors of any length D, given by a vector of parameters.
@@ -95,14 +98,25 @@ class LowRank(Family):
         return torch.cat([Diagonal().initial(loc, scale), factors.flatten(-2)], -1)
 
     def from_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
-        """Return the scales of `Diagonal`, and the eigenvectors with variances of most above 1."""
-        scale = _conditional_scale(scale_tril)
-        root = scale_tril / scale.unsqueeze(-1)
-        variances, vectors = torch.linalg.eigh(root @ root.mT)
+        """Return the member with the least KL(member || N), to the precision of a few rounds.
+
+        Given the scales, the best B are the eigenvectors of the covariance in their units with
+        variances most above 1. Given ``F = diag(scale) B``, the squared scales are brought closer
+        to the optimum, where coordinates given all others have the variances that N has.
+        """
+        conditional = _conditional_scale(scale_tril)
         size, rank = loc.shape[-1], min(self.rank, loc.shape[-1])
-        excess = (variances[..., size - rank :] - 1).clamp(min=0.0).sqrt()
+        scale = conditional
+        for last in (False,) * ROUNDS + (True,):
+            root = scale_tril / scale.unsqueeze(-1)
+            variances, vectors = torch.linalg.eigh(root @ root.mT)
+            vectors = vectors[..., size - rank :]
+            excess = (variances[..., None, size - rank :] - 1).clamp(min=0.0)
+            if not last:  # the share is that of a coordinate's precision without the factors
+                share = 1 - (vectors.square() * excess / (1 + excess)).sum(-1)
+                scale = conditional * share.clamp(min=LEAST_SHARE).sqrt()
         factors = loc.new_zeros(*loc.shape, self.rank)
-        factors[..., :rank] = vectors[..., size - rank :] * excess.unsqueeze(-2)
+        factors[..., :rank] = vectors * excess.sqrt()
         return torch.cat([loc, scale.log(), factors.flatten(-2)], -1)
 
     def from_unscaled(self, parameters: Tensor, size: int) -> Tensor:

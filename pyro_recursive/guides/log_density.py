@@ -26,6 +26,7 @@ from pyro_recursive.tracing.sites import sites, subsample_scale
 from pyro_recursive.tracing.user_warnings import warn_user
 
 CHUNK = 2**20  # numbers in the largest site of one pass
+FAILURES = (ValueError, torch.linalg.LinAlgError)  # of a model at a point
 NEAR = 0.1  # how far around a start the structure of the model is looked at
 
 
@@ -93,6 +94,7 @@ class LogDensity:
         self.chunk = max(1, CHUNK // max(self.size, largest * structure.num_values))
         # Points at which the density alone, its gradient, or all second derivatives were computed.
         self.num_values = self.num_gradients = self.num_hessians = 0
+        self.num_errors = 0  # points at which the model raised
 
     @property
     def size(self) -> int:
@@ -113,15 +115,21 @@ class LogDensity:
     def hessian(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-density, gradient and the matrix of second derivatives ``[*batch, D, D]``.
 
-        By D backward passes through one graph.
+        By D backward passes through one graph, many at once where `torch.vmap` can run them.
         """
         self.num_hessians += u.shape[:-1].numel()
         value, grad, leaf = self._gradient(u, create_graph=True)
-        rows = [torch.zeros_like(leaf)] * self.size
-        if grad.requires_grad:
-            rows = [_derivative(grad[..., i], leaf, retain_graph=True) for i in range(self.size)]
-        matrix = torch.stack(rows, -2).detach()
+        count = max(1, self.chunk // max(1, u.shape[:-1].numel()))
+        matrix = _jacobian(grad, leaf, count).detach()
         return value.detach(), grad.detach(), (matrix + matrix.mT) / 2
+
+    def error_at(self, u: Tensor) -> Exception | None:
+        """Return what the model raises at a point ``[D]``."""
+        try:
+            self._run(u[None].to(self.start))
+        except FAILURES as error:
+            return error
+        return None
 
     def values(self, u: Tensor) -> Values:
         """Return the unconstrained values of the sites at a point ``[D]``, in their own shapes."""
@@ -142,8 +150,9 @@ class LogDensity:
         """Return the log-density, -inf at points at which the model raises: halves show which."""
         try:
             return self._run(u)
-        except (ValueError, torch.linalg.LinAlgError):
+        except FAILURES:
             if len(u) == 1:
+                self.num_errors += 1
                 return 0.0 * u.sum(-1) - math.inf
         half = len(u) // 2
         return torch.cat([self._where_possible(u[:half]), self._where_possible(u[half:])])
@@ -209,3 +218,24 @@ def _derivative(values: Tensor, leaf: Tensor, **options: Any) -> Tensor:
         return torch.zeros_like(leaf)
     (grad,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True, **options)
     return torch.zeros_like(leaf) if grad is None else grad
+
+
+def _jacobian(grad: Tensor, leaf: Tensor, count: int) -> Tensor:
+    """Return the derivatives of ``grad[..., i]``, ``[..., i, D]``, ``count`` of them at once."""
+    size = leaf.shape[-1]
+    if not grad.requires_grad:
+        return leaf.new_zeros(*leaf.shape, size)
+    basis = torch.eye(size, dtype=leaf.dtype, device=leaf.device)
+    basis = basis.reshape(size, *[1] * (leaf.dim() - 1), size).expand(size, *leaf.shape)
+
+    def rows(vectors: Tensor) -> Tensor:
+        options: Any = {"retain_graph": True, "allow_unused": True}
+        (found,) = torch.autograd.grad(grad, leaf, vectors, is_grads_batched=True, **options)
+        return torch.zeros_like(vectors) if found is None else found
+
+    try:
+        found = torch.cat([rows(part) for part in basis.split(count)])
+    except RuntimeError:  # an operation that torch.vmap cannot run
+        each = [_derivative(grad[..., i], leaf, retain_graph=True) for i in range(size)]
+        found = torch.stack(each)
+    return found.movedim(0, -2)

@@ -160,10 +160,10 @@ class _Search:
         )
 
     def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p and log Q of points, ``[points, *rows]``; -inf for NaN."""
+        """Return log p and log Q of points, ``[points, *rows]``; -inf for what is not finite."""
         parts = [self._evaluate(chunk) for chunk in points.split(CHUNK)]
         log_p, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
-        return log_p.nan_to_num(nan=-torch.inf, posinf=-torch.inf), log_q
+        return torch.where(log_p.isfinite(), log_p, -torch.inf), log_q
 
     def _evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
         log_q: dict[int | None, Tensor] = {}  # by run

@@ -11,10 +11,15 @@ from torch.distributions import Distribution
 
 from pyro_recursive.evaluation.importance import psis
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
+from pyro_recursive.guides.gaussian_families import Family, FamilyName, Full, family_of
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.mixture import MixtureGuide
-from pyro_recursive.guides.pathfinder.gaussians import Gaussians, find_gaussians
+from pyro_recursive.guides.pathfinder.gaussians import (
+    Gaussians,
+    elbos,
+    find_gaussians,
+    or_minus_inf,
+)
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
 
@@ -29,11 +34,13 @@ class PathReport:
     """What `pathfinder` found, and what it cost.
 
     ``elbo`` in nats, with its ``standard_error``, and ``pareto_k`` are of the guide, by 4000 draws.
-    ``num_paths`` ended in each component, of ``paths`` in all; the others ended where the density
-    has no mass beside theirs, or nowhere. ``num_newton`` of the components have exact second
+    ``num_paths`` are the paths whose Gaussian is that of each component, of ``paths`` in all. The
+    other paths have no Gaussian with a finite ELBO, or one with a weight below 0.01 or that the
+    single best Gaussian replaced. ``num_newton`` of the components come from exact second
     derivatives. Of the model's log-density there were ``num_gradients`` gradients,
     ``num_hessians`` matrices of second derivatives (D more backward passes each), and
-    ``num_values`` values without a gradient.
+    ``num_values`` values without a gradient. The ELBO is -inf, and its error inf, where a draw has
+    the density 0.
     """
 
     elbo: float
@@ -89,13 +96,15 @@ def pathfinder(
     Args:
         model: with continuous latents; flat priors and enumerated latents are allowed.
         args, kwargs: the model's arguments: all data, not a minibatch.
-        paths: how many. Of M modes of one size, about M (log M + 2) paths find all.
+        paths: how many. Of M modes of one size, about M (log M + 2) paths find all
+            with probability 0.87.
         family: of the Gaussians: ``"full"``, ``"diagonal"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
         name: as in `AmortizedGuide`.
 
     Raises:
-        ValueError: a plate is subsampled, or no path has a Gaussian with a finite ELBO.
+        ValueError: a plate is subsampled, no start has a finite density, or no path a Gaussian with
+            a finite ELBO.
         NotImplementedError: a latent has no unconstrained coordinates.
 
     `Pathfinder: Parallel quasi-Newton variational inference` (Zhang et al., arXiv 2108.03782).
@@ -113,8 +122,10 @@ def pathfinder(
     family = family_of(family)
     density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
     found = find_gaussians(density, paths)
-    order = found.elbo.argsort(descending=True)
-    every = _members(family, found.gaussians[order])
+    every = _members(family, found.gaussians)
+    of_paths = found.elbo if isinstance(family, Full) else elbos(density, every)
+    order = of_paths.argsort(descending=True)
+    every = every[order]
     first, counts = _merged(every)
     distinct, is_newton = every[first], found.is_newton[order][first]
     log_weights = distinct.loc.new_zeros(1)
@@ -128,9 +139,10 @@ def pathfinder(
         if bool(ratios.mean() > elbo.mean()):
             chosen, log_weights, elbo = large, log_of_large, ratios
     guide = _guide(model, args, kwargs, density, family, distinct[chosen], log_weights, name)
+    mean, error = elbo.mean().item(), elbo.std().item() / DRAWS**0.5
     guide.report = PathReport(
-        elbo=elbo.mean().item(),
-        standard_error=elbo.std().item() / DRAWS**0.5,
+        elbo=mean,
+        standard_error=error if math.isfinite(mean) else math.inf,
         pareto_k=psis(elbo).pareto_k.item(),
         weights=tuple(log_weights.exp().tolist()),
         num_paths=tuple(counts[chosen].tolist()),
@@ -173,7 +185,7 @@ def _weights(density: LogDensity, gaussians: Gaussians) -> Tensor:
     noise = torch.randn(EM_DRAWS, count, size, dtype=like.dtype, device=like.device)
     u = gaussians.draw(noise).flatten(0, 1)
     table = gaussians.log_prob(u)
-    log_w = _finite(density(u)) - table.logsumexp(-1) + math.log(count)
+    log_w = or_minus_inf(density(u)) - table.logsumexp(-1) + math.log(count)
     w = psis(log_w).log_weights.exp().to(u)
     weights = torch.full_like(gaussians.loc[:, 0], 1 / count)
     for _ in range(EM_STEPS):
@@ -190,12 +202,7 @@ def _log_ratios(density: LogDensity, gaussians: Gaussians, log_weights: Tensor) 
     counts = torch.bincount(number, minlength=len(log_weights)).tolist()
     parts = zip(gaussians.loc, gaussians.scale_tril, noise.split(counts), strict=True)
     u = torch.cat([loc + own @ factor.T for loc, factor, own in parts])
-    return _finite(density(u)) - (gaussians.log_prob(u) + log_weights).logsumexp(-1)
-
-
-def _finite(log_p: Tensor) -> Tensor:
-    """Return the log-density, -inf where it is not finite."""
-    return log_p.nan_to_num(-math.inf, -math.inf)
+    return or_minus_inf(density(u)) - (gaussians.log_prob(u) + log_weights).logsumexp(-1)
 
 
 def _guide(

@@ -129,7 +129,31 @@ def test_full_members_are_the_gaussian_and_ranks_come_closer_to_it() -> None:
     batch = LowRank(5).from_gaussian(loc[:3].expand(2, -1), exact.expand(2, -1, -1))
     assert batch.shape == (2, 21)  # more factors than dims
     of_rank = LowRank(1)(LowRank(1).from_gaussian(loc[:3], exact), 3)
-    torch.testing.assert_close(LowRank(5)(batch[0], 3).variance, of_rank.variance)
+    variance = LowRank(5)(batch[0], 3).variance
+    torch.testing.assert_close(variance, of_rank.variance, atol=0.0, rtol=1e-3)
+
+
+def test_low_rank_members_are_gaussians_of_their_rank() -> None:
+    """Scales are not those of each coordinate given all others."""
+    pair = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    loadings = torch.randn(12, 2)
+    factors = torch.diag(0.5 + torch.rand(12)) + loadings @ loadings.mT
+    for family, covariance in ((LowRank(1), pair), (LowRank(2), factors)):
+        loc, factor = torch.zeros(len(covariance)), torch.linalg.cholesky(covariance)
+        member = family(family.from_gaussian(loc, factor), len(covariance))
+        assert kl(member, loc, factor) < 1e-3
+    member = LowRank(1)(LowRank(1).from_gaussian(torch.zeros(2), torch.linalg.cholesky(pair)), 2)
+    torch.testing.assert_close(member.covariance_matrix, pair)
+
+
+def test_low_rank_members_have_the_least_divergence() -> None:
+    loc, factor = gaussian(4)
+    family = LowRank(1)
+    params = family.from_gaussian(loc, factor)
+    least = kl(family(params, 4), loc, factor)
+    for _ in range(1000):
+        near = params + 0.1 * torch.randn_like(params)
+        assert kl(family(near, 4), loc, factor) >= least
 
 
 # --- States of before

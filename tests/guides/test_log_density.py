@@ -189,6 +189,49 @@ def test_points_at_which_the_model_fails_have_no_density() -> None:
     assert value.isfinite().tolist() == [True, False, True, False]
     assert value[1] == -math.inf and bool(grad[::2].isfinite().all())
     torch.testing.assert_close(density(u[::2]), value[::2])
+    assert density.num_errors == 2 and density.error_at(u[0]) is None
+    assert isinstance(density.error_at(u[1]), torch.linalg.LinAlgError)
+
+
+class Square(torch.autograd.Function):
+    """Without a rule for `torch.vmap` in its second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return Doubled.apply(x) * grad
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.from_numpy(2 * grad.numpy())
+
+
+@pytest.mark.parametrize("is_batched", [True, False])
+def test_second_derivatives_are_the_same_in_one_pass_and_in_many(is_batched: bool) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+        squares = z.square() if is_batched else Square.apply(z)
+        pyro.factor("f", -squares.sum(-1).square() / 4)
+
+    density = LogDensity(model)
+    u = points(density, 3)
+    squared = u.square().sum(-1)[:, None, None]
+    expected = -(1 + squared) * torch.eye(7) - 2 * u[..., None] * u[..., None, :]
+    for chunk in (density.chunk, 7, 1):  # all rows at once, two, one
+        density.chunk = chunk
+        torch.testing.assert_close(density.hessian(u)[2], expected)
+    torch.testing.assert_close(density.hessian(u[0])[2], expected[0])
 
 
 def test_points_keep_their_dtype_where_the_model_has_another() -> None:

@@ -291,3 +291,17 @@ def test_a_search_under_vmap_runs_the_model_few_times(
         assert search.particles.vmap and points.shape == (500, 2)
         spread = points.std(0) / torch.tensor([1.0, 50.0])
         assert ((spread - 1).abs() < 0.15).all() and points.unique(dim=0).shape == points.shape
+
+
+def test_points_of_density_0_have_the_log_density_minus_infinity() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(z > 0, 0.0 * z, -torch.inf))
+
+    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1), init_scale=1.0)
+    guide.prepare()
+    guide.end_stage()
+    search = _Search(Program(model, guide), guide, guide.free_component(), True, IN_ONE_PASS)
+    points = search.points_of_guide()
+    log_p, _ = search.evaluate(points)
+    assert log_p.isneginf().equal((points <= 0).squeeze(-1)) and 0 < log_p.isneginf().sum() < 500

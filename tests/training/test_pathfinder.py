@@ -1,6 +1,7 @@
 """Pathfinder: exact on Gaussians, all modes of several, and a guide like any other."""
 
 import copy
+import importlib
 import math
 import pickle
 from typing import Any
@@ -10,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from benchmarks.tasks.posteriors import EFFECTS, ERRORS, labels, square
@@ -18,7 +19,7 @@ from pyro_recursive import AmortizedGuide, Stratified_ELBO, fit, log_marginal, p
 from pyro_recursive.evaluation import importance_weights, posterior_draws
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.log_density import LogDensity
-from pyro_recursive.guides.pathfinder.gaussians import find_gaussians
+from pyro_recursive.guides.pathfinder.gaussians import BestOfPaths, Gaussians, find_gaussians
 from pyro_recursive.guides.pathfinder.lbfgs import minimise
 
 
@@ -134,16 +135,6 @@ def test_all_labels_are_found() -> None:
     assert problem.log_evidence - weights.log_weights.mean() < 0.06
 
 
-def schools() -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-        pyro.sample(
-            "y", dist.Normal(mu + tau * theta, torch.tensor(ERRORS)), obs=torch.tensor(EFFECTS)
-        )
-
-
 def centred_schools() -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -208,12 +199,13 @@ def test_single_precision_finds_the_same() -> None:
 
 @pytest.mark.parametrize("family", ["diagonal", LowRank(2)])
 def test_other_families_have_the_member_closest_to_each_path(family: Any) -> None:
-    guide = pathfinder(schools, family=family, paths=4)
-    weights = importance_weights(schools, guide, num_particles=4000)
-    error = 6 * weights.log_weights.std().item() / 4000**0.5
-    assert guide.report.elbo == pytest.approx(weights.log_weights.mean().item(), abs=error)
-    assert guide.component(0).family.num_parameters(10) == len(guide.component(0).free_global)
-    assert len(Predictive(schools, guide=guide, num_samples=3)()["tau"]) == 3
+    guide = pathfinder(regression, X, Y, family=family, paths=4)
+    weights = importance_weights(regression, guide, X, Y, num_particles=4000)
+    values = weights.log_weights
+    error = 6 * math.hypot(values.std().item() / 4000**0.5, guide.report.standard_error)
+    assert guide.report.elbo == pytest.approx(values.mean().item(), abs=error)
+    assert guide.component(0).family.num_parameters(3) == len(guide.component(0).free_global)
+    assert guide(X, Y)["sigma"] > 0
 
 
 def test_a_density_without_a_maximum_is_refused() -> None:
@@ -231,3 +223,96 @@ def test_guides_start_where_paths_end() -> None:
     guide.prepare(X, Y)
     beta = guide.median(X, Y)["beta"]
     torch.testing.assert_close(beta[..., 0].squeeze(), Y.mean(), atol=0.02, rtol=0.0)
+
+
+def cut(limit: float) -> None:
+    """A standard normal with the density 0 beyond a limit."""
+    z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+    pyro.factor("f", torch.where(z.abs() < limit, -0.5 * z.square(), -math.inf))
+
+
+def test_gaussians_with_draws_of_density_0_are_not_found() -> None:
+    with pytest.raises(ValueError, match="None of 3 paths has a Gaussian with a finite ELBO"):
+        pathfinder(cut, 0.7, paths=3)
+
+
+def test_one_draw_of_density_0_makes_the_elbo_minus_infinity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.import_module(pathfinder.__module__), "DRAWS", 200_000)
+    report = pathfinder(cut, 4.0, paths=2).report  # one draw of 16,000 is beyond
+    assert report.elbo == -math.inf and report.standard_error == math.inf
+    assert report.pareto_k < 0.7
+
+
+def test_starts_without_a_density_do_not_end_the_other_paths() -> None:
+    starts = torch.tensor([[-1.2, 1.0], [2.0, -1.0], *[[math.nan, 0.0]] * 6])
+    found = minimise(rosenbrock, starts)
+    torch.testing.assert_close(found.points[-1, :2], torch.ones(2, 2), atol=1e-4, rtol=0.0)
+
+
+def test_paths_that_end_soon_leave_others_some_iterations() -> None:
+    starts = torch.tensor([[-1.2, 1.0], *[[1.0, 1.0]] * 7])  # seven at the minimum
+    found = minimise(rosenbrock, starts)
+    torch.testing.assert_close(found.points[-1, 0], torch.ones(2), atol=1e-4, rtol=0.0)
+
+
+def test_a_start_in_a_flat_tail_is_left() -> None:
+    def objective(u: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = u.detach().requires_grad_()
+        value = -100 * (-leaf.square().sum(-1) / 2).exp()
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    start = torch.tensor([[5.0, 0.0]])  # with a gradient of 0.002
+    found = minimise(objective, start)
+    torch.testing.assert_close(found.points[-1, 0], torch.zeros(2), atol=1e-4, rtol=0.0)
+
+
+def test_starts_without_a_density_are_told() -> None:
+    def impossible() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -math.inf + 0 * z)
+
+    with pytest.raises(ValueError, match="not finite at any of 4 starts between -2 and 2"):
+        pathfinder(impossible, paths=4)
+
+    errors: list[bool] = []
+
+    def failing() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if errors:
+            raise ValueError("the rows of my table differ")
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    density = LogDensity(failing)
+    errors.append(True)
+    with pytest.raises(ValueError, match=r"raised at each of 4 starts.*rows of my table") as caught:
+        find_gaussians(density, 4)
+    assert "rows of my table" in str(caught.value.__cause__)
+
+
+def test_the_best_single_member_has_the_highest_elbo_of_members() -> None:
+    """A correlated mode of more mass loses to an uncorrelated one where members are diagonal."""
+    one, rho = torch.eye(2), 0.995
+    other = torch.tensor([[1.0, rho], [rho, 1.0]])
+    means = torch.tensor([[-30.0, 0.0], [30.0, 0.0]])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        terms = dist.MultivariateNormal(means, torch.stack([one, other])).log_prob(z[..., None, :])
+        pyro.factor("mixture", (terms + torch.tensor([0.4, 0.6]).log()).logsumexp(-1))
+
+    density = LogDensity(model)
+    u = torch.cat([means[:1].expand(2, -1), means[1:].expand(2, -1)])
+    scale_tril = torch.linalg.cholesky(torch.stack([one, one, other, other]))
+    found = BestOfPaths(
+        Gaussians(u, scale_tril), torch.tensor([0.4, 0.4, 0.6, 0.6]).log(), torch.ones(4) > 0
+    )
+    module = importlib.import_module(pathfinder.__module__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "find_gaussians", lambda density, paths: found)
+        patch.setattr(module, "LEAST_WEIGHT", 0.99)  # so that a single one is returned
+        patch.setattr(module, "_weights", lambda *_: torch.tensor([1.0, 0.0]))
+        guide = pathfinder(model, family="diagonal", paths=4)
+    assert guide.component(0).free_global[0].item() == pytest.approx(-30.0)
+    assert density.size == 2 and guide.report.elbo == pytest.approx(math.log(0.4), abs=0.05)

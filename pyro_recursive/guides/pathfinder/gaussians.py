@@ -110,9 +110,9 @@ def log_normal(squared: Tensor, log_det: Tensor, size: int) -> Tensor:
 def find_gaussians(density: LogDensity, num_paths: int, memory: int = MEMORY) -> BestOfPaths:
     """Return the Gaussian with the highest ELBO of each path that has one.
 
-    Candidates are the Gaussians at all points of a path by its pairs, and that of the exact second
-    derivatives at its end. All are compared by 24 draws, in one call of the density, and the best
-    of each path by 200 more.
+    Candidates are the Gaussians at all points of a path by its pairs, and up to D = 200 that of the
+    exact second derivatives at its end. The first are compared by 24 draws, many points in a call
+    of the density; the best three of each path (one where D > 200) and the last by 200 more.
 
     Raises:
         ValueError: no start has a finite density, or no path a Gaussian of a finite ELBO.
@@ -121,10 +121,10 @@ def find_gaussians(density: LogDensity, num_paths: int, memory: int = MEMORY) ->
     candidates = _best_points(density, paths)
     if density.size <= LARGEST:
         candidates.append(_newton(density, paths))
-    loc, scale_tril, is_right = (torch.cat(each) for each in zip(*candidates, strict=True))
-    every, is_right = Gaussians(loc, scale_tril), is_right.reshape(-1, num_paths)
-    elbo = _elbos(density, every).reshape(is_right.shape)
-    elbo, best = torch.where(is_right, elbo, -math.inf).max(0)
+    loc, scale_tril, has_covariance = (torch.cat(each) for each in zip(*candidates, strict=True))
+    every, has_covariance = Gaussians(loc, scale_tril), has_covariance.reshape(-1, num_paths)
+    elbo = elbos(density, every).reshape(has_covariance.shape)
+    elbo, best = torch.where(has_covariance, elbo, -math.inf).max(0)
     numbers = torch.arange(num_paths, device=best.device)[elbo.isfinite()]
     if not len(numbers):
         raise ValueError(
@@ -132,7 +132,7 @@ def find_gaussians(density: LogDensity, num_paths: int, memory: int = MEMORY) ->
             "maximum: check improper priors, or give proper ones."
         )
     elbo, best = elbo[numbers], best[numbers]
-    is_newton = (best == len(is_right) - 1) & (density.size <= LARGEST)
+    is_newton = (best == len(has_covariance) - 1) & (density.size <= LARGEST)
     return BestOfPaths(every[best * num_paths + numbers], elbo, is_newton)
 
 
@@ -149,21 +149,36 @@ class _Negative:
 
 @torch.no_grad()
 def _starts(density: LogDensity, num_paths: int) -> Tensor:
-    """Return uniform points of a cube in float64, near the density's own start where they fail."""
+    """Return uniform points of a cube in float64, near the density's own start where they fail.
+
+    Raises:
+        ValueError: the density is finite at none of them.
+    """
     start = density.start.reshape(-1).double()
     noise = 2 * torch.rand(num_paths, len(start), dtype=start.dtype, device=start.device) - 1
     found = RADIUS * noise
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS + 1):
         wrong = ~density(found).isfinite()
-        if not bool(wrong.any()):
+        if attempt == ATTEMPTS or not bool(wrong.any()):
             break
         radius = RADIUS * (1 - attempt / ATTEMPTS)
         near = start + radius * (2 * torch.rand_like(found) - 1)
         found = torch.where(wrong[:, None], near, found)
-    return found
+    if not bool(wrong.all()):
+        return found
+    if density.num_errors == density.num_values:
+        error = density.error_at(found[0])
+        raise ValueError(
+            f"The model raised at each of {num_paths} starts; the error at the first was: {error}"
+        ) from error
+    raise ValueError(
+        f"The density is not finite at any of {num_paths} starts between -{RADIUS:g} and "
+        f"{RADIUS:g} in unconstrained space, nor at {ATTEMPTS} others for each. Look at the "
+        "priors, or train a guide that starts at init_loc_fn= values where it is finite."
+    )
 
 
-Candidates = tuple[Tensor, Tensor, Tensor]  # locations, Cholesky factors, and which are right
+Candidates = tuple[Tensor, Tensor, Tensor]  # locations, Cholesky factors, and which are covariances
 
 
 @torch.no_grad()
@@ -176,9 +191,9 @@ def _best_points(density: LogDensity, paths: Paths) -> list[Candidates]:
     elbo = torch.full_like(paths.values, -math.inf)
     width = density.size * (2 * paths.memory + DRAWS)
     for part in where.split(max(1, CHUNK // width)) if len(where) else ():
-        gaussians, is_right = _gaussians_at(paths, pairs, *part.unbind(-1))
+        gaussians, has_covariance = _gaussians_at(paths, pairs, *part.unbind(-1))
         each = _elbo(density, gaussians.draw(noise), noise[:, None], gaussians.log_det)
-        elbo[tuple(part.unbind(-1))] = torch.where(is_right, each, -math.inf)
+        elbo[tuple(part.unbind(-1))] = torch.where(has_covariance, each, -math.inf)
     count = min(BEST, len(elbo)) if density.size <= LARGEST else 1
     values, steps = elbo.topk(count, dim=0)
     found = []
@@ -232,19 +247,19 @@ def _gaussians_at(
     moved = a * g + (v @ (m @ (v.mT @ g[..., None]))).squeeze(-1)
     scale = a.sqrt()
     scaled = v / scale[..., None]
-    is_right = scaled.isfinite().flatten(1).all(-1) & m.isfinite().flatten(1).all(-1)
-    scaled = torch.where(is_right[:, None, None], scaled, 0.0)
-    m = torch.where(is_right[:, None, None], m, 0.0)
+    has_covariance = scaled.isfinite().flatten(1).all(-1) & m.isfinite().flatten(1).all(-1)
+    scaled = torch.where(has_covariance[:, None, None], scaled, 0.0)
+    m = torch.where(has_covariance[:, None, None], m, 0.0)
     q, r = torch.linalg.qr(scaled)
     inner = r @ m @ r.mT
     inner = (inner + inner.mT) / 2
     inner.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(inner)
-    is_right &= info == 0
+    has_covariance &= info == 0
     unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    factor = torch.where(is_right[:, None, None], factor, unit)
-    loc = torch.where(is_right[:, None], paths.points[iterations, number] - moved, 0.0)
-    return _Factored(loc, scale, q, factor), is_right
+    factor = torch.where(has_covariance[:, None, None], factor, unit)
+    loc = torch.where(has_covariance[:, None], paths.points[iterations, number] - moved, 0.0)
+    return _Factored(loc, scale, q, factor), has_covariance
 
 
 def _newton(density: LogDensity, paths: Paths) -> Candidates:
@@ -260,26 +275,27 @@ def _newton(density: LogDensity, paths: Paths) -> Candidates:
         return u, identity.expand(len(u), -1, -1), none
     unit = (-matrix.diagonal(dim1=-2, dim2=-1)).rsqrt()
     correlations = -matrix * unit[..., None] * unit[..., None, :]
-    inverse, is_right = _inverse(correlations)
+    inverse, has_covariance = _inverse(correlations)
     factor, info = torch.linalg.cholesky_ex(inverse)
-    is_right = is_right & (info == 0) & grad.isfinite().all(-1)
-    factor = torch.where(is_right[:, None, None], unit[..., None] * factor, identity)
+    has_covariance = has_covariance & (info == 0) & grad.isfinite().all(-1)
+    factor = torch.where(has_covariance[:, None, None], unit[..., None] * factor, identity)
     step = (factor @ (factor.mT @ grad[..., None])).squeeze(-1)
-    return torch.where(is_right[:, None], u + step, 0.0), factor, is_right
+    return torch.where(has_covariance[:, None], u + step, 0.0), factor, has_covariance
 
 
 def _inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return inverses, the identity where a matrix is not positive definite, and where it is."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    is_right = matrix.isfinite().flatten(1).all(-1)
-    factor, info = torch.linalg.cholesky_ex(torch.where(is_right[:, None, None], matrix, identity))
-    is_right = is_right & (info == 0)
-    return torch.cholesky_inverse(torch.where(is_right[:, None, None], factor, identity)), is_right
+    is_finite = matrix.isfinite().flatten(1).all(-1)[:, None, None]
+    factor, info = torch.linalg.cholesky_ex(torch.where(is_finite, matrix, identity))
+    is_positive = is_finite & (info == 0)[:, None, None]
+    inverse = torch.cholesky_inverse(torch.where(is_positive, factor, identity))
+    return inverse, is_positive[:, 0, 0]
 
 
 @torch.no_grad()
-def _elbos(density: LogDensity, gaussians: Gaussians) -> Tensor:
-    """Return ELBOs of the best candidates, all with the same noise."""
+def elbos(density: LogDensity, gaussians: Gaussians) -> Tensor:
+    """Return ELBOs of Gaussians by 200 draws, all with the same noise."""
     noise = _pairs_of_noise(DRAWS_OF_BEST, density.size, gaussians.loc)[:, None]
     drawn = gaussians.draw(noise.expand(-1, len(gaussians.loc), -1))
     return _elbo(density, drawn, noise, gaussians.log_det)
@@ -303,4 +319,9 @@ def _pairs_of_noise(count: int, size: int, like: Tensor) -> Tensor:
 def _elbo(density: Callable[[Tensor], Tensor], u: Tensor, noise: Tensor, log_det: Tensor) -> Tensor:
     """Return means of ``log p - log q`` over draws ``[n, B, D]``, -inf if one is not finite."""
     log_q = log_normal(noise.square().sum(-1), log_det, u.shape[-1])
-    return (density(u) - log_q).mean(0).nan_to_num(-math.inf, -math.inf)
+    return or_minus_inf((density(u) - log_q).mean(0))
+
+
+def or_minus_inf(values: Tensor) -> Tensor:
+    """Return values, -inf where they are not finite."""
+    return torch.where(values.isfinite(), values, -math.inf)

@@ -15,7 +15,8 @@ ITERATIONS = 700
 TRIALS = 30  # of the length of a step
 DECREASE, CURVATURE = 1e-4, 0.9  # of Wolfe's conditions
 SMALL_DECREASE, SMALL_GRADIENT = 1e-12, 1e-5  # at which a path ends; the first is relative
-STEEP = 1e3  # times the gradient at the start, at which a path has no end
+STEEP = 1e3  # times the gradient at the start, at least 1, at which a path has no end
+FURTHER = 50  # iterations at least, where most paths have ended
 CURVED = 1e-12  # least s'z / z'z of a pair that is kept
 
 
@@ -47,9 +48,10 @@ def minimise(
     """Minimise a function from each of the starts ``[I, D]``.
 
     Values that are not finite count as infinite. A path ends where decrease or gradient are small,
-    where no step lowers the value, or where the gradient is 1,000 times that at the start, as on
-    the way to a point where the value has no bound (a funnel). Once three quarters of the paths
-    have ended, the others go on for as many iterations as that took.
+    where no step lowers the value, or where the gradient is 1,000 times that at the start (and
+    above 1,000), as on the way to a point where the value has no bound (a funnel). Once three
+    quarters of the paths that started at a finite value have ended, the others go on for as many
+    iterations as that took, up to the 50th at least.
     """
     x, count = starts, len(starts)
     value, grad = objective(x)
@@ -59,14 +61,15 @@ def minimise(
     still = torch.zeros(count, dtype=torch.bool, device=x.device)
     record = [(x, value, grad, diagonal, still, still)]
     running = value.isfinite() & grad.isfinite().all(-1)
-    steepest = STEEP * grad.abs().amax(-1)
+    started = int(running.sum())
+    steepest = STEEP * grad.abs().amax(-1).clamp(min=1.0)
     last = iterations
     for iteration in range(1, iterations + 1):
         left = int(running.sum())
         if not left or iteration > last:
             break
-        if left <= count // 4:
-            last = min(last, 2 * iteration)
+        if left <= started // 4:
+            last = min(last, max(2 * iteration, FURTHER))
         direction = -_inverse_hessian_times(grad, steps, changes, unit)
         is_descent = (direction * grad).sum(-1) < 0
         direction = torch.where(is_descent[:, None], direction, -grad)
@@ -124,8 +127,8 @@ def _diagonal(old: Tensor, s: Tensor, z: Tensor) -> Tensor:
     b = (s * z).sum(-1, keepdim=True)
     c = (s.square() / old).sum(-1, keepdim=True)
     inverse = a / (b * old) + z.square() / b - a * s.square() / (b * c * old.square())
-    is_right = ((inverse > 0) & inverse.isfinite()).all(-1, keepdim=True)
-    return torch.where(is_right, 1 / inverse, old)
+    is_positive = ((inverse > 0) & inverse.isfinite()).all(-1, keepdim=True)
+    return torch.where(is_positive, 1 / inverse, old)
 
 
 def _step(
