@@ -97,7 +97,7 @@ def pathfinder(
         model: with continuous latents; flat priors and enumerated latents are allowed.
         args, kwargs: the model's arguments: all data, not a minibatch.
         paths: how many. Of M modes of one size, about M (log M + 2) paths find all
-            with probability 0.87.
+            with probability 0.87 or more.
         family: of the Gaussians: ``"full"``, ``"diagonal"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
         name: as in `AmortizedGuide`.
