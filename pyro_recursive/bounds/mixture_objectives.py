@@ -245,14 +245,16 @@ def best_gain(
 
     Each argument is a pair: at T draws of the mixture, and at S draws of each candidate. The first
     two are ``[T, *rows]`` and ``[C, S, *rows]``, the candidates' densities ``[C, T, *rows]`` and
-    ``[C, S, *rows]``. Returns ``[*rows]``.
+    ``[C, S, *rows]``. Returns ``[*rows]``. Draws of the mixture with density 0 under p, which cost
+    every candidate the same, are left out.
     """
-    bounds = []
+    bounds, dead = [], log_p[0].isneginf()
     for share in shares:
         e = torch.tensor(share).to(log_p[0])
         parts = [
             p - torch.logaddexp(torch.log1p(-e) + q, e.log() + c)
             for p, q, c in zip(log_p, log_mixture, log_candidate, strict=True)
         ]
-        bounds.append((1 - e) * parts[0].mean(1) + e * parts[1].mean(1))
+        of_mixture = torch.where(dead, 0.0, parts[0]).sum(1) / (~dead).sum(0).clamp(min=1)
+        bounds.append((1 - e) * of_mixture + e * parts[1].mean(1))
     return torch.stack(bounds).nan_to_num(nan=-torch.inf).amax(0).argmax(0)

@@ -270,6 +270,21 @@ def test_a_clear_gain() -> None:
     assert abs(same.mean) < 1e-14 and same.standard_error < 1e-14
 
 
+def test_draws_of_density_0_leave_the_choice_to_the_others() -> None:
+    """They cost every candidate the same, infinitely much; a candidate's own exclude it."""
+    own, draws = torch.randn(8, 1), torch.randn(5, 6, 1)
+    log_p, at_draws = torch.zeros(9, 1), torch.randn(5, 6, 1)
+    log_p[8], at_draws[4] = -torch.inf, 10.0
+    at_draws[4, 0] = -torch.inf
+    at_own, candidates = torch.randn(5, 9, 1), torch.randn(5, 6, 1)
+    mixture = torch.cat([own, torch.zeros(1, 1)])
+    found = best_gain((log_p, at_draws), (mixture, draws), (at_own, candidates))
+    others = best_gain(
+        (log_p[:8], at_draws[:4]), (own, draws[:4]), (at_own[:4, :8], candidates[:4])
+    )
+    assert found.equal(others)
+
+
 def test_best_gain_is_the_best_candidate_by_integrals() -> None:
     """For each of some rows, whose mixtures differ; places, and scales from spikes to deserts."""
     candidates = torch.stack([4 * torch.randn(40), torch.linspace(-3, 1.5, 40)], -1)
