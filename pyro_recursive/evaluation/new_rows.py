@@ -28,7 +28,9 @@ from pyro_recursive.evaluation.predictions import predictive_draws
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_batch_shape
+from pyro_recursive.tracing.conditionals import Conditional, conditionals
 from pyro_recursive.tracing.densities import log_prob_of
+from pyro_recursive.tracing.enumeration import is_enumerated
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.plates import Particles, PlateLayout, layout_of
@@ -100,7 +102,8 @@ def predict(
 
     for global latents g, drawn from the guide, and local ones z_i. Local latents of the draws are
     from their prior given g. For the density they are from their prior and, in equal parts, from
-    the guide where it has a distribution of its own for each row, as encoders have. Data that the
+    the guide where it has a distribution of its own for each row, as encoders have; enumerated
+    ones are summed out of it, unless other latents of rows are not the guide's. Data that the
     model observes are drawn anew, and those that it was not given (``y=None``); where the call has
     some data of the rows, only the missing ones, and local latents are the guide's. Densities leave
     scales out; masked entries count as missing.
@@ -153,7 +156,13 @@ def predict(
     draws = Draws({n: s for n, s in found.items() if n not in drawn.sites}, len(drawn))
     if not new.data:
         return Prediction(draws)
-    evidence, plates = _row_densities(program, fixed, new, run)
+    summed = new.local.intersection(enumerated_without(single, new.proposed))
+    others = new.local - summed
+    if enumerates := bool(summed) and (not new.proposed or others == new.proposed):
+        prior = ModelRuns.latents, chunk_size, vectorize_particles
+        found = run_on_draws(model, args, kwargs, fixed, *prior)
+        fixed = replace(fixed, sites={**kept, **{name: found[name] for name in others}})
+    evidence, plates = _row_densities(program, fixed, new, run, enumerates)
     return Prediction(draws, *evidence, plates)
 
 
@@ -261,12 +270,13 @@ def _proposed(
     table = SiteTable(single, outline(program.guide, program.args, program.kwargs))
     here = {record.name: _sizes(record) for record in table.model}
     found = [record for record in table.guide if record.name in local]
-    if any(r.is_masked for r in table.model if r.name in local) or any(
+    names = {record.name for record in found}
+    if any(r.is_masked for r in table.model if r.name in names) or any(
         is_delta(r.site) or not rows <= r.row_plates.keys() or _sizes(r) != here[r.name]
         for r in found
     ):
         return frozenset()
-    return frozenset(record.name for record in found)
+    return frozenset(names)
 
 
 def _sizes(record: SiteRecord) -> dict[str, int]:
@@ -297,11 +307,17 @@ def _missing_data(
 
 
 def _row_densities(
-    program: Program, fixed: Draws, new: NewRows, run: dict[str, Any]
+    program: Program, fixed: Draws, new: NewRows, run: dict[str, Any], enumerates: bool
 ) -> tuple[Evidence, tuple[str, ...]]:
-    """Return log p of each row, and the plates of the rows."""
+    """Return log p of each row, and the plates of the rows.
+
+    Where it ``enumerates`` latents of rows, ``fixed`` has draws of the others from their prior.
+    """
     sums = WeightSums()
     plates: list[str] = []
+
+    def unseen(site: Site) -> bool:  # data of other rows
+        return site["is_observed"] and not is_computed(site) and site["name"] not in new.data
 
     def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
         one_pass = len(runs.traces) == 1 and runs.samples > 1
@@ -309,20 +325,22 @@ def _row_densities(
         plate: Any = nullcontext()
         if one_pass:
             plate = pyro.plate(PARTICLE_PLATE, runs.samples, dim=particles.dim)
+        enum_dim = -runs.nesting - 2 if enumerates else None
         pairs = []  # of the prior's draws; then of the guide's
         with plate:
             if new.proposed:
                 pairs = [_of_prior(program, trace) for trace in runs.traces]
-                pairs += [_of_guide(program, trace, new.local) for trace in runs.traces]
-        tables = [SiteTable(*pair) for pair in pairs]
-        tables = tables or [SiteTable(trace, poutine.Trace()) for trace in runs.traces]
+                pairs += [_of_guide(program, trace, new.local, enum_dim) for trace in runs.traces]
+        pairs = pairs or [(trace, poutine.Trace()) for trace in runs.traces]
+        tables = [SiteTable(without(trace, unseen), guide) for trace, guide in pairs]
         layout = layout_of(particles, tables, new.data | new.local)
         found = _log_weights(tables, layout, new)
         plates[:] = [frame.name for frame in layout.plates]
         sums.add(found.logsumexp(0) - math.log(len(found)))
         return {}
 
-    run_on_draws(program.model, program.args, program.kwargs, fixed, collect, **run)
+    call = program.model, program.args, program.kwargs
+    run_on_draws(*call, fixed, collect, enumerates=enumerates, **run)
     return sums.evidence(), tuple(plates)
 
 
@@ -332,7 +350,7 @@ def _of_prior(program: Program, trace: poutine.Trace) -> tuple[poutine.Trace, po
 
 
 def _of_guide(
-    program: Program, trace: poutine.Trace, local: frozenset[str]
+    program: Program, trace: poutine.Trace, local: frozenset[str], enum_dim: int | None
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """Return runs of model and guide with local latents of the guide, at the same global ones."""
     guide = program.run_guide(without(trace, lambda site: site["name"] in local))
@@ -340,7 +358,7 @@ def _of_guide(
     for name, site in subsample_sites(trace).nodes.items():
         if name not in source.nodes:
             source.add_node(name, **site)
-    return program.run_model(source), guide
+    return program.run_model(source, enum_dim), guide
 
 
 def _log_weights(tables: Sequence[SiteTable], layout: PlateLayout, new: NewRows) -> Tensor:
@@ -350,25 +368,42 @@ def _log_weights(tables: Sequence[SiteTable], layout: PlateLayout, new: NewRows)
     parts; others are from their prior, which cancels.
     """
     count = layout.particles.total if layout.particles.dim is None else 1
-    proposals = [tables[start : start + count] for start in range(0, len(tables), count)]
+    terms = [_terms(table, layout, new) for table in tables]
 
-    def summed(wanted: Callable[[SiteTable], list[SiteRecord]]) -> Tensor:
+    def gathered(pairs: Sequence[list[tuple[Site, Tensor]]]) -> Tensor:
         found = []
-        for group in proposals:
-            pairs = [[(r.site, _log_prob(r.site)) for r in wanted(table)] for table in group]
-            total = layout.gather(pairs)
+        for start in range(0, len(pairs), count):
+            total = layout.gather(pairs[start : start + count])
             assert total is not None  # there are data in the rows
             found.append(total[0].expand(layout.particles.total, *layout.shape).double())
         return torch.stack(found)
 
-    log_likelihood = summed(lambda table: [r for r in table.model if r.name in new.data])
+    log_likelihood = gathered([data for data, _ in terms])
     if not new.proposed:
         return log_likelihood
-    log_prior = summed(lambda table: [r for r in table.model if r.name in new.proposed])
-    log_guide = summed(lambda table: [r for r in table.guide if new.rows <= r.row_plates.keys()])
+    log_prior = gathered([prior for _, prior in terms])
+    guided = [[r for r in t.guide if new.rows <= r.row_plates.keys()] for t in tables]
+    log_guide = gathered([[(r.site, _log_prob(r.site)) for r in records] for records in guided])
     log_guide = log_guide.nan_to_num(nan=-math.inf, neginf=-math.inf)
     mixture = torch.logaddexp(log_prior, log_guide) - math.log(2)
     return log_likelihood + log_prior - mixture
+
+
+def _terms(
+    table: SiteTable, layout: PlateLayout, new: NewRows
+) -> tuple[list[tuple[Site, Tensor]], list[tuple[Site, Tensor]]]:
+    """Return log p of the rows' data and of what the guide proposes, enumerated latents summed."""
+    ordinary, summed = table.model, list[Conditional]()
+    if is_enumerated(table):
+        ordinary, summed = conditionals(table, layout)
+    data = [(r.site, _log_prob(r.site)) for r in ordinary if r.name in new.data]
+    prior = [(r.site, _log_prob(r.site)) for r in ordinary if r.name in new.proposed]
+    for each in summed:
+        if each.log_likelihood is not None:
+            data.append((each.site, each.log_likelihood.nan_to_num(0.0, math.inf, -math.inf)))
+        if each.log_prior is not None:
+            prior.append((each.site, each.log_prior))
+    return data, prior
 
 
 def _log_prob(site: Site) -> Tensor:

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from pyro_recursive.evaluation import arviz
 from pyro_recursive.evaluation.search import Search
 from tests.models.enumerated import ENUMERATED, PARALLEL, Enumerated
 from tests.models.enumerated_guides import rows, rows_guide
-from tests.models.row import data, normal
+from tests.models.row import data, mask, normal
 from tests.oracles.arviz_objects import pointwise
 
 ROWS = [row for row in ENUMERATED if row.name in ("gmm", "hmm", "lda")]
@@ -134,14 +135,42 @@ def test_values_are_those_of_the_sums_by_hand(row: Enumerated, name: str) -> Non
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("from_prior", [False, True])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_new_rows(row: Enumerated) -> None:
-    """Local latents from their prior: the enumerated ones are drawn, or summed by hand."""
-    options = {"num_draws": 4000, "plate": PLATE[row.name]}
-    found = [of.predict(m, row.guide, row.x(), **options) for m in (row.model, row.collapsed)]
+def test_new_rows(row: Enumerated, from_prior: bool) -> None:
+    """Local latents from their prior, and the guide or not: with the noise of sums by hand."""
+    options: dict[str, Any] = {"num_draws": 4000, "plate": PLATE[row.name]}
+    models, guide = (row.model, row.collapsed), row.guide
+    if from_prior:
+        guide = of.posterior_draws(row.model, row.guide, row.x(), num_draws=4000)
+    found = [of.predict(m, guide, row.x(), **options) for m in models]
     one, other = (each.log_p for each in found)
     error = (found[0].standard_error ** 2 + found[1].standard_error ** 2).sqrt()
     assert ((one - other).abs() < 4.5 * error).all() and error.max() < 0.1
+    ratio = found[0].standard_error / found[1].standard_error
+    assert (ratio.log().abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_new_rows_of_enumerated_latents_alone(vectorize: bool) -> None:
+    """No noise but that of the global latent; masked data are missing, other data no part."""
+    weights, locs, seen = torch.tensor([0.4, 0.6]), torch.tensor([-1.5, 2.0]), mask()
+
+    def model(x: Tensor) -> None:
+        mu = normal("mu", 0.0, 1.0)
+        normal("before", mu, 1.0, obs=torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(weights), infer=PARALLEL)
+            with poutine.mask(mask=seen):
+                normal("x", locs[y] + mu, 0.8, obs=x)
+
+    x, options = data(), {"vectorize_particles": vectorize, "plate": "data"}
+    draws = of.posterior_draws(model, lambda x: normal("mu", 0.2, 0.5), x, num_draws=30)
+    found = of.predict(model, draws, x, **options)
+    each = dist.Normal(locs + draws["mu"][:, None, None], 0.8).log_prob(x.unsqueeze(-1))
+    expected = (weights.log() + each).logsumexp(-1).where(seen, 0.0)
+    expected = expected.logsumexp(0) - torch.tensor(30.0).log()
+    torch.testing.assert_close(found.log_p, expected.double())
 
 
 def exact_guide(x: Tensor, width: float = 1.0) -> None:
