@@ -248,7 +248,6 @@ def _fits_plate(
     memory, key = Program(no_model, model, args, kwargs).memory, f"fits plate, {draws_data}"
     if key not in memory:
         drawing = FlatPriors()(drawing_data(model) if draws_data else model)
-        drawing = poutine.infer_config(drawing, lambda site: {"enumerate": None})
         alone = Program(no_model, drawing, args, kwargs)
         structure = structure_of(alone)
         choose(alone, structure)
