@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_recursive.tracing.sites import Site, plates_of
+from pyro_recursive.tracing.sites import Site, entry_of, plates_of
 
 Kind = Literal["latent", "computed", "observed"]
 
@@ -78,7 +78,7 @@ def stacked(
         value = value.expand(*batch, *event)
         rows.append(value.reshape(total, *(frame.size for frame in frames), *event))
     loops = [frame for frame in plates_of(site).values() if not frame.vectorized]
-    cell = {frame.name: (frame.counter - 1) % frame.size for frame in loops}
+    cell = {frame.name: entry_of(frame) for frame in loops}
     return SiteDraws(torch.cat(rows), frames, kind, cell)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor
 
@@ -27,13 +26,12 @@ from pyro_recursive.evaluation.model_runs import (
 from pyro_recursive.evaluation.predictions import predictive_draws
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.compatibility import check_batch_shape
+from pyro_recursive.tracing.compatibility import check_batch_shape, masked_log_prob
 from pyro_recursive.tracing.conditionals import Conditional, conditionals
-from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.enumeration import is_enumerated
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.plates import Particles, PlateLayout, layout_of
+from pyro_recursive.tracing.plates import PlateLayout, layout_of
 from pyro_recursive.tracing.program import Program, without
 from pyro_recursive.tracing.sites import (
     PARTICLE_PLATE,
@@ -320,10 +318,9 @@ def _row_densities(
         return site["is_observed"] and not is_computed(site) and site["name"] not in new.data
 
     def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
-        one_pass = len(runs.traces) == 1 and runs.samples > 1
-        particles = Particles(1, runs.samples, -runs.nesting - 1 if one_pass else None)
+        particles = runs.layout.particles
         plate: Any = nullcontext()
-        if one_pass:
+        if particles.dim is not None:
             plate = pyro.plate(PARTICLE_PLATE, runs.samples, dim=particles.dim)
         enum_dim = -runs.nesting - 2 if enumerates else None
         pairs = []  # of the prior's draws; then of the guide's
@@ -408,6 +405,6 @@ def _terms(
 
 def _log_prob(site: Site) -> Tensor:
     """Return a site's log-density with its mask and without its scale."""
-    log_prob = scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
+    log_prob = masked_log_prob(site)
     check_batch_shape(site, log_prob.shape)
     return log_prob

@@ -12,11 +12,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_recursive.tracing.choice import require_plate
-from pyro_recursive.tracing.compatibility import check_match, log_prob_of
+from pyro_recursive.tracing.compatibility import check_match, masked_log_prob
 from pyro_recursive.tracing.conditionals import Conditional, conditionals
 from pyro_recursive.tracing.enumeration import is_enumerated
 from pyro_recursive.tracing.handlers import ComponentIndex, RunCache
@@ -192,7 +191,7 @@ class PosteriorTable:
         """Return the log-densities of sites with their masks and without their scales."""
         for site in found:
             self._check_mask(site)
-        return [(s, scale_and_mask(log_prob_of(s, s["fn"]), mask=s["mask"])) for s in found]
+        return [(s, masked_log_prob(s)) for s in found]
 
     def _check_mask(self, site: Site) -> None:
         """Raise where a site is masked in some rows."""

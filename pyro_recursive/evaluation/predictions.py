@@ -181,7 +181,8 @@ def _log_densities(
     found = densities(runs, layout)
     groups = [group for group in (found.density, found.score, found.jacobian) if group is not None]
     shape = (1, *layout.whole_shape[1:])
-    log_p = torch.zeros(shape) if found.model is None else found.model.expand(shape)
+    device = next((each.device for each in (*groups, found.values) if each is not None), None)
+    log_p = torch.zeros(shape, device=device) if found.model is None else found.model.expand(shape)
     log_q = sum(groups, torch.zeros_like(log_p))
     log_p, log_q = log_p[0].double(), log_q[0].double()
     if found.values is None:
@@ -298,7 +299,10 @@ def log_likelihoods(
 
     def collect(runs: ModelRuns) -> dict[str, SiteDraws]:
         if missing := sorted(runs.latents().keys() - draws.sites.keys()):
-            raise ValueError(f"There are no draws of {missing}, only of {[*draws.sites]}.")
+            raise ValueError(
+                f"There are no draws of {missing}, only of {[*draws.sites]}. Draw all latents, as "
+                "posterior_draws does."
+            )
         scaled.update(dict.fromkeys(scaled_sites(runs.single)))
         found, of_factors = summed_log_likelihoods(runs)
         factors.update(dict.fromkeys(of_factors))

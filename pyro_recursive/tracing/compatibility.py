@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -307,6 +308,11 @@ def log_prob_of(site: Site, fn: Any) -> Tensor:
     if site["is_observed"] and is_validation_enabled() and not bool(log_prob.isfinite().all()):
         check_finite(site)
     return log_prob
+
+
+def masked_log_prob(site: Site) -> Tensor:
+    """Return the site's log-density with its mask and without its scale."""
+    return scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
 
 
 def _named(site: Site, error: Exception) -> Exception:

@@ -30,6 +30,7 @@ from pyro_recursive.tracing.sites import (
     Site,
     SiteRecord,
     SiteTable,
+    entry_of,
     independent_plates_of,
     is_delta,
     latent_sites,
@@ -224,7 +225,7 @@ def _swap(record: SiteRecord, plate: str, is_swapped: Tensor, other: Tensor) -> 
     """Return the site's value with other entries of the plate where they are swapped."""
     value, frame = record.site["value"], record.plates[plate]
     if not frame.vectorized:
-        return other if is_swapped[_entry(frame)] else value.clone()
+        return other if is_swapped[entry_of(frame)] else value.clone()
     dim = frame.dim - record.site["fn"].event_dim
     rows = is_swapped.to(value.device).reshape(-1, *[1] * (-dim - 1))
     return torch.where(rows, other, value)
@@ -265,14 +266,10 @@ def _changed(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> Tensor:
 def _changed_in(changed: Tensor, frame: Any, is_kept: Tensor) -> bool:
     """Whether a density changed in an entry of the plate that kept its values."""
     if not frame.vectorized:
-        return bool(is_kept[_entry(frame)] and changed.any())
+        return bool(is_kept[entry_of(frame)] and changed.any())
     if changed.dim() >= -frame.dim and changed.shape[frame.dim] == len(is_kept):
         changed = changed & is_kept.to(changed.device).reshape(-1, *[1] * (-frame.dim - 1))
     return bool(changed.any())
-
-
-def _entry(frame: Any) -> int:
-    return (frame.counter - 1) % frame.size
 
 
 def _density(site: Site) -> list[tuple[Tensor, int]]:

@@ -28,6 +28,7 @@ from pyro_recursive.tracing.compatibility import (
     check_batch_shape,
     check_enumerable,
     log_prob_of,
+    masked_log_prob,
 )
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.sites import (
@@ -35,6 +36,7 @@ from pyro_recursive.tracing.sites import (
     Site,
     SiteRecord,
     SiteTable,
+    entry_of,
     own_scale,
     sites,
     unmasked,
@@ -239,7 +241,7 @@ def _factor(record: SiteRecord, enumerated: dict[str, SiteRecord], width: int) -
     if "_enumerate_dim" in site["infer"]:
         log_prob = log_prob_of(site, unmasked(site["fn"]))  # which sums to 1 where masked, too
     else:
-        log_prob = scale_and_mask(log_prob_of(site, site["fn"]), mask=site["mask"])
+        log_prob = masked_log_prob(site)
     check_batch_shape(site, log_prob.shape[max(0, log_prob.dim() - width) :])
     try:
         term = packed.pack(log_prob, site["infer"]["_dim_to_symbol"])
@@ -302,7 +304,7 @@ class Component:
         for name, frame in first.items():
             if not all(name in each for each in others):
                 continue
-            if frame.vectorized or len({_entry(each[name]) for each in (first, *others)}) == 1:
+            if frame.vectorized or len({entry_of(each[name]) for each in (first, *others)}) == 1:
                 frames[name] = frame
             elif name in layout.sequential:
                 raise ValueError(
@@ -374,10 +376,6 @@ def joint_site(factors: Iterable[Factor], frames: dict[str, Any]) -> Site:
     """Return what stands for the sites of factors, in the plates of these frames."""
     name = "+".join(factor.record.name for factor in factors)
     return {"name": name, "cond_indep_stack": tuple(frames.values()), "infer": {}}
-
-
-def _entry(frame: Any) -> int:
-    return (frame.counter - 1) % frame.size
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -19,6 +19,7 @@ from pyro_recursive.tracing.sites import (
     Site,
     SiteRecord,
     SiteTable,
+    entry_of,
     is_delta,
     is_marked_in_guide,
 )
@@ -149,4 +150,4 @@ class GuideValues(Messenger):
 
 def _cell_of(site: Site) -> Cell:
     frames = [frame for frame in site["cond_indep_stack"] if not frame.vectorized]
-    return {frame.name: (frame.counter - 1) % frame.size for frame in frames}
+    return {frame.name: entry_of(frame) for frame in frames}

@@ -22,6 +22,7 @@ from pyro_recursive.tracing.sites import (
     PlateDependence,
     Site,
     SiteTable,
+    entry_of,
     plates_of,
     subsample_scale,
 )
@@ -155,12 +156,9 @@ class PlateLayout:
         return PlateLayout(self.particles, self.max_plate_nesting, _in_order(self.plates, others))
 
     def cell(self, site: Site) -> tuple[int, ...]:
-        """Return the site's iteration of each shared sequential plate.
-
-        Pyro's counter continues when a plate is iterated again, hence the modulo.
-        """
+        """Return the site's iteration of each shared sequential plate."""
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-        return tuple((frames[name].counter - 1) % frames[name].size for name in self.sequential)
+        return tuple(entry_of(frames[name]) for name in self.sequential)
 
     def gather(self, runs: Sequence[Sequence[tuple[Site, Tensor]]]) -> Tensor | None:
         """Sum the sites' log-densities of every run and return them in `whole_shape`."""

@@ -322,6 +322,14 @@ def independent_plates_of(site: Site) -> dict[str, Any]:
     return {name: frame for name, frame in plates_of(site).items() if name not in packed}
 
 
+def entry_of(frame: Any) -> int:
+    """Return the iteration of a sequential plate.
+
+    Pyro's counter continues when a plate is iterated again, hence the modulo.
+    """
+    return (frame.counter - 1) % frame.size
+
+
 def subsample_scale(frame: Any) -> float:
     """Return ``full_size / size`` of a plate."""
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
