@@ -74,6 +74,12 @@ class EnumeratedModel:
             return {}
         if name in self.guided:
             return {"enumerate": None}
+        if site["done"]:
+            raise ValueError(
+                f"Model site '{name}' is enumerated, and a handler inside the model gives it a "
+                "value (poutine.replay, infer_discrete). Pass the model without the handler, or "
+                "with the value as data (pyro.condition)."
+            )
         check_enumerable(site)
         self.last = name
         return {"enumerate": "parallel", SUMMED: True}

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import infer_discrete
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
@@ -195,6 +196,12 @@ REFUSALS = [
         ),
         ("enumerated_branch", enumerated_branch, empty_guide, "'k0' is enumerated and the .*branc"),
         ("enumerated_samples", partial(enumerated, num_samples=4), empty_guide, "num_samples': 4}"),
+        (
+            "enumerated_elsewhere",
+            infer_discrete(enumerated, first_available_dim=-3),
+            empty_guide,
+            "'k' is enumerated, and a handler",
+        ),
         ("enumerated_counts", enumerated_counts, empty_guide, "'k' .*Poisson has no finite"),
         ("enumerated_scales", enumerated_scales, empty_guide, "'k' and 'x' .*scales 1 and 0.5"),
         (
