@@ -368,6 +368,7 @@ def test_gaps_of_the_guide() -> None:
 def test_chunks_have_room_for_all_values() -> None:
     gmm_rows, chain = ROW["gmm"], ROW["hmm"]
     for row, values in ((gmm_rows, 3), (chain, 4)):  # a transition has two values of two
+        pyro.clear_param_store()  # both have `locs`, of two shapes
         one, other = (
             particles_per_chunk(Program(model, row.guide, (row.x(),)))
             for model in (row.model, row.collapsed)
