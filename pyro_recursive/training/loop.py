@@ -72,28 +72,23 @@ def fit(
 ) -> History:
     """Minimise a loss over the parameters of model and guide; eager runs resume bit for bit.
 
-    Ctrl-C ends the training after the present step, or block of compiled steps, and returns the
-    history so far.
-
     Args:
         model, guide: called as ``model(*batch)``.
         data: a tensor, a tuple of tensors whose rows go together, or a torch DataLoader.
-        loss: any `pyro.infer.ELBO`.
+        loss, validation_loss: any `pyro.infer.ELBO`; for validation by default the training loss.
         epochs: passes over the data, those before a resume included.
         optimizer: makes a torch optimiser from the list of (unconstrained) parameters.
         scheduler: makes a torch schedule from that optimiser; stepped after each epoch.
         clip_norm: the largest norm of the gradient over all parameters.
-        batch_size: rows per batch of tensors, which processes share; None is the full batch.
+        batch_size: rows per batch of tensors, of all processes; None is the full batch.
         shuffle: whether each epoch has the rows of tensors in a new order.
         transform: maps the tensors of each training batch to a tensor or a tuple.
         kl_warmup: latents have weight ``min(1, epoch / kl_warmup)``, see `KLWarmup`; 0 is none.
         aggressive: steps of the guide alone before each of the model; needs ``validation``.
         validation: held-out data, evaluated in eval mode with the same draws each time.
-        validation_loss: the loss for validation; the training loss if None.
         validate_every: epochs from one validation to the next.
         patience: epochs without a better validation before training stops with the best weights.
-        checkpoint: a file, written after each epoch.
-        resume: whether to continue from that file, if it exists.
+        checkpoint, resume: a file, written after each epoch; whether to go on from one, if any.
         modules: those with buffers or an eval mode that model and guide do not show.
         seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
@@ -101,25 +96,20 @@ def fit(
         progress: whether to show a bar, in a terminal or a notebook.
         on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
         on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
-        compile: whether to compile the steps, or an engine of `CompiledSVI`; batches of tensors run
-            in blocks (of one step for an `on_step`), with other random numbers of the same law.
-            `aggressive` steps are always eager. With True, steps are also eager while too few
-            remain to repay the compile time.
-        compile_cache: a folder of compiled graphs, as ``cache`` of `CompiledSVI`.
+        compile, compile_cache: True or an engine, and ``cache``, of `CompiledSVI` (compiled.md).
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; names the site.
         CheckpointError: the file is damaged or does not fit this call.
 
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
-        ...     with pyro.plate("data", 100, subsample=x):
-        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-        >>> guide, loss = pyro.infer.autoguide.AutoNormal(model), pyro.infer.Trace_ELBO()
-        >>> fit(model, guide, torch.randn(100), loss=loss, epochs=2, batch_size=20).steps
-        [5, 10]
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", 100, subsample=x):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> guide, loss = pyro.infer.autoguide.AutoNormal(model), pyro.infer.Trace_ELBO()
+    >>> fit(model, guide, torch.randn(100), loss=loss, epochs=2, batch_size=20).steps
+    [5, 10]
     """
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
     check_at_least(0, kl_warmup=kl_warmup)
