@@ -65,7 +65,7 @@ class Evaluation(NamedTuple):
     ``local`` are the densities in the log-weights, ``shared`` those of the global latents under
     ``global_latents="elbo"``, where ``num_globals`` estimates share a logarithm. ``independent``
     are plates of score-handled sites beyond those of the weights, whose entries are independent
-    given all else.
+    given all else. ``expected`` is the expectation over latents that the guide enumerates.
     """
 
     bound: Bound
@@ -74,6 +74,7 @@ class Evaluation(NamedTuple):
     shared: Densities | None
     independent: frozenset[str] = frozenset()
     num_globals: int = 1
+    expected: ExpectedBound | None = None
 
 
 class LogWeightELBO(ELBO):
@@ -223,8 +224,9 @@ class LogWeightELBO(ELBO):
         )
         tables = [run.table for run in runs]
         if structure is not None and not fresh:
-            now = structure_in(tables[0])
-            if (local_sites(now), now.guide.keys()) != (local, structure.guide.keys()):
+            now, in_guide = structure_in(tables[0]), tables[0].enumerated_in_guide
+            known = local, structure.guide.keys(), structure.guide_values.keys()
+            if (local_sites(now), now.guide.keys(), {r.name for r in in_guide}) != known:
                 # Sites depend on the arguments: find the structure of this call.
                 return self._evaluate(program, fresh=True, shape=shape, **options)
         layout = layout_of(particles, tables, only=local)
@@ -233,14 +235,15 @@ class LogWeightELBO(ELBO):
         check_runs(tables, layout, is_linear=is_linear)
         if not is_linear:
             check_likelihood(runs[0].model)
-        in_weights, shared = densities(runs, layout, only=local), None
+        in_weights, shared, expected = densities(runs, layout, only=local), None, None
         if in_weights.values is not None:
             if S > 1:
                 raise NotImplementedError(
                     f"num_globals={S} and a guide that enumerates latents: use num_globals=1, or "
                     "enumerate them in the model."
                 )
-            ExpectedBound(self.bound, in_weights).check(program)
+            expected = ExpectedBound(self.bound, in_weights)
+            expected.check(program)
         if local is not None:
             outside = frozenset(record.name for record in tables[0].records) - local
             shared = densities(runs, layout_of(particles.alike, tables, only=outside), only=outside)
@@ -248,7 +251,7 @@ class LogWeightELBO(ELBO):
         inside = {name for r in tables[0].guide if r.group == "score" for name in r.row_plates}
         if not inside <= layout.names:
             independent = independent_plates(program)
-        return Evaluation(self.bound, runs, in_weights, shared, independent, S)
+        return Evaluation(self.bound, runs, in_weights, shared, independent, S, expected)
 
     def _value(self, evaluation: Evaluation) -> Tensor:
         local, shared = evaluation.local, evaluation.shared
@@ -268,23 +271,23 @@ class LogWeightELBO(ELBO):
 
     def _bounds(self, evaluation: Evaluation) -> Tensor:
         """Return the bound of each entry of the plates, ``[*plates]``."""
-        if evaluation.local.values is not None:
-            return ExpectedBound(evaluation.bound, evaluation.local).value()
+        if evaluation.expected is not None:
+            return evaluation.expected.value()
         return evaluation.bound(evaluation.local.log_weights)
 
     def _surrogate(self, evaluation: Evaluation) -> Tensor:
         """Return a scalar whose gradient is the estimator's, for ascent."""
-        bound, runs, local, shared, independent, num_globals = evaluation
+        bound, runs, local, shared, independent, num_globals, expected = evaluation
         if shared is not None and num_globals > 1:
             values = _per_estimate(bound, local, shared)
             return nested_surrogate(runs, local, shared, values, num_globals, self.estimator)
-        expected = None if local.values is None else ExpectedBound(bound, local)
         total = surrogate(
             runs,
             local,
             bound if expected is None else expected.weighted(self.estimator),
             self.estimator,
             independent=independent,
+            beside=None if expected is None else expected.signal(self.estimator),
         )
         if expected is not None:
             total = total + expected.of_probabilities(self.estimator)
@@ -292,9 +295,9 @@ class LogWeightELBO(ELBO):
         if shared is not None:
             if expected is not None:
                 _refuse_scored(shared)
-            values = _per_estimate(bound, local, shared)
+            each = None if expected is not None else _per_estimate(bound, local, shared)
             total = total + shared.layout.scale * global_surrogate(
-                runs, shared, values, self.estimator
+                runs, shared, each, self.estimator
             )
         return total
 

@@ -43,39 +43,64 @@ class ExpectedBound:
         assert self.local.values is not None
         return finite(self.local.values.detach().expand_as(self.log_q)[:, 0])
 
+    @cached_property
+    def estimates(self) -> Tensor:
+        """The bound of each estimate and value, ``[M, *plates, C]``, ``[1, ...]`` if pooled."""
+        return self.bound.estimate(self.local.log_weights)
+
+    @cached_property
+    def guide_estimates(self) -> Tensor:
+        """The same of the guide's bound."""
+        if not self.bound.is_split:
+            return self.estimates
+        return self.bound.guide.estimate(self.local.log_weights)
+
     def value(self) -> Tensor:
         """Return B for each entry of the plates, ``[*plates]``."""
-        estimates = self.bound.estimate(self.local.log_weights)
-        gains = estimates - _like(self.own, estimates)
-        return times(self._weights(estimates).detach(), gains).mean(0).sum(-1)
+        gains = self.estimates - _like(self.own, self.estimates)
+        return times(self._weights(self.estimates).detach(), gains).mean(0).sum(-1)
 
     def weighted(self, estimator: Estimator) -> Bound:
         """Return the bound whose gradient is B's where the probabilities are constant.
 
         In a wake phase the guide's samples count by the posterior of their values, not by q.
         """
-        log_weights, guide = self.local.log_weights, self.bound.guide
-        q = self._weights(self.bound.estimate(log_weights)).detach()
-        model = Weighted(self.bound, q)
+        model = Weighted(self.bound, self._weights(self.estimates).detach())
         if not self.bound.is_split and not estimator.wake:
             return model
-        return Split(model, Weighted(guide, self._of_guide(estimator).detach()))
+        return Split(model, Weighted(self.bound.guide, self._of_guide(estimator).detach()))
+
+    def signal(self, estimator: Estimator) -> Tensor | None:
+        """Return the part of `own` in the signals of score-handled sites, ``[M, 1, *plates, C]``.
+
+        With one sample q(y) may depend on them; else it is a constant.
+        """
+        if estimator.wake or self.local.log_weights.shape[1] > 1:
+            return None
+        weights = self._weights(self.own).detach()
+        return -(weights * self.own).unsqueeze(1) / len(self.own)
 
     def of_probabilities(self, estimator: Estimator) -> Tensor:
         """Return a scalar with the gradient of the probabilities, for ascent."""
         if estimator.wake:
             return (self._of_guide(estimator) * finite(self.log_q.mean(1))).mean(0).sum()
-        estimates = finite(self.bound.guide.estimate(self.local.log_weights))
+        estimates = finite(self.guide_estimates)
         gains = estimates - _like(self.own, estimates)
         # Those of -q log q are q times minus (log q + 1), and the probabilities sum to 1.
         return (self._weights(estimates) * gains).mean(0).sum()
 
     def _of_guide(self, estimator: Estimator) -> Tensor:
-        """Return what the values count for the guide, ``[M, *plates, C]``."""
-        estimates = self.bound.guide.estimate(self.local.log_weights)
-        if estimator.wake:
-            return estimates.softmax(-1).nan_to_num(0.0)
-        return self._weights(estimates)
+        """Return what the values count for the guide, ``[M, *plates, C]``.
+
+        In a wake phase that is their posterior, in which masked values have the guide's density.
+        """
+        estimates, rest = self.guide_estimates, self.local.values_rest
+        if not estimator.wake:
+            return self._weights(estimates)
+        if rest is not None:
+            rest = rest.detach().expand(self.local.layout.whole_shape)[:, 0]
+            estimates = estimates + _like(rest, estimates)
+        return estimates.softmax(-1).nan_to_num(0.0)
 
     def _weights(self, estimates: Tensor) -> Tensor:
         return _like(self.log_q.exp().mean(1), estimates)
@@ -88,7 +113,7 @@ class ExpectedBound:
         key = "the guide's values have one probability"
         if key in program.memory and not is_validation_enabled():
             return
-        pooled = len(self.bound.estimate(self.local.log_weights)) < len(self.log_q)
+        pooled = len(self.estimates) < len(self.log_q)
         log_q = finite(self.log_q.detach())
         first = log_q[:1, :1] if pooled else log_q[:, :1]
         slack = torch.finfo(log_q.dtype).eps ** (2 / 3)

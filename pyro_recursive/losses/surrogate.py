@@ -56,11 +56,13 @@ def surrogate(
     *,
     independent: Container[str] = (),
     signal: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Return a scalar with the gradient of ``sum over plates of bound(log_weights)``.
 
     ``independent`` names plates whose entries are independent given all else. A ``signal`` of
-    shape ``[M, K, *plates]`` replaces the estimator's.
+    shape ``[M, K, *plates]`` replaces the estimator's; what is ``beside`` the bound in an objective
+    is added to that of sites in the plates of the log-weights.
     """
     log_weights, is_split = local.log_weights, bound.is_split
     is_scored = local.score is not None and local.score.requires_grad
@@ -80,6 +82,8 @@ def surrogate(
         found = signal
         if found is None and estimator.signal is not None:
             found = group.signal(estimator, guide_bound, log_weights)
+            if beside is not None and group.terms is None:
+                found = found + beside
         if found is None:
             scored.append(Scored(group, table.score, table.score_rest))
             continue
@@ -104,18 +108,19 @@ def surrogate(
 
 
 def global_surrogate(
-    runs: Sequence[ParticleRun], shared: Densities, values: Tensor, estimator: Estimator
+    runs: Sequence[ParticleRun], shared: Densities, values: Tensor | None, estimator: Estimator
 ) -> Tensor:
     """Return a scalar with the gradient of the ELBO terms of the global latents.
 
     Where the local sites are replayed, the score of the global density is dropped as well: its
     expectation is zero. All data are downstream of a site that is not reparameterised, so that its
-    signal is the value of the whole estimate, of ``values`` ``[M]``.
+    signal is the value of the whole estimate, of ``values`` ``[M]``; None without such sites.
     """
     signal = None
     if shared.score is not None and shared.score.requires_grad:
         if estimator.signal is None:
             raise _no_gradient(runs, shared, estimator)
+        assert values is not None
         M, K = shared.log_weights.shape[:2]
         row = values.unsqueeze(0) / shared.layout.scale
         with torch.no_grad():

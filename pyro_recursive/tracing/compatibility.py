@@ -115,10 +115,18 @@ def check_global_elbo(
 
     They cannot where the density of a global site depends on local latents, as far as a test shows;
     with several samples that raises. With one they need not be: it is not done where a global site
-    is enumerated, as it is summed together with those that depend on it.
+    is enumerated, as it is summed together with those that depend on it, or has one expectation
+    with them.
     """
-    if num_particles == 1 and structure.enumerated - local:
+    in_guide = structure.guide_values.keys() - local
+    if num_particles == 1 and (in_guide or structure.enumerated - local):
         return False
+    if in_guide:
+        raise NotImplementedError(
+            f"Guide site '{min(in_guide)}' is enumerated outside the plates of the data, and "
+            "global_latents='elbo' has no expectation over it. Use global_latents='joint', or "
+            "enumerate it in the model."
+        )
     for plate in sorted(data_plates(structure.model.values()) & dependence.keys()):
         found = dependence[plate]
         apart = found.outside.keys() - local - {*found.summed}  # of the latter `check_match` tells
@@ -402,6 +410,7 @@ def _warn_if_joint(table: SiteTable) -> None:
                     " Use global_latents='elbo'." if is_global else " Put that site in the plate."
                 )
             is_summed = bool(outside) and outside[0] in summed
+            is_summed |= any(name not in each.plates for each in table.enumerated_in_guide)
             if is_summed or table.dependence.get(name, PlateDependence()).outside:
                 remedy = ""  # that would be refused
             warn_user(

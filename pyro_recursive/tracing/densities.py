@@ -129,7 +129,10 @@ def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> Non
     terms[group][run].append((site, own))
     if is_weighted and group in WITH_REST:
         whole = log_prob_of(site, unmasked(site["fn"]))
-        terms[f"{group}_rest"][run].append((site, whole - own))
+        rest = whole - own
+        if group == "values":  # which may have probability 0
+            rest = torch.where(whole == own, 0.0, rest)
+        terms[f"{group}_rest"][run].append((site, rest))
 
 
 def weighted(log_prob: Tensor, site: Site, layout: PlateLayout) -> Tensor:

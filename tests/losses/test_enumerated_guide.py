@@ -30,10 +30,14 @@ from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import latent_sites
 from pyro_recursive.training import KLWarmup
 from tests.models.enumerated_guides import (
+    LABELS,
     PARALLEL,
     PROGRAMS,
+    SUPPORTED,
     Fixed,
     embed,
+    outside,
+    outside_guide,
     rows,
     rows_guide,
 )
@@ -260,6 +264,67 @@ def test_every_outcome_of_binary_latents(loss: str, estimator: str) -> None:
     }
     for name, one in row_gradients(made, program, params, chance.detach()).items():
         torch.testing.assert_close(one, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("estimator", ["score", "dreg+score"])
+def test_every_outcome_of_a_coin_before_an_enumerated_one(estimator: str, M: int) -> None:
+    """One sample for each estimate, with q(y | d): the entropy of y is downstream of d."""
+    outcomes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=M))).T  # [M, rows]
+    size = outcomes.shape[1]
+    p, q = (torch.tensor(each).requires_grad_() for each in (P, Q))
+    of_rows = q.detach().expand(size, 3).clone().requires_grad_()
+
+    class Given(dist.Bernoulli):
+        def sample(self, sample_shape: Any = ()) -> Tensor:
+            shape = self.batch_shape
+            return outcomes[torch.arange(shape[0]) % M] if len(shape) > 1 else outcomes[0]
+
+    def model() -> None:
+        with pyro.plate("data", size):
+            d = pyro.sample("d", dist.Bernoulli(logits=p[0]))
+            y = pyro.sample("y", dist.Bernoulli(logits=p[1] + p[2] * d))
+            normal("x", p[3] * d + p[4] * y - 0.5, 0.8, obs=torch.tensor(0.7).expand(size))
+
+    def guide() -> None:
+        with pyro.plate("data", size):
+            d = pyro.sample("d", Given(logits=of_rows[:, 0]))
+            logits = of_rows[:, 1] + of_rows[:, 2] * d
+            pyro.sample("y", dist.Bernoulli(logits=logits), infer=PARALLEL)
+
+    log_d, log_p, log_y = tables_of(p, q)
+    log_q = log_d.unsqueeze(-1) + log_y
+    (expected,) = torch.autograd.grad((log_q.exp() * (log_p - log_q)).sum(), q)
+    chance = log_d.detach().exp()[outcomes.long()].prod(0)
+    loss = IWAE_ELBO(1, num_estimates=M, estimator=estimator)
+    found = row_gradients(loss, (model, guide), {"q": of_rows}, chance)["q"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("estimator", ["rws", "rws-dreg"])
+def test_a_wake_phase_leaves_labelled_rows_out(estimator: str, dead: bool) -> None:
+    """Also where q(y) is 0, which has no gradient."""
+    x, prior = data(), torch.tensor([0.3, -0.2])
+    logits = torch.tensor([[0.4, -0.1], [1.5, -0.3], [0.2, 0.9], [-0.6, 0.1]])
+    logits = logits.where(torch.tensor(not dead), torch.tensor([0.0, -math.inf])).requires_grad_()
+
+    def model() -> None:
+        with pyro.plate("data", len(x)):
+            fn = dist.Categorical(logits=prior)
+            y = pyro.sample("y", fn, obs=LABELS, obs_mask=SUPPORTED)
+            normal("x", y - 0.5, 0.7, obs=x)
+
+    def guide() -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=~SUPPORTED):
+            pyro.sample("y_unobserved", dist.Categorical(logits=logits), infer=PARALLEL)
+
+    loss = IWAE_ELBO(2, num_estimates=2, estimator=estimator)
+    (found,) = torch.autograd.grad(loss.differentiable_loss(model, guide), logits)
+    log_p = prior + dist.Normal(torch.tensor([-0.5, 0.5]), 0.7).log_prob(x.unsqueeze(-1))
+    expected = logits.detach().softmax(-1) - log_p.softmax(-1)
+    expected[SUPPORTED | torch.tensor(dead)] = 0.0
+    torch.testing.assert_close(found, expected)
 
 
 # One sample: the value and the gradient of Pyro's loss from the same noise.
@@ -489,3 +554,35 @@ def test_a_global_latent_beside_enumerated_ones() -> None:
     expected, *found = [gradient_of(loss, (model, guide), data()) for loss in losses]
     for each in found:
         torch.testing.assert_close(each, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Plate 'data' encloses latent site")
+def test_a_global_latent_that_is_enumerated() -> None:
+    """It has no part of its own in ``"elbo"``: with one sample that is the joint weight."""
+
+    def beside(program: Callable, x: Tensor) -> None:
+        normal("g", real("g_loc", 0.2), 0.9)
+        program(x)
+
+    for programs in (
+        (outside, outside_guide),
+        tuple(partial(beside, each) for each in (outside, outside_guide)),
+    ):
+        loss = IWAE_ELBO(1, global_latents="elbo")
+        joint, found = (gradient_of(each, programs, data()) for each in (IWAE_ELBO(1), loss))
+        torch.testing.assert_close(found, joint)
+        with pytest.raises(NotImplementedError, match="'y' is enumerated outside the plates of"):
+            IWAE_ELBO(3, global_latents="elbo").loss(*programs, data())
+        for K, message in ((1, "num_globals=2 and a guide"), (3, "'y' is enumerated outside")):
+            loss = IWAE_ELBO(K, num_globals=2, global_latents="elbo")
+            with pytest.raises(NotImplementedError, match=message):
+                loss.loss(*programs, data())
+        with pytest.warns(UserWarning, match="one joint weight.$"):  # without that remedy
+            IWAE_ELBO(3).loss(*programs, data())
+    marks = {"y": {"enumerate": None}}  # which may change from call to call
+    guide = poutine.infer_config(outside_guide, lambda site: marks.get(site["name"], {}))
+    loss = IWAE_ELBO(3, global_latents="elbo")
+    assert math.isfinite(loss.loss(outside, guide, data()))
+    marks.clear()
+    with pytest.raises(NotImplementedError, match="'y' is enumerated outside the plates of"):
+        loss.loss(outside, guide, data())
