@@ -212,10 +212,17 @@ class Nested(Weighted):
     """Estimates of which each S have one logarithm: ``mean_m log mean_s exp(sum L_ms)``.
 
     Its first derivative in a log-weight is ``u L'`` with u the share of ``exp(sum L_ms)`` over M,
-    for ``weights`` of M S times u; the second is ``u L'' + u (1 - M u) L' ** 2``.
+    for ``weights`` of M S times u; the second is ``u L'' + u (1 - M u) L' ** 2``. It has
+    derivatives alone, as a log-weight replaced in one entry changes the logarithm over all.
     """
 
     num_globals: int
+
+    def estimate(self, log_weights: Tensor) -> Tensor:
+        raise NotImplementedError("Nested has derivatives alone: its logarithm is over all data.")
+
+    def replaced(self, log_weights: Tensor, substitute: Tensor) -> Tensor:
+        raise NotImplementedError("Nested has derivatives alone: its logarithm is over all data.")
 
     def derivatives(self, log_weights: Tensor) -> Derivatives:
         first, second = self.bound.derivatives(log_weights)

@@ -216,7 +216,9 @@ def check_latent(trace: poutine.Trace, name: str) -> None:
         raise ValueError(f"The model has no latent site '{name}'; there are {sorted(latent)}.")
     frame, own = check_site(latent[name]), latent[name]
     for site in sites(trace):
-        if site["is_observed"] and frame.name in plates_of(site) and not same_scale(own, site):
+        if not site["is_observed"] or frame.name not in plates_of(site):
+            continue
+        if not same_scale(own["scale"], site["scale"]):
             raise ValueError(f"Site '{name}' has its own scale: scale the whole model.")
 
 

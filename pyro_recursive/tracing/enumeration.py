@@ -38,6 +38,7 @@ from pyro_recursive.tracing.sites import (
     SiteTable,
     entry_of,
     own_scale,
+    same_scale,
     sites,
     unmasked,
 )
@@ -61,11 +62,13 @@ class EnumeratedModel:
         return self.model(*args, **kwargs)
 
     def check_branches(self, error: Exception) -> None:
-        """Raise a clearer error where the model branches on an enumerated value."""
+        """Raise a clearer error where the model may have branched on an enumerated value."""
         if self.last and any(words in str(error) for words in _ONE_VALUE):
+            known = str(error).splitlines()[0].rstrip(".")
             raise NotImplementedError(
-                f"Model site '{self.last}' is enumerated and the model branches on its value. "
-                "Sample it in the guide (estimator='vimco'), or write the branch with torch.where."
+                f"Model site '{self.last}' is enumerated, and after it the model raises: {known}. "
+                "If it branches on an enumerated value, sample that in the guide "
+                "(estimator='vimco'), or write the branch with torch.where."
             ) from error
 
     def _config(self, site: Any) -> Any:
@@ -170,13 +173,14 @@ class Marginal:
     reached: frozenset[str]
 
     def check_apart(self, names: frozenset[str]) -> None:
-        """Raise where some of the sites are among those named and others are not."""
-        if self.names & names and not self.names <= names:
+        """Raise where some of the sites are among those named, inside plates, and others not."""
+        if self.names & names and (outside := self.names - names):
+            every, some = (", ".join(map(repr, sorted(each))) for each in (self.names, outside))
+            verb = "is" if len(outside) == 1 else "are"
             raise ValueError(
-                f"Sites {', '.join(map(repr, sorted(self.names)))} are summed together, and not "
-                "all of them are inside the plate of the data: the sum does not split by entry. "
-                "Use global_latents='joint' with all data, or sample the enumerated site in the "
-                "guide."
+                f"Sites {every} are summed together, and {some} {verb} outside the plates of the "
+                "data: the sum does not split by entry. Use global_latents='joint' with all data, "
+                "or sample the enumerated site in the guide."
             )
 
 
@@ -324,7 +328,7 @@ class Component:
         first, *others = [factor.record for factor in self.factors]
         scale = first.site["scale"]
         for other in others:
-            if not _same(scale, other.site["scale"]):
+            if not same_scale(scale, other.site["scale"], values=is_validation_enabled()):
                 raise ValueError(
                     f"Sites '{first.name}' and '{other.name}' are summed together and have scales "
                     f"{_brief(scale)} and {_brief(other.site['scale'])}: the logarithm of their "
@@ -382,16 +386,6 @@ def joint_site(factors: Iterable[Factor], frames: dict[str, Any]) -> Site:
     """Return what stands for the sites of factors, in the plates of these frames."""
     name = "+".join(factor.record.name for factor in factors)
     return {"name": name, "cond_indep_stack": tuple(frames.values()), "infer": {}}
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two scales are equal; tensors are compared under validation, as that may wait."""
-    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
-        return math.isclose(one, other, rel_tol=1e-9)
-    if one is other or not is_validation_enabled():
-        return True
-    one, other = torch.as_tensor(one), torch.as_tensor(other)
-    return one.shape == other.shape and bool((one == other.to(one)).all())
 
 
 def _brief(scale: Any) -> str:

@@ -23,7 +23,9 @@ from pyro_recursive.tracing.sites import (
     is_delta,
     is_marked_in_guide,
 )
+from pyro_recursive.tracing.user_warnings import warn_user
 
+MANY = 1000  # combinations of values
 Cell = dict[str, int]  # the iteration of each sequential plate around a site
 
 
@@ -43,12 +45,23 @@ def axes_of(records: Iterable[SiteRecord]) -> tuple[int, ...] | None:
     return found.pop() if found else ()
 
 
-def value_axes(structure: ProgramStructure) -> tuple[int, ...]:
-    """Return the numbers of values as `Particles.values`; raise where entries are not alike."""
+def value_axes(structure: ProgramStructure, memory: dict) -> tuple[int, ...]:
+    """Return the numbers of values as `Particles.values`; raise where entries are not alike.
+
+    Many combinations warn, once for each program with its ``memory``.
+    """
     if structure.value_axes is None:
         raise NotImplementedError(
             f"Guide sites {sorted(structure.guide_values)} are enumerated, and not alike in all "
             "entries of a sequential plate. Enumerate them in the model."
+        )
+    number, key = math.prod(structure.value_axes), "the guide has many values"
+    if number > MANY and key not in memory:
+        memory[key] = True
+        names = ", ".join(f"'{name}'" for name in sorted(structure.guide_values))
+        warn_user(
+            f"Guide sites {names} have {number} combinations of values, and each runs all samples. "
+            "Enumerate some of them in the model."
         )
     return structure.value_axes
 

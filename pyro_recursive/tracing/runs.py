@@ -125,9 +125,8 @@ def _run(
     otherwise.
     """
     structure = structure_of(program)
-    looped = Particles(
-        num_estimates, num_particles, values=value_axes(structure) if by_value else ()
-    )
+    values = value_axes(structure, program.memory) if by_value else ()
+    looped = Particles(num_estimates, num_particles, values=values)
     one_by_one = not vectorize or looped.total == 1
     known = structure.max_plate_nesting
     assumed = known if math.isinf(max_plate_nesting) else int(max_plate_nesting)
@@ -150,7 +149,7 @@ def _run(
     fresh = structure_of(program, fresh=True)
     _refuse_misfit(fresh)
     nesting = max(assumed, fresh.max_plate_nesting)
-    looped = replace(looped, values=value_axes(fresh) if by_value else ())
+    looped = replace(looped, values=value_axes(fresh, program.memory) if by_value else ())
     one_by_one = not vectorize or looped.total == 1
     again = looped if one_by_one else _in_one_pass(program, fresh, looped, nesting, vectorize)
     if again == particles and _form(fresh, nesting) == _form(structure, assumed):

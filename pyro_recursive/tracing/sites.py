@@ -1,5 +1,6 @@
 """The sample sites of traces: their kinds, plates, scales and masks."""
 
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -351,12 +352,17 @@ def nesting_of(trace: poutine.Trace) -> int:
     return max((-frame.dim for frame in frames), default=0)
 
 
-def same_scale(one: Site, other: Site) -> bool:
-    """Whether two sites have one scale, as Pyro asks of all that is enumerated together."""
-    first, second = one["scale"], other["scale"]
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return first is second
-    return float(first) == float(second)
+def same_scale(one: Any, other: Any, *, values: bool = True) -> bool:
+    """Whether two scales are equal, as Pyro asks of all that is enumerated together.
+
+    Of tensors the shapes are compared, and the ``values`` where asked: that waits for the device.
+    """
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return math.isclose(one, other, rel_tol=1e-9)
+    if one is other:
+        return True
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.shape == other.shape and (not values or bool((one == other.to(one)).all()))
 
 
 def subsample_sites(*traces: poutine.Trace) -> poutine.Trace:

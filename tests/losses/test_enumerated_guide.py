@@ -586,3 +586,22 @@ def test_a_global_latent_that_is_enumerated() -> None:
     marks.clear()
     with pytest.raises(NotImplementedError, match="'y' is enumerated outside the plates of"):
         loss.loss(outside, guide, data())
+
+
+def test_many_combinations_warn_once() -> None:
+    x = data()
+
+    def program(is_guide: bool, x: Tensor) -> None:
+        infer = PARALLEL if is_guide else {}
+        with pyro.plate("data", len(x)):
+            for i in range(6):
+                pyro.sample(f"y{i}", dist.Categorical(logits=torch.zeros(4)), infer=infer)
+            if not is_guide:
+                normal("x", 0.0, 1.0, obs=x)
+
+    loss, programs = IWAE_ELBO(1), (partial(program, False), partial(program, True))
+    with pytest.warns(UserWarning, match="'y4', 'y5' have 4096 combinations of values"):
+        value = loss.loss(*programs, x)
+    exact = -dist.Normal(0.0, 1.0).log_prob(x).sum()
+    torch.testing.assert_close(torch.tensor(value), exact)
+    assert loss.loss(*programs, x) == value

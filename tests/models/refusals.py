@@ -194,7 +194,7 @@ REFUSALS = [
             partial(enumerated_guide, is_global=True),
             r"Guide site 'k' is enumerated in plates \['data'\], and the weights have plates \[\]",
         ),
-        ("enumerated_branch", enumerated_branch, empty_guide, "'k0' is enumerated and the .*branc"),
+        ("enumerated_branch", enumerated_branch, empty_guide, "'k0' is enumerated, and .*branch"),
         ("enumerated_samples", partial(enumerated, num_samples=4), empty_guide, "num_samples': 4}"),
         (
             "enumerated_elsewhere",

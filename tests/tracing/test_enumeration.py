@@ -389,3 +389,39 @@ def test_compiled_steps(engine: str) -> None:
         svi = make(gmm, ROW["gmm"].guide, Adam({"lr": 0.05}), IWAE_ELBO(4), **options)
         losses.append([svi.step(data()) for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_scales_of_other_shapes_do_not_go_together(validate: bool) -> None:
+    """Without validation, too: that takes no look at their values."""
+
+    def model(scale: Any, other: Any) -> None:
+        with pyro.plate("data", 4):
+            with poutine.scale(scale=scale):
+                y = pyro.sample("y", dist.Bernoulli(0.3), infer=PARALLEL)
+            with poutine.scale(scale=other):
+                pyro.sample("x", dist.Normal(y, 1.0), obs=torch.zeros(4))
+
+    loss, rows = IWAE_ELBO(2), torch.full((4,), 0.5)
+    with pyro.validation_enabled(validate):
+        assert math.isfinite(loss.loss(model, lambda *args: None, rows, rows.clone()))
+        for other in (0.5, torch.tensor(0.5)):
+            with pytest.raises(ValueError, match=r"of shape \[4\] and (0.5|of shape \[\]):"):
+                loss.loss(model, lambda *args: None, rows, other)
+
+
+def test_a_sum_across_the_plates_of_the_data_names_what_is_outside() -> None:
+    def model() -> None:
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.3), infer=PARALLEL)
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(g + k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(4))
+
+    def guide() -> None:
+        pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'k', 'z' are summed together, and 'k' is outside the"):
+        IWAE_ELBO(2, global_latents="elbo").loss(model, guide)
