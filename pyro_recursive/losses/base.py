@@ -209,12 +209,6 @@ class LogWeightELBO(ELBO):
             local = local_sites(structure)
             if check_global_elbo(structure, dependence_of(program), local, K):
                 options["shared"] = frozenset(structure.guide) - local
-                for name in structure.guide_values:
-                    if name not in local:
-                        raise NotImplementedError(
-                            f"Guide site '{name}' is global and enumerated, which "
-                            "global_latents='elbo' does not have: use 'joint'."
-                        )
                 M = M * S
             else:  # with one local sample for each global one: S joint samples
                 structure, local, K = None, None, S
