@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from tests.oracles.training import (
     store,
 )
 
+pytestmark = pytest.mark.usefixtures("in_the_foreground")
+
 told = partial(pytest.warns, UserWarning, match="Training was interrupted in epoch")
 
 
@@ -40,14 +41,6 @@ def press_ctrl_c(*_: Any) -> None:
 
 
 # --- Ctrl-C
-
-
-@pytest.fixture(autouse=True)
-def in_the_foreground() -> Iterator[None]:
-    """Handle Ctrl-C as in the foreground; processes in the background may ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_training_after_the_step(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_an_engine_that_cannot_be_bound_again_gives_way() -> None:
     check_same(trained(SVI, *own), trained(named("graph"), *own))
 
 
+@pytest.mark.usefixtures("in_the_foreground")
 def test_an_interrupt_ends_a_run_between_two_blocks() -> None:
     made: list[CompiledSVI] = []
 
