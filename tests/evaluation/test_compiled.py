@@ -57,25 +57,6 @@ def values(make: Make, function: Callable, **options: Any) -> list[Tensor]:
     return [*found, torch.rand(())]
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Run graphs without compiling them; return the number of calls of each."""
-    calls = list[int]()
-
-    def traced(module: Any, tensors: list[Tensor]) -> Callable:
-        number = len(calls)
-        calls.append(0)
-
-        def run(*given: Tensor) -> Any:
-            calls[number] += 1
-            return module(*given)
-
-        return run
-
-    monkeypatch.setattr(passes, "compile_graph", traced)
-    return calls
-
-
 FUNCTIONS = (evidence, weights, draws)
 
 

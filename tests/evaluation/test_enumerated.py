@@ -15,7 +15,6 @@ from torch import Tensor
 from pyro_recursive.evaluation import (
     Draws,
     log_likelihoods,
-    passes,
     posterior_draws,
     predict,
     predictive_draws,
@@ -394,21 +393,8 @@ def test_rows_of_a_minibatch() -> None:
 
 
 @pytest.mark.parametrize("name", ["gmm", "hmm", "lda"])
-def test_compiled_passes_draw_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_passes_draw_the_same(name: str, graphs: list[int]) -> None:
     """Graphs are traced and run here; compiling them is tested elsewhere."""
-    graphs = list[int]()
-
-    def traced(module: Any, tensors: list[Tensor]) -> Callable:
-        number = len(graphs)
-        graphs.append(0)
-
-        def run(*given: Tensor) -> Any:
-            graphs[number] += 1
-            return module(*given)
-
-        return run
-
-    monkeypatch.setattr(passes, "compile_graph", traced)
     row, found = ROW[name], []
     for compile in (False, True):
         pyro.clear_param_store()
