@@ -276,6 +276,26 @@ def test_rows_are_given_the_global_values_of_their_particle(particles: int) -> N
     assert_all_close(densities[:1], densities[1:], atol=1e-6, rtol=0)
 
 
+def check_steps(model: Callable, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Check five steps against those on the ELBO of all rows, given data, draws and log q."""
+    x, start = torch.randn(5), torch.tensor([0.2, -0.3])
+    guide = SemiAmortizedGuide(
+        model,
+        AmortizedGuide(model, FixedStart(2, start), plate="data"),
+        update=GradientUpdate(0.05, momentum=0.0, clip=math.inf),
+        draws=3,
+        seed=5,
+    )
+    params = start.expand(5, -1)
+    for noise in fixed_noise(5, 5, 3, size=1):
+        params = params.detach().requires_grad_()
+        loc, log_scale = params.unbind(-1)
+        z = loc + log_scale.exp() * noise[..., 0]
+        log_q = dist.Normal(loc.detach(), log_scale.detach().exp()).log_prob(z)
+        params = params + 0.05 * torch.autograd.grad(value(x, z, log_q), params)[0]
+    assert_all_close([reached(guide, x)], [params.detach()])
+
+
 @pytest.mark.parametrize("full", [None, 20])
 def test_a_site_that_couples_rows(full: int | None) -> None:
     """Beside a minibatch it counts for as much as beside all rows: their share is what counts."""
@@ -286,25 +306,12 @@ def test_a_site_that_couples_rows(full: int | None) -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         pyro.sample("total", dist.Normal(z.sum(-1, keepdim=True), 0.7), obs=torch.tensor([1.0]))
 
-    x, start = torch.randn(5), torch.tensor([0.2, -0.3])
-    guide = SemiAmortizedGuide(
-        coupled,
-        AmortizedGuide(coupled, FixedStart(2, start), plate="data"),
-        update=GradientUpdate(0.05, momentum=0.0, clip=math.inf),
-        draws=3,
-        seed=5,
-    )
-    params = start.expand(5, -1)
-    for noise in fixed_noise(5, 5, 3, size=1):
-        params = params.detach().requires_grad_()
-        loc, log_scale = params.unbind(-1)
-        z = loc + log_scale.exp() * noise[..., 0]
-        q = dist.Normal(loc.detach(), log_scale.detach().exp())
-        gain = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z)
+    def value(x: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
+        gain = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - log_q
         total = dist.Normal(z.sum(-1), 0.7).log_prob(torch.tensor(1.0))
-        value = gain.sum(-1).mean() + 5 / (full or 5) * total.mean()
-        params = params + 0.05 * torch.autograd.grad(value, params)[0]
-    assert_all_close([reached(guide, x)], [params.detach()])
+        return gain.sum(-1).mean() + 5 / (full or 5) * total.mean()
+
+    check_steps(coupled, value)
 
 
 def under_a_coin(x: Tensor) -> None:
@@ -317,25 +324,13 @@ def under_a_coin(x: Tensor) -> None:
 
 def test_a_sum_that_couples_rows() -> None:
     """The steps are those of the ELBO of all rows, in which the sum is one term."""
-    x, start = torch.randn(5), torch.tensor([0.2, -0.3])
-    guide = SemiAmortizedGuide(
-        under_a_coin,
-        AmortizedGuide(under_a_coin, FixedStart(2, start), plate="data"),
-        update=GradientUpdate(0.05, momentum=0.0, clip=math.inf),
-        draws=3,
-        seed=5,
-    )
-    params = start.expand(5, -1)
-    for noise in fixed_noise(5, 5, 3, size=1):
-        params = params.detach().requires_grad_()
-        loc, log_scale = params.unbind(-1)
-        z = loc + log_scale.exp() * noise[..., 0]
-        q = dist.Normal(loc.detach(), log_scale.detach().exp())
+
+    def value(x: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
         two = dist.Normal(torch.tensor([[0.0], [2.0]]), 1.0).log_prob(z.unsqueeze(-2)).sum(-1)
         total = (two + torch.tensor([0.6, 0.4]).log()).logsumexp(-1)
-        value = (dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z)).sum(-1) + total
-        params = params + 0.05 * torch.autograd.grad(value.mean(), params)[0]
-    assert_all_close([reached(guide, x)], [params.detach()])
+        return ((dist.Normal(z, 1.0).log_prob(x) - log_q).sum(-1) + total).mean()
+
+    check_steps(under_a_coin, value)
 
 
 def test_a_sum_over_rows_of_mixtures_is_refused() -> None:
