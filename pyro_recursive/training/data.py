@@ -138,26 +138,33 @@ class Minibatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one epoch, transformed."""
+        return self.starting_at(0)
+
+    def starting_at(self, first: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch, transformed; those of tensors from the first-th on."""
+        if isinstance(self.data, DataLoader):
+            loader = self._loaded(self.data)
+        else:
+            loader = self._batches(first)
         batch = None
-        loader = self._loaded(self.data) if isinstance(self.data, DataLoader) else self._batches()
         for batch in loader:
             has_rows = self.processes.count == 1 or rows_of(batch) > 0
             yield self._transformed(batch) if self.transform and has_rows else batch
         if batch is None:
             raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")
 
-    def pieces(self) -> Iterator[Batch | Table]:
+    def pieces(self, first: int = 0) -> Iterator[Batch | Table]:
         """Yield the same batches, those of tensors in tables where they are of one size."""
         if self.order is None or self.transform is not None or self.processes.count > 1:
-            yield from self
+            yield from self.starting_at(first)
             return
         assert not isinstance(self.data, DataLoader)
         columns, size = self.data, self.batch_size or len(self.data[0])
         order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
         order = order.to(columns[0].device)
         whole = len(order) - len(order) % size
-        if whole:
-            yield Table(columns, order[:whole].view(-1, size), self.numbered)
+        if whole > first * size:
+            yield Table(columns, order[first * size : whole].view(-1, size), self.numbered)
         if whole < len(order) and not (self.even and whole):
             yield Table(columns, order[whole:].unsqueeze(0), self.numbered).batch(0)
 
@@ -217,7 +224,7 @@ class Minibatches:
             found.append(slice(start + own.start, start + own.stop))
         return found
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, first: int) -> Iterator[Batch]:
         """Yield this process's rows of each batch, in order or in a new random order."""
         assert not isinstance(self.data, DataLoader)
         columns, total = self.data, len(self.data[0])
@@ -225,12 +232,12 @@ class Minibatches:
             yield Batch.of(columns, self._rows(None, total))
         elif self.order is None:
             every = torch.arange(total, device=columns[0].device)
-            for own in self._shares(columns):
+            for own in self._shares(columns)[first:]:
                 yield Batch.of([x[own] for x in columns], self._rows(every[own], total))
         else:
             order = torch.randperm(total, generator=self.order, device="cpu")
             orders = [order.to(column.device) for column in columns]  # one transfer per epoch
-            for own in self._shares(columns):
+            for own in self._shares(columns)[first:]:
                 batch = [x[rows[own]] for x, rows in zip(columns, orders, strict=True)]
                 yield Batch.of(batch, self._rows(orders[0][own], total))
 

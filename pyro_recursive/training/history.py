@@ -83,7 +83,9 @@ class History:
         return f"History({'; '.join(parts)})"
 
 
-def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
+def burda_schedule(
+    optimizer: Optimizer, num_stages: int = 8, *, num_epochs: int | None = None
+) -> LambdaLR:
     r"""Return a schedule that multiplies the learning rate by :math:`10^{-i/7}` in stage i.
 
     Stage i = 0, 1, ... lasts :math:`3^i` epochs: the rate changes after epochs 1, 4, 13, 40, 121,
@@ -92,6 +94,8 @@ def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
     Args:
         optimizer: any torch optimiser; the paper uses Adam(lr=1e-3, eps=1e-4).
         num_stages: eight take ``(3**8 - 1) / 2 = 3280`` epochs.
+        num_epochs: all stages, in proportion, take so many; a stage that begins and ends within one
+            epoch is left out.
 
     Reference: 'Importance Weighted Autoencoders' (Burda et al., arXiv 1509.00519).
 
@@ -106,4 +110,6 @@ def burda_schedule(optimizer: Optimizer, num_stages: int = 8) -> LambdaLR:
         [0.00072]
     """
     ends = list(accumulate(3**stage for stage in range(num_stages)))
-    return LambdaLR(optimizer, lambda epoch: 10 ** -(bisect_right(ends[:-1], epoch) / 7))
+    stretch = 1.0 if num_epochs is None else num_epochs / ends[-1]
+    starts = [end * stretch for end in ends[:-1]]
+    return LambdaLR(optimizer, lambda epoch: 10 ** -(bisect_right(starts, epoch) / 7))

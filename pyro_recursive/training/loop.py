@@ -4,7 +4,7 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -59,6 +59,7 @@ def fit(
     validate_every: int = 1,
     patience: float | None = None,
     checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = math.inf,
     resume: bool = False,
     modules: Iterable[Module] = (),
     seed: int | None = None,
@@ -85,10 +86,10 @@ def fit(
         transform: maps the tensors of each training batch to a tensor or a tuple.
         kl_warmup: latents have weight ``min(1, epoch / kl_warmup)``, see `KLWarmup`; 0 is none.
         aggressive: steps of the guide alone before each of the model; needs ``validation``.
-        validation: held-out data, evaluated in eval mode with the same draws each time.
-        validate_every: epochs from one validation to the next.
+        validation, validate_every: held-out data, evaluated after so many epochs, in eval mode.
         patience: epochs without a better validation before training stops with the best weights.
         checkpoint, resume: a file, written after each epoch; whether to go on from one, if any.
+        checkpoint_seconds: also write it within epochs (one process, tensors, not aggressive).
         modules: those with buffers or an eval mode that model and guide do not show.
         seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
@@ -162,6 +163,8 @@ def fit(
             settings["contents of data"], settings["contents of validation"] = hashes
             settings["transform"] = transform
         run = _Run(learner, batches, epochs, phase, path, settings, on_step, validate_args)
+        if processes.count == 1 and not isinstance(data, DataLoader):
+            run.checkpoint_seconds = checkpoint_seconds
         if resume:
             run.resume()
         bar = _progress_bar(batches, epochs, learner.steps, progress and processes.is_first)
@@ -194,7 +197,7 @@ def _warn_if_unfinished(guide: Any, history: History) -> None:
     if history.interrupted:
         warn_user(
             f"Training was interrupted in epoch {len(history.epoch) + 1}. With a checkpoint, "
-            "resume=True continues after the last whole epoch."
+            "resume=True continues from there."
         )
     elif isinstance(guide, RecursiveMixtureGuide) and guide.steps_left:
         warn_user(
@@ -233,6 +236,8 @@ class _Run:
         self.generators = [*batches.generators, *(phase.generators if phase is not None else [])]
         self.history = History()
         self.best: Weights | None = None  # parameters and buffers of the best epoch
+        self.begun: dict[str, float] | None = None  # what is done of an epoch that is resumed
+        self.checkpoint_seconds, self.last_checkpoint = math.inf, time.monotonic()
         options = checkpoints.options_of(learner.loss)
         settings = {  # what must not change when a run is resumed
             **settings,
@@ -256,10 +261,11 @@ class _Run:
         self, weight: float, held_out: Minibatches | None, validation_loss: ELBO, bar: tqdm
     ) -> None:
         """Train for one epoch, validate, and record both."""
-        start, history, phase = time.perf_counter(), self.history, self.phase
+        begun = self.begun or dict.fromkeys(("batches", "loss", "rows", "seconds"), 0)
+        start, history, phase = time.perf_counter() - begun["seconds"], self.history, self.phase
         if phase is not None and not phase.options.goes_on(history.mutual_information):
             phase = None
-        loss, rows = self._train(weight, phase, bar)
+        loss, rows = self._train(weight, phase, bar, begun, start)
         validation = information = None
         if held_out is not None:
             validation, history.validation_rows = self.learner.validate(validation_loss, held_out)
@@ -279,17 +285,27 @@ class _Run:
         shown = {"loss": loss, "validation": validation, "mutual_information": information}
         bar.set_postfix({name: f"{v:.2f}" for name, v in shown.items() if v is not None})
 
-    def _train(self, weight: float, phase: Phase | None, bar: tqdm) -> tuple[float, float]:
+    def _train(
+        self,
+        weight: float,
+        phase: Phase | None,
+        bar: tqdm,
+        begun: dict[str, float],
+        start: float,
+    ) -> tuple[float, float]:
         """Return the mean loss in nats and the mean rows of one pass over the batches."""
         learner, epoch = self.learner, self.num_epochs + 1
-        total, count, rows = torch.zeros(()), 0, 0  # on the device, which is not waited for
+        count, rows = int(begun["batches"]), begun["rows"]
+        # On the device, which is not waited for.
+        total = torch.tensor(begun["loss"], dtype=torch.float64)
+        order = [generator.get_state() for generator in self.batches.generators]
         # One graph serves all weights.
         is_weighted = weight < 1 or (learner.compiled is not None and self.settings["kl_warmup"])
         warmup: AbstractContextManager = KLWarmup(weight) if is_weighted else nullcontext()
         self.batches.set_epoch(epoch)
         learner.begin_pass()
         with warmup, validation_enabled(is_validation_enabled() and self.validates):
-            for losses, batch in self._steps(phase, epoch):
+            for losses, batch in self._steps(phase, epoch, count):
                 sizes, learner.sizes = learner.sizes, None
                 if sizes and self.batches.rows is not None and learner.group.is_alone:
                     sizes.warn(learner.model, batch, self.batches.rows, stacklevel=4)
@@ -299,19 +315,25 @@ class _Run:
                 if self.on_step is not None:
                     for number, loss in enumerate(losses, learner.steps - len(losses) + 1):
                         self.on_step(number, loss)
+                is_due = time.monotonic() - self.last_checkpoint >= self.checkpoint_seconds
+                if is_due and phase is None and count < (self.batches.count or 0):
+                    learner.check(batch, epoch)
+                    seconds = time.perf_counter() - start
+                    done = {"batches": count, "loss": total.item(), "rows": rows}
+                    self.write({**done, "seconds": seconds}, order)
             learner.check(batch, epoch)
             learner.end_pass()
             learner.show_weights()
-        self.validates = self.validate_args
+        self.validates, self.begun = self.validate_args, None
         return total.item() / count, rows / count
 
-    def _steps(self, phase: Phase | None, epoch: int) -> Iterator[tuple[Tensor, Batch]]:
-        """Take the steps of an epoch; yield losses ``[steps]`` and the last batch."""
+    def _steps(self, phase: Phase | None, epoch: int, first: int) -> Iterator[tuple[Tensor, Batch]]:
+        """Take the steps of an epoch from a batch on; yield losses ``[steps]`` and the batch."""
         learner = self.learner
         if learner.compiled is not None and phase is None:
             passes, count = self.epochs - self.num_epochs, self.batches.count or 1
             most = MAX_BLOCK if self.on_step is None else 1  # it may change what the next step uses
-            for piece in self.batches.pieces():
+            for piece in self.batches.pieces(first):
                 batch = piece.batch(-1) if isinstance(piece, Table) else piece
                 alike = count  # batches of an epoch
                 if isinstance(piece, Table):
@@ -323,7 +345,7 @@ class _Run:
                     yield losses, batch
             return
         step = learner.step if phase is None else phase.stepper()
-        for batch in self.batches:
+        for batch in self.batches.starting_at(first):
             yield step(batch, epoch).reshape(1), batch
 
     def end_epoch(self, keep_best: bool) -> None:
@@ -332,18 +354,25 @@ class _Run:
         self.learner.end_epoch(validated[-1] if validated else self.history.loss[-1])
         if keep_best and self.history.best_epoch == self.num_epochs:
             self.best = self.learner.parameters.copied()
+        self.write()
+
+    def write(self, begun: dict[str, float] | None = None, order: Sequence[Tensor] = ()) -> None:
+        """Write the checkpoint; within an epoch, with the states that its order is drawn from."""
         if self.path is not None:
             own = checkpoints.random_states(self.generators)
+            own["generators"][: len(order)] = order
             state = {
                 "settings": self.settings,
                 "learner": self.learner.state(),
                 "history": asdict(self.history),
                 "best": self.best,
+                "begun": begun,
                 "random": self.processes.gather(own, "random states"),
             }
             if self.processes.is_first:
                 checkpoints.save(self.path, state)
             self.processes.barrier_at("a checkpoint")
+            self.last_checkpoint = time.monotonic()
 
     def report(self, on_epoch: OnEpoch | None) -> None:
         """Call a user's function, whose random draws are not those of the run."""
@@ -376,4 +405,5 @@ class _Run:
         checkpoints.check_same(path, saved, self.settings)
         self.learner.set_state(path, state["learner"], self.batches)
         self.history, self.best = History(**state["history"]), state["best"]
+        self.begun = state.get("begun")
         checkpoints.set_random_states(state["random"][self.processes.rank], self.generators)

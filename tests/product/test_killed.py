@@ -98,6 +98,7 @@ def live(name: str, path: Path) -> None:
         validation=x[:5].clone(),
         transform=lambda batch: batch + 0.1 * torch.randn_like(batch),
         checkpoint=path,
+        checkpoint_seconds=0.0,
         resume=True,
         seed=6,
         progress=False,

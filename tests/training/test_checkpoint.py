@@ -62,6 +62,19 @@ def test_interrupt_and_resume_equals_no_interrupt(name: str, tmp_path: Path) -> 
         assert same(outcome(resumed, other), expected), f"interrupted in call {call}"
 
 
+@pytest.mark.parametrize("call", [1, 5, 7])
+def test_a_run_goes_on_within_an_epoch(call: int, tmp_path: Path) -> None:
+    path, other = tmp_path / "whole.pt", tmp_path / "broken.pt"
+    expected = outcome(run(vae, checkpoint=path), path)
+    options: dict[str, Any] = {"checkpoint": other, "checkpoint_seconds": 0.0}
+    with interrupted():
+        run(vae, **options, transform=interrupt_at(call))
+    assert checkpoints.load(other)["learner"]["steps"] == call  # not those of whole epochs alone
+    pyro.set_rng_seed(99)
+    resumed = run(vae, **options, resume=True, seed=None)
+    assert same(outcome(resumed, other), expected)
+
+
 def test_resume_in_the_same_process(tmp_path: Path) -> None:
     path, arguments = tmp_path / "run.pt", vae()
     expected = outcome(run(vae, checkpoint=path), path)["history"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -293,6 +294,21 @@ def test_burda_schedule_changes_after_the_epochs_of_the_paper() -> None:
         scheduler.step()
     expected = [1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 10, 328, 6560])
+def test_burda_schedule_keeps_the_proportions_of_its_stages(num_epochs: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = burda_schedule(optimizer, num_epochs=num_epochs)
+    stages = []
+    for _ in range(num_epochs):
+        stages.append(round(-7 * math.log10(optimizer.param_groups[0]["lr"])))
+        optimizer.step()
+        scheduler.step()
+    for stage in range(8):
+        length = 3**stage * num_epochs / 3280
+        assert abs(stages.count(stage) - length) < 1
+    assert stages == sorted(stages)
 
 
 # --- What is shown
