@@ -15,6 +15,7 @@ from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.starts import InitLocFn, LastBiases, StartSearch
+from pyro_recursive.guides.whitening import Gaussian
 from pyro_recursive.tracing.isolation import isolated
 
 DRAWS = 4  # of each row, to compare two starts of an encoder
@@ -39,10 +40,15 @@ class AmortizedGuide(LatentGuide):
             plate's rows first; by default the first argument.
         init_loc_fn: where the Gaussians start: a function of a site as in Pyro's autoguides, values
             by name, ``"mean"``, ``"median"``, ``"sample"``, ``"uniform"``, ``"feasible"``, or
-            ``"pathfinder"``, a location near the posterior. By default the median of the prior in
-            closed form, its mean, or zero in unconstrained space. An encoder's last linear layer is
-            moved there, if the ELBO is much higher.
+            ``"pathfinder"``, a location near the posterior; ``whiten=True`` takes the covariance
+            there, too. By default the median of the prior in closed form, its mean, or zero in
+            unconstrained space. An encoder's last linear layer is moved there, if the ELBO is much
+            higher.
         init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
+        whiten: True trains v in ``u = loc + L v``, from N(0, I), where ``N(loc, L L')`` is the best
+            Gaussian of `pathfinder` for the first call's arguments: an optimiser's steps are then
+            in posterior standard deviations. Or any ``(loc, L)`` of the unconstrained latents,
+            ``[D]`` and ``[D, D]``. Without encoder or ``plate=``; in the `state_dict`.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
 
@@ -71,10 +77,12 @@ class AmortizedGuide(LatentGuide):
         inputs: Callable[..., Any] | None = None,
         init_loc_fn: InitLocFn | None = None,
         init_scale: float = 0.1,
+        whiten: bool | Gaussian = False,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
         options: dict[str, Any] = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        options["whiten"] = whiten
         super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         self.family = family_of(family)
         self.encoder: Any = encoder
@@ -92,7 +100,7 @@ class AmortizedGuide(LatentGuide):
         loc = start.reshape(*(frame.size for frame in latents.rows), latents.size)
         if loc.shape[:-1] != torch.Size(sizes):  # a minibatch: its first row for all
             loc = loc[(0,) * len(sizes)].expand(*sizes, -1)
-        self.restart(latents, loc, self.init_scale)
+        self.restart(latents, loc, self.init_scale if latents.whitening is None else 1.0)
 
     def center_outputs(self, search: StartSearch, guide: LatentGuide) -> None:
         """Add the start to the encoder's locations, as those of new networks are around zero.
@@ -142,7 +150,7 @@ class AmortizedGuide(LatentGuide):
         return total / DRAWS / u.numel()
 
     def restart(self, latents: LatentBlock, loc: Tensor, scale: float | Tensor) -> None:
-        """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``."""
+        """Put the free Gaussians of a block at ``loc``, ``[*rows, D]``, in its coordinates."""
         initial = self.family.initial(loc, scale)
         if self.groups:
             with torch.no_grad():
@@ -151,8 +159,13 @@ class AmortizedGuide(LatentGuide):
             setattr(self, _free(latents), PyroParam(initial.clone()))
 
     def set_gaussian(self, latents: LatentBlock, loc: Tensor, scale_tril: Tensor) -> None:
-        """Set the free Gaussians of a block to the members of the family near these."""
+        """Set the free Gaussians of a block to the members of the family near these.
+
+        ``[*rows, D]`` and ``[*rows, D, D]``, in unconstrained space.
+        """
         with torch.no_grad():
+            if latents.whitening is not None:
+                loc, scale_tril = latents.whitening.whitened_gaussian(loc, scale_tril)
             getattr(self, _free(latents)).copy_(self.family.from_gaussian(loc, scale_tril))
 
     def scatter(self, latents: LatentBlock, other: "AmortizedGuide", width: float) -> None:
@@ -210,9 +223,11 @@ class AmortizedGuide(LatentGuide):
         return GaussianRows(self.family, latents.size)
 
     def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
-        """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
+        """Return means and scales of a block's Gaussian in unconstrained space, ``[*batch, D]``."""
         posterior = self.posterior(latents, call)
-        return posterior.mean, posterior.stddev
+        if latents.whitening is None:
+            return posterior.mean, posterior.stddev
+        return latents.whitening.marginals(posterior)
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the Gaussian of a block, batch ``[*batch]`` and event ``[D]``."""

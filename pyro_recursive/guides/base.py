@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyro
@@ -20,8 +21,10 @@ from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, site_function
+from pyro_recursive.guides.whitening import Gaussian, Whitening
 from pyro_recursive.tracing.compatibility import check_batch_shapes
 from pyro_recursive.tracing.param_store import (
+    check_coordinates,
     check_prepared,
     claim_name,
     evict_stale,
@@ -75,6 +78,7 @@ class LatentGuide(AutoGuide):
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
         init_loc_fn: InitLocFn | None = None,
+        whiten: bool | Gaussian = False,
         name: str | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
@@ -84,6 +88,8 @@ class LatentGuide(AutoGuide):
         self.inputs = inputs or first_argument
         site_function(init_loc_fn)  # which raises for an unknown name
         self.init_loc_fn = init_loc_fn  # None: the default, or what a mixture has
+        self.whiten = whiten
+        self.whitening: Whitening | None = None
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones
         self.nesting = 0  # how many dims the model's plates take
         self._plates = ModelPlates()
@@ -204,6 +210,8 @@ class LatentGuide(AutoGuide):
         )
         rows = self._plates.of_rows(self, args, kwargs)
         groups = tuple(of_all_rows(latents, rows) for latents in groups)
+        if self.whiten is not False:
+            groups, search = self._whitened(groups, search)
         self._in_calls = LatentsInCalls.seen(trace, args, kwargs)
         trunk, is_training = self._trunk(), self.training
         with poutine.block(), torch.no_grad():
@@ -212,6 +220,30 @@ class LatentGuide(AutoGuide):
             if is_training:
                 self.center_outputs(search, self)
             self.train(is_training)
+
+    def _whitened(
+        self, groups: tuple[LatentBlock, ...], search: StartSearch
+    ) -> tuple[tuple[LatentBlock, ...], StartSearch]:
+        """Return the block in whitened coordinates, and a search whose start is at their zero."""
+        latents, *others = groups
+        if latents.local or others:
+            raise ValueError(
+                f"whiten= needs one joint distribution of all latents, and {self.name} has one for "
+                "each row. Leave out plate= and encoders."
+            )
+        like = latents.pack_trace(search.trace.nodes)
+        given = search.gaussian() if isinstance(self.whiten, bool) else self.whiten
+        loc, scale_tril = (tensor.to(like) for tensor in given)
+        if loc.shape != like.shape[-1:]:
+            raise ValueError(
+                f"whiten=(loc, scale_tril) has loc of shape {list(loc.shape)}, and the latents "
+                f"{[slot.name for slot in latents.slots]} have {latents.size} coordinates."
+            )
+        self.whitening = Whitening(loc, scale_tril)
+        latents = replace(latents, whitening=self.whitening)
+        if self.init_loc_fn is None:
+            search = search.at(latents.unflatten(torch.zeros_like(like)))
+        return (latents,), search
 
     def _local(self, trace: poutine.Trace, latent: list[Site]) -> set[str]:
         """Return the names of the latents that have a distribution for each row of the data."""
@@ -246,6 +278,8 @@ class LatentGuide(AutoGuide):
             return
         if self._has("encoder") and not any(latents.local for latents in groups):
             raise ValueError(f"{type(self).__name__} has no rows to encode. Give plate=.")
+        if self.whiten is not False and groups[0].whitening is None:
+            raise ValueError(f"{self.name} is part of another guide. Give whiten= to that guide.")
         start = search.find(self.init_loc_fn)
         for latents in groups:
             self.build(latents, latents.flatten(start), raw)
@@ -271,6 +305,8 @@ class LatentGuide(AutoGuide):
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Prepare a new guide; load parameters from Pyro's store, or evict another guide's."""
+        if self.whiten is True and not self.is_loaded:
+            check_coordinates(self)
         is_new = claim_name(self)
         self.prepare(*args, **kwargs)
         if self.is_loaded:
@@ -325,7 +361,7 @@ class LatentGuide(AutoGuide):
         return emit(present, call, u, density)
 
     def marginals(self, latents: LatentBlock, call: GuideCall) -> tuple[Tensor, Tensor]:
-        """Return means and scales of a block's Gaussian, ``[*batch, D]``."""
+        """Return means and scales of a block's Gaussian in unconstrained space, ``[*batch, D]``."""
         raise NotImplementedError(
             f"{type(self).__name__} has no quantiles in closed form: take those of draws."
         )
@@ -350,7 +386,8 @@ class LatentGuide(AutoGuide):
             marginals = [self.marginals(latents, call) for latents in self.groups]
         found: dict[str, list[Tensor]] = {}
         levels = list(quantiles)
-        for block, (loc, scale) in zip(self.groups, marginals, strict=True):
+        blocks = [replace(latents, whitening=None) for latents in self.groups]
+        for block, (loc, scale) in zip(blocks, marginals, strict=True):
             normal = torch.distributions.Normal(loc, scale)
             latents = call.shared_block(block, loc - scale, loc + scale)
             for q in levels:

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 
 ROUNDS = 20  # of scales and factors of the low-rank member closest to a Gaussian
 LEAST_SHARE = 1e-6  # of a coordinate's conditional variance that its own variance keeps
@@ -189,6 +190,13 @@ class Full(Family):
         loc, log_scale, below = parameters.split([size, size, size * (size - 1) // 2], -1)
         rows, _ = torch.tril_indices(size, size, -1, device=parameters.device)
         return torch.cat([loc, log_scale, below / log_scale[..., rows].exp()], -1)
+
+
+def scale_tril_of(gaussian: Any) -> Tensor:
+    """Return the Cholesky factor of a Gaussian's covariance, ``[*batch, D, D]``."""
+    if isinstance(gaussian, Independent):
+        return gaussian.stddev.diag_embed()
+    return gaussian.scale_tril
 
 
 def _conditional_scale(scale_tril: Tensor) -> Tensor:

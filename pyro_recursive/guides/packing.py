@@ -8,7 +8,7 @@ vector. With sites ``z`` in constrained and ``u`` in unconstrained space,
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_recursive.guides.whitening import Whitening
 from pyro_recursive.tracing.masks import without_events
 from pyro_recursive.tracing.sites import Site, is_delta, plates_of, subsample_scale, tensors_of
 from pyro_recursive.tracing.supports import (
@@ -98,20 +99,24 @@ class LatentBlock:
 
     ``rows`` are the frames of the plates that all sites share, left to right; ``nesting`` is how
     many dims plates take: ``batch`` has the rows at the dims of Pyro's plates, ones elsewhere.
+    With a ``whitening`` the vector is v, ``u = loc + L v``; else it is u.
     """
 
     slots: tuple[PackedSite, ...]
     rows: tuple[Any, ...]
     nesting: int
     local: bool  # inside the plate of the data
+    whitening: Whitening | None = None
 
     @cached_property
     def size(self) -> int:
         """D, the length of the vector."""
         return sum(slot.numel for slot in self.slots)
 
-    def without(self, names: Container[str]) -> tuple["LatentBlock", Tensor]:
+    def without(self, names: Collection[str]) -> tuple["LatentBlock", Tensor]:
         """Return the block without some sites, and flags of its entries of this vector, ``[D]``."""
+        if self.whitening is not None:
+            raise _is_mixed("observed or absent in this call", names)
         block = replace(self, slots=tuple(slot for slot in self.slots if slot.name not in names))
         flags = [torch.full((slot.numel,), slot.name not in names) for slot in self.slots]
         return block, torch.cat(flags)
@@ -134,6 +139,17 @@ class LatentBlock:
 
     def unflatten(self, u: Tensor) -> Values:
         """Return the sites' unconstrained values: ``[*batch, D]`` to the sites' own shapes."""
+        if self.whitening is not None:
+            u = self.whitening.unconstrained(u)
+        return self._split(u)
+
+    def step(self, steps: Values) -> Values:
+        """Return a step along the vector, given by site, as one of the unconstrained values."""
+        if self.whitening is None:
+            return steps
+        return self._split(self.whitening.stretched(self._joined(steps)))
+
+    def _split(self, u: Tensor) -> Values:
         parts = zip(self.slots, u.split([slot.numel for slot in self.slots], -1), strict=True)
         return {slot.name: self._unflatten(slot, part) for slot, part in parts}
 
@@ -152,6 +168,10 @@ class LatentBlock:
 
     def flatten(self, unconstrained: Values) -> Tensor:
         """Return the vector of the sites' unconstrained values; undoes `unflatten`."""
+        u = self._joined(unconstrained)
+        return u if self.whitening is None else self.whitening.whitened(u)
+
+    def _joined(self, unconstrained: Values) -> Tensor:
         parts = [self._gather(slot, unconstrained[slot.name]) for slot in self.slots]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, -1) for part in parts], -1)
@@ -160,6 +180,8 @@ class LatentBlock:
         """Return the entries to keep of the vector, ``[*batch, D]``, from those of some sites."""
         if not any(slot.name in kept for slot in self.slots):
             return None
+        if self.whitening is not None:
+            raise _is_mixed("masked in parts", kept)
         some = next(iter(kept.values()))
         whole = some.new_ones(*[1] * self.nesting, self.size)
         parts = [
@@ -177,9 +199,12 @@ class LatentBlock:
     def log_volume(self, u: Tensor, kept: Values | None = None) -> Tensor:
         """Return ``log |dz / du|``, ``[*batch, D]`` to ``[*batch]``, of what is kept of the vector.
 
-        ``kept`` has flags of sites' entries; sites without any are kept.
+        ``kept`` has flags of sites' entries; sites without any are kept. With a whitening it is
+        ``log |dz / dv|``.
         """
         total = u.new_zeros(u.shape[:-1])
+        if self.whitening is not None:
+            total = total + self.whitening.log_det
         constrained = [slot for slot in self.slots if not slot.is_real]
         unconstrained = self.unflatten(u) if constrained else {}
         for slot in constrained:
@@ -230,6 +255,13 @@ class LatentBlock:
         width = len(sources)
         moved = unflattened.movedim(sources, [i - width - events for i in range(width)])
         return moved.reshape(*batch, -1)
+
+
+def _is_mixed(what: str, names: Iterable[str]) -> NotImplementedError:
+    return NotImplementedError(
+        f"Sites {sorted(names)} are {what}, and whitened coordinates mix all latents. Make a guide "
+        "without whiten=."
+    )
 
 
 def same_tensors(support: Any, other: Any) -> bool:

@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributions import Transform, constraints
 
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.packing import Values
-from pyro_recursive.guides.pathfinder.gaussians import find_gaussians
+from pyro_recursive.guides.pathfinder.gaussians import Gaussians, find_gaussians
 from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
@@ -111,7 +112,9 @@ class StartSearch:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.init_loc_fn = init_loc_fn
-        self.trace, self._start = self._start_by(init_loc_fn)
+        self.trace, self._start = self._run(site_function(init_loc_fn))
+        if init_loc_fn == "pathfinder":
+            self._start = self._start_by(init_loc_fn)
         self._minibatch = {n: s["value"] for n, s in subsample_sites(self.trace).nodes.items()}
         self._is_checked = False
 
@@ -124,17 +127,34 @@ class StartSearch:
             ValueError: the density of a site is finite at none of them.
         """
         if init_loc_fn is not None and init_loc_fn is not self.init_loc_fn:
-            return self._finite(self._start_by(init_loc_fn)[1])
+            return self._finite(self._start_by(init_loc_fn))
         if not self._is_checked:
             self._start, self._is_checked = self._finite(self._start), True
         return self._start
 
     def moved(self, steps: Values) -> "StartSearch":
         """Return this search with another start, so far from this one in unconstrained space."""
+        return self.at({name: u + steps[name] for name, u in self._start.items()})
+
+    def at(self, start: Values) -> "StartSearch":
+        """Return this search with another start, in unconstrained space."""
         other = copy.copy(self)
-        other._start = {name: u + steps[name] for name, u in self._start.items()}
-        other._is_checked = False
+        other._start, other._is_checked = start, False
         return other
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Return the Gaussian with the highest ELBO of a few paths of an optimiser.
+
+        Its location ``[D]`` and the Cholesky factor of its covariance, ``[D, D]``, unconstrained.
+        """
+        _, best = self._pathfinder
+        return best.loc, best.scale_tril
+
+    @cached_property
+    def _pathfinder(self) -> tuple[LogDensity, Gaussians]:
+        density = LogDensity(self.model, self.args, self.kwargs, self.trace)
+        found = find_gaussians(density, PATHS)
+        return density, found.gaussians[found.elbo.argmax()]
 
     def log_density(self, start: Values, minibatch: Values) -> float:
         """Return log p with Jacobians at a start, summed over all sites; NaN where it fails."""
@@ -146,14 +166,11 @@ class StartSearch:
         except ValueError:
             return math.nan
 
-    def _start_by(self, init_loc_fn: InitLocFn | None) -> tuple[poutine.Trace, Values]:
-        """Return a trace of the model, and the start."""
-        trace, start = self._run(site_function(init_loc_fn))
-        if init_loc_fn == "pathfinder":
-            density = LogDensity(self.model, self.args, self.kwargs, trace)
-            found = find_gaussians(density, PATHS)
-            start = density.values(found.gaussians.loc[found.elbo.argmax()])
-        return trace, start
+    def _start_by(self, init_loc_fn: InitLocFn) -> Values:
+        if init_loc_fn != "pathfinder":
+            return self._run(site_function(init_loc_fn))[1]
+        density, best = self._pathfinder
+        return density.values(best.loc)
 
     def _run(self, init: Callable[[Site], Any]) -> tuple[poutine.Trace, Values]:
         """Run the model; if it raises ValueError at these values, at random ones."""

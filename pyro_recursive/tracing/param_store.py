@@ -85,6 +85,20 @@ def check_prepared(guide: Any, state: dict[str, Any], prefix: str, *rest: Any) -
         )
 
 
+def check_coordinates(guide: PyroModule) -> None:
+    """Raise where a new guide would take values from Pyro's store, without their coordinates."""
+    name = guide._pyro_name
+    if _OWNERS.get(name) is guide:
+        return
+    own = {id(parameter) for parameter in guide.parameters()}
+    others = [k for k, p in pyro.get_param_store().named_parameters() if id(p) not in own]
+    if any(key.replace("$$$", ".").startswith(f"{name}.") for key in others):
+        raise ValueError(
+            f"Pyro's store has parameters of '{name}' without its whitened coordinates. Load the "
+            "guide's state_dict(), or call pyro.clear_param_store()."
+        )
+
+
 def note_loaded(guide: Any, keys: Any) -> None:
     """Prefer the loaded state to Pyro's store in the next call: a hook of torch."""
     guide.is_loaded = True

@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_recursive.evaluation.importance import psis
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.gaussian_families import Family, FamilyName, Full, family_of
+from pyro_recursive.guides.gaussian_families import (
+    Family,
+    FamilyName,
+    Full,
+    family_of,
+    scale_tril_of,
+)
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.mixture import MixtureGuide
 from pyro_recursive.guides.pathfinder.gaussians import (
@@ -158,9 +163,8 @@ def pathfinder(
 def _members(family: Family, gaussians: Gaussians) -> Gaussians:
     """Return the members of a family that take the place of Gaussians."""
     size = gaussians.loc.shape[-1]
-    member: Distribution = family(family.from_gaussian(gaussians.loc, gaussians.scale_tril), size)
-    scale_tril = getattr(member, "scale_tril", None)
-    return Gaussians(member.mean, member.stddev.diag_embed() if scale_tril is None else scale_tril)
+    member = family(family.from_gaussian(gaussians.loc, gaussians.scale_tril), size)
+    return Gaussians(member.mean, scale_tril_of(member))
 
 
 def _merged(gaussians: Gaussians) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.guides.row_families import START, RowFamily
 from pyro_recursive.guides.starts import InitLocFn
+from pyro_recursive.guides.whitening import Gaussian
 
 
 class FlowGuide(LatentGuide):
@@ -39,6 +40,7 @@ class FlowGuide(LatentGuide):
         transforms: how many transforms are composed, each of a part of u in coupling flows.
         hidden: the widths of the hidden layers of each transform's network.
         init_loc_fn, init_scale: of the Gaussian that a flow starts as; as in `AmortizedGuide`.
+        whiten: as in `AmortizedGuide`; the flow starts as the Gaussian of `pathfinder`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.
 
     >>> import pyro, pyro.distributions as dist
@@ -62,12 +64,14 @@ class FlowGuide(LatentGuide):
         hidden: Sequence[int] = (64, 64),
         init_loc_fn: InitLocFn | None = None,
         init_scale: float = 0.1,
+        whiten: bool | Gaussian = False,
         plate: str | None = None,
         inputs: Callable[..., Any] | None = None,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
         options: dict[str, Any] = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        options["whiten"] = whiten
         super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         check_flow(flow)
         if plate is not None and encoder is None:
@@ -87,7 +91,8 @@ class FlowGuide(LatentGuide):
                 context = run(self.encoder, few, latents).shape[-1]
         flow = build_flow(self.flow, latents.size, context, self.transforms, self.hidden)
         loc = start.reshape(-1, latents.size).mean(0)
-        setattr(self, _flow(latents), AffineFlow(flow, context, loc, self.init_scale))
+        scale = self.init_scale if latents.whitening is None else 1.0
+        setattr(self, _flow(latents), AffineFlow(flow, context, loc, scale))
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> ZukoDistribution:
         """Return the flow of a block, batch ``[*batch]`` and event ``[D]``."""

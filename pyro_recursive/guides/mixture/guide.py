@@ -24,6 +24,7 @@ from pyro_recursive.guides.mixture_distributions import ListMixture, Mixture, St
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import MixtureRows, RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, component_steps
+from pyro_recursive.guides.whitening import Gaussian
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
@@ -54,6 +55,8 @@ class MixtureGuide(LatentGuide):
         trunk: a module before all encoders and weights, held while single components are trained.
         init_loc_fn: a common start, as in `AmortizedGuide`.
         family, init_scale: of the Gaussians, where ``components`` is a number.
+        whiten: the coordinates of all components, as in `AmortizedGuide`; they start around its
+            Gaussian, with its scales.
         plate, inputs, create_plates, name: as in `AmortizedGuide`. The plate is found if a
             component has an encoder or is written by hand; else all latents are one group.
 
@@ -85,6 +88,7 @@ class MixtureGuide(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         init_loc_fn: InitLocFn | None = None,
         init_scale: float = 0.1,
+        whiten: bool | Gaussian = False,
         name: str | None = None,
     ) -> None:
         if isinstance(components, int):
@@ -94,7 +98,7 @@ class MixtureGuide(LatentGuide):
         for guide in own:
             if not guide.can_be_component:
                 raise ValueError(f"{type(guide).__name__} cannot be a component of a mixture.")
-        options = {"create_plates": create_plates, "init_loc_fn": init_loc_fn}
+        options = {"create_plates": create_plates, "init_loc_fn": init_loc_fn, "whiten": whiten}
         super().__init__(model, plate=plate, inputs=inputs, name=name, **options)
         # Guides that are plain functions have no parameters of their own to register.
         self._functions = {m: c for m, c in enumerate(components) if not isinstance(c, nn.Module)}
@@ -170,12 +174,18 @@ class MixtureGuide(LatentGuide):
                     f"{type(component).__name__} has one joint density, and the mixture has one "
                     f"for each row of plate '{min(rows)}'. {remedy}."
                 )
+            if groups[0].whitening is not None and not isinstance(component, LatentGuide):
+                name = getattr(component, "__name__", type(component).__name__)
+                raise ValueError(
+                    f"whiten= needs AmortizedGuide or FlowGuide as components, got {name}."
+                )
             if isinstance(component, LatentGuide):
                 if component.plate is not None and component.plate not in rows:
                     raise ValueError(
                         f"A component has plate='{component.plate}'. Give it to the mixture."
                     )
-                near = search.moved({name: each[m] for name, each in steps.items()})
+                step = {name: each[m] for name, each in steps.items()}
+                near = search.moved(groups[0].step(step))
                 component.create_parameters(groups, near, raw)
         super().create_parameters(groups, search, raw)
 

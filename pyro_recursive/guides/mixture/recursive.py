@@ -44,7 +44,8 @@ class RecursiveMixtureGuide(MixtureGuide):
             Encoders must be `AmortizedGuide`'s of one family.
         weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
             `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
-        init_loc_fn, init_scale: as in `MixtureGuide`.
+        init_loc_fn, init_scale, whiten: as in `MixtureGuide`; the first component starts as that
+            Gaussian, and others are searched for in its coordinates.
 
     `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020).
 
