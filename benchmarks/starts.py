@@ -95,6 +95,16 @@ METHODS: dict[str, Method] = {
         "AutoDiagonalNormal",
         lambda: Stratified_ELBO(1),
     ),
+    "whitened diagonal": Method(
+        lambda model, steps: AmortizedGuide(model, whiten=True), "AutoDiagonalNormal"
+    ),
+    "whitened full": Method(
+        lambda model, steps: AmortizedGuide(model, family="full", whiten=True),
+        "AutoMultivariateNormal",
+    ),
+    "whitened coupling flow": Method(
+        lambda model, steps: FlowGuide(model, whiten=True), "AutoIAFNormal", rate=RATE_OF_FLOWS
+    ),
     "recursive mixture": Method(
         _recursive, "AutoDiagonalNormal", lambda: RecursiveMixture_ELBO(1, update="guide")
     ),

@@ -68,6 +68,16 @@ class PathfinderGuide(MixtureGuide):
 
     report: PathReport | None = None
 
+    @property
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """The first component, that of the best path: for ``whiten=`` of another guide.
+
+        Location ``[D]`` and Cholesky factor of the covariance, ``[D, D]``, unconstrained.
+        """
+        (latents,), first = self.groups, self.component(0)
+        posterior = first.family(first.free_global.detach(), latents.size)
+        return posterior.mean, scale_tril_of(posterior)
+
     def extra_repr(self) -> str:
         """Return how many paths found each component, ELBO, k-hat and the number of gradients."""
         r = self.report

@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_recursive import (
     AmortizedGuide,
+    MixtureGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
     Schedule,
+    Stratified_ELBO,
 )
 from pyro_recursive.training import Aggressive, History, checkpoint, fit
 from tests.models.small import square_rows
@@ -148,6 +150,12 @@ def growing() -> dict[str, Any]:
     return {"model": model, "guide": guide, "data": (x,), "loss": loss, "epochs": 7}
 
 
+def whitened() -> dict[str, Any]:
+    guide = MixtureGuide(normal_model, 2, whiten=True)
+    options = {"batch_size": ROWS, "optimizer": partial(torch.optim.Adam, lr=0.05)}
+    return {**auto_normal(), "guide": guide, "loss": Stratified_ELBO(1), **options}
+
+
 def late_parameters() -> dict[str, Any]:
     def guide(x: Tensor) -> None:
         loc = pyro.param(f"loc_{int(x[0] > 1)}", torch.tensor(0.1))
@@ -221,6 +229,7 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "aggressive": partial(aggressive, loader=False),
     "aggressive, loader": partial(aggressive, loader=True),
     "growing mixture": growing,
+    "whitened mixture": whitened,
     "late parameters": late_parameters,
     "PyroModule, RenyiELBO": pyro_modules,
     "loss with parameters": own_loss,
