@@ -274,6 +274,7 @@ def test_a_store_without_coordinates_is_refused() -> None:
     other()
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_those_of_svi() -> None:
     """The state that is loaded halfway has other coordinates."""
     model = banana(torch.eye(D), torch.zeros(D))
