@@ -1,104 +1,136 @@
-"""Real posteriors with reference draws: what a guide's draws are away from them.
+"""Real posteriors with reference draws: what approximations are away from them, and what they cost.
 
-The 16 posteriors of `benchmarks.tasks.posteriordb`, from ``PYRO_RECURSIVE_DATA/posteriordb``.
-Errors are the largest over all parameters, of means in units of the reference standard deviation,
-and of the logarithms of standard deviations; "weighted" are those of draws resampled by their
-smoothed importance weights. Gradients are those of log p at single points.
+The 16 posteriors of `benchmarks.tasks.posteriordb`, from ``PYRO_RECURSIVE_DATA/posteriordb``, and
+two with several modes, whose reference draws are by quadrature. Errors are those of
+`benchmarks.tasks.reference.Scores`; "weighted" are those of draws weighted by their smoothed
+importance weights. Gradients are those of log p at single points, and second derivatives at a point
+count as D of them. Seconds are of the processor. A run that fails is a row that says why.
 """
 
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import Results, finish, hardware, table, write_json
+from benchmarks.methods.posteriordb import METHODS, Counted, Run, Sampled, Settings, counting
+from benchmarks.posteriordb_report import plot, plot_overview, report
+from benchmarks.report import Results, finish, write_json
 from benchmarks.run import base_parser, parse, stored
-from benchmarks.tasks.posteriordb import NAMES, Posterior, load
-from pyro_recursive import pathfinder
+from benchmarks.tasks.posteriordb import NAMES, load
+from benchmarks.tasks.posteriors import PROBLEMS
+from benchmarks.tasks.reference import Posterior
 from pyro_recursive.evaluation import posterior_draws, psis
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that determines a result."""
-
-    seeds: tuple[int, ...]
-    paths: int
-    draws: int = 10_000
+QUADRATURE = ("labels", "square")  # of benchmarks.tasks.posteriors
+REFERENCE_DRAWS = 10_000
+CHUNK = 1000  # draws of a guide at once
+SMOKE = {"seeds": [0], "steps": 12}
 
 
 def main(arguments: list[str]) -> None:
-    """Approximate every posterior with every seed; print a table, write JSON."""
+    """Run every method on every posterior with every seed; print tables, write JSON and plots."""
+    every = [*NAMES, *QUADRATURE]
     parser = base_parser("posteriordb", __doc__)
-    parser.add_argument("--posteriors", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--posteriors", nargs="+", choices=every, help="default: all of them")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--paths", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1000, help="of a guide that is trained")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
-    options = parse(parser, arguments, seeds=[0])
+    options = parse(parser, arguments, **SMOKE)
+    options.posteriors = options.posteriors or (["square"] if options.smoke else every)
     torch.set_default_dtype(torch.float64)
-    settings = Settings(tuple(options.seeds), options.paths)
+    settings = Settings(options.steps)
+    if options.smoke:
+        settings = Settings(options.steps, scored=200, warmup=20, kept=20)
     folder = Path(options.output)
-    as_json = asdict(settings) | {"seeds": list(settings.seeds)}
-    results = stored(folder, as_json, options.resume, "runs")
-    for name, seed in tqdm([(n, s) for n in options.posteriors for s in options.seeds]):
-        found = results["runs"].setdefault(name, {})
-        if str(seed) not in found:
-            found[str(seed)] = run(load(name), settings, seed)
-            write_json(folder / "results.json", results)
-    results["hardware"] = hardware()
-    finish(results, folder / "results.json", report(results))
+    results = stored(folder, asdict(settings), options.resume, "runs")
+    missing = list(_missing(options, results))
+    for name, method, seed in tqdm(missing, desc="runs"):
+        found = run(posterior(name), method, settings, seed)
+        results["runs"].setdefault(name, {}).setdefault(method, {})[str(seed)] = found
+        results.setdefault("floors", {})[name] = posterior(name).floor
+        write_json(folder / "results.json", results)
+    pictures = {folder / "errors.png": plot, folder / "overview.png": plot_overview}
+    for picture, draw in pictures.items():
+        draw(results, picture)
+    finish(results, folder / "results.json", report(results), pictures)
 
 
-def run(posterior: Posterior, settings: Settings, seed: int) -> dict[str, Any]:
-    """Return errors, k-hat and cost of one approximation."""
+def _missing(options: Any, results: Results) -> Iterator[tuple[str, str, int]]:
+    """Yield the runs without a result: all of a seed before the next one."""
+    for seed in options.seeds:
+        for name in options.posteriors:
+            for method in options.methods:
+                known = results["runs"].get(name, {}).get(method, {})
+                if str(seed) not in known:
+                    yield name, method, seed
+
+
+@cache
+def posterior(name: str) -> Posterior:
+    """Return a posterior with its reference draws."""
+    if name not in QUADRATURE:
+        return load(name)
+    problem = PROBLEMS[name]()
+    assert problem.draw is not None
+    return Posterior(
+        name,
+        problem.model,
+        problem.draw(REFERENCE_DRAWS),
+        lambda values: values,
+        problem.log_evidence,
+        problem.modes,
+        problem.mode_of,
+    )
+
+
+def run(posterior: Posterior, method: str, settings: Settings, seed: int) -> dict[str, Any]:
+    """Return the scores and the cost of one approximation, or why it failed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    start = time.perf_counter()
-    guide = pathfinder(posterior.model, paths=settings.paths)
-    seconds, found = time.perf_counter() - start, guide.report
-    assert found is not None
-    numbers = {**asdict(found), "components": len(found.weights), "seconds": seconds}
-    draws = posterior_draws(posterior.model, guide, num_draws=settings.draws)
-    smoothed = psis(draws.log_weights)
-    index = torch.multinomial(smoothed.log_weights.exp(), settings.draws, replacement=True)
+    model = Counted(posterior.model)
+    start = time.process_time()
+    with warnings.catch_warnings(), counting(model):
+        warnings.simplefilter("ignore")
+        try:
+            found = METHODS[method](Run(posterior, model, settings))
+            numbers = {
+                "gradients": model.gradients,
+                "values": model.values,
+                "seconds": time.process_time() - start,
+            }
+            return numbers | _scored(posterior, found, settings)
+        except Exception as error:  # of whatever kind: it is the result of the run
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return {"fails": reason, "seconds": time.process_time() - start}
+
+
+def _scored(posterior: Posterior, found: Any, settings: Settings) -> dict[str, Any]:
+    if isinstance(found, Sampled):
+        about = {**found.about, "gradients": found.gradients}
+        scores = _scores(posterior, found.draws, None)
+        return {**about, "scores": scores, "modes": posterior.covered(found.draws)}
+    options: Any = {"num_draws": settings.scored, "chunk_size": CHUNK}
+    draws = posterior_draws(posterior.model, found, **options)
     values = {name: site.value for name, site in draws.sites.items()}
+    weights = psis(draws.log_weights)
     return {
-        **numbers,
-        "pareto_k": smoothed.pareto_k.item(),
-        "errors": posterior.errors(values),
-        "weighted_errors": posterior.errors({n: value[index] for n, value in values.items()}),
+        "elbo": draws.log_weights.mean().item(),
+        "pareto_k": weights.pareto_k.item(),
+        "scores": _scores(posterior, values, None),
+        "weighted": _scores(posterior, values, weights.log_weights),
+        "components": len(getattr(found, "members", (0,))),
+        "modes": posterior.covered(values),
     }
 
 
-# The report.
-
-
-def report(results: Results) -> str:
-    """Return a row for each posterior, with the worst of its seeds."""
-    header = ["posterior", "ELBO", "k-hat", "error", "weighted", "parts", "gradients", "values"]
-    rows = [_row(name, [*runs.values()]) for name, runs in results["runs"].items()]
-    return table([*header, "s"], rows)
-
-
-def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
-    def worst(key: str) -> float:
-        return max(run[key] for run in runs)
-
-    def errors(key: str) -> str:
-        return "/".join(f"{max(run[key][i] for run in runs):.2f}" for i in range(2))
-
-    return [
-        name,
-        f"{min(run['elbo'] for run in runs):.2f}",
-        f"{worst('pareto_k'):.2f}",
-        errors("errors"),
-        errors("weighted_errors"),
-        f"{worst('components'):.0f}",
-        f"{worst('num_gradients'):.0f}",
-        f"{worst('num_values'):.0f}",
-        f"{worst('seconds'):.1f}",
-    ]
+def _scores(posterior: Posterior, draws: dict[str, Tensor], log_weights: Tensor | None) -> Any:
+    return asdict(posterior.scores(draws, log_weights))

@@ -41,6 +41,7 @@ from pyro_recursive import (
     log_marginal,
 )
 from pyro_recursive.evaluation import importance_weights, posterior_draws
+from pyro_recursive.guides.base import LatentGuide
 
 DRAWS = 8  # of the guide in each training step
 REFERENCE = "NUTS"
@@ -166,7 +167,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
 
 def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: float) -> None:
     """Train with a new Adam in each stage; in its second half the rate falls to a twentieth."""
-    guide.prepare()
+    guide.prepare() if isinstance(guide, LatentGuide) else guide()  # creates its parameters
     stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=rate)
     for step in range(steps):
         now = getattr(guide, "stage", None)

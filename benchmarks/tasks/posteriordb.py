@@ -10,8 +10,6 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.nn.functional import pad
+
+from benchmarks.tasks.reference import Model, Posterior, Values
 
 VARIABLE = "PYRO_RECURSIVE_DATA"
 # Where a folder of the collection and a clone of its repository have the files.
@@ -28,34 +29,7 @@ PLACES = {
     "data": ("data", "posterior_database/data/data"),
     "draws": ("draws", "posterior_database/reference_posteriors/draws/draws"),
 }
-STEPS_A_YEAR = 10  # of the Runge-Kutta method for lotka_volterra
-
-Values = dict[str, Tensor]
-Model = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A model, reference draws ``[S, *shape]`` by parameter, and the parameters of its latents.
-
-    ``parameters`` maps draws of the latents to those of the reference's parameters.
-    """
-
-    name: str
-    model: Model
-    reference: Values
-    parameters: Callable[[Values], Values]
-
-    def errors(self, draws: Values) -> tuple[float, float]:
-        """Return the largest ``|mean error| / sd`` and ``|log ratio of sds|`` of all parameters."""
-        found = self.parameters(draws)
-        of_means, of_scales = [], []
-        for name, reference in self.reference.items():
-            own = found[name].double().reshape(-1, *reference.shape[1:])
-            scale = reference.std(0)
-            of_means.append(((own.mean(0) - reference.mean(0)) / scale).abs().max().item())
-            of_scales.append((own.std(0) / scale).log().abs().max().item())
-        return max(of_means), max(of_scales)
+STEPS_A_YEAR = 4  # of the Runge-Kutta method for lotka_volterra
 
 
 def load(name: str, folder: Path | None = None) -> Posterior:
@@ -165,15 +139,21 @@ def arma(data: Values) -> Model:
         mu = pyro.sample("mu", _normal(0, 10))
         phi, theta = (pyro.sample(name, _normal(0, 2)) for name in ("phi", "theta"))
         sigma = pyro.sample("sigma", _half_cauchy(2.5))
-        error = y[0] - mu - phi * mu
-        errors = [error]
-        for before, now in pairwise(y):
-            error = now - mu - phi * before - theta * error
-            errors.append(error)
-        given = dist.Normal(0.0, sigma[..., None]).log_prob(torch.stack(errors, -1))
-        pyro.factor("y", given.sum(-1))
+        mu, phi, sigma = mu[..., None], phi[..., None], sigma[..., None]
+        before = torch.cat([mu, y[:-1].expand(*mu.shape[:-1], -1)], -1)
+        error = recursion(y - mu - phi * before, -theta)
+        pyro.factor("y", dist.Normal(0.0, sigma).log_prob(error).sum(-1))
 
     return model
+
+
+def recursion(terms: Tensor, factor: Tensor) -> Tensor:
+    """Return ``s_t = terms_t + factor s_(t-1)`` for terms ``[..., T]``, by log2 T passes."""
+    total, lag = terms, 1
+    while lag < terms.shape[-1]:  # total has the last lag terms
+        total = total + factor[..., None] * pad(total[..., :-lag], (lag, 0))
+        factor, lag = factor.square(), 2 * lag
+    return total
 
 
 def hmm_drive(data: Values) -> Model:
@@ -250,14 +230,11 @@ def garch(data: Values) -> Model:
         alpha0 = _flat("alpha0", constraints.positive)
         alpha1 = _flat("alpha1", constraints.unit_interval)
         beta1 = _flat("beta1", constraints.interval(_tensor(0), 1 - alpha1))
-        shocks = (y - mu[..., None]).square()
-        variance = first.square().expand_as(mu)
-        variances = [variance]
-        for shock in shocks[..., :-1].unbind(-1):
-            variance = alpha0 + alpha1 * shock + beta1 * variance
-            variances.append(variance)
-        scale = torch.stack(variances, -1).sqrt()
-        pyro.sample("y", dist.Normal(mu[..., None], scale).to_event(1), obs=y)
+        mu, alpha0, alpha1 = (value[..., None] for value in (mu, alpha0, alpha1))
+        terms = alpha0 + alpha1 * (y[:-1] - mu).square()
+        variances = torch.cat([first.square().expand_as(mu), terms], -1)
+        scale = recursion(variances, beta1).sqrt()
+        pyro.sample("y", dist.Normal(mu, scale).to_event(1), obs=y)
 
     return model
 
@@ -300,32 +277,32 @@ def lotka_volterra(data: Values) -> Model:
         pyro.factor("prior of theta", priors.log_prob(theta).sum(-1))
         z_init = _vector("z_init", dist.LogNormal(_tensor(math.log(10)), _tensor(1)), 2)
         sigma = _vector("sigma", dist.LogNormal(_tensor(-1), _tensor(1)), 2)
-        z, now, path = z_init, 0.0, []
+        rates = theta[..., 0::2] * _tensor([1.0, -1.0])
+        effects = theta[..., 1::2] * _tensor([-1.0, 1.0])  # on hares by lynxes, on lynxes by hares
+        log_z, now, path = z_init.log(), 0.0, []
         for end in times.tolist():
             step = (end - now) / STEPS_A_YEAR
             for _ in range(STEPS_A_YEAR):
-                z = _runge_kutta(z, theta, step)
-            path.append(z)
+                log_z = _runge_kutta(log_z, rates, effects, step)
+            path.append(log_z)
             now = end
         start = dist.LogNormal(z_init.log(), sigma).to_event(1)
         pyro.sample("y_init", start, obs=y_init)
-        log_z = torch.stack(path, -2).clamp(min=1e-300).log()
-        pyro.sample("y", dist.LogNormal(log_z, sigma[..., None, :]).to_event(2), obs=y)
+        seen = dist.LogNormal(torch.stack(path, -2), sigma[..., None, :]).to_event(2)
+        pyro.sample("y", seen, obs=y)
 
     return model
 
 
-def _runge_kutta(z: Tensor, theta: Tensor, step: float) -> Tensor:
-    def slope(z: Tensor) -> Tensor:
-        u, v = z.unbind(-1)
-        a, b, c, d = theta.unbind(-1)
-        return torch.stack([(a - b * v) * u, (d * u - c) * v], -1)
+def _runge_kutta(log_z: Tensor, rates: Tensor, effects: Tensor, step: float) -> Tensor:
+    def slope(log_z: Tensor) -> Tensor:
+        return torch.addcmul(rates, effects, log_z.exp().flip(-1))
 
-    k1 = slope(z)
-    k2 = slope(z + step / 2 * k1)
-    k3 = slope(z + step / 2 * k2)
-    k4 = slope(z + step * k3)
-    return z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    k1 = slope(log_z)
+    k2 = slope(log_z.add(k1, alpha=step / 2))
+    k3 = slope(log_z.add(k2, alpha=step / 2))
+    k4 = slope(log_z.add(k3, alpha=step))
+    return log_z.add(k1 + k4, alpha=step / 6).add(k2 + k3, alpha=step / 3)
 
 
 def kidiq(data: Values) -> Model:

@@ -25,7 +25,8 @@ class Problem:
     """A model with what is known about its posterior.
 
     ``mode_of`` tells in which of ``modes`` each draw lies; ``view`` gives what is drawn, one or two
-    coordinates, and ``reference`` the log-density of those over a grid (up to a constant).
+    coordinates, and ``reference`` the log-density of those over a grid (up to a constant). ``draw``
+    gives so many draws from the posterior on the grid.
     """
 
     title: str
@@ -37,13 +38,15 @@ class Problem:
     view: Callable[[Draws], Tensor]
     axes: tuple[tuple[str, float, float], ...]
     reference: Tensor
+    draw: Callable[[int], Draws] | None = None  # by quadrature
 
 
 def labels() -> Problem:
     """The means of three clusters, which no prior tells apart."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([-3.0, 0.0, 3.0]).repeat(POINTS_PER_CLUSTER)
-    x = centres + torch.randn(len(centres), generator=generator)
+    noise = torch.randn(len(centres), generator=generator, dtype=torch.float32)
+    x = centres + noise.to(centres)
 
     def model() -> None:
         means = pyro.sample("means", dist.Normal(torch.zeros(CLUSTERS), 5.0).to_event(1))
@@ -70,6 +73,7 @@ def labels() -> Problem:
         view=lambda draws: draws["means"][:, :2],
         axes=(("mean 1", -9.0, 9.0), ("mean 2", -9.0, 9.0)),
         reference=log_p.logsumexp(2),
+        draw=lambda count: {"means": _on_grid(grid, log_p, step, count)},
     )
 
 
@@ -94,6 +98,7 @@ def square() -> Problem:
         view=lambda draws: draws["z"][:, None],
         axes=(("z", -4.0, 4.0),),
         reference=log_p,
+        draw=lambda count: {"z": _on_grid(axis, log_p, (axis[1] - axis[0]).item(), count)},
     )
 
 
@@ -132,6 +137,14 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "square": square,
     "schools": schools,
 }
+
+
+def _on_grid(grid: Tensor, log_p: Tensor, step: float, count: int) -> Tensor:
+    """Return draws ``[count, *shape]`` from cells around the points ``[G, *shape]`` of a grid."""
+    generator = torch.Generator().manual_seed(0)
+    weights = log_p.flatten().softmax(0)
+    at = grid[torch.multinomial(weights, count, replacement=True, generator=generator)]
+    return at + step * (torch.rand(at.shape, generator=generator) - 0.5)
 
 
 @torch.no_grad()

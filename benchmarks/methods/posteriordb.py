@@ -1,0 +1,200 @@
+"""Approximations of a posterior, each from the model alone: guides, Pathfinder and NUTS.
+
+A method gets a `Run` and returns a guide, or draws. Guides without whitening start at the location
+that Pathfinder finds on 4 paths (Pyro's autoguides too), with their own default scale, and take
+``settings.steps`` steps of Adam with `DRAWS` draws each, of each component of a mixture.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, autoguide
+from pyro.infer.autoguide import init_to_value
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from benchmarks.posteriors import train
+from benchmarks.tasks.reference import Model, Posterior, Values
+from pyro_recursive import (
+    IWAE_ELBO,
+    AmortizedGuide,
+    FlowGuide,
+    MixtureGuide,
+    RecursiveMixture_ELBO,
+    RecursiveMixtureGuide,
+    Schedule,
+    Stratified_ELBO,
+    pathfinder,
+)
+from pyro_recursive.guides.log_density import LogDensity
+
+DRAWS = 8  # of a guide, or of each component, in each step
+NESTING = 1  # of the plates of all models
+RATE, RATE_OF_FLOWS = 0.02, 0.005  # of Adam
+COMPONENTS = 3  # of mixtures, or the number of modes where that is more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines a result, beside posterior, method and seed."""
+
+    steps: int
+    scored: int = 10_000  # draws of a guide that are compared with the reference
+    warmup: int = 500  # of NUTS from cold
+    kept: int = 1000  # draws of NUTS
+
+
+class Counted:
+    """A model that counts points at which its density is evaluated, with a gradient or without.
+
+    Points are the entries of the batch of its first latent, which must lie outside of its plates.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.gradients, self.values = model, 0, 0
+
+    def __call__(self) -> None:
+        with _Counter(self):
+            self.model()
+
+    def add(self, points: int, with_gradient: bool) -> None:
+        if with_gradient:
+            self.gradients += points
+        else:
+            self.values += points
+
+
+class _Counter(Messenger):
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self.counted, self.is_counted = counted, False
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if self.is_counted or msg["is_observed"] or not isinstance(value, Tensor):
+            return
+        self.is_counted = True
+        points = value.shape[: value.dim() - msg["fn"].event_dim].numel()
+        self.counted.add(points, torch.is_grad_enabled() and value.requires_grad)
+
+
+@contextmanager
+def counting(counted: Counted) -> Iterator[None]:
+    """Count second derivatives at a point as D gradients, one for each backward pass."""
+    hessian = LogDensity.hessian
+
+    def counted_hessian(density: LogDensity, u: Tensor) -> Any:
+        counted.gradients += density.size * u.shape[:-1].numel()
+        return hessian(density, u)
+
+    with patch.object(LogDensity, "hessian", counted_hessian):
+        yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """A posterior to approximate, by a model that counts, and the settings."""
+
+    posterior: Posterior
+    model: Counted
+    settings: Settings
+
+    @cached_property
+    def start(self) -> Values:
+        """The location of the best Gaussian on four paths, in the latents' own space."""
+        guide = AmortizedGuide(self.model, init_loc_fn="pathfinder")
+        guide.prepare()
+        return guide.median()
+
+    @property
+    def components(self) -> int:
+        return max(COMPONENTS, self.posterior.modes)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Draws of a sampler ``[S, *shape]``, with what it says about them."""
+
+    draws: Values
+    gradients: int
+    about: dict[str, Any]
+
+
+def elbo() -> ELBO:
+    return Trace_ELBO(DRAWS, vectorize_particles=True, max_plate_nesting=NESTING)
+
+
+def trained(
+    make: Callable[[Run], Any], loss: Callable[[], ELBO] = elbo, rate: float = RATE
+) -> Callable[[Run], Any]:
+    """Return a method that trains what ``make`` returns."""
+
+    def method(run: Run) -> Any:
+        guide = make(run)
+        train(run.model, guide, loss(), run.settings.steps, rate)
+        return guide
+
+    return method
+
+
+def _recursive_loss() -> ELBO:
+    return RecursiveMixture_ELBO(DRAWS, update="guide")
+
+
+def _gaussian(run: Run, **options: Any) -> AmortizedGuide:
+    return AmortizedGuide(run.model, init_loc_fn=run.start, **options)
+
+
+def _flow(run: Run, kind: str) -> FlowGuide:
+    return FlowGuide(run.model, kind, init_loc_fn=run.start)
+
+
+def _of_pyro(kind: str, run: Run) -> Any:
+    return getattr(autoguide, kind)(run.model, init_loc_fn=init_to_value(values=run.start))
+
+
+def _laplace(run: Run) -> Any:
+    guide = _of_pyro("AutoLaplaceApproximation", run)
+    train(run.model, guide, Trace_ELBO(), run.settings.steps, RATE)
+    return guide.laplace_approximation()
+
+
+def _mixture(run: Run) -> MixtureGuide:
+    return MixtureGuide(run.model, run.components, init_loc_fn=run.start)
+
+
+def _recursive(run: Run, **options: Any) -> RecursiveMixtureGuide:
+    """Return a mixture to grow: a fifth of the steps is for all components together."""
+    steps, count = run.settings.steps, run.components
+    each = max(4, steps * 4 // 5 // count)
+    schedule = Schedule(
+        first=each, propose=each // 3, refine=each - each // 3, joint=max(1, steps - count * each)
+    )
+    return RecursiveMixtureGuide(run.model, count, schedule=schedule, **options)
+
+
+PATHS = 8
+METHODS: dict[str, Callable[[Run], Any]] = {
+    "mean field": trained(_gaussian),
+    "mean field, prior median": trained(lambda run: AmortizedGuide(run.model)),
+    "full rank": trained(partial(_gaussian, family="full")),
+    "full rank, IWAE": trained(partial(_gaussian, family="full"), partial(IWAE_ELBO, DRAWS)),
+    "AutoNormal": trained(partial(_of_pyro, "AutoNormal")),
+    "AutoMultivariateNormal": trained(partial(_of_pyro, "AutoMultivariateNormal")),
+    "AutoLowRank": trained(partial(_of_pyro, "AutoLowRankMultivariateNormal")),
+    "AutoLaplace": _laplace,
+    "AutoIAF": trained(partial(_of_pyro, "AutoIAFNormal"), rate=RATE_OF_FLOWS),
+    "coupling flow": trained(partial(_flow, kind="coupling"), rate=RATE_OF_FLOWS),
+    "spline flow": trained(partial(_flow, kind="spline"), rate=RATE_OF_FLOWS),
+    "mixture": trained(_mixture, lambda: Stratified_ELBO(DRAWS, estimator="stl")),
+    "recursive from noise": trained(
+        lambda run: _recursive(run, init_loc_fn=run.start), _recursive_loss
+    ),
+    "Pathfinder 1": lambda run: pathfinder(run.model, paths=1),
+    "Pathfinder 8": lambda run: pathfinder(run.model, paths=PATHS),
+}

@@ -1,0 +1,245 @@
+"""Tables and plots of the benchmark `posteriordb`."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.report import Results, color, figure, table
+
+BASELINE = "NUTS dense"
+GOOD, POOR, TRUSTED = 0.1, 0.3, 0.7  # errors, and the k-hat below which weights are trusted
+# Of these no error is expected to be small: a funnel, and one whose draws cost most.
+APART = ("eight_schools-eight_schools_centered", "hudson_lynx_hare-lotka_volterra")
+Row = dict[str, Any]  # the numbers of one run
+
+
+def error(run: Row, kind: str = "scores") -> float:
+    """Return the largest error of means and standard deviations, infinite for a failure."""
+    if "fails" in run:
+        return math.inf
+    scores: Row = run[kind if kind in run else "scores"]
+    return finite(max(scores["mean"][0], scores["sd"][0]))
+
+
+def finite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def best(run: Row) -> float:
+    """Return the error of what a user would take: of weighted draws where k-hat trusts them."""
+    return error(run, "weighted") if is_trusted(run) else error(run)
+
+
+def is_trusted(run: Row) -> bool:
+    """Whether k-hat is below 0.7; draws of NUTS have none."""
+    return run.get("pareto_k", math.inf) < TRUSTED
+
+
+def ratios(results: Results, method: str) -> list[float]:
+    """Return the gradients of each run over those of NUTS from cold, seed by seed."""
+    found = []
+    for runs in results["runs"].values():
+        base = runs.get(BASELINE, {})
+        for seed, run in runs.get(method, {}).items():
+            if "gradients" in run and "gradients" in base.get(seed, {}):
+                found.append(run["gradients"] / base[seed]["gradients"])
+    return found
+
+
+def report(results: Results) -> str:
+    """Return a row for each method over all posteriors, then a table of each posterior."""
+    parts = [overview(results)]
+    for name, runs in results["runs"].items():
+        parts.append(f"{name}: sliced distance of two halves {results['floors'][name]:.3f}")
+        parts.append(of_posterior(runs))
+    return "\n\n".join(parts)
+
+
+def overview(results: Results) -> str:
+    """Return how often each method was good, and what it cost."""
+    header = [
+        "method",
+        "runs",
+        "fail",
+        f"error <= {GOOD}",
+        f"<= {POOR}",
+        "median",
+        f"weighted, k-hat < {TRUSTED}",
+        f"<= {GOOD}",
+        f"> {POOR}",
+        "gradients",
+        "of NUTS's",
+        "s",
+    ]
+    rows = [_overview_row(name, results) for name in methods_of(results)]
+    return table(header, rows)
+
+
+def methods_of(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for runs in results["runs"].values() for name in runs))
+
+
+def runs_of(results: Results, method: str) -> list[Row]:
+    return [
+        run
+        for name, runs in results["runs"].items()
+        if name not in APART
+        for run in runs.get(method, {}).values()
+    ]
+
+
+def _overview_row(method: str, results: Results) -> list[str]:
+    runs = runs_of(results, method)
+    errors, trusted = [error(run) for run in runs], [run for run in runs if is_trusted(run)]
+    weighted = [error(run, "weighted") for run in trusted]
+    gradients = [run["gradients"] for run in runs if "gradients" in run]
+    ratio = ratios(results, method)
+    return [
+        method,
+        str(len(runs)),
+        str(sum("fails" in run for run in runs)),
+        str(_count(errors, lambda value: value <= GOOD)),
+        str(_count(errors, lambda value: value <= POOR)),
+        number(median(errors)) if errors else "",
+        str(len(trusted)),
+        str(_count(weighted, lambda value: value <= GOOD)),
+        str(_count(weighted, lambda value: value > POOR)),
+        f"{median(gradients):.0f}" if gradients else "",
+        f"{median(ratio):.2f}" if ratio else "",
+        f"{median(run['seconds'] for run in runs):.1f}" if runs else "",
+    ]
+
+
+def _count(values: Iterable[float], holds: Callable[[float], bool]) -> int:
+    return sum(map(holds, values))
+
+
+def of_posterior(runs: dict[str, dict[str, Row]]) -> str:
+    """Return a row for each method, with the worst of its seeds."""
+    header = ["method", "seeds", "ELBO", "k-hat", "mean", "sd", "weighted", "W1", "sliced"]
+    header += ["modes", "gradients", "s"]
+    return table(header, [_row(name, [*seeds.values()]) for name, seeds in runs.items()])
+
+
+def _row(method: str, runs: list[Row]) -> list[str]:
+    done = [run for run in runs if "fails" not in run]
+    if not done:
+        reason = runs[0]["fails"]
+        return [method, str(len(runs)), f"fails: {reason[:60]}", *[""] * 9]
+    seeds = f"{len(runs)}" + (f", {len(runs) - len(done)} fail" if len(done) < len(runs) else "")
+
+    def worst(kind: str, key: str) -> str:
+        return number(max(_largest(run[kind][key]) for run in done)) if kind in done[0] else ""
+
+    def of_runs(key: str, choose: Callable[..., float], digits: int = 2) -> str:
+        return f"{choose(run[key] for run in done):.{digits}f}" if key in done[0] else ""
+
+    weighted = f"{worst('weighted', 'mean')}/{worst('weighted', 'sd')}"
+    return [
+        method,
+        seeds,
+        of_runs("elbo", min),
+        of_runs("pareto_k", max),
+        worst("scores", "mean"),
+        worst("scores", "sd"),
+        weighted if "weighted" in done[0] else "",
+        worst("scores", "wasserstein"),
+        worst("scores", "sliced"),
+        of_runs("modes", min, 0),
+        of_runs("gradients", max, 0),
+        of_runs("seconds", max, 1),
+    ]
+
+
+def _largest(value: Any) -> float:
+    return finite(value[0] if isinstance(value, list | tuple) else value)
+
+
+def number(value: float) -> str:
+    """Return a number with three digits or so."""
+    return f"{value:.2f}" if value < 100 else f"{value:.1e}"
+
+
+# Plots.
+
+TOP = 30.0  # errors above are drawn here
+MARKERS = "osD^v<>PX*"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw the error of every method on each posterior against its gradients, worst seed."""
+    names, columns = list(results["runs"]), 4
+    rows = -(-len(names) // columns)
+    methods = methods_of(results)
+    with figure(path, rows, columns, 70, figsize=(20, 3.6 * rows), sharex=True, sharey=True) as (
+        drawn,
+        axes,
+    ):
+        for panel, name in zip(axes.flat, names, strict=False):
+            for index, method in enumerate(methods):
+                runs = [r for r in results["runs"][name].get(method, {}).values() if "scores" in r]
+                if runs:
+                    point = max(r["gradients"] for r in runs), max(map(error, runs))
+                    panel.plot(point[0], min(point[1], TOP), **_style(index, method))
+            panel.axhline(GOOD, color="0.7", linewidth=0.8)
+            panel.set(xscale="log", yscale="log", title=name.partition("-")[2] or name)
+        for panel in axes[:, 0]:
+            panel.set_ylabel("largest error (sds)")
+        for panel in axes[-1]:
+            panel.set_xlabel("gradients of log p")
+        for panel in axes.flat[len(names) :]:
+            panel.set_visible(False)
+        lines = [drawn_line(axes[0, 0], index, method) for index, method in enumerate(methods)]
+        drawn.legend(handles=lines, loc="outside right upper", fontsize=10)
+
+
+def drawn_line(panel: Any, index: int, method: str) -> Any:
+    (line,) = panel.plot([], [], **_style(index, method))
+    return line
+
+
+def _style(index: int, method: str) -> dict[str, Any]:
+    return {
+        "marker": MARKERS[index % len(MARKERS)],
+        "color": color(index),
+        "linestyle": "",
+        "markersize": 8,
+        "alpha": 0.8,
+        "label": method,
+    }
+
+
+CLASSES = (
+    (f"error <= {GOOD}", GOOD, "#2a7f3f"),
+    (f"<= {POOR}", POOR, "#9bcf8a"),
+    ("<= 1", 1.0, "#f2c14e"),
+    ("more", math.inf, "#c8553d"),
+)
+
+
+def plot_overview(results: Results, path: Path) -> None:
+    """Draw how many runs of each method have which error, and its gradients."""
+    methods = methods_of(results)
+    with figure(path, 1, 2, figsize=(13, 0.33 * len(methods) + 1.5), sharey=True) as (_, axes):
+        shares, costs = axes[0]
+        for index, method in enumerate(methods):
+            runs = runs_of(results, method)
+            values = [best(run) for run in runs if "fails" not in run]
+            left, low = 0.0, -math.inf
+            for label, high, shade in CLASSES:
+                share = sum(low < value <= high for value in values) / max(1, len(runs))
+                shares.barh(index, share, left=left, color=shade, label=label if not index else "")
+                left, low = left + share, high
+            failed = 1 - len(values) / max(1, len(runs))
+            shares.barh(index, failed, left=left, color="0.6", label="fails" if not index else "")
+            gradients = [run["gradients"] for run in runs if "gradients" in run]
+            costs.plot(gradients, [index] * len(gradients), "|", color=color(index), alpha=0.5)
+            if gradients:
+                costs.plot(median(gradients), index, "o", color=color(index))
+        shares.set_yticks(range(len(methods)), methods)
+        shares.yaxis.set_inverted(True)
+        shares.set(xlim=(0, 1), xlabel="share of runs (weighted draws where k-hat < 0.7)")
+        shares.legend(loc="lower right", fontsize=8)
+        costs.set(xscale="log", xlabel="gradients of log p (median: dot)")
