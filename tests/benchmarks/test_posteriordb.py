@@ -131,10 +131,9 @@ def test_scores_of_weighted_draws_are_those_of_repeated_draws() -> None:
     assert weighted.mean == pytest.approx(repeated.mean)
 
 
-@pytest.mark.parametrize("name", [pytest.param("labels", marks=pytest.mark.slow), "square"])
-def test_draws_by_quadrature_are_those_of_the_posterior(name: str) -> None:
+def test_draws_by_quadrature_are_those_of_the_posterior() -> None:
     """Stein's identity, and equal shares of the modes."""
-    found = posterior(name)
+    found = posterior("square")
     (values,) = found.reference.values()
     grad = LogDensity(found.model).gradient(values.reshape(len(values), -1))[1]
     error = grad.mean(0) / (grad.std(0) / len(grad) ** 0.5)
