@@ -4,7 +4,8 @@ The 16 posteriors of `benchmarks.tasks.posteriordb`, from ``PYRO_RECURSIVE_DATA/
 two with several modes, whose reference draws are by quadrature. Errors are those of
 `benchmarks.tasks.reference.Scores`; "weighted" are those of draws weighted by their smoothed
 importance weights. Gradients are those of log p at single points, and second derivatives at a point
-count as D of them. Seconds are of the processor. A run that fails is a row that says why.
+count as D of them. Seconds are of the processor. A run that fails is a row that says why. AutoDAIS
+and SteinVI are run by name only, on linear regressions, and need the extra `numpyro`.
 """
 
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.methods import posteriordb_numpyro as in_numpyro
 from benchmarks.methods.posteriordb import METHODS, Counted, Run, Sampled, Settings, counting
 from benchmarks.posteriordb_report import plot, plot_overview, report
 from benchmarks.report import Results, finish, write_json
@@ -32,6 +34,7 @@ from pyro_recursive.evaluation import posterior_draws, psis
 QUADRATURE = ("labels", "square")  # of benchmarks.tasks.posteriors
 REFERENCE_DRAWS = 10_000
 CHUNK = 1000  # draws of a guide at once
+EVERY = METHODS | in_numpyro.METHODS
 SMOKE = {"seeds": [0], "steps": 12}
 
 
@@ -40,12 +43,14 @@ def main(arguments: list[str]) -> None:
     every = [*NAMES, *QUADRATURE]
     parser = base_parser("posteriordb", __doc__)
     parser.add_argument("--posteriors", nargs="+", choices=every, help="default: all of them")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(EVERY))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000, help="of a guide that is trained")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
     options = parse(parser, arguments, **SMOKE)
     options.posteriors = options.posteriors or (["square"] if options.smoke else every)
+    if {*options.methods} & {*in_numpyro.METHODS}:
+        in_numpyro.check_installed()
     torch.set_default_dtype(torch.float64)
     settings = Settings(options.steps)
     if options.smoke:
@@ -70,7 +75,8 @@ def _missing(options: Any, results: Results) -> Iterator[tuple[str, str, int]]:
         for name in options.posteriors:
             for method in options.methods:
                 known = results["runs"].get(name, {}).get(method, {})
-                if str(seed) not in known:
+                applies = method in METHODS or in_numpyro.applies(posterior(name))
+                if applies and str(seed) not in known:
                     yield name, method, seed
 
 
@@ -101,7 +107,7 @@ def run(posterior: Posterior, method: str, settings: Settings, seed: int) -> dic
     with warnings.catch_warnings(), counting(model):
         warnings.simplefilter("ignore")
         try:
-            found = METHODS[method](Run(posterior, model, settings))
+            found = EVERY[method](Run(posterior, model, settings))
             numbers = {
                 "gradients": model.gradients,
                 "values": model.values,

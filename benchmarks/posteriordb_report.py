@@ -165,6 +165,7 @@ def number(value: float) -> str:
 # Plots.
 
 TOP = 30.0  # errors above are drawn here
+GRADIENTS = 10, 1e6
 MARKERS = "osD^v<>PX*"
 
 
@@ -184,7 +185,13 @@ def plot(results: Results, path: Path) -> None:
                     point = max(r["gradients"] for r in runs), max(map(error, runs))
                     panel.plot(point[0], min(point[1], TOP), **_style(index, method))
             panel.axhline(GOOD, color="0.7", linewidth=0.8)
-            panel.set(xscale="log", yscale="log", title=name.partition("-")[2] or name)
+            panel.set(
+                xscale="log",
+                yscale="log",
+                xlim=GRADIENTS,
+                ylim=(0.01, 1.5 * TOP),
+                title=name.partition("-")[2] or name,
+            )
         for panel in axes[:, 0]:
             panel.set_ylabel("largest error (sds)")
         for panel in axes[-1]:
@@ -242,4 +249,4 @@ def plot_overview(results: Results, path: Path) -> None:
         shares.yaxis.set_inverted(True)
         shares.set(xlim=(0, 1), xlabel="share of runs (weighted draws where k-hat < 0.7)")
         shares.legend(loc="lower right", fontsize=8)
-        costs.set(xscale="log", xlabel="gradients of log p (median: dot)")
+        costs.set(xscale="log", xlim=GRADIENTS, xlabel="gradients of log p (median: dot)")

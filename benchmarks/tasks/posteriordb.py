@@ -10,6 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,26 @@ def _observe(mean: Tensor, scale: Tensor, y: Tensor) -> None:
     pyro.sample("y", dist.Normal(mean, scale[..., None]).to_event(1), obs=y)
 
 
-def _linear(design: Tensor, y: Tensor, prior: Any, sigma_prior: Any) -> Model:
+@dataclass(frozen=True)
+class Linear:
     """A linear regression; flat priors where there are none."""
-    size = design.shape[-1]
 
-    def model() -> None:
-        if prior is None:
+    design: Tensor
+    y: Tensor
+    prior: Any = None  # a normal one, of each coefficient
+    sigma_prior: Any = None
+
+    def __call__(self) -> None:
+        size = self.design.shape[-1]
+        if self.prior is None:
             beta = _flat("beta", constraints.real_vector, size)
         else:
-            beta = _vector("beta", prior, size)
-        if sigma_prior is None:
+            beta = _vector("beta", self.prior, size)
+        if self.sigma_prior is None:
             sigma = _flat("sigma", constraints.positive)
         else:
-            sigma = pyro.sample("sigma", sigma_prior)
-        _observe(beta @ design.T, sigma, y)
-
-    return model
+            sigma = pyro.sample("sigma", self.sigma_prior)
+        _observe(beta @ self.design.T, sigma, self.y)
 
 
 def _columns(*columns: Tensor) -> Tensor:
@@ -200,7 +205,7 @@ def diamonds(data: Values) -> Model:
 
 def earnings(data: Values) -> Model:
     height, male = data["height"], data["male"]
-    return _linear(_columns(height, male, height * male), data["earn"].log(), None, None)
+    return Linear(_columns(height, male, height * male), data["earn"].log())
 
 
 def schools(data: Values, centred: bool) -> Model:
@@ -308,7 +313,7 @@ def _runge_kutta(log_z: Tensor, rates: Tensor, effects: Tensor, step: float) -> 
 def kidiq(data: Values) -> Model:
     school, iq = data["mom_hs"], data["mom_iq"]
     design = _columns(school, iq, school * iq)
-    return _linear(design, data["kid_score"], None, _half_cauchy(2.5))
+    return Linear(design, data["kid_score"], sigma_prior=_half_cauchy(2.5))
 
 
 def kilpisjarvi(data: Values) -> Model:
@@ -340,7 +345,7 @@ def gauss_mix(data: Values) -> Model:
 
 def mesquite(data: Values) -> Model:
     names = ("diam1", "diam2", "canopy_height", "total_height", "density", "group")
-    return _linear(_columns(*(data[name] for name in names)), data["weight"], None, None)
+    return Linear(_columns(*(data[name] for name in names)), data["weight"])
 
 
 def nes(data: Values) -> Model:
@@ -348,11 +353,11 @@ def nes(data: Values) -> Model:
     names = ("educ1", "gender", "income")
     rest = [data[name] for name in names]
     design = _columns(data["real_ideo"], data["race_adj"], *ages, *rest)
-    return _linear(design, data["partyid7"], None, None)
+    return Linear(design, data["partyid7"])
 
 
 def blr(data: Values) -> Model:
-    return _linear(data["X"], data["y"], _normal(0, 10), dist.HalfNormal(_tensor(10)))
+    return Linear(data["X"], data["y"], _normal(0, 10), dist.HalfNormal(_tensor(10)))
 
 
 def _same(values: Values) -> Values:
