@@ -24,7 +24,7 @@ from benchmarks.methods.posteriordb import (
     Settings,
     counting,
 )
-from benchmarks.posteriordb import posterior, run
+from benchmarks.posteriordb import EVERY, posterior, run
 from benchmarks.posteriordb_report import overview, report
 from benchmarks.tasks.posteriordb import MODELS, NAMES, load, recursion
 from benchmarks.tasks.reference import Posterior
@@ -196,7 +196,7 @@ def test_a_failure_is_a_row_that_says_why(monkeypatch: Any) -> None:
     def fails(run: Run) -> None:
         raise ValueError("no start\nat all")
 
-    monkeypatch.setitem(METHODS, "mean field", fails)
+    monkeypatch.setitem(EVERY, "mean field", fails)
     found = run(posterior_of({}), "mean field", Settings(1), 0)
     assert found["fails"] == "ValueError: no start"
     table = report({"runs": {"toy": {"mean field": {"0": found}}}, "floors": {"toy": 0.1}})
