@@ -59,10 +59,15 @@ ALIKE = {  # as others are, but for what their own guides make of them: the quic
     *("size_one", "exact_unsized", "level"),
 }
 
-VARIANTS = {  # of other kinds, by what does not depend on the model: some models will do
-    *("low_rank", "encoder_full", "recursive_conditional", "refined_by_network"),
-}
 OF_VARIANTS = {*QUICK_MODELS, *EVERY_LOSS, *MASKED, "subsample_size", "events", "unsized", "series"}
+# Models whose densities or transforms no other model has: gradients go through them twice.
+DENSITIES = {"constrained", "factor", "reparam", "mixture_prior", "improper", "angles", "bounds"}
+VARIANTS = {  # of other kinds, by what does not depend on the model: some models will do
+    **dict.fromkeys(("full", "low_rank", "encoder_full"), OF_VARIANTS),  # families
+    **dict.fromkeys(("recursive_table", "recursive_conditional"), OF_VARIANTS),  # growth
+    "refined_by_network": OF_VARIANTS,
+    "refined_second_order": OF_VARIANTS | DENSITIES,
+}
 
 Refused = tuple[type[Exception], str]
 
@@ -202,7 +207,7 @@ COMBINATIONS = [
     for kind in KINDS
     if kind.auto != "hand" or row.name not in NONE_BY_HAND
     if kind.name in QUICK_KINDS or row.name not in ALIKE
-    if kind.name not in VARIANTS or row.name in OF_VARIANTS
+    if row.name in VARIANTS.get(kind.name, {row.name})
 ]
 
 
