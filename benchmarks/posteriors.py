@@ -8,8 +8,10 @@ KL(q || p) of each guide:
 - ``schools``: eight schools, not centred: one mode and a funnel, in 10 dimensions.
 
 Every guide takes the same number of training steps, with 8 draws of it, or of each component of a
-mixture; a mixture that grows shares its steps out to its components. ``boosting`` has the residual
-ELBO, a line search for each weight, and no training of all components at the end. NUTS runs chains
+mixture; a mixture that grows shares its steps out to its components, and ends with its schedule.
+``recursive`` grows from noise, ``from paths`` has components from `pathfinder`'s paths first.
+``boosting`` has the residual ELBO, a line search for each weight, and no training of all components
+at the end. ``gradients`` counts those of the model's density, one for each draw. NUTS runs chains
 from starts as dispersed as the prior. ``modes`` counts the modes with at least a tenth of their
 share of the draws, ``parts`` the components.
 """
@@ -73,7 +75,7 @@ def _plain() -> ELBO:
     return Trace_ELBO(DRAWS, vectorize_particles=True, max_plate_nesting=1)
 
 
-def _recursive(joint: float, **options: Any) -> Method:
+def _recursive(joint: float, paths: int | None = 0, **options: Any) -> Method:
     """Return a mixture grown one by one, with a share of the steps for all components together."""
 
     def guide(problem: Problem, steps: int) -> RecursiveMixtureGuide:
@@ -84,7 +86,8 @@ def _recursive(joint: float, **options: Any) -> Method:
             refine=each - each // 3,
             joint=max(1, steps - problem.components * each) if joint else 0,
         )
-        return RecursiveMixtureGuide(problem.model, problem.components, schedule=schedule)
+        own: dict[str, Any] = {"schedule": schedule, "paths": paths}
+        return RecursiveMixtureGuide(problem.model, problem.components, **own)
 
     return Method(guide, lambda: RecursiveMixture_ELBO(DRAWS, update="guide", **options))
 
@@ -97,6 +100,7 @@ METHODS: dict[str, Method] = {
         lambda: Stratified_ELBO(DRAWS, estimator="stl"),
     ),
     "recursive": _recursive(joint=0.2),
+    "from paths": _recursive(joint=0.2, paths=None),
     "boosting": _recursive(0.0, objective="relbo", proposal="relbo", weights="line_search"),
     "coupling flow": Method(lambda p, steps: FlowGuide(p.model, "coupling"), _plain, 0.005),
     "spline flow": Method(lambda p, steps: FlowGuide(p.model, "spline"), _plain, 0.005),
@@ -144,7 +148,7 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
     pyro.set_rng_seed(seed)
     guide = method.guide(problem, settings.steps)
     start = time.perf_counter()
-    train(problem.model, guide, method.loss(), settings.steps, method.rate)
+    gradients = train(problem.model, guide, method.loss(), settings.steps, method.rate)
     seconds = time.perf_counter() - start
     pyro.set_rng_seed(seed + 1000)
     weights = importance_weights(problem.model, guide, num_particles=settings.elbo_draws)
@@ -160,25 +164,38 @@ def _fit(problem: Problem, method: Method, settings: Settings, seed: int) -> tup
         "ess": evidence.ess.item(),
         "modes": _shares(problem, draws),
         "components": len(getattr(guide, "members", (0,))),
+        "gradients": gradients,
         "seconds": seconds,
     }
     return numbers, draws
 
 
-def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: float) -> None:
-    """Train with a new Adam in each stage; in its second half the rate falls to a twentieth."""
+def train(model: Callable[[], None], guide: Any, loss: ELBO, steps: int, rate: float) -> int:
+    """Train with a new Adam in each stage; in its second half the rate falls to a twentieth.
+
+    Return how many gradients of the model's density that took.
+    """
     guide.prepare() if isinstance(guide, LatentGuide) else guide()  # creates its parameters
+    gradients = 0
     stage, optimizer = None, torch.optim.Adam(guide.parameters(), lr=rate)
     for step in range(steps):
         now = getattr(guide, "stage", None)
+        if step > 0 and now is not None and guide.steps_left == 0:
+            break
         if now != stage or (now is not None and guide.steps_taken == 0):
             stage, optimizer = now, torch.optim.Adam(guide.parameters(), lr=rate)
         done = step / steps if now is None else guide.steps_taken / max(now.steps, 1)
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.05 ** min(1.0, max(0.0, 2 * done - 1))
+        is_alone = (
+            now is not None and now.kind in ("first", "propose") and now.component is not None
+        )
+        gradients += DRAWS * (1 if is_alone else len(getattr(guide, "members", (0,))))
         optimizer.zero_grad()
         loss.loss_and_grads(model, guide)
         optimizer.step()
+    report = getattr(guide, "report", None)
+    return gradients + (0 if report is None else report.num_gradients)
 
 
 def _shares(problem: Problem, draws: Any) -> list[float]:
@@ -213,11 +230,22 @@ def _nuts(problem: Problem, settings: Settings) -> tuple[dict[str, Any], Any]:
 
 def report(found: dict[str, Any], problem: Problem) -> str:
     """Return the table of a model; over several seeds, means ± standard deviations."""
-    header = ["guide", "ELBO", "KL(q||p)", "log p(x)", "± error", "ESS", "modes", "parts", "s"]
+    header = [
+        "guide",
+        "ELBO",
+        "KL(q||p)",
+        "log p(x)",
+        "± error",
+        "ESS",
+        "modes",
+        "parts",
+        "gradients",
+        "s",
+    ]
     rows = [_row(name, runs, problem) for name, runs in found["guides"].items()]
     nuts = found["nuts"]
     modes = f"{_covered(nuts['modes'], problem)} of {problem.modes}"
-    rows.append([REFERENCE, "", "", "", "", "", modes, "", f"{nuts['seconds']:.0f}"])
+    rows.append([REFERENCE, "", "", "", "", "", modes, "", "", f"{nuts['seconds']:.0f}"])
     each = [str(_covered(shares, problem)) for shares in nuts["modes_by_chain"]]
     r_hat = ", ".join(f"{value:.2f}" for value in nuts["r_hat"])
     title = f"{found['title']}: log p(x) = {found['log_evidence']:.3f} by quadrature"
@@ -236,6 +264,7 @@ def _row(name: str, runs: list[dict[str, Any]], problem: Problem) -> list[str]:
         f"{min(run['ess'] for run in runs):.0f}",
         f"{'-'.join(map(str, modes))} of {problem.modes}",
         "-".join(map(str, parts)),
+        f"{sum(run['gradients'] for run in runs) / len(runs):,.0f}",
         f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
     ]
 

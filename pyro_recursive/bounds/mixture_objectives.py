@@ -240,13 +240,13 @@ def best_gain(
     log_mixture: tuple[Tensor, Tensor],
     log_candidate: tuple[Tensor, Tensor],
     shares: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7),
-) -> Tensor:
-    """Return which of C candidates gains the mixture most, at the best of some shares.
+) -> tuple[Tensor, Tensor]:
+    """Return the bound with the best of C candidates, at the best of some shares, and its index.
 
     Each argument is a pair: at T draws of the mixture, and at S draws of each candidate. The first
     two are ``[T, *rows]`` and ``[C, S, *rows]``, the candidates' densities ``[C, T, *rows]`` and
-    ``[C, S, *rows]``. Returns ``[*rows]``. Draws of the mixture with density 0 under p, which cost
-    every candidate the same, are left out.
+    ``[C, S, *rows]``. Returns ``[*rows]`` twice. Draws of the mixture with density 0 under p, which
+    cost every candidate the same, are left out.
     """
     bounds, dead = [], log_p[0].isneginf()
     for share in shares:
@@ -257,4 +257,5 @@ def best_gain(
         ]
         of_mixture = torch.where(dead, 0.0, parts[0]).sum(1) / (~dead).sum(0).clamp(min=1)
         bounds.append((1 - e) * of_mixture + e * parts[1].mean(1))
-    return torch.stack(bounds).nan_to_num(nan=-torch.inf).amax(0).argmax(0)
+    values, indices = torch.stack(bounds).nan_to_num(nan=-torch.inf).amax(0).max(0)
+    return values, indices

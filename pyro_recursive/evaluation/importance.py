@@ -1,18 +1,17 @@
 """How good a guide is as a proposal: its importance weights, and a k-hat for each datum."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_recursive.bounds import pareto
+from pyro_recursive.bounds.pareto import PSIS, centred, pareto_k_threshold
 from pyro_recursive.evaluation.calls import checked, measurement, shown_as_html
 from pyro_recursive.evaluation.evidence import log_weights, results_in_chunks
 from pyro_recursive.tracing.arguments import check_at_least
@@ -21,94 +20,7 @@ from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import is_delta, own_scale, sites
 
-# A fit needs more than this many weights in the tail, so more than 20 samples in all.
-SMALLEST_TAIL = 4
-# Largest weights that differ by less than this, in nats, have no tail: the rest may be rounding.
-NO_TAIL = 1e-4
-
-
-class PSIS(NamedTuple):
-    """Smoothed weights and their diagnostic, both float64.
-
-    ``log_weights``, ``[S, *batch]`` in nats, are normalised: their logsumexp over S is 0,
-    unless all weights are 0.
-    ``pareto_k``, ``[*batch]``, is k-hat, reliable below `pareto_k_threshold`.
-    """
-
-    log_weights: Tensor
-    pareto_k: Tensor
-
-
-@checked
-def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
-    """Smooth the largest of S importance weights, and estimate the shape k of their tail.
-
-    The min(S / 5, 3 sqrt(S / relative_ess)) largest weights are replaced by quantiles of a
-    generalised Pareto distribution fitted to them, by ``psislw`` of ArviZ. k-hat is 0 if the tail's
-    weights agree within 0.01 %. It is infinite, and nothing is smoothed, if S is 20 or less, if no
-    more than 4 weights are above the tail's smallest, or if the fit fails.
-
-    Args:
-        log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0. nan and +inf
-            raise ValueError.
-        relative_ess: effective sample size of the draws before weighting over S.
-
-    Reference: `Pareto Smoothed Importance Sampling` (Vehtari et al., arXiv 1507.02646).
-
-    >>> z = torch.randn(4000, 2, dtype=torch.float64)
-    >>> light, heavy = 0.1 * z[:, 0], 2.0 * z[:, 1] ** 2  # the second has no mean: k = 4
-    >>> (psis(torch.stack([light, heavy], -1)).pareto_k < pareto_k_threshold(4000)).tolist()
-    [True, False]
-    """
-    raw = _centred(log_weights)
-    columns = raw.reshape(len(raw), -1)
-    smoothed, k = columns.clone(), torch.full_like(columns[0], math.inf)
-    size = math.ceil(min(len(raw) / 5, 3 * (len(raw) / relative_ess) ** 0.5))
-    if size > SMALLEST_TAIL:
-        tail = columns.topk(size + 1, dim=0).values
-        cutoff = tail[-1].clamp_min(math.log(torch.finfo(raw.dtype).tiny))
-        flat = (tail[0] - cutoff < NO_TAIL) & (tail[0] > -math.inf)
-        fitted = ~flat & ((tail > cutoff).sum(0) > SMALLEST_TAIL)
-        rows, shapes = _psislw(columns[:, fitted].T.cpu().numpy(), relative_ess)
-        smoothed[:, fitted] = torch.from_numpy(rows).to(raw).T
-        k[fitted] = torch.from_numpy(shapes).to(raw)
-        k = torch.where(k.isfinite(), k, math.inf).masked_fill(flat, 0.0)
-    normalized = smoothed - smoothed.logsumexp(0).nan_to_num(neginf=0.0)
-    return PSIS(normalized.reshape(raw.shape), k.reshape(raw.shape[1:]))
-
-
-def _psislw(rows: np.ndarray, relative_ess: float) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth each row by ArviZ 0.2x or 1.x, and return its k; importing ArviZ takes seconds."""
-    shapes = np.full(len(rows), np.inf)
-    if not len(rows):
-        return rows, shapes
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        if version("arviz").startswith("0."):
-            import arviz
-
-            return arviz.psislw(rows, relative_ess)
-        from arviz_stats.base import array_stats
-
-        smoothed = rows.copy()
-        for i, row in enumerate(rows):
-            try:
-                smoothed[i], shapes[i] = array_stats.psislw(-row, r_eff=relative_ess)
-            except ValueError:  # fewer than 5 weights in its tail, or all of them equal
-                continue
-    return smoothed, shapes
-
-
-def _centred(log_weights: Tensor) -> Tensor:
-    """Return the weights in float64 with a maximum of 0, checked."""
-    raw = log_weights.detach().double()
-    wrong = (raw.isnan() | (raw == math.inf)).nonzero()
-    if len(wrong):
-        raise ValueError(
-            f"log_weights has {len(wrong)} entries that are nan or +inf, the first at "
-            f"{tuple(wrong[0].tolist())}. Use -inf for a weight of 0."
-        )
-    return raw - raw.amax(0).nan_to_num(neginf=0.0)
+psis = checked(pareto.psis)
 
 
 @checked
@@ -121,17 +33,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     >>> round(effective_sample_size(torch.tensor([0.0, 0.0, 0.0, -float("inf")])).item(), 3)
     3.0
     """
-    raw = _centred(log_weights)
+    raw = centred(log_weights)
     return torch.exp(2 * raw.logsumexp(0) - (2 * raw).logsumexp(0)).nan_to_num(nan=0.0)
-
-
-def pareto_k_threshold(num_samples: int) -> float:
-    """Return the largest reliable k-hat for S samples, ``min(1 - 1 / log10(S), 0.7)``.
-
-    >>> pareto_k_threshold(100)
-    0.5
-    """
-    return 0.0 if num_samples <= 10 else min(1 - 1 / math.log10(num_samples), 0.7)
 
 
 @dataclass(frozen=True)

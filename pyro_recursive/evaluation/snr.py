@@ -285,7 +285,7 @@ def _check_stage(loss: Loss, guide: Callable) -> None:
     """Raise where the next step of a growing mixture is none of gradients."""
     if isinstance(loss, RecursiveMixture_ELBO):
         mixture = growing_mixture_of(guide)
-        if mixture.starts_component or mixture.is_trial:
+        if mixture.starts_component or mixture.starts_from_paths or mixture.is_trial:
             raise ValueError(
                 "The next step of RecursiveMixture_ELBO begins or tests a component. Take it first."
             )

@@ -88,8 +88,7 @@ class LogDensity:
         if structure.misfit is not None:
             raise type(structure.misfit)(*structure.misfit.args)
         self.is_vectorized = structure.mode != "loop"
-        if not self.is_vectorized:
-            warn_user(f"The model runs for each point by itself: {structure.cause}.")
+        self._why_looped = None if self.is_vectorized else structure.cause  # until it is told
         largest = max(site["value"].numel() for site in sites(trace))
         self.chunk = max(1, CHUNK // max(self.size, largest * structure.num_values))
         # Points at which the density alone, its gradient, or all second derivatives were computed.
@@ -158,6 +157,9 @@ class LogDensity:
         return torch.cat([self._where_possible(u[:half]), self._where_possible(u[half:])])
 
     def _run(self, u: Tensor) -> Tensor:
+        if self._why_looped is not None:
+            warn_user(f"The model runs for each point by itself: {self._why_looped}.")
+            self._why_looped = None
         rows = (u,) if self.is_vectorized else u.split(1)
         return torch.cat([self._pass(row) for row in rows])
 

@@ -62,6 +62,10 @@ class Whitening(nn.Module):
         solved = torch.linalg.solve_triangular(self.scale_tril, scale_tril, upper=False)
         return self.whitened(loc), solved
 
+    def gaussian(self, loc: Tensor, scale_tril: Tensor) -> Gaussian:
+        """Return the Gaussian of u where v has this one; undoes `whitened_gaussian`."""
+        return self.unconstrained(loc), self.scale_tril @ scale_tril
+
     def marginals(self, posterior: Any) -> tuple[Tensor, Tensor]:
         """Return means and scales of u where v has a Gaussian distribution, ``[*batch, D]``."""
         factor = self.scale_tril @ scale_tril_of(posterior)

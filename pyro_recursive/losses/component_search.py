@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from pyro_recursive.bounds.missing_mass import missing_gaussians
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief
@@ -45,6 +47,9 @@ class Effort(NamedTuple):
 
 
 IN_ONE_PASS = Effort(points=1000, locations=48, draws=64)
+WEIGHED = Effort(points=4000, locations=48, draws=64)  # draws of the mixture have weights, too
+COMPARED = 500  # draws of the mixture for each candidate, where they have weights
+GAUSSIANS = 16  # where weights say that mass is missing
 LOOPED = Effort(points=200, locations=12, draws=16)  # 1,000 runs of the model
 
 
@@ -54,10 +59,11 @@ def place_component(
 ) -> None:
     """Start the proposed component where it would gain most, among isotropic candidates.
 
-    Only Gaussians with parameters of their own have a start; encoders keep their initial weights.
-    Where rows are a minibatch, every row starts at random around the first component, as the rows
-    outside of the minibatch have no candidates. A user's scales are left out. Runs of the model are
-    fewer where they are looped; the logger of this module reports a search at level INFO.
+    Where it ``starts_by_weights`` there are others, Gaussians by importance weights of draws of the
+    mixture. Only Gaussians with parameters of their own have a start; encoders keep their initial
+    weights. Where rows are a minibatch, every row starts at random around the first component, as
+    the rows outside of the minibatch have no candidates. A user's scales are left out. Runs of the
+    model are fewer where they are looped; the logger of this module reports a search at level INFO.
     """
     component = mixture.free_component()
     number = mixture.stage.component
@@ -69,15 +75,30 @@ def place_component(
         component.scatter(WIDENING)
         return
     looped = particles_of(program, 1, LOOPED.num_runs, vectorize).dim is None
-    search = _Search(program, mixture, component, vectorize, LOOPED if looped else IN_ONE_PASS)
+    is_weighed = not looped and component.starts_by_weights
+    effort = LOOPED if looped else WEIGHED if is_weighed else IN_ONE_PASS
+    search = _Search(program, mixture, component, vectorize, effort)
     how = "one by one" if looped else "many in one pass"
     logger.info("Component %s: %d runs of the model, %s.", number, search.effort.num_runs, how)
     own = search.points_of_guide()
+    drawn = search.weighed(own if is_weighed else own[: effort.draws])
+    if is_weighed:
+        mixture.end_if_complete(drawn.log_p - drawn.log_q)
+        if not mixture.starts_component:
+            return
     centers = search.locations(own, search.points_of_prior())
     locs = centers.repeat(len(SCALES), *[1] * (centers.dim() - 1))
     factors = torch.tensor(SCALES).to(locs).repeat_interleave(len(centers))
     scales = factors.reshape(-1, *[1] * (locs.dim() - 1)) * _spread(own)
-    best = search.best(own[: search.effort.draws], locs, scales)
+    compared = Weighed(*(each[:COMPARED] for each in drawn))
+    bound, best = search.best(compared, Independent(Normal(locs, scales), 1))
+    found = missing_gaussians(*drawn, GAUSSIANS) if is_weighed else None
+    if found is not None:
+        loc, scale_tril = found
+        other, index = search.best(compared, MultivariateNormal(loc, scale_tril=scale_tril))
+        if bool(other > bound):
+            component.place_gaussian(loc[index], scale_tril[index])
+            return
     index = best.reshape(1, *best.shape, 1).expand(1, *locs.shape[1:])
     component.place(locs.gather(0, index)[0], scales.gather(0, index)[0])
 
@@ -87,6 +108,14 @@ def _spread(points: Tensor) -> Tensor:
     limits = torch.finfo(points.dtype)
     smallest = (limits.eps * points.abs().amax(0)).clamp_min(limits.tiny**0.5)
     return torch.maximum(points.std(0), smallest)
+
+
+class Weighed(NamedTuple):
+    """Points ``[T, *rows, D]`` with log p and log Q, ``[T, *rows]`` both."""
+
+    points: Tensor
+    log_p: Tensor
+    log_q: Tensor
 
 
 @dataclass
@@ -143,19 +172,24 @@ class _Search:
         anywhere = torch.randperm(len(points), device=points.device)[: count - len(best)]
         return torch.cat([best, points[anywhere]])
 
-    def best(self, own: Tensor, locs: Tensor, scales: Tensor) -> Tensor:
-        """Return the index of the best of C candidates for each row, ``[*rows]``."""
-        noise = torch.randn(len(locs), self.effort.draws, *locs.shape[1:]).to(locs)
-        draws = locs.unsqueeze(1) + scales.unsqueeze(1) * noise
-        log_p, log_q = self.evaluate(torch.cat([own, draws.flatten(0, 1)]))
-        candidates = torch.distributions.Normal(locs.unsqueeze(1), scales.unsqueeze(1))
-        count, shape = len(own), draws.shape[:2]
+    def weighed(self, points: Tensor) -> "Weighed":
+        """Return points with log p and log Q there."""
+        return Weighed(points, *self.evaluate(points))
+
+    def best(self, own: "Weighed", candidates: Distribution) -> tuple[Tensor, Tensor]:
+        """Return gain and index of the best of C candidates for each row, ``[*rows]`` both.
+
+        ``own`` are draws of the mixture; candidates have the batch ``[C, *rows]``.
+        """
+        draws = candidates.sample((self.effort.draws,)).movedim(0, 1)
+        values = self.evaluate(draws.flatten(0, 1))
+        log_p, log_q = (each.unflatten(0, draws.shape[:2]) for each in values)
         return best_gain(
-            log_p=(log_p[:count], log_p[count:].unflatten(0, shape)),
-            log_mixture=(log_q[:count], log_q[count:].unflatten(0, shape)),
+            log_p=(own.log_p, log_p),
+            log_mixture=(own.log_q, log_q),
             log_candidate=(
-                candidates.log_prob(own).sum(-1),
-                candidates.log_prob(draws).sum(-1),
+                candidates.log_prob(own.points.unsqueeze(1)).movedim(0, 1),
+                candidates.log_prob(draws.movedim(0, 1)).movedim(0, 1),
             ),
         )
 

@@ -120,8 +120,13 @@ class RecursiveMixture_ELBO(MixtureLoss):
             mixture.prepare(*args, **kwargs)
             if self.weights != "gradient":
                 mixture.check_shared_weights()
+            if mixture.starts_from_paths:
+                mixture.start_from_paths(args, kwargs)
+            program = Program(model, guide, args, kwargs)
+            if mixture.starts_component:
+                place_component(program, mixture, vectorize=self.vectorize_particles)
             if mixture.is_trial:
-                loss = self._test_component(Program(model, guide, args, kwargs), mixture)
+                loss = self._test_component(program, mixture)
             else:
                 loss = self.stage_loss(model, guide, *args, **kwargs)
                 mixture.count_step()
@@ -149,7 +154,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
             left = until if stage.steps == 0 else min(left, until)
         is_turn = self.update == "alternating" and stage.component is not None
         turn = taken % 2 if is_turn else None
-        left = 0 if mixture.starts_component else max(min(left, 1) if is_turn else left, 0)
+        is_start = mixture.starts_component or mixture.starts_from_paths
+        left = 0 if is_start else max(min(left, 1) if is_turn else left, 0)
         return (stage.kind, stage.component, mixture.members, turn), left
 
     def count_steps(self, guide: Callable, count: int) -> None:
@@ -214,8 +220,6 @@ class RecursiveMixture_ELBO(MixtureLoss):
     def _train_component(
         self, program: Program, mixture: GrowingMixture, plan: "StepPlan"
     ) -> Tensor:
-        if mixture.starts_component:
-            place_component(program, mixture, vectorize=self.vectorize_particles)
         estimator = ESTIMATORS["stl" if plan.objective.held else "pathwise"]
         replay = estimator.replay if plan.trains_guide else "none"
         cut_model = plan.trains_guide and plan.trains_model

@@ -31,14 +31,17 @@ class FreeComponent(Protocol):
 
     ``rows`` are the frames of the row plates. Packed latents are unconstrained; locations and
     scales are ``[*rows, D]``. To scatter it draws locations around the first component's, some of
-    its scales away.
+    its scales away. One without rows may start by the importance weights of draws
+    (``starts_by_weights``), at a Gaussian with a Cholesky factor.
     """
 
     rows: tuple[Any, ...]
     size: int
+    starts_by_weights: bool
 
     def pack(self, trace: poutine.Trace) -> Tensor: ...
     def place(self, loc: Tensor, scale: Tensor) -> None: ...
+    def place_gaussian(self, loc: Tensor, scale_tril: Tensor) -> None: ...
     def scatter(self, widening: float) -> None: ...
 
 
@@ -47,11 +50,13 @@ class GrowingMixture(MixtureLike, Protocol):
     """A mixture guide whose components are added one by one; the schedule is its state.
 
     Its ``stage`` has a ``kind`` ("first", "propose", "refine", "cycle", "joint") and a
-    ``component``, None for all. The next step may be the first for a component
+    ``component``, None for all. The next step may be the first of all, before which components
+    start from paths (``starts_from_paths``), the first for a component
     (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of each
     component and row, after which ``end_trial`` returns whether it is kept. A stage without end has
     0 ``stage_steps_left``. A proposed component has the weight ``epsilon``. Log-weights can be set,
     ``[J]``, where all rows share one vector.
+    Growth can end by importance weights of draws that leave nothing to gain.
     It can ``watch`` for members that have lost their weight, once it is no longer growing.
     """
 
@@ -60,6 +65,7 @@ class GrowingMixture(MixtureLike, Protocol):
     steps_taken: int
     stage_steps_left: int
     starts_component: bool
+    starts_from_paths: bool
     is_trial: bool
     is_growing: bool
     num_draws: int
@@ -67,6 +73,8 @@ class GrowingMixture(MixtureLike, Protocol):
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
     def rollback_first_call(self) -> AbstractContextManager[None]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
+    def start_from_paths(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
+    def end_if_complete(self, log_ratios: Tensor) -> None: ...
     def free_component(self) -> FreeComponent | None: ...
     def check_shared_weights(self) -> None: ...
     def set_log_weights(self, log_weights: Tensor) -> None: ...

@@ -278,11 +278,12 @@ def test_draws_of_density_0_leave_the_choice_to_the_others() -> None:
     at_draws[4, 0] = -torch.inf
     at_own, candidates = torch.randn(5, 9, 1), torch.randn(5, 6, 1)
     mixture = torch.cat([own, torch.zeros(1, 1)])
-    found = best_gain((log_p, at_draws), (mixture, draws), (at_own, candidates))
-    others = best_gain(
+    bound, found = best_gain((log_p, at_draws), (mixture, draws), (at_own, candidates))
+    other_bound, others = best_gain(
         (log_p[:8], at_draws[:4]), (own, draws[:4]), (at_own[:4, :8], candidates[:4])
     )
     assert found.equal(others)
+    torch.testing.assert_close(bound, other_bound)
 
 
 def test_best_gain_is_the_best_candidate_by_integrals() -> None:
@@ -299,7 +300,7 @@ def test_best_gain_is_the_best_candidate_by_integrals() -> None:
 
     wide = draws.unsqueeze(-1).expand(-1, -1, len(starts))
     at_draws = torch.stack([densities(candidates[c : c + 1], wide[c])[..., 0] for c in range(40)])
-    found = best_gain(
+    values, found = best_gain(
         (log_target(own), log_target(wide)),
         (log_q(own), log_q(wide)),
         (densities(candidates, own).movedim(-1, 0), at_draws),
@@ -314,4 +315,5 @@ def test_best_gain_is_the_best_candidate_by_integrals() -> None:
         terms = mixed.exp() * (log_target(GRID)[:, None, None] - mixed)
         bounds = (terms.sum(0) * 0.01).amax(-1)
         assert bounds[found[row]] > bounds.max() - 0.01
+        assert values[row].item() == pytest.approx(bounds[found[row]].item(), abs=0.15)
         assert bounds.max() > bounds.median() + 0.1

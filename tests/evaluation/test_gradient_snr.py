@@ -144,7 +144,7 @@ quartic = partial(square_global, torch.tensor(4.0))
 
 def test_stages_of_a_recursive_mixture_stand_still() -> None:
     schedule = Schedule(first=2, propose=2, refine=2)
-    mixture = RecursiveMixtureGuide(quartic, 2, schedule=schedule)
+    mixture = RecursiveMixtureGuide(quartic, 2, schedule=schedule, paths=0)
     loss = RecursiveMixture_ELBO(2)
     refused = 0
     for _ in range(7):

@@ -1,8 +1,6 @@
 """The adapter of ArviZ's Pareto smoothing, and the weights of models and guides."""
 
 import math
-import sys
-import types
 import warnings
 from collections.abc import Callable
 
@@ -59,29 +57,6 @@ def test_columns_are_those_of_arviz(tail: str, count: int, relative_ess: float) 
     torch.testing.assert_close(found.pareto_k, k)
     torch.testing.assert_close(found.log_weights, torch.as_tensor(smoothed).movedim(-1, 0))
     torch.testing.assert_close(found.log_weights.logsumexp(0), torch.zeros(2, 3))
-
-
-def test_arviz_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its psislw takes log-likelihoods, one column at a time, and refuses short or equal tails."""
-
-    class ArrayStats:
-        @staticmethod
-        def psislw(log_likelihood: np.ndarray, r_eff: float) -> tuple[np.ndarray, float]:
-            if log_likelihood[0] == 0:
-                raise ValueError("n_draws_tail must be at least 5")
-            return -2 * log_likelihood, r_eff
-
-    base = types.SimpleNamespace(array_stats=ArrayStats)
-    monkeypatch.setitem(sys.modules, "arviz_stats", types.ModuleType("arviz_stats"))
-    monkeypatch.setitem(sys.modules, "arviz_stats.base", base)
-    monkeypatch.setattr("pyro_recursive.evaluation.importance.version", lambda name: "1.2.0")
-    log_weights = -torch.rand(100, 3)
-    log_weights[0] = torch.tensor([0.0, -1.0, -1.0])
-    log_weights[1, 1:] = 0.0
-    found = psis(log_weights, relative_ess=0.5)
-    assert found.pareto_k.tolist() == [INF, 0.5, 0.5]
-    expected = torch.cat([log_weights[:, :1], 2 * log_weights[:, 1:]], 1).log_softmax(0)
-    torch.testing.assert_close(found.log_weights, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

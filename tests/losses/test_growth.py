@@ -41,7 +41,7 @@ def grow(
 ) -> RecursiveMixtureGuide:
     """Train the second component from a given place beside a given first one."""
     schedule = Schedule(first=1, propose=steps, refine=steps, **options)
-    guide = RecursiveMixtureGuide(model, len(places), schedule=schedule)
+    guide = RecursiveMixtureGuide(model, len(places), paths=0, schedule=schedule)
     guide.prepare()
     guide.end_stage()
     guide.count_step()  # what the first step does is choose another place
@@ -88,7 +88,7 @@ def test_a_search_finds_the_mode_that_is_missing(parts: Any, near: float, at_lea
     found = []
     for _ in range(8):
         pyro.clear_param_store()
-        guide = RecursiveMixtureGuide(two_modes(parts), 2, schedule=Schedule(first=1))
+        guide = RecursiveMixtureGuide(two_modes(parts), 2, paths=0, schedule=Schedule(first=1))
         guide.prepare()
         put(guide, [first])
         guide.end_stage()
@@ -103,7 +103,9 @@ def test_a_search_stays_away_from_where_the_model_overflows() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 60.0))
         pyro.sample("x", dist.Poisson(z.exp()), obs=torch.tensor(3.0))
 
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1, propose=2, refine=2))
+    guide = RecursiveMixtureGuide(
+        model, 2, paths=0, schedule=Schedule(first=1, propose=2, refine=2)
+    )
     guide.prepare()
     guide.end_stage()
     put(guide, [[1.1, -0.5]])
@@ -120,7 +122,9 @@ def test_a_search_goes_on_where_all_draws_coincide(far: float) -> None:
         z = pyro.sample("z", dist.Normal(far, 1.0).expand([2]).to_event(1))
         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.full((2,), far))
 
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1, propose=2, refine=2))
+    guide = RecursiveMixtureGuide(
+        model, 2, paths=0, schedule=Schedule(first=1, propose=2, refine=2)
+    )
     guide.prepare()
     guide.end_stage()
     log_scale = -9.0 if far else -60.0
@@ -151,7 +155,7 @@ def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
 
     for vectorize in (False, True, False):
         pyro.clear_param_store()
-        guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1))
+        guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=Schedule(first=1))
         guide.prepare()
         put(guide, [first])
         guide.end_stage()
@@ -164,7 +168,7 @@ def test_a_looped_search_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     assert all(900 < n <= 1000 for n in counts[:1] + counts[2:]) and counts[1] < 40
     assert any(found)
     pyro.clear_param_store()
-    guide = RecursiveMixtureGuide(scalar, 2, schedule=Schedule(first=1))
+    guide = RecursiveMixtureGuide(scalar, 2, paths=0, schedule=Schedule(first=1))
     guide.prepare()
     guide.end_stage()
     runs.clear()
@@ -227,7 +231,7 @@ def test_what_a_component_gains_is_what_the_divergence_loses(name: str) -> None:
     parts, steps = TARGETS[name], 150
     model = two_modes(parts)
     schedule = Schedule(first=steps, propose=steps, refine=steps)
-    guide = RecursiveMixtureGuide(model, 3, schedule=schedule)
+    guide = RecursiveMixtureGuide(model, 3, paths=0, schedule=schedule)
     guide.prepare()
     loss = RecursiveMixture_ELBO(16, update="guide")
     before, stage, optimizer = [], None, None
@@ -274,7 +278,7 @@ def test_a_search_under_vmap_runs_the_model_few_times(
         with pyro.plate("data", 5):
             pyro.sample("y", dist.Normal(x @ b, 1.0), obs=x[:, 0])
 
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1))
+    guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=Schedule(first=1))
     guide.prepare()
     guide.end_stage()
     program = Program(model, guide)
@@ -298,7 +302,7 @@ def test_points_of_density_0_have_the_log_density_minus_infinity() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("f", torch.where(z > 0, 0.0 * z, -torch.inf))
 
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=1), init_scale=1.0)
+    guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=Schedule(first=1), init_scale=1.0)
     guide.prepare()
     guide.end_stage()
     search = _Search(Program(model, guide), guide, guide.free_component(), True, IN_ONE_PASS)

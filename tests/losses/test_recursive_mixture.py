@@ -218,7 +218,7 @@ def test_a_constrained_support_changes_nothing(progress: tuple[int, ...], object
             pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
 
         schedule = Schedule(first=9, propose=9, refine=9, joint=9, draws=50)
-        guide = RecursiveMixtureGuide(model, 2, schedule=schedule)
+        guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=schedule)
         guide.prepare()
         put(guide, PLACES)
         guide.progress.copy_(torch.tensor(progress))
@@ -278,7 +278,7 @@ def climbing(kind: str | None, stage: str, objective: Any, noise: Tensor) -> lis
     if kind is not None:
         components = [FlowGuide(on_ring, kind, hidden=(4,), transforms=2) for _ in range(2)]
     schedule = Schedule(first=9, propose=9, refine=9, joint=9)
-    guide = RecursiveMixtureGuide(on_ring, components, epsilon=0.3, schedule=schedule)
+    guide = RecursiveMixtureGuide(on_ring, components, paths=0, epsilon=0.3, schedule=schedule)
     guide.prepare()
     heads = [c.free_global if kind is None else c.flow_global.bias for c in components]
     for head, place in zip(heads, FLOW_PLACES, strict=True):
@@ -327,7 +327,9 @@ def train(guide: Any, loss: Any, steps: int, model: Callable = bimodal, *args: A
 
 
 def test_loss_never_advances() -> None:
-    guide = RecursiveMixtureGuide(bimodal, 2, schedule=Schedule(first=2, propose=2, refine=2))
+    guide = RecursiveMixtureGuide(
+        bimodal, 2, paths=0, schedule=Schedule(first=2, propose=2, refine=2)
+    )
     loss = RecursiveMixture_ELBO(2)
     for _ in range(8):
         progress = guide.progress.tolist()
@@ -433,7 +435,9 @@ def test_a_density_of_zero_is_reported_at_the_users_line(stage: str) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("f", torch.where(z > 0, 0.0, -torch.inf))
 
-    guide = RecursiveMixtureGuide(model, 2, schedule=Schedule(first=9, propose=9, refine=9))
+    guide = RecursiveMixtureGuide(
+        model, 2, paths=0, schedule=Schedule(first=9, propose=9, refine=9)
+    )
     guide.prepare()
     put(guide, [[-9.0, 0.0], [9.0, -1.0]])
     guide.progress.copy_(torch.tensor(STAGES[stage]))
@@ -454,7 +458,7 @@ def test_an_exact_first_component_ends_growth() -> None:
     """Another component cannot gain: it is dropped ``1 + patience`` times, the first one kept."""
     model, x = normal_rows, torch.tensor(1.1)
     schedule = Schedule(first=1, propose=10, refine=10, patience=2, draws=2000)
-    guide = RecursiveMixtureGuide(model, 3, schedule=schedule)
+    guide = RecursiveMixtureGuide(model, 3, paths=0, schedule=schedule)
     guide.prepare(x)
     put(guide, [[0.55, -0.5 * math.log(2)]])
     guide.end_stage()
@@ -491,7 +495,7 @@ def test_a_component_that_an_exact_posterior_does_not_need_is_dropped() -> None:
     for seed in range(4):
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        guide = RecursiveMixtureGuide(model, 2, schedule=schedule)
+        guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=schedule)
         with pytest.warns(UserWarning, match=r"dropped: \[1\]"):
             train(guide, RecursiveMixture_ELBO(8), guide.num_steps, model, x)
         assert guide.members == (0,), seed
@@ -504,7 +508,7 @@ def test_min_gain_ends_growth() -> None:
         schedule = Schedule(
             first=2, propose=2, refine=2, confidence=1e9, min_gain=min_gain, draws=100
         )
-        guide = RecursiveMixtureGuide(bimodal, 2, schedule=schedule)
+        guide = RecursiveMixtureGuide(bimodal, 2, paths=0, schedule=schedule)
         with pytest.warns(UserWarning, match="dropped") if min_gain else nullcontext():
             train(guide, RecursiveMixture_ELBO(2), 6)
         assert guide.stage.kind == kind and guide.members == (0,)
@@ -554,7 +558,7 @@ def test_weights_are_set_to_their_optimum(weights: str, count: int) -> None:
     masses, modes = masses / masses.sum(), (-4.0, 0.0, 4.0)[:count]
     model = two_modes([(m, loc, 0.5) for m, loc in zip(masses.tolist(), modes, strict=True)])
     schedule = Schedule(first=1, propose=1, refine=1, draws=4000)
-    guide = RecursiveMixtureGuide(model, count, schedule=schedule)
+    guide = RecursiveMixtureGuide(model, count, paths=0, schedule=schedule)
     guide.prepare()
     put(guide, [[mode, math.log(0.5)] for mode in modes])
     guide.progress.copy_(torch.tensor([2 * (count - 1), 0, 0, *[1] * count]))

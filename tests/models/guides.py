@@ -274,7 +274,7 @@ def refined_second_order(s: Setting) -> SemiAmortizedGuide:
     return refined(s, s.amortized(), mode="second_order", checkpoint=True)
 
 
-RECURSIVE = partial(RecursiveMixtureGuide, schedule=SCHEDULE)
+RECURSIVE = partial(RecursiveMixtureGuide, paths=0, schedule=SCHEDULE)
 KINDS = [
     Kind("gaussian", joint(AmortizedGuide)),
     Kind("full", joint(AmortizedGuide, family="full")),

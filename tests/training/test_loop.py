@@ -338,7 +338,7 @@ def test_progress_is_shown_to_those_who_watch(kind: str, monkeypatch: pytest.Mon
 def test_a_guide_that_has_not_grown_is_told() -> None:
     def program() -> dict[str, Any]:
         schedule = Schedule(first=2, propose=2, refine=2)
-        guide = RecursiveMixtureGuide(normal_model, 2, schedule=schedule)
+        guide = RecursiveMixtureGuide(normal_model, 2, paths=0, schedule=schedule)
         return {**auto_normal(), "guide": guide, "loss": RecursiveMixture_ELBO(2)}
 
     options = {"batch_size": None, "transform": None}

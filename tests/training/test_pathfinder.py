@@ -1,7 +1,6 @@
 """Pathfinder: exact on Gaussians, all modes of several, and a guide like any other."""
 
 import copy
-import importlib
 import math
 import pickle
 from typing import Any
@@ -19,6 +18,7 @@ from pyro_recursive import AmortizedGuide, Stratified_ELBO, fit, log_marginal, p
 from pyro_recursive.evaluation import importance_weights, posterior_draws
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.guides.pathfinder import mixture
 from pyro_recursive.guides.pathfinder.gaussians import BestOfPaths, Gaussians, find_gaussians
 from pyro_recursive.guides.pathfinder.lbfgs import minimise
 
@@ -239,7 +239,7 @@ def test_gaussians_with_draws_of_density_0_are_not_found() -> None:
 def test_one_draw_of_density_0_makes_the_elbo_minus_infinity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.import_module(pathfinder.__module__), "DRAWS", 200_000)
+    monkeypatch.setattr(mixture, "DRAWS", 200_000)
     report = pathfinder(cut, 4.0, paths=2).report  # one draw of 16,000 is beyond
     assert report.elbo == -math.inf and report.standard_error == math.inf
     assert report.pareto_k < 0.7
@@ -308,11 +308,10 @@ def test_the_best_single_member_has_the_highest_elbo_of_members() -> None:
     found = BestOfPaths(
         Gaussians(u, scale_tril), torch.tensor([0.4, 0.4, 0.6, 0.6]).log(), torch.ones(4) > 0
     )
-    module = importlib.import_module(pathfinder.__module__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "find_gaussians", lambda density, paths: found)
-        patch.setattr(module, "LEAST_WEIGHT", 0.99)  # so that a single one is returned
-        patch.setattr(module, "_weights", lambda *_: torch.tensor([1.0, 0.0]))
+        patch.setattr(mixture, "find_gaussians", lambda density, paths: found)
+        patch.setattr(mixture, "LEAST_WEIGHT", 0.99)  # so that a single one is returned
+        patch.setattr(mixture, "_weights", lambda *_: torch.tensor([1.0, 0.0]))
         guide = pathfinder(model, family="diagonal", paths=4)
     assert guide.component(0).free_global[0].item() == pytest.approx(-30.0)
     assert density.size == 2 and guide.report.elbo == pytest.approx(math.log(0.4), abs=0.05)

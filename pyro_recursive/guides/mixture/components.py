@@ -5,6 +5,7 @@ own sites, are run again on the values at which a density is needed.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.joint_site import outer_shape
@@ -23,7 +25,7 @@ from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.compatibility import check_angle, log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.masks import SUFFIX, without_events
-from pyro_recursive.tracing.sites import Site, is_delta, latent_sites, layers
+from pyro_recursive.tracing.sites import JOINT, Site, is_delta, latent_sites, layers
 
 
 def component_of(guide: Callable, latents: LatentBlock, call: GuideCall) -> Any:
@@ -155,3 +157,36 @@ class _Widen(Messenger):
         if not site_is_subsample(msg) and self.outer and not msg["done"]:
             shape = torch.broadcast_shapes(self.outer, msg["fn"].batch_shape)
             msg["fn"] = msg["fn"].expand(shape)
+
+
+@dataclass(frozen=True)
+class FreeGaussian:
+    """A `tracing.protocols.FreeComponent`."""
+
+    component: AmortizedGuide
+    first: AmortizedGuide
+    latents: LatentBlock
+    rows: tuple[Any, ...]
+    size: int
+    starts_by_weights: bool
+
+    def pack(self, trace: poutine.Trace) -> Tensor:
+        """Return the latents of a trace, ``[particles, *rows, D]``."""
+        draw = trace.nodes[self.latents.slots[0].name]["infer"].get(JOINT)
+        packed = self.latents.pack_trace(trace.nodes) if draw is None else draw.vector
+        sizes = (frame.size for frame in self.rows)
+        return packed.reshape(-1, *sizes, self.size)
+
+    def place(self, loc: Tensor, scale: Tensor) -> None:
+        """Set locations and scales, ``[*rows, D]`` both."""
+        self.component.restart(self.latents, loc, scale)
+
+    def place_gaussian(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set the member of the family near a Gaussian."""
+        if self.latents.whitening is not None:
+            loc, scale_tril = self.latents.whitening.gaussian(loc, scale_tril)
+        self.component.set_gaussian(self.latents, loc, scale_tril)
+
+    def scatter(self, widening: float) -> None:
+        """Draw locations around the first component's, some of its scales away."""
+        self.component.scatter(self.latents, self.first, widening)

@@ -2,24 +2,25 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_recursive.bounds.mixture_objectives import Gain, Trial, stick_breaking
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
+from pyro_recursive.guides.mixture.components import FreeGaussian
 from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
+from pyro_recursive.guides.mixture.paths import gaussians_from_paths, is_complete, obstacle
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
+from pyro_recursive.guides.pathfinder.mixture import PathReport
 from pyro_recursive.guides.starts import StartSearch, component_steps
+from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.handlers import current_assignment
 from pyro_recursive.tracing.isolation import isolated, outside_of_graphs
-from pyro_recursive.tracing.sites import JOINT
 from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
@@ -30,8 +31,9 @@ class RecursiveMixtureGuide(MixtureGuide):
     """A mixture guide whose components are added one by one: ``Q_m = (1 - e_m) Q_m-1 + e_m q_m``.
 
     `pyro_recursive.RecursiveMixture_ELBO` trains each new component where the mixture so far does
-    not reach, and keeps it if the bound improves. It takes `num_steps` training steps; under any
-    other loss this is a `MixtureGuide` over its `members` that does not grow.
+    not reach, and keeps it if the bound improves. It takes `num_steps` training steps, less where
+    components come from paths as in `pathfinder`; under any other loss this is a `MixtureGuide`
+    over its `members` that does not grow.
 
     Args:
         model: a Pyro model with continuous latents.
@@ -42,6 +44,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         conditional: the encoder of the m-th component gets the detached parameters of the earlier
             ones as a second input, ``[*rows, (m - 1) n]``; zeros for those that were dropped.
             Encoders must be `AmortizedGuide`'s of one family.
+        paths: of an optimiser; their Gaussians are the first members where the model has no
+            parameters, components are free Gaussians of global latents, and no start is given. By
+            default at least 8, enough for as many modes as components; 0: growth from noise.
         weights, learn_weights, trunk, family, plate, inputs, create_plates, name: as in
             `MixtureGuide`; the logits are those of ``e_2 .. e_M``.
         init_loc_fn, init_scale, whiten: as in `MixtureGuide`; the first component starts as that
@@ -70,8 +75,10 @@ class RecursiveMixtureGuide(MixtureGuide):
         schedule: Schedule | None = None,
         epsilon: float = 0.1,
         conditional: bool = False,
+        paths: int | None = None,
         **options: Any,
     ) -> None:
+        check_at_least(0, paths=paths)
         if not 0.001 <= epsilon <= 0.999:
             raise ValueError(f"epsilon must lie in [0.001, 0.999], got {epsilon}.")
         super().__init__(model, components, **options)
@@ -80,7 +87,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         _check_apart([*self.components, options.get("trunk"), self.weights.network])
         logit = math.log(epsilon / (1 - epsilon))
         self.weights.start_separately(torch.full((count - 1,), logit))
-        self.epsilon, self.conditional = epsilon, conditional
+        self.epsilon, self.conditional, self.paths = epsilon, conditional, paths
         self.schedule = schedule or Schedule()
         self.stages = self.schedule.stages(count)
         # The index of the stage, the steps taken in it, the failures of its component, and which
@@ -89,6 +96,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
         self.trials: list[Trial] = []  # the acceptance tests since this object was made
+        self.report: PathReport | None = None  # of the paths that this object started from
         self.dead: tuple[int, ...] = ()  # members without weight, when `watch` last looked
         self._reported: set[int] = set()
 
@@ -98,7 +106,10 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     @property
     def num_steps(self) -> int:
-        """How many training steps the schedule has, if no component is tried twice."""
+        """How many training steps the schedule has, if each component is proposed once.
+
+        Components from paths are not proposed: `steps_left` tells.
+        """
         return sum(stage.steps for stage in self.stages)
 
     @property
@@ -110,8 +121,10 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def stage(self) -> Stage:
         """The stage of training; after the last one, all components together."""
-        number = self._read()[0]
-        return self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
+        number, _, _, *inside = self._read()
+        stage = self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
+        is_shared = stage.kind == "first" and sum(inside) > 1
+        return stage._replace(component=None) if is_shared else stage
 
     @property
     def steps_taken(self) -> int:
@@ -142,10 +155,11 @@ class RecursiveMixtureGuide(MixtureGuide):
     @property
     def steps_left(self) -> int:
         """The training steps left in the schedule, if no component is dropped from here on."""
-        later = self.stages[int(self.progress[0]) + 1 :]
+        members, later = self.members, self.stages[int(self.progress[0]) + 1 :]
         if not self.is_growing:  # a component that was dropped is not refitted
-            later = tuple(stage for stage in later if stage.component in (None, *self.members))
-        return self.stage_steps_left + sum(stage.steps for stage in later)
+            later = tuple(stage for stage in later if stage.component in (None, *members))
+        found = [stage for stage in later if stage.kind in GROWTH and stage.component in members]
+        return self.stage_steps_left + sum(stage.steps for stage in later if stage not in found)
 
     @property
     def starts_component(self) -> bool:
@@ -156,6 +170,42 @@ class RecursiveMixtureGuide(MixtureGuide):
     def is_trial(self) -> bool:
         """Whether the next step is the acceptance test of a component."""
         return self.stage.kind == "refine" and self.stage_steps_left == 1
+
+    @property
+    def starts_from_paths(self) -> bool:
+        """Whether the next step is the first of all, and may start components from paths."""
+        number, taken, *_ = self._read()
+        is_first = number == 0 and taken == 0 and self.paths != 0
+        return is_first and (self.paths is not None or not obstacle(self))
+
+    def start_from_paths(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Start components from paths, as members; growth ends if they leave nothing to gain.
+
+        Raises:
+            ValueError: ``paths`` are given, and components cannot start from paths.
+        """
+        found = gaussians_from_paths(self, self.paths, args, kwargs)
+        if found is None:
+            return
+        self.report = found.report
+        pairs = zip(found.gaussians.loc, found.gaussians.scale_tril, strict=True)
+        for m, (loc, scale_tril) in enumerate(pairs):
+            self.component(m).set_gaussian(self.groups[0], loc, scale_tril)
+            self.progress[3 + m] = 1
+        self.set_log_weights(found.log_weights)
+        self.end_if_complete(found.log_ratios)
+
+    def end_if_complete(self, log_ratios: Tensor) -> None:
+        """End growth if ``log p - log q`` of draws, ``[S]``, say that nothing is left to gain.
+
+        Only where paths have found the members, as draws do not tell of modes without members.
+        """
+        report, least = self.report, self.schedule.min_gain
+        if report is not None and is_complete(log_ratios, report, least):
+            self._end_growth()
+
+    def _end_growth(self) -> None:
+        self._enter(sum(stage.kind in GROWTH for stage in self.stages))
 
     def count_step(self, count: int = 1) -> None:
         """Count training steps, and go on to the next stage after the last one of this."""
@@ -195,13 +245,14 @@ class RecursiveMixtureGuide(MixtureGuide):
             first = next(i for i, s in enumerate(self.stages) if s.component == component)
             self._enter(first, failures)
         else:
-            self._enter(sum(stage.kind in GROWTH for stage in self.stages))
+            self._end_growth()
 
     def _enter(self, number: int, failures: int = 0) -> None:
         """Enter a stage, or the next one whose component is a member or may become one."""
         while number < len(self.stages):
             kind, component, _ = self.stages[number]
-            if kind != "cycle" or component in self.members:
+            is_over = kind in ("propose", "refine") and component in self.members
+            if not is_over and (kind != "cycle" or component in self.members):
                 break
             number += 1
         self.progress[:3] = torch.tensor([number, 0, failures])
@@ -303,7 +354,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         """Raise ValueError where rows have weights of their own."""
         self.weights.vector()
 
-    def free_component(self) -> "FreeGaussian | None":
+    def free_component(self) -> FreeGaussian | None:
         """Return the component in training, if it is a Gaussian with parameters of its own.
 
         None where there are two groups of latents.
@@ -312,7 +363,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         if not isinstance(component, AmortizedGuide) or component.by_row or len(self.groups) > 1:
             return None
         (latents,) = self.groups
-        return FreeGaussian(component, self.component(0), latents, latents.rows, latents.size)
+        by_weights = self.paths != 0 and not latents.rows
+        parts = component, self.component(0), latents
+        return FreeGaussian(*parts, latents.rows, latents.size, by_weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything but the progress to another device."""
@@ -320,32 +373,6 @@ class RecursiveMixtureGuide(MixtureGuide):
         super()._apply(fn, recurse)
         self.progress = progress
         return self
-
-
-@dataclass(frozen=True)
-class FreeGaussian:
-    """A `tracing.protocols.FreeComponent`."""
-
-    component: AmortizedGuide
-    first: AmortizedGuide
-    latents: LatentBlock
-    rows: tuple[Any, ...]
-    size: int
-
-    def pack(self, trace: poutine.Trace) -> Tensor:
-        """Return the latents of a trace, ``[particles, *rows, D]``."""
-        draw = trace.nodes[self.latents.slots[0].name]["infer"].get(JOINT)
-        packed = self.latents.pack_trace(trace.nodes) if draw is None else draw.vector
-        sizes = (frame.size for frame in self.rows)
-        return packed.reshape(-1, *sizes, self.size)
-
-    def place(self, loc: Tensor, scale: Tensor) -> None:
-        """Set locations and scales, ``[*rows, D]`` both."""
-        self.component.restart(self.latents, loc, scale)
-
-    def scatter(self, widening: float) -> None:
-        """Draw locations around the first component's, some of its scales away."""
-        self.component.scatter(self.latents, self.first, widening)
 
 
 def _check(components: Sequence[nn.Module], conditional: bool) -> None:

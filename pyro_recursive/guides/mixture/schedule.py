@@ -19,11 +19,11 @@ class Stage(NamedTuple):
 class Schedule:
     """How a mixture grows, in training steps.
 
-    The ``first`` component is trained alone. Each further one is found with the proposal objective
-    (``propose`` steps, the mixture fixed), then refined in the mixture together with its weight
-    (``refine`` steps, the last of which is the acceptance test). Then follow ``cycles`` rounds of
-    refitting each component in turn (``cycle`` steps each), and ``joint`` steps of all together;
-    training that goes on stays joint.
+    The ``first`` component is trained alone, or all that come from paths together. Each further one
+    is found with the proposal objective (``propose`` steps, the mixture fixed), then refined in the
+    mixture together with its weight (``refine`` steps, the last of which is the acceptance test).
+    Then follow ``cycles`` rounds of refitting each component in turn (``cycle`` steps each), and
+    ``joint`` steps of all together; training that goes on stays joint.
 
     Args:
         confidence: a component is kept if its gain is more than so many standard errors.

@@ -490,7 +490,7 @@ def test_a_mixture_grows_as_under_svi(many: bool) -> None:
     schedule = Schedule(first=12, propose=8, refine=8, draws=64)
 
     def scenario(make: Callable[..., Any]) -> list[Any]:
-        mixture = RecursiveMixtureGuide(model, 2, schedule=schedule)
+        mixture = RecursiveMixtureGuide(model, 2, paths=0, schedule=schedule)
         svi, stages = make(model, mixture, adam(), RecursiveMixture_ELBO(4)), []
         if many and isinstance(svi, CompiledSVI):
             svi.run(68)
