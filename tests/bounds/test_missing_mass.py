@@ -53,8 +53,8 @@ def test_equal_densities_lack_nothing() -> None:
 def test_few_draws_in_many_dims_have_a_covariance(dtype: torch.dtype) -> None:
     u = torch.randn(60, 40, dtype=dtype)
     log_q = Normal(0.0, 1.0).log_prob(u).sum(-1)
-    log_p = torch.where(u[:, 0] > 2.0, log_q + 5.0, log_q)
+    log_p = torch.where(u[:, 0] > 1.0, log_q + 5.0, log_q)
     log_p[:5] = -math.inf
     loc, scale_tril = missing_gaussians(u, log_p, log_q, 4)
     assert loc.dtype == dtype and scale_tril.diagonal(dim1=-2, dim2=-1).min() > 0.05
-    assert loc[:, 0].min() > 1.0
+    assert loc[:, 0].min() > 0.9
