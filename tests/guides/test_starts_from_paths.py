@@ -242,3 +242,30 @@ def test_no_paths_are_growth_from_noise(monkeypatch: pytest.MonkeyPatch) -> None
     assert guide.members == (0,) and guide.stage == ("first", 0, 2)
     with pytest.raises(ValueError, match="paths must be an integer >= 0"):
         RecursiveMixtureGuide(some, 2, paths=-1)
+
+
+# --- In whitened coordinates
+
+
+def test_members_are_the_same_gaussians_in_whitened_coordinates() -> None:
+    """Those of full covariances; both roots of an elongated posterior keep places and scales."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        mean = torch.stack([z[..., 0] ** 2, z[..., 0] + 10 * z[..., 1]], -1)
+        pyro.sample("x", dist.Normal(mean, 0.2).to_event(1), obs=torch.tensor([4.0, 1.0]).to(z))
+
+    found = []
+    for whiten in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        guide = RecursiveMixtureGuide(model, 2, family="full", whiten=whiten, schedule=SHORT)
+        step(guide)
+        assert guide.members == (0, 1)
+        call = guide.new_call((), {})
+        marginals = [guide.component(m).marginals(guide.groups[0], call) for m in range(2)]
+        found.append(
+            sorted([loc[0].item(), scale[0].item(), scale[1].item()] for loc, scale in marginals)
+        )
+    torch.testing.assert_close(*map(torch.tensor, found), atol=0.01, rtol=0)
+    assert found[1][1][0] == pytest.approx(2.0, abs=0.02)

@@ -71,7 +71,8 @@ def mixture_of_paths(
 ) -> PathMixture:
     """Return members of a family from paths, ``most`` at most, those with the largest weights.
 
-    The family is one in whitened coordinates, if there are any. A single one is returned where it has the higher ELBO. Errors are those of `find_gaussians`.
+    The family is one in whitened coordinates, if there are any. A single one is returned where it
+    has the higher ELBO. Errors are those of `find_gaussians`.
     """
     found = find_gaussians(density, paths)
     every = _members(family, found.gaussians, whitening)
