@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_recursive.guides.amortized import AmortizedGuide
-from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
+from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of, scale_tril_of
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.mixture import MixtureGuide
 from pyro_recursive.guides.pathfinder.mixture import PathMixture, PathReport, mixture_of_paths
