@@ -218,6 +218,12 @@ class AmortizedGuide(LatentGuide):
                     )
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
+    def free_posteriors(self) -> list[Any] | None:
+        """Return the Gaussians of all rows of each block, None with an encoder."""
+        if self.by_row:
+            return None
+        return [self.family(getattr(self, _free(b)), b.size) for b in self.groups]
+
     def row_family(self, latents: LatentBlock) -> RowFamily:
         """Return the Gaussians that a row may have."""
         return GaussianRows(self.family, latents.size)

@@ -116,6 +116,13 @@ class LatentGuide(AutoGuide):
         if not self.by_row:
             raise NotImplementedError(f"{type(self).__name__} has no table to keep rows in.")
 
+    def free_posteriors(self) -> list[Any] | None:
+        """Return the distributions of all rows of each block, None if not all have parameters.
+
+        Gaussians and `ListMixture` of them, batch ``[*rows]``, in the coordinates of the family.
+        """
+        return None
+
     def build(self, latents: LatentBlock, start: Tensor, raw: Any) -> None:
         """Create the parameters of a block around a point, ``[*batch, D]``, unconstrained.
 

@@ -1,6 +1,7 @@
 """Data in minibatches: tensors cut into shuffled rows, or the batches of a DataLoader."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.minibatch import MinibatchRows
+from pyro_recursive.training.checkpoint import random_states, set_random_states
 
 Data: TypeAlias = Tensor | Sequence[Tensor] | DataLoader
 
@@ -36,6 +38,10 @@ class Table:
     def __init__(self, columns: tuple[Tensor, ...], index: Tensor, numbered: bool) -> None:
         self.columns, self.index, self.numbered = columns, index, numbered
 
+    def part(self, start: int, end: int | None = None) -> "Table":
+        """Return some of the minibatches."""
+        return Table(self.columns, self.index[start:end], self.numbered)
+
     def batch(self, number: int) -> Batch:
         """Return one of the minibatches."""
         rows = self.index[number]
@@ -50,7 +56,8 @@ class Minibatches:
     ``even``), all rows in order if it is None; the batches of a DataLoader are used as they are.
     Several processes share the rows of each batch of tensors; a DataLoader is each process's own.
     Each `Batch` has the numbers of its rows, unless they are a DataLoader's or ``numbered`` is
-    False, for data other than those that a guide is trained on.
+    False, for data other than those that a guide is trained on. An empty tuple, of a model without
+    arguments, is one batch.
 
     Example:
         >>> batches = Minibatches((torch.arange(3), torch.ones(3)), batch_size=2, shuffle=False)
@@ -77,6 +84,8 @@ class Minibatches:
         self.data = data if isinstance(data, DataLoader) else _columns(data, name)
         if isinstance(data, DataLoader):
             self._check_loader(data)
+        elif not self.data and batch_size is not None:
+            raise ValueError(f"batch_size={batch_size} has no effect without {name}.")
         self.order: Generator | None = None
         if shuffle and batch_size is not None:
             # The global random state decides the order by this one draw, and nothing else of it.
@@ -110,9 +119,9 @@ class Minibatches:
 
     @property
     def rows(self) -> int | None:
-        """The rows of the data; None where a DataLoader's are batches or have no length."""
+        """The rows of the data; None without, or if a DataLoader's are batches or not known."""
         if not isinstance(self.data, DataLoader):
-            return len(self.data[0])
+            return len(self.data[0]) if self.data else None
         sampler = self.data.sampler
         sized = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
         return None if self.data.batch_sampler is None else _length(sized)
@@ -121,6 +130,12 @@ class Minibatches:
     def size(self) -> int | None:
         """The rows per batch, as given to `fit` or to a DataLoader."""
         return self.data.batch_size if isinstance(self.data, DataLoader) else self.batch_size
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all batches of all epochs are the same."""
+        is_table = not isinstance(self.data, DataLoader)
+        return is_table and self.order is None and self.transform is None and self.count == 1
 
     def again(self) -> "Minibatches":
         """Return shuffled batches of one size, of the same data, with an order of their own.
@@ -141,35 +156,41 @@ class Minibatches:
         return self.starting_at(0)
 
     def starting_at(self, first: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch, transformed; those of tensors from the first-th on."""
-        if isinstance(self.data, DataLoader):
-            loader = self._loaded(self.data)
-        else:
-            loader = self._batches(first)
-        batch = None
-        for batch in loader:
-            has_rows = self.processes.count == 1 or rows_of(batch) > 0
-            yield self._transformed(batch) if self.transform and has_rows else batch
-        if batch is None:
-            raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")
+        """Yield the batches of one epoch from the first-th on, transformed."""
+        return map(self.transformed, self.raw(first))
 
     def pieces(self, first: int = 0) -> Iterator[Batch | Table]:
         """Yield the same batches, those of tensors in tables where they are of one size."""
-        if self.order is None or self.transform is not None or self.processes.count > 1:
-            yield from self.starting_at(first)
+        return map(self.transformed, self.raw(first, in_tables=True))
+
+    def raw(self, first: int = 0, in_tables: bool = False) -> Iterator[Any]:
+        """Yield batches or tables of one epoch before they are transformed."""
+        if in_tables and self.order and self.transform is None and self.processes.count == 1:
+            yield from self._tables(self.order, first)
             return
+        batch = None
+        is_loader = isinstance(self.data, DataLoader)
+        loader = self._loaded(self.data) if is_loader else self._batches(first)
+        for batch in islice(loader, first if is_loader else 0, None):
+            yield batch
+        if batch is None and not first:
+            raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")
+
+    def _tables(self, generator: Generator, first: int) -> Iterator[Batch | Table]:
         assert not isinstance(self.data, DataLoader)
         columns, size = self.data, self.batch_size or len(self.data[0])
-        order = torch.randperm(len(columns[0]), generator=self.order, device="cpu")
+        order = torch.randperm(len(columns[0]), generator=generator, device="cpu")
         order = order.to(columns[0].device)
         whole = len(order) - len(order) % size
         if whole > first * size:
             yield Table(columns, order[first * size : whole].view(-1, size), self.numbered)
-        if whole < len(order) and not (self.even and whole):
+        if max(whole, first * size) < len(order) and not (self.even and whole):
             yield Table(columns, order[whole:].unsqueeze(0), self.numbered).batch(0)
 
-    def _transformed(self, batch: Batch) -> Batch:
-        assert self.transform is not None
+    def transformed(self, batch: Any) -> Any:
+        """Return a batch after the transform, if there is one and this process has rows of it."""
+        if self.transform is None or not (self.processes.count == 1 or rows_of(batch)):
+            return batch
         found = Batch.of(self.transform(*batch), batch.rows)
         if rows_of(found) != rows_of(batch):
             found.rows = UNKNOWN
@@ -205,8 +226,8 @@ class Minibatches:
                 if sum(map(rows_of, found)) >= count:
                     break
             return Batch.of([torch.cat(column)[:count] for column in zip(*found, strict=True)])
-        total = len(self.data[0])
-        if count >= total:
+        total = self.rows
+        if total is None or count >= total:
             return Batch.of(self.data, self._rows(None, total))
         generator = Generator("cpu").manual_seed(CHOICE_SEED)
         order = torch.randperm(total, generator=generator, device="cpu")[:count]
@@ -215,6 +236,8 @@ class Minibatches:
 
     def _shares(self, columns: tuple[Tensor, ...]) -> list[slice]:
         """Return the positions in the order that each batch has in this process."""
+        if not columns:
+            return [slice(0, 1)]
         rows = len(columns[0])
         size = self.batch_size or rows
         end = rows - rows % size if self.even and rows > size else rows
@@ -227,8 +250,8 @@ class Minibatches:
     def _batches(self, first: int) -> Iterator[Batch]:
         """Yield this process's rows of each batch, in order or in a new random order."""
         assert not isinstance(self.data, DataLoader)
-        columns, total = self.data, len(self.data[0])
-        if self.batch_size is None and self.processes.count == 1:
+        columns, total = self.data, self.rows
+        if total is None or (self.batch_size is None and self.processes.count == 1):
             yield Batch.of(columns, self._rows(None, total))
         elif self.order is None:
             every = torch.arange(total, device=columns[0].device)
@@ -240,6 +263,59 @@ class Minibatches:
             for own in self._shares(columns)[first:]:
                 batch = [x[rows[own]] for x, rows in zip(columns, orders, strict=True)]
                 yield Batch.of(batch, self._rows(orders[0][own], total))
+
+
+class Passes:
+    """Pass after pass over minibatches, of which each `take` goes on after the last."""
+
+    def __init__(self, batches: Minibatches) -> None:
+        self.batches = batches
+        self.number = self.position = 0  # of this pass, and of its next batch
+        self._start: dict[str, Any] | None = None  # all random states before this pass
+        self._left: Iterator[Any] = iter(())  # of this pass
+        self._rest: Batch | Table | None = None  # the next piece, where it is known
+
+    def take(self, count: int, in_tables: bool) -> Iterator[tuple[Batch | Table, int]]:
+        """Yield the next pieces and how many steps each is for, ``count`` in all."""
+        while count:
+            piece = next(self._left, None) if self._rest is None else self._rest
+            if piece is None:
+                self.number, self.position = self.number + 1, 0
+                self._open(in_tables)
+                continue
+            piece, size = self._cut(piece, count)
+            self.position += size
+            count -= size
+            yield self.batches.transformed(piece), size
+
+    def _open(self, in_tables: bool) -> None:
+        self.batches.set_epoch(self.number)
+        if not self.batches.is_constant:
+            self._start = random_states(self.batches.generators)
+        self._left = self.batches.raw(in_tables)
+
+    def _cut(self, piece: Batch | Table, count: int) -> tuple[Batch | Table, int]:
+        """Return at most ``count`` batches of a piece, and how many; keep the rest of a table."""
+        self._rest = None
+        if not isinstance(piece, Table):
+            return piece, count if self.batches.is_constant else 1
+        if count < len(piece.index):
+            self._rest = piece.part(count)
+        return piece.part(0, count), min(count, len(piece.index))
+
+    def state(self) -> dict[str, Any]:
+        """Return where the next batch is."""
+        return {"number": self.number, "position": self.position, "start": self._start}
+
+    def set_state(self, state: dict[str, Any], in_tables: bool) -> None:
+        """Go on from there; random states are those of this pass until others are set."""
+        self.number, self.position = state["number"], state["position"]
+        self._start = state["start"]
+        if self._start is None:
+            return
+        set_random_states(self._start, self.batches.generators)
+        self._left = self.batches.raw(self.position, in_tables)
+        self._rest = next(self._left, None)  # draws the order of this pass
 
 
 def rows_of(batch: tuple[Any, ...]) -> int:
@@ -255,7 +331,7 @@ def _columns(data: Any, name: str) -> tuple[Tensor, ...]:
         if not isinstance(column, Tensor):
             raise TypeError(f"{name} must be tensors or a DataLoader, got {type(column).__name__}.")
     lengths = [len(column) for column in columns]
-    if len(set(lengths)) != 1 or not lengths[0]:
+    if lengths and (len(set(lengths)) != 1 or not lengths[0]):
         raise ValueError(f"The tensors of {name} need one number of rows, got lengths {lengths}.")
     return columns
 

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 class History:
     """The record of `fit`: lists with one entry per epoch; ``json.dumps(asdict(history))`` works.
 
+    With ``steps=`` an epoch is a block of 50 steps.
+
     Attributes:
         epoch: 1, 2, ...
         loss: mean over the epoch's batches of what the loss returned before each step, in nats;
@@ -28,6 +30,8 @@ class History:
         mutual_information: measured after an aggressive epoch, in nats; None elsewhere.
         stopped_early: whether ``patience`` ended the training.
         interrupted: whether Ctrl-C ended it; the epoch that it came in is not in the lists.
+        stopped: why training has ended, with the excess or the fall of the loss that a rule has
+            found, in nats; None where all epochs or steps were taken.
 
     Example:
         >>> history = History(epoch=[1, 2], loss=[3.0, 2.0], validation=[4.0, 5.0])
@@ -48,6 +52,7 @@ class History:
     mutual_information: list[float | None] = field(default_factory=list)
     stopped_early: bool = False
     interrupted: bool = False
+    stopped: str | None = None
 
     @property
     def best_epoch(self) -> int | None:

@@ -3,8 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pyro_recursive.training.data import Batch, Minibatches, Table
 from pyro_recursive.training.distributed import DistributedStep
 from pyro_recursive.training.interrupts import Interrupts
 from pyro_recursive.training.nan_search import FirstNonFiniteSite, NonFiniteError, non_finite
-from pyro_recursive.training.parameters import Owner, TrainedParameters
+from pyro_recursive.training.parameters import IterateSum, Owner, TrainedParameters
 from pyro_recursive.training.plate_sizes import BatchTakenForData, check_autoguides, check_shares
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -57,6 +58,7 @@ class Learner:
         engine: EngineName | None = None,
         compile_cache: str | os.PathLike | None = None,
         shows_progress: bool = False,
+        is_summed: bool = False,
     ) -> None:
         """Store the arguments of `fit`; the first step finds parameters and makes the optimiser."""
         self.model, self.guide, self.loss = model, guide, loss
@@ -66,6 +68,8 @@ class Learner:
         self.group = DistributedStep(processes)
         self.num_initial = 0  # how many parameters the optimiser was made with
         self.optimizer: Any = None  # made in the first step
+        self.initial_states: dict[Tensor, dict[str, Any]] = {}  # of the optimiser: of most, none
+        self.has_new_stage = False  # since the last step
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
@@ -73,10 +77,11 @@ class Learner:
         self.interrupts = Interrupts()
         self.compiled: CompiledSteps | None = None
         if engine is not None:
-            training = self._training()
+            training = self._training(is_summed)
             self.compiled = CompiledSteps(training, engine, False, compile_cache, shows_progress)
         self.steps = 0
         self.guide_steps = 0  # those of the guide alone, not among the others
+        self.iterates: IterateSum | None = None  # the parameters after steps, where they are summed
 
     def step(self, batch: Batch, epoch: int, owner: Owner | None = None) -> Tensor:
         """Take one step of the owner's parameters, None for all; return the loss before it in nats.
@@ -115,15 +120,19 @@ class Learner:
         self.parameters.zero_gradients()  # a later step of SVI would add to them
         self.steps += owner != "guide"
         self.guide_steps += owner == "guide"
+        if self.iterates is not None and owner != "guide":
+            self.iterates.add(self.parameters.by_name)
         return loss
 
-    def take(self, piece: Batch | Table, epoch: int, coming: int, most: int) -> Iterator[Tensor]:
-        """Take the steps of some batches; yield their losses in nats, ``[steps]``, in blocks.
+    def take(
+        self, piece: Batch | Table, count: int, epoch: int, coming: int, most: int
+    ) -> Iterator[Tensor]:
+        """Take ``count`` steps; yield their losses in nats, ``[steps]``, in blocks.
 
-        ``coming`` is how many such steps are known to come, these among them, ``most`` how many
-        steps a block has at most.
+        Of one batch, or of those of a table. ``coming`` is how many such steps are known to come,
+        these among them, ``most`` how many steps a block has at most.
         """
-        done, count = 0, len(piece.index) if isinstance(piece, Table) else 1
+        done = 0
         while done < count:
             self.interrupts.check()
             batch = piece.batch(done) if isinstance(piece, Table) else piece
@@ -132,7 +141,11 @@ class Learner:
             with batch.rows:
                 call = Call(tuple(batch), {}, *table)
                 self._present = batch, epoch
-                found = self.compiled.find(call, coming - done)
+                if self.has_new_stage:  # the optimiser makes new states
+                    found: CompiledStep | Tensor = self.step(batch, epoch)
+                else:
+                    found = self.compiled.find(call, coming - done)
+                self.has_new_stage = False
                 if isinstance(found, CompiledStep):
                     losses = found.take_many(min(count - done, most)).clone()
                     first = self._note_block(found.step.health[0], losses)
@@ -140,6 +153,7 @@ class Learner:
                         advance(found.groups, first - len(losses))
                         bad = piece.batch(done + first) if isinstance(piece, Table) else piece
                         self.check(bad, epoch)
+                    self._add_sums(found, len(losses))
                 else:
                     losses = found.reshape(1)
             done += len(losses)
@@ -159,7 +173,30 @@ class Learner:
         self.steps -= len(losses) - first
         return first
 
-    def _training(self) -> Training:
+    def _add_sums(self, step: CompiledStep, count: int) -> None:
+        """Add what steps have summed; the parameters that they do not train were constant."""
+        sums: dict[int, Tensor] = {}
+        for group in step.groups:
+            sums |= group.take_sums()
+        if self.iterates is not None:
+            values = self.parameters.by_name.items()
+            found = {name: sums.get(id(p), p.detach() * count) for name, p in values}
+            self.iterates.add(found, count)
+
+    def begin_stage(self, average: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply the learning rate; go on from an average of the parameters if there is one."""
+        if average:
+            self.parameters.load({"parameter": dict(average), "buffer": {}})
+            self.optimizer.state_dict()  # compiled steps have given it their counts
+            self.optimizer.state.clear()
+            self.optimizer.state.update(
+                {p: deepcopy(state) for p, state in self.initial_states.items()}
+            )
+            self.has_new_stage = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def _training(self, is_summed: bool) -> Training:
         """Return what compiled steps train, in one process."""
         if not self.group.is_alone:
             raise ValueError("compile=True trains in one process. Leave it out, or start one.")
@@ -169,6 +206,7 @@ class Learner:
             lambda parameter: (self.optimizer, {}),
             clip_norm=self.clip_norm,
             is_guarded=True,
+            is_summed=is_summed,
         )
 
     def check(
@@ -355,6 +393,7 @@ class Learner:
             remedy = "Pass e.g. partial(torch.optim.Adam, lr=1e-3)."
             raise TypeError(f"optimizer must return a torch optimiser, got {kind}. {remedy}")
         _add(optimizer, parameters[self.num_initial :])
+        self.initial_states = {p: deepcopy(state) for p, state in optimizer.state.items()}
         self.begin_pass()
         self.scheduler = self.make_scheduler(optimizer) if self.make_scheduler else None
         return optimizer

@@ -87,6 +87,18 @@ class TrainedParameters:
             _load(tensors, weights[kind])
 
     @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let parameters have other values in the block, in float64."""
+        own = {name: self.by_name[name].data for name in values}
+        try:
+            for name, value in values.items():
+                self.by_name[name].data = value.double()
+            yield
+        finally:
+            for name, value in own.items():
+                self.by_name[name].data = value
+
+    @contextmanager
     def restoring(self, generators: Iterable[Generator] = ()) -> Iterator[None]:
         """Restore random states and buffers after the block."""
         buffers = _copied(self.buffers)
@@ -95,6 +107,33 @@ class TrainedParameters:
                 yield
         finally:
             _load(self.buffers, buffers)
+
+
+class IterateSum:
+    """The sum of unconstrained parameters over steps, on their devices."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor], count: int = 1) -> None:
+        """Add the values of a step, or the sums of several; new ones count as if they had been."""
+        for name, value in values.items():
+            if name in self.sums:
+                self.sums[name] += value
+            else:
+                self.sums[name] = value * ((self.count + count) / count)
+        self.count += count
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean over the steps."""
+        return {name: value / self.count for name, value in self.sums.items()}
+
+    def set_state(self, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
+        """Take over ``vars`` of another, on the devices of parameters."""
+        self.count = state["count"]
+        self.sums = {name: own.to(like[name].device) for name, own in state["sums"].items()}
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:

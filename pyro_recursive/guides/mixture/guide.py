@@ -264,6 +264,22 @@ class MixtureGuide(LatentGuide):
                 components.append(component_of(guide, latents, call))
         return ListMixture(log_weights, components)
 
+    def free_posteriors(self) -> list[Any] | None:
+        """Return the mixtures of all rows of each block, None with an encoder or other guides."""
+        parts = [self.component(m) for m in self.members]
+        is_gaussian = all(isinstance(part, AmortizedGuide) for part in parts)
+        if self.by_row or self.weights.network is not None or not is_gaussian:
+            return None
+        columns = zip(*(part.free_posteriors() for part in parts), strict=True)
+        return [
+            ListMixture(self.free_log_weights(latents), components)
+            for latents, components in zip(self.groups, columns, strict=True)
+        ]
+
+    def free_log_weights(self, latents: LatentBlock) -> Tensor:
+        """Return the logarithms of the members' weights in all rows, ``[*rows, J]``."""
+        return self.weights.all_rows(latents)[..., list(self.members)].log_softmax(-1)
+
     def params_of(
         self, latents: LatentBlock, call: GuideCall, members: Sequence[int], frozen: Container[int]
     ) -> list[Tensor]:

@@ -325,6 +325,11 @@ class RecursiveMixtureGuide(MixtureGuide):
         share = torch.full_like(log_weights[..., :1], math.log(self.epsilon))
         return torch.cat([log_weights.detach() + math.log1p(-self.epsilon), share], -1)
 
+    def free_log_weights(self, latents: LatentBlock) -> Tensor:
+        """Return the logarithms of the members' weights in all rows, ``[*rows, J]``."""
+        logits = self.weights.all_rows(latents)
+        return stick_breaking(logits[..., [m - 1 for m in self.members[1:]]])
+
     def component_steps(self, start: Tensor) -> Tensor:
         """Return the distances from a common start, none for the first: it is trained alone."""
         return torch.cat(

@@ -74,6 +74,12 @@ class Weights(PyroModule):
         found = found if self.learn else found.detach()
         return LARGEST * torch.tanh(found / LARGEST)
 
+    def all_rows(self, latents: LatentBlock) -> Tensor:
+        """Return the logits of all rows, ``[*rows, n]``, where no network has them."""
+        names = self._names("local" if latents.local else "overall")
+        found = torch.cat([getattr(self, name) for name in names], -1)
+        return LARGEST * torch.tanh(found / LARGEST)
+
     @torch.no_grad()
     def reset(self, index: int) -> None:
         """Reset one logit to its start, where it has parameters of its own."""

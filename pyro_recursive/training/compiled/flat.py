@@ -61,9 +61,12 @@ class FlatGroup:
     the number of ``steps`` done (int64, before this one) and the learning rate ``lr`` (float64).
 
     The last two have one entry where it is the same for all parameters, else one for each value.
+    ``sums``, if it is wanted, has one tensor, to which each step adds the values after it.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], owner: OwnerOf) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], owner: OwnerOf, is_summed: bool = False
+    ) -> None:
         self.members = list[Member]()
         for parameter in parameters:
             (optimizer, clip), start = owner(parameter), self.size
@@ -82,6 +85,7 @@ class FlatGroup:
         self.values = torch.empty(size, dtype=some.dtype, device=some.device)
         in_use = self.rule.slots(self.options)
         self.slots: Slots = {slot: torch.zeros_like(self.values) for slot in in_use}
+        self.sums = [torch.zeros_like(self.values)] if is_summed else []
         self.steps = self._spread(self._counts(), torch.int64)
         self.lr = self._spread(self._rates(), torch.float64)
         self._rates_read = self._rates()
@@ -105,7 +109,7 @@ class FlatGroup:
     def tensors(self) -> list[Tensor]:
         """All that a step reads or changes, in the order that `update` expects."""
         own = [each for each in tree_leaves(self.options) if isinstance(each, Tensor)]
-        return [self.values, *self.slots.values(), self.steps, self.lr, *own]
+        return [self.values, *self.slots.values(), self.steps, self.lr, *self.sums, *own]
 
     def update(
         self,
@@ -123,7 +127,7 @@ class FlatGroup:
         values, *rest = tensors
         slots = dict(zip(self.slots, rest, strict=False))
         steps, lr, *own = rest[len(slots) :]
-        vectors = iter(own)
+        sums, vectors = own[: len(self.sums)], iter(own[len(self.sums) :])
         options = tree_map(
             lambda each: next(vectors) if isinstance(each, Tensor) else each, self.options
         )
@@ -137,6 +141,15 @@ class FlatGroup:
             if is_finite is not None:
                 result = torch.where(is_finite.to(old.device), result, old)
             old.copy_(result)
+        for total in sums:
+            total.copy_(total + values)
+
+    def take_sums(self) -> dict[int, Tensor]:
+        """Return the sums of values over the steps since the last call, by the parameters' ids."""
+        found = {id(m.parameter): m.view(s).clone() for s in self.sums for m in self.members}
+        for total in self.sums:
+            total.zero_()
+        return found
 
     def read_counts(self) -> None:
         """Take over the number of steps that the optimiser counts."""
@@ -330,7 +343,9 @@ def advance(groups: Sequence[FlatGroup], count: int) -> None:
         options["lr"] *= options["lrd"] ** count
 
 
-def flat_groups(parameters: Iterable[Tensor], owner: OwnerOf) -> list[FlatGroup]:
+def flat_groups(
+    parameters: Iterable[Tensor], owner: OwnerOf, is_summed: bool = False
+) -> list[FlatGroup]:
     """Return the parameters by dtype and device: small ones together, each large one alone.
 
     The gradients of a group are copied together, which costs more for large ones than it saves.
@@ -339,4 +354,4 @@ def flat_groups(parameters: Iterable[Tensor], owner: OwnerOf) -> list[FlatGroup]
     for number, parameter in enumerate(parameters):
         alone = number if parameter.numel() >= LARGE else None
         found.setdefault((parameter.dtype, parameter.device, alone), []).append(parameter)
-    return [FlatGroup(each, owner) for each in found.values()]
+    return [FlatGroup(each, owner, is_summed) for each in found.values()]

@@ -50,7 +50,8 @@ class Training(NamedTuple):
     ``eager`` takes a step on a call and returns its loss, a scalar in nats; ``owner`` finds the
     optimiser of a parameter; ``others`` returns parameters that it has beside those of the loss,
     and may change for their gradient of zero; ``clip_norm`` is the largest norm of all gradients
-    together. With ``is_guarded`` steps change nothing after a loss or gradient that is not finite.
+    together. With ``is_guarded`` steps change nothing after a loss or gradient that is not finite;
+    with ``is_summed`` they add up the values of the parameters.
     """
 
     loss: TracedLoss
@@ -59,6 +60,7 @@ class Training(NamedTuple):
     others: Callable[[], list[Tensor]] = list
     clip_norm: float | None = None
     is_guarded: bool = False
+    is_summed: bool = False
 
 
 class CompiledSteps:
@@ -193,7 +195,9 @@ class CompiledSteps:
         except Unsupported:  # options of the optimiser are others now
             del self._groups[key]
         if key not in self._groups:
-            self._groups[key] = flat_groups(parameters, self.training.owner)
+            self._groups[key] = flat_groups(
+                parameters, self.training.owner, self.training.is_summed
+            )
         return self._groups[key]
 
     def _give_up(self, key: Any, error: Unsupported) -> None:
