@@ -169,9 +169,11 @@ class Minibatches:
             yield from self._tables(self.order, first)
             return
         batch = None
-        is_loader = isinstance(self.data, DataLoader)
-        loader = self._loaded(self.data) if is_loader else self._batches(first)
-        for batch in islice(loader, first if is_loader else 0, None):
+        if isinstance(self.data, DataLoader):
+            batches: Iterator[Batch] = islice(self._loaded(self.data), first, None)
+        else:
+            batches = self._batches(first)
+        for batch in batches:
             yield batch
         if batch is None and not first:
             raise ValueError(f"DataLoader {self.name} gave no batches. Check its data set.")

@@ -27,20 +27,23 @@ AUTOGUIDES = AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariate
 def gaussians_of(guide: Any) -> list[Any] | None:
     """Return independent Gaussians, and mixtures of them, that make up a guide; of all rows.
 
-    None for a guide that has others, an encoder for example; none before its first call.
+    None for a guide that has others, an encoder for example; an empty list before its first call.
     """
     if isinstance(guide, LatentGuide):
         return guide.free_posteriors()
     if isinstance(guide, AutoGuideList):
         found = [gaussians_of(part) for part in guide]
         return None if None in found else [each for part in found for each in part or ()]
-    if not isinstance(guide, AutoNormal | AUTOGUIDES):
+    if not isinstance(guide, (AutoNormal, *AUTOGUIDES)):
         return None
     if guide.prototype_trace is None:
         return []
     if isinstance(guide, AutoNormal):
         names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-        return [Normal(attrgetter(n)(guide.locs), attrgetter(n)(guide.scales)) for n in names]
+        of_sites = [(attrgetter(n)(guide.locs), attrgetter(n)(guide.scales)) for n in names]
+        return [Normal(loc.clone(), scale) for loc, scale in of_sites]
+    if isinstance(guide, AutoDiagonalNormal):
+        return [Normal(guide.loc.clone(), guide.scale)]
     return [guide.get_posterior()]
 
 

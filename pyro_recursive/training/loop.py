@@ -69,16 +69,14 @@ def fit(
 
     Args:
         model, guide: called as ``model(*batch)``.
-        data: a tensor, a tuple of tensors whose rows go together, or a torch DataLoader; ``()``
-            for a model without arguments.
+        data: a tensor, a tuple of tensors whose rows go together, a torch DataLoader, or ``()``.
         loss, validation_loss: any `pyro.infer.ELBO`; for validation by default the training loss.
-        epochs, steps: passes over the data or steps, those before a resume included. With steps,
-            all else that is in epochs is in blocks of 50 steps. "auto" lowers the learning rate and
-            stops by itself (training.md), with an excess KL of ``tolerance`` nats or after
-            ``max_steps``.
-        average: whether to end with the mean of the parameters over the last half of the steps.
-        optimizer: makes a torch optimiser from the list of (unconstrained) parameters.
-        scheduler: makes a torch schedule from that optimiser; stepped after each epoch.
+        epochs, steps: passes over the data, or steps, those before a resume included. With steps an
+            epoch, in all else, is a block of 50. ``"auto"`` halves the learning rate by stages and
+            stops at an excess of ``tolerance`` nats (training.md), or after ``max_steps``.
+        average: whether to end with the mean of the parameters over the last half of the epochs.
+        optimizer, scheduler: make a torch optimiser from the list of (unconstrained) parameters,
+            and a torch schedule from that optimiser, stepped after each epoch.
         clip_norm: the largest norm of the gradient over all parameters.
         batch_size: rows per batch of tensors, of all processes; None is the full batch.
         shuffle: whether each epoch has the rows of tensors in a new order.
@@ -94,8 +92,8 @@ def fit(
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
         validate_args: whether Pyro's validation, if enabled, stays on after the first epoch.
         progress: whether to show a bar, in a terminal or a notebook.
-        on_step: called as ``on_step(step, loss)`` after each step, with a tensor on the device.
-        on_epoch: called as ``on_epoch(epoch, history)``, as `on_step` in the first process only.
+        on_step, on_epoch: called in the first process after each, as ``on_step(step, loss)`` with a
+            tensor on the device, and as ``on_epoch(epoch, history)``.
         compile, compile_cache: True or an engine, and ``cache``, of `CompiledSVI` (compiled.md).
 
     Raises:
@@ -112,7 +110,6 @@ def fit(
     [5, 10]
     """
     check_at_least(1, epochs=epochs, validate_every=validate_every, check_every=check_every)
-    check_at_least(1, max_steps=max_steps, steps=None if steps == "auto" else steps)
     check_at_least(0, kl_warmup=kl_warmup)
     length = _length(epochs, steps, max_steps, tolerance, average)
     if length.tolerance is not None and scheduler is not None:
@@ -205,10 +202,12 @@ def _length(
         raise ValueError(f"Give either epochs or steps, got epochs={epochs}, steps={steps}.")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance}.")
+    check_at_least(1, max_steps=max_steps)
     if steps == "auto":
         return Length(None, max_steps, tolerance, average)
     if isinstance(steps, str):
         raise ValueError(f"steps must be a number or 'auto', got {steps!r}.")
+    check_at_least(1, steps=steps)
     return Length(epochs, steps, None, average)
 
 
