@@ -368,7 +368,7 @@ WRONG = {
     "no gradient": ({"clip_norm": 0.0}, ValueError, "clip_norm=0.0 must be above 0"),
     "no file": ({"resume": True}, ValueError, "resume=True needs a file"),
     "empty": ({"data": torch.ones(0, 2)}, ValueError, r"data need one number .* lengths \[0\]"),
-    "nothing": ({"data": ()}, ValueError, r"got lengths \[\]"),
+    "nothing": ({"data": ()}, ValueError, "batch_size=4 has no effect without data"),
     "lengths": ({"data": (torch.ones(2), torch.ones(1))}, ValueError, r"lengths \[2, 1\]"),
     "kind": ({"data": (np.ones(3),)}, TypeError, "data must be tensors .* got ndarray"),
     "validation": ({"validation": torch.ones(0)}, ValueError, "tensors of validation need"),

@@ -135,7 +135,7 @@ def test_divergence_of_mixtures_is_an_upper_bound_that_weights_alone_attain() ->
 def three_means() -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
     with pyro.plate("data", 12):
-        pyro.sample("x", dist.Normal(mean.sum(-1, keepdim=True), 1.0), obs=normal_data())
+        pyro.sample("x", dist.Normal(mean.sum(-1), 1.0), obs=normal_data())
 
 
 def log_evidence() -> float:
