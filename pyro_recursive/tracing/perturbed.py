@@ -52,7 +52,9 @@ def _with_other_data(program: Program) -> Program:
     tensors = [each for each in given if isinstance(each, Tensor) and each.is_floating_point()]
     data = {id(tensor): tensor for tensor in tensors if tensor.layout is torch.strided}
     others = {key: _other(tensor) for key, tensor in data.items()}
-    if _runs(changed := _given(program, others)) or not others:
+    if not others:
+        return program
+    if _runs(changed := _given(program, others)):
         return changed
     possible = {k: each for k, each in others.items() if _runs(_given(program, {k: each}))}
     return changed if _runs(changed := _given(program, possible)) else program

@@ -18,8 +18,16 @@ REFUSED = {
 PATHWISE = {"IWAE dreg", "MIWAE", "PIWAE", "CIWAE"}
 DISCRETE = {"SS-VAE, unlabelled", "AIR", "scANVI, unlabelled"}
 FEW = ("Trace_ELBO", "IWAE dreg", "IWAE dreg+vimco")  # with all guides; others with the first
+
+
+def losses_of(name: str, number: int) -> list[str]:
+    """Return the losses of an example's guide; without discrete sites those with DReG are one."""
+    losses = list(LOSSES if number == 0 else FEW)
+    return losses if name in DISCRETE else [loss for loss in losses if loss != "IWAE dreg"]
+
+
 CASES = [
-    pytest.param(name, guide, LOSSES if number == 0 else FEW, id=f"{name}-{guide}")
+    pytest.param(name, guide, losses_of(name, number), id=f"{name}-{guide}")
     for name, make in EXAMPLES.items()
     for number, guide in enumerate(make().guides)
 ]
@@ -38,12 +46,12 @@ def refusal(name: str, loss: str) -> str | None:
 def test_losses_train_or_are_refused(name: str, guide: str, losses: Iterable[str]) -> None:
     torch.set_default_dtype(torch.float32)
     for loss in losses:
-        cell = train(EXAMPLES[name], guide, loss, Settings(seed=0, steps=30, samples=20))
+        cell = train(EXAMPLES[name], guide, loss, Settings(seed=0, steps=20, samples=20))
         sentence = refusal(name, loss)
         if sentence is not None:
             assert re.search(sentence, cell["refused"]), (loss, cell)
             continue
         assert "refused" not in cell, (loss, cell)
-        first, last = torch.tensor(cell["losses"])[[*range(10), *range(-10, 0)]].split(10)
+        first, last = torch.tensor(cell["losses"]).split(10)
         error = math.sqrt((first.var() + last.var()) / 10)
         assert last.mean() < first.mean() + 2 * error, (loss, cell["losses"])

@@ -1,6 +1,6 @@
 """The table of losses, each made with M estimates of K samples, and the bounds that they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pyro_recursive import (
@@ -37,3 +37,14 @@ OF_MIXTURES: dict[str, Callable[..., Any]] = {
     loss.__name__: lambda M, K, loss=loss, **options: loss(K, num_estimates=M, **options)
     for loss in (Stratified_ELBO, SIWAE_ELBO, MISELBO, RecursiveMixture_ELBO)
 }
+# Estimators that treat reparameterised sites alike: without other sites each three are the same.
+ALIKE = ("pathwise", "score", "vimco"), ("dreg", "dreg+score", "dreg+vimco")
+
+
+def that_differ(of: Iterable[str], has_scores: bool) -> list[str]:
+    """Leave out estimators that are the same as another one, for guides with sites to score or not.
+
+    The last of each of `ALIKE` speaks for all: its code for other sites runs as well.
+    """
+    same = set() if has_scores else {name for alike in ALIKE for name in alike[:-1]}
+    return [name for name in of if name not in same]

@@ -29,13 +29,11 @@ from pyro_recursive.bounds.estimators import ESTIMATORS
 from tests import models
 from tests.models import REFUSALS, ROWS, Programs, Refusal, Row
 from tests.models.data_plate import ANNEALED
-from tests.models.losses import BOUNDS, LOSSES, OF_MIXTURES
+from tests.models.losses import ALIKE, BOUNDS, LOSSES, OF_MIXTURES, that_differ
 from tests.models.row import pair
 from tests.oracles.recordings import K, M, Pinned, Recording, record, scale_of, weights_by_hand
 
 UNBIASED = ("pathwise", "dreg", "score", "vimco", "dreg+score", "dreg+vimco")
-# They treat reparameterised sites alike; without other sites the last of each speaks for all.
-ALIKE = ("pathwise", "score", "vimco"), ("dreg", "dreg+score", "dreg+vimco")
 ROW = {row.name: row for row in ROWS}
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -51,12 +49,6 @@ def pairs(of: Iterable[tuple[Any, str]], name: str = "row") -> pytest.MarkDecora
     return pytest.mark.parametrize((name, "loss"), cells)
 
 
-def that_differ(row: Row, of: Iterable[str]) -> list[str]:
-    """Return the estimators whose gradients differ on a row."""
-    same = {name for alike in ALIKE for name in alike[:-1]} if row.sites != "discrete" else set()
-    return [name for name in of if name not in same]
-
-
 def each_estimator(*quick: str, of: Iterable[str] = ESTIMATORS) -> pytest.MarkDecorator:
     """On each row some estimators in the quick loop, and all that differ with the slow tests."""
     cells = [
@@ -66,7 +58,7 @@ def each_estimator(*quick: str, of: Iterable[str] = ESTIMATORS) -> pytest.MarkDe
             id=f"{row.name}-{name}",
         )
         for row in ROWS
-        for name in that_differ(row, of)
+        for name in that_differ(of, row.sites == "discrete")
     ]
     return pytest.mark.parametrize(("row", "estimator"), cells)
 
@@ -327,7 +319,7 @@ def check_unbiased(row: Row, bound: bounds.Bound, **options: Any) -> None:
     _, fixed = record(programs, args)  # one minibatch for all: it would be most of the noise
     options |= {"num_estimates": 200, "num_particles": K}
     reference = None
-    for number, estimator in enumerate(that_differ(row, UNBIASED)):
+    for number, estimator in enumerate(that_differ(UNBIASED, row.sites == "discrete")):
         if row.refusal("MIWAE_ELBO", estimator):
             continue
         loss = MultiSampleELBO(bound, estimator=estimator, **options)
