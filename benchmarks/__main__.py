@@ -20,6 +20,7 @@ from benchmarks import (
     snr,
     speed,
     starts,
+    stopping,
 )
 
 MODULES = (
@@ -36,6 +37,7 @@ MODULES = (
     snr,
     speed,
     starts,
+    stopping,
 )
 COMMANDS = {m.__name__.partition(".")[2].replace("_", "-"): m for m in MODULES}
 

@@ -85,6 +85,8 @@ class History:
         if self.best_epoch is not None:
             best = self.validation[self.epoch.index(self.best_epoch)]
             parts.append(f"best {best:.2f} in epoch {self.best_epoch}")
+        if self.stopped is not None and not (self.stopped_early or self.interrupted):
+            parts.append(self.stopped)
         return f"History({'; '.join(parts)})"
 
 

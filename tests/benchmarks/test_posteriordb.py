@@ -93,6 +93,18 @@ def test_the_benchmark_runs_and_goes_on(
     assert (tmp_path / "errors.png").exists()
 
 
+@pytest.mark.parametrize("collection", ["folder"], indirect=True)
+def test_the_benchmark_of_stopping_runs(
+    collection: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("PYRO_RECURSIVE_DATA", str(collection.parent))
+    options = ["stopping", "--smoke", "--output", str(tmp_path), "--posteriors", NONCENTRED]
+    command.main([*options, "--guides", "full"])
+    run = json.loads((tmp_path / "results.json").read_text())["runs"][NONCENTRED]["full"]["0"]
+    assert run["steps"] == 100 and run["stopped"].startswith("cap of 100 steps")
+    assert f" {max(run['elbo'], run['long']):.2f} " in capsys.readouterr().out
+
+
 # Scores against closed forms.
 
 
