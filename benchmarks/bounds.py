@@ -6,7 +6,7 @@ their difference (minus the divergence that the guide leaves) and the effective 
 size; and by the cost of a step, timed side by side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
+from benchmarks.experiment import Experiment, evidence
 from benchmarks.report import (
     Results,
     draw_costs,
@@ -25,15 +26,7 @@ from benchmarks.report import (
     method_table,
     with_error,
 )
-from benchmarks.run import (
-    Experiment,
-    Method,
-    Settings,
-    Task,
-    evidence,
-    parse,
-    training_parser,
-)
+from benchmarks.run import Method, Settings, Task, parse, training_parser
 from benchmarks.tasks.images import HELD_OUT, VAE, image_task, sizes
 from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO
 
@@ -54,11 +47,11 @@ LOSSES: dict[str, Callable[[], ELBO]] = {
 }
 
 
-def _method(vae: VAE, task: Task, settings: Settings, make_loss: Callable[[], ELBO]) -> Method:
+def method(vae: VAE, task: Task, settings: Settings, make_loss: Callable[[], ELBO]) -> Method:
     return Method(vae, vae.guide, make_loss())
 
 
-METHODS = {name: partial(_method, make_loss=loss) for name, loss in LOSSES.items()}
+METHODS = {name: partial(method, make_loss=loss) for name, loss in LOSSES.items()}
 
 
 def main(arguments: list[str]) -> None:
@@ -68,31 +61,20 @@ def main(arguments: list[str]) -> None:
     settings = Settings.of(options, epochs=epochs, **sizes(options.dataset))
     task = image_task(settings, options, settings.eval_points)
     experiment = Experiment(settings, task, METHODS, options, validation_particles=64)
-    experiment.run(_evaluate)
+    experiment.run(evaluate)
     experiment.time()
     experiment.finish(report, plot)
 
 
-def _evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
+def evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
+    """Return log p(x) and IWAE-64 per image, in nats, the mean ESS of all samples and of 64."""
     found: dict[str, Any] = {
-        "test": _scores(method, task.test, settings.eval_samples),
-        "train": _scores(method, task.train_sample, settings.eval_samples),
+        part: evidence(method, images, settings.eval_samples, few=64)
+        for part, images in (("test", task.test), ("train", task.train_sample))
     }
     if isinstance(method.loss, CIWAE_ELBO):
         found["beta"] = float(method.loss.beta)
     return found
-
-
-def _scores(method: Method, images: Tensor, samples: int) -> dict[str, Any]:
-    """Return log p(x) and IWAE-64 per image, in nats, and the mean ESS of 64 and of all samples."""
-    few = [  # the mean of 8 independent IWAE-64 values is less noisy than one
-        evidence(method, images, 64, seed=seed) for seed in range(8)
-    ]
-    return {
-        **evidence(method, images, samples),
-        "iwae_64": torch.tensor([one["log_p"] for one in few]).mean(0).tolist(),
-        "ess_64": sum(one["ess"] for one in few) / len(few),
-    }
 
 
 # The report.
@@ -103,10 +85,11 @@ def report(results: Results) -> str:
     return method_table("loss", COLUMNS, results)
 
 
-def _images(name: str, results: Results, *keys: str) -> Tensor:
-    """Return the mean over seeds of a score of each image."""
-    runs = results["runs"][name].values()
-    return torch.tensor([reduce(getitem, keys, run) for run in runs]).mean(0)
+def images_of(name: str, results: Results, *keys: str, seeds: Iterable[str] = ()) -> Tensor:
+    """Return the mean of a score of each image over some seeds, all where none are given."""
+    runs = results["runs"][name]
+    chosen = [runs[seed] for seed in seeds] or runs.values()
+    return torch.tensor([reduce(getitem, keys, run) for run in chosen]).mean(0)
 
 
 def _beta(name: str, results: Results) -> str:
@@ -115,25 +98,27 @@ def _beta(name: str, results: Results) -> str:
 
 
 def _paired(name: str, results: Results) -> str:
-    if BASELINE not in results["runs"]:
+    runs = results["runs"]
+    seeds = [seed for seed in runs[name] if seed in runs.get(BASELINE, {})]
+    if not seeds:
         return ""
-    mine, base = (_images(n, results, "test", "log_p") for n in (name, BASELINE))
+    mine, base = (images_of(n, results, "test", "log_p", seeds=seeds) for n in (name, BASELINE))
     return with_error(mine - base, sign=True)
 
 
 def _gap(name: str, results: Results) -> str:
-    tight, log_p = (_images(name, results, "test", key) for key in ("iwae_64", "log_p"))
+    tight, log_p = (images_of(name, results, "test", key) for key in ("iwae_64", "log_p"))
     return with_error(tight - log_p, sign=True)
 
 
 COLUMNS = {
     "beta": _beta,
-    "test log p": lambda n, r: with_error(_images(n, r, "test", "log_p")),
+    "test log p": lambda n, r: with_error(images_of(n, r, "test", "log_p")),
     "vs Trace_ELBO": _paired,
-    "test IWAE-64": lambda n, r: with_error(_images(n, r, "test", "iwae_64")),
+    "test IWAE-64": lambda n, r: with_error(images_of(n, r, "test", "iwae_64")),
     "gap (-KL)": _gap,
-    "train log p": lambda n, r: with_error(_images(n, r, "train", "log_p")),
-    "ESS of 64": lambda n, r: f"{_images(n, r, 'test', 'ess_64').item():.1f}",
+    "train log p": lambda n, r: with_error(images_of(n, r, "train", "log_p")),
+    "ESS of 64": lambda n, r: f"{images_of(n, r, 'test', 'ess_64').item():.1f}",
     "ms/step": lambda n, r: f"{r['steps']['ms'][n]:.1f}",
     "ratio": lambda n, r: f"{r['steps']['ratio'][n]:.2f}",
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.experiment import Experiment, evidence
 from benchmarks.methods.guides import METHODS, mixture
 from benchmarks.report import (
     BASELINE,
@@ -28,17 +29,7 @@ from benchmarks.report import (
     training_ratio,
     versus,
 )
-from benchmarks.run import (
-    Experiment,
-    Method,
-    Settings,
-    Task,
-    count,
-    evidence,
-    parse,
-    time_inference,
-    training_parser,
-)
+from benchmarks.run import Method, Settings, Task, count, parse, time_inference, training_parser
 from benchmarks.tasks.images import image_task, sizes
 
 PIXELS = {"digits": 64}  # 784 elsewhere

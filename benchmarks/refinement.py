@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.experiment import Experiment, evidence
 from benchmarks.methods.refinement import METHODS
 from benchmarks.report import (
     Column,
@@ -30,15 +31,7 @@ from benchmarks.report import (
     training_ratio,
     versus,
 )
-from benchmarks.run import (
-    Experiment,
-    Method,
-    Settings,
-    Task,
-    evidence,
-    parse,
-    training_parser,
-)
+from benchmarks.run import Method, Settings, Task, parse, training_parser
 from benchmarks.tasks import sequences
 from benchmarks.tasks.images import image_task, sizes
 from pyro_recursive import gaps

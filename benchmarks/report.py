@@ -84,12 +84,19 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def method_table(title: str, columns: Mapping[str, Column], results: Results) -> str:
     """Return a row for each method, the seeds above, and the runs that diverged below."""
     rows = [[name, *(cell(name, results) for cell in columns.values())] for name in results["runs"]]
-    seeds = sorted({seed for runs in results["runs"].values() for seed in runs})
+    seeds = sorted({seed for runs in results["runs"].values() for seed in runs}, key=int)
     diverged = [
         f"{name}, seeds {', '.join(runs)}: diverged. {next(iter(runs.values())).split('. ')[0]}."
         for name, runs in results.get("diverged", {}).items()
     ]
-    return "\n\n".join([f"seeds {', '.join(seeds)}", table([title, *columns], rows), *diverged])
+    unfinished = [
+        f"{name}, seed {seed}: in epoch {len(run['history']['epoch']) + 1}, not evaluated."
+        for name, runs in results.get("unfinished", {}).items()
+        for seed, run in runs.items()
+        if "history" in run
+    ]
+    parts = [f"seeds {', '.join(seeds)}", table([title, *columns], rows), *diverged, *unfinished]
+    return "\n\n".join(parts)
 
 
 def spread(values: Tensor, sign: bool = False, digits: int = 2) -> str:
@@ -180,11 +187,15 @@ def draw_learning(axes: Any, results: Results, label: str, rows: float | None = 
     lowest = []
     for number, (name, runs) in enumerate(results["runs"].items()):
         histories = [run["history"] for run in runs.values()]
+        count = min(len(h["epoch"]) for h in histories)  # of runs in progress, those of all seeds
         curves = torch.tensor(
-            [[-v / (rows or h["validation_rows"]) for v in h["validation"]] for h in histories]
+            [
+                [-v / (rows or h["validation_rows"]) for v in h["validation"][:count]]
+                for h in histories
+            ]
         )
         mean, style = curves.mean(0), "-" if number < 10 else "--"
-        axes.plot(histories[0]["epoch"], mean, f".{style}", color=color(number), label=name)
+        axes.plot(histories[0]["epoch"][:count], mean, f".{style}", color=color(number), label=name)
         lowest.append(mean[len(mean) // 5 :].min().item())
     axes.set_ylim(bottom=min(lowest))
     axes.set(xlabel="epoch", ylabel=f"validation {label} (nats per row)", title="learning")

@@ -1,4 +1,4 @@
-"""One experiment: methods trained, evaluated and timed, with results to resume from."""
+"""What benchmarks share: settings, tasks, methods, timing, the command line, stored results."""
 
 import argparse
 import json
@@ -6,29 +6,23 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.report import Results, check_machine, finish, hardware, write_json
-from pyro_recursive import IWAE_ELBO, fit
-from pyro_recursive.datasets import fixed_binarize
-from pyro_recursive.evaluation import importance_weights
-from pyro_recursive.training import Aggressive, NonFiniteError
+from benchmarks.report import Results, check_machine, hardware, write_json
+from pyro_recursive.training import Aggressive
 
 OPTIMIZER = partial(torch.optim.Adam, lr=1e-3, fused=True)
 Steps = Mapping[str, Callable[[], object]]
 Costs = dict[str, dict[str, float]]
-TRAINED = {"history", "processor_seconds"}  # what a run has before it is evaluated
 SMOKE = {"epochs": 1, "eval_points": 20, "eval_samples": 100, "timing_repeats": 1}
 
 
@@ -70,12 +64,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """A model, a guide and a loss, as `fit` takes them."""
+    """A model, a guide and a loss, as `fit` takes them.
+
+    ``share`` is the part of the epochs that it is trained for; `Experiment` sets the rest: a file
+    of what is evaluated so far, and whether evaluation is compiled.
+    """
 
     vae: Any
     guide: Any
     loss: ELBO
     aggressive: Aggressive | None = None
+    share: float = 1.0
+    evaluated: Path | None = None
+    compiled: bool = False
 
     def modules(self) -> list[nn.Module]:
         """Return the modules that are trained."""
@@ -101,134 +102,6 @@ class Method:
 
 
 Methods = Mapping[str, Callable[[Any, Task, Any], Method]]  # of a new VAE, a task and settings
-
-
-class Experiment:
-    """Trains, evaluates and times every method with every seed; stores each result at once.
-
-    The first of the methods is the baseline. ``results["runs"][method][seed]`` has the history and
-    the processor time of training, and what the evaluation returned, and
-    ``results["diverged"][method][seed]`` the error of a run that ended in numbers that are not
-    finite.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        task: Task,
-        methods: Methods,
-        options: argparse.Namespace,
-        validation_particles: int = 16,
-    ) -> None:
-        self.settings, self.task, self.methods, self.options = settings, task, methods, options
-        self.validation_loss = IWAE_ELBO(validation_particles)
-        self.baseline = next(iter(methods))
-        self.folder = Path(options.output)
-        self.path = self.folder / "results.json"
-        self.results = stored(self.folder, asdict(settings), options.resume, "runs")
-        self.batch = task.train[: settings.batch_size]  # to time steps and inference on
-        if task.transform is not None:
-            self.batch = fixed_binarize(self.batch, seed=0)
-
-    def build(self, name: str, prefix: str = "") -> Method:
-        """Return a method with new networks; ``prefix`` tells its parameters from another's."""
-        return self.methods[name](self.task.make_vae(prefix), self.task, self.settings)
-
-    def run(self, evaluate: Callable[[Method, Task, Any], dict[str, Any]]) -> None:
-        """Run what is missing, all methods of a seed before the next seed."""
-        self.build(self.baseline).step(self.batch)()  # the first step of a process is slow
-        runs, diverged = (self.results.setdefault(key, {}) for key in ("runs", "diverged"))
-        for number, name in tqdm(
-            list(product(self.options.seeds, self.options.methods)), desc="runs"
-        ):
-            seed, found = str(number), runs.setdefault(name, {})
-            failures = diverged.setdefault(name, {})
-            if found.get(seed, {}).keys() - TRAINED or seed in failures:
-                continue
-            known = found.setdefault(seed, {})
-            try:
-                pyro.clear_param_store()
-                pyro.set_rng_seed(number)
-                method = self.build(name)
-                self._train(method, name, number, known)
-                write_json(self.path, self.results)
-                known |= evaluate(method, self.task, self.settings)
-            except NonFiniteError as error:  # a result, too
-                failures[seed] = str(error)
-                del found[seed]
-            write_json(self.path, self.results)
-        for key, of_methods in (("runs", runs), ("diverged", diverged)):
-            self.results[key] = {n: of_methods[n] for n in self.methods if of_methods.get(n)}
-
-    def _train(self, method: Method, name: str, seed: int, known: dict[str, Any]) -> None:
-        """Train one method; add its history and processor time to ``known``."""
-        if isinstance(method.guide, nn.Module):
-            prepare: Any = method.guide.prepare
-            prepare(self.task.validation[:2])  # creates what a checkpoint restores
-        self.folder.mkdir(parents=True, exist_ok=True)
-        slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
-        checkpoint = self.folder / f"{slug}-{seed}.pt"
-        continues, start = self.options.resume and checkpoint.exists(), time.process_time()
-        history = fit(
-            method.vae.model,
-            method.guide,
-            self.task.train,
-            loss=method.loss,
-            epochs=self.settings.epochs,
-            optimizer=OPTIMIZER,
-            batch_size=self.settings.batch_size,
-            transform=self.task.transform,
-            validation=self.task.validation,
-            validation_loss=self.validation_loss,
-            aggressive=method.aggressive,
-            checkpoint=checkpoint,
-            resume=self.options.resume,
-            seed=seed,
-        )
-        if history.interrupted:
-            raise KeyboardInterrupt
-        known["history"] = asdict(history)
-        if not continues:  # else the time before the interrupt is not known
-            known["processor_seconds"] = time.process_time() - start
-
-    def time(self) -> None:
-        """Time a training step and inference of the baseline and of the methods that have runs.
-
-        Interleaved; the step of a recursive mixture is one of all components.
-        """
-        pyro.clear_param_store()
-        names = dict.fromkeys([self.baseline, *self.results["runs"]])
-        methods = {name: self.build(name, name) for name in names}
-        for method in methods.values():
-            if isinstance(method.guide, nn.Module):
-                grow(method.guide, self.batch)
-        repeats, base = self.options.timing_repeats, self.baseline
-        steps = {name: method.step(self.batch) for name, method in methods.items()}
-        self.results["steps"] = costs_of(steps, repeats, 2, base)
-        guides = {name: method.guide for name, method in methods.items()}
-        self.results["inference"] = time_inference(guides, self.batch, repeats, base, "methods")
-
-    def finish(
-        self, report: Callable[[Results], str], plot: Callable[[Results, Path], None]
-    ) -> None:
-        """Draw the figure, write the results and print the report."""
-        picture = self.folder / "results.png"
-        plot(self.results, picture)
-        finish(self.results, self.path, report(self.results), [picture])
-
-
-def evidence(method: Method, rows: Tensor, samples: int, seed: int = 64) -> dict[str, Any]:
-    """Return log p(x) and the ELBO of each row in nats, and the mean effective sample size."""
-    pyro.set_rng_seed(seed)
-    found = [
-        importance_weights(method.vae.model, method.guide, batch, num_particles=samples)
-        for batch in tqdm(rows.split(100), desc="log p(x)", leave=False)
-    ]
-    return {
-        "log_p": torch.cat([one.log_marginal for one in found]).tolist(),
-        "elbo": torch.cat([one.log_weights.mean(0) for one in found]).tolist(),
-        "ess": torch.cat([one.ess for one in found]).mean().item(),
-    }
 
 
 def count(*modules: nn.Module) -> int:

@@ -1,0 +1,176 @@
+"""Published experiments at a length of choice: python -m benchmarks reproduce NAME --epochs N.
+
+Each run (a data set, the sizes of the networks, a method, a seed) is a process of one thread, and
+--jobs of them run at once. Any of them may be killed at any moment: the same command goes on from
+files that are written at least once a minute. The tables and plots are of the runs that there are;
+--report makes them without training. A folder for each data set, networks and number of epochs
+has results.json, report.md, results.png, and in runs a JSON file for each run.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shlex
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.experiment import Experiment
+from benchmarks.report import hardware
+from benchmarks.run import Settings, Task, base_parser, parse
+from benchmarks.studies import beta, bounds, snr
+from benchmarks.studies.study import Study
+from benchmarks.tasks.images import image_task
+from pyro_recursive.training import burda_schedule
+
+STUDIES: dict[str, Study] = {"bounds": bounds.STUDY, "beta": beta.STUDY, "snr": snr.STUDY}
+SMOKE = {"datasets": ["digits"], "networks": ["20-5"], "seeds": [0], "epochs": 2, "jobs": 1}
+
+
+class Run(NamedTuple):
+    """One run of a study."""
+
+    seed: int
+    dataset: str
+    networks: str
+    method: str
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is missing; write tables and plots of what there is."""
+    options = _options(arguments)
+    study = STUDIES[options.study]
+    torch.set_num_threads(1)
+    groups = list(product(options.datasets, options.networks))
+    runs = [
+        Run(seed, dataset, networks, method)
+        for seed, (dataset, networks), method in product(options.seeds, groups, options.methods)
+    ]
+    resume = not options.smoke
+    experiments = {group: experiment(options, *group, resume=resume) for group in groups}
+    if not options.report:
+        missing = [
+            run
+            for run in runs
+            if not experiments[run.dataset, run.networks].is_done(run.method, run.seed)
+        ]
+        _run_all(options, missing)
+    for each in experiments.values():
+        each.collect()
+        if any(each.results[kind] for kind in ("runs", "unfinished")):
+            each.finish(study.report, study.plot)
+            text = f"{_facts(each)}\n\n{study.report(each.results)}\n"
+            (each.folder / "report.md").write_text(text)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = base_parser("reproduce", __doc__)
+    parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    parser.add_argument("--datasets", nargs="+", help="default: those of the study")
+    parser.add_argument("--download", action="store_true", help="fetch a data set that is missing")
+    parser.add_argument("--networks", nargs="+", help="hidden-latent; default: the study's")
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=3280, help="default: 3280")
+    parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--eval-points", type=int, default=10_000, help="test images")
+    parser.add_argument("--eval-samples", type=int, default=5000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; default: 1")
+    parser.add_argument("--device", default="cpu", help="of model and data; default: cpu")
+    parser.add_argument("--eager", action="store_true", help="no compiled steps: seeds repeat")
+    parser.add_argument("--report", action="store_true", help="of the runs that there are")
+    options = parse(parser, arguments, **SMOKE)
+    study = STUDIES[options.study]
+    options.datasets = options.datasets or list(study.datasets)
+    options.networks = options.networks or list(study.networks)
+    options.methods = options.methods or list(study.methods)
+    if options.smoke:
+        options.methods = options.methods[:3]
+    unknown = set(options.methods) - study.methods.keys()
+    if unknown:
+        parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(study.methods)}")
+    if "--output" not in arguments:
+        options.output = options.output.replace("reproduce", f"reproduce-{options.study}")
+    options.command = shlex.join(["python", "-m", "benchmarks", "reproduce", *arguments])
+    return options
+
+
+def experiment(
+    options: argparse.Namespace, dataset: str, networks: str, resume: bool = True
+) -> Experiment:
+    """Return the experiment of a data set and networks, with the results that its files have."""
+    study = STUDIES[options.study]
+    hidden, latent = map(int, networks.split("-"))
+    folder = f"{options.output}/{dataset}-{networks}-{options.epochs}-epochs"
+    own = argparse.Namespace(**vars(options))
+    vars(own).update(dataset=dataset, output=folder, resume=resume)
+    settings = Settings.of(own, hidden=hidden, latent=latent)
+    task = image_task(settings, own, min(study.train_points, settings.eval_points))
+    return Experiment(
+        settings,
+        _on_device(task, options.device),
+        study.methods,
+        own,
+        study.validation_particles,
+        scheduler=partial(burda_schedule, num_epochs=options.epochs),
+        compile=not options.eager,
+        compile_cache=None if options.eager else f"{options.output}/graphs",
+    )
+
+
+def _on_device(task: Task, device: str) -> Task:
+    names = ("train", "validation", "test", "train_sample")
+    moved: dict[str, Any] = {name: getattr(task, name).to(device) for name in names}
+    return replace(task, **moved, make_vae=lambda name: task.make_vae(name).to(device))
+
+
+def _run_all(options: argparse.Namespace, runs: list[Run]) -> None:
+    if options.jobs == 1:
+        for run in runs:
+            _complete(options, run)
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would overwrite each other
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.jobs, context, _end_with_parent, max_tasks_per_child=1)
+    with pool:
+        futures = {pool.submit(_complete, options, run): run for run in runs}
+        for number, future in enumerate(as_completed(futures), 1):
+            future.result()
+            print(f"{number} of {len(runs)}: {futures[future]}", file=sys.stderr)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, in any way: another may go on with its files."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _complete(options: argparse.Namespace, run: Run) -> None:
+    torch.set_num_threads(1)
+    study = STUDIES[options.study]
+    experiment(options, run.dataset, run.networks).complete(run.method, run.seed, study.evaluate)
+
+
+def _facts(each: Experiment) -> str:
+    """Return command, hardware and hours."""
+    found, here = each.results, hardware()
+    kinds = found["runs"], found["unfinished"]
+    done = [run for kind in kinds for runs in kind.values() for run in runs.values()]
+    seconds = sum(sum(run["history"]["seconds"]) for run in done if "history" in run)
+    machine = f"{here['processor']}, GPU: {here['gpu']}, torch {here['torch']}, Pyro {here['pyro']}"
+    return (
+        f"`{each.options.command}`\n\n{each.settings}; {len(done)} runs, one thread each, "
+        f"{seconds / 3600:.2f} hours of training in all; {machine}."
+    )

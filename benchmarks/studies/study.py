@@ -1,0 +1,39 @@
+"""A study: what `python -m benchmarks reproduce NAME` trains, measures and shows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.experiment import Evaluate
+from benchmarks.report import Results
+from benchmarks.run import Methods
+
+
+@dataclass(frozen=True)
+class Study:
+    """Methods, how a trained one is evaluated, and tables and plots of what results there are.
+
+    It runs once for each data set and each size of networks, ``hidden-latent``; the first method is
+    the baseline. Training rows to evaluate on are ``train_points``.
+    """
+
+    methods: Methods
+    evaluate: Evaluate
+    report: Callable[[Results], str]
+    plot: Callable[[Results, Path], None]
+    datasets: tuple[str, ...] = ("mnist", "omniglot")
+    networks: tuple[str, ...] = ("200-50",)
+    validation_particles: int = 64
+    train_points: int = 500
+
+
+def hours(name: str, results: Results) -> str:
+    """Return the hours of training of a method, of all its seeds."""
+    runs = results["runs"][name].values()
+    return f"{sum(sum(run['history']['seconds']) for run in runs) / 3600:.2f}"
+
+
+def seconds_per_epoch(name: str, results: Results) -> str:
+    """Return the mean seconds of an epoch, validation included."""
+    seconds = [s for run in results["runs"][name].values() for s in run["history"]["seconds"]]
+    return f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
