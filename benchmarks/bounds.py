@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.experiment import Experiment, evidence
 from benchmarks.report import (
     Results,
+    Runs,
     draw_costs,
     draw_learning,
     draw_values,
@@ -126,13 +127,30 @@ COLUMNS = {
 
 def plot(results: Results, path: Path) -> None:
     """Draw learning curves, the final log p(x) with IWAE-64, and cost."""
-    settings = results["settings"]
-    held_out = HELD_OUT.get(settings["dataset"], 400)
     with figure(path, 1, 3, 120, figsize=(15, 4.5)) as (drawn, axes):
         curves, final, cost = axes[0]
-        draw_learning(curves, results, "IWAE-64", held_out / -(-held_out // settings["batch_size"]))
-        draw_values(final, results, {"o": ("test", "log_p"), "|": ("test", "iwae_64")})
-        title = f"IWAE-{settings['eval_samples']} (dot) and IWAE-64 (bar)"
-        final.set(xlabel="nats per test image", title=title)
+        draw_bounds(curves, final, results)
         draw_costs(cost, results, BASELINE)
-        drawn.suptitle(f"{settings['dataset']}: training with 64 samples per image")
+        drawn.suptitle(f"{results['settings']['dataset']}: training with 64 samples per image")
+
+
+def draw_bounds(curves: Any, final: Any, results: Results) -> None:
+    """Draw learning curves, those of runs in progress too, and the final log p(x) with IWAE-64."""
+    settings = results["settings"]
+    batches = -(-HELD_OUT.get(settings["dataset"], 400) // settings["batch_size"])
+    trained = {
+        name: found
+        for name in [*results["runs"], *results["unfinished"]]
+        if (found := _trained(results["runs"], name) | _trained(results["unfinished"], name))
+    }
+    rows = HELD_OUT.get(settings["dataset"], 400) / batches
+    draw_learning(curves, {"runs": trained}, "IWAE-64", rows)
+    draw_values(final, results, {"o": ("test", "log_p"), "|": ("test", "iwae_64")})
+    title = f"IWAE-{settings['eval_samples']} (dot) and IWAE-64 (bar)"
+    final.set(xlabel="nats per test image", title=title)
+
+
+def _trained(methods: dict[str, Runs], name: str) -> Runs:
+    """Return the runs of a method that have finished an epoch."""
+    runs = methods.get(name, {}).items()
+    return {seed: run for seed, run in runs if run.get("history", {}).get("epoch")}

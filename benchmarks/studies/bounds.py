@@ -7,9 +7,10 @@ binarised anew in each epoch, 400 images for validation. Trace_ELBO is the VAE.
 """
 
 from functools import partial
+from pathlib import Path
 
-from benchmarks.bounds import COLUMNS, LOSSES, evaluate, images_of, method, plot
-from benchmarks.report import Column, Results, means, method_table, spread
+from benchmarks.bounds import COLUMNS, LOSSES, draw_bounds, evaluate, images_of, method
+from benchmarks.report import Column, Results, figure, means, method_table, spread
 from benchmarks.run import Methods
 from benchmarks.studies.study import Study, hours, seconds_per_epoch
 from pyro_recursive import CIWAE_ELBO, MIWAE_ELBO, MultiSampleELBO
@@ -45,6 +46,15 @@ TABLE: dict[str, Column] = {
 def report(results: Results) -> str:
     """Return the table: nats per image ± a standard error over images, and over seeds."""
     return method_table("loss", TABLE, results)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw learning curves, and the final log p(x) with IWAE-64."""
+    settings = results["settings"]
+    with figure(path, 1, 2, 120, figsize=(12, 4.5)) as (drawn, axes):
+        draw_bounds(*axes[0], results)
+        networks = f"networks {settings['hidden']}-{settings['latent']}"
+        drawn.suptitle(f"{settings['dataset']}, {networks}, {settings['epochs']} epochs")
 
 
 STUDY = Study(METHODS, evaluate, report, plot, networks=("200-50", "400-20"))

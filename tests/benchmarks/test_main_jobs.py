@@ -81,8 +81,8 @@ def test_known_sequences_resume_at_the_evaluation(
         patch.setattr(refinement, "evidence", fails)
         with pytest.raises(SystemExit, match="--resume"):
             run(tmp_path, "--dataset", "sequences-known", **options)
-    kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept["runs"]["VAE"]["0"]["processor_seconds"] > 0  # trained, not evaluated
+    kept = json.loads((tmp_path / "runs" / "vae-0.json").read_text())
+    assert kept["run"]["processor_seconds"] > 0  # trained, not evaluated
     resumed = run(tmp_path, "--dataset", "sequences-known", "--resume", **options)
     # An aggressive schedule holds back the steps of the model: there are none where it is known.
     assert list(resumed["runs"]) == ["VAE"]

@@ -1,0 +1,132 @@
+"""`reproduce`: killed runs equal runs that never were, and tables of whatever runs there are.
+
+The file is its own script, which forks a child for each life of a run.
+"""
+
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import experiment
+from benchmarks.studies import beta
+
+ROOT, METHODS = Path(__file__).parents[2], ["Trace_ELBO", "CIWAE learned"]
+SMALL = ["--datasets", "digits", "--networks", "10-3", "--eval-points", "250"]
+SMALL += ["--eval-samples", "64", "--batch-size", "200"]
+OF_TIME = {"history", "processor_seconds"}
+
+
+def reproduce(folder: Path, *more: str) -> Path:
+    """Run the study of bounds with tiny networks; return the folder of its results."""
+    torch.set_default_dtype(torch.float32)
+    command.main(["reproduce", "bounds", *SMALL, "--output", str(folder), *more])
+    return next(folder.glob("digits-10-3-*"))
+
+
+def scores(path: Path) -> dict[str, Any]:
+    """Return all of a run that does not depend on the clock."""
+    run = json.loads(path.read_text())["run"]
+    history = {k: v for k, v in run["history"].items() if k != "seconds"}
+    return {k: v for k, v in run.items() if k not in OF_TIME} | {"history": history}
+
+
+def live(folder: Path) -> None:
+    """Run to the end, with files written as often as there is something to write."""
+    experiment.WRITE_SECONDS = 0.0
+    torch.set_num_threads(1)
+    reproduce(folder, "--eager", "--epochs", "4", "--methods", *METHODS)
+
+
+def run(folder: Path, times: list[float]) -> int:
+    """Run to the end, killed after each of some seconds; return the number of kills."""
+    for kills, seconds in enumerate([*times, None]):
+        child = multiprocessing.get_context("fork").Process(target=live, args=(folder,))
+        child.start()
+        child.join(seconds)
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
+            return kills
+        assert child.exitcode == -signal.SIGKILL, "failed when it was resumed"
+    raise AssertionError("the last life has no end")
+
+
+def main(folder: Path) -> None:
+    """Kill a run many times; compare it with one that was left alone."""
+    importlib.import_module("torch._dynamo")  # optimisers import it late: once for all children
+    start = time.monotonic()
+    run(folder / "whole", [])
+    seconds = time.monotonic() - start
+    dice = random.Random(3)
+    kills = run(folder / "parts", [dice.uniform(0.2, 0.5) * seconds for _ in range(8)])
+    wholes = sorted((folder / "whole").glob("*/runs/*.json"))
+    assert len(wholes) == len(METHODS)
+    for whole in wholes:
+        part = folder / "parts" / whole.relative_to(folder / "whole")
+        assert scores(part) == scores(whole), f"{whole.name} differs after {kills} kills"
+    print(kills)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_runs_equal_the_uninterrupted_run(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "tests.benchmarks.test_reproduce", str(tmp_path)]
+    done = subprocess.run(call, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 2
+
+
+@pytest.mark.slow
+def test_tables_of_whatever_runs_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reproduce(tmp_path, "--epochs", "30", "--methods", "IWAE", "--eager")
+    stored = json.loads((folder / "runs" / "iwae-0.json").read_text())
+    history, facts = stored["run"]["history"], (stored["settings"], stored["hardware"])
+    assert facts[0]["epochs"] == 30
+    assert facts[1]["threads"] == 1
+    stages = [round(-7 * math.log10(1e3 * rate)) for rate in history["learning_rate"]]
+    assert stages == [0, 4, 5, 5, *6 * [6], *20 * [7]]  # 30 / 3280 * 3**i epochs each
+
+    begun = {name: v[:12] if isinstance(v, list) else v for name, v in history.items()}
+    other = {**stored, "method": "IWAE dreg", "seed": 1, "run": {"history": begun}}
+    (folder / "runs" / "iwae-dreg-1.json").write_text(json.dumps(other))
+    capsys.readouterr()
+    reproduce(tmp_path, "--epochs", "30", "--report")
+    shown, text = capsys.readouterr().out, (folder / "report.md").read_text()
+    assert "\n| IWAE " in shown
+    assert "IWAE dreg, seed 1: in epoch 13, not evaluated." in shown
+    assert "python -m benchmarks reproduce bounds --datasets digits" in text
+    assert "2 runs, one thread each" in text
+    assert (folder / "results.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="give the same options to resume"):
+        reproduce(tmp_path, "--epochs", "30", "--batch-size", "100", "--report")
+
+
+def test_spread_over_first_betas() -> None:
+    def run(value: float) -> dict[str, Any]:
+        images = {"log_p": [value], "iwae_64": [value - 1.0, value + 1.0]}
+        return {"test": images, "history": {"seconds": [1.0]}}
+
+    values = {"fixed 0.05": -3.0, "fixed 0.95": -5.0, "naive 0.5": -4.0}
+    found = beta.spreads({"runs": {name: {"0": run(value)} for name, value in values.items()}})
+    assert found["fixed"].tolist() == [-3.0, -5.0]
+    assert found["naive"].tolist() == [-4.0]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
