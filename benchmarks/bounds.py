@@ -137,13 +137,13 @@ def plot(results: Results, path: Path) -> None:
 def draw_bounds(curves: Any, final: Any, results: Results) -> None:
     """Draw learning curves, those of runs in progress too, and the final log p(x) with IWAE-64."""
     settings = results["settings"]
-    batches = -(-HELD_OUT.get(settings["dataset"], 400) // settings["batch_size"])
+    held_out = HELD_OUT.get(settings["dataset"], 400)
     trained = {
         name: found
         for name in [*results["runs"], *results["unfinished"]]
         if (found := _trained(results["runs"], name) | _trained(results["unfinished"], name))
     }
-    rows = HELD_OUT.get(settings["dataset"], 400) / batches
+    rows = held_out / -(-held_out // settings["batch_size"])  # of a batch, on average
     draw_learning(curves, {"runs": trained}, "IWAE-64", rows)
     draw_values(final, results, {"o": ("test", "log_p"), "|": ("test", "iwae_64")})
     title = f"IWAE-{settings['eval_samples']} (dot) and IWAE-64 (bar)"

@@ -67,6 +67,7 @@ class Experiment:
                     old.unlink()
         self.results: Results = {"settings": asdict(settings), "hardware": hardware()}
         self.collect()
+        self.is_compiled = bool(training.get("compile"))
         self.batch = task.train[: settings.batch_size]  # to time steps and inference on
         if task.transform is not None:
             self.batch = fixed_binarize(self.batch.cpu(), seed=0).to(self.batch)
@@ -126,10 +127,8 @@ class Experiment:
         try:
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
-            compiled = bool(self.training.get("compile"))
-            method = replace(
-                self.build(name), evaluated=path.with_suffix(".scores.pt"), compiled=compiled
-            )
+            kept = path.with_suffix(".scores.pt")
+            method = replace(self.build(name), evaluated=kept, compiled=self.is_compiled)
             self._train(method, path, seed, stored)
             write_json(path, stored)
             known |= evaluate(method, self.task, self.settings)
@@ -184,6 +183,34 @@ class Experiment:
         known["history"] = asdict(history)
         if not continues:  # else the time before the interrupt is not known
             known["processor_seconds"] = time.process_time() - start
+
+    def costs(self, name: str, evaluate: Evaluate, steps: int) -> dict[str, float]:
+        """Return the processor seconds of an epoch and of evaluation, from some steps and rows."""
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        method = self.build(name)
+        rows, times = self.task.train[: steps * self.settings.batch_size], list[float]()
+        fit(
+            method.vae.model,
+            method.guide,
+            rows,
+            loss=method.loss,
+            epochs=2,  # the first one compiles
+            optimizer=OPTIMIZER,
+            batch_size=self.settings.batch_size,
+            transform=self.task.transform,
+            progress=False,
+            on_epoch=lambda *_: times.append(time.process_time()),
+            **self.training,
+        )
+        epoch = (times[1] - times[0]) / len(rows) * len(self.task.train)
+        few, points = self.task.test[:100], len(self.task.test) + len(self.task.train_sample)
+        task = replace(self.task, test=few, train_sample=few)
+        evaluate(replace(method, compiled=self.is_compiled), task, self.settings)
+        start = time.process_time()
+        evaluate(replace(method, compiled=self.is_compiled), task, self.settings)
+        evaluation = (time.process_time() - start) / (2 * len(few)) * points
+        return {"epoch": epoch, "evaluation": evaluation}
 
     def time(self) -> None:
         """Time a training step and inference of the baseline and of the methods that have runs.

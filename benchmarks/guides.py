@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     settings = Settings.of(options, epochs=epochs, **sizes(options.dataset))
     task = image_task(settings, options, min(TRAIN_POINTS, settings.eval_points))
     experiment = Experiment(settings, task, METHODS, options)
-    experiment.run(_evaluate)
+    experiment.run(evaluate)
     experiment.time()
     mixtures = {
         f"{number} {kind}": mixture(
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     experiment.finish(report, plot)
 
 
-def _evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
+def evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
     """Return scores and sizes; parameters that guide and prior share count as the guide's."""
     guide, every = count(method.guide), count(*method.modules())
     found: dict[str, Any] = {"guide_parameters": guide, "model_parameters": every - guide}

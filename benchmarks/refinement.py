@@ -77,18 +77,21 @@ def _evaluate(method: Method, task: Task, settings: RefinementSettings) -> dict[
     model, guide, samples, rows = method.vae.model, method.guide, settings.eval_samples, task.test
     scores = evidence(method, rows, samples)
     rate = rate_of(model, guide, rows)
-    search = Search(draws=10, steps=min(1000, samples), window=50, patience=3)
-    units = active_units(guide, rows).number
-    gap_rows = rows[: settings.gap_points]
-    found = gaps(model, guide, gap_rows, num_particles=samples, search=search)
-    parts = {name: getattr(found, name) for name in ("log_marginal", "elbo", "best", "start")}
     return {
         **scores,
         "kl": rate.kl.item(),
         "mutual_information": rate.mutual_information.item(),
-        "active_units": units,
-        "gaps": {name: v.tolist() for name, v in parts.items() if v is not None},
+        "active_units": active_units(guide, rows).number,
+        "gaps": gap_parts(method, rows[: settings.gap_points], samples),
     }
+
+
+def gap_parts(method: Method, rows: Tensor, samples: int) -> dict[str, list[float]]:
+    """Return log p(x), the ELBO, and the best ELBO of the guide's family, of each row in nats."""
+    search = Search(draws=10, steps=min(1000, samples), window=50, patience=3)
+    found = gaps(method.vae.model, method.guide, rows, num_particles=samples, search=search)
+    parts = {name: getattr(found, name) for name in ("log_marginal", "elbo", "best", "start")}
+    return {name: v.tolist() for name, v in parts.items() if v is not None}
 
 
 # The report.
@@ -113,7 +116,7 @@ GAPS = {
 }
 
 
-def _gap(runs: Runs, kind: str) -> Tensor:
+def gap_of(runs: Runs, kind: str) -> Tensor:
     """Return a gap for each seed, of the means over rows; NaN where it has no meaning."""
     nowhere = {"start": torch.tensor(torch.nan)}
     each = [{n: torch.tensor(v).mean() for n, v in run["gaps"].items()} for run in runs.values()]
@@ -121,7 +124,7 @@ def _gap(runs: Runs, kind: str) -> Tensor:
 
 
 def _closed(name: str, results: Results) -> str:
-    share = _gap(results["runs"][name], "closed")
+    share = gap_of(results["runs"][name], "closed")
     return "" if share.isnan().all() else f"{100 * share.mean().item():.0f} %"
 
 
@@ -134,8 +137,8 @@ COLUMNS: dict[str, Column] = {
     "test log p": lambda n, r: spread(means(r["runs"][n], "log_p")),
     "vs VAE": lambda n, r: spread(versus(n, r, "log_p"), sign=True),
     "ELBO": lambda n, r: spread(means(r["runs"][n], "elbo")),
-    "approximation gap": lambda n, r: spread(_gap(r["runs"][n], "approximation")),
-    "amortisation gap": lambda n, r: spread(_gap(r["runs"][n], "amortisation")),
+    "approximation gap": lambda n, r: spread(gap_of(r["runs"][n], "approximation")),
+    "amortisation gap": lambda n, r: spread(gap_of(r["runs"][n], "amortisation")),
     "closed": _closed,
     "KL": lambda n, r: spread(means(r["runs"][n], "kl")),
     "mutual information": lambda n, r: spread(means(r["runs"][n], "mutual_information")),
@@ -158,7 +161,7 @@ def plot(results: Results, path: Path) -> None:
         bounds.set(xlabel="nats per test row", title=title)
         kinds = ("approximation", "amortisation")
         draw_bars(
-            gap_axes, {k: {n: _gap(r, k).mean().item() for n, r in runs.items()} for k in kinds}
+            gap_axes, {k: {n: gap_of(r, k).mean().item() for n, r in runs.items()} for k in kinds}
         )
         gap_axes.set(xlabel="nats per test row", title="log p(x) - ELBO, in its two parts")
         keys = ("kl", "mutual_information")

@@ -22,14 +22,19 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.experiment import Experiment
-from benchmarks.report import hardware
+from benchmarks.report import hardware, table
 from benchmarks.run import Settings, Task, base_parser, parse
-from benchmarks.studies import beta, bounds, snr
+from benchmarks.studies import beta, bounds, recursive, snr
 from benchmarks.studies.study import Study
 from benchmarks.tasks.images import image_task
 from pyro_recursive.training import burda_schedule
 
-STUDIES: dict[str, Study] = {"bounds": bounds.STUDY, "beta": beta.STUDY, "snr": snr.STUDY}
+STUDIES: dict[str, Study] = {
+    "bounds": bounds.STUDY,
+    "snr": snr.STUDY,
+    "beta": beta.STUDY,
+    "recursive": recursive.STUDY,
+}
 SMOKE = {"datasets": ["digits"], "networks": ["20-5"], "seeds": [0], "epochs": 2, "jobs": 1}
 
 
@@ -54,6 +59,9 @@ def main(arguments: list[str]) -> None:
     ]
     resume = not options.smoke
     experiments = {group: experiment(options, *group, resume=resume) for group in groups}
+    if options.costs:
+        print(_costs(options, experiments))
+        return
     if not options.report:
         missing = [
             run
@@ -85,6 +93,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="of model and data; default: cpu")
     parser.add_argument("--eager", action="store_true", help="no compiled steps: seeds repeat")
     parser.add_argument("--report", action="store_true", help="of the runs that there are")
+    parser.add_argument("--costs", action="store_true", help="of each run, from 100 steps of it")
     options = parse(parser, arguments, **SMOKE)
     study = STUDIES[options.study]
     options.datasets = options.datasets or list(study.datasets)
@@ -119,7 +128,7 @@ def experiment(
         own,
         study.validation_particles,
         scheduler=partial(burda_schedule, num_epochs=options.epochs),
-        compile=not options.eager,
+        compile=False if options.eager else "replay",
         compile_cache=None if options.eager else f"{options.output}/graphs",
     )
 
@@ -141,8 +150,9 @@ def _run_all(options: argparse.Namespace, runs: list[Run]) -> None:
     with pool:
         futures = {pool.submit(_complete, options, run): run for run in runs}
         for number, future in enumerate(as_completed(futures), 1):
-            future.result()
-            print(f"{number} of {len(runs)}: {futures[future]}", file=sys.stderr)
+            error = future.exception()  # the other runs go on
+            text = "done" if error is None else f"failed, {type(error).__name__}: {error}"
+            print(f"{number} of {len(runs)}: {futures[future]}: {text}", file=sys.stderr)
 
 
 def _end_with_parent() -> None:
@@ -161,6 +171,21 @@ def _complete(options: argparse.Namespace, run: Run) -> None:
     torch.set_num_threads(1)
     study = STUDIES[options.study]
     experiment(options, run.dataset, run.networks).complete(run.method, run.seed, study.evaluate)
+
+
+def _costs(options: argparse.Namespace, experiments: dict[Any, Experiment]) -> str:
+    """Return a table of what each run will take: processor time."""
+    rows = []
+    for (dataset, networks), each in experiments.items():
+        for method in options.methods:
+            found = each.costs(method, STUDIES[options.study].evaluate, steps=100)
+            epoch, evaluation = found["epoch"], found["evaluation"]
+            hours = (epoch * options.epochs + evaluation) / 3600
+            numbers = f"{epoch:.1f}", f"{evaluation / 60:.1f}", f"{hours:.2f}"
+            rows.append([f"{dataset} {networks}", method, *numbers])
+    header = ["run", "method", "seconds/epoch", "evaluation, minutes"]
+    header.append(f"hours for {options.epochs} epochs")
+    return table(header, rows)
 
 
 def _facts(each: Experiment) -> str:

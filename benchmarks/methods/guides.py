@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from benchmarks.report import BASELINE
 from benchmarks.run import Method, Methods, Settings, Task, count
 from benchmarks.tasks.images import VAE, tanh_network
 from pyro_recursive import (
+    MISELBO,
     MIWAE_ELBO,
+    SIWAE_ELBO,
     AmortizedGuide,
     FlowGuide,
     MixtureGuide,
@@ -55,6 +58,14 @@ def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
     propose = max(1, round(0.3 * each))
     refine = max(1, each - propose)
     return Schedule(first=max(1, first), propose=propose, refine=refine, joint=last, patience=0)
+
+
+def early(steps: int, number: int) -> Schedule:
+    """Divide training for a model that learns, too: early growth, and a long joint phase."""
+    first, each = max(1, round(0.05 * steps)), 0.05 * steps
+    propose, refine = max(1, round(0.3 * each)), max(1, round(0.7 * each))
+    joint = max(0, steps - first - (number - 1) * (propose + refine))
+    return Schedule(first=first, propose=propose, refine=refine, joint=joint, patience=0)
 
 
 def encoder_of(task: Task, settings: Settings, hidden: int | None = None) -> nn.Sequential:
@@ -97,19 +108,31 @@ def mixture(
     return MixtureGuide(vae.model, parts, weights="linear", trunk=trunk, name=name)
 
 
-def _mixture(vae: VAE, task: Task, settings: Settings, number: int, shared: bool = False) -> Method:
+def _mixture(
+    vae: VAE,
+    task: Task,
+    settings: Settings,
+    number: int,
+    shared: bool = False,
+    make_loss: Callable[[int], ELBO] = partial(Stratified_ELBO, estimator="stl"),  # noqa: B008
+) -> Method:
     guide = mixture(vae, task, settings, number, shared)
-    return Method(vae, guide, Stratified_ELBO(DRAWS // number, estimator="stl"))
+    return Method(vae, guide, make_loss(DRAWS // number))
 
 
 def _recursive(
-    vae: VAE, task: Task, settings: Settings, number: int, joint: bool = True, **options: Any
+    vae: VAE,
+    task: Task,
+    settings: Settings,
+    number: int,
+    stages: Callable[[int, int], Schedule] = schedule,
+    **options: Any,
 ) -> Method:
     encoders = [vae.encoder, *(encoder_of(task, settings) for _ in range(number - 1))]
     guide = RecursiveMixtureGuide(
         vae.model,
         [AmortizedGuide(vae.model, encoder) for encoder in encoders],
-        schedule=schedule(settings.steps(len(task.train)), number, joint),
+        schedule=stages(settings.steps(len(task.train)), number),
         weights="linear",
         name=f"{vae.name}guide",
     )
@@ -121,9 +144,9 @@ def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: Estima
     return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
 
 
-def _vamp(vae: VAE, task: Task, settings: Settings, recursive: bool) -> Method:
+def _vamp(vae: VAE, task: Task, settings: Settings, recursive: bool, own: bool = False) -> Method:
     # A recursive mixture and its prior have an encoder each: a parameter has one objective.
-    encoder = encoder_of(task, settings) if recursive else vae.encoder
+    encoder = encoder_of(task, settings) if recursive or own else vae.encoder
     order = torch.randperm(len(task.train))[: 100 if settings.dataset == "digits" else 200]
     vae.prior = VampPrior(encoder, task.train[order], bounds=(0.0, 1.0))
     if recursive:
@@ -143,9 +166,23 @@ METHODS: Methods = {
     "recursive 3": partial(_recursive, number=3),
     "recursive 4": partial(_recursive, number=4),
     "recursive 4 clamped": partial(_recursive, number=4, objective=CLAMP, proposal=CLAMP),
-    "boosting 4": partial(_recursive, number=4, joint=False, objective="relbo", proposal="relbo"),
+    "boosting 4": partial(
+        _recursive,
+        number=4,
+        stages=partial(schedule, joint=False),
+        objective="relbo",
+        proposal="relbo",
+    ),
     "IAF": partial(_flow, kind="iaf", estimator="pathwise"),
     "coupling flow": partial(_flow, kind="coupling", estimator="stl"),
     "VAE VampPrior": partial(_vamp, recursive=False),
     "recursive 2 VampPrior": partial(_vamp, recursive=True),
+}
+
+LONGER: Methods = {  # of the study of recursive mixtures, beside these
+    "recursive 2 early": partial(_recursive, number=2, stages=early),
+    "recursive 4 early": partial(_recursive, number=4, stages=early),
+    "mixture 2 MISELBO": partial(_mixture, number=2, make_loss=MISELBO),
+    "mixture 2 SIWAE": partial(_mixture, number=2, make_loss=SIWAE_ELBO),
+    "VAE VampPrior own encoder": partial(_vamp, recursive=False, own=True),
 }

@@ -52,7 +52,8 @@ def plot(results: Results, path: Path) -> None:
     """Draw learning curves, and the final log p(x) with IWAE-64."""
     settings = results["settings"]
     with figure(path, 1, 2, 120, figsize=(12, 4.5)) as (drawn, axes):
-        draw_bounds(*axes[0], results)
+        curves, final = axes[0]
+        draw_bounds(curves, final, results)
         networks = f"networks {settings['hidden']}-{settings['latent']}"
         drawn.suptitle(f"{settings['dataset']}, {networks}, {settings['epochs']} epochs")
 
