@@ -62,10 +62,7 @@ def schedule(steps: int, number: int, joint: bool = True) -> Schedule:
 
 def early(steps: int, number: int) -> Schedule:
     """Divide training for a model that learns, too: early growth, and a long joint phase."""
-    first, each = max(1, round(0.05 * steps)), 0.05 * steps
-    propose, refine = max(1, round(0.3 * each)), max(1, round(0.7 * each))
-    joint = max(0, steps - first - (number - 1) * (propose + refine))
-    return Schedule(first=first, propose=propose, refine=refine, joint=joint, patience=0)
+    return Schedule.fractions(steps, number, patience=0)
 
 
 def encoder_of(task: Task, settings: Settings, hidden: int | None = None) -> nn.Sequential:

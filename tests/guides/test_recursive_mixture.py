@@ -72,6 +72,19 @@ def test_stages_and_members() -> None:
     assert guide.steps_left == guide.stage_steps_left == 0
 
 
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("steps", [60, 1000, 12345])
+def test_fractions_of_training_take_all_of_it(steps: int, number: int) -> None:
+    schedule = Schedule.fractions(
+        steps, number, first=0.2, propose=0.01, refine=0.04, cycles=1, cycle=3
+    )
+    stages = schedule.stages(number)
+    assert sum(stage.steps for stage in stages) == steps
+    wanted = [0.2, *(number - 1) * [0.01, 0.04], *number * [3 / steps]]
+    found = [stage.steps / steps for stage in stages[:-1]]
+    assert found == pytest.approx(wanted, abs=0.5 / steps)
+
+
 def test_steps_left() -> None:
     """Those of the schedule, counted down, less those that a dropped component had before it."""
     schedule = Schedule(first=2, propose=1, refine=3, cycles=2, cycle=5, joint=4, patience=0)
@@ -314,6 +327,7 @@ def test_components_must_not_share_parameters() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "fractions": (lambda: Schedule.fractions(100, 4, first=0.9), "108 of 100 steps"),
     "first": (lambda: Schedule(first=0), "first must be at least 1"),
     "draws": (lambda: Schedule(draws=-1), "draws must be at least 0"),
     "one": (lambda: RecursiveMixtureGuide(bimodal, 1), "at least 2 components"),
