@@ -31,6 +31,7 @@ from pyro_recursive.evaluation.plots import (
     plot_history,
     plot_pareto_k,
     plot_ranks,
+    plot_saliency,
 )
 from pyro_recursive.evaluation.predictions import (
     log_likelihoods,
@@ -39,6 +40,7 @@ from pyro_recursive.evaluation.predictions import (
     prior_draws,
 )
 from pyro_recursive.evaluation.ranks import Calibration
+from pyro_recursive.evaluation.saliency import saliency
 from pyro_recursive.evaluation.sbc import calibration, calibration_by_fits
 from pyro_recursive.evaluation.snr import (
     SignalToNoise,
@@ -82,11 +84,13 @@ __all__ = [
     "plot_history",
     "plot_pareto_k",
     "plot_ranks",
+    "plot_saliency",
     "posterior_draws",
     "predict",
     "predictive_draws",
     "prior_draws",
     "psis",
     "rate_of",
+    "saliency",
     "signal_to_noise",
 ]

@@ -192,6 +192,24 @@ def plot_history(history: Losses, ax: Any = None) -> Any:
     return _with_legend(ax)
 
 
+@checked
+def plot_saliency(values: Tensor, ax: Any = None) -> Any:
+    """Plot the saliency of sequences ``[rows, length]``: a line of an image for each row.
+
+    >>> import torch
+    >>> plot_saliency(torch.rand(3, 10)).get_xlabel()
+    'symbol'
+    """
+    if values.dim() != 2:
+        raise ValueError(f"values must be [rows, length], got {list(values.shape)}.")
+    ax = _axes(ax)
+    image = ax.imshow(_array(values), aspect="auto", cmap="viridis", vmin=0.0)
+    label = "saliency, nats per unit of the latents"
+    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.set(xlabel="symbol", ylabel="row")
+    return ax
+
+
 def _axes(ax: Any) -> Any:
     if ax is not None:
         return ax
