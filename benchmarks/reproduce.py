@@ -100,7 +100,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.networks = options.networks or list(study.networks)
     options.methods = options.methods or list(study.methods)
     if options.smoke:
-        options.methods = options.methods[:3]
+        options.methods = options.methods[:2]
     unknown = set(options.methods) - study.methods.keys()
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(study.methods)}")

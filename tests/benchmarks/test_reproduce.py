@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     run(folder / "whole", [])
     seconds = time.monotonic() - start
     dice = random.Random(3)
-    kills = run(folder / "parts", [dice.uniform(0.2, 0.5) * seconds for _ in range(8)])
+    kills = run(folder / "parts", [dice.uniform(0.05, 0.4) * seconds for _ in range(8)])
     wholes = sorted((folder / "whole").glob("*/runs/*.json"))
     assert len(wholes) == len(METHODS)
     for whole in wholes:
