@@ -115,9 +115,14 @@ class Experiment:
             list(product(self.options.seeds, self.options.methods)), desc="runs"
         ):
             self.complete(name, seed, evaluate)
+            self.collect()
+            write_json(self.path, self.results)
 
     def complete(self, name: str, seed: int, evaluate: Evaluate) -> None:
-        """Train and evaluate a method with a seed, or what is left of it to do."""
+        """Train and evaluate a method with a seed, or what is left of it to do.
+
+        Several processes may complete different runs at once: this writes files of the run alone.
+        """
         if self.is_done(name, seed):
             return
         path = self.file(name, seed)
@@ -135,8 +140,6 @@ class Experiment:
         except NonFiniteError as error:  # a result, too
             stored["diverged"] = str(error)
         write_json(path, stored)
-        self.collect()
-        write_json(self.path, self.results)
 
     def _train(self, method: Method, path: Path, seed: int, stored: dict[str, Any]) -> None:
         """Train one method; add its history and processor time to its run."""
