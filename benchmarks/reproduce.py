@@ -62,19 +62,22 @@ def main(arguments: list[str]) -> None:
     if options.costs:
         print(_costs(options, experiments))
         return
+    failed = 0
     if not options.report:
         missing = [
             run
             for run in runs
             if not experiments[run.dataset, run.networks].is_done(run.method, run.seed)
         ]
-        _run_all(options, missing)
+        failed = _run_all(options, missing)
     for each in experiments.values():
         each.collect()
         if any(each.results[kind] for kind in ("runs", "unfinished")):
             each.finish(study.report, study.plot)
             text = f"{_facts(each)}\n\n{study.report(each.results)}\n"
             (each.folder / "report.md").write_text(text)
+    if failed:
+        sys.exit(f"{failed} runs failed: the same command tries them again")
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -139,20 +142,26 @@ def _on_device(task: Task, device: str) -> Task:
     return replace(task, **moved, make_vae=lambda name: task.make_vae(name).to(device))
 
 
-def _run_all(options: argparse.Namespace, runs: list[Run]) -> None:
+def _run_all(options: argparse.Namespace, runs: list[Run]) -> int:
+    """Complete all runs, in several processes if there are jobs; return how many failed there."""
     if options.jobs == 1:
         for run in runs:
             _complete(options, run)
-        return
+        return 0
+    failed = 0
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would overwrite each other
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.jobs, context, _end_with_parent, max_tasks_per_child=1)
-    with pool:
-        futures = {pool.submit(_complete, options, run): run for run in runs}
+    futures = {pool.submit(_complete, options, run): run for run in runs}
+    try:
         for number, future in enumerate(as_completed(futures), 1):
             error = future.exception()  # the other runs go on
+            failed += error is not None
             text = "done" if error is None else f"failed, {type(error).__name__}: {error}"
             print(f"{number} of {len(runs)}: {futures[future]}: {text}", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return failed
 
 
 def _end_with_parent() -> None:
