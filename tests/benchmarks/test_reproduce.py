@@ -16,12 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import experiment
 from benchmarks.studies import beta
+from pyro_recursive import CIWAE_ELBO
 
 ROOT, METHODS = Path(__file__).parents[2], ["Trace_ELBO", "CIWAE learned"]
 SMALL = ["--datasets", "digits", "--networks", "10-3", "--eval-points", "250"]
@@ -126,6 +129,32 @@ def test_spread_over_first_betas() -> None:
     found = beta.spreads({"runs": {name: {"0": run(value)} for name, value in values.items()}})
     assert found["fixed"].tolist() == [-3.0, -5.0]
     assert found["naive"].tolist() == [-4.0]
+
+
+def test_the_naive_rule_ascends_the_bound_in_beta() -> None:
+    def model(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Any) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(len(x))), 1.0))
+
+    x, start = torch.tensor([1.0, -2.0, 0.5]), 0.3
+
+    def value(beta_now: float) -> float:
+        pyro.set_rng_seed(1)
+        return CIWAE_ELBO(64, beta=beta_now).loss(model, guide, x)
+
+    pyro.set_rng_seed(1)
+    loss = beta.loss_of("naive", start)
+    loss.loss_and_grads(model, guide, x)
+    gradient = pyro.get_param_store()["ciwae.beta"].unconstrained().grad
+    # The bound is linear in beta, and beta the sigmoid of the parameter.
+    expected = (value(1.0) - value(0.0)) * start * (1 - start)
+    assert gradient is not None
+    assert gradient.item() == pytest.approx(expected, rel=1e-6)
 
 
 if __name__ == "__main__":
