@@ -200,7 +200,8 @@ class Run:
                     for number, loss in enumerate(losses, learner.steps - len(losses) + 1):
                         self.on_step(number, loss)
                 is_due = time.monotonic() - self.last_checkpoint >= self.checkpoint_seconds
-                if is_due and phase is None and count < (self.batches.count or 0):
+                is_within = self.passes is None and count < (self.batches.count or 0)
+                if is_due and is_within and phase is None:
                     learner.check(batch, epoch)
                     seconds = time.perf_counter() - start
                     done = {"batches": count, "loss": total.item(), "rows": rows}
