@@ -42,8 +42,11 @@ def reproduce(folder: Path, *more: str) -> Path:
 def scores(path: Path) -> dict[str, Any]:
     """Return all of a run that does not depend on the clock."""
     run = json.loads(path.read_text())["run"]
-    history = {k: v for k, v in run["history"].items() if k != "seconds"}
-    return {k: v for k, v in run.items() if k not in OF_TIME} | {"history": history}
+    found = {f"history {k}": v for k, v in run["history"].items() if k != "seconds"}
+    for part in run.keys() - OF_TIME:
+        own = run[part] if isinstance(run[part], dict) else {"": run[part]}
+        found |= {f"{part} {k}": v for k, v in own.items()}
+    return found
 
 
 def live(folder: Path) -> None:
@@ -79,7 +82,9 @@ def main(folder: Path) -> None:
     assert len(wholes) == len(METHODS)
     for whole in wholes:
         part = folder / "parts" / whole.relative_to(folder / "whole")
-        assert scores(part) == scores(whole), f"{whole.name} differs after {kills} kills"
+        mine, other = scores(part), scores(whole)
+        wrong = {key: (mine.get(key), other[key]) for key in other if mine.get(key) != other[key]}
+        assert not wrong, f"{whole.name} differs after {kills} kills: {wrong}"
     print(kills)
 
 
