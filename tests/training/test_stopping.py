@@ -87,7 +87,7 @@ def test_a_drift_of_one_sd_a_block_never_stops() -> None:
 def test_stages_of_a_loss_end_at_noise_and_not_on_a_drift(rho: float) -> None:
     means = blocks(autoregression(rho, 64 * BLOCK, 100)).T
     means = means / means.std()
-    for drift, sure in ((0.0, lambda n: n > 75), (1.0, lambda n: n < 3)):
+    for drift, sure in ((0.0, lambda n: n > 95), (0.3, lambda n: n < 6)):
         ended = 0
         for own in means:
             rule = StopRule(1e-6)
