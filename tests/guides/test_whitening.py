@@ -55,7 +55,9 @@ GUIDES: dict[str, Callable] = {
     "own": partial(AmortizedGuide, family=Own()),
     "flow": partial(FlowGuide, transforms=2, hidden=(8,)),
     "mixture": partial(MixtureGuide, components=2, family="full"),
-    "recursive": partial(RecursiveMixtureGuide, components=2, family="full", schedule=SCHEDULE),
+    "recursive": partial(
+        RecursiveMixtureGuide, paths=0, components=2, family="full", schedule=SCHEDULE
+    ),
 }
 
 
