@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from benchmarks.tasks.posteriors import square
+from benchmarks.tasks.posteriors import labels, square
 from pyro_recursive import AmortizedGuide, RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
 from pyro_recursive.evaluation import importance_weights, psis
 from pyro_recursive.guides.mixture import paths
@@ -42,6 +42,19 @@ def test_both_roots_are_members_after_one_step(seed: int) -> None:
     assert guide.members == (0, 1)
     torch.testing.assert_close(guide.component_weights(), torch.full((2,), 0.5), atol=0.03, rtol=0)
     assert problem.log_evidence - elbo(guide) < 0.013
+
+
+@pytest.mark.slow
+def test_all_labels_are_members_after_one_step() -> None:
+    problem = labels()
+    torch.manual_seed(0)
+    guide = RecursiveMixtureGuide(problem.model, 6, family="full", paths=32, schedule=SHORT)
+    step(guide)
+    assert guide.members == tuple(range(6)) and guide.report.paths == 32
+    torch.testing.assert_close(
+        guide.component_weights(), torch.full((6,), 1 / 6), atol=0.02, rtol=0
+    )
+    assert problem.log_evidence - elbo(guide) < 0.06
 
 
 SCALES = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)

@@ -18,7 +18,7 @@ from pyro_recursive.losses.component_search import IN_ONE_PASS, _Search, place_c
 from pyro_recursive.tracing.program import Program
 from tests.oracles.mixtures import log_mixture_of, put, two_modes
 from tests.oracles.mixtures import log_q as mixture_density
-from tests.oracles.quadrature import minimise
+from tests.oracles.quadrature import log_normal, minimise
 
 # Masses, locations and scales; the divergence of the best single normal.
 TARGETS = {
@@ -96,6 +96,47 @@ def test_a_search_finds_the_mode_that_is_missing(parts: Any, near: float, at_lea
         found.append(guide.component(1).free_global[0].item())
         assert torch.equal(guide.component(0).free_global, first)
     assert sum(abs(place - parts[1][1]) < near for place in found) >= at_least
+
+
+def banana() -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), torch.tensor([2.0, 1.0])).to_event(1))
+    pyro.factor(
+        "bent", log_normal(z[..., 1], z[..., 0] ** 2, 0.5) - log_normal(z[..., 1], 0.0, 1.0)
+    )
+
+
+def gain_of_a_proposal(seed: int, paths: int | None) -> float:
+    """Return what a component gains where it is placed beside a Gaussian, at its best share."""
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    schedule = Schedule(first=1)
+    guide = RecursiveMixtureGuide(banana, 2, family="full", paths=paths, schedule=schedule)
+    guide.prepare()
+    with torch.no_grad():
+        guide.component(0).free_global[:4] = torch.tensor([0.0, 0.3, -0.3, -0.6])
+    guide.end_stage()
+    place_component(Program(banana, guide), guide)
+    parts = [
+        guide.component(m).family(guide.component(m).free_global.detach(), 2) for m in range(2)
+    ]
+    u = torch.stack([part.sample((20_000,)) for part in parts])
+    table = torch.stack([part.log_prob(u) for part in parts], -1)
+    log_p = log_normal(u[..., 0], 0.0, 2.0) + log_normal(u[..., 1], u[..., 0] ** 2, 0.5)
+    before = (log_p - table[..., 0])[0].mean()
+    gains = []
+    for share in torch.linspace(0.05, 0.95, 19):
+        weights = torch.stack([1 - share, share])
+        terms = (log_p - (table + weights.log()).logsumexp(-1)).mean(1)
+        gains.append((weights * terms).sum() - before)
+    return max(gains).item()
+
+
+def test_proposals_by_weights_gain_more_than_isotropic_ones() -> None:
+    """On a banana, beside a Gaussian at its bend: they start in its arms, with their slopes."""
+    by_weights = [gain_of_a_proposal(seed, None) for seed in range(4)]
+    isotropic = [gain_of_a_proposal(seed, 0) for seed in range(4)]
+    assert min(by_weights) > 0.25
+    assert sum(by_weights) / 4 > sum(isotropic) / 4 + 0.08
 
 
 def test_a_search_stays_away_from_where_the_model_overflows() -> None:

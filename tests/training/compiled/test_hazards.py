@@ -481,8 +481,8 @@ def test_handlers_that_look_at_sites_see_eager_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("many", [False, True])
-def test_a_mixture_grows_as_under_svi(many: bool) -> None:
+@pytest.mark.parametrize(("many", "paths"), [(False, 0), (True, 0), (False, None)])
+def test_a_mixture_grows_as_under_svi(many: bool, paths: int | None) -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 3.0))
         pyro.sample("x", dist.Normal(z**2, 1.0), obs=torch.tensor(4.0))
@@ -490,7 +490,7 @@ def test_a_mixture_grows_as_under_svi(many: bool) -> None:
     schedule = Schedule(first=12, propose=8, refine=8, draws=64)
 
     def scenario(make: Callable[..., Any]) -> list[Any]:
-        mixture = RecursiveMixtureGuide(model, 2, paths=0, schedule=schedule)
+        mixture = RecursiveMixtureGuide(model, 2, paths=paths, schedule=schedule)
         svi, stages = make(model, mixture, adam(), RecursiveMixture_ELBO(4)), []
         if many and isinstance(svi, CompiledSVI):
             svi.run(68)
