@@ -384,6 +384,8 @@ def density_at(guide: Any, args: tuple, values: dict[str, Tensor]) -> Tensor:
     for group in guide.groups:
         u, keep = call.block_of(group, values).pack(values), group.keep(call.kept)
         found.append(log_density(guide.posterior(group, call), u, keep).sum())
+        if group.whitening is not None:
+            found[-1] = found[-1] - group.whitening.log_det
     return torch.stack(found)
 
 
