@@ -45,10 +45,10 @@ class AmortizedGuide(LatentGuide):
             unconstrained space. An encoder's last linear layer is moved there, if the ELBO is much
             higher.
         init_scale: the scale, in unconstrained space, of the Gaussians that have free parameters.
-        whiten: True trains v in ``u = loc + L v``, from N(0, I), where ``N(loc, L L')`` is the best
-            Gaussian of `pathfinder` for the first call's arguments: an optimiser's steps are then
-            in posterior standard deviations. Or any ``(loc, L)`` of the unconstrained latents,
-            ``[D]`` and ``[D, D]``. Without encoder or ``plate=``; in the `state_dict`.
+        whiten: True trains v in ``u = loc + L v``, from N(0, I) instead of ``init_scale``, where
+            ``N(loc, L L')`` is Pathfinder's best Gaussian for the first call's arguments: steps of
+            an optimiser are in posterior standard deviations. Or any ``(loc, L)`` of unconstrained
+            latents, ``[D]`` and ``[D, D]``. Not with an encoder or ``plate=``.
         create_plates: as in Pyro's autoguides: makes the plates, for models with ``subsample=``.
         name: tells the parameters in Pyro's store from another guide's.
 

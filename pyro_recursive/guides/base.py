@@ -286,7 +286,10 @@ class LatentGuide(AutoGuide):
         if self._has("encoder") and not any(latents.local for latents in groups):
             raise ValueError(f"{type(self).__name__} has no rows to encode. Give plate=.")
         if self.whiten is not False and groups[0].whitening is None:
-            raise ValueError(f"{self.name} is part of another guide. Give whiten= to that guide.")
+            raise ValueError(
+                f"{self.name} is part of another guide and has whiten=. Give that to the mixture, "
+                "or leave it out."
+            )
         start = search.find(self.init_loc_fn)
         for latents in groups:
             self.build(latents, latents.flatten(start), raw)

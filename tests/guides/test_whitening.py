@@ -338,7 +338,7 @@ REFUSED: dict[str, tuple[Callable, tuple, str]] = {
     "component": (
         lambda: MixtureGuide(rows, [AmortizedGuide(rows, whiten=True), AmortizedGuide(rows)]),
         (X,),
-        "AmortizedGuide is part of another guide. Give whiten= to that guide",
+        r"AmortizedGuide is part of another guide and has whiten=. Give that to the mixture",
     ),
     "refined": (
         lambda: SemiAmortizedGuide(rows, AmortizedGuide(rows, plate="data", whiten=True)),
