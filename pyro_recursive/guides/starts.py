@@ -29,6 +29,7 @@ from pyro_recursive.tracing.compatibility import check_finite
 from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
+from pyro_recursive.tracing.plates import outside_of_plates
 from pyro_recursive.tracing.sites import (
     Site,
     at_zero,
@@ -152,8 +153,10 @@ class StartSearch:
 
     @cached_property
     def _pathfinder(self) -> tuple[LogDensity, Gaussians]:
-        density = LogDensity(self.model, self.args, self.kwargs, self.trace)
-        found = find_gaussians(density, PATHS)
+        # The guide may be called under a plate of particles, and without gradients.
+        with outside_of_plates(), torch.inference_mode(False), torch.enable_grad():
+            density = LogDensity(self.model, self.args, self.kwargs, self.trace)
+            found = find_gaussians(density, PATHS)
         return density, found.gaussians[found.elbo.argmax()]
 
     def log_density(self, start: Values, minibatch: Values) -> float:

@@ -6,14 +6,16 @@ datum, usually) has its own K weights. Every other plate is summed.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine import runtime
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
@@ -241,6 +243,18 @@ def outer_shape() -> tuple[int, ...]:
     for frame in frames:
         shape[frame.dim] = frame.size
     return tuple(shape)
+
+
+@contextmanager
+def outside_of_plates() -> Iterator[None]:
+    """Run a block as if no handler or plate were around it: its plates may have their names."""
+    dims = runtime._DIM_ALLOCATOR  # Pyro has no public way to leave a plate
+    around, dims._stack = dims._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        dims._stack = around
 
 
 def local_sites(structure: ProgramStructure) -> frozenset[str]:

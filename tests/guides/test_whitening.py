@@ -149,6 +149,15 @@ def test_a_gaussian_posterior_is_the_start(kind: str) -> None:
     torch.testing.assert_close(guide.whitening.loc, mean)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_first_call_may_be_for_many_particles(context: Any) -> None:
+    _, _, model = gaussian(1e6)
+    guide = AmortizedGuide(model, whiten=True)
+    loss = Trace_ELBO(100, vectorize_particles=True, max_plate_nesting=2)
+    with context():
+        assert loss.loss(model, guide) == pytest.approx(-1.5, abs=1e-6)
+
+
 def test_the_gaussian_of_paths_whitens() -> None:
     _, _, model = gaussian(1e6)
     guide = AmortizedGuide(model, whiten=pathfinder(model, paths=2).gaussian)

@@ -305,6 +305,7 @@ KINDS = [
     Kind("refined_by_network", refined_by_network, "encoder"),
     Kind("refined_table", lambda s: refined(s, table(AmortizedGuide)(s), mode="svi"), "table"),
     Kind("refined_mixture", lambda s: refined(s, encoders(s)), "encoder"),
+    Kind("whitened", joint(AmortizedGuide, family="full", whiten=True)),
 ]
 KIND = {kind.name: kind for kind in KINDS}
 

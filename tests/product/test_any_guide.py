@@ -65,7 +65,7 @@ DENSITIES = {"constrained", "factor", "reparam", "mixture_prior", "improper", "a
 VARIANTS = {  # of other kinds, by what does not depend on the model: some models will do
     **dict.fromkeys(("full", "low_rank", "encoder_full"), OF_VARIANTS),  # families
     **dict.fromkeys(("recursive_table", "recursive_conditional"), OF_VARIANTS),  # growth
-    "refined_by_network": OF_VARIANTS,
+    **dict.fromkeys(("refined_by_network", "whitened"), OF_VARIANTS),
     "refined_second_order": OF_VARIANTS | DENSITIES,
 }
 
@@ -87,6 +87,11 @@ def refusal(row: Row, kind: Kind, by_row: bool) -> Refused | None:
         (is_auto and row.name in UNSIZED, ValueError, "Plate 'data' has no size, which Auto"),
         (is_auto and row.name == "mixture_prior", NotImplementedError, "Cannot transform Mixture"),
         (is_auto and row.name == "improper", NotImplementedError, "does not support sampling"),
+        (
+            kind.name == "whitened" and row.name in MASKED_IN_PARTS,
+            NotImplementedError,
+            "whitened coordinates mix all latents",
+        ),
         (is_hand and row.name == "factor_in_guide", NotImplementedError, "site 'u'"),
         (is_hand and row.name in MASKED, NotImplementedError, r"masks site"),
     )

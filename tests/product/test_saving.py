@@ -28,7 +28,6 @@ from pyro_recursive import (
     AmortizedGuide,
     ExemplarPrior,
     MAPAGuide,
-    MixtureGuide,
     RecursiveMixture_ELBO,
     Stratified_ELBO,
     VampPrior,
@@ -38,7 +37,7 @@ from pyro_recursive import (
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.mapa import EncodedCodes, FreeCodes, GridCodes, PseudoInputCodes
 from tests.models import Row, small
-from tests.models.guides import KINDS, Kind, Setting, density_at, joint, no_guide, quiet
+from tests.models.guides import KINDS, Kind, Setting, density_at, no_guide, quiet
 from tests.models.losses import LOSSES, OF_MIXTURES
 
 ROWS, LATENTS = 4, 2
@@ -96,12 +95,7 @@ def mapa_rest(s: Setting) -> MAPAGuide:
     return MAPAGuide(s.model, codes, data(), site="z", rest=rest)
 
 
-MORE = [
-    *(Kind("mapa", mapa), Kind("mapa_rest", mapa_rest)),
-    Kind("whitened", joint(AmortizedGuide, family="full", whiten=True)),
-    Kind("whitened_mixture", joint(MixtureGuide, 2, whiten=True)),
-]
-KIND = {kind.name: kind for kind in [*KINDS, *MORE]}
+KIND = {kind.name: kind for kind in [*KINDS, Kind("mapa", mapa), Kind("mapa_rest", mapa_rest)]}
 OWN = [name for name in KIND if name not in OF_PYRO]
 
 
