@@ -27,7 +27,7 @@ from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 from pyro_recursive.training import CheckpointError
 
 MOMENTS = {"before": 0.0, "during": 0.1, "after": 1.0}  # the part of training
-ESTIMATORS: tuple[EstimatorName, ...] = ("pathwise", "dreg", "stl", "rws", "rws-dreg", "vimco")
+ESTIMATORS: tuple[EstimatorName, ...] = ("pathwise", "dreg", "stl", "rws", "rws-dreg")
 PARTICLES, ESTIMATES = (1, 4, 16, 64, 256, 1024), (1, 4, 16, 64)
 PARTICLES_OF_ESTIMATES = 16
 ROWS = 20  # of the minibatch
@@ -53,7 +53,7 @@ def evaluate(trained: Method, task: Task, settings: Settings) -> dict[str, Any]:
     for estimator in ESTIMATORS:
         for m, k in CELLS:
             key = f"{estimator} {m} {k}"
-            if key in kept or (estimator == "vimco" and k == 1):
+            if key in kept:
                 continue
             loss = MIWAE_ELBO(m, k, estimator=estimator)
             model, guide = trained.vae.model, trained.guide
