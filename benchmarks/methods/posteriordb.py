@@ -197,4 +197,10 @@ METHODS: dict[str, Callable[[Run], Any]] = {
     ),
     "Pathfinder 1": lambda run: pathfinder(run.model, paths=1),
     "Pathfinder 8": lambda run: pathfinder(run.model, paths=PATHS),
+    "whitened full rank": trained(
+        lambda run: AmortizedGuide(run.model, family="full", whiten=True)
+    ),
+    "whitened coupling": trained(
+        lambda run: FlowGuide(run.model, "coupling", whiten=True), rate=RATE_OF_FLOWS
+    ),
 }
