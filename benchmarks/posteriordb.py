@@ -22,7 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.methods import posteriordb_numpyro as in_numpyro
-from benchmarks.methods.posteriordb import METHODS, Counted, Run, Sampled, Settings, counting
+from benchmarks.methods.posteriordb import (
+    METHODS,
+    Counted,
+    Run,
+    Sampled,
+    Settings,
+    Trained,
+    counting,
+)
 from benchmarks.posteriordb_report import plot, plot_overview, report
 from benchmarks.report import Results, finish, write_json
 from benchmarks.run import base_parser, parse, stored
@@ -46,6 +54,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(EVERY))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000, help="of a guide that is trained")
+    parser.add_argument("--timing", action="store_true", help="time steps, eager and compiled")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
     options = parse(parser, arguments, **SMOKE)
     options.posteriors = options.posteriors or (["square"] if options.smoke else every)
@@ -63,6 +72,8 @@ def main(arguments: list[str]) -> None:
         results["runs"].setdefault(name, {}).setdefault(method, {})[str(seed)] = found
         results.setdefault("floors", {})[name] = posterior(name).floor
         write_json(folder / "results.json", results)
+    if options.timing:
+        time_steps(options, settings, results)
     pictures = {folder / "errors.png": plot, folder / "overview.png": plot_overview}
     for picture, draw in pictures.items():
         draw(results, picture)
@@ -78,6 +89,20 @@ def _missing(options: Any, results: Results) -> Iterator[tuple[str, str, int]]:
                 applies = method in METHODS or in_numpyro.applies(posterior(name))
                 if applies and str(seed) not in known:
                     yield name, method, seed
+
+
+def time_steps(options: Any, settings: Settings, results: Results) -> None:
+    """Add what training steps cost, by posterior and method."""
+    for name in options.posteriors:
+        for method in options.methods:
+            known = results.setdefault("steps", {}).setdefault(name, {})
+            way = EVERY[method]
+            if isinstance(way, Trained) and method not in known:
+                given = Run(posterior(name), Counted(posterior(name).model), settings)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    known[method] = way.costs(given, settings.steps)
+                write_json(Path(options.output) / "results.json", results)
 
 
 @cache

@@ -50,7 +50,7 @@ def ratios(results: Results, method: str) -> list[float]:
 
 def report(results: Results) -> str:
     """Return a row for each method over all posteriors, then a table of each posterior."""
-    parts = [overview(results)]
+    parts = [overview(results)] + [of_steps(results)] * ("steps" in results)
     for name, runs in results["runs"].items():
         parts.append(f"{name}: sliced distance of two halves {results['floors'][name]:.3f}")
         parts.append(of_posterior(runs))
@@ -75,6 +75,16 @@ def overview(results: Results) -> str:
     ]
     rows = [_overview_row(name, results) for name in methods_of(results)]
     return table(header, rows)
+
+
+def of_steps(results: Results) -> str:
+    """Return the processor's milliseconds of training steps, and the seconds of compiling."""
+    rows = [
+        [name, method, *(f"{cost[key]:.2f}" for key in ("eager", "compiled", "compiling"))]
+        for name, of_methods in results.get("steps", {}).items()
+        for method, cost in of_methods.items()
+    ]
+    return table(["posterior", "method", "eager, ms a step", "compiled", "compiling, s"], rows)
 
 
 def methods_of(results: Results) -> list[str]:

@@ -5,6 +5,7 @@ that Pathfinder finds on 4 paths (Pyro's autoguides too), with their own default
 ``settings.steps`` steps of Adam with `DRAWS` draws each, of each component of a mixture.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 from unittest.mock import patch
 
+import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO, autoguide
 from pyro.infer.autoguide import init_to_value
@@ -23,6 +25,7 @@ from benchmarks.tasks.reference import Model, Posterior, Values
 from pyro_recursive import (
     IWAE_ELBO,
     AmortizedGuide,
+    CompiledSVI,
     FlowGuide,
     MixtureGuide,
     RecursiveMixture_ELBO,
@@ -129,17 +132,38 @@ def elbo() -> ELBO:
     return Trace_ELBO(DRAWS, vectorize_particles=True, max_plate_nesting=NESTING)
 
 
-def trained(
-    make: Callable[[Run], Any], loss: Callable[[], ELBO] = elbo, rate: float = RATE
-) -> Callable[[Run], Any]:
-    """Return a method that trains what ``make`` returns."""
+@dataclass(frozen=True)
+class Trained:
+    """A method that trains a guide of a run."""
 
-    def method(run: Run) -> Any:
-        guide = make(run)
-        train(run.model, guide, loss(), run.settings.steps, rate)
+    make: Callable[[Run], Any]
+    loss: Callable[[], ELBO] = elbo
+    rate: float = RATE
+
+    def __call__(self, run: Run) -> Any:
+        guide = self.make(run)
+        train(run.model, guide, self.loss(), run.settings.steps, self.rate)
         return guide
 
-    return method
+    def costs(self, run: Run, steps: int) -> dict[str, float]:
+        """Return the processor's milliseconds of steps, eager and compiled, and s of compiling."""
+        found = {}
+        for name, engine in (("eager", "eager"), ("compiled", "auto")):
+            pyro.clear_param_store()
+            adam = pyro.optim.Adam({"lr": self.rate})
+            options: Any = {"engine": engine, "strict": engine == "auto"}
+            svi = CompiledSVI(run.model, self.make(run), adam, self.loss(), **options)
+            times = [_processor_seconds()]
+            for count in (3, steps):
+                svi.run(count)
+                times.append(_processor_seconds())
+            found[name] = 1e3 * (times[2] - times[1]) / steps
+        return found | {"compiling": times[1] - times[0]}
+
+
+def _processor_seconds() -> float:
+    """Return the time of this process and of compilers that it ran."""
+    return sum(os.times()[:4])
 
 
 def _recursive_loss() -> ELBO:
@@ -180,27 +204,27 @@ def _recursive(run: Run, **options: Any) -> RecursiveMixtureGuide:
 
 PATHS = 8
 METHODS: dict[str, Callable[[Run], Any]] = {
-    "mean field": trained(_gaussian),
-    "mean field, prior median": trained(lambda run: AmortizedGuide(run.model)),
-    "full rank": trained(partial(_gaussian, family="full")),
-    "full rank, IWAE": trained(partial(_gaussian, family="full"), partial(IWAE_ELBO, DRAWS)),
-    "AutoNormal": trained(partial(_of_pyro, "AutoNormal")),
-    "AutoMultivariateNormal": trained(partial(_of_pyro, "AutoMultivariateNormal")),
-    "AutoLowRank": trained(partial(_of_pyro, "AutoLowRankMultivariateNormal")),
+    "mean field": Trained(_gaussian),
+    "mean field, prior median": Trained(lambda run: AmortizedGuide(run.model)),
+    "full rank": Trained(partial(_gaussian, family="full")),
+    "full rank, IWAE": Trained(partial(_gaussian, family="full"), partial(IWAE_ELBO, DRAWS)),
+    "AutoNormal": Trained(partial(_of_pyro, "AutoNormal")),
+    "AutoMultivariateNormal": Trained(partial(_of_pyro, "AutoMultivariateNormal")),
+    "AutoLowRank": Trained(partial(_of_pyro, "AutoLowRankMultivariateNormal")),
     "AutoLaplace": _laplace,
-    "AutoIAF": trained(partial(_of_pyro, "AutoIAFNormal"), rate=RATE_OF_FLOWS),
-    "coupling flow": trained(partial(_flow, kind="coupling"), rate=RATE_OF_FLOWS),
-    "spline flow": trained(partial(_flow, kind="spline"), rate=RATE_OF_FLOWS),
-    "mixture": trained(_mixture, lambda: Stratified_ELBO(DRAWS, estimator="stl")),
-    "recursive from noise": trained(
+    "AutoIAF": Trained(partial(_of_pyro, "AutoIAFNormal"), rate=RATE_OF_FLOWS),
+    "coupling flow": Trained(partial(_flow, kind="coupling"), rate=RATE_OF_FLOWS),
+    "spline flow": Trained(partial(_flow, kind="spline"), rate=RATE_OF_FLOWS),
+    "mixture": Trained(_mixture, lambda: Stratified_ELBO(DRAWS, estimator="stl")),
+    "recursive from noise": Trained(
         lambda run: _recursive(run, init_loc_fn=run.start), _recursive_loss
     ),
     "Pathfinder 1": lambda run: pathfinder(run.model, paths=1),
     "Pathfinder 8": lambda run: pathfinder(run.model, paths=PATHS),
-    "whitened full rank": trained(
+    "whitened full rank": Trained(
         lambda run: AmortizedGuide(run.model, family="full", whiten=True)
     ),
-    "whitened coupling": trained(
+    "whitened coupling": Trained(
         lambda run: FlowGuide(run.model, "coupling", whiten=True), rate=RATE_OF_FLOWS
     ),
 }

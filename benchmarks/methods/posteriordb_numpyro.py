@@ -58,9 +58,9 @@ def stein(run: Run) -> Sampled:
     svi = SteinVI(model, guide, numpyro.optim.Adam(RATE), RBFKernel(), **options)
     train, draw = jax.random.split(jax.random.PRNGKey(torch.initial_seed()))
     fitted = svi.run(train, run.settings.steps, progress_bar=False)
-    options = {"guide_sites": svi.guide_sites, "return_sites": ["beta", "sigma"]}
+    sites: Any = {"guide_sites": svi.guide_sites, "return_sites": ["beta", "sigma"]}
     count = run.settings.scored
-    predict = MixtureGuidePredictive(model, guide, fitted.params, num_samples=count, **options)
+    predict = MixtureGuidePredictive(model, guide, fitted.params, num_samples=count, **sites)
     draws = predict(draw)
     gradients = run.model.gradients + run.settings.steps * PARTICLES
     return Sampled(_tensors({name: draws[name] for name in ("beta", "sigma")}), gradients, {})
