@@ -12,6 +12,24 @@ BASELINE = "NUTS dense"
 GOOD, POOR, TRUSTED = 0.1, 0.3, 0.7  # errors, and the k-hat below which weights are trusted
 # Of these no error is expected to be small: a funnel, and one whose draws cost most.
 APART = ("eight_schools-eight_schools_centered", "hudson_lynx_hare-lotka_volterra")
+SHORT = {
+    "arK-arK": "arK",
+    "arma-arma11": "arma",
+    "bball_drive_event_0-hmm_drive_0": "hmm",
+    "diamonds-diamonds": "diamonds",
+    "earnings-logearn_interaction": "earnings",
+    "eight_schools-eight_schools_noncentered": "schools",
+    "eight_schools-eight_schools_centered": "centred",
+    "garch-garch11": "garch",
+    "gp_pois_regr-gp_pois_regr": "gp",
+    "hudson_lynx_hare-lotka_volterra": "lotka",
+    "kidiq-kidscore_interaction": "kidiq",
+    "kilpisjarvi_mod-kilpisjarvi": "kilpis",
+    "low_dim_gauss_mix-low_dim_gauss_mix": "mix",
+    "mesquite-mesquite": "mesquite",
+    "nes2000-nes": "nes",
+    "sblrc-blr": "blr",
+}
 Row = dict[str, Any]  # the numbers of one run
 
 
@@ -50,9 +68,11 @@ def ratios(results: Results, method: str) -> list[float]:
 
 def report(results: Results) -> str:
     """Return a row for each method over all posteriors, then a table of each posterior."""
-    parts = [overview(results)] + [of_steps(results)] * ("steps" in results)
+    parts = [overview(results), matrix(results)] + [of_steps(results)] * ("steps" in results)
     for name, runs in results["runs"].items():
-        parts.append(f"{name}: sliced distance of two halves {results['floors'][name]:.3f}")
+        parts.append(
+            f"{SHORT.get(name, name)}: sliced distance of two halves {results['floors'][name]:.3f}"
+        )
         parts.append(of_posterior(runs))
     return "\n\n".join(parts)
 
@@ -75,6 +95,29 @@ def overview(results: Results) -> str:
     ]
     rows = [_overview_row(name, results) for name in methods_of(results)]
     return table(header, rows)
+
+
+def matrix(results: Results) -> str:
+    """Return the worst error of each method on each posterior.
+
+    Of weighted draws where k-hat is below 0.7; a star where it is not. Samplers have no k-hat.
+    """
+    header = ["largest error", *(SHORT.get(name, name) for name in results["runs"])]
+    rows = [
+        [method, *(_cell([*runs.get(method, {}).values()]) for runs in results["runs"].values())]
+        for method in methods_of(results)
+    ]
+    return table(header, rows)
+
+
+def _cell(runs: list[Row]) -> str:
+    if not runs:
+        return ""
+    if any("fails" in run for run in runs):
+        return "fails"
+    worst = max(runs, key=best)
+    mark = "*" if "pareto_k" in worst and not is_trusted(worst) else ""
+    return f"{best(worst):.2g}{mark}" if best(worst) < 100 else f"> 100{mark}"
 
 
 def of_steps(results: Results) -> str:
