@@ -15,9 +15,12 @@ from unittest.mock import patch
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, autoguide
+from pyro.infer import ELBO, MCMC, Trace_ELBO, autoguide
 from pyro.infer.autoguide import init_to_value
+from pyro.ops.stats import effective_sample_size
 from pyro.poutine.messenger import Messenger
+from pyro_recursive.guides.starts import StartSearch
+from pyro_recursive.training.nuts import PackedNUTS
 from torch import Tensor
 
 from benchmarks.posteriors import train
@@ -32,13 +35,15 @@ from pyro_recursive import (
     RecursiveMixtureGuide,
     Schedule,
     Stratified_ELBO,
+    fit,
+    nuts_start,
     pathfinder,
 )
 from pyro_recursive.guides.log_density import LogDensity
 
 DRAWS = 8  # of a guide, or of each component, in each step
 NESTING = 1  # of the plates of all models
-RATE, RATE_OF_FLOWS = 0.02, 0.005  # of Adam
+RATE, RATE_OF_FLOWS, RATE_OF_RULE = 0.02, 0.005, 0.05  # of Adam; the rule halves it
 COMPONENTS = 3  # of mixtures, or the number of modes where that is more
 
 
@@ -110,9 +115,9 @@ class Run:
     @cached_property
     def start(self) -> Values:
         """The location of the best Gaussian on four paths, in the latents' own space."""
-        guide = AmortizedGuide(self.model, init_loc_fn="pathfinder")
-        guide.prepare()
-        return guide.median()
+        search = StartSearch(self.model, (), {}, "pathfinder")
+        density = LogDensity(self.model, (), {}, search.trace)
+        return density.values_at(density.block.flatten(search.find()).reshape(-1))
 
     @property
     def components(self) -> int:
@@ -199,7 +204,42 @@ def _recursive(run: Run, **options: Any) -> RecursiveMixtureGuide:
     schedule = Schedule(
         first=each, propose=each // 3, refine=each - each // 3, joint=max(1, steps - count * each)
     )
-    return RecursiveMixtureGuide(run.model, count, schedule=schedule, **options)
+    return RecursiveMixtureGuide(run.model, count, schedule=schedule, family="full", **options)
+
+
+def _stops(run: Run) -> Any:
+    """Train a whitened Gaussian until it is within 0.01 nats of its optimum, as `fit` judges."""
+    guide = AmortizedGuide(run.model, family="full", whiten=True)
+    adam = partial(torch.optim.Adam, lr=RATE_OF_RULE)
+    fit(run.model, guide, (), loss=elbo(), steps="auto", optimizer=adam, progress=False)
+    return guide
+
+
+def _nuts(run: Run, full_mass: bool) -> Sampled:
+    """Run NUTS from a random start, as Stan does."""
+    settings, kernel = run.settings, PackedNUTS(run.model, full_mass=full_mass)
+    return _sampled(MCMC(kernel, settings.kept, settings.warmup, disable_progbar=True), 0)
+
+
+def _nuts_from_pathfinder(run: Run) -> Sampled:
+    start = nuts_start(pathfinder(run.model, paths=PATHS), run.model)
+    chain = MCMC(**start, num_samples=run.settings.kept, disable_progbar=True)
+    return _sampled(chain, run.model.gradients)
+
+
+def _sampled(chain: MCMC, gradients: int) -> Sampled:
+    """Run a chain that was prepared with so many gradients."""
+    chain.run()
+    found = chain.diagnostics()
+    counts = {name: sum(found[name].values()) for name in ("gradients", "warm-up gradients")}
+    draws = chain.get_samples()
+    ess = [effective_sample_size(draw[None]).min().item() for draw in draws.values()]
+    about = {
+        "ess": min(ess),
+        "warmup_gradients": counts["warm-up gradients"],
+        "divergences": sum(len(each) for each in found["divergences"].values()),
+    }
+    return Sampled(draws, gradients + counts["gradients"], about)
 
 
 PATHS = 8
@@ -217,8 +257,9 @@ METHODS: dict[str, Callable[[Run], Any]] = {
     "spline flow": Trained(partial(_flow, kind="spline"), rate=RATE_OF_FLOWS),
     "mixture": Trained(_mixture, lambda: Stratified_ELBO(DRAWS, estimator="stl")),
     "recursive from noise": Trained(
-        lambda run: _recursive(run, init_loc_fn=run.start), _recursive_loss
+        lambda run: _recursive(run, paths=0, init_loc_fn=run.start), _recursive_loss
     ),
+    "recursive from paths": Trained(_recursive, _recursive_loss),
     "Pathfinder 1": lambda run: pathfinder(run.model, paths=1),
     "Pathfinder 8": lambda run: pathfinder(run.model, paths=PATHS),
     "whitened full rank": Trained(
@@ -227,4 +268,8 @@ METHODS: dict[str, Callable[[Run], Any]] = {
     "whitened coupling": Trained(
         lambda run: FlowGuide(run.model, "coupling", whiten=True), rate=RATE_OF_FLOWS
     ),
+    "whitened, auto stop": _stops,
+    "NUTS dense": partial(_nuts, full_mass=True),
+    "NUTS diagonal": partial(_nuts, full_mass=False),
+    "NUTS from Pathfinder": _nuts_from_pathfinder,
 }
