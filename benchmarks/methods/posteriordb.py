@@ -259,7 +259,7 @@ METHODS: dict[str, Callable[[Run], Any]] = {
     "recursive from noise": Trained(
         lambda run: _recursive(run, paths=0, init_loc_fn=run.start), _recursive_loss
     ),
-    "recursive from paths": Trained(_recursive, _recursive_loss),
+    "recursive from paths": Trained(lambda run: _recursive(run, whiten=True), _recursive_loss),
     "Pathfinder 1": lambda run: pathfinder(run.model, paths=1),
     "Pathfinder 8": lambda run: pathfinder(run.model, paths=PATHS),
     "whitened full rank": Trained(
