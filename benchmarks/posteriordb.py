@@ -74,6 +74,12 @@ def main(arguments: list[str]) -> None:
         write_json(folder / "results.json", results)
     if options.timing:
         time_steps(options, settings, results)
+    found = results["runs"]
+    results["runs"] = {
+        name: {method: found[name][method] for method in EVERY if method in found[name]}
+        for name in every
+        if name in found
+    }
     pictures = {folder / "errors.png": plot, folder / "overview.png": plot_overview}
     for picture, draw in pictures.items():
         draw(results, picture)

@@ -19,7 +19,6 @@ from pyro.infer import ELBO, MCMC, Trace_ELBO, autoguide
 from pyro.infer.autoguide import init_to_value
 from pyro.ops.stats import effective_sample_size
 from pyro.poutine.messenger import Messenger
-from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.training.nuts import PackedNUTS
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from pyro_recursive import (
     pathfinder,
 )
 from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.guides.starts import StartSearch
 
 DRAWS = 8  # of a guide, or of each component, in each step
 NESTING = 1  # of the plates of all models
@@ -211,7 +211,9 @@ def _stops(run: Run) -> Any:
     """Train a whitened Gaussian until it is within 0.01 nats of its optimum, as `fit` judges."""
     guide = AmortizedGuide(run.model, family="full", whiten=True)
     adam = partial(torch.optim.Adam, lr=RATE_OF_RULE)
-    fit(run.model, guide, (), loss=elbo(), steps="auto", optimizer=adam, progress=False)
+    most = 20 * run.settings.steps
+    options: Any = {"steps": "auto", "max_steps": most, "optimizer": adam, "progress": False}
+    fit(run.model, guide, (), loss=elbo(), **options)
     return guide
 
 
