@@ -31,7 +31,7 @@ from benchmarks.methods.posteriordb import (
     Trained,
     counting,
 )
-from benchmarks.posteriordb_report import plot, plot_overview, report
+from benchmarks.posteriordb_report import plot, plot_overview, report, tables
 from benchmarks.report import Results, finish, write_json
 from benchmarks.run import base_parser, parse, stored
 from benchmarks.tasks.posteriordb import NAMES, load
@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> None:
     pictures = {folder / "errors.png": plot, folder / "overview.png": plot_overview}
     for picture, draw in pictures.items():
         draw(results, picture)
+    (folder / "tables.md").write_text(tables(results) + "\n")
     finish(results, folder / "results.json", report(results), pictures)
 
 

@@ -73,13 +73,18 @@ def ratios(results: Results, method: str) -> list[float]:
     return found
 
 
+def tables(results: Results) -> str:
+    """Return a row for each method over all posteriors, errors on each, and times of steps."""
+    parts = [overview(results), matrix(results)]
+    return "\n\n".join([*parts, of_steps(results)] if "steps" in results else parts)
+
+
 def report(results: Results) -> str:
-    """Return a row for each method over all posteriors, then a table of each posterior."""
-    parts = [overview(results), matrix(results)] + [of_steps(results)] * ("steps" in results)
+    """Return the tables over all posteriors, then one of each."""
+    parts = [tables(results)]
     for name, runs in results["runs"].items():
-        parts.append(
-            f"{SHORT.get(name, name)}: sliced distance of two halves {results['floors'][name]:.3f}"
-        )
+        floor = results["floors"][name]
+        parts.append(f"{SHORT.get(name, name)}: sliced distance of two halves {floor:.3f}")
         parts.append(of_posterior(runs))
     return "\n\n".join(parts)
 

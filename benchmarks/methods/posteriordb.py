@@ -35,6 +35,7 @@ from pyro_recursive import (
     Schedule,
     Stratified_ELBO,
     fit,
+    fit_or_sample,
     nuts_start,
     pathfinder,
 )
@@ -229,6 +230,19 @@ def _nuts_from_pathfinder(run: Run) -> Sampled:
     return _sampled(chain, run.model.gradients)
 
 
+def _automatic(run: Run) -> Sampled:
+    """Take what `fit_or_sample` gives by default: its number of draws is its own, too."""
+    found = fit_or_sample(run.model)
+    last = found.stages[-1]
+    about: dict[str, Any] = {"stage": last.name, "ess": last.ess, "guide_k": found.pareto_k}
+    if found.mcmc is None:
+        about |= {"pareto_k": found.pareto_k, "elbo": last.elbo}
+    else:
+        about |= {"r_hat": last.r_hat, "divergences": last.divergences}
+    draws = {name: site.value for name, site in found.draws.sites.items()}
+    return Sampled(draws, found.num_gradients, about)
+
+
 def _sampled(chain: MCMC, gradients: int) -> Sampled:
     """Run a chain that was prepared with so many gradients."""
     chain.run()
@@ -271,6 +285,7 @@ METHODS: dict[str, Callable[[Run], Any]] = {
         lambda run: FlowGuide(run.model, "coupling", whiten=True), rate=RATE_OF_FLOWS
     ),
     "whitened, auto stop": _stops,
+    "fit_or_sample": _automatic,
     "NUTS dense": partial(_nuts, full_mass=True),
     "NUTS diagonal": partial(_nuts, full_mass=False),
     "NUTS from Pathfinder": _nuts_from_pathfinder,
