@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(EVERY))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000, help="of a guide that is trained")
+    parser.add_argument("--compile", action="store_true", help="the gradients of NUTS")
     parser.add_argument("--timing", action="store_true", help="time steps, eager and compiled")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupt")
     options = parse(parser, arguments, **SMOKE)
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if {*options.methods} & {*in_numpyro.METHODS}:
         in_numpyro.check_installed()
     torch.set_default_dtype(torch.float64)
-    settings = Settings(options.steps)
+    settings = Settings(options.steps, compiled=options.compile)
     if options.smoke:
         settings = Settings(options.steps, scored=200, warmup=20, kept=20)
     folder = Path(options.output)

@@ -56,6 +56,7 @@ class Settings:
     scored: int = 10_000  # draws of a guide that are compared with the reference
     warmup: int = 500  # of NUTS from cold
     kept: int = 1000  # draws of NUTS
+    compiled: bool = False  # whether its gradients are machine code
 
 
 class Counted:
@@ -220,19 +221,21 @@ def _stops(run: Run) -> Any:
 
 def _nuts(run: Run, full_mass: bool) -> Sampled:
     """Run NUTS from a random start, as Stan does."""
-    settings, kernel = run.settings, PackedNUTS(run.model, full_mass=full_mass)
+    settings = run.settings
+    kernel = PackedNUTS(run.model, full_mass=full_mass, compile=settings.compiled)
     return _sampled(MCMC(kernel, settings.kept, settings.warmup, disable_progbar=True), 0)
 
 
 def _nuts_from_pathfinder(run: Run) -> Sampled:
-    start = nuts_start(pathfinder(run.model, paths=PATHS), run.model)
+    guide = pathfinder(run.model, paths=PATHS)
+    start = nuts_start(guide, run.model, compile=run.settings.compiled)
     chain = MCMC(**start, num_samples=run.settings.kept, disable_progbar=True)
     return _sampled(chain, run.model.gradients)
 
 
 def _automatic(run: Run) -> Sampled:
     """Take what `fit_or_sample` gives by default: its number of draws is its own, too."""
-    found = fit_or_sample(run.model)
+    found = fit_or_sample(run.model, compile=run.settings.compiled)
     last = found.stages[-1]
     about: dict[str, Any] = {"stage": last.name, "ess": last.ess, "guide_k": found.pareto_k}
     if found.mcmc is None:
