@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> None:
     if options.smoke:
         settings = Settings(options.steps, scored=200, warmup=20, kept=20)
     folder = Path(options.output)
-    results = stored(folder, asdict(settings), options.resume, "runs")
+    as_json = {name: value for name, value in asdict(settings).items() if name != "compiled"}
+    results = stored(folder, as_json, options.resume, "runs")
     missing = list(_missing(options, results))
     for name, method, seed in tqdm(missing, desc="runs"):
         found = run(posterior(name), method, settings, seed)
@@ -154,7 +155,7 @@ def run(posterior: Posterior, method: str, settings: Settings, seed: int) -> dic
 
 def _scored(posterior: Posterior, found: Any, settings: Settings) -> dict[str, Any]:
     if isinstance(found, Sampled):
-        about = {**found.about, "gradients": found.gradients}
+        about = {**found.about, "gradients": found.gradients, "compiled": settings.compiled}
         scores = _scores(posterior, found.draws, None)
         return {**about, "scores": scores, "modes": posterior.covered(found.draws)}
     options: Any = {"num_draws": settings.scored, "chunk_size": CHUNK}

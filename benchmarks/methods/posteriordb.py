@@ -56,7 +56,7 @@ class Settings:
     scored: int = 10_000  # draws of a guide that are compared with the reference
     warmup: int = 500  # of NUTS from cold
     kept: int = 1000  # draws of NUTS
-    compiled: bool = False  # whether its gradients are machine code
+    compiled: bool = False  # its gradients: of seconds alone, so that results of both go together
 
 
 class Counted:
