@@ -27,7 +27,7 @@ from pyro_recursive.mapa import candidates
 from pyro_recursive.mapa.guide import MAPAGuide
 from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.priors import ExemplarPrior, VampPrior
-from pyro_recursive.training import CompiledSVI, fit, pathfinder
+from pyro_recursive.training import CompiledSVI, fit, nuts_start, pathfinder
 
 __all__ = [
     "CIWAE_ELBO",
@@ -53,6 +53,7 @@ __all__ = [
     "fit",
     "gaps",
     "log_marginal",
+    "nuts_start",
     "pathfinder",
 ]
 

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
 from pyro_recursive.guides.marginals import log_density
+from pyro_recursive.guides.neutra import affine_map
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import GaussianRows, RowFamily
 from pyro_recursive.guides.starts import InitLocFn, LastBiases, StartSearch
@@ -234,6 +236,10 @@ class AmortizedGuide(LatentGuide):
         if latents.whitening is None:
             return posterior.mean, posterior.stddev
         return latents.whitening.marginals(posterior)
+
+    def transform_of(self, latents: LatentBlock, call: GuideCall) -> Transform:
+        """Return the affine map from standard normals to a block without rows."""
+        return affine_map(self.posterior(latents, call))
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> Any:
         """Return the Gaussian of a block, batch ``[*batch]`` and event ``[D]``."""

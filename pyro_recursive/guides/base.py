@@ -11,12 +11,14 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.joint_site import emit, outer_shape
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
 from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
+from pyro_recursive.guides.neutra import NeutraGuide
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
 from pyro_recursive.guides.row_families import RowFamily
@@ -407,6 +409,52 @@ class LatentGuide(AutoGuide):
                     values = above if slot.is_decreasing else below
                     found.setdefault(slot.name, []).append(values[slot.name])
         return {name: torch.stack(values) for name, values in found.items()}
+
+    def transform_of(self, latents: LatentBlock, call: GuideCall) -> Transform:
+        """Return the map from standard normals to a block without rows, ``[D]`` to ``[D]``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is no map of standard normals. Use AmortizedGuide or FlowGuide."
+        )
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Return the map from standard normals ``[D]`` to all latents, packed, as Pyro's guides do.
+
+        Raises:
+            NotImplementedError: the guide is no such map, or has one for each row of the data.
+        """
+        self.prepare(*args, **kwargs)
+        latents, *others = self.groups
+        if others or latents.local:
+            raise NotImplementedError(
+                f"{type(self).__name__} has a distribution for each row of plate "
+                f"'{self.groups[-1].rows[-1].name}'. Leave out plate= and encoder for a joint one."
+            )
+        return self.transform_of(latents, GuideCall(args, kwargs, {}, self.inputs))
+
+    def neutra(self, *args: Any, **kwargs: Any) -> NeutraGuide:
+        """Return the guide in the form that `pyro.infer.reparam.NeuTraReparam` takes.
+
+        Arguments are the model's. For NUTS in coordinates in which the guide is standard normal;
+        its `NeutraGuide.values` maps draws back. Errors are those of `get_transform`; angles have
+        no such coordinates.
+
+        `NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo` (Hoffman et al., arXiv 1903.03704).
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer.reparam import NeuTraReparam
+        >>> from pyro_recursive import AmortizedGuide
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 3.0))
+        >>> neutra = NeuTraReparam(AmortizedGuide(model).neutra())
+        >>> nuts = pyro.infer.NUTS(neutra.reparam(model))  # samples the site z_shared_latent
+        """
+        with torch.no_grad():
+            transform = self.get_transform(*args, **kwargs)
+            (latents,) = self.groups
+            call = GuideCall(args, kwargs, {}, self.inputs, model=self.served_model)
+            like = next(p for p in self.parameters() if p.is_floating_point())
+            zero = like.new_zeros(latents.size)
+            return NeutraGuide(self.served_model(), latents, transform, call, zero)
 
     def _trunk(self) -> Callable[[Any], Any] | None:
         """Return what is applied to the inputs before all encoders, if anything."""

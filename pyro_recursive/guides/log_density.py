@@ -134,6 +134,13 @@ class LogDensity:
         """Return the unconstrained values of the sites at a point ``[D]``, in their own shapes."""
         return self.block.unflatten(u.to(self.start).reshape(self.start.shape))
 
+    def values_at(self, u: Tensor) -> Values:
+        """Return the values of the sites at a point ``[D]``, with the supports that it gives."""
+        model, args, kwargs = self.program.model, self.program.args, self.program.kwargs
+        call = GuideCall(args, kwargs, {}, first_argument, model=lambda: model)
+        u = u.detach().to(self.start).reshape(self.start.shape)
+        return call.block_at(self.block, u).unpack(u)
+
     def _value(self, u: Tensor) -> Tensor:
         points = u.reshape(-1, self.size).to(self.start)
         found = [self._where_possible(part) for part in points.split(self.chunk)]

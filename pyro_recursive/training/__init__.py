@@ -8,6 +8,7 @@ from pyro_recursive.training.compiled.svi import CompiledSVI
 from pyro_recursive.training.history import History, burda_schedule
 from pyro_recursive.training.loop import fit
 from pyro_recursive.training.nan_search import NonFiniteError
+from pyro_recursive.training.nuts import NUTSStart, PackedNUTS, nuts_start
 from pyro_recursive.training.one_optim import OneOptim
 from pyro_recursive.training.pathfinder import PathfinderGuide, PathReport, pathfinder
 
@@ -18,11 +19,14 @@ __all__ = [
     "History",
     "KLWarmup",
     "MinibatchRows",
+    "NUTSStart",
     "NonFiniteError",
     "OneOptim",
+    "PackedNUTS",
     "PathReport",
     "PathfinderGuide",
     "burda_schedule",
     "fit",
+    "nuts_start",
     "pathfinder",
 ]

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, run
 from pyro_recursive.guides.flow.zuko_adapter import (
     AffineFlow,
+    FlowTransform,
     ZukoDistribution,
     build_flow,
     check_flow,
@@ -101,6 +103,10 @@ class FlowGuide(LatentGuide):
             context = call.encode(self.encoder, latents)
             return flow(context, context.shape[:-1])
         return flow(None, torch.Size([1] * latents.nesting))
+
+    def transform_of(self, latents: LatentBlock, call: GuideCall) -> Transform:
+        """Return the flow of a block without rows as a map of standard normals."""
+        return FlowTransform(self.posterior(latents, call))
 
     def variational_params(self, latents: LatentBlock, call: GuideCall) -> Tensor:
         """Return contexts with their locations and log-scales, ``[*batch, P]``."""

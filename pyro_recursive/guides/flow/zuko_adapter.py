@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
-from torch.distributions import AffineTransform
+from torch.distributions import AffineTransform, Transform
 
 FLOWS = ("coupling", "spline", "iaf", "maf")
 SLOPE = 0.1  # bounds scales by 0.1 and 10, against heavy tails in early steps
@@ -131,6 +131,33 @@ class ZukoDistribution(TorchDistribution):
                 return log_prob
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.flow.log_prob(value.expand(shape + self.event_shape))
+
+
+class FlowTransform(Transform):
+    """The map from the noise of a flow ``[..., D]`` to its draws, which keeps its last Jacobian."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: ZukoDistribution) -> None:
+        super().__init__()
+        self.flow = flow.flow
+        self._last: tuple[Tensor, Tensor] | None = None  # draws and their log |du / d noise|
+
+    def _call(self, x: Tensor) -> Tensor:
+        drawn, log_det = self.flow.transform.inv.call_and_ladj(x)
+        self._last = drawn, log_det
+        return drawn
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.flow.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log |dy / dx|``, ``[...]``."""
+        if self._last is not None and self._last[0] is y:
+            return self._last[1]
+        return self.flow.transform.inv.call_and_ladj(x)[1]
 
 
 class AffineFlow(nn.Module):

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
@@ -315,6 +316,15 @@ class MixtureGuide(LatentGuide):
                     f"Component {type(guide).__name__} has no parameters of a row. Use "
                     "AmortizedGuide or FlowGuide."
                 )
+
+    def transform_of(self, latents: LatentBlock, call: GuideCall) -> Transform:
+        """Refuse: a mixture is no map of standard normals."""
+        weights = self.log_weights(latents, call, self.members).reshape(-1)
+        heaviest = self.members[int(weights.argmax())]
+        raise NotImplementedError(
+            f"{type(self).__name__} is no map of standard normals. Use nuts_start, or its heaviest "
+            f"component, component({heaviest})."
+        )
 
     def sample_from(self, mixture: Mixture, latents: LatentBlock, call: GuideCall) -> Values:
         """Sample a component for each row, then the sites of a group."""

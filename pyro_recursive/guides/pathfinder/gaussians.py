@@ -117,7 +117,7 @@ def find_gaussians(density: LogDensity, num_paths: int, memory: int = MEMORY) ->
     Raises:
         ValueError: no start has a finite density, or no path a Gaussian of a finite ELBO.
     """
-    paths = minimise(_Negative(density), _starts(density, num_paths), memory=memory)
+    paths = minimise(_Negative(density), random_starts(density, num_paths), memory=memory)
     candidates = _best_points(density, paths)
     if density.size <= LARGEST:
         candidates.append(_newton(density, paths))
@@ -148,7 +148,7 @@ class _Negative:
 
 
 @torch.no_grad()
-def _starts(density: LogDensity, num_paths: int) -> Tensor:
+def random_starts(density: LogDensity, num_paths: int) -> Tensor:
     """Return uniform points of a cube in float64, near the density's own start where they fail.
 
     Raises:
