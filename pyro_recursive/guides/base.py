@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 
 from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.joint_site import emit, outer_shape
@@ -429,7 +430,11 @@ class LatentGuide(AutoGuide):
                 f"{type(self).__name__} has a distribution for each row of plate "
                 f"'{self.groups[-1].rows[-1].name}'. Leave out plate= and encoder for a joint one."
             )
-        return self.transform_of(latents, GuideCall(args, kwargs, {}, self.inputs))
+        transform = self.transform_of(latents, GuideCall(args, kwargs, {}, self.inputs))
+        white = latents.whitening
+        if white is None:
+            return transform
+        return ComposeTransform([transform, LowerCholeskyAffine(white.loc, white.scale_tril)])
 
     def neutra(self, *args: Any, **kwargs: Any) -> NeutraGuide:
         """Return the guide in the form that `pyro.infer.reparam.NeuTraReparam` takes.
@@ -454,6 +459,7 @@ class LatentGuide(AutoGuide):
             call = GuideCall(args, kwargs, {}, self.inputs, model=self.served_model)
             like = next(p for p in self.parameters() if p.is_floating_point())
             zero = like.new_zeros(latents.size)
+            latents = replace(latents, whitening=None)  # the map has these coordinates
             return NeutraGuide(self.served_model(), latents, transform, call, zero)
 
     def _trunk(self) -> Callable[[Any], Any] | None:

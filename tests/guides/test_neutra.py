@@ -60,7 +60,9 @@ MAKE: dict[str, Callable] = {
     "diagonal": AmortizedGuide,
     "full": partial(AmortizedGuide, family="full"),
     "low rank": partial(AmortizedGuide, family=LowRank(1)),
+    "whitened": partial(AmortizedGuide, family="full", whiten=(LOC, FACTOR)),
     "coupling": partial(FlowGuide, flow="coupling", hidden=(8,)),
+    "whitened flow": partial(FlowGuide, hidden=(8,), whiten=(LOC, FACTOR)),
     "spline": partial(FlowGuide, flow="spline", hidden=(8,)),
     "iaf": partial(FlowGuide, flow="iaf", hidden=(8,)),
 }
@@ -128,7 +130,8 @@ def test_samples_of_pyro_are_mapped_back_in_plates(shape: tuple[int, ...]) -> No
         torch.testing.assert_close(found[name].reshape(value.shape), value)
 
 
-@pytest.mark.parametrize("kernel", [NUTS, PackedNUTS])
+@pytest.mark.filterwarnings("ignore:.*does not commute with initialization")
+@pytest.mark.parametrize("kernel", [pytest.param(NUTS, marks=pytest.mark.slow), PackedNUTS])
 def test_nuts_runs_on_a_flat_prior_through_a_guide(kernel: Callable) -> None:
     guide = AmortizedGuide(correlated, family="full")
     guide.prepare()
@@ -138,10 +141,10 @@ def test_nuts_runs_on_a_flat_prior_through_a_guide(kernel: Callable) -> None:
     if kernel is NUTS:
         options |= {"init_strategy": init_to_center, "max_plate_nesting": 1}
     model = NeuTraReparam(adapter).reparam(correlated)
-    mcmc = MCMC(kernel(model, **options), num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc = MCMC(kernel(model, **options), num_samples=10, warmup_steps=20, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()["z_shared_latent"]
-    assert draws.mean(0).abs().max() < 1.0 and 0.3 < draws.square().mean() < 3.0
+    assert draws.mean(0).abs().max() < 1.5 and 0.2 < draws.square().mean() < 4.0
     values = adapter.values(draws)
     u = torch.cat([values["z"].reshape(-1, 1), values["a"]], -1)
     torch.testing.assert_close(u, LOC + draws @ FACTOR.mT)

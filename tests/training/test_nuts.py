@@ -57,6 +57,7 @@ def run(num_samples: int, *args: Any, **start: Any) -> MCMC:
 @pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_kernel_uses_the_given_matrix_in_every_step(count: int) -> None:
     start = nuts_start(pathfinder(correlated, paths=2), correlated)
+    assert start["warmup_steps"] == 50
     matrix, scale = start["kernel"].start_matrix, COVARIANCE.diagonal().sqrt()
     assert ((matrix - COVARIANCE) / scale / scale[:, None]).abs().max() < 0.08
     seen: list[Tensor] = []
@@ -64,10 +65,11 @@ def test_the_kernel_uses_the_given_matrix_in_every_step(count: int) -> None:
     def hook(kernel: PackedNUTS, params: Any, stage: str, i: int) -> None:
         seen.append(kernel.inverse_mass_matrix.clone())
 
+    start["warmup_steps"] = min(count, 50)
     mcmc = run(count, **start, hook_fn=hook)
-    assert len(seen) == count + 50
+    assert len(seen) == count + start["warmup_steps"]
     assert all(torch.equal(each, matrix) for each in seen)
-    assert len(seen) < mcmc.diagnostics()["gradients"]["chain 0"] < 15 * len(seen)
+    assert len(seen) < mcmc.diagnostics()["gradients"]["chain 0"] < 40 * len(seen)
     draws = mcmc.get_samples()
     u = torch.cat([draws["z"][:, None], draws["a"]], -1)
     white = torch.linalg.solve_triangular(FACTOR, (u - LOC).mT, upper=False)
@@ -83,8 +85,8 @@ def test_one_latent_has_a_matrix_too() -> None:
     x = torch.tensor(50.0)
     start = nuts_start(pathfinder(model, x, paths=2), model, x)
     assert start["kernel"].start_matrix.shape == (1, 1)
-    z = run(20, x, **start).get_samples()["z"]
-    assert z.mean() == pytest.approx(50.0, abs=0.1) and 0.03 < z.std() < 0.25
+    z = run(10, x, **{**start, "warmup_steps": 5}).get_samples()["z"]
+    assert z.mean() == pytest.approx(50.0, abs=0.2) and 0.01 < z.std() < 0.4
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(400, marks=pytest.mark.slow)])
@@ -151,6 +153,7 @@ GUIDES: dict[str, Callable] = {
 }
 
 
+@pytest.mark.quick("mixture", "AutoNormal")
 @pytest.mark.parametrize("kind", GUIDES)
 def test_draws_of_any_guide_are_packed(kind: str) -> None:
     guide = GUIDES[kind](plates)
