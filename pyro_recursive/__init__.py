@@ -27,7 +27,7 @@ from pyro_recursive.mapa import candidates
 from pyro_recursive.mapa.guide import MAPAGuide
 from pyro_recursive.mapa.loss import MAPA_ELBO
 from pyro_recursive.priors import ExemplarPrior, VampPrior
-from pyro_recursive.training import CompiledSVI, fit, nuts_start, pathfinder
+from pyro_recursive.training import CompiledSVI, fit, fit_or_sample, nuts_start, pathfinder
 
 __all__ = [
     "CIWAE_ELBO",
@@ -51,6 +51,7 @@ __all__ = [
     "Stratified_ELBO",
     "VampPrior",
     "fit",
+    "fit_or_sample",
     "gaps",
     "log_marginal",
     "nuts_start",

@@ -5,8 +5,7 @@ Importing this module imports ArviZ, which takes seconds; importing `pyro_recurs
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import sampling
-from pyro_recursive.evaluation.draws import Draws, SiteDraws, stacked
-from pyro_recursive.evaluation.enumerated import with_enumerated
+from pyro_recursive.evaluation.chains import Chains, chain_draws
+from pyro_recursive.evaluation.draws import Draws, SiteDraws
 from pyro_recursive.evaluation.leave_one_out import (
     CELL,
     FACTORS,
@@ -27,7 +26,6 @@ from pyro_recursive.evaluation.leave_one_out import (
     az,
     loo,
 )
-from pyro_recursive.evaluation.model_runs import ModelRuns, enumerated_without, run_on_draws
 from pyro_recursive.evaluation.predictions import (
     log_likelihoods,
     observed_data,
@@ -35,8 +33,6 @@ from pyro_recursive.evaluation.predictions import (
     predictive_draws,
     prior_draws,
 )
-from pyro_recursive.tracing.isolation import outline
-from pyro_recursive.tracing.sites import latent_sites, nesting_of, subsample_sites
 
 __all__ = ["loo", "mcmc_to_arviz", "to_arviz"]
 
@@ -96,17 +92,6 @@ def to_arviz(
     return _container({**groups, "sample_stats": _stats(draws, labels)}, labels)
 
 
-@runtime_checkable
-class Chains(Protocol):
-    """The draws of Markov chains, as in `pyro.infer.MCMC`."""
-
-    def get_samples(self, *, group_by_chain: bool) -> dict[str, Tensor]:
-        """Return the draws of each site, ``[chains, draws, *value]``."""
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Return what the kernel has recorded."""
-
-
 @sampling()
 def mcmc_to_arviz(
     mcmc: Chains,
@@ -139,7 +124,7 @@ def mcmc_to_arviz(
     {'chain': 1, 'draw': 20, 'data': 3}
     """
     run: dict[str, Any] = {"chunk_size": chunk_size, "vectorize_particles": vectorize_particles}
-    draws, chains = _chain_draws(mcmc, model, args, kwargs, run)
+    draws, chains = chain_draws(mcmc, model, args, kwargs, run)
     labels = Labels(draws, coords or {}, dims or {}, chains)
     wanted = posterior_predictive, prior_predictive, log_likelihood
     groups = _groups((model, args, kwargs, run), draws, labels, *wanted)
@@ -150,31 +135,6 @@ def mcmc_to_arviz(
             diverging[chain, list(diverged[f"chain {chain}"])] = True
         groups["sample_stats"] = labels.numbers({"diverging": diverging.flatten()}, ())
     return _container(groups, labels)
-
-
-def _chain_draws(
-    mcmc: Chains, model: Callable, args: tuple, kwargs: dict[str, Any], run: dict[str, Any]
-) -> tuple[Draws, int]:
-    """Return the draws of all chains, one after the other, and the number of chains."""
-    samples = mcmc.get_samples(group_by_chain=True)
-    chains, count = next(iter(samples.values())).shape[:2]
-    single = outline(model, args, kwargs)
-    nesting, latents = nesting_of(single), {}
-    summed = enumerated_without(single, samples)
-    for site in (site for site in latent_sites(single) if site["name"] not in summed):
-        if site["name"] not in samples:
-            raise ValueError(f"The MCMC run has no draws of latent site '{site['name']}'.")
-        value = samples[site["name"]].flatten(0, 1)
-        padding = (1,) * (nesting + 1 + site["fn"].event_dim - value.dim())
-        value = value.reshape(len(value), *padding, *value.shape[1:])
-        latents[site["name"]] = stacked(site, [value], len(value), nesting)
-    minibatch = subsample_sites(single)
-    draws = Draws(latents, chains * count, minibatch=minibatch, whole_minibatch=minibatch)
-    call = model, args, kwargs
-    if summed:
-        draws = with_enumerated(*call, draws, **run)
-    computed = run_on_draws(*call, draws, ModelRuns.computed, **run)
-    return replace(draws, sites={**draws.sites, **computed}), chains
 
 
 def _groups(

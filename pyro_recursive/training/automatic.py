@@ -1,0 +1,248 @@
+"""Draws of a posterior by the cheapest of Pathfinder, importance weights and NUTS to be trusted."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer import MCMC
+from torch import Tensor
+
+from pyro_recursive.evaluation.calls import sampling, shown_as_html
+from pyro_recursive.evaluation.chains import chain_draws
+from pyro_recursive.evaluation.draws import Draws
+from pyro_recursive.evaluation.importance import (
+    effective_sample_size,
+    pareto_k_threshold,
+    psis,
+)
+from pyro_recursive.evaluation.predictions import posterior_draws, resampled_index
+from pyro_recursive.guides.gaussian_families import scale_tril_of
+from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.guides.pathfinder.gaussians import Gaussians
+from pyro_recursive.guides.starts import StartSearch
+from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.training.nuts import packed, start_from, weighted_covariance
+from pyro_recursive.training.pathfinder import PathfinderGuide, pathfinder
+
+PROPOSALS = 10_000  # draws of a guide for its importance weights
+LEAST_ESS = 4000  # what these have to be worth
+ROUNDS = 6  # of moments that are matched
+LEAST_WEIGHT = 1e-3  # of a component
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of `fit_or_sample` and its cost.
+
+    ``elbo`` in nats, ``pareto_k`` and ``ess`` are of 10,000 draws of the guide. NUTS has the least
+    ``ess`` of all numbers that it draws, the largest ``r_hat`` and its ``divergences``.
+    ``num_gradients`` counts a matrix of second derivatives as D gradients.
+    """
+
+    name: str
+    ess: float
+    num_gradients: int
+    num_values: int
+    seconds: float
+    elbo: float = math.nan
+    pareto_k: float = math.nan
+    r_hat: float = math.nan
+    divergences: int = 0
+
+    HEADER = ("stage", "ELBO", "k-hat", "ESS", "gradients", "densities", "s")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The stage as a row of the table."""
+        elbo, k = (
+            "-" if math.isnan(value) else f"{value:.2f}" for value in (self.elbo, self.pareto_k)
+        )
+        counts = f"{self.ess:.0f}", f"{self.num_gradients:,}", f"{self.num_values:,}"
+        return (self.name, elbo, k, *counts, f"{self.seconds:.1f}")
+
+
+@dataclass(frozen=True)
+class PosteriorApproximation:
+    """What `fit_or_sample` found; ``found["beta"]`` are draws ``[S, *plates, *event]``.
+
+    ``draws`` are those of all latent and deterministic sites, of ``stages[-1]``. ``guide`` is the
+    best of the mixtures of Gaussians, with k-hat ``pareto_k``. ``mcmc`` is the run of NUTS, if
+    there was one. ``print`` shows the stages.
+    """
+
+    draws: Draws
+    guide: PathfinderGuide
+    pareto_k: float
+    stages: tuple[Stage, ...]
+    mcmc: MCMC | None = None
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients of the log-density at single points, in all stages."""
+        return sum(stage.num_gradients for stage in self.stages)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.draws[name]
+
+    _repr_html_ = shown_as_html
+
+    def __str__(self) -> str:
+        rows = [Stage.HEADER, *(stage.cells for stage in self.stages)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        last = self.stages[-1]
+        if self.mcmc is None:
+            lines.append(f"{len(self.draws)} draws, weighted: the guide can be trusted.")
+        else:
+            lines.append(
+                f"{len(self.draws)} draws of NUTS: r-hat at most {last.r_hat:.2f}, "
+                f"{last.divergences} divergences."
+            )
+        return "\n".join(lines)
+
+
+@sampling()
+def fit_or_sample(
+    model: Callable,
+    *args: Any,
+    num_draws: int = 4000,
+    paths: int = 8,
+    num_chains: int = 1,
+    compile: bool = False,
+    **kwargs: Any,
+) -> PosteriorApproximation:
+    """Draw from the posterior: by a guide if its importance weights are good, else by NUTS.
+
+    1. `pathfinder` gives a mixture of Gaussians, and 10,000 draws their importance weights. With a
+       k-hat below 0.7 and an effective sample size of 4,000 the answer are draws by these weights.
+    2. Else the mixture gets the weighted moments of the draws, up to six times, until it is so.
+       This takes values of the density, and no gradients.
+    3. Else NUTS starts from the best of these mixtures, as by `nuts_start`.
+
+    Args:
+        model: with continuous latents; flat priors and enumerated latents are allowed.
+        args, kwargs: the model's arguments: all data, not a minibatch.
+        num_draws: of the answer.
+        paths: as in `pathfinder`.
+        num_chains: of NUTS, each with ``num_draws / num_chains`` draws.
+        compile: as in `nuts_start`.
+
+    Raises:
+        ValueError, NotImplementedError: as `pathfinder` does.
+
+    Sources: `Pathfinder` (Zhang et al., arXiv 2108.03782), `Pareto Smoothed Importance Sampling`
+    (Vehtari et al., arXiv 1507.02646).
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+    >>> found = fit_or_sample(model, torch.tensor([0.3, -1.2, 0.8, 0.1]))
+    >>> found["scale"].shape, found.mcmc, found.pareto_k < 0.7
+    (torch.Size([4000]), None, True)
+    """
+    check_at_least(1, num_draws=num_draws, paths=paths, num_chains=num_chains)
+    clock = time.perf_counter()
+    guide = pathfinder(model, *args, paths=paths, **kwargs)
+    density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
+    assert guide.report is not None
+    cost = guide.report.num_gradients + density.size * guide.report.num_hessians
+    num_values = guide.report.num_values
+    stages, best = list[Stage](), None
+    for number in range(ROUNDS + 1):
+        draws = posterior_draws(
+            model, guide, *args, num_draws=PROPOSALS, chunk_size=density.chunk, **kwargs
+        )
+        log_weights = draws.log_weights.reshape(len(draws), -1).sum(-1)
+        stage = Stage(
+            f"moments {number}" if number else "Pathfinder",
+            ess=effective_sample_size(log_weights).item(),
+            num_gradients=0 if number else cost,
+            num_values=PROPOSALS + (0 if number else num_values),
+            seconds=time.perf_counter() - clock,
+            elbo=log_weights.mean().item(),
+            pareto_k=psis(log_weights).pareto_k.item(),
+        )
+        stages.append(stage)
+        mixture = _gaussians(guide, guide.component_weights(*args, **kwargs))
+        if best is None or stage.ess > best[0].ess:
+            best = stage, draws, mixture
+        if stage.pareto_k < pareto_k_threshold(PROPOSALS) and stage.ess >= LEAST_ESS:
+            index = resampled_index(draws.log_weights, num_draws, draws.plates)
+            return PosteriorApproximation(draws.take(index), guide, stage.pareto_k, tuple(stages))
+        clock = time.perf_counter()
+        if number < ROUNDS:
+            _match_moments(guide, *mixture, packed(density, draws), log_weights)
+    stage, draws, mixture = best
+    _set(guide, *mixture)
+    start = start_from(density, draws, num_chains, compile=compile)
+    mcmc = MCMC(**start, num_samples=math.ceil(num_draws / num_chains), disable_progbar=True)
+    mcmc.run(*args, **kwargs)
+    draws, _ = chain_draws(mcmc, model, args, kwargs, {})
+    stages.append(_of_chains(mcmc, draws, time.perf_counter() - clock))
+    return PosteriorApproximation(draws, guide, stage.pareto_k, tuple(stages), mcmc)
+
+
+def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> Stage:
+    """Return what NUTS found and took."""
+    found = mcmc.diagnostics()
+    sites = [found[name] for name in mcmc.get_samples()]
+    return Stage(
+        "NUTS",
+        ess=min(site["n_eff"].min().item() for site in sites),
+        num_gradients=sum(found["gradients"].values()),
+        num_values=0,
+        seconds=seconds,
+        r_hat=max(site["r_hat"].max().item() for site in sites),
+        divergences=sum(map(len, found["divergences"].values())),
+    )
+
+
+def _gaussians(guide: PathfinderGuide, weights: Tensor) -> tuple[Gaussians, Tensor]:
+    """Return the components of a mixture, and the logarithms of their weights, ``[M]``."""
+    (latents,) = guide.groups
+    parameters = torch.stack([component.free_global.detach() for component in guide.components])
+    members = guide.component(0).family(parameters, latents.size)
+    return Gaussians(members.mean, scale_tril_of(members)), weights.detach().log()
+
+
+@torch.no_grad()
+def _set(guide: PathfinderGuide, gaussians: Gaussians, log_weights: Tensor) -> None:
+    (latents,) = guide.groups
+    for m, component in enumerate(guide.components):
+        component.set_gaussian(latents, gaussians.loc[m], gaussians.scale_tril[m])
+    guide.weights.set_shared(log_weights)
+
+
+@torch.no_grad()
+def _match_moments(
+    guide: PathfinderGuide,
+    mixture: Gaussians,
+    log_of_each: Tensor,
+    u: Tensor,
+    log_weights: Tensor,
+) -> None:
+    """Give a mixture the weighted moments of its draws ``[S, D]``, by one step of EM.
+
+    It lowers KL(p || q), as far as the weights are right.
+    """
+    weights = psis(log_weights).log_weights.exp().to(u)
+    shares = (mixture.log_prob(u) + log_of_each).softmax(-1) * weights[:, None]  # [S, M]
+    total = shares.sum(0)
+    moved = [m for m, weight in enumerate(total.tolist()) if weight > LEAST_WEIGHT]
+    loc, scale_tril = mixture.loc.clone(), mixture.scale_tril.clone()
+    for m in moved:
+        own = shares[:, m] / total[m]
+        loc[m] = own @ u
+        scale_tril[m] = torch.linalg.cholesky(weighted_covariance(u, own))
+    _set(guide, Gaussians(loc, scale_tril), total.clamp(min=LEAST_WEIGHT).log().log_softmax(0))

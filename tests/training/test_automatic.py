@@ -1,0 +1,113 @@
+"""`fit_or_sample`: each stage on a posterior that needs it."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_recursive import fit_or_sample, pathfinder
+from pyro_recursive.evaluation import posterior_draws
+from pyro_recursive.training import automatic
+
+X = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64)
+
+
+def scales(x: Tensor) -> None:
+    """A scale, which is skewed, and a location."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+    pyro.deterministic("variance", scale**2)
+
+
+def test_a_gaussian_posterior_takes_no_second_stage() -> None:
+    loc, factor = torch.tensor([3.0, -1.0]), torch.tensor([[2.0, 0.0], [1.0, 0.1]])
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=factor))
+
+    found = fit_or_sample(model, paths=2)
+    assert found.mcmc is None and len(found.stages) == 1 and found["z"].shape == (4000, 2)
+    assert found.pareto_k < 0.1 and found.num_gradients < 200
+    white = torch.linalg.solve_triangular(factor, (found["z"] - loc).mT, upper=False)
+    assert white.mean(-1).abs().max() < 0.09 and (white.var(-1) - 1).abs().max() < 0.12
+    table = str(found).splitlines()
+    assert table[0].split() == ["stage", "ELBO", "k-hat", "ESS", "gradients", "densities", "s"]
+    assert table[1].split()[:2] == ["Pathfinder", "0.00"] and "4000 draws, weighted" in table[2]
+
+
+def test_moments_of_a_skewed_posterior_are_matched_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(automatic, "LEAST_ESS", 9000)
+    found = fit_or_sample(scales, X, paths=2)
+    first, second, *_ = found.stages
+    assert second.ess > first.ess and second.name == "moments 1"
+    assert second.num_gradients == 0 and second.num_values == automatic.PROPOSALS
+    draws = found.draws
+    torch.testing.assert_close(draws["variance"], draws["scale"] ** 2)
+
+
+def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROUNDS": 1, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
+        monkeypatch.setattr(automatic, name, value)
+    monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 5)
+    found = fit_or_sample(scales, X, paths=2, num_draws=10)
+    assert [stage.name for stage in found.stages] == ["Pathfinder", "moments 1", "NUTS"]
+    assert found["scale"].shape == (10,) and bool((found["scale"] > 0).all())
+    torch.testing.assert_close(found["variance"], found["scale"] ** 2)
+    counts = found.mcmc.diagnostics()["gradients"]["chain 0"]
+    assert found.stages[-1].num_gradients == counts > 15
+    assert found.num_gradients == sum(stage.num_gradients for stage in found.stages)
+    assert "10 draws of NUTS: r-hat at most" in str(found)
+
+
+def test_one_step_has_the_weighted_moments_of_the_draws() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide, u = pathfinder(model, paths=2), torch.randn(400, 2) + 1
+    log_weights = torch.rand(400)
+    mixture = automatic._gaussians(guide, guide.component_weights())
+    automatic._match_moments(guide, *mixture, u, log_weights)
+    after, _ = automatic._gaussians(guide, guide.component_weights())
+    weights = automatic.psis(log_weights).log_weights.exp()
+    torch.testing.assert_close(after.loc[0], weights @ u)
+    expected = automatic.weighted_covariance(u, weights)
+    torch.testing.assert_close(after.scale_tril[0] @ after.scale_tril[0].mT, expected)
+
+
+def test_both_of_two_modes_stay() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+
+    x = torch.tensor([3.9, 4.2])
+    guide = pathfinder(model, x)
+    draws = posterior_draws(model, guide, x, num_draws=4000)
+    mixture = automatic._gaussians(guide, guide.component_weights(x))
+    automatic._match_moments(guide, *mixture, draws["z"][:, None], draws.log_weights)
+    after, log_weights = automatic._gaussians(guide, guide.component_weights(x))
+    assert after.loc.abs().sub(2.0).abs().max() < 0.05 and after.loc.sum().abs() < 0.1
+    assert log_weights.exp() == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+@pytest.mark.slow
+def test_eight_schools_need_no_gradients_beyond_pathfinder() -> None:
+    """Of which Pathfinder's own Gaussian has a k-hat above 0.7, or weights worth few draws."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model() -> None:
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 8):
+            theta = mu + tau * pyro.sample("raw", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    found = fit_or_sample(model)
+    assert found.mcmc is None and len(found.stages) > 1
+    assert found["mu"].mean() == pytest.approx(4.37, abs=0.35)  # long runs of NUTS
+    assert found["tau"].mean() == pytest.approx(3.6, abs=0.35)
