@@ -35,19 +35,7 @@ def test_a_gaussian_posterior_takes_no_second_stage() -> None:
     assert white.mean(-1).abs().max() < 0.09 and (white.var(-1) - 1).abs().max() < 0.12
     table = str(found).splitlines()
     assert table[0].split() == ["stage", "ELBO", "k-hat", "ESS", "gradients", "densities", "s"]
-    assert table[1].split()[:2] == ["Pathfinder", "0.00"] and "4000 draws, weighted" in table[2]
-
-
-def test_moments_of_a_skewed_posterior_are_matched_without_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(automatic, "LEAST_ESS", 9000)
-    found = fit_or_sample(scales, X, paths=2)
-    first, second, *_ = found.stages
-    assert second.ess > first.ess and second.name == "moments 1"
-    assert second.num_gradients == 0 and second.num_values == automatic.PROPOSALS
-    draws = found.draws
-    torch.testing.assert_close(draws["variance"], draws["scale"] ** 2)
+    assert table[1].startswith("Pathfinder") and "4000 draws, weighted" in table[2]
 
 
 def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +83,8 @@ def test_both_of_two_modes_stay() -> None:
     assert log_weights.exp() == pytest.approx([0.5, 0.5], abs=0.05)
 
 
-@pytest.mark.slow
-def test_eight_schools_need_no_gradients_beyond_pathfinder() -> None:
-    """Of which Pathfinder's own Gaussian has a k-hat above 0.7, or weights worth few draws."""
+def test_moments_of_eight_schools_are_matched_without_gradients() -> None:
+    """Pathfinder's own Gaussian has a k-hat above 0.7, or weights that are worth few draws."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
@@ -108,6 +95,9 @@ def test_eight_schools_need_no_gradients_beyond_pathfinder() -> None:
             pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
     found = fit_or_sample(model)
-    assert found.mcmc is None and len(found.stages) > 1
+    assert found.mcmc is None and found.stages[1].name == "moments 1"
+    for stage in found.stages[1:]:
+        assert stage.num_gradients == 0 and stage.num_values == automatic.PROPOSALS
+    assert found.stages[-1].ess > found.stages[0].ess
     assert found["mu"].mean() == pytest.approx(4.37, abs=0.35)  # long runs of NUTS
     assert found["tau"].mean() == pytest.approx(3.6, abs=0.35)
