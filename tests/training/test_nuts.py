@@ -197,7 +197,9 @@ def test_enumerated_latents_are_summed_out() -> None:
     assert samples["loc"].mean() == pytest.approx(x.abs().mean().item(), abs=0.4)
 
 
-@pytest.mark.parametrize("model", [correlated, bounded, partial(plates, X)], ids=str)
+@pytest.mark.parametrize(
+    "model", [correlated, bounded, partial(plates, X)], ids=["flat", "bounds", "plates"]
+)
 def test_a_graph_has_the_density_and_the_gradient_of_runs(model: Callable) -> None:
     density = LogDensity(model)
     potential = Potential(density, torch.zeros(density.size))
