@@ -30,6 +30,7 @@ from pyro_recursive.training.pathfinder import PathfinderGuide, pathfinder
 PROPOSALS = 10_000  # draws of a guide for its importance weights
 LEAST_ESS = 4000  # what these have to be worth
 ROUNDS = 6  # of moments that are matched
+LEAST_DRAWS = 2  # for each latent that the weights are worth, for moments
 LEAST_WEIGHT = 1e-3  # of a component
 
 
@@ -125,7 +126,8 @@ def fit_or_sample(
     1. `pathfinder` gives a mixture of Gaussians, and 10,000 draws their importance weights. With a
        k-hat below 0.7 and an effective sample size of 4,000 the answer are draws by these weights.
     2. Else the mixture gets the weighted moments of the draws, up to six times, until it is so.
-       This takes values of the density, and no gradients.
+       This takes values of the density, and no gradients. It needs weights that are worth two
+       draws for each latent.
     3. Else NUTS starts from the best of these mixtures, as by `nuts_start`.
 
     Args:
@@ -181,6 +183,8 @@ def fit_or_sample(
             index = resampled_index(draws.log_weights, num_draws, draws.plates)
             return PosteriorApproximation(draws.take(index), guide, stage.pareto_k, tuple(stages))
         clock = time.perf_counter()
+        if stage.ess < LEAST_DRAWS * density.size:
+            break
         if number < ROUNDS:
             _match_moments(guide, *mixture, packed(density, draws), log_weights)
     stage, draws, mixture = best

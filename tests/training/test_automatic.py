@@ -39,7 +39,7 @@ def test_a_gaussian_posterior_takes_no_second_stage() -> None:
 
 
 def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ROUNDS": 1, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
+    for name, value in {"LEAST_DRAWS": 0, "ROUNDS": 1, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
         monkeypatch.setattr(automatic, name, value)
     monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 5)
     found = fit_or_sample(scales, X, paths=2, num_draws=10)
@@ -50,6 +50,14 @@ def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.stages[-1].num_gradients == counts > 15
     assert found.num_gradients == sum(stage.num_gradients for stage in found.stages)
     assert "10 draws of NUTS: r-hat at most" in str(found)
+
+
+def test_moments_of_few_draws_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
+        monkeypatch.setattr(automatic, name, value)
+    monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 1)
+    found = fit_or_sample(scales, X, paths=2, num_draws=1)
+    assert [stage.name for stage in found.stages] == ["Pathfinder", "NUTS"]
 
 
 def test_one_step_has_the_weighted_moments_of_the_draws() -> None:
