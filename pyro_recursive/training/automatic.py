@@ -187,6 +187,7 @@ def fit_or_sample(
             break
         if number < ROUNDS:
             _match_moments(guide, *mixture, packed(density, draws), log_weights)
+    assert best is not None
     stage, draws, mixture = best
     _set(guide, *mixture)
     start = start_from(density, draws, num_chains, compile=compile)
