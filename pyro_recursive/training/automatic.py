@@ -153,7 +153,8 @@ def fit_or_sample(
     >>> found["scale"].shape, found.mcmc, found.pareto_k < 0.7
     (torch.Size([4000]), None, True)
     """
-    check_at_least(1, num_draws=num_draws, paths=paths, num_chains=num_chains)
+    check_at_least(1, paths=paths, num_chains=num_chains)
+    check_at_least(4 * num_chains, num_draws=num_draws)  # for r-hat
     clock = time.perf_counter()
     guide = pathfinder(model, *args, paths=paths, **kwargs)
     density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)

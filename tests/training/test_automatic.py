@@ -56,7 +56,7 @@ def test_moments_of_few_draws_are_not_matched(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
         monkeypatch.setattr(automatic, name, value)
     monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 1)
-    found = fit_or_sample(scales, X, paths=2, num_draws=1)
+    found = fit_or_sample(scales, X, paths=2, num_draws=4)
     assert [stage.name for stage in found.stages] == ["Pathfinder", "NUTS"]
 
 
