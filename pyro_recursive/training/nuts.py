@@ -1,5 +1,6 @@
 """The No-U-Turn sampler on the density of all latents at once, and its starts from a guide."""
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -100,7 +101,7 @@ class PackedNUTS(MCMCKernel):
             "max_tree_depth": max_tree_depth,
         }
         self.transforms: dict[str, Any] = {}  # which MCMC asks for: samples are values already
-        self._given: Values | None = None  # where the chain starts, unconstrained
+        self._given = list[Values]()  # where chains start, unconstrained
         self._values: Values = {}
         self._reset()
 
@@ -115,10 +116,10 @@ class PackedNUTS(MCMCKernel):
         self._reset()
         trace = StartSearch(self.model, args, kwargs).trace
         density = self._density = LogDensity(self.model, args, kwargs, trace)
-        if self._given is None:
-            start = random_starts(density, 1)[0]
+        if self._given:
+            start = density.block.flatten(self._given[self._number()]).reshape(density.size)
         else:
-            start = density.block.flatten(self._given).reshape(density.size)
+            start = random_starts(density, 1)[0]
         start = start.to(density.start)
         potential = self._potential = Potential(density, start, compile=self.compile)
         kernel = self._kernel = NUTS(potential_fn=lambda z: potential(z[PACKED]), **self.options)
@@ -128,6 +129,15 @@ class PackedNUTS(MCMCKernel):
         kernel.setup(warmup_steps)
         self._values, self._warmup_steps = self._values_at(start), warmup_steps
         self._warmup_gradients = potential.num_gradients
+
+    def _number(self) -> int:
+        """Return which of the starts is that of this chain.
+
+        Chains that run one after the other set theirs before. For processes `MCMC` sets all starts
+        of the one kernel before it copies that, and gives them the chains' numbers as names.
+        """
+        name = multiprocessing.current_process().name
+        return int(name) if name.isdigit() and int(name) < len(self._given) else -1
 
     def sample(self, params: Values) -> Values:
         """Take a step of the chain; return the values of the sites."""
@@ -155,8 +165,8 @@ class PackedNUTS(MCMCKernel):
         return self._values
 
     @initial_params.setter
-    def initial_params(self, params: Values | None) -> None:
-        self._given = params
+    def initial_params(self, params: Values) -> None:
+        self._given.append(params)
 
     @property
     def inverse_mass_matrix(self) -> Tensor:
@@ -184,7 +194,7 @@ class PackedNUTS(MCMCKernel):
 
     def cleanup(self) -> None:
         """Forget the chain."""
-        self._given = None
+        self._given = []
         self._reset()
 
 

@@ -1,5 +1,6 @@
 """NUTS on the packed density: supports, matrices, starts from guides, and counts of gradients."""
 
+import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -121,6 +122,17 @@ def test_chains_start_at_draws_of_their_own() -> None:
     samples = mcmc.get_samples(group_by_chain=True)
     assert samples["z"].shape == (3, 4) and samples["a"].shape == (3, 4, 2)
     assert set(mcmc.diagnostics()["gradients"]) == {"chain 0", "chain 1", "chain 2"}
+
+
+def test_chains_in_processes_have_starts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MCMC` gives all starts to one kernel, and names processes by the numbers of chains."""
+    kernel = PackedNUTS(bounded)
+    for point in (0.2, 0.7):
+        kernel.initial_params = {"alpha": torch.tensor(point).logit(), "beta": torch.zeros(())}
+    for name, alpha in {"0": 0.2, "1": 0.7, "MainProcess": 0.7}.items():
+        monkeypatch.setattr(multiprocessing.current_process(), "_name", name)
+        kernel.setup(1)
+        assert kernel.initial_params["alpha"].item() == pytest.approx(alpha)
 
 
 @pytest.mark.slow
