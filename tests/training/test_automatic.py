@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_recursive import fit_or_sample, pathfinder
 from pyro_recursive.evaluation import posterior_draws
-from pyro_recursive.training import automatic
+from pyro_recursive.training import automatic, nuts
 
 X = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64)
 
@@ -20,6 +20,11 @@ def scales(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(loc, scale), obs=x)
     pyro.deterministic("variance", scale**2)
+
+
+def shorten_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARMUP", "LONG_WARMUP"):
+        monkeypatch.setattr(nuts, name, 5)
 
 
 def test_a_gaussian_posterior_takes_no_second_stage() -> None:
@@ -41,7 +46,7 @@ def test_a_gaussian_posterior_takes_no_second_stage() -> None:
 def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEAST_DRAWS": 0, "ROUNDS": 1, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
         monkeypatch.setattr(automatic, name, value)
-    monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 5)
+    shorten_warmup(monkeypatch)
     found = fit_or_sample(scales, X, paths=2, num_draws=10)
     assert [stage.name for stage in found.stages] == ["Pathfinder", "moments 1", "NUTS"]
     assert found["scale"].shape == (10,) and bool((found["scale"] > 0).all())
@@ -55,7 +60,7 @@ def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> N
 def test_moments_of_few_draws_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
         monkeypatch.setattr(automatic, name, value)
-    monkeypatch.setattr("pyro_recursive.training.nuts.WARMUP", 1)
+    shorten_warmup(monkeypatch)
     found = fit_or_sample(scales, X, paths=2, num_draws=4)
     assert [stage.name for stage in found.stages] == ["Pathfinder", "NUTS"]
 
