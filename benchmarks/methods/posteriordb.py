@@ -15,8 +15,9 @@ from unittest.mock import patch
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, autoguide
+from pyro.infer import ELBO, MCMC, Trace_ELBO, autoguide
 from pyro.infer.autoguide import init_to_value
+from pyro.ops.stats import effective_sample_size
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -33,9 +34,13 @@ from pyro_recursive import (
     Schedule,
     Stratified_ELBO,
     fit,
+    fit_or_sample,
+    nuts_start,
     pathfinder,
 )
 from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.guides.starts import StartSearch
+from pyro_recursive.training.nuts import PackedNUTS
 
 DRAWS = 8  # of a guide, or of each component, in each step
 NESTING = 1  # of the plates of all models
@@ -112,9 +117,9 @@ class Run:
     @cached_property
     def start(self) -> Values:
         """The location of the best Gaussian on four paths, in the latents' own space."""
-        guide = AmortizedGuide(self.model, init_loc_fn="pathfinder")
-        guide.prepare()
-        return guide.median()
+        search = StartSearch(self.model, (), {}, "pathfinder")
+        density = LogDensity(self.model, (), {}, search.trace)
+        return density.values_at(density.block.flatten(search.find()).reshape(-1))
 
     @property
     def components(self) -> int:
@@ -214,6 +219,48 @@ def _stops(run: Run) -> Any:
     return guide
 
 
+def _nuts(run: Run, full_mass: bool) -> Sampled:
+    """Run NUTS from a random start, as Stan does."""
+    settings = run.settings
+    kernel = PackedNUTS(run.model, full_mass=full_mass, compile=settings.compiled)
+    return _sampled(MCMC(kernel, settings.kept, settings.warmup, disable_progbar=True), 0)
+
+
+def _nuts_from_pathfinder(run: Run) -> Sampled:
+    guide = pathfinder(run.model, paths=PATHS)
+    start = nuts_start(guide, run.model, compile=run.settings.compiled)
+    chain = MCMC(**start, num_samples=run.settings.kept, disable_progbar=True)
+    return _sampled(chain, run.model.gradients)
+
+
+def _automatic(run: Run) -> Sampled:
+    """Take what `fit_or_sample` gives by default: its number of draws is its own, too."""
+    found = fit_or_sample(run.model, compile=run.settings.compiled)
+    last = found.stages[-1]
+    about: dict[str, Any] = {"stage": last.name, "ess": last.ess, "guide_k": found.pareto_k}
+    if found.mcmc is None:
+        about |= {"pareto_k": found.pareto_k, "elbo": last.elbo}
+    else:
+        about |= {"r_hat": last.r_hat, "divergences": last.divergences}
+    draws = {name: site.value for name, site in found.draws.sites.items()}
+    return Sampled(draws, found.num_gradients, about)
+
+
+def _sampled(chain: MCMC, gradients: int) -> Sampled:
+    """Run a chain that was prepared with so many gradients."""
+    chain.run()
+    found = chain.diagnostics()
+    counts = {name: sum(found[name].values()) for name in ("gradients", "warm-up gradients")}
+    draws = chain.get_samples()
+    ess = [effective_sample_size(draw[None]).min().item() for draw in draws.values()]
+    about = {
+        "ess": min(ess),
+        "warmup_gradients": counts["warm-up gradients"],
+        "divergences": sum(len(each) for each in found["divergences"].values()),
+    }
+    return Sampled(draws, gradients + counts["gradients"], about)
+
+
 PATHS = 8
 METHODS: dict[str, Callable[[Run], Any]] = {
     "mean field": Trained(_gaussian),
@@ -241,4 +288,8 @@ METHODS: dict[str, Callable[[Run], Any]] = {
         lambda run: FlowGuide(run.model, "coupling", whiten=True), rate=RATE_OF_FLOWS
     ),
     "whitened, auto stop": _stops,
+    "fit_or_sample": _automatic,
+    "NUTS dense": partial(_nuts, full_mass=True),
+    "NUTS diagonal": partial(_nuts, full_mass=False),
+    "NUTS from Pathfinder": _nuts_from_pathfinder,
 }
