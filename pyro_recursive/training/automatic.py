@@ -23,6 +23,7 @@ from pyro_recursive.evaluation.predictions import posterior_draws, resampled_ind
 from pyro_recursive.guides.gaussian_families import scale_tril_of
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.pathfinder.gaussians import Gaussians
+from pyro_recursive.guides.pathfinder.mixture import PathReport
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.training.nuts import packed, start_from, weighted_covariance
@@ -30,6 +31,7 @@ from pyro_recursive.training.pathfinder import PathfinderGuide, pathfinder
 
 PROPOSALS = 10_000  # draws of a guide for its importance weights
 LEAST_ESS = 6000  # what these have to be worth
+MORE_PATHS = (1, 2, 4)  # times as many, while modes may be missing
 ROUNDS = 6  # of moments that are matched
 LEAST_DRAWS = 1  # for each latent that the weights are worth, for moments
 LEAST_WEIGHT = 1e-3  # of a component
@@ -124,8 +126,10 @@ def fit_or_sample(
 ) -> PosteriorApproximation:
     """Draw from the posterior: by a guide if its importance weights are good, else by NUTS.
 
-    1. `pathfinder` gives a mixture of Gaussians, and 10,000 draws their importance weights. With a
-       k-hat below 0.7 and an effective sample size of 6,000 the answer are draws by these weights.
+    1. `pathfinder` gives a mixture of Gaussians, of twice as many paths, up to four times
+       ``paths``, while modes may be missing: one path alone has found a component, or paths are
+       fewer than M (log M + 2) for M components. 10,000 draws have importance weights: with a k-hat
+       below 0.7 and an effective sample size of 6,000 the answer are draws by these weights.
     2. Else the mixture gets the weighted moments of the draws, up to six times, until it is so.
        This takes values of the density, and no gradients. It needs weights that are worth a draw
        for each latent.
@@ -135,7 +139,7 @@ def fit_or_sample(
         model: with continuous latents; flat priors and enumerated latents are allowed.
         args, kwargs: the model's arguments: all data, not a minibatch.
         num_draws: of the answer.
-        paths: as in `pathfinder`.
+        paths: as in `pathfinder`, at first.
         num_chains: of NUTS, each with ``num_draws / num_chains`` draws.
         compile: as in `nuts_start`.
 
@@ -171,11 +175,16 @@ def _approximate(
     compile: bool,
 ) -> PosteriorApproximation:
     clock = time.perf_counter()
-    guide = pathfinder(model, *args, paths=paths, **kwargs)
     density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
-    assert guide.report is not None
-    cost = guide.report.num_gradients + density.size * guide.report.num_hessians
-    num_values = guide.report.num_values
+    cost = num_values = 0
+    for factor in MORE_PATHS:
+        guide = pathfinder(model, *args, paths=factor * paths, **kwargs)
+        report = guide.report
+        assert report is not None
+        cost += report.num_gradients + density.size * report.num_hessians
+        num_values += report.num_values
+        if not _may_miss_modes(report):
+            break
     stages, best = list[Stage](), None
     for number in range(ROUNDS + 1):
         draws = posterior_draws(
@@ -212,6 +221,12 @@ def _approximate(
     draws, _ = chain_draws(mcmc, model, args, kwargs, {})
     stages.append(_of_chains(mcmc, draws, time.perf_counter() - clock))
     return PosteriorApproximation(draws, guide, stage.pareto_k, tuple(stages), mcmc)
+
+
+def _may_miss_modes(report: PathReport) -> bool:
+    count = len(report.num_paths)
+    is_rare = count > 1 and min(report.num_paths) == 1
+    return is_rare or report.paths < count * (math.log(count) + 2)
 
 
 def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> Stage:

@@ -80,6 +80,24 @@ def test_one_step_has_the_weighted_moments_of_the_draws() -> None:
     torch.testing.assert_close(after.scale_tril[0] @ after.scale_tril[0].mT, expected)
 
 
+def test_more_paths_follow_where_modes_may_be_missing() -> None:
+    """Of five narrow modes five paths find three; k-hat does not tell of the others."""
+    modes = torch.linspace(-1.6, 1.6, 5)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Uniform(-4.0, 4.0))
+        density = dist.Normal(modes, 0.1).log_prob(z[..., None]).logsumexp(-1)
+        pyro.factor("five modes", density)
+
+    pyro.set_rng_seed(1)
+    found = fit_or_sample(model, paths=5)
+    z = found["z"]
+    shares = torch.bincount((z[:, None] - modes).abs().argmin(-1), minlength=5) / len(z)
+    assert len(found.guide.components) == 5 and found.guide.report is not None
+    assert found.stages[0].num_gradients > found.guide.report.num_gradients
+    assert ((shares - 0.2).abs() < 5 * (0.16 / len(z)) ** 0.5).all()
+
+
 def test_both_of_two_modes_stay() -> None:
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 3.0))
