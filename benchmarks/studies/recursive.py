@@ -2,8 +2,9 @@
 
 All methods have the same decoder with the same first weights, and at most 4 decoder passes an image
 and step, so that equal epochs are equal steps and decoder passes; "at the VAE's time" compares the
-validation bounds after as many seconds of training as the VAE took. A schedule "early" has 5 % of
-the steps for the first component and for each further one, and the rest for all together.
+validation bounds after as many seconds of training as the faster of both took. A schedule "early"
+has 5 % of the steps for the first component and for each further one, and the rest for all
+together.
 """
 
 from bisect import bisect_right
@@ -57,6 +58,8 @@ def _at_time(name: str, results: Results) -> str:
             clocks = [list(accumulate(history["seconds"])) for history in both]
             end = min(clock[-1] for clock in clocks)
             places = [bisect_right(clock, end) - 1 for clock in clocks]
+            if min(places) < 0:  # one had not ended its first epoch by then
+                continue
             values = [-h["validation"][p] for h, p in zip(both, places, strict=True)]
             found.append((values[0] - values[1]) / both[0]["validation_rows"])
     return spread(torch.tensor(found), sign=True)

@@ -10,6 +10,7 @@ from torch.distributions import Independent
 
 from pyro_recursive.evaluation.calls import measurement
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.sites import latent_sites, sites
 
 
 @measurement()
@@ -76,10 +77,15 @@ def _of_draw(model: Callable, guide: Callable, site: str | None, args: Any, kwar
             base = base.base_dist
         each = base.log_prob(node["value"])
         entries = each.reshape(*batch, -1)
+        latent = {
+            node["name"]: node["fn"]
+            for node in latent_sites(replayed)
+            if not node["fn"].support.is_discrete
+        }
         local = {
             name: leaf
             for name, leaf in leaves.items()
-            if name in replayed.nodes and replayed.nodes[name]["fn"].batch_shape == batch
+            if name in latent and latent[name].batch_shape == batch
         }
         if not local:
             raise ValueError(
@@ -100,12 +106,7 @@ def _of_draw(model: Callable, guide: Callable, site: str | None, args: Any, kwar
 
 def _observed(trace: poutine.Trace, site: str | None) -> dict[str, Any]:
     """Return the observed site of a name, or the only one."""
-    found = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    names = [
-        node["name"]
-        for node in found
-        if node["is_observed"] and type(node["fn"]).__name__ != "_Subsample"
-    ]
+    names = [node["name"] for node in sites(trace) if node["is_observed"]]
     if site is None and len(names) == 1:
         site = names[0]
     if site not in names:

@@ -27,10 +27,14 @@ class Whitening(nn.Module):
         super().__init__()
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone())
-        size, diagonal = len(loc), scale_tril.diagonal(dim1=-2, dim2=-1)
-        is_finite = bool(loc.isfinite().all() and scale_tril.isfinite().all())
-        is_factor = torch.equal(scale_tril.tril(), scale_tril) and bool((diagonal > 0).all())
-        if scale_tril.shape != (size, size) or not (is_finite and is_factor):
+        size = len(loc)
+        is_factor = (
+            scale_tril.shape == (size, size)
+            and bool(loc.isfinite().all() and scale_tril.isfinite().all())
+            and torch.equal(scale_tril.tril(), scale_tril)
+            and bool((scale_tril.diagonal() > 0).all())
+        )
+        if not is_factor:
             raise ValueError(
                 f"whiten=(loc, scale_tril) needs a finite Cholesky factor [{size}, {size}], got "
                 f"{list(scale_tril.shape)}. Give torch.linalg.cholesky(covariance)."

@@ -226,7 +226,8 @@ def _warn_if_unfinished(guide: Any, history: History) -> None:
     elif isinstance(guide, RecursiveMixtureGuide) and guide.steps_left:
         warn_user(
             f"Training has ended with {len(guide.members)} of {len(guide.components)} components "
-            f"and {guide.steps_left} steps left. Train longer, or shorten the guide's schedule."
+            f"and {guide.steps_left} steps left. Train longer with RecursiveMixture_ELBO, or "
+            "shorten the guide's schedule."
         )
 
 

@@ -15,7 +15,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_recursive.guides.mixture.recursive import RecursiveMixtureGuide
+from pyro_recursive.losses.recursive_mixture import RecursiveMixture_ELBO, growing_mixture_of
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training import checkpoint as checkpoints
 from pyro_recursive.training.aggressive import Phase
@@ -125,7 +125,7 @@ class Run:
         start, history, phase = time.perf_counter() - begun["seconds"], self.history, self.phase
         if phase is not None and not phase.options.goes_on(history.mutual_information):
             phase = None
-        is_judged = weight == 1 and phase is None and not _is_growing(self.learner.guide)
+        is_judged = weight == 1 and phase is None and not _is_growing(self.learner)
         self.learner.iterates = self._sum_of_iterates(is_judged)
         loss, rows, count = self._train(weight, phase, bar, begun, start)
         validation = information = None
@@ -340,6 +340,7 @@ class Run:
         checkpoints.set_random_states(state["random"][rank], self.generators)
 
 
-def _is_growing(guide: Any) -> bool:
-    """Whether a guide trains its components one by one, so that no rule judges it yet."""
-    return isinstance(guide, RecursiveMixtureGuide) and guide.stage.kind != "joint"
+def _is_growing(learner: Learner) -> bool:
+    """Whether a loss trains a guide's components one by one, so that no rule judges them yet."""
+    grows = isinstance(learner.loss, RecursiveMixture_ELBO)
+    return grows and growing_mixture_of(learner.guide).stage.kind != "joint"

@@ -23,7 +23,8 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import experiment
-from benchmarks.studies import beta
+from benchmarks.report import BASELINE
+from benchmarks.studies import beta, recursive
 from pyro_recursive import CIWAE_ELBO
 
 ROOT, METHODS = Path(__file__).parents[2], ["Trace_ELBO", "CIWAE learned"]
@@ -134,6 +135,18 @@ def test_spread_over_first_betas() -> None:
     found = beta.spreads({"runs": {name: {"0": run(value)} for name, value in values.items()}})
     assert found["fixed"].tolist() == [-3.0, -5.0]
     assert found["naive"].tolist() == [-4.0]
+
+
+def test_bounds_after_equal_seconds_leave_out_runs_without_an_epoch() -> None:
+    def history(seconds: float) -> dict[str, Any]:
+        validation = [10.0, 8.0, 6.0]
+        return {"seconds": [seconds] * 3, "validation": validation, "validation_rows": 2}
+
+    names = {BASELINE: 1.0, "slower": 1.5, "much slower": 4.0}
+    runs: dict[str, Any] = {n: {"0": {"history": history(s)}} for n, s in names.items()}
+    cell = recursive.TABLE["at the VAE's time"]
+    assert cell("slower", {"runs": runs}) == "-1.00"  # after 3 seconds: 8 beside 6
+    assert cell("much slower", {"runs": runs}) == ""
 
 
 def test_the_naive_rule_ascends_the_bound_in_beta() -> None:

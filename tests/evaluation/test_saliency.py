@@ -78,3 +78,20 @@ def test_symbols_and_what_is_refused() -> None:
 
     with pytest.raises(ValueError, match="needs latents of each row"):
         saliency(no_rows, pyro.poutine.block(no_rows, hide=["x"]), torch.zeros(2))
+
+
+def test_discrete_latents_and_computed_sites_count_for_nothing() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            switch = pyro.sample("switch", dist.Bernoulli(x.new_full((len(x),), 0.5)))
+            loc = pyro.deterministic("loc", 2 * z + 5 * switch)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def at(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x.new_zeros(len(x))))
+            pyro.sample("switch", dist.Delta(x.new_ones(len(x))))
+
+    x = torch.tensor([1.0, 7.0], dtype=torch.float64)
+    assert torch.allclose(saliency(model, at, x), 2 * (x - 5).abs())

@@ -365,6 +365,7 @@ REFUSED: dict[str, tuple[Callable, tuple, str]] = {
         "have 2 c",
     ),
     "factor": (lambda: AmortizedGuide(rows, whiten=(X, X.outer(X))), (X[:1],), "Cholesky factor"),
+    "scales": (lambda: AmortizedGuide(rows, whiten=(X, X + 9)), (X[:1],), "Cholesky factor"),
     "hand": (
         lambda: MixtureGuide(given, [by_hand, by_hand], whiten=True),
         (),

@@ -276,6 +276,19 @@ def test_no_block_counts_while_a_mixture_grows_or_latents_warm_up() -> None:
     assert warm.steps[-1] == 2 * 4 + 12
 
 
+@pytest.mark.usefixtures("short_blocks")
+def test_a_mixture_that_a_loss_does_not_grow_is_judged() -> None:
+    def other() -> dict[str, Any]:
+        return {**growing(), "loss": Trace_ELBO()}
+
+    def stop(step: int, loss: Tensor) -> None:
+        assert step <= 12
+
+    with pytest.warns(UserWarning, match="1 of 3 components and 14 steps left"):
+        history = run(other, **AUTO | {"max_steps": 12, "on_step": stop})
+    assert history.steps[-1] == 12
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
