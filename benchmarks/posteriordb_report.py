@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.methods import posteriordb_numpyro as in_numpyro
+from benchmarks.methods.posteriordb import METHODS
 from benchmarks.report import Results, color, figure, table
 
 BASELINE = "NUTS dense"
@@ -143,7 +145,10 @@ def of_steps(results: Results) -> str:
 
 
 def methods_of(results: Results) -> list[str]:
-    return list(dict.fromkeys(name for runs in results["runs"].values() for name in runs))
+    """Return the methods that have runs, in the order of the benchmark."""
+    found = {name for runs in results["runs"].values() for name in runs}
+    known = [name for name in (*METHODS, *in_numpyro.METHODS) if name in found]
+    return [*known, *sorted(found - {*known})]
 
 
 def runs_of(results: Results, method: str) -> list[Row]:
@@ -232,7 +237,7 @@ def number(value: float) -> str:
 
 TOP = 30.0  # errors above are drawn here
 GRADIENTS = 10, 1e6
-MARKERS = "osD^v<>PX*"
+MARKERS = "osD^v<>"  # as many as repeat with other colours
 
 
 def plot(results: Results, path: Path) -> None:
