@@ -20,18 +20,19 @@ def missing_gaussians(
     Each starts at one of the draws ``u`` of Q, ``[S, D]``, by chance in proportion to how far its
     weight ``p / Q``, Pareto-smoothed, exceeds the mean; then some rounds of EM over location,
     Cholesky factor and share e, with Q fixed. With few draws in a Gaussian its covariance is
-    between theirs and a part of that of Q. None where no weight exceeds the mean by 10 %.
+    between theirs and a part of that of Q. None where no weight exceeds the mean by 10 %, or where
+    there are no more draws than coordinates.
     """
     size, total = u.shape[-1], len(u)
     weights = psis(log_p - log_q).log_weights.exp().to(u)
     excess = (total * weights - 1.1).clamp(min=0.0)
     count = min(count, int((excess > 0).sum()))
-    if count == 0:
+    if count == 0 or total <= size:
         return None
     loc = u[torch.multinomial(excess, count)]
     centred = u - u.mean(0)
     part = SCALE**2 * centred.mT @ centred / total
-    part.diagonal().add_(torch.finfo(u.dtype).eps * part.diagonal().mean())
+    part.diagonal().mul_(1 + 10 * torch.finfo(u.dtype).eps)
     covariance, share = part.expand(count, -1, -1), torch.full_like(loc[:, 0], SHARE)
     for _ in range(ROUNDS):
         factor = torch.linalg.cholesky(covariance)

@@ -58,3 +58,21 @@ def test_few_draws_in_many_dims_have_a_covariance(dtype: torch.dtype) -> None:
     loc, scale_tril = missing_gaussians(u, log_p, log_q, 4)
     assert loc.dtype == dtype and scale_tril.diagonal(dim1=-2, dim2=-1).min() > 0.05
     assert loc[:, 0].min() > 0.9
+
+
+def test_units_of_coordinates_change_nothing() -> None:
+    torch.manual_seed(0)
+    v = torch.randn(2000, 2)
+    normal = torch.distributions.Normal(torch.zeros(2), 1.0)
+    other = torch.distributions.Normal(torch.full((2,), 1.5), 0.3)
+    log_q, log_other = (each.log_prob(v).sum(-1) for each in (normal, other))
+    found = []
+    for units in (torch.ones(2), torch.tensor([1e-2, 1e3])):
+        torch.manual_seed(1)
+        log_p = torch.logaddexp(log_q, log_other)
+        gaussians = missing_gaussians(v * units, log_p, log_q - units.log().sum(), 4)
+        assert gaussians is not None
+        found.append((gaussians[0] / units, gaussians[1] / units[:, None]))
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-3)
+    assert missing_gaussians(v[:2], log_p[:2], torch.tensor([0.0, 9.0]), 4) is None
