@@ -321,8 +321,9 @@ def plot_overview(results: Results, path: Path) -> None:
             costs.plot(gradients, [index] * len(gradients), "|", color=color(index), alpha=0.5)
             if gradients:
                 costs.plot(median(gradients), index, "o", color=color(index))
-        shares.set_yticks(range(len(methods)), methods)
+        counts = [f"{method} ({len(runs_of(results, method))})" for method in methods]
+        shares.set_yticks(range(len(methods)), counts)
         shares.yaxis.set_inverted(True)
-        shares.set(xlim=(0, 1), xlabel=f"share of runs (weighted draws where k-hat < {TRUSTED})")
+        shares.set(xlim=(0, 1), xlabel="share of the runs, whose number is in brackets")
         shares.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, fontsize=8)
         costs.set(xscale="log", xlim=GRADIENTS, xlabel="gradients of log p (median: dot)")
