@@ -26,7 +26,7 @@ from pyro_recursive.training.data import Data, Minibatches
 from pyro_recursive.training.history import History
 from pyro_recursive.training.learner import Learner, MakeOptimizer, MakeScheduler
 from pyro_recursive.training.run import Length, OnEpoch, OnStep, Run
-from pyro_recursive.training.stopping import MAX_STEPS
+from pyro_recursive.training.stopping import MAX_STEPS, TOLERANCE
 
 
 def fit(
@@ -38,7 +38,7 @@ def fit(
     epochs: int | None = None,
     steps: int | Literal["auto"] | None = None,
     max_steps: int = MAX_STEPS,
-    tolerance: float = 0.01,
+    tolerance: float = TOLERANCE,
     average: bool = False,
     optimizer: MakeOptimizer = partial(torch.optim.Adam, lr=1e-3, fused=True),  # noqa: B008
     scheduler: MakeScheduler | None = None,
@@ -208,6 +208,8 @@ def _length(
     if isinstance(steps, str):
         raise ValueError(f"steps must be a number or 'auto', got {steps!r}.")
     check_at_least(1, steps=steps)
+    if (max_steps, tolerance) != (MAX_STEPS, TOLERANCE):
+        raise ValueError("max_steps and tolerance have no effect without steps='auto'.")
     return Length(epochs, steps, None, average)
 
 

@@ -18,6 +18,7 @@ Divergence = Callable[[Values, Values], float]
 
 BLOCK = 50  # steps
 MAX_STEPS = 20_000
+TOLERANCE = 0.01  # nats
 MOST_MEANS = 32  # means of parameters that are kept; then pairs are merged
 FEWEST_BLOCKS, FEWEST_OF_LOSS = 8, 32  # of a stage, judged by a divergence or by the loss alone
 ERRORS = 2.0  # standard errors above which a fall of the loss counts

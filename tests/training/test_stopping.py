@@ -299,6 +299,8 @@ def test_a_mixture_that_a_loss_does_not_grow_is_judged() -> None:
         ({"average": True, "patience": 1, "validation": torch.ones(2)}, "Leave out average"),
         (AUTO | {"tolerance": 0.0}, "tolerance must be above 0"),
         (AUTO | {"steps": "often"}, "a number or 'auto'"),
+        (AUTO | {"steps": 9}, "no effect without steps='auto'"),
+        ({"max_steps": 9}, "no effect without steps='auto'"),
         ({"data": (), "batch_size": 2}, "no effect without data"),
     ],
 )
