@@ -91,6 +91,8 @@ class LatentGuide(AutoGuide):
         self.inputs = inputs or first_argument
         site_function(init_loc_fn)  # which raises for an unknown name
         self.init_loc_fn = init_loc_fn  # None: the default, or what a mixture has
+        if not isinstance(whiten, bool | tuple):
+            raise ValueError(f"whiten must be True, False or (loc, scale_tril), got {whiten!r}.")
         self.whiten = whiten
         self.whitening: Whitening | None = None
         self.groups: tuple[LatentBlock, ...] = ()  # the global latents, then the local ones

@@ -285,7 +285,8 @@ def _slot(site: Site, shared: set[str]) -> PackedSite:
     name, fn, value = site["name"], site["fn"], site["value"].detach()
     if fn.support.is_discrete:
         raise NotImplementedError(
-            f"Latent site '{name}' is discrete: enumerate it, or use an AutoGuideList."
+            f"Latent site '{name}' is discrete. Enumerate it in the model, or give it a guide "
+            "of its own in an AutoGuideList."
         )
     if is_delta(site):
         raise ValueError(f"Latent site '{name}' is a Delta: make it pyro.deterministic.")

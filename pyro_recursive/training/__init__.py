@@ -3,7 +3,7 @@
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.minibatch import MinibatchRows
 from pyro_recursive.training.aggressive import Aggressive
-from pyro_recursive.training.automatic import PosteriorApproximation, Stage, fit_or_sample
+from pyro_recursive.training.automatic import PosteriorApproximation, StageReport, fit_or_sample
 from pyro_recursive.training.checkpoint import CheckpointError
 from pyro_recursive.training.compiled.svi import CompiledSVI
 from pyro_recursive.training.history import History, burda_schedule
@@ -27,7 +27,7 @@ __all__ = [
     "PathReport",
     "PathfinderGuide",
     "PosteriorApproximation",
-    "Stage",
+    "StageReport",
     "burda_schedule",
     "fit",
     "fit_or_sample",

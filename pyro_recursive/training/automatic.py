@@ -29,8 +29,9 @@ from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.training.nuts import packed, start_from, weighted_covariance
 from pyro_recursive.training.pathfinder import PathfinderGuide, pathfinder
 
-PROPOSALS = 10_000  # draws of a guide for its importance weights
-LEAST_ESS = 6000  # what these have to be worth
+PROPOSALS = 10_000  # draws of a guide for its importance weights, at least
+PROPOSALS_PER_DRAW = 2.5
+LEAST_SHARE = 0.6  # of the proposals that the weights have to be worth
 MORE_PATHS = (1, 2, 4)  # times as many, while modes may be missing
 ROUNDS = 6  # of moments that are matched
 LEAST_DRAWS = 1  # for each latent that the weights are worth, for moments
@@ -38,10 +39,10 @@ LEAST_WEIGHT = 1e-3  # of a component
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageReport:
     """One stage of `fit_or_sample` and its cost.
 
-    ``elbo`` in nats, ``pareto_k`` and ``ess`` are of 10,000 draws of the guide. NUTS has the least
+    ``elbo`` in nats, ``pareto_k`` and ``ess`` are of draws of the guide. NUTS has the least
     ``ess`` of all numbers that it draws, the largest ``r_hat`` and its ``divergences``.
     ``num_gradients`` counts a matrix of second derivatives as D gradients.
     """
@@ -80,7 +81,7 @@ class PosteriorApproximation:
     draws: Draws
     guide: PathfinderGuide
     pareto_k: float
-    stages: tuple[Stage, ...]
+    stages: tuple[StageReport, ...]
     mcmc: MCMC | None = None
 
     @property
@@ -94,7 +95,7 @@ class PosteriorApproximation:
     _repr_html_ = shown_as_html
 
     def __str__(self) -> str:
-        rows = [Stage.HEADER, *(stage.cells for stage in self.stages)]
+        rows = [StageReport.HEADER, *(stage.cells for stage in self.stages)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -129,16 +130,16 @@ def fit_or_sample(
     1. `pathfinder` gives a mixture of Gaussians, of twice as many paths, up to four times
        ``paths``, while modes may be missing: one path alone has found a component, or paths are
        fewer than M (log M + 2) for M components. 10,000 draws have importance weights: with a k-hat
-       below 0.7 and an effective sample size of 6,000 the answer are draws by these weights.
+       below 0.7 and an effective sample size of 6,000 the result is draws by these weights.
     2. Else the mixture gets the weighted moments of the draws, up to six times, until it is so.
-       This takes values of the density, and no gradients. It needs weights that are worth a draw
-       for each latent.
+       This takes values of the density, and no gradients. It needs an effective sample size of
+       at least D.
     3. Else NUTS starts from the best of these mixtures, as by `nuts_start`.
 
     Args:
         model: with continuous latents; flat priors and enumerated latents are allowed.
         args, kwargs: the model's arguments: all data, not a minibatch.
-        num_draws: of the answer.
+        num_draws: of the result; above 4,000 each takes 2.5 draws of a guide.
         paths: as in `pathfinder`, at first.
         num_chains: of NUTS, each with ``num_draws / num_chains`` draws.
         compile: as in `nuts_start`.
@@ -185,17 +186,18 @@ def _approximate(
         num_values += report.num_values
         if not _may_miss_modes(report):
             break
-    stages, best = list[Stage](), None
+    proposals = max(PROPOSALS, math.ceil(PROPOSALS_PER_DRAW * num_draws))
+    stages, best = list[StageReport](), None
     for number in range(ROUNDS + 1):
         draws = posterior_draws(
-            model, guide, *args, num_draws=PROPOSALS, chunk_size=density.chunk, **kwargs
+            model, guide, *args, num_draws=proposals, chunk_size=density.chunk, **kwargs
         )
         log_weights = draws.log_weights.reshape(len(draws), -1).sum(-1)
-        stage = Stage(
+        stage = StageReport(
             f"moments {number}" if number else "Pathfinder",
             ess=effective_sample_size(log_weights).item(),
             num_gradients=0 if number else cost,
-            num_values=PROPOSALS + (0 if number else num_values),
+            num_values=proposals + (0 if number else num_values),
             seconds=time.perf_counter() - clock,
             elbo=log_weights.mean().item(),
             pareto_k=psis(log_weights).pareto_k.item(),
@@ -204,7 +206,8 @@ def _approximate(
         mixture = _gaussians(guide, guide.component_weights(*args, **kwargs))
         if best is None or stage.ess > best[0].ess:
             best = stage, draws, mixture
-        if stage.pareto_k < pareto_k_threshold(PROPOSALS) and stage.ess >= LEAST_ESS:
+        is_good = stage.pareto_k < pareto_k_threshold(proposals)
+        if is_good and stage.ess >= LEAST_SHARE * proposals:
             index = resampled_index(draws.log_weights, num_draws, draws.plates)
             return PosteriorApproximation(draws.take(index), guide, stage.pareto_k, tuple(stages))
         clock = time.perf_counter()
@@ -229,11 +232,11 @@ def _may_miss_modes(report: PathReport) -> bool:
     return is_rare or report.paths < count * (math.log(count) + 2)
 
 
-def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> Stage:
+def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> StageReport:
     """Return what NUTS found and took."""
     found = mcmc.diagnostics()
     sites = [found[name] for name in mcmc.get_samples()]
-    return Stage(
+    return StageReport(
         "NUTS",
         ess=min(site["n_eff"].min().item() for site in sites),
         num_gradients=sum(found["gradients"].values()),

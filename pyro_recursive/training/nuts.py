@@ -272,6 +272,12 @@ def start_from(
     smoothed = psis(log_weights)
     weights = smoothed.log_weights.exp()
     is_good = smoothed.pareto_k.item() < pareto_k_threshold(len(draws))
+    count = int((weights > 0).sum())
+    if count < num_chains:
+        raise ValueError(
+            f"{count} draws of the guide have a weight, and each of {num_chains} chains needs one. "
+            "Give more num_draws, or a better guide."
+        )
     chosen = torch.multinomial(weights, num_chains)
     equal = log_weights.isfinite().double()
     covariance = weighted_covariance(u, weights if is_good else equal / equal.sum())

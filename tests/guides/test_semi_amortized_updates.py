@@ -236,7 +236,7 @@ def test_discrete_latents_are_refused() -> None:
             pyro.sample("x", dist.Normal(z + k, 1.0), obs=x[:, 0])
 
     x = torch.randn(ROWS, 3)
-    with pytest.raises(NotImplementedError, match=r"'k' is discrete: enumerate it"):
+    with pytest.raises(NotImplementedError, match=r"'k' is discrete. Enumerate it"):
         semi(model, nn.Linear(3, 2))(x)
     guide = semi(model, nn.Linear(3, 2), name="other")
     loss = TraceEnum_ELBO(max_plate_nesting=1)

@@ -371,6 +371,11 @@ REFUSED: dict[str, tuple[Callable, tuple, str]] = {
         (),
         "needs AmortizedGuide or FlowGuide",
     ),
+    "another word": (
+        lambda: partial(AmortizedGuide, given, whiten="pathfinder"),
+        (),
+        "must be True, False or",
+    ),
 }
 
 

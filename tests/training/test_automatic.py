@@ -43,8 +43,17 @@ def test_a_gaussian_posterior_takes_no_second_stage() -> None:
     assert table[1].startswith("Pathfinder") and "4000 draws, weighted" in table[2]
 
 
+def test_many_draws_take_more_proposals() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    found = fit_or_sample(model, paths=2, num_draws=6000)
+    assert found.stages[0].ess == pytest.approx(15_000)
+    assert len(found["z"]) == 6000 and len(found["z"].unique()) > 4800
+
+
 def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LEAST_DRAWS": 0, "ROUNDS": 1, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
+    for name, value in {"LEAST_DRAWS": 0, "ROUNDS": 1, "PROPOSALS": 300, "LEAST_SHARE": 2}.items():
         monkeypatch.setattr(automatic, name, value)
     shorten_warmup(monkeypatch)
     found = fit_or_sample(scales, X, paths=2, num_draws=10)
@@ -58,7 +67,7 @@ def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_moments_of_few_draws_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_ESS": 1e9}.items():
+    for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_SHARE": 2}.items():
         monkeypatch.setattr(automatic, name, value)
     shorten_warmup(monkeypatch)
     found = fit_or_sample(scales, X, paths=2, num_draws=4)

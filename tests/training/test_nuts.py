@@ -126,6 +126,11 @@ def test_chains_start_at_draws_of_their_own() -> None:
     assert set(mcmc.diagnostics()["gradients"]) == {"chain 0", "chain 1", "chain 2"}
 
 
+def test_more_chains_than_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 draws .* each of 4 chains needs one\. Give more"):
+        nuts_start(pathfinder(correlated, paths=2), correlated, num_chains=4, num_draws=3)
+
+
 def test_chains_in_processes_have_starts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """`MCMC` gives all starts to one kernel, and names processes by the numbers of chains."""
     kernel = PackedNUTS(bounded)

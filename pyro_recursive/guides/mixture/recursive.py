@@ -154,7 +154,10 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     @property
     def steps_left(self) -> int:
-        """The training steps left in the schedule, if no component is dropped from here on."""
+        """The training steps left in the schedule, if no component is dropped from here on.
+
+        They are counted by `RecursiveMixture_ELBO` alone: no other loss grows the mixture.
+        """
         members, later = self.members, self.stages[int(self.progress[0]) + 1 :]
         if not self.is_growing:  # a component that was dropped is not refitted
             later = tuple(stage for stage in later if stage.component in (None, *members))
