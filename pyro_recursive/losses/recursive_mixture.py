@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Unpack
 
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from torch import Tensor
 
 from pyro_recursive.bounds.bound import Split, Weighted, elbo
@@ -124,7 +124,9 @@ class RecursiveMixture_ELBO(MixtureLoss):
                 mixture.start_from_paths(args, kwargs)
             program = Program(model, guide, args, kwargs)
             if mixture.starts_component:
-                place_component(program, mixture, vectorize=self.vectorize_particles)
+                # Points at which a parameter is invalid have density 0.
+                with validation_enabled(False):
+                    place_component(program, mixture, vectorize=self.vectorize_particles)
             if mixture.is_trial:
                 loss = self._test_component(program, mixture)
             else:

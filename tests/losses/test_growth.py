@@ -350,3 +350,21 @@ def test_points_of_density_0_have_the_log_density_minus_infinity() -> None:
     points = search.points_of_guide()
     log_p, _ = search.evaluate(points)
     assert log_p.isneginf().equal((points <= 0).squeeze(-1)) and 0 < log_p.isneginf().sum() < 500
+
+
+@pytest.mark.parametrize("paths", [0, 8])
+def test_points_at_which_a_parameter_is_invalid_are_no_candidates(paths: int) -> None:
+    """The search draws z below -1, where the scale is negative and Pyro's validation raises."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.5, 3.0))
+        pyro.sample("x", dist.Normal(0.0, 1 + z), obs=torch.tensor(3.0))
+
+    options = {"init_loc_fn": {"z": torch.tensor(1.5)}} if paths == 0 else {"paths": paths}
+    schedule = Schedule(first=1, propose=1, refine=1)
+    guide = RecursiveMixtureGuide(model, 2, schedule=schedule, **options)
+    with pyro.validation_enabled():
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), RecursiveMixture_ELBO(4))
+        for _ in range(2):
+            svi.step()
+    assert guide.stage.kind == "refine"
