@@ -205,7 +205,8 @@ def _row(method: str, runs: list[Row]) -> list[str]:
         return number(max(_largest(run[kind][key]) for run in done)) if kind in done[0] else ""
 
     def of_runs(key: str, choose: Callable[..., float], digits: int = 2) -> str:
-        return f"{choose(run[key] for run in done):.{digits}f}" if key in done[0] else ""
+        values = [run[key] for run in done if key in run]  # NUTS has no ELBO
+        return f"{choose(values):.{digits}f}" if values else ""
 
     weighted = f"{worst('weighted', 'mean')}/{worst('weighted', 'sd')}"
     return [
