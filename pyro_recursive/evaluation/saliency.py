@@ -70,6 +70,11 @@ def _of_draw(model: Callable, guide: Callable, site: str | None, args: Any, kwar
             node["value"] = leaves[name] = node["value"].detach().requires_grad_()
     with torch.enable_grad():
         replayed = poutine.trace(poutine.replay(model, trace)).get_trace(*args, **kwargs)
+        missing = [n["name"] for n in latent_sites(replayed) if n["name"] not in trace.nodes]
+        if missing:
+            raise ValueError(
+                f"The guide has no site '{missing[0]}', whose draws saliency needs. Add it there."
+            )
         node = _observed(replayed, site)
         base = node["fn"]
         batch = base.batch_shape

@@ -106,11 +106,11 @@ DRAWS = {  # test_enumerated.py, test_enumerated_arviz.py
     *("posterior_draws", "predictive_draws", "prior_draws", "log_likelihoods"),
     *("to_arviz", "mcmc_to_arviz", "loo"),
 }
-HERE = {"predict", "calibration", "calibration_by_fits"}
+HERE = {"predict", "calibration", "calibration_by_fits", "saliency"}
 OF_NUMBERS = {  # which no model is given
     *("effective_sample_size", "jensen_shannon", "pareto_k_threshold", "psis", "signal_to_noise"),
     *("plot_ecdf_difference", "plot_gaps", "plot_gradient_snr", "plot_history", "plot_pareto_k"),
-    "plot_ranks",
+    *("plot_ranks", "plot_saliency"),
 }
 
 
@@ -305,3 +305,17 @@ def test_rows_that_an_enumerated_latent_couples_have_no_prior_of_their_own() -> 
 
     with pytest.raises(ValueError, match=r"prior of 'z' is summed .* outside plate 'data'"):
         of.rate_of(model, guide, torch.zeros(3))
+
+
+def test_saliency_needs_draws_of_every_latent() -> None:
+    """A summed latent has none: the model would draw it from its prior."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            y = pyro.sample("y", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + 2 * y, 1.0), obs=x)
+
+    guide = AmortizedGuide(model, torch.nn.Linear(1, 2), inputs=lambda x: x[:, None])
+    with pytest.raises(ValueError, match="no site 'y', whose draws saliency needs"):
+        of.saliency(model, guide, torch.zeros(3))

@@ -202,7 +202,7 @@ def test_discrete_latents_are_enumerated_beside_ours() -> None:
             k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(m + 2 * k, 1.0), obs=x)
 
-    with pytest.raises(NotImplementedError, match="or use an AutoGuideList"):
+    with pytest.raises(NotImplementedError, match="of its own in an AutoGuideList"):
         AmortizedGuide(lambda: pyro.sample("k", dist.Bernoulli(0.3)))()
     guide = AutoGuideList(mixture)
     guide.append(AmortizedGuide(poutine.block(mixture, hide=["k"])))

@@ -216,7 +216,10 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 SWAPPED: dict[str, list[tuple[tuple, str]]] = {
     **{
         name: [((local, X), "guide, and needs a callable"), ((X, X), "model, and needs a callable")]
-        for name in ("log_marginal", "importance_weights", "posterior_draws", "rate_of", "to_arviz")
+        for name in (
+            *("log_marginal", "importance_weights", "posterior_draws", "rate_of", "saliency"),
+            "to_arviz",
+        )
     },
     **{
         name: [((local, local_guide), "got function as draws, and needs Draws")]
@@ -245,7 +248,7 @@ SWAPPED: dict[str, list[tuple[tuple, str]]] = {
     "plot_pareto_k": [(([0.1],), "needs Tensor or ImportanceWeights")],
     **{
         name: [(([1.0],), "got list as .*, and needs Tensor")]
-        for name in ("psis", "effective_sample_size", "signal_to_noise")
+        for name in ("psis", "effective_sample_size", "signal_to_noise", "plot_saliency")
     },
     **{
         name: [(([1], 3), "got list as ranks, and needs Tensor")]
