@@ -70,7 +70,8 @@ def _of_draw(model: Callable, guide: Callable, site: str | None, args: Any, kwar
             node["value"] = leaves[name] = node["value"].detach().requires_grad_()
     with torch.enable_grad():
         replayed = poutine.trace(poutine.replay(model, trace)).get_trace(*args, **kwargs)
-        missing = [n["name"] for n in latent_sites(replayed) if n["name"] not in trace.nodes]
+        latents = latent_sites(replayed)
+        missing = [n["name"] for n in latents if n["name"] not in trace.nodes]
         if missing:
             raise ValueError(
                 f"The guide has no site '{missing[0]}', whose draws saliency needs. Add it there."
@@ -82,11 +83,7 @@ def _of_draw(model: Callable, guide: Callable, site: str | None, args: Any, kwar
             base = base.base_dist
         each = base.log_prob(node["value"])
         entries = each.reshape(*batch, -1)
-        latent = {
-            node["name"]: node["fn"]
-            for node in latent_sites(replayed)
-            if not node["fn"].support.is_discrete
-        }
+        latent = {n["name"]: n["fn"] for n in latents if not n["fn"].support.is_discrete}
         local = {
             name: leaf
             for name, leaf in leaves.items()

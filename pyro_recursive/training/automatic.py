@@ -20,10 +20,9 @@ from pyro_recursive.evaluation.importance import (
     psis,
 )
 from pyro_recursive.evaluation.predictions import posterior_draws, resampled_index
-from pyro_recursive.guides.gaussian_families import scale_tril_of
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.pathfinder.gaussians import Gaussians
-from pyro_recursive.guides.pathfinder.mixture import PathReport
+from pyro_recursive.guides.pathfinder.mixture import PathReport, paths_for
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.training.nuts import packed, start_from, weighted_covariance
@@ -203,7 +202,7 @@ def _approximate(
             pareto_k=psis(log_weights).pareto_k.item(),
         )
         stages.append(stage)
-        mixture = _gaussians(guide, guide.component_weights(*args, **kwargs))
+        mixture = guide.gaussians, guide.component_weights(*args, **kwargs).detach().log()
         if best is None or stage.ess > best[0].ess:
             best = stage, draws, mixture
         is_good = stage.pareto_k < pareto_k_threshold(proposals)
@@ -217,7 +216,7 @@ def _approximate(
             _match_moments(guide, *mixture, packed(density, draws), log_weights)
     assert best is not None
     stage, draws, mixture = best
-    _set(guide, *mixture)
+    guide.set_gaussians(*mixture)
     start = start_from(density, draws, num_chains, compile=compile)
     mcmc = MCMC(**start, num_samples=math.ceil(num_draws / num_chains), disable_progbar=True)
     mcmc.run(*args, **kwargs)
@@ -229,7 +228,7 @@ def _approximate(
 def _may_miss_modes(report: PathReport) -> bool:
     count = len(report.num_paths)
     is_rare = count > 1 and min(report.num_paths) == 1
-    return is_rare or report.paths < count * (math.log(count) + 2)
+    return is_rare or report.paths < paths_for(count)
 
 
 def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> StageReport:
@@ -245,22 +244,6 @@ def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> StageReport:
         r_hat=max(site["r_hat"].max().item() for site in sites),
         divergences=sum(map(len, found["divergences"].values())),
     )
-
-
-def _gaussians(guide: PathfinderGuide, weights: Tensor) -> tuple[Gaussians, Tensor]:
-    """Return the components of a mixture, and the logarithms of their weights, ``[M]``."""
-    (latents,) = guide.groups
-    parameters = torch.stack([component.free_global.detach() for component in guide.components])
-    members = guide.component(0).family(parameters, latents.size)
-    return Gaussians(members.mean, scale_tril_of(members)), weights.detach().log()
-
-
-@torch.no_grad()
-def _set(guide: PathfinderGuide, gaussians: Gaussians, log_weights: Tensor) -> None:
-    (latents,) = guide.groups
-    for m, component in enumerate(guide.components):
-        component.set_gaussian(latents, gaussians.loc[m], gaussians.scale_tril[m])
-    guide.weights.set_shared(log_weights)
 
 
 @torch.no_grad()
@@ -284,4 +267,6 @@ def _match_moments(
         own = shares[:, m] / total[m]
         loc[m] = own @ u
         scale_tril[m] = torch.linalg.cholesky(weighted_covariance(u, own))
-    _set(guide, Gaussians(loc, scale_tril), total.clamp(min=LEAST_WEIGHT).log().log_softmax(0))
+    guide.set_gaussians(
+        Gaussians(loc, scale_tril), total.clamp(min=LEAST_WEIGHT).log().log_softmax(0)
+    )

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of, scale_tril_of
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.mixture import MixtureGuide
+from pyro_recursive.guides.pathfinder.gaussians import Gaussians
 from pyro_recursive.guides.pathfinder.mixture import PathMixture, PathReport, mixture_of_paths
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
@@ -28,9 +30,23 @@ class PathfinderGuide(MixtureGuide):
 
         Location ``[D]`` and Cholesky factor of the covariance, ``[D, D]``, unconstrained.
         """
-        (latents,), first = self.groups, self.component(0)
-        posterior = first.family(first.free_global.detach(), latents.size)
-        return posterior.mean, scale_tril_of(posterior)
+        every = self.gaussians
+        return every.loc[0], every.scale_tril[0]
+
+    @property
+    def gaussians(self) -> Gaussians:
+        """All components, unconstrained."""
+        (latents,) = self.groups
+        parameters = torch.stack([component.free_global.detach() for component in self.components])
+        members = self.component(0).family(parameters, latents.size)
+        return Gaussians(members.mean, scale_tril_of(members))
+
+    def set_gaussians(self, gaussians: Gaussians, log_weights: Tensor) -> None:
+        """Set all components, and the logarithms of their weights, ``[M]``."""
+        (latents,) = self.groups
+        for m, component in enumerate(self.components):
+            component.set_gaussian(latents, gaussians.loc[m], gaussians.scale_tril[m])
+        self.weights.set_shared(log_weights)
 
     def extra_repr(self) -> str:
         """Return how many paths found each component, ELBO, k-hat and the number of gradients."""
@@ -116,11 +132,6 @@ def _guide(
     components = [AmortizedGuide(model, family=family) for _ in log_weights]
     guide = PathfinderGuide(model, components, init_loc_fn=init_loc_fn, name=name)
     guide.prepare(*args, **kwargs)
-    (latents,) = guide.groups
-    for component, loc, scale_tril in zip(
-        components, gaussians.loc, gaussians.scale_tril, strict=True
-    ):
-        component.set_gaussian(latents, loc, scale_tril)
-    guide.weights.set_shared(log_weights)
+    guide.set_gaussians(gaussians, log_weights)
     guide.init_loc_fn = None  # which a pickle could not hold
     return guide

@@ -6,10 +6,8 @@ The file is its own script, which forks a child for each life of a run.
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from benchmarks import experiment
 from benchmarks.report import BASELINE
 from benchmarks.studies import beta, recursive
 from pyro_recursive import CIWAE_ELBO
+from tests.oracles.kills import count_kills
 
 ROOT, METHODS = Path(__file__).parents[2], ["Trace_ELBO", "CIWAE learned"]
 SMALL = ["--datasets", "digits", "--networks", "10-3", "--eval-points", "250"]
@@ -57,28 +56,15 @@ def live(folder: Path) -> None:
     reproduce(folder, "--eager", "--epochs", "4", "--methods", *METHODS)
 
 
-def run(folder: Path, times: list[float]) -> int:
-    """Run to the end, killed after each of some seconds; return the number of kills."""
-    for kills, seconds in enumerate([*times, None]):
-        child = multiprocessing.get_context("fork").Process(target=live, args=(folder,))
-        child.start()
-        child.join(seconds)
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            return kills
-        assert child.exitcode == -signal.SIGKILL, "failed when it was resumed"
-    raise AssertionError("the last life has no end")
-
-
 def main(folder: Path) -> None:
     """Kill a run many times; compare it with one that was left alone."""
     importlib.import_module("torch._dynamo")  # optimisers import it late: once for all children
     start = time.monotonic()
-    run(folder / "whole", [])
+    count_kills(live, (folder / "whole",), [])
     seconds = time.monotonic() - start
     dice = random.Random(3)
-    kills = run(folder / "parts", [dice.uniform(0.05, 0.4) * seconds for _ in range(8)])
+    times = [dice.uniform(0.05, 0.4) * seconds for _ in range(8)]
+    kills = count_kills(live, (folder / "parts",), times)
     wholes = sorted((folder / "whole").glob("*/runs/*.json"))
     assert len(wholes) == len(METHODS)
     for whole in wholes:

@@ -5,10 +5,8 @@ for each life of a run.
 """
 
 import importlib
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from pyro_recursive import (
 from pyro_recursive.training import checkpoint as checkpoints
 from tests.models.small import square_rows
 from tests.oracles.bitwise import same
+from tests.oracles.kills import count_kills
 
 KILLS, ROWS = 50, 12
 ROOT = Path(__file__).parents[2]
@@ -114,22 +113,6 @@ def live(name: str, path: Path) -> None:
     torch.save(left, path.with_suffix(".left"))
 
 
-def run(name: str, path: Path, times: list[float]) -> int:
-    """Run a program to its end, killed after each of some seconds; return the number of kills."""
-    kills = 0
-    for seconds in [*times, None]:
-        child = multiprocessing.get_context("fork").Process(target=live, args=(name, path))
-        child.start()
-        child.join(seconds)
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL, f"{name} failed when it was resumed"
-        kills += 1
-    return kills
-
-
 def main(folder: Path) -> None:
     """Kill runs until there were enough kills, and compare each with one that was left alone."""
     importlib.import_module("torch._dynamo")  # optimisers import it late: once for all children
@@ -137,13 +120,14 @@ def main(folder: Path) -> None:
     wholes, seconds = {}, {}
     for name in PROGRAMS:
         start = time.monotonic()
-        run(name, folder / f"{name}-whole", [])
+        count_kills(live, (name, folder / f"{name}-whole"), [])
         seconds[name] = time.monotonic() - start
         wholes[name] = torch.load(folder / f"{name}-whole.left", weights_only=True)
     while kills < KILLS:
         name = list(PROGRAMS)[number % len(PROGRAMS)]
         path = folder / f"{name}-{number}"
-        kills += run(name, path, [dice.uniform(0.0, seconds[name] / 2) for _ in range(7)])
+        times = [dice.uniform(0.0, seconds[name] / 2) for _ in range(7)]
+        kills += count_kills(live, (name, path), times)
         left = torch.load(path.with_suffix(".left"), weights_only=True)
         assert same(left, wholes[name]), f"run {number}, {name}, differs after {kills} kills"
         number += 1

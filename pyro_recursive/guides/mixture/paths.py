@@ -15,6 +15,7 @@ from pyro_recursive.guides.pathfinder.mixture import (
     PathMixture,
     PathReport,
     mixture_of_paths,
+    paths_for,
 )
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.isolation import isolated
@@ -52,7 +53,7 @@ def gaussians_from_paths(
 ) -> PathMixture | None:
     """Return at most as many Gaussians as a guide has components; None where there are none.
 
-    Of M modes of one size, M (log M + 2) paths find all with probability 0.87 or more: the default.
+    By default there are paths for as many modes as components.
 
     Raises:
         ValueError: ``paths`` are given, and components cannot start from paths.
@@ -66,7 +67,7 @@ def gaussians_from_paths(
         logger.info("Components do not start from paths: %s.", density)
         return None
     count = len(guide.components)
-    paths = paths or max(LEAST_PATHS, math.ceil(count * (math.log(count) + 2)))
+    paths = paths or max(LEAST_PATHS, paths_for(count))
     try:
         family, whitening = guide.component(0).family, guide.groups[0].whitening
         found = mixture_of_paths(density, paths, family, count, whitening)

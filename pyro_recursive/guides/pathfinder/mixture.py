@@ -62,6 +62,11 @@ class PathMixture(NamedTuple):
     report: PathReport
 
 
+def paths_for(modes: int) -> int:
+    """Return how many paths find all modes, if of one size, with probability 0.87 or more."""
+    return math.ceil(modes * (math.log(modes) + 2))
+
+
 def mixture_of_paths(
     density: LogDensity,
     paths: int,
