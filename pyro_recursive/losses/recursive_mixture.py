@@ -59,6 +59,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
             ``"skew"``, ``"relbo"`` (boosting), ``"elbo"``, or an `Objective` of
             `bounds.mixture_objectives`, such as the paper's ``Clamped(clamp=2.0)``.
         proposal: how it is proposed; the same choices.
+        joint: the loss of all components together in joint stages, with its own samples, estimator
+            and plates, such as ``MISELBO(8)`` or ``SIWAE_ELBO(8)``; by default the ELBO.
         update: ``"simultaneous"`` trains guide and model on the same samples, ``"alternating"`` in
             turns, ``"guide"`` the component alone. Joint stages train everything.
         weights: ``"gradient"`` learns a weight with its component; when a component is kept,
@@ -68,14 +70,15 @@ class RecursiveMixture_ELBO(MixtureLoss):
         estimator, max_plate_nesting, vectorize_particles: as in `Stratified_ELBO`.
 
     Raises:
-        TypeError: the guide is no `RecursiveMixtureGuide`.
+        TypeError: the guide is no `RecursiveMixtureGuide`, or ``joint`` no loss of mixture guides.
         ValueError: an unknown option; model and guide share a parameter.
 
     `Recursive Inference for Variational Autoencoders` (Kim & Pavlovic, NeurIPS 2020); `Boosting
     Black Box Variational Inference` (Locatello et al., arXiv 1806.02185).
 
-    >>> RecursiveMixture_ELBO(4, objective="exact", proposal="skew").num_particles
-    4
+    >>> from pyro_recursive import MISELBO
+    >>> RecursiveMixture_ELBO(4, proposal="skew", joint=MISELBO(4)).joint
+    MISELBO(num_estimates=1, num_particles=4, estimator='pathwise')
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         *,
         objective: str | Objective = "exact",
         proposal: str | Objective = "skew",
+        joint: MixtureLoss | None = None,
         update: str = "simultaneous",
         weights: str = "gradient",
         holdout: Sequence[Any] | None = None,
@@ -100,10 +104,17 @@ class RecursiveMixture_ELBO(MixtureLoss):
         for name, value, choices in (("update", update, UPDATES), ("weights", weights, WEIGHTS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+        if joint is not None and (
+            isinstance(joint, RecursiveMixture_ELBO) or not isinstance(joint, MixtureLoss)
+        ):
+            raise TypeError(
+                f"joint must be Stratified_ELBO, MISELBO or SIWAE_ELBO, got {type(joint).__name__}."
+            )
+        self.joint = joint
         self.update, self.weights, self.holdout = update, weights, holdout
 
     def _options(self) -> dict[str, Any]:
-        own = ("objective", "proposal", "update", "weights")
+        own = ("objective", "proposal", "joint", "update", "weights")
         return super()._options() | {name: getattr(self, name) for name in own}
 
     def differentiable_loss(
@@ -111,7 +122,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
     ) -> Tensor:
         """Return a scalar whose gradient is that of this step's stage, and count the step.
 
-        Its value is minus the mixture's ELBO, or the objective if only the component is trained.
+        Its value is minus the mixture's ELBO, the objective if only the component is trained, or
+        minus the bound of ``joint`` in joint stages.
         """
         if not torch.is_grad_enabled():
             return super().differentiable_loss(model, guide, *args, **kwargs)
@@ -139,6 +151,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
     def stage_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a step of this stage that is no acceptance test; it is not counted."""
         mixture, program = growing_mixture_of(guide), Program(model, guide, args, kwargs)
+        if self.joint is not None and mixture.stage.kind == "joint":
+            return self.joint.differentiable_loss(model, guide, *args, **kwargs)
         plan = self._plan(mixture)
         if plan is None:
             return super().differentiable_loss(model, guide, *args, **kwargs)

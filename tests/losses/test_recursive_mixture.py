@@ -18,8 +18,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_recursive import (
+    MISELBO,
+    SIWAE_ELBO,
     AmortizedGuide,
     FlowGuide,
+    MixtureGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
     Schedule,
@@ -262,6 +265,111 @@ def test_the_exact_gradient_is_exact_for_parameters_that_rows_share() -> None:
     mean, error = torch.stack(differences).mean(0), torch.stack(differences).std(0) / 20**0.5
     assert (mean.abs() < 4.5 * error).all()
     assert error.max() < 0.05 * gradients[1].abs().max()
+
+
+# --- A loss of its own for joint stages
+
+
+def in_joint_stage(members: Sequence[int], families: Sequence[str] = 3 * ALIKE[:1]) -> Any:
+    """Return a guide of three components with a table of weights, and rows of data."""
+    x = torch.randn(6, 2).abs() + 1
+    components = [AmortizedGuide(rows_model, family=family) for family in families]
+    schedule = Schedule(first=1, propose=1, refine=1, joint=9)
+    guide = RecursiveMixtureGuide(rows_model, components, plate="data", schedule=schedule)
+    guide.prepare(x)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    guide.progress.copy_(torch.tensor([5, 1, 0, *(m in members for m in range(3))]))
+    return guide, x
+
+
+def gradients_by_name(guide: Any, loss: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a step's value, and the gradients that it has."""
+    loss.loss(rows_model, guide, x)  # has a look at the plates
+    pyro.set_rng_seed(1)
+    named = {**dict(guide.named_parameters()), "loc": pyro.param("loc").unconstrained()}
+    for parameter in named.values():
+        parameter.grad = None
+    value = torch.as_tensor(loss.loss_and_grads(rows_model, guide, x))
+    return value, {
+        name.removesuffix("_unconstrained"): parameter.grad
+        for name, parameter in named.items()
+        if parameter.grad is not None
+    }
+
+
+JOINT_LOSSES = {
+    "MISELBO": MISELBO(3, num_estimates=2),
+    "SIWAE": SIWAE_ELBO(3),
+    "SIWAE looped": SIWAE_ELBO(2, num_estimates=2, vectorize_particles=False),
+    "stratified": Stratified_ELBO(4),
+}
+
+
+@pytest.mark.quick("MISELBO-alike")
+@FAMILIES
+@pytest.mark.parametrize("name", JOINT_LOSSES)
+def test_a_joint_loss_is_that_of_an_equal_mixture(name: str, families: tuple[str, str]) -> None:
+    """Of the members alone, with the same draws: value, all gradients, and none of the others."""
+    families = (families[0], *families)
+    guide, x = in_joint_stage((0, 2), families)
+    joint = JOINT_LOSSES[name]
+    value, found = gradients_by_name(guide, RecursiveMixture_ELBO(1, joint=joint), x)
+    logits = guide.weights.local_1.detach()
+    places = [f"components.{m}.free_local" for m in (0, 2)]
+    assert set(found) == {*places, "weights.local_1", "loc"}
+
+    members = [AmortizedGuide(rows_model, family=families[m]) for m in (0, 2)]
+    equal = MixtureGuide(rows_model, members, plate="data")
+    equal.prepare(x)
+    inside = 8 * torch.tanh(logits / 8)
+    log_weights = stick_breaking(inside)
+    with torch.no_grad():
+        for own, m in zip(members, (0, 2), strict=True):
+            own.free_local.copy_(guide.component(m).free_local)
+        equal.weights.local.copy_(8 * torch.atanh(log_weights / 8))
+    expected_value, expected = gradients_by_name(equal, joint, x)
+    assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    assert_equal(value, expected_value)
+    assert_equal(found["loc"], expected["loc"])
+    for column, place in enumerate(places):
+        assert_equal(found[place], expected[f"components.{column}.free_local"])
+    # By the logit e of log-weights (log(1 - e), log e): those of softmax logits, by the chain rule.
+    by_logits = expected["weights.local"] / (1 - (log_weights / 8) ** 2)
+    slopes = torch.cat([-inside.sigmoid(), (-inside).sigmoid()], -1) * (1 - (inside / 8) ** 2)
+    assert_equal(found["weights.local_1"], (by_logits * slopes).sum(-1, keepdim=True))
+    assert found["weights.local_1"].abs().max() > 1e-3
+
+
+def test_one_sample_in_each_logarithm_is_the_default_joint_stage() -> None:
+    guide, x = in_joint_stage((0, 1, 2))
+    joint = MISELBO(1, num_estimates=3, estimator="stl")
+    value, found = gradients_by_name(guide, RecursiveMixture_ELBO(3, joint=joint), x)
+    default, expected = gradients_by_name(guide, RecursiveMixture_ELBO(3), x)
+    assert torch.equal(value, default) and found.keys() == expected.keys()
+    assert all(torch.equal(each, expected[name]) for name, each in found.items())
+
+
+def test_a_joint_loss_is_for_joint_stages_alone() -> None:
+    """Other stages train as without it, and what is evaluated is the ELBO."""
+    guide, x = in_joint_stage((0, 1))
+    losses = RecursiveMixture_ELBO(2, joint=SIWAE_ELBO(50)), RecursiveMixture_ELBO(2)
+
+    def values(progress: list[int], evaluate: bool) -> list[Tensor]:
+        found = []
+        for loss in losses:
+            guide.progress.copy_(torch.tensor(progress))
+            loss.loss(rows_model, guide, x)  # has a look at the plates
+            pyro.set_rng_seed(1)
+            with torch.set_grad_enabled(not evaluate):
+                found.append(loss.differentiable_loss(rows_model, guide, x).detach())
+        return found
+
+    for progress in ([0, 0, 0, 1, 0, 0], [2, 0, 0, 1, 1, 0], [5, 1, 0, 1, 1, 0]):
+        assert torch.equal(*values(progress, evaluate=True))
+        is_joint = guide.stage.kind == "joint"
+        assert torch.equal(*values(progress, evaluate=False)) is not is_joint
 
 
 # --- Flows as components

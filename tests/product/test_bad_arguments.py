@@ -104,6 +104,11 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
         TypeError,
         r"Use \(tensor,\)",
     ),
+    "joint loss of any guide": (
+        lambda x: RecursiveMixture_ELBO(joint=IWAE_ELBO(4)),
+        TypeError,
+        "joint must be Stratified_ELBO, MISELBO or SIWAE_ELBO, got IWAE_ELBO",
+    ),
     "objective turned round": (
         lambda x: RecursiveMixture_ELBO(objective=Clamped(1.0, strength=-1.0)),
         ValueError,

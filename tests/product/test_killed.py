@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from pyro_recursive import (
+    SIWAE_ELBO,
     AmortizedGuide,
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
@@ -74,7 +75,7 @@ def growing() -> dict[str, Any]:
     return {
         "model": model,
         "guide": RecursiveMixtureGuide(model, components, schedule=schedule),
-        "loss": RecursiveMixture_ELBO(4),
+        "loss": RecursiveMixture_ELBO(4, joint=SIWAE_ELBO(4)),
         "patience": float("inf"),
         "epochs": 14,
     }

@@ -25,6 +25,7 @@ import pyro_recursive
 from pyro_recursive import (
     CIWAE_ELBO,
     MAPA_ELBO,
+    MISELBO,
     AmortizedGuide,
     ExemplarPrior,
     MAPAGuide,
@@ -468,7 +469,7 @@ SAVED_LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
     "CIWAE_ELBO, learned": (lambda: CIWAE_ELBO(4, learn_beta=True), "encoder"),
     **{name: (partial(make, 1, 2), "mixture_encoders") for name, make in OF_MIXTURES.items()},
     "RecursiveMixture_ELBO": (
-        lambda: RecursiveMixture_ELBO(2, update="alternating"),
+        lambda: RecursiveMixture_ELBO(2, update="alternating", joint=MISELBO(2)),
         "recursive_encoders",
     ),
     "MAPA_ELBO": (MAPA_ELBO, "mapa"),

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 
 from pyro_recursive import (
     IWAE_ELBO,
+    SIWAE_ELBO,
     AmortizedGuide,
     CompiledSVI,
     RecursiveMixture_ELBO,
@@ -491,7 +492,8 @@ def test_a_mixture_grows_as_under_svi(many: bool, paths: int | None) -> None:
 
     def scenario(make: Callable[..., Any]) -> list[Any]:
         mixture = RecursiveMixtureGuide(model, 2, paths=paths, schedule=schedule)
-        svi, stages = make(model, mixture, adam(), RecursiveMixture_ELBO(4)), []
+        joint = SIWAE_ELBO(2) if paths is None else None
+        svi, stages = make(model, mixture, adam(), RecursiveMixture_ELBO(4, joint=joint)), []
         if many and isinstance(svi, CompiledSVI):
             svi.run(68)
             assert mixture.members == (0, 1) and mixture.steps_taken == 40
