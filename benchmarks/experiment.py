@@ -32,7 +32,11 @@ from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 from pyro_recursive.training import CheckpointError, History, NonFiniteError
 from pyro_recursive.training.checkpoint import fingerprint
 
-TRAINED = {"history", "processor_seconds"}  # what a run has before it is evaluated
+TRAINED = {
+    "history",
+    "processor_seconds",
+    "epoch_processor_seconds",
+}  # what a run has before it is evaluated
 WRITE_SECONDS = 30.0  # between two writes of what a run has so far
 Evaluate = Callable[[Method, Task, Any], dict[str, Any]]
 
@@ -44,7 +48,8 @@ class Experiment:
     the processor time of training, and what the evaluation returned,
     ``results["diverged"][method][seed]`` the error of a run that ended in numbers that are not
     finite, and ``results["unfinished"]`` what there is of other runs. Each run has a file of its
-    own in the folder ``runs``. ``training`` are further arguments of `fit`.
+    own in the folder ``runs``. ``training`` are further arguments of `fit`, as ``patience`` is.
+    ``epoch_processor_seconds`` of a run lacks the epochs that a killed process had not written.
     """
 
     def __init__(
@@ -54,10 +59,12 @@ class Experiment:
         methods: Methods,
         options: argparse.Namespace,
         validation_particles: int = 16,
+        patience: int | None = None,
         **training: Any,
     ) -> None:
         self.settings, self.task, self.methods, self.options = settings, task, methods, options
         self.validation_loss, self.training = IWAE_ELBO(validation_particles), training
+        self.patience = patience
         self.baseline = next(iter(methods))
         self.folder = Path(options.output)
         self.path = self.folder / "results.json"
@@ -153,9 +160,13 @@ class Experiment:
             return
         checkpoint, written = path.with_suffix(".pt"), time.monotonic()
         continues, start = self.options.resume and checkpoint.exists(), time.process_time()
+        last, each = start, known.setdefault("epoch_processor_seconds", [])
 
         def note(epoch: int, history: History) -> None:
-            nonlocal written
+            nonlocal written, last
+            now = time.process_time()
+            each.append(round(now - last, 4))
+            last = now
             if time.monotonic() - written > WRITE_SECONDS:
                 known["history"] = asdict(history)
                 write_json(path, stored)
@@ -174,6 +185,7 @@ class Experiment:
             validation=self.task.validation,
             validation_loss=self.validation_loss,
             aggressive=method.aggressive,
+            patience=self.patience,
             checkpoint=checkpoint,
             checkpoint_seconds=WRITE_SECONDS,
             resume=self.options.resume,
@@ -193,6 +205,8 @@ class Experiment:
         pyro.set_rng_seed(0)
         method = self.build(name)
         rows, times = self.task.train[: steps * self.settings.batch_size], list[float]()
+        if isinstance(method.guide, nn.Module):
+            grow(method.guide, self.batch)
         fit(
             method.vae.model,
             method.guide,

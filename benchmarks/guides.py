@@ -32,7 +32,7 @@ from benchmarks.report import (
 from benchmarks.run import Method, Settings, Task, count, parse, time_inference, training_parser
 from benchmarks.tasks.images import image_task, sizes
 
-PIXELS = {"digits": 64}  # 784 elsewhere
+PIXELS = {"digits": 64, "mnist-14": 196}  # 784 elsewhere
 TRAIN_POINTS = 100  # training images to evaluate on, at most
 
 

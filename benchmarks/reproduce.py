@@ -24,7 +24,7 @@ import torch
 from benchmarks.experiment import Experiment
 from benchmarks.report import hardware, table
 from benchmarks.run import Settings, Task, base_parser, parse
-from benchmarks.studies import beta, bounds, recursive, snr
+from benchmarks.studies import beta, bounds, convergence, recursive, snr
 from benchmarks.studies.study import Study
 from benchmarks.tasks.images import image_task
 from pyro_recursive.training import burda_schedule
@@ -34,6 +34,7 @@ STUDIES: dict[str, Study] = {
     "snr": snr.STUDY,
     "beta": beta.STUDY,
     "recursive": recursive.STUDY,
+    "convergence": convergence.STUDY,
 }
 SMOKE = {"datasets": ["digits"], "networks": ["20-5"], "seeds": [0], "epochs": 2, "jobs": 1}
 
@@ -88,9 +89,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", help="hidden-latent; default: the study's")
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=3280, help="default: 3280")
-    parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--eval-points", type=int, default=10_000, help="test images")
+    parser.add_argument("--epochs", type=int, help="default: 3280, or the study's")
+    parser.add_argument("--batch-size", type=int, help="default: 20, or the study's")
+    parser.add_argument("--eval-points", type=int, help="test images; default: 10,000, or fewer")
     parser.add_argument("--eval-samples", type=int, default=5000)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; default: 1")
     parser.add_argument("--device", default="cpu", help="of model and data; default: cpu")
@@ -99,9 +100,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--costs", action="store_true", help="of each run, from 100 steps of it")
     options = parse(parser, arguments, **SMOKE)
     study = STUDIES[options.study]
-    options.datasets = options.datasets or list(study.datasets)
-    options.networks = options.networks or list(study.networks)
-    options.methods = options.methods or list(study.methods)
+    for name in ("datasets", "networks", "methods", "epochs", "batch_size", "eval_points"):
+        default = getattr(study, name)
+        if getattr(options, name) is None:
+            vars(options)[name] = default if isinstance(default, int) else list(default)
     if options.smoke:
         options.methods = options.methods[:2]
     unknown = set(options.methods) - study.methods.keys()
@@ -124,13 +126,16 @@ def experiment(
     vars(own).update(dataset=dataset, output=folder, resume=resume)
     settings = Settings.of(own, hidden=hidden, latent=latent)
     task = image_task(settings, own, min(study.train_points, settings.eval_points))
+    repeats = max(1, round(study.epoch_steps * settings.batch_size / len(task.train)))
+    task = replace(task, train=task.train.repeat(repeats, 1), repeats=repeats)
     return Experiment(
         settings,
         _on_device(task, options.device),
         study.methods,
         own,
         study.validation_particles,
-        scheduler=partial(burda_schedule, num_epochs=options.epochs),
+        study.patience,
+        scheduler=study.scheduler or partial(burda_schedule, num_epochs=options.epochs),
         compile=False if options.eager else "replay",
         compile_cache=None if options.eager else f"{options.output}/graphs",
     )

@@ -60,6 +60,7 @@ class Task:
     transform: Callable | None = None  # of a minibatch
     train_sample: Any = None  # training rows to evaluate on
     exact: Tensor | None = None  # log p(x) of the test rows under the true model, where known
+    repeats: int = 1  # how often ``train`` has each row
 
 
 @dataclass(frozen=True)

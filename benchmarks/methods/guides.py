@@ -65,6 +65,11 @@ def early(steps: int, number: int) -> Schedule:
     return Schedule.fractions(steps, number, patience=0)
 
 
+def earliest(steps: int, number: int) -> Schedule:
+    """Divide training that may stop long before the last step: the growth of a tenth as many."""
+    return early(max(steps // 10, 20 * number), number)
+
+
 def encoder_of(task: Task, settings: Settings, hidden: int | None = None) -> nn.Sequential:
     """Return a new encoder, ``[rows, pixels]`` to ``[rows, 2 latent]``."""
     return tanh_network(task.train.shape[-1], hidden or settings.hidden, 2 * settings.latent)
@@ -89,8 +94,8 @@ def _plain(
     return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
 
 
-def _wide(vae: VAE, task: Task, settings: Settings) -> Method:
-    encoder = encoder_of(task, settings, width_of(4, task, settings))
+def _wide(vae: VAE, task: Task, settings: Settings, number: int = 4) -> Method:
+    encoder = encoder_of(task, settings, width_of(number, task, settings))
     return _plain(vae, task, settings, encoder=encoder)
 
 
@@ -141,13 +146,21 @@ def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: Estima
     return Method(vae, guide, MIWAE_ELBO(DRAWS, 1, estimator=estimator))
 
 
-def _vamp(vae: VAE, task: Task, settings: Settings, recursive: bool, own: bool = False) -> Method:
+def _vamp(
+    vae: VAE,
+    task: Task,
+    settings: Settings,
+    recursive: bool,
+    own: bool = False,
+    stages: Callable[[int, int], Schedule] = schedule,
+) -> Method:
     # A recursive mixture and its prior have an encoder each: a parameter has one objective.
     encoder = encoder_of(task, settings) if recursive or own else vae.encoder
-    order = torch.randperm(len(task.train))[: 100 if settings.dataset == "digits" else 200]
+    few = settings.dataset.startswith("digits")
+    order = torch.randperm(len(task.train) // task.repeats)[: 100 if few else 200]
     vae.prior = VampPrior(encoder, task.train[order], bounds=(0.0, 1.0))
     if recursive:
-        return _recursive(vae, task, settings, 2)
+        return _recursive(vae, task, settings, 2, stages)
     return _plain(vae, task, settings, estimator="pathwise")
 
 
@@ -182,4 +195,19 @@ LONGER: Methods = {  # of the study of recursive mixtures, beside these
     "mixture 2 MISELBO": partial(_mixture, number=2, make_loss=MISELBO),
     "mixture 2 SIWAE": partial(_mixture, number=2, make_loss=SIWAE_ELBO),
     "VAE VampPrior own encoder": partial(_vamp, recursive=False, own=True),
+}
+
+TO_CONVERGENCE: Methods = {  # of the study that trains until nothing improves
+    **{name: METHODS[name] for name in (BASELINE, "VAE wide")},
+    "VAE wide 2": partial(_wide, number=2),
+    "mixture 2": METHODS["mixture 2"],
+    "mixture 2 shared": partial(_mixture, number=2, shared=True),
+    "mixture 2 MISELBO": LONGER["mixture 2 MISELBO"],
+    "mixture 4": METHODS["mixture 4"],
+    "recursive 2": partial(_recursive, number=2, stages=earliest),
+    "recursive 4": partial(_recursive, number=4, stages=earliest),
+    "coupling flow": METHODS["coupling flow"],
+    "IAF": METHODS["IAF"],
+    "VAE VampPrior": LONGER["VAE VampPrior own encoder"],
+    "recursive 2 VampPrior": partial(_vamp, recursive=True, stages=earliest),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.experiment import Evaluate
 from benchmarks.report import Results
 from benchmarks.run import Methods
+from pyro_recursive.training.learner import MakeScheduler
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,11 @@ class Study:
     """Methods, how a trained one is evaluated, and tables and plots of what results there are.
 
     It runs once for each data set and each size of networks, ``hidden-latent``; the first method is
-    the baseline. Training rows to evaluate on are ``train_points``.
+    the baseline. Training rows to evaluate on are ``train_points``. ``epochs``, ``batch_size`` and
+    ``eval_points`` are defaults of the command; an epoch passes over small data sets as often as
+    ``epoch_steps`` steps need. With ``patience``, training stops after so many epochs without a
+    better validation bound, and the parameters are those of the best epoch. ``scheduler`` is by
+    default `burda_schedule` over all epochs.
     """
 
     methods: Methods
@@ -25,6 +30,12 @@ class Study:
     networks: tuple[str, ...] = ("200-50",)
     validation_particles: int = 64
     train_points: int = 500
+    epochs: int = 3280
+    batch_size: int = 20
+    eval_points: int = 10_000
+    epoch_steps: int = 1
+    patience: int | None = None
+    scheduler: MakeScheduler | None = None
 
 
 def hours(name: str, results: Results) -> str:

@@ -11,6 +11,8 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,24 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks import __main__ as command
 from benchmarks import experiment
 from benchmarks.report import BASELINE
-from benchmarks.studies import beta, recursive
-from pyro_recursive import CIWAE_ELBO
+from benchmarks.reproduce import STUDIES
+from benchmarks.studies import beta, convergence, recursive
+from benchmarks.tasks import images
+from pyro_recursive import CIWAE_ELBO, IWAE_ELBO
+from pyro_recursive.datasets import Dataset, dynamic_binarize
+from pyro_recursive.training.checkpoint import forked_rng
+from pyro_recursive.training.learner import VALIDATION_SEED
 from tests.oracles.kills import count_kills
 
 ROOT, METHODS = Path(__file__).parents[2], ["Trace_ELBO", "CIWAE learned"]
 SMALL = ["--datasets", "digits", "--networks", "10-3", "--eval-points", "250"]
 SMALL += ["--eval-samples", "64", "--batch-size", "200"]
-OF_TIME = {"history", "processor_seconds"}
+OF_TIME = {"history", "processor_seconds", "epoch_processor_seconds"}
 
 
 def reproduce(folder: Path, *more: str) -> Path:
@@ -133,6 +141,73 @@ def test_bounds_after_equal_seconds_leave_out_runs_without_an_epoch() -> None:
     cell = recursive.TABLE["at the VAE's time"]
     assert cell("slower", {"runs": runs}) == "-1.00"  # after 3 seconds: 8 beside 6
     assert cell("much slower", {"runs": runs}) == ""
+
+
+def test_bounds_at_equal_cost_are_the_best_so_far_of_both() -> None:
+    def run(validation: list[float], seconds: float) -> dict[str, Any]:
+        history = {"validation": validation, "validation_rows": 2}
+        return {"history": history, "epoch_processor_seconds": [seconds] * 3}
+
+    base = run([20.0, 16.0, 12.0, 10.0, 14.0], 1.0)  # its best is epoch 4: -5 a row
+    other = run([18.0, 8.0, 9.0, 6.0], 1.5)  # -9, -4, -4, -3
+    results = {"runs": {BASELINE: {"0": base}, "other": {"0": other}}}
+    at_equal = partial(convergence.at_equal, "other", results)
+    assert at_equal(unit=lambda run: 1.0, share=1.0) == "+2.00"  # after 4 epochs: -3 and -5
+    assert at_equal(unit=convergence.epoch_seconds, share=1.0) == "+1.00"  # after 2.7: -4
+    assert at_equal(unit=convergence.epoch_seconds, share=0.5) == "-1.00"  # 1.3 and 2: -9, -8
+    assert at_equal(unit=convergence.epoch_seconds, share=0.25) == ""  # other has not ended one
+    assert convergence.best_epoch(base) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Training was interrupted")
+def test_a_resumed_run_ends_with_the_parameters_of_its_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def validation(method: Any, task: Any, settings: Any) -> dict[str, Any]:
+        with torch.no_grad(), forked_rng(VALIDATION_SEED):
+            loss = IWAE_ELBO(8).loss(method.vae.model, method.guide, task.validation)
+        return {"evaluated": loss}
+
+    def rate(epoch: int) -> float:
+        return 1.0 if epoch < 4 else 300.0  # the rate 0.3: from here on it gets worse
+
+    epochs, seen = {"epochs": 20, "epoch_steps": 15, "patience": 4}, 0
+    study = replace(convergence.STUDY, evaluate=validation, report=str, **epochs)
+    study = replace(study, scheduler=partial(LambdaLR, lr_lambda=rate), plot=lambda *_: None)
+    monkeypatch.setitem(STUDIES, "convergence", study)
+    call = ["reproduce", "convergence", *SMALL, "--eager", "--methods", "VAE", "mixture 2"]
+    torch.set_default_dtype(torch.float32)
+
+    def interrupted(x: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == 6 * 13 + 3:  # in epoch 7, of 13 steps
+            raise KeyboardInterrupt
+        return dynamic_binarize(x)
+
+    monkeypatch.setattr(images, "dynamic_binarize", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        command.main([*call, "--output", str(tmp_path)])
+    command.main([*call, "--output", str(tmp_path)])
+    for path in tmp_path.glob("*/runs/*.json"):
+        run = json.loads(path.read_text())["run"]
+        history = run["history"]
+        assert history["stopped_early"]
+        assert convergence.best_epoch(run) + 4 == len(history["epoch"]) < 20
+        assert run["evaluated"] == pytest.approx(min(history["validation"]), rel=1e-6)
+        assert run["evaluated"] < history["validation"][-1] - 10
+
+
+def test_images_of_14x14_are_means_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.rand(3, 784)
+    none = torch.zeros(0, dtype=torch.int64)
+    found = Dataset("mnist", rows, rows[:1], none, none, (28, 28))
+    monkeypatch.setattr(images, "load", lambda *_, **__: found)
+    small = images.load_images("mnist-14", download=False)
+    expected = sum(rows.view(3, 28, 28)[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+    assert small.shape == (14, 14)
+    torch.testing.assert_close(small.train, expected.flatten(1))
 
 
 def test_the_naive_rule_ascends_the_bound_in_beta() -> None:
