@@ -1,6 +1,7 @@
 """Guides that grow: stages, members and their weights, what is dropped, conditional encoders."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_components_without_a_part_are_reported_once(kind: str) -> None:
             if "0" in name and "weight" not in name:
                 parameter.fill_(-100.0)
     loss = RecursiveMixture_ELBO(1)
-    message = r"of 4 components 2 have no part .*dropped: \[3\]; weight below 0.001: \[1\]"
+    message = r"of 4 components 2 have no part .*dropped: \[3\]; mean weight below 0.001: \[1\]"
     with pytest.warns(UserWarning, match=message) as caught:
         loss.differentiable_loss(square_rows, guide, X)
     assert caught[0].filename == __file__
@@ -165,6 +166,75 @@ def test_components_without_a_part_are_reported_once(kind: str) -> None:
     first = other(X)["z"]
     torch.set_rng_state(state)
     assert torch.equal(other(X)["z"], first)  # a look moves no random state
+
+
+def learning_rows(x: Tensor) -> None:
+    pyro.param("loc", lambda: torch.tensor(0.3))
+    square_rows(x)
+
+
+def look(guide: RecursiveMixtureGuide, model: Callable, weight: float) -> None:
+    """Take a step that looks at the weights, where component 1 of three has the logit of a weight.
+
+    It has that share of what the last one leaves.
+    """
+    with torch.no_grad():
+        guide.weights.local_0.fill_(8 * math.atanh(math.log(weight / (1 - weight)) / 8))
+    guide.progress[1] = 99
+    RecursiveMixture_ELBO(1).differentiable_loss(model, guide, X)
+
+
+def joint_guide(model: Callable, **options: Any) -> RecursiveMixtureGuide:
+    encoders = [Told(2 * m * bool(options)) for m in range(3)]
+    components = [AmortizedGuide(model, encoder) for encoder in encoders]
+    schedule = Schedule(first=1, propose=1, refine=1)
+    guide = RecursiveMixtureGuide(model, components, weights="table", schedule=schedule, **options)
+    guide.prepare(X)
+    guide.progress.copy_(torch.tensor([5, 0, 0, 1, 1, 1]))
+    return guide
+
+
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_member_without_weight_is_dropped_after_looks_in_a_row(
+    is_resumed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others' weights keep their proportions; a guide that goes on from a state is as far."""
+    guide = joint_guide(learning_rows)
+    before = guide.component_weights(X).detach()
+    for weight in (6e-4, 6e-4, 0.4, *[6e-4] * 4):
+        look(guide, learning_rows, weight)
+    assert guide.members == (0, 1, 2) and guide.dead == (1,)
+    if is_resumed:
+        state = copy.deepcopy(guide.state_dict())
+        pyro.clear_param_store()
+        guide = joint_guide(learning_rows)
+        guide.load_state_dict(state)
+        guide(X)  # reports, and counts nothing
+        assert guide.progress.tolist() == state["progress"].tolist()
+    with caplog.at_level("INFO", logger="pyro_recursive"):
+        look(guide, learning_rows, 6e-4)
+    assert "Components [1] are dropped" in caplog.text
+    assert guide.members == (0, 2) and guide.left_out == (1,) and guide.dead == ()
+    assert guide.stage.kind == "joint" and guide.steps_taken == 100
+    torch.testing.assert_close(guide.component_weights(X)[:, 1], before[:, 2])
+    loss = RecursiveMixture_ELBO(2)
+    for component in guide.components:
+        component.encoder.zero_grad()
+    loss.loss_and_grads(learning_rows, guide, X)
+    grads = [component.encoder.linear.weight.grad for component in guide.components]
+    assert grads[1] is None or not grads[1].any()
+    assert grads[0].any() and grads[2].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
+def test_members_of_fixed_models_and_those_that_others_read_stay() -> None:
+    for model, options in ((square_rows, {}), (learning_rows, {"conditional": True})):
+        pyro.clear_param_store()
+        guide = joint_guide(model, **options)
+        for _ in range(7):
+            look(guide, model, 6e-4)
+        assert guide.members == (0, 1, 2) and guide.dead == (1,)
 
 
 # --- Members and weights

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive.bounds.pareto import psis
@@ -80,12 +81,8 @@ def gaussians_from_paths(
 
 def _density(guide: MixtureGuide, args: tuple, kwargs: dict[str, Any]) -> LogDensity | str:
     """Return the log-density of a guide's model, or why it is not one function."""
-    model = guide.served_model()
-    with isolated():
-        trace = StartSearch(model, args, kwargs).trace
-    params = [site for site in trace.nodes.values() if site["type"] == "param"]
-    learned = [s["name"] for s in params if unconstrained(s["value"]).requires_grad]
-    if learned:
+    model, trace = guide.served_model(), _trace(guide, args, kwargs)
+    if learned := _learned(trace):
         return f"the model has parameter '{learned[0]}'"
     try:
         density = LogDensity(model, args, kwargs, trace)
@@ -93,6 +90,21 @@ def _density(guide: MixtureGuide, args: tuple, kwargs: dict[str, Any]) -> LogDen
         return str(error).removesuffix(".")
     names = [[slot.name for slot in block.slots] for block in (density.block, guide.groups[0])]
     return density if names[0] == names[1] else "the guide leaves out latents of the model"
+
+
+def learned_params(guide: MixtureGuide, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """Return the names of the model's parameters that learn."""
+    return _learned(_trace(guide, args, kwargs))
+
+
+def _trace(guide: MixtureGuide, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+    with isolated():
+        return StartSearch(guide.served_model(), args, kwargs).trace
+
+
+def _learned(trace: poutine.Trace) -> list[str]:
+    params = [site for site in trace.nodes.values() if site["type"] == "param"]
+    return [site["name"] for site in params if unconstrained(site["value"]).requires_grad]
 
 
 def is_complete(log_ratios: Tensor, report: PathReport, least: float) -> bool:

@@ -1,5 +1,6 @@
 """Mixtures that grow one component at a time."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,12 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.mixture.components import FreeGaussian
 from pyro_recursive.guides.mixture.guide import AT_RANDOM, MixtureGuide
-from pyro_recursive.guides.mixture.paths import gaussians_from_paths, is_complete, obstacle
+from pyro_recursive.guides.mixture.paths import (
+    gaussians_from_paths,
+    is_complete,
+    learned_params,
+    obstacle,
+)
 from pyro_recursive.guides.mixture.schedule import Schedule, Stage
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.pathfinder.mixture import PathReport
@@ -24,7 +30,10 @@ from pyro_recursive.tracing.isolation import isolated, outside_of_graphs
 from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
-DEAD = 1e-3  # a component with a smaller weight in all rows is reported
+DEAD = 1e-3  # a member with a smaller mean weight over the rows of a minibatch has lost its part
+LOOKS = 5  # in a row find such a member before it is dropped
+
+logger = logging.getLogger(__name__)
 
 
 class RecursiveMixtureGuide(MixtureGuide):
@@ -90,8 +99,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.epsilon, self.conditional, self.paths = epsilon, conditional, paths
         self.schedule = schedule or Schedule()
         self.stages = self.schedule.stages(count)
-        # The index of the stage, the steps taken in it, the failures of its component, and which
-        # components are members: a buffer for checkpoints, on the CPU as it is read in each step.
+        # The index of the stage, the steps taken in it, the failures of its component, and for each
+        # component 0, or for members 1 and how many looks in a row found it without weight: a
+        # buffer for checkpoints, on the CPU as it is read in each step.
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
@@ -138,7 +148,7 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     @property
     def left_out(self) -> tuple[int, ...]:
-        """The components that did not become members; none while growth goes on."""
+        """The components that are no members; none while growth goes on."""
         outside = set(range(len(self.components))) - set(self.members)
         return () if self.is_growing else tuple(sorted(outside))
 
@@ -263,21 +273,36 @@ class RecursiveMixtureGuide(MixtureGuide):
             self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
     def watch(self, *args: Any, **kwargs: Any) -> None:
-        """Warn once of each component that was left out, or has no weight for these arguments.
+        """Warn once of each component without a part; drop members that have lost theirs.
 
         Waits for the device. `RecursiveMixture_ELBO` calls it when growth has ended and then every
-        100 steps, and the guide itself after its state was loaded.
+        100 steps. In joint stages of a model with parameters, a member is dropped that has had next
+        to no weight in 5 calls in a row, of which each has a minibatch of its own: on a fixed model
+        it may be a mode of little mass. Encoders of ``conditional=True`` read each other, and stay.
         """
+        self._report(args, kwargs)
+        if self.stage.kind != "joint" or self.conditional:
+            return
+        for m in self.members:
+            self.progress[3 + m] = 1 + self.progress[3 + m] * (m in self.dead)
+        lost = [m for m in self.dead if self.progress[3 + m] > LOOKS]
+        if lost and learned_params(self, args, kwargs):
+            self.progress[[3 + m for m in lost]] = 0
+            self.dead = tuple(m for m in self.dead if m not in lost)
+            logger.info("Components %s are dropped: they have lost their weight.", lost)
+
+    def _report(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Look for members without weight; warn once of each component without a part."""
         with isolated(), torch.no_grad():
             weights = self.component_weights(*args, **kwargs)
-        largest = weights.reshape(-1, weights.shape[-1]).amax(0).tolist()
-        pairs = zip(self.members, largest, strict=True)
+        means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
+        pairs = zip(self.members, means, strict=True)
         self.dead = tuple(m for m, weight in pairs if weight < DEAD)
         new = set(self.left_out) | set(self.dead)
         if new <= self._reported:
             return
         self._reported |= new
-        found = {"dropped": self.left_out, f"weight below {DEAD:g}": self.dead}
+        found = {"dropped": self.left_out, f"mean weight below {DEAD:g}": self.dead}
         lost = "; ".join(f"{name}: {list(these)}" for name, these in found.items() if these)
         warn_user(
             f"{self.name}: of {len(self.components)} components {len(new)} have no part in the "
@@ -289,7 +314,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         was_loaded = self.is_loaded
         super().get_ready(args, kwargs)
         if was_loaded and not self.is_growing:
-            self.watch(*args, **kwargs)
+            self._report(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample the model's latent sites; return their values."""
