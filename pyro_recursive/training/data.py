@@ -114,7 +114,7 @@ class Minibatches:
     def count(self) -> int | None:
         """The number of batches; None where a DataLoader has no length."""
         if not isinstance(self.data, DataLoader):
-            return len(self._shares(self.data))
+            return len(self._starts(self.data)) if self.data else 1
         return _length(self.data)
 
     @property
@@ -236,16 +236,17 @@ class Minibatches:
         chosen = [column[order.to(column.device)] for column in self.data]
         return Batch.of(chosen, self._rows(order.to(self.data[0].device), total))
 
-    def _shares(self, columns: tuple[Tensor, ...]) -> list[slice]:
-        """Return the positions in the order that each batch has in this process."""
-        if not columns:
-            return [slice(0, 1)]
+    def _starts(self, columns: tuple[Tensor, ...]) -> range:
+        """Return where each batch of all processes starts in the order."""
         rows = len(columns[0])
         size = self.batch_size or rows
-        end = rows - rows % size if self.even and rows > size else rows
-        found = []
-        for start in range(0, end, size):
-            own = self.processes.share(min(size, end - start))
+        return range(0, rows - rows % size if self.even and rows > size else rows, size)
+
+    def _shares(self, columns: tuple[Tensor, ...]) -> list[slice]:
+        """Return the positions in the order that each batch has in this process."""
+        starts, found = self._starts(columns), []
+        for start in starts:
+            own = self.processes.share(min(starts.step, starts.stop - start))
             found.append(slice(start + own.start, start + own.stop))
         return found
 

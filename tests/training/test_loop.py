@@ -391,3 +391,14 @@ def test_wrong_arguments_are_refused_before_anything_changes(name: str) -> None:
     with pytest.raises(kind, match=message):
         fit(**{**arguments, **defaults, **changes})
     assert same(store(), before)
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("size", [None, 3, 5, 7, 20])
+def test_batches_are_counted_without_being_made(
+    size: int | None, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Minibatches(torch.zeros(15, 2), size, even=even)
+    expected = len(list(batches))
+    monkeypatch.setattr(Minibatches, "_shares", None)  # as many slices as there are batches
+    assert batches.count == expected
