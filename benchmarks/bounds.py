@@ -98,13 +98,14 @@ def _beta(name: str, results: Results) -> str:
     return f"{sum(betas) / len(betas):.2f}" if betas else ""
 
 
-def _paired(name: str, results: Results) -> str:
+def versus_baseline(name: str, results: Results, *keys: str, digits: int = 2) -> str:
+    """Return the difference of a score of each image to the baseline's, of the seeds of both."""
     runs = results["runs"]
     seeds = [seed for seed in runs[name] if seed in runs.get(BASELINE, {})]
     if not seeds:
         return ""
-    mine, base = (images_of(n, results, "test", "log_p", seeds=seeds) for n in (name, BASELINE))
-    return with_error(mine - base, sign=True)
+    mine, base = (images_of(n, results, *keys, seeds=seeds) for n in (name, BASELINE))
+    return with_error(mine - base, sign=True, digits=digits)
 
 
 def _gap(name: str, results: Results) -> str:
@@ -115,7 +116,7 @@ def _gap(name: str, results: Results) -> str:
 COLUMNS = {
     "beta": _beta,
     "test log p": lambda n, r: with_error(images_of(n, r, "test", "log_p")),
-    "vs Trace_ELBO": _paired,
+    "vs Trace_ELBO": lambda n, r: versus_baseline(n, r, "test", "log_p"),
     "test IWAE-64": lambda n, r: with_error(images_of(n, r, "test", "iwae_64")),
     "gap (-KL)": _gap,
     "train log p": lambda n, r: with_error(images_of(n, r, "train", "log_p")),

@@ -26,7 +26,6 @@ from benchmarks.run import (
     time_inference,
 )
 from pyro_recursive import IWAE_ELBO, fit
-from pyro_recursive.datasets import fixed_binarize
 from pyro_recursive.evaluation import importance_weights
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 from pyro_recursive.training import CheckpointError, History, NonFiniteError
@@ -72,12 +71,12 @@ class Experiment:
             for pattern in ("*.pt", "runs/*.json", "runs/*.pt"):
                 for old in self.folder.glob(pattern):
                     old.unlink()
-        self.results: Results = {"settings": asdict(settings), "hardware": hardware()}
+        self.results: Results = {"settings": settings.as_json(), "hardware": hardware()}
         self.collect()
         self.is_compiled = bool(training.get("compile"))
         self.batch = task.train[: settings.batch_size]  # to time steps and inference on
         if task.transform is not None:
-            self.batch = fixed_binarize(self.batch.cpu(), seed=0).to(self.batch)
+            self.batch = task.transform(self.batch)
 
     def build(self, name: str, prefix: str = "") -> Method:
         """Return a method with new networks; ``prefix`` tells its parameters from another's."""

@@ -30,7 +30,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
     widths = sizes(options.dataset) | {"latent": 0}  # which --latents has
     settings, folder = ImageSettings.of(options, epochs=epochs, **widths), Path(options.output)
     data = image_data(settings, options)
-    results = stored(folder, asdict(settings), options.resume, "runs")
+    results = stored(folder, settings.as_json(), options.resume, "runs")
     pictures: dict[str, Picture] = {}
     for seed, latents, name in tqdm(
         list(product(options.seeds, options.latents, options.methods)), desc="runs"

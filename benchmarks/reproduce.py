@@ -24,18 +24,21 @@ import torch
 from benchmarks.experiment import Experiment
 from benchmarks.report import hardware, table
 from benchmarks.run import Settings, Task, base_parser, parse
-from benchmarks.studies import beta, bounds, convergence, recursive, snr
+from benchmarks.studies import beta, bounds, convergence, reconstruction, recursive, snr
 from benchmarks.studies.study import Study
-from benchmarks.tasks.images import image_task
+from benchmarks.tasks.images import DECODERS, image_task
+from benchmarks.tasks.likelihoods import LIKELIHOODS
 from pyro_recursive.training import burda_schedule
 
 STUDIES: dict[str, Study] = {
     "bounds": bounds.STUDY,
     "snr": snr.STUDY,
     "beta": beta.STUDY,
+    "reconstruction": reconstruction.STUDY,
     "recursive": recursive.STUDY,
     "convergence": convergence.STUDY,
 }
+PLAIN = {"bernoulli", "mlp"}  # likelihood and decoder, by default
 SMOKE = {"datasets": ["digits"], "networks": ["20-5"], "seeds": [0], "epochs": 2, "jobs": 1}
 
 
@@ -93,6 +96,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 20, or the study's")
     parser.add_argument("--eval-points", type=int, help="test images; default: 10,000, or fewer")
     parser.add_argument("--eval-samples", type=int, default=5000)
+    parser.add_argument("--likelihood", default="bernoulli", choices=LIKELIHOODS)
+    parser.add_argument("--decoder", default="mlp", choices=DECODERS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; default: 1")
     parser.add_argument("--device", default="cpu", help="of model and data; default: cpu")
     parser.add_argument("--eager", action="store_true", help="no compiled steps: seeds repeat")
@@ -109,6 +114,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     unknown = set(options.methods) - study.methods.keys()
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(study.methods)}")
+    kinds = {options.likelihood, options.decoder} - PLAIN
+    if len(kinds) > (options.study != "reconstruction"):
+        parser.error(f"{options.study} of {' and '.join(kinds)} pixels is not here: leave one out")
     if "--output" not in arguments:
         options.output = options.output.replace("reproduce", f"reproduce-{options.study}")
     options.command = shlex.join(["python", "-m", "benchmarks", "reproduce", *arguments])
@@ -121,7 +129,9 @@ def experiment(
     """Return the experiment of a data set and networks, with the results that its files have."""
     study = STUDIES[options.study]
     hidden, latent = map(int, networks.split("-"))
-    folder = f"{options.output}/{dataset}-{networks}-{options.epochs}-epochs"
+    kinds = {options.likelihood, options.decoder} - PLAIN
+    name = "-".join([dataset, networks, str(options.epochs), "epochs", *kinds])
+    folder = f"{options.output}/{name}"
     own = argparse.Namespace(**vars(options))
     vars(own).update(dataset=dataset, output=folder, resume=resume)
     settings = Settings.of(own, hidden=hidden, latent=latent)

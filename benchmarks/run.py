@@ -6,7 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,13 @@ class Settings:
     latent: int
     eval_points: int
     eval_samples: int
+    likelihood: str = field(default="bernoulli", kw_only=True)
+    decoder: str = field(default="mlp", kw_only=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is stored: without the fields above that have their defaults."""
+        defaults = {each.name: each.default for each in fields(Settings)}
+        return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
 
     @classmethod
     def of(cls, options: argparse.Namespace, **more: Any) -> Self:

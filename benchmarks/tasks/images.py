@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from benchmarks.run import Settings, Task
-from pyro_recursive.datasets import Dataset, dynamic_binarize, fixed_binarize, load
+from benchmarks.tasks.likelihoods import GreyLevels, LocationScale, likelihood
+from benchmarks.tasks.pixelcnn import PixelCNN
+from pyro_recursive.datasets import Dataset, load
 
 HELD_OUT = {"digits": 137, "mnist-14": 10_000}  # 400 of other sets
 VALIDATION = 1000  # of the rows held out, at most
+DECODERS = ("mlp", "pixelcnn")
+CHANNELS = 16  # of a PixelCNN
 
 
 def sizes(dataset: str) -> dict[str, int]:
@@ -25,20 +29,27 @@ def sizes(dataset: str) -> dict[str, int]:
 
 
 def image_task(settings: Settings, options: argparse.Namespace, train_points: int = 1) -> Task:
-    """Hold out validation rows, and binarise once what is evaluated on."""
+    """Hold out validation rows, and draw once what is random in the rows to evaluate on."""
     found = load_images(settings.dataset, options.download)
     split = found.split_validation(HELD_OUT.get(settings.dataset, 400))
+    pixels = likelihood(settings.likelihood, settings.dataset, split.train)
 
     def make_vae(name: str) -> VAE:
-        return VAE(split.train.mean(0), settings.hidden, settings.latent, name=name)
+        sizes = settings.hidden, settings.latent
+        if settings.decoder == "pixelcnn":
+            return PixelVAE(split.train.mean(0).view(found.shape), *sizes, name=name)
+        vae = VAE(split.train.mean(0), *sizes, name=name)
+        if pixels.kind is not None:
+            vae.decoder = LocationScale(vae.decoder, split.train, pixels.levels, pixels.kind)
+        return vae
 
     return Task(
         train=split.train,
-        validation=fixed_binarize(split.test[:VALIDATION], seed=1),
-        test=fixed_binarize(found.test[: settings.eval_points], seed=3),
+        validation=pixels.fixed(split.test[:VALIDATION], seed=1),
+        test=pixels.fixed(found.test[: settings.eval_points], seed=3),
         make_vae=make_vae,
-        transform=dynamic_binarize,
-        train_sample=fixed_binarize(split.train[:train_points], seed=2),
+        transform=pixels.transform,
+        train_sample=pixels.fixed(split.train[:train_points], seed=2),
     )
 
 
@@ -69,16 +80,22 @@ class VAE(nn.Module):
         self.latent = latent
         self.prior: nn.Module | None = None  # builds p(z), where it is not the standard normal
         self.encoder = tanh_network(pixels, hidden, 2 * latent)
-        self.decoder = tanh_network(latent, hidden, pixels)
-        self.decoder[-1].bias = nn.Parameter(torch.logit(mean_image.clamp(0.001, 0.999)))
+        network = tanh_network(latent, hidden, pixels)
+        self.decoder: Any = network
+        network[-1].bias = nn.Parameter(torch.logit(mean_image.clamp(0.001, 0.999)))
 
     def model(self, x: Tensor) -> None:
-        """p(z) p(x | z) for a batch of binary images, ``[batch, pixels]``."""
+        """p(z) p(x | z) for a batch of images, ``[batch, pixels]``."""
         pyro.module(f"{self.name}decoder", self.decoder)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", self._latents(x))
-            pixels = dist.Bernoulli(logits=self.decoder(z), validate_args=False)
-            pyro.sample("x", pixels.to_event(1), obs=x)
+            pyro.sample("x", self._pixels(z, x).to_event(1), obs=x)
+
+    def _pixels(self, z: Tensor, x: Tensor) -> Any:
+        found = self.decoder(z)  # logits, or the distribution of grey pixels
+        if isinstance(found, GreyLevels):
+            return found
+        return dist.Bernoulli(logits=found, validate_args=False)
 
     def _latents(self, x: Tensor) -> Any:
         if self.prior is None:
@@ -92,6 +109,18 @@ class VAE(nn.Module):
         loc, log_scale = self.encoder(x).chunk(2, -1)
         with pyro.plate("images", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+class PixelVAE(VAE):
+    """A VAE whose decoder sees the pixels before each, too: its density, of which nobody draws."""
+
+    def __init__(self, mean_image: Tensor, hidden: int, latent: int, name: str = "") -> None:
+        super().__init__(mean_image.flatten(), hidden, latent, name)
+        of_latents = tanh_network(latent, hidden, CHANNELS * mean_image.numel())
+        self.decoder = PixelCNN(of_latents, mean_image, CHANNELS)
+
+    def _pixels(self, z: Tensor, x: Tensor) -> Any:
+        return dist.Bernoulli(logits=self.decoder(z, x), validate_args=False)
 
 
 def tanh_network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
