@@ -106,8 +106,8 @@ def plot(results: Results, path: Path) -> None:
         if runs:
             draw_learning(curves, results, "IWAE-16")
         settings = results["settings"]
-        kinds = [settings[key] for key in ("likelihood", "decoder") if key in settings]
-        drawn.suptitle(", ".join([settings["dataset"], *kinds, f"{settings['epochs']} epochs"]))
+        pixels = [settings[key] for key in ("likelihood", "decoder") if key in settings]
+        drawn.suptitle(", ".join([settings["dataset"], *pixels, f"{settings['epochs']} epochs"]))
 
 
 STUDY = Study(
