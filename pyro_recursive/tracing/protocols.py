@@ -57,8 +57,8 @@ class GrowingMixture(MixtureLike, Protocol):
     0 ``stage_steps_left``. A proposed component has the weight ``epsilon``. Log-weights can be set,
     ``[J]``, where all rows share one vector.
     Growth can end by importance weights of draws that leave nothing to gain.
-    It can ``watch`` for members that have lost their weight, once it is no longer growing, and drop
-    them in joint stages.
+    It can ``watch`` for members that have lost their weight, once it is no longer growing, and
+    revive or drop them in joint stages.
     """
 
     epsilon: float

@@ -181,13 +181,13 @@ def look(guide: RecursiveMixtureGuide, model: Callable, weight: float) -> None:
     with torch.no_grad():
         guide.weights.local_0.fill_(8 * math.atanh(math.log(weight / (1 - weight)) / 8))
     guide.progress[1] = 99
-    RecursiveMixture_ELBO(1).differentiable_loss(model, guide, X)
+    RecursiveMixture_ELBO(1).loss_and_grads(model, guide, X)
 
 
-def joint_guide(model: Callable, **options: Any) -> RecursiveMixtureGuide:
+def joint_guide(model: Callable, patience: int = 0, **options: Any) -> RecursiveMixtureGuide:
     encoders = [Told(2 * m * bool(options)) for m in range(3)]
     components = [AmortizedGuide(model, encoder) for encoder in encoders]
-    schedule = Schedule(first=1, propose=1, refine=1)
+    schedule = Schedule(first=1, propose=1, refine=1, patience=patience)
     guide = RecursiveMixtureGuide(model, components, weights="table", schedule=schedule, **options)
     guide.prepare(X)
     guide.progress.copy_(torch.tensor([5, 0, 0, 1, 1, 1]))
@@ -214,7 +214,7 @@ def test_a_member_without_weight_is_dropped_after_looks_in_a_row(
         assert guide.progress.tolist() == state["progress"].tolist()
     with caplog.at_level("INFO", logger="pyro_recursive"):
         look(guide, learning_rows, 6e-4)
-    assert "Components [1] are dropped" in caplog.text
+    assert "Component 1 has lost its weight, and is dropped." in caplog.messages
     assert guide.members == (0, 2) and guide.left_out == (1,) and guide.dead == ()
     assert guide.stage.kind == "joint" and guide.steps_taken == 100
     torch.testing.assert_close(guide.component_weights(X)[:, 1], before[:, 2])
@@ -225,6 +225,31 @@ def test_a_member_without_weight_is_dropped_after_looks_in_a_row(
     grads = [component.encoder.linear.weight.grad for component in guide.components]
     assert grads[1] is None or not grads[1].any()
     assert grads[0].any() and grads[2].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
+def test_a_member_without_weight_starts_anew_beside_the_heaviest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the weight epsilon, as often as patience allows for two; then it is dropped."""
+    guide = joint_guide(learning_rows, patience=1)
+    encoders = [component.encoder.linear.weight for component in guide.components]
+    share = guide.component_weights(X)[:, 1].detach()
+    for number in range(1, 3):
+        before = [encoder.detach().clone() for encoder in encoders]
+        with caplog.at_level("INFO", logger="pyro_recursive"):
+            for _ in range(5):
+                look(guide, learning_rows, 6e-4)
+        assert caplog.messages == ["Component 1 has lost its weight, and starts anew."] * number
+        assert guide.progress.tolist() == [5, 100, number, 1, 1, 1] and guide.dead == ()
+        torch.testing.assert_close(guide.component_weights(X)[:, 1].detach(), share)
+        assert torch.equal(encoders[0], before[0]) and torch.equal(encoders[2], before[2])
+        distance = (encoders[1] - encoders[0]).norm() / encoders[0].norm()
+        assert 0.01 < distance < 0.3
+        encoders[1].data.copy_(before[1])
+    for _ in range(5):
+        look(guide, learning_rows, 6e-4)
+    assert guide.members == (0, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")

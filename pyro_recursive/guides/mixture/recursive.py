@@ -31,7 +31,8 @@ from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
 DEAD = 1e-3  # a member with a smaller mean weight over the rows of a minibatch has lost its part
-LOOKS = 5  # in a row find such a member before it is dropped
+LOOKS = 5  # in a row find such a member before it gets a new start, or is dropped
+NOISE = 0.1  # of a new start, as a part of the spread of each of the parameters that are copied
 
 logger = logging.getLogger(__name__)
 
@@ -273,34 +274,55 @@ class RecursiveMixtureGuide(MixtureGuide):
             self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
     def watch(self, *args: Any, **kwargs: Any) -> None:
-        """Warn once of each component without a part; drop members that have lost theirs.
+        """Warn once of each component without a part; revive or drop members that have lost theirs.
 
         Waits for the device. `RecursiveMixture_ELBO` calls it when growth has ended and then every
-        100 steps. In joint stages of a model with parameters, a member is dropped that has had next
+        100 steps. In joint stages of a model with parameters these are members that have had next
         to no weight in 5 calls in a row, of which each has a minibatch of its own: on a fixed model
-        it may be a mode of little mass. Encoders of ``conditional=True`` read each other, and stay.
+        one may be a mode of little mass. Encoders of ``conditional=True`` read each other, and
+        stay. A component starts anew beside the heaviest one, in a stage as often as the schedule's
+        patience allows for each component but the first, and is dropped after that.
         """
-        self._report(args, kwargs)
+        weights = self._report(args, kwargs)
         if self.stage.kind != "joint" or self.conditional:
             return
         for m in self.members:
             self.progress[3 + m] = 1 + self.progress[3 + m] * (m in self.dead)
         lost = [m for m in self.dead if self.progress[3 + m] > LOOKS]
         if lost and learned_params(self, args, kwargs):
-            self.progress[[3 + m for m in lost]] = 0
+            heaviest = max(weights, key=weights.__getitem__)
+            for m in lost:
+                is_revived = self._revive(m, heaviest)
+                self.progress[3 + m] = int(is_revived)
+                outcome = "starts anew" if is_revived else "is dropped"
+                logger.info("Component %s has lost its weight, and %s.", m, outcome)
             self.dead = tuple(m for m in self.dead if m not in lost)
-            logger.info("Components %s are dropped: they have lost their weight.", lost)
 
-    def _report(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Look for members without weight; warn once of each component without a part."""
+    @torch.no_grad()
+    def _revive(self, m: int, heaviest: int) -> bool:
+        """Start a component near another one, with the weight epsilon; return whether it could."""
+        own, other = (list(self.components[k].parameters()) for k in (m, heaviest))
+        is_alike = [each.shape for each in own] == [each.shape for each in other]
+        tries = self.schedule.patience * (len(self.components) - 1)
+        if m == 0 or not is_alike or self.progress[2] >= tries:
+            return False
+        for parameter, near in zip(own, other, strict=True):
+            noise = near.std(correction=0) * torch.randn_like(near)
+            parameter.copy_(near + NOISE * noise)
+        self.weights.reset(m - 1)
+        self.progress[2] += 1
+        return True
+
+    def _report(self, args: tuple, kwargs: dict[str, Any]) -> dict[int, float]:
+        """Warn once of each component without a part; return the members' mean weights."""
         with isolated(), torch.no_grad():
             weights = self.component_weights(*args, **kwargs)
         means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
-        pairs = zip(self.members, means, strict=True)
-        self.dead = tuple(m for m, weight in pairs if weight < DEAD)
+        by_member = dict(zip(self.members, means, strict=True))
+        self.dead = tuple(m for m, weight in by_member.items() if weight < DEAD)
         new = set(self.left_out) | set(self.dead)
         if new <= self._reported:
-            return
+            return by_member
         self._reported |= new
         found = {"dropped": self.left_out, f"mean weight below {DEAD:g}": self.dead}
         lost = "; ".join(f"{name}: {list(these)}" for name, these in found.items() if these)
@@ -308,6 +330,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             f"{self.name}: of {len(self.components)} components {len(new)} have no part in the "
             f"mixture ({lost}). See guide.trials."
         )
+        return by_member
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Prepare the guide; look for components without a part in a state that was loaded."""

@@ -512,7 +512,7 @@ def test_a_mixture_grows_as_under_svi(many: bool, paths: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
-def test_a_member_is_dropped_as_under_svi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_start_anew_and_are_dropped_as_under_svi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_recursive.losses.recursive_mixture.WATCHED_EVERY", 3)
     monkeypatch.setattr("pyro_recursive.guides.mixture.recursive.LOOKS", 2)
 
@@ -520,18 +520,19 @@ def test_a_member_is_dropped_as_under_svi(monkeypatch: pytest.MonkeyPatch) -> No
         shifted(x, pyro.param("shift", lambda: torch.tensor(0.3)))
 
     def scenario(make: Callable[..., Any]) -> list[Any]:
-        schedule = Schedule(first=1, propose=1, refine=1)
+        schedule = Schedule(first=1, propose=1, refine=1, patience=1)
         options = {"plate": "data", "weights": "shared", "schedule": schedule}
         mixture = RecursiveMixtureGuide(model, 3, **options)
         mixture.prepare(X)
-        mixture.progress.copy_(torch.tensor([5, 0, 0, 1, 1, 1]))
+        mixture.progress.copy_(torch.tensor([5, 0, 1, 1, 1, 1]))  # one new start is left
         with torch.no_grad():
             mixture.weights.local_0.fill_(-100.0)
+            mixture.weights.local_1.fill_(-100.0)
         svi, losses, progress = make(model, mixture, adam(), RecursiveMixture_ELBO(4)), [], []
         for _ in range(9):
             losses.append(svi.step(X))
             progress.append(mixture.progress.tolist())
-        assert progress[5] == [5, 6, 0, 1, 0, 1]
+        assert progress[5] == [5, 6, 2, 1, 1, 0]
         return [losses, progress]
 
     check(scenario)
