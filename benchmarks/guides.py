@@ -30,9 +30,9 @@ from benchmarks.report import (
     versus,
 )
 from benchmarks.run import Method, Settings, Task, count, parse, time_inference, training_parser
+from benchmarks.tasks.image_sets import SMALL
 from benchmarks.tasks.images import image_task, sizes
 
-PIXELS = {"digits": 64, "mnist-14": 196}  # 784 elsewhere
 TRAIN_POINTS = 100  # training images to evaluate on, at most
 
 
@@ -88,7 +88,8 @@ def report(results: Results) -> str:
 
 
 def _bits(name: str, results: Results) -> str:
-    pixels = PIXELS.get(results["settings"]["dataset"], 784)
+    dataset = results["settings"]["dataset"]
+    pixels = 64 if dataset.startswith("digits") else 196 if dataset.endswith(SMALL) else 784
     log_p = means(results["runs"][name], "test", "log_p").mean().item()
     return f"{-log_p / (pixels * math.log(2)):.4f}"
 

@@ -32,6 +32,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.bounds.estimators import EstimatorName
 from pyro_recursive.bounds.mixture_objectives import Clamped
+from pyro_recursive.losses.mixture import MixtureLoss
 
 DRAWS = 4
 CLAMP = Clamped(5.0)  # nats: the constant of the paper's objective, for which no value is published
@@ -128,6 +129,7 @@ def _recursive(
     settings: Settings,
     number: int,
     stages: Callable[[int, int], Schedule] = schedule,
+    make_joint: Callable[[int], MixtureLoss] | None = None,
     **options: Any,
 ) -> Method:
     encoders = [vae.encoder, *(encoder_of(task, settings) for _ in range(number - 1))]
@@ -138,7 +140,9 @@ def _recursive(
         weights="linear",
         name=f"{vae.name}guide",
     )
-    return Method(vae, guide, EqualDraws(1, holdout=(task.validation[:100],), **options))
+    joint = make_joint(DRAWS // number) if make_joint else None
+    loss = EqualDraws(1, holdout=(task.validation[:100],), joint=joint, **options)
+    return Method(vae, guide, loss)
 
 
 def _flow(vae: VAE, task: Task, settings: Settings, kind: str, estimator: EstimatorName) -> Method:
@@ -192,6 +196,7 @@ METHODS: Methods = {
 LONGER: Methods = {  # of the study of recursive mixtures, beside these
     "recursive 2 early": partial(_recursive, number=2, stages=early),
     "recursive 4 early": partial(_recursive, number=4, stages=early),
+    "recursive 2 MISELBO": partial(_recursive, number=2, stages=early, make_joint=MISELBO),
     "mixture 2 MISELBO": partial(_mixture, number=2, make_loss=MISELBO),
     "mixture 2 SIWAE": partial(_mixture, number=2, make_loss=SIWAE_ELBO),
     "VAE VampPrior own encoder": partial(_vamp, recursive=False, own=True),
@@ -206,6 +211,7 @@ TO_CONVERGENCE: Methods = {  # of the study that trains until nothing improves
     "mixture 4": METHODS["mixture 4"],
     "recursive 2": partial(_recursive, number=2, stages=earliest),
     "recursive 4": partial(_recursive, number=4, stages=earliest),
+    "recursive 2 MISELBO": partial(_recursive, number=2, stages=earliest, make_joint=MISELBO),
     "coupling flow": METHODS["coupling flow"],
     "IAF": METHODS["IAF"],
     "VAE VampPrior": LONGER["VAE VampPrior own encoder"],

@@ -38,6 +38,8 @@ from benchmarks.report import (
     versus,
     with_error,
 )
+from benchmarks.run import Method, Settings, Task
+from benchmarks.studies.planes import PLANE_COLUMNS, with_plane
 from benchmarks.studies.study import Study, hours
 
 Run = dict[str, Any]
@@ -98,6 +100,11 @@ def _difference(key: str) -> Column:
     return lambda name, results: with_error(versus(name, results, "test", key), sign=True)
 
 
+def evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
+    """Return scores and sizes; with two latents, exact ones of some images."""
+    return with_plane(guides.evaluate(method, task, settings), method, task, settings)
+
+
 EQUAL = {"steps": lambda run: 1.0, "time": epoch_seconds}
 TABLE: dict[str, Column] = {
     "test log p": lambda n, r: spread(means(r["runs"][n], "test", "log_p")),
@@ -113,6 +120,7 @@ TABLE: dict[str, Column] = {
     "minutes to the best": _mean(_minutes, 1),
     "hours": hours,
     **{title: guides.COLUMNS[title] for title in ("guide, model parameters", "members")},
+    **PLANE_COLUMNS,
 }
 
 
@@ -163,7 +171,7 @@ def _time_axis(run: Run) -> float:
 
 STUDY = Study(
     TO_CONVERGENCE,
-    guides.evaluate,
+    evaluate,
     report,
     plot,
     datasets=("digits", "mnist-14"),

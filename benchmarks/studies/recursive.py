@@ -30,6 +30,7 @@ from benchmarks.report import (
     spread,
 )
 from benchmarks.run import Method, Settings, Task
+from benchmarks.studies.planes import PLANE_COLUMNS, with_plane
 from benchmarks.studies.study import Study, hours, seconds_per_epoch
 from pyro_recursive import MixtureGuide, RecursiveMixtureGuide
 from pyro_recursive.evaluation import active_units, mixture_diversity, rate_of
@@ -46,7 +47,7 @@ def evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
     if isinstance(method.guide, MixtureGuide | RecursiveMixtureGuide):
         found["diversity"] = mixture_diversity(method.guide, rows).divergence.mean().item()
     found["gaps"] = gap_parts(method, rows, settings.eval_samples)
-    return found
+    return with_plane(found, method, task, settings)
 
 
 def _at_time(name: str, results: Results) -> str:
@@ -82,6 +83,7 @@ TABLE: dict[str, Column] = {
     "KL": _numbers("kl"),
     "active units": lambda n, r: ", ".join(str(v["active_units"]) for v in r["runs"][n].values()),
     "diversity": _numbers("diversity"),
+    **PLANE_COLUMNS,
     "s/epoch": seconds_per_epoch,
     "hours": hours,
 }

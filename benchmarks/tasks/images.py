@@ -2,21 +2,20 @@
 
 import argparse
 import math
-from dataclasses import replace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
 
 from benchmarks.run import Settings, Task
+from benchmarks.tasks.image_sets import load_images
 from benchmarks.tasks.likelihoods import GreyLevels, LocationScale, likelihood
 from benchmarks.tasks.pixelcnn import PixelCNN
-from pyro_recursive.datasets import Dataset, load
 
-HELD_OUT = {"digits": 137, "mnist-14": 10_000}  # 400 of other sets
+# Validation rows; 400 of other sets.
+HELD_OUT = {"digits": 137, "digits-rotated": 548, "mnist-14": 10_000, "mnist-omniglot-14": 10_000}
 VALIDATION = 1000  # of the rows held out, at most
 DECODERS = ("mlp", "pixelcnn")
 CHANNELS = 16  # of a PixelCNN
@@ -51,17 +50,6 @@ def image_task(settings: Settings, options: argparse.Namespace, train_points: in
         transform=pixels.transform,
         train_sample=pixels.fixed(split.train[:train_points], seed=2),
     )
-
-
-def load_images(name: str, download: bool) -> Dataset:
-    """Return a data set by its name; "-14" stands for means of 2x2 pixels of 28x28."""
-    if not name.endswith("-14"):
-        return load(name, download=download)
-    found = load(name.removesuffix("-14"), download=download)
-    small = [
-        avg_pool2d(rows.unflatten(1, (28, 28)), 2).flatten(1) for rows in (found.train, found.test)
-    ]
-    return replace(found, name=name, train=small[0], test=small[1], shape=(14, 14))
 
 
 class VAE(nn.Module):

@@ -19,7 +19,11 @@ from torch.nn.functional import logsigmoid
 
 from pyro_recursive.datasets import dynamic_binarize, fixed_binarize
 
-LEVELS = {"digits": 17, "mnist-14": 1021}  # grey levels of a pixel; 256 elsewhere
+LEVELS = {
+    "digits": 17,
+    "digits-rotated": 17,
+    "mnist-14": 1021,
+}  # grey levels of a pixel; 256 elsewhere
 
 
 class GreyLevels(TorchDistribution):

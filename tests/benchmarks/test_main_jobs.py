@@ -12,7 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import bounds, guides, refinement
 from benchmarks.methods.guides import METHODS, encoder_of, schedule, width_of
 from benchmarks.run import Settings, Task, count
-from benchmarks.tasks import images, sequences
+from benchmarks.tasks import images, likelihoods, sequences
 from pyro_recursive.datasets import dynamic_binarize
 
 
@@ -47,7 +47,7 @@ def test_interrupt_and_resume(
         return dynamic_binarize(x)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "dynamic_binarize", interrupted)
+        patch.setattr(likelihoods, "dynamic_binarize", interrupted)
         with pytest.raises(SystemExit, match="--resume"):
             run(tmp_path / "parts", of=name, methods=methods)
     kept = json.loads((tmp_path / "parts" / "results.json").read_text())

@@ -26,8 +26,8 @@ from benchmarks import __main__ as command
 from benchmarks import experiment
 from benchmarks.report import BASELINE
 from benchmarks.reproduce import STUDIES
-from benchmarks.studies import beta, convergence, recursive
-from benchmarks.tasks import images
+from benchmarks.studies import beta, convergence, planes, recursive
+from benchmarks.tasks import image_sets, images, likelihoods
 from pyro_recursive import CIWAE_ELBO, IWAE_ELBO
 from pyro_recursive.datasets import Dataset, dynamic_binarize
 from pyro_recursive.training.checkpoint import forked_rng
@@ -186,7 +186,7 @@ def test_a_resumed_run_ends_with_the_parameters_of_its_best_epoch(
             raise KeyboardInterrupt
         return dynamic_binarize(x)
 
-    monkeypatch.setattr(images, "dynamic_binarize", interrupted)
+    monkeypatch.setattr(likelihoods, "dynamic_binarize", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         command.main([*call, "--output", str(tmp_path)])
     command.main([*call, "--output", str(tmp_path)])
@@ -199,15 +199,68 @@ def test_a_resumed_run_ends_with_the_parameters_of_its_best_epoch(
         assert run["evaluated"] < history["validation"][-1] - 10
 
 
+@pytest.mark.slow
+def test_two_latents_have_exact_scores_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDIES, "convergence", replace(convergence.STUDY, epoch_steps=30))
+    monkeypatch.setattr(planes, "ROWS", 3)
+    monkeypatch.setattr(planes, "PICTURED", 2)
+    torch.set_default_dtype(torch.float32)
+    call = ["reproduce", "convergence", "--datasets", "digits-rotated", "--networks", "10-2"]
+    call += ["--epochs", "2", "--eval-points", "10", "--eval-samples", "3000", "--eager"]
+    methods = ["recursive 2", "IAF"]
+    command.main([*call, "--methods", *methods, "--output", str(tmp_path)])
+    for path in tmp_path.glob("*/runs/*.json"):
+        run = json.loads(path.read_text())["run"]
+        assert run["plane"]["log_p"] == pytest.approx(run["test"]["log_p"][:3], abs=0.1)
+        assert path.with_suffix(".png").stat().st_size > 10_000
+    assert "KL to the posterior" in next(tmp_path.glob("*/report.md")).read_text()
+
+
 def test_images_of_14x14_are_means_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.rand(3, 784)
-    none = torch.zeros(0, dtype=torch.int64)
-    found = Dataset("mnist", rows, rows[:1], none, none, (28, 28))
-    monkeypatch.setattr(images, "load", lambda *_, **__: found)
-    small = images.load_images("mnist-14", download=False)
+    labels = torch.zeros(3, dtype=torch.int64)
+    found = Dataset("mnist", rows, rows[:1], labels, labels[:1], (28, 28))
+    monkeypatch.setattr(image_sets, "load", lambda *_, **__: found)
+    small = image_sets.load_images("mnist-14", download=False)
     expected = sum(rows.view(3, 28, 28)[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
     assert small.shape == (14, 14)
     torch.testing.assert_close(small.train, expected.flatten(1))
+    both = image_sets.load_images("mnist-omniglot-14", download=False)
+    assert sorted(both.train.sum(1).tolist()) == sorted(small.train.sum(1).tolist() * 2)
+
+
+def test_turns_of_an_image_stay_together_in_a_split() -> None:
+    digits, turned = (
+        image_sets.load_images(f"digits{x}", download=False) for x in ("", "-rotated")
+    )
+    assert torch.equal(turned.train[::4], digits.train)
+    first = digits.train[0].view(8, 8)
+    assert torch.equal(turned.train[1].view(8, 8), first.T.flip(0))
+    assert torch.equal(turned.train[2].view(8, 8), first.flip(0, 1))
+    assert len(turned.train) % 4 == images.HELD_OUT["digits-rotated"] % 4 == 0
+
+
+def test_a_grid_has_the_integral_and_the_modes() -> None:
+    locs, scales = torch.tensor([[-3.0, 1.0], [2.0, 0.5]]), torch.tensor([[0.05, 0.1], [0.3, 0.02]])
+    parts = dist.Normal(locs, scales).to_event(1)
+    log_weights = torch.tensor([0.4, 0.6]).log() - 70.0
+
+    def log_density(points: torch.Tensor) -> torch.Tensor:
+        return (parts.log_prob(points.unsqueeze(1)) + log_weights).logsumexp(-1)
+
+    def tilted(points: torch.Tensor) -> torch.Tensor:  # one narrow ridge
+        scale = torch.tensor([[0.5, 0.0], [0.499, 0.03]])
+        return dist.MultivariateNormal(torch.zeros(2), scale_tril=scale).log_prob(points)
+
+    found = planes.find_grid(log_density)
+    assert found.modes == 2
+    assert found.log_integral == pytest.approx(-70.0, abs=0.05)
+    assert planes.find_grid(tilted).modes == 1
+    assert planes.find_grid(tilted).log_integral == pytest.approx(0.0, abs=1e-3)
+    one = found.points.reshape(*found.values.shape, 2)[3, 7]
+    assert one.tolist() == [found.x[7], found.y[3]]
 
 
 def test_the_naive_rule_ascends_the_bound_in_beta() -> None:
