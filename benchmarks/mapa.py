@@ -22,6 +22,10 @@ sizes of networks and data, restarts, learning rates and epochs are not those of
   "gap" is from the training bound up to the log-likelihood of the same parameters, on the training
   points; for MAPA that under its codes. Seconds are of the fastest restart,
   by the clock and, on a machine that others use as well, of processor time.
+- "AE" is the autoencoder that MAPA starts as; its log p(x) is that of MAPA, under the recovered
+  prior of its codes.
+- Where "exact sum" is among the methods, the index posteriors under two of its networks with
+  different first weights are compared, on the first draw of each curve.
 """
 
 import multiprocessing
@@ -37,6 +41,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.mapa_posteriors import divergences, index_posteriors, plot_posteriors
 from benchmarks.methods.mapa import (
     AUTOENCODER,
     Diverged,
@@ -76,6 +81,7 @@ CURVES_OF_COST = ("MAPA", "pooled", "IWAE")  # and a number of samples
 PASSES = (0.1, 30.0)  # the axis: from less than the fewest to more than an IWAE's most
 KDE = "KDE"
 ALL = 500  # codes: as many as there are training points, or more
+EXACT = "exact sum"
 
 METHODS: dict[str, Method] = {
     BASELINE: Method(1),
@@ -87,7 +93,7 @@ METHODS: dict[str, Method] = {
     "MAPA true 5": independent(5, top=0, table=true_table),
     "uniform 5": independent(5, top=0, table=lambda x: Table.uniform(len(x.train), len(x.train))),
     "AE": AUTOENCODER,
-    "exact sum": pooled(0, top=ALL),
+    EXACT: pooled(0, top=ALL),
     KDE: Method(),
 }
 
@@ -114,7 +120,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Block:
-    """One draw of one data set, with the methods that are still to run on it."""
+    """One draw of one data set, with methods to run on it."""
 
     dataset: str
     draw: int
@@ -140,18 +146,26 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output)
     results = stored(folder, asdict(settings), options.resume, "draws")
     results["hardware"] = {**hardware(), "threads": 1, "workers": options.workers}
-    blocks = []
-    for draw, name in product(range(options.draws), options.datasets):
-        known = results["draws"].get(name, {}).get(str(draw), {})
-        if methods := tuple(method for method in options.methods if method not in known):
-            blocks.append(Block(name, draw, methods, settings))
+    blocks = [
+        Block(name, draw, (method,), settings)
+        for draw, name, method in product(range(options.draws), options.datasets, options.methods)
+        if method not in results["draws"].get(name, {}).get(str(draw), {})
+    ]
     for block, found in tqdm(_all(blocks, options.workers), total=len(blocks), desc="blocks"):
         of_data = results["draws"].setdefault(block.dataset, {})
         of_data.setdefault(str(block.draw), {}).update(found)
         write_json(folder / "results.json", results)
-    picture = folder / "costs.png"
-    plot(results, picture)
-    finish(results, folder / "results.json", report(results), [picture])
+    known = results.setdefault("posteriors", {})
+    for name in options.datasets if EXACT in options.methods else ():
+        if name not in known:
+            known[name] = index_posteriors(settings.data(name, 0), METHODS[EXACT], settings)
+            write_json(folder / "results.json", results)
+    pictures = [folder / "costs.png"]
+    plot(results, pictures[0])
+    if known:
+        pictures.append(folder / "posteriors.png")
+        plot_posteriors(known, {name: settings.data(name, 0) for name in known}, pictures[1])
+    finish(results, folder / "results.json", report(results), pictures)
 
 
 def _all(blocks: list[Block], workers: int) -> Iterator[tuple[Block, dict[str, Any]]]:
@@ -221,7 +235,10 @@ def report(results: Results) -> str:
     KL, gap: mean ± standard deviation over draws; "vs VAE": mean of the differences within a draw ±
     its standard error.
     """
-    return "\n\n".join(_of_data(name, draws) for name, draws in results["draws"].items() if draws)
+    tables = [_of_data(name, draws) for name, draws in results["draws"].items() if draws]
+    if found := results.get("posteriors"):
+        tables.append(divergences(found))
+    return "\n\n".join(tables)
 
 
 def _of_data(name: str, draws: Draws) -> str:

@@ -1,17 +1,21 @@
 """The benchmark of refinement: amortised, semi-amortised and free inference of one VAE.
 
-On images; and on synthetic sequences, with a decoder to learn ("sequences") or with the true one,
-for inference alone ("sequences-known"). Each method is evaluated on test rows by log p(x)
+On images; and on synthetic sequences, with a decoder to learn ("sequences"; "long-sequences" with
+one that reads the previous symbol alone) or with the true one, for inference alone
+("sequences-known"). Each method is evaluated on test rows by log p(x)
 (IWAE-5000), the ELBO, and the two parts of their difference, the approximation and the amortisation
 gap; by KL, mutual information and active units; and by the cost of training, of a step, and of
 inference for a row.
 """
 
+import argparse
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from benchmarks.report import (
     Runs,
     color,
     draw_bars,
+    draw_learning,
     draw_values,
     figure,
     means,
@@ -34,10 +39,12 @@ from benchmarks.report import (
 from benchmarks.run import Method, Settings, Task, parse, training_parser
 from benchmarks.tasks import sequences
 from benchmarks.tasks.images import image_task, sizes
+from benchmarks.tasks.sequences import sequence_task
 from pyro_recursive import gaps
-from pyro_recursive.evaluation import active_units, rate_of
+from pyro_recursive.evaluation import active_units, rate_of, saliency
 from pyro_recursive.evaluation.search import Search
 
+SALIENCY_DRAWS = 5
 EPOCHS = {"digits": 60, "sequences": 6, "sequences-known": 6}  # 5 elsewhere
 
 
@@ -45,8 +52,8 @@ EPOCHS = {"digits": 60, "sequences": 6, "sequences-known": 6}  # 5 elsewhere
 class RefinementSettings(Settings):
     """What determines a result, beside method and seed."""
 
-    refinements: int
-    gap_points: int
+    refinements: int = 10
+    gap_points: int = 100
 
 
 def main(arguments: list[str]) -> None:
@@ -57,32 +64,43 @@ def main(arguments: list[str]) -> None:
     options = parse(parser, arguments, gap_points=10, refinements=3)
     if options.dataset == "sequences-known":  # no steps of the model to hold back
         options.methods = [name for name in options.methods if name != "aggressive"]
-    of_sequences = options.dataset in sequences.DATASETS
     settings = RefinementSettings.of(
         options,
         epochs=options.epochs or EPOCHS.get(options.dataset, 5),
-        **(sequences.SIZES if of_sequences else sizes(options.dataset)),
+        **(sequences.SIZES if options.dataset in sequences.DATASETS else sizes(options.dataset)),
     )
-    task = sequences.sequence_task(settings) if of_sequences else image_task(settings, options)
+    task = task_of(settings, options)
     experiment = Experiment(settings, task, METHODS, options)
-    experiment.run(_evaluate)
+    experiment.run(evaluate)
     if task.exact is not None:
-        experiment.results["true model"] = task.exact.mean().item()
+        experiment.results["true model"] = task.exact().mean().item()
     experiment.time()
     experiment.finish(report, plot)
 
 
-def _evaluate(method: Method, task: Task, settings: RefinementSettings) -> dict[str, Any]:
-    """Return what the method learned, in nats: lists are over rows."""
+def task_of(settings: Settings, options: argparse.Namespace, train_points: int = 1) -> Task:
+    """Return the task of a data set of images or of sequences."""
+    of_sequences = settings.dataset in sequences.DATASETS
+    return (sequence_task if of_sequences else image_task)(settings, options, train_points)
+
+
+def evaluate(method: Method, task: Task, settings: RefinementSettings) -> dict[str, Any]:
+    """Return what the method learned, in nats: lists are over rows.
+
+    ``saliency`` is the mean over rows of that of each symbol or pixel, in nats per unit of z.
+    """
     model, guide, samples, rows = method.vae.model, method.guide, settings.eval_samples, task.test
     scores = evidence(method, rows, samples)
+    few = rows[: settings.gap_points]
+    pyro.set_rng_seed(0)  # scores from a file drew nothing
     rate = rate_of(model, guide, rows)
     return {
         **scores,
         "kl": rate.kl.item(),
         "mutual_information": rate.mutual_information.item(),
         "active_units": active_units(guide, rows).number,
-        "gaps": gap_parts(method, rows[: settings.gap_points], samples),
+        "gaps": gap_parts(method, few, samples),
+        "saliency": saliency(model, guide, few, num_draws=SALIENCY_DRAWS).mean(0).tolist(),
     }
 
 
@@ -151,9 +169,10 @@ COLUMNS: dict[str, Column] = {
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw log p(x), the gaps, KL and mutual information, and cost against gain."""
+    """Draw log p(x), gaps, KL and mutual information, cost against gain, learning, saliency."""
     settings, runs = results["settings"], results["runs"]
-    with figure(path, 2, 2, figsize=(14, 9)) as (drawn, ((bounds, gap_axes), (rate, costs))):
+    with figure(path, 2, 3, figsize=(20, 9)) as (drawn, axes):
+        (bounds, gap_axes, curves), (rate, costs, salient) = axes
         draw_values(bounds, results, {"o": ("log_p",), "|": ("elbo",)})
         if "true model" in results:
             bounds.axvline(results["true model"], color="black", linewidth=0.8)
@@ -175,5 +194,34 @@ def plot(results: Results, path: Path) -> None:
                 costs.annotate(name, point, xytext=(4, 4), textcoords="offset points")
         costs.set(xlabel="training time / VAE", ylabel="log p(x) - VAE's", title="gain and cost")
         costs.set_xscale("log")
+        if runs:
+            draw_learning(curves, results, "IWAE-16")
+            _draw_saliency(salient, results)
         steps = f"{settings['refinements']} refinements"
         drawn.suptitle(f"{settings['dataset']}, {settings['epochs']} epochs, {steps}")
+
+
+def _draw_saliency(axes: Any, results: Results) -> None:
+    """Draw the mean over seeds, of each method: a line over symbols, or a picture of the pixels."""
+    found = {
+        name: torch.tensor([run["saliency"] for run in runs.values()]).mean(0)
+        for name, runs in results["runs"].items()
+    }
+    if results["settings"]["dataset"] in sequences.DATASETS:
+        for number, (name, values) in enumerate(found.items()):
+            places = range(1, len(values) + 1)
+            axes.plot(places, values, ".-", color=color(number), label=name)
+        axes.set(xlabel="symbol", ylabel="nats per unit of z", ylim=(0, None))
+        axes.legend(fontsize=7, ncols=2)
+    else:
+        columns = math.ceil(math.sqrt(len(found)))
+        side = math.isqrt(len(next(iter(found.values()))))
+        tiles = torch.full((columns * (side + 2), columns * (side + 2)), torch.nan)
+        for number, (name, values) in enumerate(found.items()):
+            top, left = ((side + 2) * place for place in divmod(number, columns))
+            tiles[top + 2 : top + side + 2, left : left + side] = values.view(side, side)
+            axes.text(left, top + 1, name, fontsize=7)
+        drawn = axes.imshow(tiles[: top + side + 2], cmap="viridis")
+        axes.figure.colorbar(drawn, ax=axes, label="nats per unit of z")
+        axes.set_axis_off()
+    axes.set_title("saliency: gradient of the likelihood of each symbol or pixel in the latents")

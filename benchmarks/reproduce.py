@@ -5,6 +5,8 @@ Each run (a data set, the sizes of the networks, a method, a seed) is a process 
 files that are written at least once a minute. The tables and plots are of the runs that there are;
 --report makes them without training. A folder for each data set, networks and number of epochs
 has results.json, report.md, results.png, and in runs a JSON file for each run.
+
+"mapa" and "mapa-images" are the benchmarks of that name, with their options and --resume.
 """
 
 import argparse
@@ -21,12 +23,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import mapa, mapa_images
 from benchmarks.experiment import Experiment
 from benchmarks.report import hardware, table
-from benchmarks.run import Settings, Task, base_parser, parse
-from benchmarks.studies import beta, bounds, convergence, reconstruction, recursive, snr
+from benchmarks.run import Task, base_parser, parse
+from benchmarks.studies import (
+    beta,
+    bounds,
+    convergence,
+    reconstruction,
+    recursive,
+    semi_amortized,
+    snr,
+)
 from benchmarks.studies.study import Study
-from benchmarks.tasks.images import DECODERS, image_task
+from benchmarks.tasks.images import DECODERS
 from benchmarks.tasks.likelihoods import LIKELIHOODS
 from pyro_recursive.training import burda_schedule
 
@@ -37,8 +48,10 @@ STUDIES: dict[str, Study] = {
     "reconstruction": reconstruction.STUDY,
     "recursive": recursive.STUDY,
     "convergence": convergence.STUDY,
+    "semi-amortized": semi_amortized.STUDY,
 }
 PLAIN = {"bernoulli", "mlp"}  # likelihood and decoder, by default
+OWN = {"mapa": mapa, "mapa-images": mapa_images}
 SMOKE = {"datasets": ["digits"], "networks": ["20-5"], "seeds": [0], "epochs": 2, "jobs": 1}
 
 
@@ -53,10 +66,13 @@ class Run(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Run what is missing; write tables and plots of what there is."""
+    if arguments and arguments[0] in OWN:
+        OWN[arguments[0]].main([*arguments[1:], "--resume"])
+        return
     options = _options(arguments)
     study = STUDIES[options.study]
     torch.set_num_threads(1)
-    groups = list(product(options.datasets, options.networks))
+    groups = [(d, n) for d in options.datasets for n in options.networks or study.sizes(d)]
     runs = [
         Run(seed, dataset, networks, method)
         for seed, (dataset, networks), method in product(options.seeds, groups, options.methods)
@@ -105,7 +121,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--costs", action="store_true", help="of each run, from 100 steps of it")
     options = parse(parser, arguments, **SMOKE)
     study = STUDIES[options.study]
-    for name in ("datasets", "networks", "methods", "epochs", "batch_size", "eval_points"):
+    for name in ("datasets", "methods", "epochs", "batch_size", "eval_points"):
         default = getattr(study, name)
         if getattr(options, name) is None:
             vars(options)[name] = default if isinstance(default, int) else list(default)
@@ -136,8 +152,8 @@ def experiment(
     compiled = False if options.eager else (options.decoder == "pixelcnn" or "replay")
     own = argparse.Namespace(**vars(options))
     vars(own).update(dataset=dataset, output=folder, resume=resume)
-    settings = Settings.of(own, hidden=hidden, latent=latent)
-    task = image_task(settings, own, min(study.train_points, settings.eval_points))
+    settings = study.settings.of(own, hidden=hidden, latent=latent)
+    task = study.task(settings, own, min(study.train_points, settings.eval_points))
     repeats = max(1, round(study.epoch_steps * settings.batch_size / len(task.train)))
     task = replace(task, train=task.train.repeat(repeats, 1), repeats=repeats)
     return Experiment(

@@ -66,7 +66,7 @@ class Task:
     make_vae: Callable[[str], Any]
     transform: Callable | None = None  # of a minibatch
     train_sample: Any = None  # training rows to evaluate on
-    exact: Tensor | None = None  # log p(x) of the test rows under the true model, where known
+    exact: Callable[[], Tensor] | None = None  # log p(x) of the test rows under the true model
     repeats: int = 1  # how often ``train`` has each row
 
 

@@ -1,12 +1,14 @@
 """A study: what `python -m benchmarks reproduce NAME` trains, measures and shows."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.experiment import Evaluate
 from benchmarks.report import Results
-from benchmarks.run import Methods
+from benchmarks.run import Methods, Settings, Task
+from benchmarks.tasks.images import image_task
 from pyro_recursive.training.learner import MakeScheduler
 
 
@@ -14,10 +16,11 @@ from pyro_recursive.training.learner import MakeScheduler
 class Study:
     """Methods, how a trained one is evaluated, and tables and plots of what results there are.
 
-    It runs once for each data set and each size of networks, ``hidden-latent``; the first method is
-    the baseline. Training rows to evaluate on are ``train_points``. ``epochs``, ``batch_size`` and
-    ``eval_points`` are defaults of the command; an epoch passes over small data sets as often as
-    ``epoch_steps`` steps need. With ``patience``, training stops after so many epochs without a
+    It runs once for each data set and each size of networks, ``hidden-latent``, those of
+    ``own_networks`` for data sets that are named there; the first method is the baseline. Training
+    rows to evaluate on are ``train_points``. ``epochs``, ``batch_size`` and ``eval_points`` are
+    defaults of the command; an epoch passes over small data sets as often as ``epoch_steps`` steps
+    need. With ``patience``, training stops after so many epochs without a
     better validation bound, and the parameters are those of the best epoch. ``scheduler`` is by
     default `burda_schedule` over all epochs.
     """
@@ -28,6 +31,7 @@ class Study:
     plot: Callable[[Results, Path], None]
     datasets: tuple[str, ...] = ("mnist", "omniglot")
     networks: tuple[str, ...] = ("200-50",)
+    own_networks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     validation_particles: int = 64
     train_points: int = 500
     epochs: int = 3280
@@ -36,6 +40,12 @@ class Study:
     epoch_steps: int = 1
     patience: int | None = None
     scheduler: MakeScheduler | None = None
+    settings: type[Settings] = Settings
+    task: Callable[[Any, Any, int], Task] = image_task  # of settings, options and train_points
+
+    def sizes(self, dataset: str) -> tuple[str, ...]:
+        """Return the sizes of networks for a data set."""
+        return self.own_networks.get(dataset, self.networks)
 
 
 def hours(name: str, results: Results) -> str:

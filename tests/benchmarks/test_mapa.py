@@ -12,6 +12,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import mapa
 from benchmarks.mapa import learner_of, report
+from benchmarks.mapa_posteriors import index_posteriors
 from benchmarks.methods.mapa import Diverged, train
 from benchmarks.tasks.curves import (
     CurveData,
@@ -24,7 +25,7 @@ from pyro_recursive.datasets import curve
 
 pytestmark = pytest.mark.slow  # they train
 
-SMALL = ["VAE", "IWAE 5", "MAPA 5", "MAPA true 5", "uniform 5", "KDE"]
+SMALL = ["VAE", "IWAE 5", "MAPA 5", "MAPA true 5", "uniform 5", "exact sum", "KDE"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,7 @@ def test_smoke_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     whole = run(tmp_path / "whole")
     assert set(whole["draws"]["circle"]["0"]) == set(SMALL)
     assert (tmp_path / "whole" / "costs.png").stat().st_size > 10_000
+    assert (tmp_path / "whole" / "posteriors.png").stat().st_size > 10_000
     assert "circle, 1 draws" in capsys.readouterr().out
     run(tmp_path / "parts", methods=SMALL[:3])
     assert scores(run(tmp_path / "parts", "--resume")) == scores(whole)
@@ -166,6 +168,28 @@ def test_density_estimates_are_as_wide_as_validation_wants() -> None:
         worse = mixture_evidence(data.train, data.validation, width * data.scale).mean()
         assert found["validation"] > worse
     assert 0 < found["kl"] < 0.5
+
+
+def test_index_posteriors_are_those_of_bayes() -> None:
+    data = curve("circle", 30)
+    settings = mapa.Settings(1, epochs=1, rows=30, batch_size=10, hidden=8)
+    found = index_posteriors(data, mapa.METHODS[mapa.EXACT], settings)
+    exact, kept = CurveData(data, 8), found["indices"]
+    table = torch.zeros(30, 30, dtype=torch.float64)
+    rows = true_table(exact).rows(torch.arange(30))
+    table.scatter_(1, rows.index, rows.log_q.double().exp())
+    expected = table[found["row"]][kept]
+    near = {"abs": 2e-4}
+    assert found["probabilities"]["true decoder"] == pytest.approx(expected.tolist(), **near)
+    distance = torch.cdist(data.train.double(), data.train.double()) / data.scale
+    kernel = (-0.25 * distance.square()).softmax(1)
+    expected = kernel[found["row"]][kept]
+    assert found["probabilities"]["proposal"] == pytest.approx(expected.tolist(), **near)
+    kl = (table * (table.log() - kernel.log()).nan_to_num(neginf=0)).sum(1).mean()
+    assert found["kl"]["true decoder || proposal"] == pytest.approx(kl.item(), rel=1e-3)
+    latents = data.train_latents[kept, 0]
+    assert torch.equal(latents, latents.sort()[0])
+    assert all(0.95 < sum(p) <= 1.01 for p in found["probabilities"].values())
 
 
 # The report.
