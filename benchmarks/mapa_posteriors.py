@@ -95,10 +95,10 @@ def plot_posteriors(found: dict[str, Any], curves: dict[str, Curve], path: Path)
     """Draw a row of each curve: its posterior over the codes of both decoders, and over indices."""
     with figure(path, len(found), 4, 90, figsize=(15, 2.8 * len(found))) as (_, axes):
         for panels, (name, each) in zip(axes, found.items(), strict=True):
-            data, kept, p = curves[name], each["indices"], each["probabilities"]
-            panels[0].scatter(*data.train.T, s=2, color="0.8")
-            panels[0].scatter(*data.train[kept].T, s=8, c=p["proposal"], cmap="viridis")
-            panels[0].plot(*data.train[each["row"]], "r*", markersize=10)
+            x, kept, p = curves[name].train.numpy(), each["indices"], each["probabilities"]
+            panels[0].scatter(*x.T, s=2, color="0.8")
+            panels[0].scatter(*x[kept].T, s=8, c=p["proposal"], cmap="viridis")
+            panels[0].plot(*x[each["row"]], "r*", markersize=10)
             panels[0].set(title=f"{name}: a row, and q(i | row)", aspect="equal")
             for number, decoder in enumerate(each["codes"]):
                 panel = panels[1 + number]

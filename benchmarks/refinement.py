@@ -210,7 +210,7 @@ def _draw_saliency(axes: Any, results: Results) -> None:
     if results["settings"]["dataset"] in sequences.DATASETS:
         for number, (name, values) in enumerate(found.items()):
             places = range(1, len(values) + 1)
-            axes.plot(places, values, ".-", color=color(number), label=name)
+            axes.plot(places, values.numpy(), ".-", color=color(number), label=name)
         axes.set(xlabel="symbol", ylabel="nats per unit of z", ylim=(0, None))
         axes.legend(fontsize=7, ncols=2)
     else:
@@ -221,7 +221,7 @@ def _draw_saliency(axes: Any, results: Results) -> None:
             top, left = ((side + 2) * place for place in divmod(number, columns))
             tiles[top + 2 : top + side + 2, left : left + side] = values.view(side, side)
             axes.text(left, top + 1, name, fontsize=7)
-        drawn = axes.imshow(tiles[: top + side + 2], cmap="viridis")
+        drawn = axes.imshow(tiles[: top + side + 2].numpy(), cmap="viridis")
         axes.figure.colorbar(drawn, ax=axes, label="nats per unit of z")
         axes.set_axis_off()
     axes.set_title("saliency: gradient of the likelihood of each symbol or pixel in the latents")
