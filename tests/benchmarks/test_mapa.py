@@ -172,7 +172,7 @@ def test_density_estimates_are_as_wide_as_validation_wants() -> None:
 
 def test_index_posteriors_are_those_of_bayes() -> None:
     data = curve("circle", 30)
-    settings = mapa.Settings(1, epochs=1, rows=30, batch_size=10, hidden=8)
+    settings = mapa.Settings(1, epochs=2, rows=30, batch_size=10, hidden=8)
     found = index_posteriors(data, mapa.METHODS[mapa.EXACT], settings)
     exact, kept = CurveData(data, 8), found["indices"]
     table = torch.zeros(30, 30, dtype=torch.float64)
