@@ -25,8 +25,9 @@ ENTROPY_RANK = 0.9  # of the row that is shown: one with a wide posterior
 def index_posteriors(data: Curve, method: Any, settings: Any) -> dict[str, Any]:
     """Train two networks with different first weights; compare their index posteriors.
 
-    Returns mean KL divergences over training rows, in nats, and for one row the indices, their
-    codes and their probabilities, under both, under the true decoder and under the proposal.
+    Returns means over training rows of the total variation (0 to 1) and of the KL divergence, in
+    nats, and for one row the indices, their codes and their probabilities, under both networks,
+    under the true decoder and under the proposal.
     """
     learners: dict[str, Empirical] = {}
     for seed, name in enumerate(("first", "second")):
@@ -47,7 +48,8 @@ def index_posteriors(data: Curve, method: Any, settings: Any) -> dict[str, Any]:
     pairs = [("first", "second"), ("first", "proposal"), ("second", "proposal")]
     pairs += [("true decoder", "first"), ("true decoder", "proposal")]
     return {
-        "kl": {f"{a} || {b}": _divergence(posteriors[a], posteriors[b]) for a, b in pairs},
+        "kl": {f"{a}, {b}": _divergence(posteriors[a], posteriors[b]) for a, b in pairs},
+        "variation": {f"{a}, {b}": _variation(posteriors[a], posteriors[b]) for a, b in pairs},
         "row": row,
         "indices": kept.tolist(),
         "codes": {n: _rounded(each.codes()[kept, 0]) for n, each in learners.items()},
@@ -80,15 +82,24 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> float:
     return terms.sum(1).mean().item()
 
 
+def _variation(log_p: Tensor, log_q: Tensor) -> float:
+    """Return half the sum of absolute differences, the mean over rows."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(1).mean().item()
+
+
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
 
 
 def divergences(found: dict[str, Any]) -> str:
-    """Return the divergences between index posteriors, of each curve."""
+    """Return the differences between index posteriors, of each curve."""
     pairs = next(iter(found.values()))["kl"]
-    rows = [[name, *(f"{each['kl'][pair]:.3f}" for pair in pairs)] for name, each in found.items()]
-    return "Index posteriors, KL in nats\n" + table(["data", *pairs], rows)
+    rows = [
+        [name, *(f"{each['variation'][pair]:.2f} ({each['kl'][pair]:.2g})" for pair in pairs)]
+        for name, each in found.items()
+    ]
+    title = "Index posteriors: total variation (and KL in nats), means over rows"
+    return f"{title}\n{table(['data', *pairs], rows)}"
 
 
 def plot_posteriors(found: dict[str, Any], curves: dict[str, Curve], path: Path) -> None:

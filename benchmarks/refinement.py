@@ -224,4 +224,4 @@ def _draw_saliency(axes: Any, results: Results) -> None:
         drawn = axes.imshow(tiles[: top + side + 2].numpy(), cmap="viridis")
         axes.figure.colorbar(drawn, ax=axes, label="nats per unit of z")
         axes.set_axis_off()
-    axes.set_title("saliency: gradient of the likelihood of each symbol or pixel in the latents")
+    axes.set_title("saliency of each symbol or pixel")

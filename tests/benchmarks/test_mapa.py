@@ -186,7 +186,10 @@ def test_index_posteriors_are_those_of_bayes() -> None:
     expected = kernel[found["row"]][kept]
     assert found["probabilities"]["proposal"] == pytest.approx(expected.tolist(), **near)
     kl = (table * (table.log() - kernel.log()).nan_to_num(neginf=0)).sum(1).mean()
-    assert found["kl"]["true decoder || proposal"] == pytest.approx(kl.item(), rel=1e-3)
+    assert found["kl"]["true decoder, proposal"] == pytest.approx(kl.item(), rel=1e-3)
+    variation = 0.5 * (table - kernel).abs().sum(1).mean()
+    found_variation = found["variation"]["true decoder, proposal"]
+    assert found_variation == pytest.approx(variation.item(), rel=1e-3)
     latents = data.train_latents[kept, 0]
     assert torch.equal(latents, latents.sort()[0])
     assert all(0.95 < sum(p) <= 1.01 for p in found["probabilities"].values())
