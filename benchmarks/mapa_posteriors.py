@@ -116,7 +116,7 @@ def plot_posteriors(found: dict[str, Any], curves: dict[str, Curve], path: Path)
                 panel.vlines(each["codes"][decoder], 0, p[decoder], color=color(number))
                 panel.set(title=f"{decoder} decoder: p(i | row) at the codes", xlabel="code")
             for number, kind in enumerate(p):
-                style = "k:" if kind == "proposal" else f"{color(number)}-"
-                panels[3].plot(p[kind], style, label=kind, linewidth=1.2)
+                style = "k+" if kind == "proposal" else f"{color(number)}."
+                panels[3].plot(p[kind], style, label=kind, markersize=4, alpha=0.7)
             panels[3].set(title="p(i | row) by index", xlabel="training points along the curve")
         axes[0][3].legend(fontsize=8)
