@@ -185,7 +185,7 @@ def look(guide: RecursiveMixtureGuide, model: Callable, weight: float) -> None:
 
 
 def joint_guide(model: Callable, patience: int = 0, **options: Any) -> RecursiveMixtureGuide:
-    encoders = [Told(2 * m * bool(options)) for m in range(3)]
+    encoders = [Told(2 * m * ("conditional" in options)) for m in range(3)]
     components = [AmortizedGuide(model, encoder) for encoder in encoders]
     schedule = Schedule(first=1, propose=1, refine=1, patience=patience)
     guide = RecursiveMixtureGuide(model, components, weights="table", schedule=schedule, **options)
@@ -253,8 +253,9 @@ def test_a_member_without_weight_starts_anew_beside_the_heaviest(
 
 
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
-def test_members_of_fixed_models_and_those_that_others_read_stay() -> None:
-    for model, options in ((square_rows, {}), (learning_rows, {"conditional": True})):
+def test_members_of_fixed_models_those_that_others_read_and_given_weights_stay() -> None:
+    kept: list[dict[str, Any]] = [{"conditional": True}, {"learn_weights": False}]
+    for model, options in ((square_rows, {}), *((learning_rows, each) for each in kept)):
         pyro.clear_param_store()
         guide = joint_guide(model, **options)
         for _ in range(7):

@@ -280,11 +280,12 @@ class RecursiveMixtureGuide(MixtureGuide):
         100 steps. In joint stages of a model with parameters these are members that have had next
         to no weight in 5 calls in a row, of which each has a minibatch of its own: on a fixed model
         one may be a mode of little mass. Encoders of ``conditional=True`` read each other, and
-        stay. A component starts anew beside the heaviest one, in a stage as often as the schedule's
-        patience allows for each component but the first, and is dropped after that.
+        stay, as do members under ``learn_weights=False``. A component starts anew beside the
+        heaviest one, in a stage as often as the schedule's patience allows for each component but
+        the first, and is dropped after that; at once where a network of the user's has its weight.
         """
         weights = self._report(args, kwargs)
-        if self.stage.kind != "joint" or self.conditional:
+        if self.stage.kind != "joint" or self.conditional or not self.weights.learn:
             return
         for m in self.members:
             self.progress[3 + m] = 1 + self.progress[3 + m] * (m in self.dead)
@@ -304,7 +305,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         own, other = (list(self.components[k].parameters()) for k in (m, heaviest))
         is_alike = [each.shape for each in own] == [each.shape for each in other]
         tries = self.schedule.patience * (len(self.components) - 1)
-        if m == 0 or not is_alike or self.progress[2] >= tries:
+        can_restart = m > 0 and is_alike and self.weights.kind != "module"
+        if not can_restart or self.progress[2] >= tries:
             return False
         for parameter, near in zip(own, other, strict=True):
             noise = near.std(correction=0) * torch.randn_like(near)
