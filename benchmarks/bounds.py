@@ -83,7 +83,17 @@ def evaluate(method: Method, task: Task, settings: Settings) -> dict[str, Any]:
 
 def report(results: Results) -> str:
     """Return the table of a run: nats per image, ± one standard error over images."""
-    return method_table("loss", COLUMNS, results)
+    return f"{method_table('loss', COLUMNS, results)}\n\n{caption(results)}"
+
+
+def caption(results: Results) -> str:
+    """Return what an error over images leaves out."""
+    text = '± (but for columns "by seed") is a standard error over images, of these trained models'
+    text += " only: it leaves out the noise of training."
+    if results["settings"]["dataset"] == "digits-rotated":
+        text += " The four turns of an image are not independent: the error over images is up to"
+        text += " two times as large."
+    return text
 
 
 def images_of(name: str, results: Results, *keys: str, seeds: Iterable[str] = ()) -> Tensor:

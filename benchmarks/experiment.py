@@ -29,7 +29,7 @@ from pyro_recursive import IWAE_ELBO, fit
 from pyro_recursive.evaluation import importance_weights
 from pyro_recursive.tracing.tensor_files import read_whole, write_whole
 from pyro_recursive.training import CheckpointError, History, NonFiniteError
-from pyro_recursive.training.checkpoint import fingerprint
+from pyro_recursive.training.checkpoint import fingerprint, forked_rng
 
 TRAINED = {
     "history",
@@ -76,7 +76,8 @@ class Experiment:
         self.is_compiled = bool(training.get("compile"))
         self.batch = task.train[: settings.batch_size]  # to time steps and inference on
         if task.transform is not None:
-            self.batch = task.transform(self.batch)
+            with forked_rng(0):  # the same batch for all, and no draw of the runs' own
+                self.batch = task.transform(self.batch.cpu()).to(self.batch)
 
     def build(self, name: str, prefix: str = "") -> Method:
         """Return a method with new networks; ``prefix`` tells its parameters from another's."""

@@ -9,7 +9,7 @@ binarised anew in each epoch, 400 images for validation. Trace_ELBO is the VAE.
 from functools import partial
 from pathlib import Path
 
-from benchmarks.bounds import COLUMNS, LOSSES, draw_bounds, evaluate, images_of, method
+from benchmarks.bounds import COLUMNS, LOSSES, caption, draw_bounds, evaluate, images_of, method
 from benchmarks.report import Column, Results, figure, means, method_table, spread
 from benchmarks.run import Methods
 from benchmarks.studies.study import Study, hours, seconds_per_epoch
@@ -45,7 +45,7 @@ TABLE: dict[str, Column] = {
 
 def report(results: Results) -> str:
     """Return the table: nats per image ± a standard error over images, and over seeds."""
-    return method_table("loss", TABLE, results)
+    return f"{method_table('loss', TABLE, results)}\n\n{caption(results)}"
 
 
 def plot(results: Results, path: Path) -> None:

@@ -11,7 +11,10 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks import __main__ as command
+from benchmarks.reproduce import _options, experiment
 from benchmarks.studies import reconstruction
+from benchmarks.tasks import images
+from pyro_recursive.datasets import Dataset
 
 SMALL = ["--datasets", "digits", "--networks", "10-3", "--eval-points", "30", "--epochs", "3"]
 SMALL += ["--eval-samples", "64", "--batch-size", "200", "--methods", "IWAE", "--eager"]
@@ -38,8 +41,8 @@ def test_ssim_is_its_formula_in_windows_within_the_image() -> None:
 
 
 def test_an_image_survives_packing() -> None:
-    images = torch.tensor([[0.0, 1.0, 0.2, 0.6], [1.0, 0.0, 0.0, 0.0]])
-    shown = reconstruction._row([reconstruction._packed(image) for image in images])
+    rows = torch.tensor([[0.0, 1.0, 0.2, 0.6], [1.0, 0.0, 0.0, 0.0]])
+    shown = reconstruction._row([reconstruction._packed(row) for row in rows])
     assert shown.tolist() == [[0, 255, 255, 0], [51, 153, 0, 0]]
 
 
@@ -52,6 +55,36 @@ def test_the_extra_is_named_where_scikit_image_is_missing(monkeypatch: Any) -> N
 def test_models_are_tried_on_their_own_images_first() -> None:
     assert reconstruction.tried_on("omniglot") == ["omniglot", "mnist"]
     assert reconstruction.tried_on("digits") == ["digits"]
+
+
+def test_the_other_data_set_is_fetched_before_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+
+    def load_images(name: str, download: bool) -> Dataset:
+        asked[name] = download
+        rows, labels = torch.rand(450, 784), torch.zeros(450, dtype=torch.int64)
+        return Dataset(name, rows, rows[:30], labels, labels[:30], (28, 28))
+
+    for module in (reconstruction, images):
+        monkeypatch.setattr(module, "load_images", load_images)
+    options = _options(["reconstruction", "--datasets", "mnist", "--download", "--eager"])
+    found = experiment(options, "mnist", "10-3").task
+    assert asked == {"mnist": True, "omniglot": True}
+    assert isinstance(found, reconstruction.ReconstructionTask)
+    assert found.others["omniglot"].unique().tolist() == [0.0, 1.0]
+
+
+def test_differences_by_seed_are_between_runs_of_one_seed() -> None:
+    def run(ssim: float) -> dict[str, Any]:
+        return {"ssim": {"digits": [ssim, ssim]}, "history": {"seconds": [1.0]}}
+
+    runs = {
+        "Trace_ELBO": {"0": run(0.5), "1": run(0.7)},
+        "IWAE": {"0": run(0.6), "1": run(0.6), "2": run(0.9)},
+    }
+    results = {"runs": runs, "settings": {"dataset": "digits"}}
+    assert reconstruction._by_seed("IWAE", results, "digits") == "+0.0000 ± 0.1414"
+    assert "of these trained models only" in reconstruction.report(results)
 
 
 @pytest.mark.slow
