@@ -139,16 +139,12 @@ class RecursiveMixture_ELBO(MixtureLoss):
                 # Points at which a parameter is invalid have density 0.
                 with validation_enabled(False):
                     place_component(program, mixture, vectorize=self.vectorize_particles)
-            was_growing = mixture.is_growing
-            # Before the loss, whose graph holds the parameters of a member that starts anew.
-            if not was_growing and mixture.steps_taken % WATCHED_EVERY == WATCHED_EVERY - 1:
-                mixture.watch(*args, **kwargs)
             if mixture.is_trial:
                 loss = self._test_component(program, mixture)
             else:
                 loss = self.stage_loss(model, guide, *args, **kwargs)
                 mixture.count_step()
-            if was_growing and not mixture.is_growing:
+            if not mixture.is_growing and mixture.steps_taken % WATCHED_EVERY == 0:
                 mixture.watch(*args, **kwargs)
             return loss
 

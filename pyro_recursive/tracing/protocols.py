@@ -58,7 +58,7 @@ class GrowingMixture(MixtureLike, Protocol):
     ``[J]``, where all rows share one vector.
     Growth can end by importance weights of draws that leave nothing to gain.
     It can ``watch`` for members that have lost their weight, once it is no longer growing, and
-    revive or drop them in joint stages.
+    drop them in joint stages.
     """
 
     epsilon: float

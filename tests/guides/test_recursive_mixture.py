@@ -1,7 +1,6 @@
 """Guides that grow: stages, members and their weights, what is dropped, conditional encoders."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from pyro_recursive import (
     Schedule,
 )
 from pyro_recursive.bounds.mixture_objectives import Gain
+from pyro_recursive.guides.mixture import recursive
 from tests.models.small import square_rows
 from tests.oracles.mixtures import bimodal
 from tests.oracles.quadrature import log_normal
@@ -144,7 +144,7 @@ def test_components_without_a_part_are_reported_once(kind: str) -> None:
             if "0" in name and "weight" not in name:
                 parameter.fill_(-100.0)
     loss = RecursiveMixture_ELBO(1)
-    message = r"of 4 components 2 have no part .*dropped: \[3\]; mean weight below 0.001: \[1\]"
+    message = r"of 4 components 2 have no part .*dropped: \[3\]; weight below 0.001: \[1\]"
     with pytest.warns(UserWarning, match=message) as caught:
         loss.differentiable_loss(square_rows, guide, X)
     assert caught[0].filename == __file__
@@ -168,26 +168,31 @@ def test_components_without_a_part_are_reported_once(kind: str) -> None:
     assert torch.equal(other(X)["z"], first)  # a look moves no random state
 
 
+def learning() -> None:
+    pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.3)), 1.0))
+
+
 def learning_rows(x: Tensor) -> None:
     pyro.param("loc", lambda: torch.tensor(0.3))
     square_rows(x)
 
 
-def look(guide: RecursiveMixtureGuide, model: Callable, weight: float) -> None:
-    """Take a step that looks at the weights, where component 1 of three has the logit of a weight.
+def look(guide: RecursiveMixtureGuide, model: Callable, *weights: float) -> None:
+    """Take a step that looks at the weights, of which component 1 of three has these in rows.
 
-    It has that share of what the last one leaves.
+    They are its shares of what the last component leaves.
     """
+    odds = torch.tensor(weights).logit()
     with torch.no_grad():
-        guide.weights.local_0.fill_(8 * math.atanh(math.log(weight / (1 - weight)) / 8))
+        guide.weights.local_0.copy_((8 * (odds / 8).atanh())[:, None].expand(len(X), 1))
     guide.progress[1] = 99
     RecursiveMixture_ELBO(1).loss_and_grads(model, guide, X)
 
 
-def joint_guide(model: Callable, patience: int = 0, **options: Any) -> RecursiveMixtureGuide:
+def joint_guide(model: Callable, **options: Any) -> RecursiveMixtureGuide:
     encoders = [Told(2 * m * ("conditional" in options)) for m in range(3)]
     components = [AmortizedGuide(model, encoder) for encoder in encoders]
-    schedule = Schedule(first=1, propose=1, refine=1, patience=patience)
+    schedule = Schedule(first=1, propose=1, refine=1)
     guide = RecursiveMixtureGuide(model, components, weights="table", schedule=schedule, **options)
     guide.prepare(X)
     guide.progress.copy_(torch.tensor([5, 0, 0, 1, 1, 1]))
@@ -196,14 +201,17 @@ def joint_guide(model: Callable, patience: int = 0, **options: Any) -> Recursive
 
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
 @pytest.mark.parametrize("is_resumed", [False, True])
-def test_a_member_without_weight_is_dropped_after_looks_in_a_row(
-    is_resumed: bool, caplog: pytest.LogCaptureFixture
+def test_a_member_without_weight_is_dropped_after_many_rows(
+    is_resumed: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others' weights keep their proportions; a guide that goes on from a state is as far."""
+    monkeypatch.setattr(recursive, "ROWS", 5 * len(X))
     guide = joint_guide(learning_rows)
     before = guide.component_weights(X).detach()
-    for weight in (6e-4, 6e-4, 0.4, *[6e-4] * 4):
-        look(guide, learning_rows, weight)
+    one_row = torch.full((len(X),), 6e-4)
+    one_row[-1] = 0.4
+    for weights in ([6e-4], [6e-4], one_row.tolist(), *[[6e-4]] * 4):
+        look(guide, learning_rows, *weights)
     assert guide.members == (0, 1, 2) and guide.dead == (1,)
     if is_resumed:
         state = copy.deepcopy(guide.state_dict())
@@ -228,32 +236,10 @@ def test_a_member_without_weight_is_dropped_after_looks_in_a_row(
 
 
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
-def test_a_member_without_weight_starts_anew_beside_the_heaviest(
-    caplog: pytest.LogCaptureFixture,
+def test_members_of_fixed_models_those_that_others_read_and_given_weights_stay(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the weight epsilon, as often as patience allows for two; then it is dropped."""
-    guide = joint_guide(learning_rows, patience=1)
-    encoders = [component.encoder.linear.weight for component in guide.components]
-    share = guide.component_weights(X)[:, 1].detach()
-    for number in range(1, 3):
-        before = [encoder.detach().clone() for encoder in encoders]
-        with caplog.at_level("INFO", logger="pyro_recursive"):
-            for _ in range(5):
-                look(guide, learning_rows, 6e-4)
-        assert caplog.messages == ["Component 1 has lost its weight, and starts anew."] * number
-        assert guide.progress.tolist() == [5, 100, number, 1, 1, 1] and guide.dead == ()
-        torch.testing.assert_close(guide.component_weights(X)[:, 1].detach(), share)
-        assert torch.equal(encoders[0], before[0]) and torch.equal(encoders[2], before[2])
-        distance = (encoders[1] - encoders[0]).norm() / encoders[0].norm()
-        assert 0.01 < distance < 0.3
-        encoders[1].data.copy_(before[1])
-    for _ in range(5):
-        look(guide, learning_rows, 6e-4)
-    assert guide.members == (0, 2)
-
-
-@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
-def test_members_of_fixed_models_those_that_others_read_and_given_weights_stay() -> None:
+    monkeypatch.setattr(recursive, "ROWS", 5 * len(X))
     kept: list[dict[str, Any]] = [{"conditional": True}, {"learn_weights": False}]
     for model, options in ((square_rows, {}), *((learning_rows, each) for each in kept)):
         pyro.clear_param_store()
@@ -261,6 +247,19 @@ def test_members_of_fixed_models_those_that_others_read_and_given_weights_stay()
         for _ in range(7):
             look(guide, model, 6e-4)
         assert guide.members == (0, 1, 2) and guide.dead == (1,)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
+def test_a_member_of_global_latents_without_weight_is_dropped_after_five_looks() -> None:
+    guide = RecursiveMixtureGuide(learning, 2, schedule=Schedule(first=1, propose=1, refine=1))
+    guide.prepare()
+    guide.progress.copy_(torch.tensor([3, 0, 0, 1, 1]))
+    for _ in range(5):
+        assert guide.members == (0, 1)
+        guide.set_log_weights(torch.tensor([1 - 6e-4, 6e-4]).log())
+        guide.progress[1] = 99
+        RecursiveMixture_ELBO(1).loss_and_grads(learning, guide)
+    assert guide.members == (0,)
 
 
 # --- Members and weights

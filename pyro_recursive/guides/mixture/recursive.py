@@ -30,9 +30,8 @@ from pyro_recursive.tracing.isolation import isolated, outside_of_graphs
 from pyro_recursive.tracing.user_warnings import warn_user
 
 GROWTH = ("first", "propose", "refine")  # the stages in which components are added
-DEAD = 1e-3  # a member with a smaller mean weight over the rows of a minibatch has lost its part
-LOOKS = 5  # in a row find such a member before it gets a new start, or is dropped
-NOISE = 0.1  # of a new start, as a part of the spread of each of the parameters that are copied
+DEAD = 1e-3  # a member with a smaller weight has no part in a row
+ROWS = 5000  # one after another in which a member has no part before it is dropped
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.schedule = schedule or Schedule()
         self.stages = self.schedule.stages(count)
         # The index of the stage, the steps taken in it, the failures of its component, and for each
-        # component 0, or for members 1 and how many looks in a row found it without weight: a
+        # component 0, or for members 1 and the number of rows that were last seen without it: a
         # buffer for checkpoints, on the CPU as it is read in each step.
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
@@ -274,65 +273,50 @@ class RecursiveMixtureGuide(MixtureGuide):
             self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
     def watch(self, *args: Any, **kwargs: Any) -> None:
-        """Warn once of each component without a part; revive or drop members that have lost theirs.
+        """Warn once of each component without a part; drop members that have lost theirs.
 
         Waits for the device. `RecursiveMixture_ELBO` calls it when growth has ended and then every
-        100 steps. In joint stages of a model with parameters these are members that have had next
-        to no weight in 5 calls in a row, of which each has a minibatch of its own: on a fixed model
-        one may be a mode of little mass. Encoders of ``conditional=True`` read each other, and
-        stay, as do members under ``learn_weights=False``. A component starts anew beside the
-        heaviest one, in a stage as often as the schedule's patience allows for each component but
-        the first, and is dropped after that; at once where a network of the user's has its weight.
+        100 steps. In joint stages of a model with parameters, members with a weight below 0.001 in
+        each of 5,000 rows, those of one call after another, are dropped; where there are no rows,
+        after 5 calls. On a fixed model a member may be a mode of little mass.
+        Encoders of ``conditional=True`` read each other, and stay, as do members under
+        ``learn_weights=False``.
         """
-        weights = self._report(args, kwargs)
+        rows = self._report(args, kwargs)
         if self.stage.kind != "joint" or self.conditional or not self.weights.learn:
             return
         for m in self.members:
-            self.progress[3 + m] = 1 + self.progress[3 + m] * (m in self.dead)
-        lost = [m for m in self.dead if self.progress[3 + m] > LOOKS]
-        if lost and learned_params(self, args, kwargs):
-            heaviest = max(weights, key=weights.__getitem__)
-            for m in lost:
-                is_revived = self._revive(m, heaviest)
-                self.progress[3 + m] = int(is_revived)
-                outcome = "starts anew" if is_revived else "is dropped"
-                logger.info("Component %s has lost its weight, and %s.", m, outcome)
+            self.progress[3 + m] = self.progress[3 + m] + rows if m in self.dead else 1
+        lost = [m for m in self.dead if self.progress[3 + m] > ROWS]
+        if not lost:
+            return
+        is_fixed = not learned_params(self, args, kwargs)
+        for m in lost:
+            self.progress[3 + m] = int(is_fixed)
+            if not is_fixed:
+                logger.info("Component %s has lost its weight, and is dropped.", m)
+        if not is_fixed:
             self.dead = tuple(m for m in self.dead if m not in lost)
 
-    @torch.no_grad()
-    def _revive(self, m: int, heaviest: int) -> bool:
-        """Start a component near another one, with the weight epsilon; return whether it could."""
-        own, other = (list(self.components[k].parameters()) for k in (m, heaviest))
-        is_alike = [each.shape for each in own] == [each.shape for each in other]
-        tries = self.schedule.patience * (len(self.components) - 1)
-        can_restart = m > 0 and is_alike and self.weights.kind != "module"
-        if not can_restart or self.progress[2] >= tries:
-            return False
-        for parameter, near in zip(own, other, strict=True):
-            noise = near.std(correction=0) * torch.randn_like(near)
-            parameter.copy_(near + NOISE * noise)
-        self.weights.reset(m - 1)
-        self.progress[2] += 1
-        return True
-
-    def _report(self, args: tuple, kwargs: dict[str, Any]) -> dict[int, float]:
-        """Warn once of each component without a part; return the members' mean weights."""
+    def _report(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Warn once of each component without a part; return in how many rows."""
         with isolated(), torch.no_grad():
             weights = self.component_weights(*args, **kwargs)
-        means = weights.reshape(-1, weights.shape[-1]).mean(0).tolist()
-        by_member = dict(zip(self.members, means, strict=True))
-        self.dead = tuple(m for m, weight in by_member.items() if weight < DEAD)
+        weights = weights.reshape(-1, weights.shape[-1])
+        rows = len(weights) if len(weights) > 1 else ROWS // 5
+        pairs = zip(self.members, weights.amax(0).tolist(), strict=True)
+        self.dead = tuple(m for m, weight in pairs if weight < DEAD)
         new = set(self.left_out) | set(self.dead)
         if new <= self._reported:
-            return by_member
+            return rows
         self._reported |= new
-        found = {"dropped": self.left_out, f"mean weight below {DEAD:g}": self.dead}
+        found = {"dropped": self.left_out, f"weight below {DEAD:g}": self.dead}
         lost = "; ".join(f"{name}: {list(these)}" for name, these in found.items() if these)
         warn_user(
             f"{self.name}: of {len(self.components)} components {len(new)} have no part in the "
             f"mixture ({lost}). See guide.trials."
         )
-        return by_member
+        return rows
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Prepare the guide; look for components without a part in a state that was loaded."""

@@ -27,9 +27,7 @@ class Schedule:
 
     Args:
         confidence: a component is kept if its gain is more than so many standard errors.
-        patience: how often a dropped component is proposed again, with new initial weights; where
-            the model learns, also how many members that lose their weight in a joint stage start
-            anew, for each component but the first.
+        patience: how often a dropped component is proposed again, with new initial weights.
         min_gain: a component is kept only if it gains more than this, in nats over the data, and
             growth ends where a proposal could not.
         draws: of each component in the acceptance test, over all rows; at least 32 for each row.

@@ -15,7 +15,7 @@ from pyro_recursive.tracing.graphs.kernels import (
     NotRecordable,
     compile_graph,
 )
-from pyro_recursive.tracing.graphs.unsupported import Unsupported
+from pyro_recursive.tracing.graphs.unsupported import Unsupported, as_unsupported
 from pyro_recursive.training.compiled.loop_graph import loop_graph
 from pyro_recursive.training.compiled.step_graph import StepGraph
 
@@ -150,7 +150,9 @@ def make_engine(step: StepGraph, wanted: EngineName, undone: Undone) -> Engine:
 
     Steps that are taken inside ``undone`` are undone. Raises Unsupported if there is none.
     """
-    graph = CallEngine(step, step.module, "graph")
+    graph, reason = CallEngine(step, step.module, "graph"), ""
+    with as_unsupported(of="the graph of a step: "):
+        expected = _taken(graph, step, undone)
     if wanted == "graph":
         return graph
     compiled = cache(lambda: compile_graph(step.module, step.tensors))
@@ -159,7 +161,6 @@ def make_engine(step: StepGraph, wanted: EngineName, undone: Undone) -> Engine:
         "loop": lambda: LoopEngine(step),
         "flat": lambda: CallEngine(step, compiled(), "flat"),
     }
-    expected, reason = _taken(graph, step, undone), ""
     for name in makers if wanted == "auto" else (wanted,):
         try:
             with undone():

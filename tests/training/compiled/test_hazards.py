@@ -27,6 +27,7 @@ from pyro_recursive import (
     RecursiveMixture_ELBO,
     RecursiveMixtureGuide,
     Schedule,
+    fit,
 )
 from pyro_recursive.tracing.graphs.python_state import PythonState
 from pyro_recursive.tracing.handlers import KLWarmup
@@ -512,19 +513,19 @@ def test_a_mixture_grows_as_under_svi(many: bool, paths: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*have no part in the mixture")
-def test_members_start_anew_and_are_dropped_as_under_svi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_without_weight_are_dropped_as_under_svi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_recursive.losses.recursive_mixture.WATCHED_EVERY", 3)
-    monkeypatch.setattr("pyro_recursive.guides.mixture.recursive.LOOKS", 2)
+    monkeypatch.setattr("pyro_recursive.guides.mixture.recursive.ROWS", 5)
 
     def model(x: Tensor) -> None:
         shifted(x, pyro.param("shift", lambda: torch.tensor(0.3)))
 
     def scenario(make: Callable[..., Any]) -> list[Any]:
-        schedule = Schedule(first=1, propose=1, refine=1, patience=1)
+        schedule = Schedule(first=1, propose=1, refine=1)
         options = {"plate": "data", "weights": "shared", "schedule": schedule}
         mixture = RecursiveMixtureGuide(model, 3, **options)
         mixture.prepare(X)
-        mixture.progress.copy_(torch.tensor([5, 0, 1, 1, 1, 1]))  # one new start is left
+        mixture.progress.copy_(torch.tensor([5, 0, 0, 1, 1, 1]))
         with torch.no_grad():
             mixture.weights.local_0.fill_(-100.0)
             mixture.weights.local_1.fill_(-100.0)
@@ -532,7 +533,7 @@ def test_members_start_anew_and_are_dropped_as_under_svi(monkeypatch: pytest.Mon
         for _ in range(9):
             losses.append(svi.step(X))
             progress.append(mixture.progress.tolist())
-        assert progress[5] == [5, 6, 2, 1, 1, 0]
+        assert progress[4:6] == [[5, 5, 0, 1, 5, 5], [5, 6, 0, 1, 0, 0]]
         return [losses, progress]
 
     check(scenario)
@@ -641,3 +642,27 @@ def test_what_cannot_be_traced_runs_eagerly_with_one_warning(model: Callable, me
     assert len(caught) == 1
     with pytest.raises(NotImplementedError, match=message):
         results(scenario, traced)
+
+
+def test_networks_whose_graph_does_not_run_take_eager_steps() -> None:
+    """LSTMs in float32 have a kernel whose gradient does not run in a graph of `fit`."""
+    embedding = nn.Embedding(5, 2, dtype=torch.float32)
+    lstm = nn.LSTM(2, 2, batch_first=True, dtype=torch.float32)
+
+    def model(x: Tensor) -> None:
+        pyro.module("embedding", embedding)
+        pyro.module("lstm", lstm)
+        loc = lstm(embedding(x))[0]
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(loc.new_zeros(()), 1.0))
+            states = dist.Normal(loc + z[..., None, None], loc.new_ones(()))
+            pyro.sample("x", states.to_event(2), obs=torch.zeros_like(loc))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.1)), 1.0))
+
+    symbols = torch.arange(24).reshape(6, 4) % 5
+    options: Any = {"epochs": 3, "batch_size": 2, "compile": "replay", "progress": False}
+    with pytest.warns(UserWarning, match="Training steps run eagerly: the graph of a step"):
+        assert fit(model, guide, symbols, loss=Trace_ELBO(), **options).steps == [3, 6, 9]
