@@ -82,7 +82,6 @@ CURVES_OF_COST = ("MAPA", "pooled", "IWAE")  # and a number of samples
 PASSES = (0.1, 30.0)  # the axis: from less than the fewest to more than an IWAE's most
 KDE = "KDE"
 ALL = 500  # codes: as many as there are training points, or more
-EXACT = "exact sum"
 COMPARED = "MAPA 5"  # its index posteriors, for two networks
 
 METHODS: dict[str, Method] = {
@@ -95,7 +94,7 @@ METHODS: dict[str, Method] = {
     "MAPA true 5": independent(5, top=0, table=true_table),
     "uniform 5": independent(5, top=0, table=lambda x: Table.uniform(len(x.train), len(x.train))),
     "AE": AUTOENCODER,
-    EXACT: pooled(0, top=ALL),
+    "exact sum": pooled(0, top=ALL),
     KDE: Method(),
 }
 
@@ -164,9 +163,10 @@ def main(arguments: list[str]) -> None:
             write_json(folder / "results.json", results)
     pictures = [folder / "costs.png"]
     plot(results, pictures[0])
-    if known:
+    shown = {name: found for name, found in known.items() if "diverged" not in found}
+    if shown:
         pictures.append(folder / "posteriors.png")
-        plot_posteriors(known, {name: settings.data(name, 0) for name in known}, pictures[1])
+        plot_posteriors(shown, {name: settings.data(name, 0) for name in shown}, pictures[1])
     finish(results, folder / "results.json", report(results), pictures)
 
 

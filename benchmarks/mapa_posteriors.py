@@ -13,13 +13,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks.methods.mapa import Empirical, build, train
+from benchmarks.methods.mapa import Diverged, Empirical, build, train
 from benchmarks.report import color, figure, table
 from benchmarks.tasks.curves import CurveData
 from pyro_recursive.datasets import Curve
 
 SHOWN = 1e-3  # the smallest probability of an index that is kept
 ENTROPY_RANK = 0.9  # of the row that is shown: one with a wide posterior
+PAIRS = [("first", "second"), ("first", "proposal"), ("second", "proposal")]
+PAIRS += [("true decoder", "first"), ("true decoder", "proposal")]
 
 
 def index_posteriors(data: Curve, method: Any, settings: Any) -> dict[str, Any]:
@@ -27,14 +29,18 @@ def index_posteriors(data: Curve, method: Any, settings: Any) -> dict[str, Any]:
 
     Returns means over training rows of the total variation (0 to 1) and of the KL divergence, in
     nats, and for one row the indices, their codes and their probabilities, under both networks,
-    under the true decoder and under the proposal.
+    under the true decoder and under the proposal. Where training diverged, the entry ``diverged``
+    alone says how.
     """
     learners: dict[str, Empirical] = {}
     for seed, name in enumerate(("first", "second")):
         learner = build(method, CurveData(data, settings.hidden), seed, len(data.train))
         assert isinstance(learner, Empirical)
-        with pyro.validation_enabled(False):
-            train(learner, seed, settings.epochs, settings.batch_size, settings.rate)
+        try:
+            with pyro.validation_enabled(False):
+                train(learner, seed, settings.epochs, settings.batch_size, settings.rate)
+        except Diverged as error:
+            return {"diverged": f"{name} network: {error}"}
         learners[name] = learner
     posteriors = {
         **{name: _log_posterior(data, each.points()) for name, each in learners.items()},
@@ -45,11 +51,9 @@ def index_posteriors(data: Curve, method: Any, settings: Any) -> dict[str, Any]:
     probabilities = {name: found[row].exp() for name, found in posteriors.items()}
     order = data.train_latents[:, 0].argsort()  # along the curve
     kept = order[(torch.stack(list(probabilities.values())).amax(0) > SHOWN)[order]]
-    pairs = [("first", "second"), ("first", "proposal"), ("second", "proposal")]
-    pairs += [("true decoder", "first"), ("true decoder", "proposal")]
     return {
-        "kl": {f"{a}, {b}": _divergence(posteriors[a], posteriors[b]) for a, b in pairs},
-        "variation": {f"{a}, {b}": _variation(posteriors[a], posteriors[b]) for a, b in pairs},
+        "kl": {f"{a}, {b}": _divergence(posteriors[a], posteriors[b]) for a, b in PAIRS},
+        "variation": {f"{a}, {b}": _variation(posteriors[a], posteriors[b]) for a, b in PAIRS},
         "row": row,
         "indices": kept.tolist(),
         "codes": {n: _rounded(each.codes()[kept, 0]) for n, each in learners.items()},
@@ -92,12 +96,14 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def divergences(found: dict[str, Any]) -> str:
-    """Return the differences between index posteriors, of each curve."""
-    pairs = next(iter(found.values()))["kl"]
-    rows = [
-        [name, *(f"{each['variation'][pair]:.2f} ({each['kl'][pair]:.2g})" for pair in pairs)]
-        for name, each in found.items()
-    ]
+    """Return the differences between index posteriors, of each curve, or that it diverged."""
+    pairs, rows = [f"{a}, {b}" for a, b in PAIRS], []
+    for name, each in found.items():
+        if "diverged" in each:
+            rows.append([name, f"diverged, {each['diverged']}", *("" for _ in pairs[1:])])
+            continue
+        cells = (f"{each['variation'][pair]:.2f} ({each['kl'][pair]:.2g})" for pair in pairs)
+        rows.append([name, *cells])
     title = "Index posteriors: total variation (and KL in nats), means over rows"
     return f"{title}\n{table(['data', *pairs], rows)}"
 

@@ -17,18 +17,26 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from benchmarks.tasks.image_sets import SMALL
 from pyro_recursive.datasets import dynamic_binarize, fixed_binarize
 
-LEVELS = {
-    "digits": 17,
-    "digits-rotated": 17,
-    "mnist-14": 1021,
-}  # grey levels of a pixel; 256 elsewhere
+
+def levels_of(dataset: str) -> int:
+    """Return the grey levels of a pixel; means of four pixels have four times as many steps."""
+    if dataset.startswith("digits"):
+        return 17
+    return 4 * 255 + 1 if dataset.endswith(SMALL) else 256
 
 
 class GreyLevels(TorchDistribution):
-    """Pixels with a location and a scale each, in units of the intensity; drawn by no model."""
+    """Pixels with a location and a scale each, in units of the intensity; drawn by no model.
 
+    ``least`` is the lower limit of a learned scale, in levels, and ``deviation`` the standard
+    deviation at scale 1.
+    """
+
+    least: ClassVar[float]
+    deviation: ClassVar[float]
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.unit_interval
 
@@ -43,6 +51,9 @@ class GreyLevels(TorchDistribution):
 class DequantisedNormal(GreyLevels):
     """A normal density of y = (k + u) / L, in nats of a level."""
 
+    least = 1.0
+    deviation = 1.0
+
     def log_prob(self, value: Tensor) -> Tensor:
         standard = (value - self.loc) / self.scale
         return -0.5 * standard.square() - (self.scale * self.levels * math.sqrt(2 * math.pi)).log()
@@ -54,6 +65,9 @@ class DiscretisedLogistic(GreyLevels):
     Reference: `Improving Variational Inference with Inverse Autoregressive Flow` (Kingma et al.,
     arXiv 1606.04934).
     """
+
+    least = 0.1
+    deviation = math.pi / math.sqrt(3)
 
     def log_prob(self, value: Tensor) -> Tensor:
         half = 0.5 / (self.levels - 1)
@@ -72,18 +86,20 @@ class DiscretisedLogistic(GreyLevels):
 class LocationScale(nn.Module):
     """The output of a network as location of pixels, and a scale for each, learned too.
 
-    A pixel that is the same in all images has a likelihood with a maximum at which its scale is 0
-    if levels are discretised: scales have a lower limit of a hundredth of a level. Dequantised
-    pixels have none lower than that of the noise. First values are the moments of ``rows``.
+    A pixel that is the same in nearly all images has its best scale near 0, or near that of the
+    noise if dequantised, and log p(x) is then determined by the few images in which it differs:
+    scales have a lower limit of a level (Gaussian) or a tenth of one (discretised logistic, which
+    gives a pixel in the middle of its level 0.987 there). First locations are the means of
+    ``rows``; first scales have their standard deviations, and the limit and a tenth of a level
+    more.
     """
 
     def __init__(self, network: nn.Sequential, rows: Tensor, levels: int, kind: Any) -> None:
         super().__init__()
         self.network, self.levels, self.kind = network, levels, kind
-        self.least = 0.01 / levels
+        self.least = kind.least / levels
         network[-1].bias = nn.Parameter(rows.mean(0))
-        start = (rows.std(0) + 1 / levels - self.least).log()
-        self.log_scale = nn.Parameter(start)
+        self.log_scale = nn.Parameter((rows.std(0) / kind.deviation + 0.1 / levels).log())
 
     def forward(self, z: Tensor) -> GreyLevels:
         return self.kind(self.network(z), self.log_scale.exp() + self.least, self.levels)
@@ -111,10 +127,10 @@ class Likelihood(NamedTuple):
 
 def likelihood(name: str, dataset: str, rows: Tensor) -> Likelihood:
     """Return a likelihood of the pixels of a data set, with ``rows`` of it."""
-    levels = LEVELS.get(dataset, 256)
+    levels = levels_of(dataset)
     steps = rows * (levels - 1)
     if name != "bernoulli" and (steps - steps.round()).abs().max() > 1e-3:
-        raise ValueError(f"{dataset} has not {levels} grey levels: give it an entry in LEVELS.")
+        raise ValueError(f"{dataset} has not {levels} grey levels: add it to levels_of.")
     if name == "gaussian":
         draw, fixed = (partial(each, levels=levels) for each in (dequantise, fixed_dequantise))
         return Likelihood(draw, fixed, DequantisedNormal, levels)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import mapa
+from benchmarks import mapa, mapa_posteriors
 from benchmarks.mapa import learner_of, report
 from benchmarks.mapa_posteriors import index_posteriors
 from benchmarks.methods.mapa import Diverged, train
@@ -193,6 +193,22 @@ def test_index_posteriors_are_those_of_bayes() -> None:
     latents = data.train_latents[kept, 0]
     assert torch.equal(latents, latents.sort()[0])
     assert all(0.95 < sum(p) <= 1.01 for p in found["probabilities"].values())
+
+
+def test_a_diverging_index_posterior_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(*_: Any) -> None:
+        raise Diverged("the loss is nan after epoch 1")
+
+    monkeypatch.setattr(mapa_posteriors, "train", diverge)
+    found = run(tmp_path, methods=["MAPA 5"])
+    assert found["posteriors"]["circle"] == {
+        "diverged": "first network: the loss is nan after epoch 1"
+    }
+    shown = capsys.readouterr().out
+    assert "| circle | diverged, first network: the loss is nan after epoch 1 |" in shown
+    assert "test KL" in shown
 
 
 # The report.

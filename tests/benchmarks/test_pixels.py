@@ -17,11 +17,11 @@ from benchmarks.methods.guides import METHODS
 from benchmarks.run import OPTIMIZER, Settings
 from benchmarks.tasks.images import image_task
 from benchmarks.tasks.likelihoods import (
-    LEVELS,
     DequantisedNormal,
     DiscretisedLogistic,
     LocationScale,
     dequantise,
+    levels_of,
     likelihood,
 )
 from benchmarks.tasks.pixelcnn import PixelCNN
@@ -59,9 +59,9 @@ def test_masses_of_the_discretised_logistic(levels: int) -> None:
 
 def test_gaussian_and_logistic_agree_on_the_bits_of_uniform_levels() -> None:
     # Of a uniform distribution of L levels: log2 L bits, as mass and as density of a level.
-    for name in ("digits", "mnist"):
-        levels = LEVELS.get(name, 256)
-        shown = -math.log(levels) * guides.PIXELS.get(name, 784)
+    for name, pixels in {"digits": 64, "mnist-omniglot-14": 196, "mnist": 784}.items():
+        levels = levels_of(name)
+        shown = -math.log(levels) * pixels
         runs = {"VAE": {"0": {"test": {"log_p": [shown]}}}}
         results = {"runs": runs, "settings": {"dataset": name}}
         assert guides.COLUMNS["bits/dim"]("VAE", results) == f"{math.log2(levels):.4f}"
@@ -88,13 +88,31 @@ def test_dequantised_pixels_stay_in_their_levels() -> None:
     assert not torch.equal(fixed(x, seed=3), fixed(x, seed=4))
 
 
-def test_scales_start_at_the_spread_of_the_pixels() -> None:
+@pytest.mark.parametrize(
+    ("kind", "deviation", "least"),
+    [(DequantisedNormal, 1.0, 1.0), (DiscretisedLogistic, math.pi / 3**0.5, 0.1)],
+)
+def test_scales_start_at_the_spread_of_the_pixels_and_have_a_limit(
+    kind: Any, deviation: float, least: float
+) -> None:
     rows = torch.rand(50, 4) * torch.tensor([0.0, 0.1, 0.5, 1.0])
     network = torch.nn.Sequential(Linear(2, 4))
     torch.nn.init.zeros_(network[0].weight)
-    found = LocationScale(network, rows, 17, DequantisedNormal)(torch.zeros(3, 2))
+    decoder = LocationScale(network, rows, 17, kind)
+    found = decoder(torch.zeros(3, 2))
     torch.testing.assert_close(found.loc, rows.mean(0).expand(3, 4))
-    torch.testing.assert_close(found.scale, rows.std(0) + 1 / 17)
+    torch.testing.assert_close(
+        found.scale * deviation, rows.std(0) + deviation * (0.1 + least) / 17
+    )
+    torch.nn.init.constant_(decoder.log_scale, -80.0)
+    torch.testing.assert_close(decoder(torch.zeros(3, 2)).scale, torch.full((4,), least / 17))
+
+
+def test_means_of_four_pixels_have_1021_levels() -> None:
+    x = torch.randint(256, (50, 4, 196)).sum(1) / 1020
+    for name in ("mnist-14", "fashion_mnist-14", "mnist-omniglot-14"):
+        assert likelihood("logistic", name, x).levels == 1021
+    assert likelihood("logistic", "digits-rotated", grid(17)).levels == 17
 
 
 def pixelcnn(height: int, width: int) -> PixelCNN:
