@@ -6,7 +6,8 @@ files that are written at least once a minute. The tables and plots are of the r
 --report makes them without training. A folder for each data set, networks and number of epochs
 has results.json, report.md, results.png, and in runs a JSON file for each run.
 
-"mapa" and "mapa-images" are the benchmarks of that name, with their options and --resume.
+"mapa" and "mapa-images" are the benchmarks of that name with --resume, with options (no --jobs or
+--report) and folders of their own: see reproduce mapa --help.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def main(arguments: list[str]) -> None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = base_parser("reproduce", __doc__)
-    parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join([*STUDIES, *OWN]))
     parser.add_argument("--datasets", nargs="+", help="default: those of the study")
     parser.add_argument("--download", action="store_true", help="fetch a data set that is missing")
     parser.add_argument("--networks", nargs="+", help="hidden-latent; default: the study's")
