@@ -1,12 +1,15 @@
 """Posteriors of two latents on a grid: exact log p(x), the number of modes, and pictures.
 
 The control of what the guides say: with two latents the integral over the latents is a sum over a
-grid, and a posterior with several modes shows. Two latents are few for images: parts of the data
-that are near in pixels lie apart in the plane, and the reverse. In tables, "KL to the posterior" is
-the exact log p(x) less the ELBO, and "several modes" the share of the images whose posterior has
-them.
+grid, and a posterior with several modes shows. A grid is wide enough for what is `DEPTH` nats below
+the maximum, and twice as fine as another one that has the same integral within `CLOSE` nats; an
+image for which there is none is left out, with NaN as log p(x). Two latents are few for images:
+parts of the data that are near in pixels lie apart in the plane, and the reverse. In tables, "KL to
+the posterior" is the exact log p(x) less the ELBO, and "several modes" the share of the images
+whose posterior has them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,12 @@ from benchmarks.report import Column, Results, color, figure, spread
 from benchmarks.run import Method, Settings, Task
 
 POINTS, WIDTH = 161, 6.0  # a side; the first grid is from -6 to 6
-DEPTH = 12.0  # nats below the maximum, down to which the second grid reaches
+MOST_POINTS, MOST_WIDTH = 800, 96.0
+DEPTH = 12.0  # nats below the maximum, down to which the last grid reaches
+# A grid with the spacing s has a point that is s**2 / (4 sd**2) nats below a mode, or less: the
+# first one has to show the modes of a standard deviation of 0.01.
+FIRST_DEPTH = DEPTH + 14.0
+CLOSE = 0.01  # nats, between log integrals of two grids
 LEAST_MODE = 0.05  # a mode's density, as a part of the highest
 ROWS, PICTURED = 30, 4  # test images, and those of them that have the most modes
 CHUNK = 4096
@@ -31,9 +39,14 @@ Run = dict[str, Any]
 def _cell(of: Callable[[Run], Tensor]) -> Column:
     def cell(name: str, results: Results) -> str:
         runs = results["runs"][name].values()
-        return spread(torch.tensor([float(of(run).mean()) for run in runs if "plane" in run]))
+        return spread(torch.tensor([float(of(run).nanmean()) for run in runs if "plane" in run]))
 
     return cell
+
+
+def _several(run: Run) -> Tensor:
+    several = (torch.tensor(run["plane"]["modes"]) > 1).double()
+    return several.where(torch.tensor(run["plane"]["log_p"]).isfinite(), torch.nan)
 
 
 def _divergence(run: Run) -> Tensor:
@@ -43,17 +56,26 @@ def _divergence(run: Run) -> Tensor:
 
 PLANE_COLUMNS: dict[str, Column] = {
     "KL to the posterior": _cell(_divergence),
-    "several modes": _cell(lambda run: (torch.tensor(run["plane"]["modes"]) > 1).double()),
+    "several modes": _cell(_several),
 }
 
 
 class Grid(NamedTuple):
-    """A log-density ``[y, x]`` at all pairs of coordinates, and the logarithm of its integral."""
+    """A log-density ``[y, x]`` at all pairs of coordinates, and the logarithm of its integral.
+
+    ``difference`` is that of the log integrals of this grid and of one half as fine.
+    """
 
     x: Tensor
     y: Tensor
     values: Tensor
     log_integral: float
+    difference: float = math.nan
+
+    @property
+    def cell(self) -> float:
+        """The area that each point stands for."""
+        return _spacing(self.x) * _spacing(self.y)
 
     @property
     def points(self) -> Tensor:
@@ -69,28 +91,62 @@ class Grid(NamedTuple):
 
 
 def find_grid(log_density: Callable[[Tensor], Tensor]) -> Grid:
-    """Return a grid over where a density in the plane is, found with a coarser one.
+    """Return a grid over where a density in the plane is, found with coarser ones.
 
-    ``log_density`` maps points ``[n, 2]`` to ``[n]``.
+    ``log_density`` maps points ``[n, 2]`` to ``[n]``. The log integral is NaN where no grid is wide
+    and fine enough.
     """
-    side = torch.linspace(-WIDTH, WIDTH, POINTS)
-    coarse = _grid(log_density, side, side)
-    inside = coarse.values > coarse.values.max() - DEPTH
-    margin = 2 * float(side[1] - side[0])
-    ends = [
-        (float(side[flags].min()) - margin, float(side[flags].max()) + margin)
-        for flags in (inside.any(0), inside.any(1))
-    ]
-    x, y = (torch.linspace(low, high, POINTS) for low, high in ends)
-    return _grid(log_density, x, y)
+    width = WIDTH
+    grid, sides = _look(log_density, (_side(-width, width),) * 2, FIRST_DEPTH)
+    while sides is None and width < MOST_WIDTH:
+        width *= 2
+        grid, sides = _look(log_density, (_side(-width, width),) * 2, FIRST_DEPTH)
+    if sides is not None:
+        grid, sides = _look(log_density, sides, DEPTH)
+    while sides is not None and max(map(len, sides)) <= MOST_POINTS:
+        before = grid.log_integral
+        grid, sides = _look(log_density, sides, DEPTH)
+        grid = grid._replace(difference=grid.log_integral - before)
+        if sides is not None and abs(grid.difference) <= CLOSE:
+            return grid
+    return grid._replace(log_integral=math.nan)
+
+
+def _look(
+    log_density: Callable[[Tensor], Tensor], sides: tuple[Tensor, Tensor], depth: float
+) -> tuple[Grid, tuple[Tensor, Tensor] | None]:
+    """Return a grid, and x and y of one twice as fine where the density is high.
+
+    That is within ``depth`` of the maximum; None if it is so high at an edge.
+    """
+    grid = _grid(log_density, *sides)
+    inside, next_sides = grid.values > grid.values.max() - depth, list[Tensor]()
+    for side, flags in zip(sides, (inside.any(0), inside.any(1)), strict=True):
+        if flags[0] or flags[-1]:
+            return grid, None
+        margin = 2 * _spacing(side)
+        low, high = float(side[flags].min()) - margin, float(side[flags].max()) + margin
+        next_sides.append(_side(low, high, _spacing(side) / 2))
+    return grid, (next_sides[0], next_sides[1])
+
+
+def _side(low: float, high: float, spacing: float = math.inf) -> Tensor:
+    # An odd number: the centre of a symmetric density is one point, not two that are equal.
+    points = max(POINTS, 2 * math.ceil((high - low) / spacing / 2) + 1)
+    return torch.linspace(low, high, points, dtype=torch.float64)
+
+
+def _spacing(side: Tensor) -> float:
+    return float(side[-1] - side[0]) / (len(side) - 1)
 
 
 def _grid(log_density: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Grid:
     empty = Grid(x, y, torch.empty(0), 0.0)
     found = torch.cat([log_density(part) for part in empty.points.split(CHUNK)])
     values = found.double().cpu().reshape(len(y), len(x))
-    cell = float((x[1] - x[0]) * (y[1] - y[0]))
-    return Grid(x, y, values, float(values.logsumexp((0, 1)) + torch.tensor(cell).log()))
+    return empty._replace(
+        values=values, log_integral=float(values.logsumexp((0, 1))) + math.log(empty.cell)
+    )
 
 
 def log_joint(method: Method, row: Tensor, points: Tensor) -> Tensor:
@@ -123,7 +179,10 @@ def with_plane(
 
 @torch.no_grad()
 def plane(method: Method, task: Task) -> dict[str, Any]:
-    """Return log p(x) and the number of modes of some test images; draw a picture of a few."""
+    """Return log p(x) and the number of modes of some test images; draw a picture of a few.
+
+    And the difference in log p(x) to a grid half as fine.
+    """
     rows = task.test[:ROWS]
     grids = [find_grid(partial(log_joint, method, row)) for row in rows]
     modes = [grid.modes for grid in grids]
@@ -132,7 +191,11 @@ def plane(method: Method, task: Task) -> dict[str, Any]:
         name = method.evaluated.name.removesuffix(".scores.pt")
         path = method.evaluated.with_name(f"{name}.png")
         draw(method, {n: (rows[n], grids[n]) for n in order}, path)
-    return {"log_p": [round(grid.log_integral, 4) for grid in grids], "modes": modes}
+    return {
+        "log_p": [round(grid.log_integral, 4) for grid in grids],
+        "difference": [round(grid.difference, 4) for grid in grids],
+        "modes": modes,
+    }
 
 
 def draw(method: Method, chosen: dict[int, tuple[Tensor, Grid]], path: Path) -> None:
@@ -145,7 +208,7 @@ def draw(method: Method, chosen: dict[int, tuple[Tensor, Grid]], path: Path) -> 
             image.set(title=f"test image {number}", xticks=[], yticks=[])
             table = torch.cat([log_guide(method, row, part) for part in grid.points.split(CHUNK)])
             density = table.double().cpu().exp().reshape(*grid.values.shape, -1)
-            exact = (grid.values - grid.log_integral).exp().numpy()
+            exact = (grid.values - grid.values.max()).exp().numpy()
             extent = [*map(float, (grid.x[0], grid.x[-1], grid.y[0], grid.y[-1]))]
             options: dict[str, Any] = {"origin": "lower", "extent": extent, "aspect": "auto"}
             posterior.imshow(exact, **options)
@@ -158,6 +221,5 @@ def draw(method: Method, chosen: dict[int, tuple[Tensor, Grid]], path: Path) -> 
                 parts.contour(
                     grid.x.numpy(), grid.y.numpy(), part.numpy(), levels=levels, colors=color(m)
                 )
-            cell = float((grid.x[1] - grid.x[0]) * (grid.y[1] - grid.y[0]))
-            shares = (density.sum((0, 1)) * cell).tolist()
+            shares = (density.sum((0, 1)) * grid.cell).tolist()
             parts.set_title("components: " + ", ".join(f"{share:.2f}" for share in shares))
