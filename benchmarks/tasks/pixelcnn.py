@@ -6,10 +6,10 @@ from torch.nn.functional import conv2d
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A convolution of which an output sees the inputs before its own place in raster order.
+    """A convolution of which an output sees those inputs in its window that are before its place.
 
-    It sees the input at its own place, too, if ``own``: not in the first layer, whose input is the
-    image itself.
+    That is in raster order. It sees the input at its own place, too, if ``own``: not in the first
+    layer, whose input is the image itself.
     """
 
     mask: Tensor
@@ -25,10 +25,13 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class PixelCNN(nn.Module):
-    """Logits of p(x_i | x_1, ..., x_(i-1), z) for all pixels i at once, by masked convolutions.
+    """Logits of p(x_i | earlier pixels, z) for all pixels i at once, by masked convolutions.
 
+    The three layers reach five rows up and five columns to each side; of the earlier pixels there,
+    some at the upper right are not seen, as masks of a square window leave a blind spot.
     ``of_latents`` maps z to numbers that are added to all maps of the first layer, ``[..., rows,
-    channels * height * width]``. ``mean_image``, ``[height, width]``, has the first means.
+    channels * height * width]``. The output bias starts at the logits of ``mean_image``,
+    ``[height, width]``.
 
     References: `Conditional Image Generation with PixelCNN Decoders` (van den Oord et al., arXiv
     1606.05328), `PixelVAE` (Gulrajani et al., arXiv 1611.05013).
