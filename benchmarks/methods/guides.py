@@ -39,13 +39,19 @@ CLAMP = Clamped(5.0)  # nats: the constant of the paper's objective, for which n
 
 
 class EqualDraws(RecursiveMixture_ELBO):
-    """The loss of recursive mixtures, with as many draws in all as the other methods take."""
+    """The loss of recursive mixtures, with as many draws in all as the other methods take.
+
+    A mixture that ends with one member has all draws of ``joint`` in it: those of MISELBO share a
+    logarithm, so that its bound is then IWAE's.
+    """
 
     def differentiable_loss(self, model: Callable, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Divide the draws among the components that this step has."""
         guide.prepare(*args, **kwargs)
         components = {*guide.members, guide.stage.component} - {None}
         self.num_estimates = max(1, DRAWS // len(components))
+        if self.joint is not None:
+            self.joint.num_particles = self.num_estimates
         return super().differentiable_loss(model, guide, *args, **kwargs)
 
 

@@ -1,18 +1,22 @@
 """Guides at convergence, and the same runs at equal steps, decoder passes and processor time.
 
 Each run trains until its validation bound (IWAE-8, fixed draws and images) has not improved for 20
-epochs of 1,000 steps, at most 200,000 steps in all; Adam's rate is halved after 5 epochs without an
-improvement. Then it has the parameters of its best epoch: "at convergence" is on test images, and
-they choose nothing. Recursive mixtures of two grow in the first 1 % of 200,000 steps, of four in
-the first 2 %.
+epochs of about 1,000 steps (988 on the digits), 200 epochs at most; Adam's rate is halved after
+each 5 epochs without an improvement. Then it has the parameters of its best epoch: "at convergence"
+is on test images, and they choose nothing. Recursive mixtures of two grow in the first 1 % of 200
+epochs, of four in the first 2 %; "members" are the components that each seed has in the end, 1
+where it is a single Gaussian.
 
-"At equal ..." are differences to the VAE in the best validation bound so far: after as many steps
-as the VAE took to its best epoch, or a tenth of these, or after as much processor time. A run that
-has stopped before keeps its bound. Each step of each method has 4 decoder passes an image (3 while
-a recursive mixture has three components), so that equal steps are equal decoder passes. Time is the
-median processor time of an epoch, which leaves out compilation, times the epochs.
+"At equal ..." are differences to the VAE in the best validation bound so far: after the epochs that
+the VAE took to within 0.02 nats of its best bound, or a tenth of these (whole ones, at least one),
+or after as much processor time, for which the other's bound is interpolated between its epochs. A
+run that has stopped before keeps its bound. Each step of each method has 4 decoder passes an image
+(3 while a recursive mixture has three components), so that equal steps are equal decoder passes.
+Time is the median processor time of an epoch, which leaves out compilation, times the epochs; a run
+whose times are not known (resumed from a checkpoint alone) is left out.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -29,6 +33,7 @@ from benchmarks.report import (
     BASELINE,
     Column,
     Results,
+    Runs,
     color,
     figure,
     means,
@@ -43,6 +48,8 @@ from benchmarks.studies.planes import PLANE_COLUMNS, with_plane
 from benchmarks.studies.study import Study, hours
 
 Run = dict[str, Any]
+CLOSE = 0.02  # nats per row
+ROUNDING = 1e-9  # of a number of epochs
 
 
 def best_bounds(run: Run) -> list[float]:
@@ -57,35 +64,54 @@ def best_epoch(run: Run) -> int:
     return bounds.index(bounds[-1]) + 1
 
 
-def epoch_seconds(run: Run) -> float:
-    """Return the median processor seconds of an epoch."""
-    return median(run["epoch_processor_seconds"])
-
-
-def bound_after(run: Run, epochs: float) -> float | None:
-    """Return the best bound after so many epochs, or after the last one; None within the first."""
+def end_epoch(run: Run) -> int:
+    """Return the first epoch whose validation bound is within `CLOSE` nats of the best."""
     bounds = best_bounds(run)
-    return bounds[min(int(epochs), len(bounds)) - 1] if epochs >= 1 else None
+    return next(n for n, bound in enumerate(bounds, 1) if bound >= bounds[-1] - CLOSE)
+
+
+def epoch_seconds(run: Run) -> float:
+    """Return the median processor seconds of an epoch, NaN where none are stored."""
+    return median(run["epoch_processor_seconds"] or [math.nan])
+
+
+def bound_after(run: Run, epochs: float) -> float:
+    """Return the best bound after so many epochs, or after the last one; NaN within the first.
+
+    Linear between two epochs.
+    """
+    bounds = best_bounds(run)
+    if not epochs >= 1 - ROUNDING:
+        return math.nan
+    last = min(max(epochs, 1.0), len(bounds))
+    before = int(last)
+    after = min(before + 1, len(bounds))
+    return bounds[before - 1] + (last - before) * (bounds[after - 1] - bounds[before - 1])
 
 
 def at_equal(name: str, results: Results, unit: Callable[[Run], float], share: float) -> str:
-    """Return the difference to the VAE after a share of its best epoch, in some unit of cost."""
+    """Return the difference to the VAE after a share of its epochs to the end, at equal cost."""
     base, found = results["runs"].get(BASELINE, {}), list[float]()
     for seed, run in results["runs"][name].items():
         if seed in base:
-            epochs = share * best_epoch(base[seed])
-            own = bound_after(run, epochs * unit(base[seed]) / unit(run) + 1e-9)
-            other = bound_after(base[seed], epochs + 1e-9)
-            if own is not None and other is not None:
-                found.append(own - other)
-    return with_error(torch.tensor(found), sign=True) if found else ""
+            epochs = max(1, int(share * end_epoch(base[seed]) + ROUNDING))
+            own = bound_after(run, epochs * unit(base[seed]) / unit(run))
+            found.append(own - bound_after(base[seed], epochs))
+    known = [value for value in found if not math.isnan(value)]
+    return with_error(torch.tensor(known), sign=True) if known else ""
 
 
 def _mean(of: Callable[[Run], float], digits: int = 0) -> Column:
     def cell(name: str, results: Results) -> str:
-        return f"{fmean(of(run) for run in results['runs'][name].values()):,.{digits}f}"
+        known = _known(of, results["runs"][name])
+        return f"{fmean(known):,.{digits}f}" if known else ""
 
     return cell
+
+
+def _known(of: Callable[[Run], float], runs: Runs) -> list[float]:
+    """Return a number of each run that has it."""
+    return [value for value in map(of, runs.values()) if not math.isnan(value)]
 
 
 def _steps(run: Run) -> int:
@@ -146,7 +172,8 @@ def plot(results: Results, path: Path) -> None:
                 count = max(map(len, curves))
                 whole = [curve + curve[-1:] * (count - len(curve)) for curve in curves]
                 mean = torch.tensor(whole).mean(0)
-                places = fmean(map(unit, runs[name].values())) * torch.arange(1, count + 1)
+                width = fmean(_known(unit, runs[name]) or [math.nan])
+                places = width * torch.arange(1, count + 1)
                 panel.plot(places, mean, style, color=color(number), label=name)
         name_rows(final, runs)
         final.axvline(0, color="black", linewidth=0.8)
@@ -183,5 +210,5 @@ STUDY = Study(
     eval_points=2000,
     epoch_steps=1000,
     patience=20,
-    scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=5),
+    scheduler=partial(ReduceLROnPlateau, factor=0.5, patience=4, threshold=0.0),
 )

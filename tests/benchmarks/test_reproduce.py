@@ -154,9 +154,35 @@ def test_bounds_at_equal_cost_are_the_best_so_far_of_both() -> None:
     at_equal = partial(convergence.at_equal, "other", results)
     assert at_equal(unit=lambda run: 1.0, share=1.0) == "+2.00"  # after 4 epochs: -3 and -5
     assert at_equal(unit=convergence.epoch_seconds, share=1.0) == "+1.00"  # after 2.7: -4
-    assert at_equal(unit=convergence.epoch_seconds, share=0.5) == "-1.00"  # 1.3 and 2: -9, -8
+    assert at_equal(unit=convergence.epoch_seconds, share=0.5) == "+0.67"  # 1.33: -7.33 and -8
     assert at_equal(unit=convergence.epoch_seconds, share=0.25) == ""  # other has not ended one
+    assert at_equal(unit=lambda run: 1.0, share=0.1) == "+1.00"  # one epoch at least: -9 and -10
     assert convergence.best_epoch(base) == 4
+    late = run([20.0, 10.0, 9.97, 9.97, 9.95], 1.0)  # in nats per row -5, then at most 0.025 more
+    assert (convergence.end_epoch(late), convergence.best_epoch(late)) == (3, 5)
+
+
+def test_a_run_without_stored_times_is_left_out() -> None:
+    def run(times: list[float]) -> dict[str, Any]:
+        history = {"validation": [4.0, 2.0], "validation_rows": 2}
+        return {"history": history, "epoch_processor_seconds": times}
+
+    runs = {BASELINE: {"0": run([60.0] * 2), "1": run([])}, "other": {"0": run([])}}
+    minutes = convergence.TABLE["minutes to the best"]
+    assert minutes(BASELINE, {"runs": runs}) == "2.0"
+    assert minutes("other", {"runs": runs}) == ""
+    assert convergence.TABLE["at equal time"]("other", {"runs": runs}) == ""
+
+
+def test_the_rate_is_halved_after_five_epochs_without_any_improvement() -> None:
+    scheduler = convergence.STUDY.scheduler
+    assert scheduler is not None
+    made: Any = scheduler(torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0))
+    rates = []
+    for value in [3.0, 2.99999, *[3.0] * 10, 2.0]:
+        made.step(value)
+        rates.append(made.get_last_lr()[0])
+    assert rates == [1.0] * 6 + [0.5] * 5 + [0.25] * 2
 
 
 @pytest.mark.slow
@@ -261,6 +287,26 @@ def test_a_grid_has_the_integral_and_the_modes() -> None:
     assert planes.find_grid(tilted).log_integral == pytest.approx(0.0, abs=1e-3)
     one = found.points.reshape(*found.values.shape, 2)[3, 7]
     assert one.tolist() == [found.x[7], found.y[3]]
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.037, 0.01), (0.0, 1.0), (8.0, 0.3), (50.02, 0.01)])
+def test_narrow_and_far_posteriors_have_their_integral(loc: float, scale: float) -> None:
+    posterior = dist.Normal(torch.tensor([loc, -loc], dtype=torch.float64), scale).to_event(1)
+    found = planes.find_grid(posterior.log_prob)
+    assert found.log_integral == pytest.approx(0.0, abs=1e-3)
+    assert abs(found.difference) <= planes.CLOSE
+    assert found.modes == 1
+
+
+def test_images_without_an_integral_are_left_out() -> None:
+    flat = planes.find_grid(lambda points: points.new_zeros(len(points)))  # no edge is low
+    parts = dist.Normal(torch.tensor([[-50.0, 1.0], [50.0, 1.0]]), 0.001).to_event(1)
+    far = planes.find_grid(lambda points: parts.log_prob(points.unsqueeze(1)).logsumexp(-1))
+    assert math.isnan(flat.log_integral)
+    assert math.isnan(far.log_integral)
+    run = {"plane": {"log_p": [math.nan, -1.0], "modes": [3, 1]}, "test": {"elbo": [-9.0, -1.5]}}
+    cells = [cell("VAE", {"runs": {"VAE": {"0": run}}}) for cell in planes.PLANE_COLUMNS.values()]
+    assert cells == ["0.50", "0.00"]
 
 
 def test_the_naive_rule_ascends_the_bound_in_beta() -> None:
