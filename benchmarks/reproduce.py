@@ -132,8 +132,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(study.methods)}")
     kinds = {options.likelihood, options.decoder} - PLAIN
-    if len(kinds) > (options.study != "reconstruction"):
-        parser.error(f"{options.study} of {' and '.join(kinds)} pixels is not here: leave one out")
+    if options.study == "reconstruction" and kinds:
+        parser.error("reconstruction has binary pixels and the mlp decoder only")
+    if len(kinds) > 1:
+        parser.error(f"{' and '.join(sorted(kinds))} pixels are not here: leave one out")
     if "--output" not in arguments:
         options.output = options.output.replace("reproduce", f"reproduce-{options.study}")
     options.command = shlex.join(["python", "-m", "benchmarks", "reproduce", *arguments])
@@ -150,7 +152,8 @@ def experiment(
     name = "-".join([dataset, networks, str(options.epochs), "epochs", *kinds])
     folder = f"{options.output}/{name}"
     # Replays of kernels leave out torch's convolutions: other engines run these.
-    compiled = False if options.eager else (options.decoder == "pixelcnn" or "replay")
+    compiled = "auto" if options.decoder == "pixelcnn" else "replay"
+    burda = partial(burda_schedule, num_epochs=options.epochs)
     own = argparse.Namespace(**vars(options))
     vars(own).update(dataset=dataset, output=folder, resume=resume)
     settings = study.settings.of(own, hidden=hidden, latent=latent)
@@ -164,8 +167,8 @@ def experiment(
         own,
         study.validation_particles,
         study.patience,
-        scheduler=study.scheduler or partial(burda_schedule, num_epochs=options.epochs),
-        compile=compiled,
+        scheduler=burda if study.scheduler == "burda" else study.scheduler,
+        compile=False if options.eager else compiled,
         compile_cache=None if options.eager else f"{options.output}/graphs",
     )
 

@@ -80,7 +80,7 @@ TABLE: dict[str, Column] = {
     "at the VAE's time": _at_time,
     "approximation gap": lambda n, r: spread(gap_of(r["runs"][n], "approximation")),
     "amortisation gap": lambda n, r: spread(gap_of(r["runs"][n], "amortisation")),
-    "KL": _numbers("kl"),
+    "KL to the prior": _numbers("kl"),
     "active units": lambda n, r: ", ".join(str(v["active_units"]) for v in r["runs"][n].values()),
     "diversity": _numbers("diversity"),
     **PLANE_COLUMNS,

@@ -7,10 +7,6 @@ Autoencoders` (Kim et al., arXiv 1802.02550), whose decoder of text is an LSTM; 
 stays, as theirs for images.
 """
 
-from functools import partial
-
-from torch.optim.lr_scheduler import ConstantLR
-
 from benchmarks.methods.refinement import METHODS
 from benchmarks.refinement import COLUMNS, RefinementSettings, evaluate, plot, task_of
 from benchmarks.report import Column, Results, means, method_table, spread
@@ -42,5 +38,5 @@ STUDY = Study(
     settings=RefinementSettings,
     task=task_of,
     batch_size=50,
-    scheduler=partial(ConstantLR, factor=1.0),
+    scheduler=None,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.experiment import Evaluate
 from benchmarks.report import Results
@@ -22,7 +22,7 @@ class Study:
     defaults of the command; an epoch passes over small data sets as often as ``epoch_steps`` steps
     need. With ``patience``, training stops after so many epochs without a
     better validation bound, and the parameters are those of the best epoch. ``scheduler`` is by
-    default `burda_schedule` over all epochs.
+    default `burda_schedule` over all epochs; with None the learning rate stays.
     """
 
     methods: Methods
@@ -39,7 +39,7 @@ class Study:
     eval_points: int = 10_000
     epoch_steps: int = 1
     patience: int | None = None
-    scheduler: MakeScheduler | None = None
+    scheduler: MakeScheduler | Literal["burda"] | None = "burda"
     settings: type[Settings] = Settings
     task: Callable[[Any, Any, int], Task] = image_task  # of settings, options and train_points
 

@@ -175,9 +175,8 @@ def test_a_run_without_stored_times_is_left_out() -> None:
 
 
 def test_the_rate_is_halved_after_five_epochs_without_any_improvement() -> None:
-    scheduler = convergence.STUDY.scheduler
-    assert scheduler is not None
-    made: Any = scheduler(torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0))
+    scheduler: Any = convergence.STUDY.scheduler
+    made = scheduler(torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0))
     rates = []
     for value in [3.0, 2.99999, *[3.0] * 10, 2.0]:
         made.step(value)
