@@ -149,7 +149,7 @@ def run(posterior: Posterior, method: str, settings: Settings, seed: int) -> dic
             }
             return numbers | _scored(posterior, found, settings)
         except Exception as error:  # of whatever kind: it is the result of the run
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             return {"fails": reason, "seconds": time.process_time() - start}
 
 

@@ -93,11 +93,19 @@ def numpyro_array(value: torch.Tensor) -> Any:
 def _model(linear: Linear) -> None:
     import numpyro
 
-    dist = numpyro.distributions
-    flat, support = dist.ImproperUniform, dist.constraints
+    dist: Any = numpyro.distributions
+
+    class Flat(dist.ImproperUniform):
+        """Has one draw, for SteinVI, which runs the model for the shapes of its sites."""
+
+        def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+            shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+            return self.support.feasible_like(numpyro_array(torch.zeros(shape)))
+
+    support = dist.constraints
     design, y = numpyro_array(linear.design), numpyro_array(linear.y)
     size = design.shape[-1]
-    prior, sigma_prior = flat(support.real_vector, (), (size,)), flat(support.positive, (), ())
+    prior, sigma_prior = Flat(support.real_vector, (), (size,)), Flat(support.positive, (), ())
     if linear.prior is not None:
         scale = float(linear.prior.scale)
         prior = dist.Normal(0.0, scale).expand([size]).to_event(1)

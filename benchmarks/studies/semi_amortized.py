@@ -2,9 +2,9 @@
 
 The methods and scores of `python -m benchmarks refinement`, on images and on text-like sequences of
 20 symbols whose decoder reads the previous symbol alone. (With an LSTM as decoder, on 5 symbols,
-every posterior collapses: `refinement --dataset sequences`.) After `Semi-Amortized Variational
-Autoencoders` (Kim et al., arXiv 1802.02550), whose decoder of text is an LSTM; a learning rate that
-stays, as theirs for images.
+posteriors collapse nearly wholly: `refinement --dataset sequences`.) After `Semi-Amortized
+Variational Autoencoders` (Kim et al., arXiv 1802.02550), whose decoder of text is an LSTM; a
+learning rate that stays, as theirs for images.
 """
 
 from benchmarks.methods.refinement import METHODS
