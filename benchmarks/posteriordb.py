@@ -107,7 +107,8 @@ def time_steps(options: Any, settings: Settings, results: Results) -> None:
             known = results.setdefault("steps", {}).setdefault(name, {})
             way = EVERY[method]
             if isinstance(way, Trained) and method not in known:
-                given = Run(posterior(name), Counted(posterior(name).model), settings)
+                plain: Any = posterior(name).model  # counts in Python would keep steps eager
+                given = Run(posterior(name), plain, settings)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     known[method] = way.costs(given, settings.steps)
