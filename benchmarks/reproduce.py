@@ -131,7 +131,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     unknown = set(options.methods) - study.methods.keys()
     if unknown:
         parser.error(f"unknown methods {sorted(unknown)}: choose from {', '.join(study.methods)}")
-    kinds = {options.likelihood, options.decoder} - PLAIN
+    kinds = _kinds(options)
     if options.study == "reconstruction" and kinds:
         parser.error("reconstruction has binary pixels and the mlp decoder only")
     if len(kinds) > 1:
@@ -142,14 +142,18 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _kinds(options: argparse.Namespace) -> set[str]:
+    """Return the likelihood or decoder that is not the default one."""
+    return {options.likelihood, options.decoder} - PLAIN
+
+
 def experiment(
     options: argparse.Namespace, dataset: str, networks: str, resume: bool = True
 ) -> Experiment:
     """Return the experiment of a data set and networks, with the results that its files have."""
     study = STUDIES[options.study]
     hidden, latent = map(int, networks.split("-"))
-    kinds = {options.likelihood, options.decoder} - PLAIN
-    name = "-".join([dataset, networks, str(options.epochs), "epochs", *kinds])
+    name = "-".join([dataset, networks, str(options.epochs), "epochs", *_kinds(options)])
     folder = f"{options.output}/{name}"
     # Replays of kernels leave out torch's convolutions: other engines run these.
     compiled = "auto" if options.decoder == "pixelcnn" else "replay"

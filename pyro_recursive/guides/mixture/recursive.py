@@ -288,15 +288,13 @@ class RecursiveMixtureGuide(MixtureGuide):
         for m in self.members:
             self.progress[3 + m] = self.progress[3 + m] + rows if m in self.dead else 1
         lost = [m for m in self.dead if self.progress[3 + m] > ROWS]
-        if not lost:
+        if lost and not learned_params(self, args, kwargs):
+            self.progress[[3 + m for m in lost]] = 1  # the model is run again after as many rows
             return
-        is_fixed = not learned_params(self, args, kwargs)
         for m in lost:
-            self.progress[3 + m] = int(is_fixed)
-            if not is_fixed:
-                logger.info("Component %s has lost its weight, and is dropped.", m)
-        if not is_fixed:
-            self.dead = tuple(m for m in self.dead if m not in lost)
+            self.progress[3 + m] = 0
+            logger.info("Component %s has lost its weight, and is dropped.", m)
+        self.dead = tuple(m for m in self.dead if m not in lost)
 
     def _report(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """Warn once of each component without a part; return in how many rows."""
