@@ -23,8 +23,12 @@ def double_precision(reproducible: None) -> Iterator[None]:
     torch.set_default_dtype(default)
 
 
-def pytest_collection_finish() -> None:
-    """Keep what was imported and collected out of every later collection of garbage."""
+@pytest.fixture(scope="module", autouse=True)
+def short_collections() -> None:
+    """Keep what is alive between two modules of tests out of later collections of garbage.
+
+    Imports, collected tests and what torch caches of compiled graphs took a fifth of the time.
+    """
     gc.collect()
     gc.freeze()
 

@@ -31,9 +31,8 @@ class MultiSampleELBO(LogWeightELBO):
 
     Raises:
         ValueError: a subsampled plate does not enclose every site, its entries depend on each
-            other, or S > 1; under ``"elbo"`` a global density depends on local latents; sites or
-            plates of model and guide differ; they share a parameter under PIWAE; data are NaN or
-            infinite.
+            other, or S > 1; under ``"elbo"`` a global density depends on local latents; model and
+            guide differ in sites or plates, or share a parameter under PIWAE; data are not finite.
         NotImplementedError: the estimator has no gradient for a site; the model branches on one
             that it enumerates; the guide enumerates one given a sampled site, for K > 1.
 

@@ -73,8 +73,7 @@ class MAPAGuide(LatentGuide):
         top, samples, share, replace: the `pyro_recursive.mapa.Plan` of a step.
         warm_up: how many training steps of an autoencoder (top=1, samples=0) come first.
         site: the latent site; optional where only one is inside a plate.
-        rest: a guide for the other latents; by default a mean-field `AmortizedGuide`, with
-            ``init_loc_fn`` and ``init_scale``.
+        rest: a guide for other latents; by default `AmortizedGuide` (``init_loc_fn, init_scale``).
         rows: a function from the model's arguments to the rows' indices in the data ``[B]``.
         cache, cache_key: as in `pyro_recursive.mapa.neighbours`.
         plate, inputs, create_plates, name: as in `AmortizedGuide`.

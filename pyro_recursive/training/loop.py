@@ -71,29 +71,25 @@ def fit(
         model, guide: called as ``model(*batch)``.
         data: a tensor, a tuple of tensors whose rows go together, a torch DataLoader, or ``()``.
         loss, validation_loss: any `pyro.infer.ELBO`; for validation by default the training loss.
-        epochs, steps: passes over the data, or steps, those before a resume included. With steps an
-            epoch, in all else, is a block of 50. ``"auto"`` halves the learning rate by stages and
-            stops at an excess of ``tolerance`` nats (training.md), or after ``max_steps``.
+        epochs, steps: passes over the data, or steps in blocks of 50, those before a resume too;
+            ``"auto"`` halves the learning rate by stages and stops at an excess of ``tolerance``
+            nats (training.md), or after ``max_steps``. A block counts as an epoch elsewhere.
         average: whether to end with the mean of the parameters over the last half of the epochs.
-        optimizer, scheduler: make a torch optimiser from the list of (unconstrained) parameters,
-            and a torch schedule from that optimiser, stepped after each epoch.
+        optimizer, scheduler: make a torch optimiser of the parameters; its schedule, by epochs.
         clip_norm: the largest norm of the gradient over all parameters.
-        batch_size: rows per batch of tensors, of all processes; None is the full batch.
-        shuffle: whether each epoch has the rows of tensors in a new order.
+        batch_size, shuffle: rows per batch, of all processes (None: all); a new order each epoch.
         transform: maps the tensors of each training batch to a tensor or a tuple.
         kl_warmup: latents have weight ``min(1, epoch / kl_warmup)``, see `KLWarmup`; 0 is none.
         aggressive: steps of the guide alone before each of the model; needs ``validation``.
-        validation, validate_every: held-out data, evaluated after so many epochs, in eval mode.
-        patience: epochs without a better validation before training stops with the best weights.
+        validation, validate_every: held-out data, evaluated after so many epochs, in eval mode;
+            after ``patience`` epochs without a better one training stops, with the best weights.
         checkpoint, resume: a file, written after each epoch; whether to go on from one, if any.
-        checkpoint_seconds: also write it within epochs (one process, tensors, not aggressive).
+        checkpoint_seconds: also within epochs of tensors (one process, not aggressive).
         modules: those with buffers or an eval mode that model and guide do not show.
         seed: of all global random states at the start; process r takes ``seed + r``.
         check_every: steps between checks for NaN; None is 1 on a CPU, 100 on an accelerator.
-        validate_args: whether Pyro's validation, if enabled, stays on after the first epoch.
-        progress: whether to show a bar, in a terminal or a notebook.
-        on_step, on_epoch: called in the first process after each, as ``on_step(step, loss)`` with a
-            tensor on the device, and as ``on_epoch(epoch, history)``.
+        validate_args, progress: whether Pyro's validation stays on after the first epoch; a bar.
+        on_step, on_epoch: of the first process, ``(step, loss tensor)`` and ``(epoch, history)``.
         compile, compile_cache: True or an engine, and ``cache``, of `CompiledSVI` (compiled.md).
 
     Raises:

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*one by one"),
 ]
 
-MODELS = 320
+MODELS = 240
 CHUNK = 10
 M, K = 2, 2
 
