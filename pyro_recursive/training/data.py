@@ -163,7 +163,7 @@ class Minibatches:
         """Yield the same batches, those of tensors in tables where they are of one size."""
         return map(self.transformed, self.raw(first, in_tables=True))
 
-    def raw(self, first: int = 0, in_tables: bool = False) -> Iterator[Any]:
+    def raw(self, first: int = 0, *, in_tables: bool = False) -> Iterator[Any]:
         """Yield batches or tables of one epoch before they are transformed."""
         if in_tables and self.order and self.transform is None and self.processes.count == 1:
             yield from self._tables(self.order, first)
@@ -295,7 +295,7 @@ class Passes:
         self.batches.set_epoch(self.number)
         if not self.batches.is_constant:
             self._start = random_states(self.batches.generators)
-        self._left = self.batches.raw(in_tables)
+        self._left = self.batches.raw(in_tables=in_tables)
 
     def _cut(self, piece: Batch | Table, count: int) -> tuple[Batch | Table, int]:
         """Return at most ``count`` batches of a piece, and how many; keep the rest of a table."""
@@ -317,7 +317,7 @@ class Passes:
         if self._start is None:
             return
         set_random_states(self._start, self.batches.generators)
-        self._left = self.batches.raw(self.position, in_tables)
+        self._left = self.batches.raw(self.position, in_tables=in_tables)
         self._rest = next(self._left, None)  # draws the order of this pass
 
 

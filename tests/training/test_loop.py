@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from pyro_recursive import RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
 from pyro_recursive.training import Aggressive, History, KLWarmup, burda_schedule, fit
 from pyro_recursive.training import checkpoint as checkpoints
-from pyro_recursive.training.data import Minibatches
+from pyro_recursive.training.data import Minibatches, Passes, Table
 from tests.oracles.bitwise import same
 from tests.oracles.training import (
     ROWS,
@@ -248,6 +248,41 @@ def test_even_minibatches(batch_size: int, sizes: list[int]) -> None:
     assert [len(x) for (x,) in batches] == sizes
     assert batches.count == len(sizes)
     assert batches.generators
+
+
+@pytest.mark.parametrize("in_tables", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [None, 3, 5, 12, "one batch", "loader"])
+def test_passes_go_on_after_each_block_and_after_a_resume(
+    size: Any, shuffle: bool, in_tables: bool
+) -> None:
+    """Two blocks of 7 steps, the second also from the state after the first."""
+
+    def made() -> Minibatches:
+        torch.manual_seed(5)
+        if isinstance(size, int | None):
+            return Minibatches(torch.arange(ROWS), size, shuffle)
+        rows = 5 if size == "loader" else ROWS
+        own = torch.Generator().manual_seed(6)
+        data = TensorDataset(torch.arange(ROWS))
+        return Minibatches(DataLoader(data, rows, shuffle, generator=own))
+
+    def taken(passes: Passes) -> list[list[int]]:
+        found = []
+        for piece, steps in passes.take(7, in_tables):
+            for step in range(steps):
+                (x,) = piece.batch(step) if isinstance(piece, Table) else piece
+                found.append(x.tolist())
+        return found
+
+    batches = made()
+    expected = [x.tolist() for _ in range(14) for (x,) in batches][:14]
+    passes = Passes(made())
+    first, state = taken(passes), passes.state()
+    assert first + taken(passes) == expected
+    resumed = Passes(made())
+    resumed.set_state(state, in_tables)
+    assert taken(resumed) == expected[7:]
 
 
 def test_validation_rows() -> None:

@@ -16,6 +16,7 @@ from pyro_recursive.training.nan_search import NonFiniteError
 
 X = torch.randn(64, 2, generator=torch.Generator().manual_seed(3)).double()
 ADAM = partial(torch.optim.Adam, lr=0.02)
+STEPS: dict[str, Any] = {"epochs": None, "steps": 14}  # they end within a pass
 
 
 class Model(nn.Module):
@@ -58,7 +59,7 @@ def run(
     return history, values
 
 
-@pytest.mark.quick("plain", "clip_norm+kl_warmup")
+@pytest.mark.quick("plain", "clip_norm+kl_warmup", "epochs+steps+shuffle")
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,6 +70,11 @@ def run(
         {"batch_size": None, "epochs": 6},
         {"scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)},
         {"shuffle": False},
+        STEPS,
+        STEPS | {"batch_size": 48},
+        STEPS | {"batch_size": 64},
+        STEPS | {"steps": "auto", "max_steps": 14},
+        STEPS | {"shuffle": False},
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
@@ -77,6 +83,13 @@ def test_compiled_fit_takes_the_steps_of_fit(options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.tensor(found.loss), torch.tensor(expected.loss))
     torch.testing.assert_close(same, end, rtol=1e-9, atol=1e-11)
     assert (found.steps, found.rows) == (expected.steps, expected.rows)
+
+
+def test_compiled_steps_go_on_after_a_resume(tmp_path: Any) -> None:
+    options = STEPS | {"checkpoint": tmp_path / "run.pt", "resume": True}
+    run("graph", **options | {"steps": 6})  # in the middle of the second pass
+    _, found = run("graph", **options)
+    torch.testing.assert_close(found, run(False, **STEPS)[1], rtol=1e-9, atol=1e-11)
 
 
 def test_on_step_may_change_what_the_next_step_uses() -> None:
