@@ -179,19 +179,29 @@ class RecursiveMixture_ELBO(MixtureLoss):
         growing_mixture_of(guide).count_step(count)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Return the value of `differentiable_loss`, and add its gradients to the parameters'."""
+        """Return the value of `differentiable_loss`, and add its gradients to the parameters'.
+
+        Parameters that this step does not train have no gradient in place of one of zeros, which
+        Pyro leaves after each step: optimisers then leave them as they are.
+        """
         with poutine.trace(param_only=True) as seen:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        parameters = list(parameters_in(seen.trace).values())
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        before = {parameter: parameter.grad for parameter in parameters_in(seen.trace).values()}
+        for parameter in before:
             parameter.grad = None
         if loss.requires_grad:
             loss.backward()
-        for parameter, grad in zip(parameters, before, strict=True):
-            if parameter.grad is not None and grad is not None:
+        held = list[tuple[Tensor, Tensor]]()  # what is not trained, and the gradient that it had
+        for parameter, grad in before.items():
+            if grad is not None and parameter.grad is not None:
                 parameter.grad = parameter.grad + grad
-        return loss.item()
+            elif grad is not None:
+                held.append((parameter, grad))
+        flags = [grad.any().to(loss) for _, grad in held]
+        value, *is_any = torch.stack([loss.detach(), *flags]).tolist()  # waits for a GPU once
+        for (parameter, grad), is_set in zip(held, is_any, strict=True):
+            parameter.grad = grad if is_set else None
+        return value
 
     def gain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Gain:
         """Return what the newest member adds to the mixture's ELBO, in nats summed over the data.

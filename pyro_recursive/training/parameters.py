@@ -110,7 +110,7 @@ class TrainedParameters:
 
 
 class IterateSum:
-    """The sum of unconstrained parameters over steps, on their devices."""
+    """The sum of unconstrained parameters over steps, in float64 on their devices."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -123,7 +123,7 @@ class IterateSum:
             if name in self.sums:
                 self.sums[name] += value
             else:
-                self.sums[name] = value * ((self.count + count) / count)
+                self.sums[name] = value.double() * ((self.count + count) / count)
         self.count += count
 
     def mean(self) -> dict[str, Tensor]:
@@ -133,7 +133,8 @@ class IterateSum:
     def set_state(self, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
         """Take over ``vars`` of another, on the devices of parameters."""
         self.count = state["count"]
-        self.sums = {name: own.to(like[name].device) for name, own in state["sums"].items()}
+        sums = state["sums"].items()
+        self.sums = {name: own.to(like[name].device, torch.float64) for name, own in sums}
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:

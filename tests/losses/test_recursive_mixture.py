@@ -33,6 +33,7 @@ from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.recursive_mixture import best_log_weights
 from pyro_recursive.tracing.program import Program
 from tests.models.small import normal_global, normal_rows, ring, square_rows
+from tests.oracles.bitwise import same
 from tests.oracles.mixtures import (
     ALIKE,
     LOGITS,
@@ -511,6 +512,35 @@ def test_what_is_held_stays_bitwise_the_same(
         owners = {_owner(name) for name in moved}
         assert owners - new == (set() if is_trial else expected - new)
     assert guide.members == (0, 1, 2)
+
+
+def test_gradients_of_turns_add_up() -> None:
+    """A parameter that a step does not train keeps its gradient, unless Pyro left it at zero."""
+    x = torch.randn(6, 2).abs() + 1
+    loss, found = RecursiveMixture_ELBO(2, update="alternating"), list[dict[str, Tensor | None]]()
+    for turns in ("guide", "model", "guide model", "zeros model", "guide model model"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        guide = guide_of(2, schedule=Schedule(first=9))
+        guide.prepare(x)
+        loss.loss(rows_model, guide, x)  # makes the model's parameter
+        named = {**dict(guide.named_parameters()), "loc": pyro.param("loc").unconstrained()}
+        for turn in turns.split():
+            if turn == "zeros":
+                for parameter in named.values():
+                    parameter.grad = torch.zeros_like(parameter)
+                continue
+            pyro.set_rng_seed(3)
+            guide.progress[1] = 2 + (turn == "model")  # no step that searches for a start
+            loss.loss_and_grads(rows_model, guide, x)
+        found.append({name: parameter.grad for name, parameter in named.items()})
+    of_guide, of_model, both, alone, twice = found
+    trained = {name for name, grad in of_guide.items() if grad is not None}
+    assert trained and not trained & {name for name, grad in of_model.items() if grad is not None}
+    assert same(both, of_model | {name: of_guide[name] for name in trained})
+    assert same(alone, of_model)
+    assert of_model["loc"] is not None
+    assert same(twice, both | {"loc": 2 * of_model["loc"]})
 
 
 def test_a_proposal_scatters_all_rows_where_there_is_a_minibatch() -> None:

@@ -24,7 +24,7 @@ from pyro_recursive import AmortizedGuide, MixtureGuide, RecursiveMixtureGuide
 from pyro_recursive.guides.mixture_distributions import ListMixture
 from pyro_recursive.training import History, burda_schedule, fit
 from pyro_recursive.training.divergence import divergence_of, symmetric_kl
-from pyro_recursive.training.parameters import TrainedParameters
+from pyro_recursive.training.parameters import IterateSum, TrainedParameters
 from pyro_recursive.training.stopping import BLOCK, BlockMeans, StopRule, fall, last_halves, mean_of
 from tests.oracles.bitwise import same
 from tests.oracles.training import (
@@ -185,6 +185,18 @@ def test_the_average_is_that_of_the_last_half(length: dict[str, Any], compile: A
     for name, value in found.items():
         expected = torch.stack([each[name] for each in seen[first:]]).mean(0)
         assert torch.allclose(value, expected, rtol=1e-12)
+
+
+def test_sums_of_many_steps_keep_the_digits_of_float32() -> None:
+    """In float32 ``2**24 + 1`` is ``2**24``."""
+    ones = {"loc": torch.ones(2, dtype=torch.float32)}
+    total, resumed = IterateSum(), IterateSum()
+    total.add({"loc": 2**24 * ones["loc"]}, 2**24)
+    resumed.set_state({"count": 2**24, "sums": {"loc": 2**24 * ones["loc"]}}, ones)  # of old files
+    for sums in (total, resumed):
+        for _ in range(20):
+            sums.add(ones)
+        assert sums.mean()["loc"].tolist() == [1.0, 1.0]
 
 
 def test_steps_go_on_in_the_middle_of_a_pass_and_the_record_is_in_blocks() -> None:
