@@ -163,13 +163,15 @@ def gain(
     log_weights: Tensor,
     scale: float = 1.0,
     rows_are_a_sample: bool = False,
+    latent_weight: Tensor | float = 1.0,
 ) -> Gain:
     """Return the gain by the last of J components, from S draws of each.
 
     ``log_p``, the log-densities of the mixture, of the ``others`` and of the last component
     (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. Both bounds use
     the same draws. Where the rows are a sample of the data, their spread is part of the standard
-    error.
+    error. ``latent_weight``, ``[S, J, *rows]``, is what densities of latents are multiplied by in
+    all of these: a scale of the loss, or KL warm-up's weight.
     """
     if log_weights.shape[-1] < 2:
         raise ValueError("A gain needs at least 2 components, got 1.")
@@ -177,8 +179,10 @@ def gain(
     rest = log_weights[..., :-1].log_softmax(-1)
     before = _stratified((log_p - others)[:, :-1], rest)
     differences = scale * (after - before).reshape(len(log_p), -1).sum(1)
-    alone = (log_p - own)[:, -1].mean(0)
-    ceiling = torch.nn.functional.softplus(alone - before.mean(0)).sum() * scale
+    lead = (log_p - own)[:, -1].mean(0) - before.mean(0)
+    weight = torch.as_tensor(latent_weight).to(log_p).expand_as(log_p)[0, -1]
+    ceiling = weight * torch.nn.functional.softplus(lead / weight)
+    ceiling = scale * torch.where(weight > 0, ceiling, 0.0).sum()
     error = differences.std() / len(differences) ** 0.5
     by_row = scale * (after - before).mean(0).flatten()
     if rows_are_a_sample and len(by_row) > 1:  # one joint posterior is no sample of rows
@@ -198,27 +202,38 @@ def corrective_weights(
     *,
     tolerance: float = 1e-4,
     max_steps: int = 2000,
+    latent_weight: Tensor | float = 1.0,
 ) -> Tensor:
     """Maximise the mixture's ELBO over the weights of fixed components, by mirror ascent.
 
     ``log_p`` is ``[S, J]`` for S draws of each component, ``table`` ``[S, J, J]`` the log-densities
     of all components there, and ``log_weights``, ``[J]``, where to start. Stops where no weights
-    gain more than ``tolerance`` nats, which is ``max_m E_m[log p - log Q] - L(Q)``.
+    gain more than ``tolerance`` nats, which is ``max_m E_m[log p - log Q] - L(Q)``. The bound has
+    ``latent_weight * log Q`` (a number, or ``[S, J]``) in place of log Q.
     """
     weights = log_weights.detach().clone()
+    rate = 1 / torch.as_tensor(latent_weight).max()  # the bound is so smooth, relative to entropy
     for step in range(max_steps):
-        slopes = (log_p - log_mixture(table, weights)).mean(0)
+        slopes = (log_p - latent_weight * log_mixture(table, weights)).mean(0)
         bound = (weights.exp() * slopes).sum()
         if step % 10 == 0 and bool(slopes.max() - bound < tolerance):
             break
-        weights = (weights + slopes - bound).log_softmax(-1)
+        weights = (weights + rate * (slopes - bound)).log_softmax(-1)
     return weights
 
 
-def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Tensor:
+def line_search(
+    log_p: Tensor,
+    table: Tensor,
+    log_weights: Tensor,
+    m: int,
+    *,
+    latent_weight: Tensor | float = 1.0,
+) -> Tensor:
     """Return weights with the best share of component ``m``, the others keeping their proportions.
 
-    Bisects the slope of the ELBO, which is concave in the share. Shapes: `corrective_weights`.
+    Bisects the slope of the ELBO, which is concave in the share. Arguments are those of
+    `corrective_weights`.
     """
     others = log_weights.clone()
     others[m] = -torch.inf
@@ -229,7 +244,7 @@ def line_search(log_p: Tensor, table: Tensor, log_weights: Tensor, m: int) -> Te
         share = (low + high) / 2
         weights = others + torch.log1p(-share)
         weights[m] = share.log()
-        terms = (log_p - log_mixture(table, weights)).mean(0)
+        terms = (log_p - latent_weight * log_mixture(table, weights)).mean(0)
         slope = terms[m] - (others.exp() * terms).sum()
         low, high = torch.where(slope > 0, share, low), torch.where(slope > 0, high, share)
     return weights

@@ -4,10 +4,11 @@ All are lower bounds on log p(x) in nats, with gradients for the weights and no 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+import torch
 from pyro import poutine
 from torch import Tensor
 
@@ -16,12 +17,13 @@ from pyro_recursive.bounds.bound import Bound, Weighted
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator
 from pyro_recursive.losses.base import Evaluation, LogWeightELBO, SampleOptions
 from pyro_recursive.losses.surrogate import finite, surrogate
-from pyro_recursive.tracing.densities import Densities
+from pyro_recursive.tracing.densities import Densities, weighted
 from pyro_recursive.tracing.handlers import ComponentAssignment
 from pyro_recursive.tracing.plates import PlateLayout
 from pyro_recursive.tracing.program import Program
 from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.runs import ParticleRun
+from pyro_recursive.tracing.sites import Site
 
 
 class MixtureLoss(LogWeightELBO):
@@ -206,6 +208,26 @@ def _check_rows(run: ParticleRun, layout: PlateLayout) -> None:
                 f"The guide's mixture is in plates {sorted(record.plates)}, and plates "
                 f"{sorted(layout.names)} enclose all sites: give it their plate=."
             )
+
+
+def component_site(run: ParticleRun) -> Site:
+    """Return the site of the components' numbers."""
+    return next(record.site for record in run.table.guide if record.group == "score")
+
+
+def latent_weight(runs: Sequence[ParticleRun], layout: PlateLayout) -> Tensor:
+    """Return what log Q is multiplied by in the log-weights, ``[M, K, *plates]``.
+
+    The product of mask, the user's scale and KL warm-up's weight: 1 without them.
+    """
+    rows = []
+    for run in runs:
+        site = component_site(run)
+        ones = torch.ones_like(site["value"], dtype=site["fn"].logits.dtype)
+        rows.append([(site, weighted(ones, site, layout))])
+    gathered = layout.gather(rows)
+    assert gathered is not None
+    return gathered
 
 
 def log_mixture_weights(densities: Densities) -> Tensor:

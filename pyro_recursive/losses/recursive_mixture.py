@@ -27,7 +27,9 @@ from pyro_recursive.losses.base import Evaluation, SampleOptions, warn_if_infini
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
+    component_site,
     joined_density,
+    latent_weight,
     log_mixture_weights,
     mixture_of,
     remaining_estimator,
@@ -221,6 +223,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
             run.log_weights(),
             scale,
             rows_are_a_sample=self.holdout is not None or scale != 1,
+            latent_weight=run.latent_weight(),
         )
 
     def _plan(self, mixture: GrowingMixture) -> "StepPlan | None":
@@ -364,7 +367,7 @@ class PlanRun(NamedTuple):
         """Return a function of the tables at each draw, scaled and masked, ``[E, *plates]``."""
         layout, rows = self.evaluation.local.layout, []
         for run, table in zip(self.evaluation.runs, self.tables, strict=True):
-            site = next(r.site for r in run.table.guide if r.group == "score")
+            site = component_site(run)
             rows.append([(site, weighted(log_density(*table), site, layout))])
         gathered = layout.gather(rows)
         assert gathered is not None
@@ -373,6 +376,11 @@ class PlanRun(NamedTuple):
     def by_member(self, log_density: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return the same where S draws of every member take turns, ``[S, J, *rows]``."""
         return self.gather(log_density).unflatten(0, (-1, len(self.plan.members)))
+
+    def latent_weight(self) -> Tensor:
+        """Return what log-densities are multiplied by in `by_member`, in its form."""
+        weight = latent_weight(self.evaluation.runs, self.evaluation.local.layout)
+        return weight[:, 0].unflatten(0, (-1, len(self.plan.members)))
 
     def log_p(self, like: Tensor) -> Tensor:
         """Return log p at the draws, in the form of one of the above."""
@@ -426,18 +434,18 @@ def best_log_weights(run: PlanRun, weights: str) -> Tensor:
 
     One vector serves all rows, so that a row's draws are further draws of the components.
     """
-    count = len(run.plan.members)
+    count, weight = len(run.plan.members), run.latent_weight()
 
     def member(j: int) -> Tensor:
-        return run.by_member(lambda table, _: table[..., j])
+        found = run.by_member(lambda table, _: table[..., j])
+        return torch.where(weight > 0, found / weight, 0.0)
 
-    table = torch.stack([member(j) for j in range(count)], -1)
-    log_p = run.log_p(table[..., 0]).movedim(1, -1).reshape(-1, count)
-    table = table.movedim(1, -2).reshape(-1, count, count)
-    start = run.log_weights().reshape(-1, count)[0]
+    table = torch.stack([member(j) for j in range(count)], -1).movedim(1, -2)
+    log_p, weight = (each.movedim(1, -1).reshape(-1, count) for each in (run.log_p(weight), weight))
+    draws = log_p, table.reshape(-1, count, count), run.log_weights().reshape(-1, count)[0]
     if weights == "corrective":
-        return corrective_weights(log_p, table, start)
-    return line_search(log_p, table, start, count - 1)
+        return corrective_weights(*draws, latent_weight=weight)
+    return line_search(*draws, count - 1, latent_weight=weight)
 
 
 def growing_mixture_of(guide: Callable) -> GrowingMixture:

@@ -140,8 +140,9 @@ class KLWarmup(Messenger):
 
     Around a call of an ELBO it turns ``log p(x | z) + log p(z) - log q(z)`` into
     ``log p(x | z) + weight * (log p(z) - log q(z))``, in nats, for a ``weight`` above 0. A guide's
-    auxiliary sites and Jacobians are weighted too; `pyro.factor` is observed, and latents that a
-    loss sums out by enumeration are a part of ``p(x | z)``.
+    auxiliary sites and Jacobians are weighted too, and the choice of a component that a loss gives;
+    `pyro.factor` is observed, and latents that a loss sums out by enumeration are a part of
+    ``p(x | z)``.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist
@@ -160,7 +161,8 @@ class KLWarmup(Messenger):
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        is_latent = not msg["is_observed"] and not msg["infer"].get(SUMMED)
+        is_given = msg["is_observed"] and not isinstance(msg["fn"], ComponentIndex)
+        is_latent = not is_given and not msg["infer"].get(SUMMED)
         if is_latent and not site_is_subsample(msg):
             msg["scale"] = self.weight * msg["scale"]
 

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
@@ -96,6 +97,22 @@ def test_a_search_finds_the_mode_that_is_missing(parts: Any, near: float, at_lea
         found.append(guide.component(1).free_global[0].item())
         assert torch.equal(guide.component(0).free_global, first)
     assert sum(abs(place - parts[1][1]) < near for place in found) >= at_least
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_scale_of_the_loss_does_not_move_the_start(factor: float) -> None:
+    parts, places = TARGETS["minor mode"], []
+    for scale in (1.0, factor):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        guide = RecursiveMixtureGuide(two_modes(parts), 2, paths=0, schedule=Schedule(first=1))
+        guide.prepare()
+        put(guide, [best_single(parts)[1]])
+        guide.end_stage()
+        with poutine.scale(scale=scale):
+            place_component(Program(two_modes(parts), guide, ()), guide)
+        places.append(guide.component(1).free_global.detach().clone())
+    torch.testing.assert_close(places[0], places[1])
 
 
 def banana() -> None:

@@ -31,6 +31,7 @@ from pyro_recursive import (
 from pyro_recursive.bounds.mixture_objectives import Clamped, Gain, Skew, stick_breaking
 from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.recursive_mixture import best_log_weights
+from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.tracing.program import Program
 from tests.models.small import normal_global, normal_rows, ring, square_rows
 from tests.oracles.bitwise import same
@@ -62,14 +63,14 @@ SHARE = stick_breaking(LOGIT)[1].exp()
 growing = partial(setting, kind=RecursiveMixtureGuide)
 
 
-def mixture_derivatives() -> Derivatives:
+def mixture_derivatives(kl: float = 1.0) -> Derivatives:
     """Differentiate the ELBO of the mixture."""
-    return derivatives(lambda t, p, logit: mixture_elbo(t, p, stick_breaking(logit)), LOGIT)
+    return derivatives(lambda t, p, logit: mixture_elbo(t, p, stick_breaking(logit), kl), LOGIT)
 
 
-def alone_derivatives() -> Derivatives:
+def alone_derivatives(kl: float = 1.0) -> Derivatives:
     """Differentiate the ELBO of the first component."""
-    return derivatives(lambda t, p, _: mixture_elbo(t, p[:1], torch.zeros(1)), LOGIT)
+    return derivatives(lambda t, p, _: mixture_elbo(t, p[:1], torch.zeros(1), kl), LOGIT)
 
 
 def climbed(log_r: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -195,17 +196,67 @@ def test_a_users_scale_multiplies_everything(objective: str) -> None:
     torch.testing.assert_close(found[1], tuple(3 * each for each in found[0]))
 
 
-def test_gain_by_quadrature() -> None:
+@pytest.mark.parametrize("kl", [1.0, 0.2])
+def test_gain_by_quadrature(kl: float) -> None:
+    """With a weight b of the KL term, ``b * log(1 + exp(difference / b))`` is the ceiling."""
     rows = 20
     s = growing(rows, progress=REFINE, schedule=Schedule(draws=20_000))
     theta = s.theta[0].detach()
-    whole = mixture_elbo(theta, PLACES, stick_breaking(LOGIT))
-    before = mixture_elbo(theta, PLACES[:1], torch.zeros(1))
-    alone = mixture_elbo(theta, PLACES[1:], torch.zeros(1))
-    found = RecursiveMixture_ELBO(1).gain(s.model, s.guide)
+    whole = mixture_elbo(theta, PLACES, stick_breaking(LOGIT), kl)
+    before = mixture_elbo(theta, PLACES[:1], torch.zeros(1), kl)
+    alone = mixture_elbo(theta, PLACES[1:], torch.zeros(1), kl)
+    with KLWarmup(kl):
+        found = RecursiveMixture_ELBO(1).gain(s.model, s.guide)
     assert abs(found.mean - rows * (whole - before)) < 4.5 * found.standard_error
-    ceiling = rows * torch.nn.functional.softplus(alone - before)
+    ceiling = rows * kl * torch.nn.functional.softplus((alone - before) / kl)
     assert found.ceiling == pytest.approx(ceiling.item(), rel=0.1)
+
+
+KL = 0.2
+WARM_CASES = {
+    "first": (RecursiveMixture_ELBO(1), FIRST),
+    "refine": (RecursiveMixture_ELBO(1), REFINE),
+    "refine the guide": (RecursiveMixture_ELBO(1, update="guide"), REFINE),
+    "joint": (RecursiveMixture_ELBO(1), JOINT),
+    "joint MISELBO": (RecursiveMixture_ELBO(1, joint=MISELBO(1)), JOINT),
+}
+
+
+@pytest.mark.quick("refine")
+@pytest.mark.parametrize("name", WARM_CASES)
+def test_kl_warm_up_weighs_the_prior_and_the_mixture(name: str) -> None:
+    """The gradients are those of the ELBO with a weight of its KL term; so is the value."""
+    eps, weight = grid(1)
+    loss, progress = WARM_CASES[name]
+    whole, alone = mixture_derivatives(KL), alone_derivatives(KL)
+    expected: Sequence[Tensor | None] = whole
+    if progress == FIRST:
+        expected = (alone.theta, alone.first, None, None)
+    elif progress == REFINE:
+        theta = None if loss.update == "guide" else whole.theta
+        expected = (theta, None, whole.second / SHARE, whole.logits)
+    s = growing(len(weight), progress=progress)
+    with KLWarmup(KL):
+        assert_same(s.gradients(loss, eps[0], weight), expected)
+
+
+@pytest.mark.parametrize("stage", [FIRST, REFINE, JOINT], ids=["first", "refine", "joint"])
+def test_the_value_of_a_step_has_the_weight_of_the_kl_term(stage: tuple[int, ...]) -> None:
+    """A posterior that is the prior has no KL term, whatever its weight."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    schedule = Schedule(first=9, propose=9, refine=9, joint=9)
+    guide = RecursiveMixtureGuide(model, 2, paths=0, schedule=schedule)
+    guide.prepare()
+    put(guide, torch.zeros(2, 2))
+    guide.progress.copy_(torch.tensor(stage))
+    loss = RecursiveMixture_ELBO(2000, max_plate_nesting=0)
+    with KLWarmup(0.1):
+        value = loss.differentiable_loss(model, guide).item()
+    assert value == pytest.approx(0.5 * math.log(2 * math.pi) + 0.5, abs=0.07)  # 4.5 errors
 
 
 @pytest.mark.parametrize("objective", ["exact", "skew", "relbo", Clamped(1.0)], ids=str)
@@ -689,12 +740,21 @@ def test_options_are_checked() -> None:
             loss.differentiable_loss(rows_model, guide_of(3), torch.randn(4, 2))
 
 
+AROUND = {"alone": nullcontext, "scaled": partial(poutine.scale, scale=0.5)}
+AROUND |= {"scaled up": partial(poutine.scale, scale=4.0), "warm-up": partial(KLWarmup, 0.5)}
+
+
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("weights", ["line_search", "corrective"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_weights_are_set_to_their_optimum(weights: str, count: int) -> None:
+def test_weights_are_set_to_their_optimum(weights: str, count: int, around: str) -> None:
+    """The masses of the modes, for any scale of the loss; their powers where KL has a weight."""
     masses = torch.tensor([0.5, 0.2, 0.3])[:count]
     masses, modes = masses / masses.sum(), (-4.0, 0.0, 4.0)[:count]
-    model = two_modes([(m, loc, 0.5) for m, loc in zip(masses.tolist(), modes, strict=True)])
+    parts = [(m, loc, 0.5) for m, loc in zip(masses.tolist(), modes, strict=True)]
+    model = two_modes(parts, prior=1e4)
+    if around == "warm-up":
+        masses = (2 * masses.log()).softmax(-1)
     schedule = Schedule(first=1, propose=1, refine=1, draws=4000)
     guide = RecursiveMixtureGuide(model, count, paths=0, schedule=schedule)
     guide.prepare()
@@ -704,7 +764,8 @@ def test_weights_are_set_to_their_optimum(weights: str, count: int) -> None:
         guide.set_log_weights(
             torch.cat([0.9 * masses[:-1] / masses[:-1].sum(), masses.new_tensor([0.1])]).log()
         )
-    RecursiveMixture_ELBO(4, weights=weights).differentiable_loss(model, guide)
+    with AROUND[around]():
+        RecursiveMixture_ELBO(4, weights=weights).differentiable_loss(model, guide)
     found = guide.component_weights().detach()
     torch.testing.assert_close(found, masses, atol=5e-3, rtol=0)
     assert len(guide.members) == count

@@ -72,9 +72,14 @@ def expectation(under: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     return (log_component(FINE, under).exp() * of(FINE)).sum() * 0.01
 
 
-def mixture_elbo(theta: Tensor, places: Tensor, log_weights: Tensor) -> Tensor:
+def mixture_elbo(
+    theta: Tensor, places: Tensor, log_weights: Tensor, kl_weight: float = 1.0
+) -> Tensor:
+    """Return ``E_Q[log p(x | z) + kl_weight * (log p(z) - log Q(z))]``."""
+
     def gain(z: Tensor) -> Tensor:
-        return log_joint(z, theta) - log_q(z, places, log_weights)
+        prior, likelihood = log_normal(z, theta, 1.3), log_normal(1.7, z**2, 0.8)
+        return likelihood + kl_weight * (prior - log_q(z, places, log_weights))
 
     terms = [expectation(place, gain) for place in places]
     return (log_weights.exp() * torch.stack(terms)).sum()

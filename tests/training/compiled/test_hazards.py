@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -500,8 +501,9 @@ def test_a_mixture_grows_as_under_svi(many: bool, paths: int | None) -> None:
             assert mixture.members == (0, 1) and mixture.steps_taken == 40
             return []
         losses = []
-        for _ in range(68):
-            losses.append(svi.step())
+        for step in range(68):
+            with nullcontext() if paths is None else KLWarmup((step + 1) / 68):
+                losses.append(svi.step())
             stages.append([*mixture.progress.tolist()])
         return [losses, stages]
 
