@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from pyro_recursive.guides.call import GuideCall, first_argument
-from pyro_recursive.guides.joint_site import emit, outer_shape
+from pyro_recursive.guides.joint_site import emit
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
 from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
@@ -26,6 +26,7 @@ from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, site_function
 from pyro_recursive.guides.whitening import Gaussian, Whitening
 from pyro_recursive.tracing.compatibility import check_batch_shapes
+from pyro_recursive.tracing.isolation import eval_mode
 from pyro_recursive.tracing.param_store import (
     check_coordinates,
     check_prepared,
@@ -36,6 +37,7 @@ from pyro_recursive.tracing.param_store import (
     rollback,
     shared_parameter,
 )
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.program import GivenMinibatches, rows_needed
 from pyro_recursive.tracing.sites import (
     Site,
@@ -226,12 +228,10 @@ class LatentGuide(AutoGuide):
             groups, search = self._whitened(groups, search)
         self._in_calls = LatentsInCalls.seen(trace, args, kwargs)
         trunk, is_training = self._trunk(), self.training
-        with poutine.block(), torch.no_grad():
-            self.eval()  # statistics of a batch norm stay as they are
+        with poutine.block(), torch.no_grad(), eval_mode(self):  # for statistics of batch norms
             self.create_parameters(groups, search, raw if trunk is None else trunk(raw[:2]))
             if is_training:
                 self.center_outputs(search, self)
-            self.train(is_training)
 
     def _whitened(
         self, groups: tuple[LatentBlock, ...], search: StartSearch

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall, copied_plate, first_argument
-from pyro_recursive.guides.joint_site import emit, outer_shape
+from pyro_recursive.guides.joint_site import emit
 from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
@@ -19,14 +19,13 @@ from pyro_recursive.tracing.choice import choose
 from pyro_recursive.tracing.compatibility import check_batch_shapes
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.isolation import isolated, outline
-from pyro_recursive.tracing.plates import layout_of
-from pyro_recursive.tracing.program import Program, structure_of
+from pyro_recursive.tracing.plates import layout_of, outer_shape
+from pyro_recursive.tracing.program import FAILURES, Program, structure_of
 from pyro_recursive.tracing.runs import run_particles
 from pyro_recursive.tracing.sites import sites, subsample_scale
 from pyro_recursive.tracing.user_warnings import warn_user
 
 CHUNK = 2**20  # numbers in the largest site of one pass
-FAILURES = (ValueError, torch.linalg.LinAlgError)  # of a model at a point
 NEAR = 0.1  # how far around a start the structure of the model is looked at
 
 

@@ -30,6 +30,7 @@ from pyro_recursive.tracing.densities import log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import outside_of_plates
+from pyro_recursive.tracing.program import FAILURES
 from pyro_recursive.tracing.sites import (
     Site,
     at_zero,
@@ -166,7 +167,7 @@ class StartSearch:
                 point, trace = self._at(start, minibatch)
                 total = sum(_log_prob(site).sum() for site in sites(trace))
             return float(total + point.log_volume)
-        except ValueError:
+        except FAILURES:
             return math.nan
 
     def _start_by(self, init_loc_fn: InitLocFn) -> Values:
@@ -176,7 +177,7 @@ class StartSearch:
         return density.values(best.loc)
 
     def _run(self, init: Callable[[Site], Any]) -> tuple[poutine.Trace, Values]:
-        """Run the model; if it raises ValueError at these values, at random ones."""
+        """Run the model; if it fails at these values, at random ones."""
         attempts = [init, *[_init_to_uniform] * 10]
         for number, init in enumerate(attempts):
             start = _AtStart(init)
@@ -185,7 +186,7 @@ class StartSearch:
                     model = poutine.trace(start(self.model))
                     trace = with_plate_sizes(model.get_trace(*self.args, **self.kwargs))
                 return trace, start.values
-            except ValueError as error:
+            except FAILURES as error:
                 if number == 0:
                     first = error
         raise first
@@ -209,7 +210,7 @@ class StartSearch:
                 return start  # only the gradient is not finite: training says where
         raise problems[0]
 
-    def _problem(self, start: Values) -> tuple[ValueError | None, bool]:
+    def _problem(self, start: Values) -> tuple[Exception | None, bool]:
         """Return what is not finite at a start, and whether it is a density."""
         has_gradient = not torch.is_inference_mode_enabled()
         leaves = {name: u.detach().clone() for name, u in start.items()}
@@ -225,7 +226,7 @@ class StartSearch:
                         check_finite(site)
                         return _no_start(site["name"], log_prob), True
                     total = total + log_prob.sum()
-            except ValueError as error:  # a parameter outside of its domain
+            except FAILURES as error:  # a parameter outside of its domain
                 return error, True
         if not (has_gradient and isinstance(total, Tensor) and total.requires_grad):
             return None, False

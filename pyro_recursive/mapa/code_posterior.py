@@ -11,14 +11,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.mixture_distributions import Mixture
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.mapa.empirical_model import DecodedCodes, OnCodes, with_noise
 from pyro_recursive.tracing.densities import densities
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
-from pyro_recursive.tracing.plates import Particles, PlateLayout
+from pyro_recursive.tracing.plates import Particles, PlateLayout, outer_shape
 from pyro_recursive.tracing.program import Program, no_model
 from pyro_recursive.tracing.runs import ParticleRun
 from pyro_recursive.tracing.sites import SiteTable

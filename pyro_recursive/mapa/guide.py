@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, copied_plate
-from pyro_recursive.guides.joint_site import emit, inside, outer_shape
+from pyro_recursive.guides.joint_site import emit, inside
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.starts import InitLocFn, StartSearch
@@ -41,7 +41,8 @@ from pyro_recursive.tracing.handlers import (
     SubstituteByName,
     is_dry_run,
 )
-from pyro_recursive.tracing.isolation import isolated, outline
+from pyro_recursive.tracing.isolation import eval_mode, isolated, outline
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
 _ENCODED_AT_ONCE = 4096
@@ -204,10 +205,8 @@ class MAPAGuide(LatentGuide):
         (rows,) = call.sizes(latents)
         shape = (rows, 2) if self.plan.share == "pair" else (rows + 1,)
         index = torch.zeros(shape, dtype=torch.long, device=self.codes.logits.device)
-        is_training = self.codes.training
-        self.codes.eval()  # a batch norm cannot train on a single code
-        decoded = self._decoded(index, torch.zeros_like(index), noisy=False)
-        self.codes.train(is_training)
+        with eval_mode(self.codes):  # a batch norm cannot train on a single code
+            decoded = self._decoded(index, torch.zeros_like(index), noisy=False)
         try:
             index_posterior(self, call, decoded)
         except NotImplementedError:
@@ -251,12 +250,12 @@ class MAPAGuide(LatentGuide):
         return Rows(index.expand(plate.size, -1), log_q.reshape(plate.size, -1))
 
     def recovered(self, kind: str = "auto", **options: Any) -> Callable:
-        """Return the model with a continuous prior, fitted to the present codes.
+        """Return the model with a continuous prior, fitted to the codes, encoded in eval mode.
 
         An ordinary Pyro model, with the prior as its ``prior``. Arguments and errors are those of
         `pyro_recursive.mapa.recover_prior`; ``"auto"`` is the exact prior of codes with a scale.
         """
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(self.codes):
             index = torch.arange(len(self.codes), device=self.codes.logits.device)
             codes = torch.cat([self.codes(part) for part in index.split(_ENCODED_AT_ONCE)])
             log_weights, scale = self.codes.log_weights, self.codes.scale

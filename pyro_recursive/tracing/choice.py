@@ -25,7 +25,7 @@ from pyro_recursive.tracing.index_bounds import IndexBounds
 from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.perturbed import perturbed
 from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
-from pyro_recursive.tracing.program import Program, without
+from pyro_recursive.tracing.program import FAILURES, Program, without
 from pyro_recursive.tracing.sites import (
     is_delta,
     latent_sites,
@@ -82,7 +82,7 @@ class _Comparison:
 
     def choice(self) -> tuple[Mode, str]:
         """Return the mode, and why it is not the plate."""
-        with suppress(ValueError):
+        with suppress(*FAILURES):
             mode, cause = self._choice(moved=True)
             if RAISES not in cause:
                 return mode, cause
@@ -208,7 +208,7 @@ class _Comparison:
         with torch.no_grad():
             try:
                 return _log_densities(run(self._row(source, i, nudge)))
-            except ValueError:  # the value has left its support
+            except FAILURES:  # the value has left its support
                 if not nudge:
                     raise
                 return _log_densities(run(self._row(source, i)))

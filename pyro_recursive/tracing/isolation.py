@@ -160,6 +160,25 @@ def _restored_in_place(*programs: Callable) -> Iterator[None]:
 
 
 @contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Hold modules in eval mode, and restore the mode of each of their parts at the end.
+
+    A part that is added inside the block gets the mode of the whole.
+    """
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module in modules:
+            for part in module.modules():
+                modes.setdefault(part, modes[module])
+        for part, is_training in modes.items():
+            part.training = is_training
+
+
+@contextmanager
 def same_buffers(*, in_training: bool = False) -> Iterator[None]:
     """Give modules that run copies of their buffers, and restore the buffers at the end.
 

@@ -28,6 +28,8 @@ from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.plates import ProgramStructure, structure_in
 from pyro_recursive.tracing.sites import Site, SiteTable, sites, with_plate_sizes
 
+FAILURES = (ValueError, torch.linalg.LinAlgError)  # of a model at values that are impossible
+
 
 @dataclass(frozen=True)
 class Program:

@@ -20,7 +20,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
 from pyro_recursive.tracing.graphs.calls import Call
-from pyro_recursive.tracing.isolation import RandomState, random_state, set_random_state
+from pyro_recursive.tracing.isolation import (
+    RandomState,
+    eval_mode,
+    random_state,
+    set_random_state,
+)
+from pyro_recursive.tracing.program import FAILURES
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
@@ -98,7 +104,7 @@ class Learner:
                 loss = self._differentiate(batch, owner)
             if self.sizes is not None:  # the first step
                 check_autoguides(self.model, self.guide, batch)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # Pyro's validation finds a NaN
+        except FAILURES as error:  # Pyro's validation finds a NaN
             places = self._find_non_finite(batch, before)
             if not places:
                 raise
@@ -253,17 +259,10 @@ class Learner:
     @contextmanager
     def evaluating(self, held_out: Minibatches) -> Iterator[None]:
         """Hold modules in eval mode, without gradients, with the same random draws each time."""
-        modules = self.parameters.modules
-        modes = {part: part.training for module in modules for part in module.modules()}
         seed = VALIDATION_SEED + self.group.processes.rank
-        try:
-            for module in modules:
-                module.eval()
-            with torch.no_grad(), checkpoint.forked_rng(seed, held_out.generators):
-                yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
+        randomness = checkpoint.forked_rng(seed, held_out.generators)
+        with eval_mode(*self.parameters.modules), torch.no_grad(), randomness:
+            yield
 
     def begin_pass(self) -> None:
         """Let an optimiser that has modes, a schedule-free one, train its weights."""

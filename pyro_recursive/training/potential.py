@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_recursive.guides.log_density import FAILURES, LogDensity
+from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.tracing.graphs.kernels import compile_graph
 from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import Unsupported, as_unsupported
+from pyro_recursive.tracing.program import FAILURES
 
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]  # [D] to a value and [D]
 

@@ -1,5 +1,6 @@
 """Where guides start: known points of priors, finite densities, components apart, encoders."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -262,6 +263,19 @@ def test_a_scale_that_is_zero_at_the_center_has_another_start() -> None:
         pyro.sample("x", dist.Normal(0.0, z), obs=torch.tensor(1.0))
 
     assert start_of(model) > 0
+
+
+def test_a_matrix_that_is_not_positive_definite_at_the_center_has_another_start() -> None:
+    def model() -> None:
+        z = 1 + pyro.sample("z", dist.Normal(0.0, 1.0))
+        factor = torch.linalg.cholesky(torch.stack([1 + 0 * z, z, z, 1 + 0 * z]).view(2, 2))
+        normal = dist.MultivariateNormal(torch.zeros(2), scale_tril=factor)
+        pyro.sample("x", normal, obs=torch.ones(2))
+
+    assert -2 < start_of(model) < 0
+    guide = MixtureGuide(model, 4)
+    guide.prepare()
+    assert all(-2 < component.free_global[0] < 0 for component in guide.components)
 
 
 def test_an_overflow_at_the_center_has_another_start() -> None:
@@ -645,3 +659,16 @@ def test_improper_priors_have_a_value_for_each_sample(is_mixed: bool) -> None:
             pyro.sample("x", dist.Normal(total, 1.0), obs=x)
 
     assert _fits_plate(model, (torch.randn(3),), {}) != is_mixed
+
+
+def test_modules_keep_their_modes_and_statistics_in_the_first_call() -> None:
+    norms = nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval()
+    encoder = nn.Sequential(nn.Linear(1, 4), *norms, nn.Linear(4, 2))
+    x, before = torch.rand(8, 1).round(), copy.deepcopy(encoder.state_dict())
+    AmortizedGuide(counts, encoder).prepare(x)
+    assert [part.training for part in encoder] == [True, True, False, True]
+    for norm, name in zip(norms, ("1.running_mean", "2.running_mean"), strict=True):
+        assert torch.equal(norm.running_mean, before[name])
+    guide = AmortizedGuide(counts, encoder, name="other").eval()
+    guide.prepare(x)
+    assert not any(part.training for part in guide.modules())

@@ -195,6 +195,20 @@ def test_recovered_model(scale: float | None) -> None:
     assert Predictive(model, num_samples=7)(None, 5)["x"].shape == (7, 5, 2)
 
 
+def test_recovered_codes_are_those_of_eval_mode() -> None:
+    toy = Curve()
+    norm, off = nn.BatchNorm1d(2), nn.Dropout().eval()
+    toy.encoder = nn.Sequential(nn.Linear(2, D), norm, nn.Dropout(), off)
+    guide = toy.guide()
+    guide.prepare(toy.x)
+    prior = guide.recovered("kernels", scale=0.1, held_out=0).prior
+    assert [part.training for part in toy.encoder] == [True, True, True, False]
+    assert not norm.num_batches_tracked
+    codes = toy.encoder.eval()(toy.x)
+    expected = dist.Normal(codes, 0.1).to_event(1).log_prob(codes[:, None]).logsumexp(-1)
+    torch.testing.assert_close(prior().log_prob(codes), expected - math.log(N))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", SHARES)

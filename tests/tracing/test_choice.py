@@ -147,6 +147,21 @@ def test_errors_of_the_user_pass_unchanged() -> None:
         assert not getattr(caught.value, "__notes__", [])
 
 
+def test_values_near_the_draws_may_be_impossible() -> None:
+    def guide() -> Tensor:
+        return pyro.sample("z", dist.Normal(0.0, 1e-9))
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        left = torch.linalg.cholesky((1e-6 - z.abs())[..., None, None])
+        observe(left[..., 0, 0] * X[:, 0])
+
+    program = Program(model, guide)
+    structure = structure_of(program)
+    choose(program, structure)
+    assert structure.mode == "plate"
+
+
 def test_errors_of_shapes_have_a_note() -> None:
     def model() -> None:
         b = weights()

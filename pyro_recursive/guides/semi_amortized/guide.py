@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.joint_site import inside, outer_shape
+from pyro_recursive.guides.joint_site import inside
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.semi_amortized.refinement import Trajectory, divergence, refine
@@ -18,6 +18,7 @@ from pyro_recursive.guides.semi_amortized.updates import GradientUpdate, Update
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.handlers import is_dry_run, latent_weight, run_cache
 from pyro_recursive.tracing.isolation import SharedNoise, isolated
+from pyro_recursive.tracing.plates import outer_shape
 
 THROUGH = ("first_order", "second_order")  # the bound's own gradient reaches the encoder
 MODES = (*THROUGH, "distill", "distill_reverse", "vae_svi", "svi")
