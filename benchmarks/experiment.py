@@ -160,6 +160,8 @@ class Experiment:
             return
         checkpoint, written = path.with_suffix(".pt"), time.monotonic()
         continues, start = self.options.resume and checkpoint.exists(), time.process_time()
+        if not continues:
+            known.clear()  # of a run whose checkpoint is gone
         last, each = start, known.setdefault("epoch_processor_seconds", [])
 
         def note(epoch: int, history: History) -> None:
@@ -200,7 +202,10 @@ class Experiment:
             known["processor_seconds"] = time.process_time() - start
 
     def costs(self, name: str, evaluate: Evaluate, steps: int) -> dict[str, float]:
-        """Return the processor seconds of an epoch and of evaluation, from some steps and rows."""
+        """Return the processor seconds of an epoch with validation, and of evaluation.
+
+        From some steps and rows.
+        """
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         method = self.build(name)
@@ -220,7 +225,12 @@ class Experiment:
             on_epoch=lambda *_: times.append(time.process_time()),
             **self.training,
         )
-        epoch = (times[1] - times[0]) / len(rows) * len(self.task.train)
+        start = time.process_time()
+        with torch.no_grad():
+            for batch in self.task.validation.split(self.settings.batch_size):
+                self.validation_loss.loss(method.vae.model, method.guide, batch)
+        validation = time.process_time() - start
+        epoch = (times[1] - times[0]) / len(rows) * len(self.task.train) + validation
         few, points = self.task.test[:50], len(self.task.test) + len(self.task.train_sample)
         task, start = replace(self.task, test=few, train_sample=few[:1]), time.process_time()
         evaluate(replace(method, compiled=self.is_compiled), task, self.settings)
@@ -273,11 +283,7 @@ def _scored(
     method: Method, rows: Tensor, samples: int, few: int | None, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the scores of 100 rows after another; those that a file has are taken from it."""
-    path, kept = method.evaluated, dict[str, Any]()
-    if path is not None and path.exists():
-        kept = read_whole(path, CheckpointError, f"'{path}' cannot be read: {{}}. Delete it.")
-    done = kept.setdefault(f"{samples}, {few}, {seed}, {fingerprint((rows,))}", [])
-    written = time.monotonic()
+    done, keep = kept_scores(method, f"{samples}, {few}, {seed}, {fingerprint((rows,))}", [])
     for number, batch in enumerate(tqdm(rows.split(100), desc="log p(x)", leave=False)):
         if number == len(done):
             pyro.set_rng_seed(seed + number)
@@ -295,7 +301,26 @@ def _scored(
                 scores[f"iwae_{few}"] = (groups.logsumexp(1) - math.log(few)).mean(0)
                 scores[f"ess_{few}"] = (1 / groups.softmax(1).square().sum(1)).mean(0)
             done.append(scores)
-            if path is not None and time.monotonic() - written > WRITE_SECONDS:
-                write_whole(path, kept)
-                written = time.monotonic()
+            keep()
         yield done[number]
+
+
+def kept_scores(method: Method, options: str, empty: Any) -> tuple[Any, Callable[[], None]]:
+    """Return what is evaluated so far, to be added to, and what writes it from time to time.
+
+    It is ``empty`` where the file has nothing of these options and of the method's parameters: a
+    run that is trained again has others.
+    """
+    path, kept, written = method.evaluated, dict[str, Any](), time.monotonic()
+    if path is not None and path.exists():
+        kept = read_whole(path, CheckpointError, f"'{path}' cannot be read: {{}}. Delete it.")
+    weights = fingerprint([parameter.detach().flatten() for parameter in method.parameters()])
+    found = kept.setdefault(f"{options}, {weights}", empty)
+
+    def keep() -> None:
+        nonlocal written
+        if path is not None and time.monotonic() - written > WRITE_SECONDS:
+            write_whole(path, kept)
+            written = time.monotonic()
+
+    return found, keep

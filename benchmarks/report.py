@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -55,9 +56,13 @@ def _processor() -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # of this writer alone
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def finish(results: Results, path: Path, report: str, pictures: Iterable[Path] = ()) -> None:
@@ -182,17 +187,14 @@ def draw_values(axes: Any, results: Results, marked: Mapping[str, tuple[str, ...
     name_rows(axes, results["runs"])
 
 
-def draw_learning(axes: Any, results: Results, label: str, rows: float | None = None) -> None:
+def draw_learning(axes: Any, results: Results, label: str) -> None:
     """Draw the validation bound in nats per row, its mean over seeds, against epochs."""
     lowest = []
     for number, (name, runs) in enumerate(results["runs"].items()):
         histories = [run["history"] for run in runs.values()]
         count = min(len(h["epoch"]) for h in histories)  # of runs in progress, those of all seeds
         curves = torch.tensor(
-            [
-                [-v / (rows or h["validation_rows"]) for v in h["validation"][:count]]
-                for h in histories
-            ]
+            [[-v / h["validation_rows"] for v in h["validation"][:count]] for h in histories]
         )
         mean, style = curves.mean(0), "-" if number < 10 else "--"
         axes.plot(histories[0]["epoch"][:count], mean, f".{style}", color=color(number), label=name)

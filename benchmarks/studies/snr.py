@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bounds import BASELINE, LOSSES, method
+from benchmarks.experiment import kept_scores
 from benchmarks.report import Results, color, figure, table
 from benchmarks.run import Method, Methods, Settings, Task
 from benchmarks.studies.study import Study
@@ -23,8 +24,6 @@ from benchmarks.tasks.images import VAE
 from pyro_recursive import MIWAE_ELBO
 from pyro_recursive.bounds.estimators import EstimatorName
 from pyro_recursive.evaluation.snr import gradient_snr, log_slope
-from pyro_recursive.tracing.tensor_files import read_whole, write_whole
-from pyro_recursive.training import CheckpointError
 
 MOMENTS = {"before": 0.0, "during": 0.1, "after": 1.0}  # the part of training
 ESTIMATORS: tuple[EstimatorName, ...] = ("pathwise", "dreg", "stl", "rws", "rws-dreg")
@@ -46,10 +45,8 @@ def evaluate(trained: Method, task: Task, settings: Settings) -> dict[str, Any]:
 
     ``eval_samples // 50`` draws of each gradient; what is measured is kept in a file.
     """
-    path, kept = trained.evaluated, dict[str, Any]()
-    if path is not None and path.exists():
-        kept = read_whole(path, CheckpointError, f"'{path}' cannot be read: {{}}. Delete it.")
     draws = max(10, settings.eval_samples // 50)
+    kept, keep = kept_scores(trained, f"{draws} draws", {})
     for estimator in ESTIMATORS:
         for m, k in CELLS:
             key = f"{estimator} {m} {k}"
@@ -62,8 +59,7 @@ def evaluate(trained: Method, task: Task, settings: Settings) -> dict[str, Any]:
                 group: [found[group].ratio.item(), found[group].error.item()]
                 for group in ("guide", "model")
             }
-            if path is not None:
-                write_whole(path, kept)
+            keep()
     return {"draws": draws, "snr": kept}
 
 

@@ -1,6 +1,8 @@
 """The main job: interrupted and resumed it gives what an uninterrupted run gives."""
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bounds, guides, refinement
+from benchmarks import bounds, experiment, guides, refinement
 from benchmarks.methods.guides import METHODS, encoder_of, schedule, width_of
+from benchmarks.report import write_json
 from benchmarks.run import Settings, Task, count
+from benchmarks.studies import snr
 from benchmarks.tasks import images, likelihoods, sequences
+from pyro_recursive import IWAE_ELBO
 from pyro_recursive.datasets import dynamic_binarize
 
 
@@ -87,6 +92,83 @@ def test_known_sequences_resume_at_the_evaluation(
     # An aggressive schedule holds back the steps of the model: there are none where it is known.
     assert list(resumed["runs"]) == ["VAE"]
     assert "The true model's log p(x)" in refinement.report(resumed)
+
+
+def small(rows: torch.Tensor) -> tuple[Task, Settings]:
+    """Return a task of rows of pixels, with tiny networks, and its settings."""
+    settings = Settings("digits", 1, 4, hidden=3, latent=2, eval_points=1, eval_samples=500)
+    task = Task(rows, rows, rows, lambda name: images.VAE(rows.mean(0), 3, 2, name=name))
+    return replace(task, train_sample=rows[:1]), settings
+
+
+@pytest.mark.parametrize("kind", ["evidence", "snr"])
+def test_scores_of_other_parameters_are_not_reused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "WRITE_SECONDS", -1.0)
+    monkeypatch.setattr(snr, "ESTIMATORS", ("dreg",))
+    monkeypatch.setattr(snr, "CELLS", [(1, 2)])
+    task, settings = small(torch.rand(6, 5).round())
+    method = bounds.METHODS["IWAE"](task.make_vae(""), task, settings)
+    method = replace(method, evaluated=tmp_path / "iwae-0.scores.pt")
+
+    def found(settings: Settings = settings) -> Any:
+        if kind == "snr":
+            return snr.evaluate(method, task, settings)
+        return experiment.evidence(method, task.test, settings.eval_samples)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    first = found()
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "importance_weights", never)
+        patch.setattr(snr, "gradient_snr", never)
+        assert found() == first
+        with pytest.raises(AssertionError):
+            found(replace(settings, eval_samples=1000))
+        method.vae.decoder[0].bias.data += 0.5
+        with pytest.raises(AssertionError):
+            found()
+    assert found() != first
+
+
+def test_costs_of_an_epoch_have_its_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that only calls of the validation loss advance: three batches of four rows."""
+    seconds = 0.0
+
+    class Slow(IWAE_ELBO):
+        def loss(self, *args: Any, **kwargs: Any) -> float:
+            nonlocal seconds
+            seconds += 2.0
+            return super().loss(*args, **kwargs)
+
+    task, settings = small(torch.rand(12, 5).round())
+    options = argparse.Namespace(output=str(tmp_path), resume=False)
+    each = experiment.Experiment(settings, task, bounds.METHODS, options)
+    each.validation_loss = Slow(2)
+    monkeypatch.setattr(experiment.time, "process_time", lambda: seconds)
+    assert each.costs("IWAE", lambda *_: {}, steps=2) == {"epoch": 6.0, "evaluation": 0.0}
+
+
+def test_two_writers_of_a_file_are_not_in_each_others_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replaced = tmp_path / "results.json", Path.replace
+
+    def late(part: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replaced)
+        write_json(path, "the other's")
+        return replaced(part, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write_json(path, "mine")
+    assert json.loads(path.read_text()) == "mine"
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_guides_are_of_equal_budgets() -> None:
