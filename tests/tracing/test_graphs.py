@@ -184,6 +184,26 @@ def test_an_operator_with_one_result_in_a_sequence_is_repeated(kind: type) -> No
     assert result.tolist() == [4.0, 4.0]
 
 
+def _doubled(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(x, 2.0, out=out)
+
+
+@pytest.mark.parametrize("has_buffer", [True, False])
+def test_kernels_of_libraries_are_repeated_on_what_changes(has_buffer: bool) -> None:
+    """They write to a buffer that they are given, or to a new one in each call."""
+    module, calls, source = types.ModuleType("generated"), list[Any](), torch.ones(2)
+    names: Any = vars(module)
+    names.update(extern_kernels=types.SimpleNamespace(kernel=_doubled), torch=torch)
+    with _recording(module, calls):
+        options = {"out": torch.empty(2)} if has_buffer else {}
+        result = names["extern_kernels"].kernel(source, **options)
+    source += 1.0
+    kernel, args, kwargs = calls[0]
+    kernel(*args, **kwargs)
+    assert result.tolist() == [4.0, 4.0]
+    assert (kernel is _doubled) == has_buffer  # nothing is copied where it need not be
+
+
 def test_files_in_folders_named_as_libraries_are_the_users() -> None:
     name = "/home/own/torch/pyro/infer/own.py"
     with HostReads() as reads:

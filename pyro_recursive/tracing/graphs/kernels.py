@@ -186,7 +186,7 @@ class _recording:
         self.saved = {n: self.names[n] for n in (*kernels, "extern_kernels", "torch")}
         for name in kernels:
             self.names[name] = self._recorded(self.saved[name])
-        self.names["extern_kernels"] = _Attributes(self.saved["extern_kernels"], 1, self._recorded)
+        self.names["extern_kernels"] = _Attributes(self.saved["extern_kernels"], 1, self._fallback)
         self.names["torch"] = _Torch(self._fallback)
 
     def __exit__(self, *error: Any) -> None:
@@ -201,7 +201,7 @@ class _recording:
         return call
 
     def _fallback(self, operator: Any) -> Callable:
-        """Record an ATen operator; repeated, it writes into the results of the first call."""
+        """Record an operator; repeated, it writes into the results of the first call."""
         if threading.get_ident() != self.thread:
             return operator
         tags = getattr(operator, "tags", ())
@@ -210,17 +210,16 @@ class _recording:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             results = operator(*args, **kwargs)
-            kept = _sequence(results)
-            is_in_place = any(each is arg for each in kept for arg in args)
+            kept, given = _sequence(results), (*args, *kwargs.values())
 
             def again(*args: Any, **kwargs: Any) -> None:
                 new = _sequence(operator(*args, **kwargs))
-                if not is_in_place:
-                    for old, value in zip(kept, new, strict=True):
-                        if isinstance(old, Tensor):
-                            old.copy_(value)
+                for old, value in zip(kept, new, strict=True):
+                    if isinstance(old, Tensor) and value is not old:
+                        old.copy_(value)
 
-            self.calls.append((again, args, kwargs))
+            is_new = any(all(each is not own for own in given) for each in kept)
+            self.calls.append((again if is_new else operator, args, kwargs))
             return results
 
         return call

@@ -12,7 +12,7 @@ from pyro_recursive.tracing.graphs.gradients import trace_gradients
 from pyro_recursive.tracing.graphs.python_state import PythonState, restored, undone_runs
 from pyro_recursive.tracing.graphs.unsupported import LastSite, Unsupported, as_unsupported
 from pyro_recursive.tracing.isolation import restored_random_state
-from pyro_recursive.training.compiled.engines import Engine, EngineName, make_engine
+from pyro_recursive.training.compiled.engines import CHECKED, Engine, EngineName, make_engine
 from pyro_recursive.training.compiled.flat import FlatGroup, advance
 from pyro_recursive.training.compiled.step_graph import MAX_BLOCK, MinibatchTable, StepGraph
 
@@ -77,6 +77,10 @@ class CompiledStep:
         self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
             plan.fill(self.step.draws, self.step.block)
+        if self.table is not None and call.table is not None:  # an engine is checked on several
+            rows = call.table[:CHECKED]
+            self.table.index[: len(rows)] = rows
+            self.table.index[self._valid(len(rows)) :] = rows[0]
         self.engine: Engine = make_engine(self.step, engine, self.undone)
         self._places: list[int] | None = self._constants_at()  # None if the engine is not bound
 
@@ -134,10 +138,11 @@ class CompiledStep:
                     old.copy_(new)
 
     def _own_inputs(self) -> None:
-        """Work on copies of the arguments from here on."""
+        """Work on copies of the arguments from here on; a step on others is compared again."""
         self.inputs, self._owns = [each.clone() for each in self.inputs], [True] * len(self._owns)
         self.step.inputs = [*self.inputs, *self.weights]
         self._rebind()
+        self.is_compared = False
 
     def _rebind(self) -> None:
         self._places = None

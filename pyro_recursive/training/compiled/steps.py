@@ -105,10 +105,10 @@ class CompiledSteps:
         for step in self._steps.setdefault(key, []):
             outdated = step.outdated(call) or self._prepare(step, call)
             if outdated is None:
-                if not step.is_compared:
-                    return self._compared(key, step, call)
                 if any(group.has_gradients for group in step.groups):
                     return self.training.eager(call)
+                if not step.is_compared:
+                    return self._compared(key, step, call)
                 step.left = left
                 return step
         if outdated is not None and self._graphs[key] >= MAX_GRAPHS:
@@ -134,6 +134,8 @@ class CompiledSteps:
         self._steps[key] = [step, *self._steps[key]][:MAX_KEPT]
         for counts in (self._eager_steps, self._needed):
             counts.pop(key, None)
+        if any(group.has_gradients for group in step.groups):
+            return self.training.eager(call)
         return self._compared(key, step, call)
 
     def _policy(self, key: Any, coming: int) -> CompilePolicy | None:
