@@ -386,3 +386,8 @@ def _power_mean_replacing(log_weights: Tensor, substitute: Tensor, order: float)
     total = torch.logaddexp(_log_sum_exp_of_others(scaled), other)
     change = (sum_of_others(scaled.expm1(), (1,)) + other.expm1()) / size
     return largest + _log_1p(change, total - math.log(size)) / power
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, where the device has it."""
+    return tensor if tensor.device.type == "mps" else tensor.double()  # which has no float64

@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_recursive.bounds.bound import double
+
 
 def log_mixture(table: Tensor, log_weights: Tensor) -> Tensor:
     """Return ``log Q`` over all components: ``[*batch, J]`` to ``[*batch]``."""
@@ -171,10 +173,13 @@ def gain(
     (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. Both bounds use
     the same draws. Where the rows are a sample of the data, their spread is part of the standard
     error. ``latent_weight``, ``[S, J, *rows]``, is what densities of latents are multiplied by in
-    all of these: a scale of the loss, or KL warm-up's weight.
+    all of these: a scale of the loss, or KL warm-up's weight. All is computed in float64: the sum
+    of weights in float32 times the evidence of many data may exceed the gain.
     """
     if log_weights.shape[-1] < 2:
         raise ValueError("A gain needs at least 2 components, got 1.")
+    log_p, log_q, others, own = (double(each) for each in (log_p, log_q, others, own))
+    log_weights = double(log_weights).log_softmax(-1)
     after = _stratified(log_p - log_q, log_weights)
     rest = log_weights[..., :-1].log_softmax(-1)
     before = _stratified((log_p - others)[:, :-1], rest)
@@ -209,12 +214,14 @@ def corrective_weights(
     ``log_p`` is ``[S, J]`` for S draws of each component, ``table`` ``[S, J, J]`` the log-densities
     of all components there, and ``log_weights``, ``[J]``, where to start. Stops where no weights
     gain more than ``tolerance`` nats, which is ``max_m E_m[log p - log Q] - L(Q)``. The bound has
-    ``latent_weight * log Q`` (a number, or ``[S, J]``) in place of log Q.
+    ``latent_weight * log Q`` (a number, or ``[S, J]``) in place of log Q. Computes in float64.
     """
-    weights = log_weights.detach().clone()
+    log_p, table = double(log_p), double(table)
+    weights = double(log_weights.detach()).log_softmax(-1)
     rate = 1 / torch.as_tensor(latent_weight).max()  # the bound is so smooth, relative to entropy
     for step in range(max_steps):
         slopes = (log_p - latent_weight * log_mixture(table, weights)).mean(0)
+        slopes = slopes.clamp(min=-1e30)  # a component outside of the support gets no weight
         bound = (weights.exp() * slopes).sum()
         if step % 10 == 0 and bool(slopes.max() - bound < tolerance):
             break
@@ -235,13 +242,13 @@ def line_search(
     Bisects the slope of the ELBO, which is concave in the share. Arguments are those of
     `corrective_weights`.
     """
-    others = log_weights.clone()
+    log_p, table, others = (double(each) for each in (log_p, table, log_weights.detach().clone()))
     others[m] = -torch.inf
     others = others.log_softmax(-1)
     low, high = log_p.new_zeros(()), log_p.new_ones(())
-    weights = others
+    weights, least = others, torch.finfo(log_p.dtype).eps
     for _ in range(40):
-        share = (low + high) / 2
+        share = ((low + high) / 2).clamp(least, 1 - least)
         weights = others + torch.log1p(-share)
         weights[m] = share.log()
         terms = (log_p - latent_weight * log_mixture(table, weights)).mean(0)

@@ -13,7 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_recursive.bounds.bound import Bound, iwae
+from pyro_recursive.bounds.bound import Bound, double, iwae
 from pyro_recursive.bounds.estimators import ESTIMATORS, Estimator, EstimatorName
 from pyro_recursive.losses.expected import ExpectedBound
 from pyro_recursive.losses.surrogate import global_surrogate, nested_surrogate, surrogate
@@ -26,7 +26,6 @@ from pyro_recursive.tracing.compatibility import (
 )
 from pyro_recursive.tracing.densities import Densities, densities
 from pyro_recursive.tracing.dependence import dependence_of, independent_plates
-from pyro_recursive.tracing.downstream import double
 from pyro_recursive.tracing.plates import layout_of, local_sites, structure_in
 from pyro_recursive.tracing.program import Program, structure_of
 from pyro_recursive.tracing.runs import ParticleRun, run_particles

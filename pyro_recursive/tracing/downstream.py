@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_recursive.bounds.bound import Bound, sum_of_others
+from pyro_recursive.bounds.bound import Bound, double, sum_of_others
 from pyro_recursive.bounds.estimators import Estimator, Share
 from pyro_recursive.tracing.densities import Densities, Terms
 from pyro_recursive.tracing.handlers import ComponentIndex
@@ -126,8 +126,3 @@ def score_groups(dens: Densities, independent: Container[str]) -> list[ScoreGrou
         split = None if names == shared.names else terms
         groups.append(ScoreGroup(shared, layout, score, rest, is_choice, split))
     return groups
-
-
-def double(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, where the device has it."""
-    return tensor if tensor.device.type == "mps" else tensor.double()  # which has no float64

@@ -192,6 +192,43 @@ def test_line_search_reaches_the_ends(worth: float, share: float) -> None:
     assert found[1].exp().item() == pytest.approx(share, abs=1e-6)
 
 
+@pytest.mark.parametrize("worth", [50.0, -50.0])
+def test_line_search_in_single_precision_has_finite_ends(worth: float) -> None:
+    log_p, table = fixed(3)
+    log_p = log_p + torch.tensor([0.0, 0.0, worth])
+    found = line_search(
+        log_p.float(), table.float(), torch.tensor([0.7, 0.2, 0.1]).float().log(), 2
+    )
+    assert found.isfinite().all()
+    assert found[2].exp().item() == pytest.approx(float(worth > 0), abs=1e-6)
+    torch.testing.assert_close(found[:2].softmax(-1), torch.tensor([7 / 9, 2 / 9]).to(found))
+
+
+EXACT = 1.4e6  # with eighths, exact in single precision
+
+
+def test_weights_in_single_precision_do_not_depend_on_a_constant() -> None:
+    log_p, table = fixed(3)
+    log_p, table = (8 * log_p).round() / 8, table.float()
+    start = torch.tensor([0.5, 0.3, 0.2]).float().log()
+    found = corrective_weights((log_p - EXACT).float(), table, start)
+    expected = corrective_weights(log_p, table.double(), start.double())
+    torch.testing.assert_close(found.exp(), expected.exp().to(found), atol=1e-5, rtol=0)
+    found = line_search((log_p - EXACT).float(), table, start, 2)
+    expected = line_search(log_p, table.double(), start.double(), 2)
+    torch.testing.assert_close(found.exp(), expected.exp().to(found), atol=1e-5, rtol=0)
+
+
+def test_a_component_outside_of_the_support_gets_no_weight() -> None:
+    log_p, table = fixed(3)
+    expected = corrective_weights(log_p[:, 1:], table[:, 1:, 1:], torch.zeros(2).log_softmax(-1))
+    log_p[3, 0] = -torch.inf
+    found = corrective_weights(log_p, table, torch.zeros(3).log_softmax(-1))
+    torch.testing.assert_close(
+        found.exp(), torch.cat([torch.zeros(1), expected.exp()]), atol=5e-3, rtol=0
+    )
+
+
 # --- Gains
 
 
@@ -222,6 +259,17 @@ def test_gain_is_the_difference_of_two_bounds(count: int) -> None:
     assert found.ceiling == pytest.approx(ceiling.item(), abs=0.1)
     tripled = gain_at(places, log_weights, z, 3.0)
     assert [3 * number for number in found] == pytest.approx(list(tripled))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gain_in_single_precision_does_not_depend_on_a_constant(seed: int) -> None:
+    """Components of an exact posterior gain nothing, however large the evidence of the data."""
+    torch.manual_seed(seed)
+    log_q = ((8 * torch.randn(2000, 3)).round() / 8).float()
+    log_weights = torch.randn(3).log_softmax(-1).float()
+    found = gain(log_q - EXACT, log_q, log_q, log_q, log_weights)
+    assert found.mean == pytest.approx(0.0, abs=1e-7)
+    assert found.standard_error < 1e-7
 
 
 def test_standard_error_of_the_gain_is_its_spread() -> None:

@@ -286,7 +286,7 @@ def test_weights_stay_where_they_have_a_gradient() -> None:
     guide = RecursiveMixtureGuide(bimodal, 3)
     guide.prepare()
     guide.progress[3:] = 1
-    for weights in ([0.5, 0.3, 0.2], [1.0, 1e-30, 1e-30], [1e-30, 1e-30, 1.0]):
+    for weights in ([0.5, 0.3, 0.2], [1.0, 1e-30, 1e-30], [1e-30, 1e-30, 1.0], [0.0, 0.0, 1.0]):
         guide.set_log_weights(torch.tensor(weights).log())
         found = guide.component_weights().detach()
         torch.testing.assert_close(found, torch.tensor(weights), atol=1e-3, rtol=0)

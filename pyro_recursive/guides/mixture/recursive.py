@@ -386,7 +386,8 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def set_log_weights(self, log_weights: Tensor) -> None:
         """Set the members' weights, ``[J]``, where all rows share them."""
-        share = log_weights - log_weights.logcumsumexp(-1)
+        log_weights = log_weights.clamp(min=-1e30)  # weights of 0 have a share, too
+        share = (log_weights - log_weights.logcumsumexp(-1)).clamp(max=0.0)
         logits = share[1:] - torch.log(-torch.expm1(share[1:]))
         self.weights.set_vector([m - 1 for m in self.members[1:]], logits)
 
