@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_recursive.guides.call import GuideCall, copied_plate, first_argument
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.handlers import is_dry_run
-from pyro_recursive.tracing.isolation import outline
+from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS, outline
 from pyro_recursive.tracing.minibatch import MinibatchRows, minibatch_rows, plates_of_rows
 from pyro_recursive.tracing.sites import Site, plates_of, sites
 from pyro_recursive.tracing.user_warnings import warn_user
@@ -147,7 +147,8 @@ class ModelPlates:
 
     def complete(self, guide: Any, call: GuideCall) -> None:
         """Add the plates of a call that nobody made, and check the others."""
-        if self.watched is not None and minibatch_rows() is None and not is_dry_run():
+        is_extra = is_dry_run() or OUTSIDE_OF_GRAPHS.get() is not None
+        if self.watched is not None and minibatch_rows() is None and not is_extra:
             seen = self._seen or SeenInputs.of(call.raw)
             self._seen = seen.after(call.raw, type(guide).__name__, self.watched)
         for latents in guide.groups:

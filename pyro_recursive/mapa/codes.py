@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Codes(nn.Module):
         weights: M numbers that are not negative, such as counts of prototypes; equal by default.
         learn_weights: learn them, from there.
         scale: s; None for points. A number is fixed, or learned from there by ``learn_scale``.
+        like: a tensor on the device and, if it has floats, with the dtype for weights and scale.
     """
 
     codes: Tensor
@@ -39,16 +40,19 @@ class Codes(nn.Module):
         learn_weights: bool = False,
         scale: float | None = None,
         learn_scale: bool = False,
+        like: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if like is None or not like.is_floating_point():
+            like = torch.empty((), device=None if like is None else like.device)
         weights = torch.ones(num_components) if weights is None else torch.as_tensor(weights)
         valid = weights.shape == (num_components,) and (weights >= 0).all()
         if not (valid and 0 < weights.sum() < math.inf):
             raise ValueError(f"weights must be {num_components} finite numbers >= 0, not all 0.")
-        self._keep("logits", weights.to(torch.get_default_dtype()).log(), learn_weights)
+        self._keep("logits", weights.to(like).log(), learn_weights)
         self.has_scale = scale is not None
         if scale is not None:
-            self._keep("log_scale", torch.tensor(math.log(scale)), learn_scale)
+            self._keep("log_scale", like.new_tensor(math.log(scale)), learn_scale)
         elif learn_scale:
             raise ValueError("learn_scale needs a scale to start from.")
 
@@ -102,7 +106,7 @@ class EncodedCodes(Codes):
     """
 
     def __init__(self, encoder: Callable[..., Any], inputs: Tensor, **options: Any) -> None:
-        super().__init__(len(inputs), **options)
+        super().__init__(len(inputs), like=next(_parameters(encoder), inputs), **options)
         self.encoder = encoder
         self._inputs = (inputs,)  # no buffer: `to(device)` would move all of it
 
@@ -114,14 +118,15 @@ class EncodedCodes(Codes):
     def select_codes(self, index: Tensor) -> Tensor:
         """Encode the inputs of some components."""
         rows = self.inputs[index.to(self.inputs.device)]
-        return self.encoder(rows.to(self.logits.device, non_blocking=True))
+        device = next(_parameters(self.encoder), self.logits).device
+        return self.encoder(rows.to(device, non_blocking=True))
 
 
 class FreeCodes(Codes):
     """Codes that are free parameters, ``[M, D]``; a step trains those that it decodes."""
 
     def __init__(self, start: Tensor, **options: Any) -> None:
-        super().__init__(len(start), **options)
+        super().__init__(len(start), like=start, **options)
         self.codes = nn.Parameter(start.detach().clone())
 
 
@@ -169,7 +174,7 @@ class PseudoInputCodes(Codes):
         bounds: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(len(pseudo_inputs), **options)
+        super().__init__(len(pseudo_inputs), like=pseudo_inputs, **options)
         self.encoder, self.bounds = encoder, bounds
         self.raw_inputs = nn.Parameter(unsquash(pseudo_inputs.detach(), bounds))
 
@@ -181,3 +186,8 @@ class PseudoInputCodes(Codes):
     def select_codes(self, index: Tensor) -> Tensor:
         """Encode some of the pseudo-inputs."""
         return self.encoder(self.pseudo_inputs[index])
+
+
+def _parameters(encoder: Callable) -> Iterator[Tensor]:
+    parameters = encoder.parameters() if isinstance(encoder, nn.Module) else iter(())
+    return (each for each in parameters if each.is_floating_point())

@@ -41,7 +41,7 @@ from pyro_recursive.tracing.handlers import (
     SubstituteByName,
     is_dry_run,
 )
-from pyro_recursive.tracing.isolation import eval_mode, isolated, outline
+from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS, eval_mode, isolated, outline
 from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
@@ -142,6 +142,7 @@ class MAPAGuide(LatentGuide):
         self._neighbour_rows: NeighbourRows | None = None
         self.table = table
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
+        self._warm: tuple[Tensor, int] | None = None  # that buffer and its version, once it is 0
         self.passes: Passes | None = None
 
     @property
@@ -315,7 +316,7 @@ class MAPAGuide(LatentGuide):
         plan = self.plan
         if is_dry_run():  # no draws: only such runs can be compared
             plan = replace(plan, top=2, samples=0)
-        elif torch.is_grad_enabled() and int(self.steps_to_warm_up):  # an autoencoder
+        elif torch.is_grad_enabled() and self._warms_up():  # an autoencoder
             plan = Plan(1, 0, "pair" if plan.share == "pair" else "shared")
         chosen = plan(rows.index, rows.log_q, len(self.codes))
         self.passes = Passes(chosen.codes.numel(), plate.size)
@@ -323,7 +324,25 @@ class MAPAGuide(LatentGuide):
 
     def end_step(self) -> None:
         """Count a training step."""
-        self.steps_to_warm_up.sub_(1).clamp_(min=0)
+        if not self._is_warm():
+            self.steps_to_warm_up.sub_(1).clamp_(min=0)
+
+    def _is_warm(self) -> bool:
+        """Whether the warm-up is known to be over; a graph depends on the buffer's value."""
+        if self._warm is None or OUTSIDE_OF_GRAPHS.get() is not None:
+            return False
+        steps, version = self._warm
+        return steps is self.steps_to_warm_up and steps._version == version
+
+    def _warms_up(self) -> bool:
+        """Whether the warm-up goes on; this waits for the device until it is over."""
+        if self._is_warm():
+            return False
+        steps = self.steps_to_warm_up
+        left = int(steps)
+        if not left and OUTSIDE_OF_GRAPHS.get() is None:
+            self._warm = steps, steps._version
+        return left > 0
 
     def _neighbours(self, call: GuideCall) -> tuple[Tensor, DecodedCodes]:
         """Return all codes that the table keeps for the rows, with the prior's weights."""

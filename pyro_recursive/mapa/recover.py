@@ -57,8 +57,8 @@ class FlowPrior(RecoveredPrior):
         loc = (weights * codes).sum(0)
         scale = (weights * (codes - loc) ** 2).sum(0).sqrt()
         generator = torch.Generator("cpu").manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # the networks' initial weights
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # for initial weights
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed is for GPUs as well
             built = build_flow(flow, self.size, 0, transforms, hidden)
         self.flow = AffineFlow(built, 0, torch.zeros_like(loc), 1.0)
         self.steps_taken = _fit(self.flow, (codes - loc) / scale, log_weights, generator, **fit)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_recursive.guides.gaussian_families import Family, FamilyName, family_of
@@ -100,8 +101,8 @@ class ExemplarPrior(nn.Module):
         init_scale: where ``s`` starts.
         family: as in `VampPrior`.
 
-    Raises IndexError where ``leave_out`` is out of range, ValueError for fewer exemplars than
-    ``num_exemplars`` and wrong shapes.
+    Raises ValueError for fewer exemplars than ``num_exemplars`` and wrong shapes. Where
+    ``leave_out`` is out of range, IndexError under Pyro's validation, else densities are NaN.
 
     `Exemplar VAE` (Norouzi, Fleet & Norouzi, arXiv 2004.04795).
 
@@ -116,8 +117,6 @@ class ExemplarPrior(nn.Module):
     (torch.Size([4, 2]), 20)
     """
 
-    exemplars: Tensor
-
     def __init__(
         self,
         encoder: Callable[..., Any],
@@ -130,10 +129,15 @@ class ExemplarPrior(nn.Module):
         super().__init__()
         _check_count("num_exemplars", num_exemplars, exemplars)
         self.encoder, self.family, self.num_exemplars = encoder, family_of(family), num_exemplars
-        self.register_buffer("exemplars", exemplars, persistent=False)
+        self._data = _Data(exemplars)
         dtype = exemplars.dtype if exemplars.is_floating_point() else torch.get_default_dtype()
         scale = torch.tensor(math.log(init_scale), dtype=dtype, device=exemplars.device)
         self.log_scale = nn.Parameter(scale)
+
+    @property
+    def exemplars(self) -> Tensor:
+        """The exemplars, ``[N, *input]``."""
+        return self._data.values
 
     def forward(self, leave_out: Tensor | None = None) -> EncodedMixture:
         """Return the prior without the rows' own data, ``[*batch]`` indices, if given."""
@@ -157,14 +161,26 @@ class ExemplarPrior(nn.Module):
         if number < 2:
             raise ValueError(f"leave_out needs 2 exemplars at a time, got {number}.")
         size = len(self.exemplars)
-        if leave_out.numel() and not 0 <= leave_out.min() <= leave_out.max() < size:
+        is_known = (leave_out >= 0) & (leave_out < size)
+        if is_validation_enabled() and not is_known.all():
             span = f"from {leave_out.min()} to {leave_out.max()}"
             raise IndexError(f"leave_out goes {span}, and there are {size} exemplars.")
         if chosen is None:
             chosen = torch.arange(number, device=leave_out.device)
         own = leave_out[..., None] == chosen
-        left = number - own.sum(-1, keepdim=True)
-        return (-left.to(like.dtype).log()).masked_fill(own, -math.inf)
+        left = (number - own.sum(-1, keepdim=True)).to(like.dtype)
+        left = left.masked_fill(~is_known[..., None], math.nan)
+        return (-left.log()).masked_fill(own, -math.inf)
+
+
+class _Data(nn.Module):
+    """A tensor that moves with a module, and is not copied where modules run isolated."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
 
 
 def _check_count(name: str, number: int | None, data: Tensor) -> None:

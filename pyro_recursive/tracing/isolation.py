@@ -33,16 +33,15 @@ def outside_of_graphs(*tensors: Tensor) -> AbstractContextManager:
 
 
 def random_state() -> RandomState:
-    """Return the state of the CPU's generator and, where CUDA is in use, the current device's."""
+    """Return the state of the CPU's generator and, where CUDA is in use, those of all devices."""
     state = [torch.get_rng_state()]
-    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else state
+    return [*state, *torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else state
 
 
 def set_random_state(state: RandomState) -> None:
     """Go back to what `random_state` returned."""
     torch.set_rng_state(state[0])
-    for cuda_state in state[1:]:
-        torch.cuda.set_rng_state(cuda_state)
+    torch.cuda.set_rng_state_all(state[1:])
 
 
 @contextmanager

@@ -73,7 +73,8 @@ def coordinates(fn: Any, is_angle: bool) -> Transform:
 def is_circular(fn: Any) -> bool:
     """Whether a distribution is one of angles, or of a function of angles.
 
-    The density of angles over the real line has the period 2 pi. Each type is looked at once.
+    The density of angles over the real line has the period 2 pi. Each type is looked at until
+    densities of it are finite, and no more.
     """
     base = layers(fn)[-1]
     if type(base) is dist.Normal:  # in each step, for most sites
@@ -111,7 +112,7 @@ def _has_period(fn: Any) -> bool | None:
     """Compare densities a few periods apart; None if they cannot be compared at these parameters.
 
     Each coordinate is moved by a number of periods of its own. A density that is constant is that
-    of the uniform distribution on the circle, or improper.
+    of the uniform distribution on the circle, or of a wide or improper one on the line.
     """
     like, event = next(tensors_of(fn), torch.empty(())), torch.Size(fn.event_shape)
     origin = like.new_zeros((*fn.batch_shape, *event), dtype=torch.float64)
@@ -128,4 +129,4 @@ def _has_period(fn: Any) -> bool | None:
     if variation > 0:
         return bool(change < 1e-3 * variation)
     uniform = -math.log(PERIOD) * event.numel()
-    return bool((here - uniform).abs().max() < 1e-5) or None
+    return bool((here / uniform - 1).abs().max() < 1e-5)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -203,6 +204,25 @@ def test_codes(kind: str) -> None:
 def test_codes_refuse(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_codes_are_where_their_start_or_encoder_is() -> None:
+    there = {"device": "meta", "dtype": torch.float32}
+    start, encoder, x = torch.ones(5, 2, **there), nn.Linear(3, 2, **there), torch.rand(5, 3)
+    options: dict[str, Any] = {"scale": 0.3, "weights": torch.arange(5)}
+    many: tuple[Codes, ...] = (
+        FreeCodes(start, **options),
+        EncodedCodes(encoder, x, **options),
+        PseudoInputCodes(encoder, x.to(**there), **options),
+    )
+    for codes in many:
+        for each in (codes.log_weights, codes.scale):
+            assert each.device.type == "meta" and each.dtype == torch.float32
+    moved, index = EncodedCodes(nn.Linear(3, 2), x), torch.tensor([4, 1])
+    moved.encoder = encoder
+    assert moved(index).device.type == "meta"
+    images = EncodedCodes(lambda x: x / 255, torch.randint(255, (5, 2), dtype=torch.uint8))
+    assert images.logits.dtype == torch.float64
 
 
 # The handler, with Pyro's own loss.

@@ -191,6 +191,26 @@ def test_warm_up_is_an_autoencoder(share: str) -> None:
         assert [step(each), step(each)] == pytest.approx([own, exact])
 
 
+def test_steps_after_the_warm_up_do_not_read_its_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, loss, read = Curve(), MAPA_ELBO(), list[Tensor]()
+    guide = toy.guide(warm_up=2)
+    guide.prepare(toy.x)
+    counter = guide.steps_to_warm_up
+    monkeypatch.setattr(Tensor, "__int__", lambda self: read.append(self) or self.item())
+
+    def reads() -> list[int]:
+        found = []
+        for _ in range(5):
+            read.clear()
+            loss.loss_and_grads(toy.model, guide, toy.x)
+            found.append(sum(each is counter for each in read))
+        return found
+
+    assert reads() == [1, 1, 1, 0, 0]
+    counter.fill_(1)  # as of a state that is loaded
+    assert reads() == [1, 1, 0, 0, 0] and counter == 0
+
+
 def test_looped_particles_are_one_step() -> None:
     x = torch.randn(4)
     guide = MAPAGuide(with_global, FreeCodes(torch.randn(4, 1)), x, warm_up=5)

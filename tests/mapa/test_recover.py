@@ -47,6 +47,14 @@ def two_groups(rows: int, size: int) -> Tensor:
 # All kinds
 
 
+def test_a_flow_seeds_the_cpu_alone_and_restores_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    codes, before = codes_of("flow"), torch.get_rng_state()
+    one, other = (short(codes, "flow", steps=1).parameters() for _ in range(2))
+    assert all(map(torch.equal, one, other))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_density_integrates_to_one_and_draws_follow_it(kind: str) -> None:
     codes = codes_of(kind)

@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,10 +15,11 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO
+from pyro_recursive import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, CompiledSVI
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.gaussian_families import LowRank, family_of
 from pyro_recursive.priors.vamp import ExemplarPrior, VampPrior
+from pyro_recursive.tracing.isolation import isolated
 
 K, D, INPUTS, N, SIZE = 4, 2, 3, 6, 8
 
@@ -390,6 +392,47 @@ def test_exemplars_are_bytes_and_not_in_the_state() -> None:
     prior = ExemplarPrior(lambda x: layer(x / 255), images).to(torch.float64)
     assert prior.exemplars.dtype == torch.uint8 and set(prior.state_dict()) == {"log_scale"}
     assert prior(leave_out=torch.tensor([1])).log_prob(torch.zeros(1, D)).dtype == torch.float64
+
+
+def test_exemplars_move_with_the_prior_and_are_not_copied_in_isolated_runs() -> None:
+    prior = exemplar_prior()
+    data = prior.exemplars
+    with isolated():
+        prior()
+        assert prior.exemplars is data
+    assert prior.to(torch.float32).exemplars.dtype == torch.float32
+
+
+def test_compiled_steps_leave_out_minibatches() -> None:
+    def steps(make: Callable[..., Any]) -> Tensor:
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        encoder, x = Encoder(), torch.randn(SIZE, INPUTS)
+        prior = ExemplarPrior(encoder, x)
+
+        def model() -> None:
+            pyro.module("prior", prior)
+            with pyro.plate("data", SIZE, subsample_size=3) as index:
+                pyro.sample("z", prior(leave_out=index))
+
+        def guide() -> None:
+            with pyro.plate("data", SIZE, subsample_size=3) as index:
+                pyro.sample("z", normals(encoder(x[index])))
+
+        svi = make(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        return torch.tensor([svi.step() for _ in range(4)])
+
+    traced = partial(CompiledSVI, engine="graph", strict=True)
+    torch.testing.assert_close(steps(traced), steps(SVI), rtol=1e-10, atol=1e-12)
+
+
+def test_rows_that_are_no_exemplars_have_no_density() -> None:
+    prior, z = exemplar_prior(), torch.randn(3, D)
+    expected = prior(leave_out=torch.tensor([0, 1, 2])).log_prob(z)
+    with pyro.validation_enabled(False):
+        found = prior(leave_out=torch.tensor([0, -1, N])).log_prob(z)
+    assert found.isnan().tolist() == [False, True, True]
+    torch.testing.assert_close(found[0], expected[0])
 
 
 # --- Errors

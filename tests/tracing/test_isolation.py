@@ -37,6 +37,21 @@ def test_the_random_state_is_restored_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_random_states_of_all_gpus_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.tensor([number], dtype=torch.uint8) for number in range(3)]
+    current = list(states)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda.random, "get_rng_state", lambda device=0: current[device])
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: len(states), raising=False)
+    monkeypatch.setattr(
+        torch.cuda.random, "set_rng_state", lambda s, device=0: current.__setitem__(device, s)
+    )
+    with isolated():
+        current[:] = [each + 10 for each in states]
+    assert current == states
+
+
 def test_runs_with_shared_noise_draw_the_numbers_of_one_run() -> None:
     pyro.set_rng_seed(3)
     expected = [noise().item(), noise().item()]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import biject_to, constraints, transforms
 
+from pyro_recursive.tracing import supports
 from pyro_recursive.tracing.supports import is_circular, is_fixed
 from pyro_recursive.tracing.transforms import CircleTransform, bijection
 
@@ -52,6 +53,20 @@ def test_angles(name: str) -> None:
 @pytest.mark.parametrize("name", LINES)
 def test_no_angles(name: str) -> None:
     assert not is_circular(LINES[name]())
+
+
+@pytest.mark.parametrize("make", [LINES["flat"], LINES["heavy"], ANGLES["scalar"]])
+def test_types_are_looked_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supports, "_circular", {})
+    expected = is_circular(make())
+    monkeypatch.setattr(supports, "_has_period", None)
+    assert is_circular(make()) == expected
+
+
+def test_types_are_looked_at_until_densities_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supports, "_circular", {})
+    assert not is_circular(dist.VonMises(math.nan, 1.0, validate_args=False))
+    assert is_circular(dist.VonMises(0.0, torch.full((999,), 1e-9).float()).to_event(1))
 
 
 def test_fixed_supports() -> None:

@@ -9,12 +9,13 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 
-from pyro_recursive import IWAE_ELBO
+from pyro_recursive import IWAE_ELBO, AmortizedGuide
+from pyro_recursive.tracing.graphs import host_reads
 from pyro_recursive.training.compiled import flat
 from pyro_recursive.training.compiled.svi import CompiledSVI
 
@@ -96,6 +97,23 @@ def test_learning_rate_of_one_optimiser_decays_once(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(flat, "LARGE", 8)
     torch.testing.assert_close(losses("graph"), losses("eager"), rtol=1e-10, atol=1e-12)
+
+
+def test_data_of_rows_with_parameters_are_not_read_in_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, make = list[Tensor](), host_reads.ReadValues.__init__
+
+    def note(self: Any, graph: Any, values: list[Tensor]) -> None:
+        read.extend(values)
+        make(self, graph, values)
+
+    monkeypatch.setattr(host_reads.ReadValues, "__init__", note)
+    guide = AmortizedGuide(eight_schools)
+    svi = traced(eight_schools, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(*DATA)
+    assert not read
 
 
 @pytest.mark.slow
