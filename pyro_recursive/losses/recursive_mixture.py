@@ -214,6 +214,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
             args, kwargs = tuple(self.holdout), {}
         run = self._draw_members(Program(model, guide, args, kwargs), growing_mixture_of(guide))
         scale, last = run.evaluation.local.layout.scale, run.plan.column
+        component, draws = run.plan.component, run.plan.num_draws
+        logger.info("Component %s: %d draws of each member in its test.", component, draws)
         log_q = run.by_member(log_mixture)
         return gain(
             run.log_p(log_q),
@@ -259,8 +261,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
         """Keep or drop the component on trial; return minus the ELBO, whose graph is empty."""
         with torch.no_grad():
             value = self._value(self._evaluate(program))
-        component, draws = mixture.stage.component, mixture.num_draws
-        logger.info("Component %s: %d draws of each member in its test.", component, draws)
+        component = mixture.stage.component
         found = self.gain(program.model, program.guide, *program.args, **program.kwargs)
         is_kept = mixture.end_trial(found)
         outcome = "kept" if is_kept else "dropped"
@@ -273,7 +274,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
     @torch.no_grad()
     def _draw_members(self, program: Program, mixture: GrowingMixture) -> "PlanRun":
         members, exact = mixture.members, OBJECTIVES["exact"]
-        plan = StepPlan(exact, members, members[-1], mixture.num_draws, trains_guide=False)
+        draws = mixture.num_draws(program.args, program.kwargs)
+        plan = StepPlan(exact, members, members[-1], draws, trains_guide=False)
         return self._run(program, mixture, plan)
 
     def _run(

@@ -53,9 +53,9 @@ class GrowingMixture(MixtureLike, Protocol):
     ``component``, None for all. The next step may be the first of all, before which components
     start from paths (``starts_from_paths``), the first for a component
     (``starts_component``) or its acceptance test (``is_trial``), with ``num_draws`` of each
-    component and row, after which ``end_trial`` returns whether it is kept. A stage without end has
-    0 ``stage_steps_left``. A proposed component has the weight ``epsilon``. Log-weights can be set,
-    ``[J]``, where all rows share one vector.
+    component and row of a call, after which ``end_trial`` returns whether it is kept. A stage
+    without end has 0 ``stage_steps_left``. A proposed component has the weight ``epsilon``.
+    Log-weights can be set, ``[J]``, where all rows share one vector.
     Growth can end by importance weights of draws that leave nothing to gain.
     It can ``watch`` for members that have lost their weight, once it is no longer growing, and
     drop them in joint stages.
@@ -69,8 +69,8 @@ class GrowingMixture(MixtureLike, Protocol):
     starts_from_paths: bool
     is_trial: bool
     is_growing: bool
-    num_draws: int
 
+    def num_draws(self, args: tuple, kwargs: dict[str, Any]) -> int: ...
     def prepare(self, *args: Any, **kwargs: Any) -> None: ...
     def rollback_first_call(self) -> AbstractContextManager[None]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...

@@ -145,6 +145,26 @@ def test_growth_ends_where_nothing_is_left(
     """The gap is half the variance of normal log-weights: 0.001 and 0.08 nats."""
     guide = starting(monkeypatch, found(*counts, ratios=noise * torch.randn(4000)), 3)
     assert guide.is_growing is not ends and guide.members == (0, 1)
+    if ends:
+        assert guide.progress[3:].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("counts", "ends"), [((5, 3), True), ((7, 1), False)])
+def test_a_resumed_guide_decides_by_the_paths_of_the_first_run(
+    counts: tuple[int, ...], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by those of its own first step; a state without counts never ends growth early."""
+    ratios = 0.4 * torch.randn(4000)  # far from the evidence, at first
+    guide = starting(monkeypatch, found(*counts, ratios=ratios), 3)
+    others, state = found(*((7, 1) if ends else (5, 3)), ratios=ratios), guide.state_dict()
+    resumed, old = (starting(monkeypatch, others, 3, name=name) for name in ("resumed", "old"))
+    resumed.load_state_dict(state)
+    old.load_state_dict(state | {"progress": state["progress"].clamp(max=1)})
+    for each in (guide, resumed, old):
+        assert each.is_growing and each.members == (0, 1)
+        each.end_if_complete(0.05 * torch.randn(4000))
+    assert guide.is_growing is resumed.is_growing is not ends
+    assert old.is_growing
 
 
 def test_a_loaded_guide_has_no_new_paths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 Where draws are pinned to nodes, equality is to rounding.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -722,6 +723,22 @@ def test_the_holdout_decides() -> None:
         train(guide, RecursiveMixture_ELBO(2, holdout=holdout), 1, model, x, needed)
         kept.append(guide.members)
     assert kept == [(0, 1), (0,), (0, 1)]
+
+
+def test_a_test_has_draws_for_the_rows_that_it_is_on(caplog: pytest.LogCaptureFixture) -> None:
+    """2,000 in all, and at least 32 for each row, whatever the guide's first call was on."""
+    caplog.set_level(logging.INFO, "pyro_recursive")
+    for few, many in ((2, 100), (100, 2)):
+        guide = guide_of(2, name=f"from_{few}")
+        guide.prepare(torch.randn(few, 2))
+        guide.progress.copy_(torch.tensor(REFINE))
+        for holdout in (None, (torch.randn(many, 2),)):
+            caplog.clear()
+            loss = RecursiveMixture_ELBO(1, holdout=holdout)
+            loss.gain(rows_model, guide, torch.randn(many, 2))
+            assert f": {1000 if many == 2 else 32} draws of each" in caplog.messages[0]
+    new = guide_of(2, name="new")
+    assert new.num_draws((torch.randn(40, 2),), {}) == 50
 
 
 # --- Options

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.mixture.guide import MixtureGuide
 from pyro_recursive.guides.pathfinder.mixture import (
     PathMixture,
-    PathReport,
     mixture_of_paths,
     paths_for,
 )
@@ -107,13 +107,13 @@ def _learned(trace: poutine.Trace) -> list[str]:
     return [site["name"] for site in params if unconstrained(site["value"]).requires_grad]
 
 
-def is_complete(log_ratios: Tensor, report: PathReport, least: float) -> bool:
+def is_complete(log_ratios: Tensor, num_paths: Sequence[int], least: float) -> bool:
     """Whether hardly anything is left to gain, and no more modes are to be expected.
 
     The first by ``log p - log q`` of draws, ``[S]``, as weights that k-hat calls reliable; the
-    other where no Gaussian was found by one path alone: their share of the paths estimates that of
-    paths which would find others (Good and Turing).
+    other where no Gaussian was found by one path alone (``num_paths`` of each): their share of the
+    paths estimates that of paths which would find others (Good and Turing).
     """
     gap = log_ratios.logsumexp(0) - math.log(len(log_ratios)) - log_ratios.mean()
-    is_close = bool(gap < max(least, NOTHING_LEFT)) and min(report.num_paths) > 1
+    is_close = bool(gap < max(least, NOTHING_LEFT)) and min(num_paths) > 1
     return is_close and bool(psis(log_ratios).pareto_k < RELIABLE)

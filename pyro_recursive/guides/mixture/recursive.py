@@ -100,8 +100,9 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.schedule = schedule or Schedule()
         self.stages = self.schedule.stages(count)
         # The index of the stage, the steps taken in it, the failures of its component, and for each
-        # component 0, or for members 1 and the number of rows that were last seen without it: a
-        # buffer for checkpoints, on the CPU as it is read in each step.
+        # component 0, or for members 1 and a number: while growth goes on that of the paths which
+        # have found it, later that of the rows that were last seen without it. A buffer for
+        # checkpoints, on the CPU as it is read in each step.
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(3 + count, dtype=torch.long, device="cpu"))
         self.progress[3] = 1
@@ -122,10 +123,12 @@ class RecursiveMixtureGuide(MixtureGuide):
         """
         return sum(stage.steps for stage in self.stages)
 
-    @property
-    def num_draws(self) -> int:
-        """How many draws of each component and row the acceptance test takes."""
-        rows = math.prod(frame.size for latents in self.groups for frame in latents.rows)
+    def num_draws(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Return how many draws of each component and row the acceptance test of a call takes."""
+        with isolated():
+            self.get_ready(args, kwargs)
+            call = self.new_call(args, kwargs)
+        rows = math.prod(size for latents in self.groups for size in call.sizes(latents))
         return max(32, self.schedule.draws // rows)
 
     @property
@@ -133,7 +136,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         """The stage of training; after the last one, all components together."""
         number, _, _, *inside = self._read()
         stage = self.stages[number] if number < len(self.stages) else Stage("joint", None, 0)
-        is_shared = stage.kind == "first" and sum(inside) > 1
+        is_shared = stage.kind == "first" and sum(map(bool, inside)) > 1
         return stage._replace(component=None) if is_shared else stage
 
     @property
@@ -201,10 +204,11 @@ class RecursiveMixtureGuide(MixtureGuide):
         if found is None:
             return
         self.report = found.report
-        pairs = zip(found.gaussians.loc, found.gaussians.scale_tril, strict=True)
-        for m, (loc, scale_tril) in enumerate(pairs):
+        gaussians, counts = found.gaussians, found.report.num_paths
+        each = zip(gaussians.loc, gaussians.scale_tril, counts, strict=True)
+        for m, (loc, scale_tril, count) in enumerate(each):
             self.component(m).set_gaussian(self.groups[0], loc, scale_tril)
-            self.progress[3 + m] = 1
+            self.progress[3 + m] = 1 + count
         self.set_log_weights(found.log_weights)
         self.end_if_complete(found.log_ratios)
 
@@ -213,8 +217,8 @@ class RecursiveMixtureGuide(MixtureGuide):
 
         Only where paths have found the members, as draws do not tell of modes without members.
         """
-        report, least = self.report, self.schedule.min_gain
-        if report is not None and is_complete(log_ratios, report, least):
+        num_paths = [number - 1 for number in self._read()[3:] if number > 1]
+        if num_paths and is_complete(log_ratios, num_paths, self.schedule.min_gain):
             self._end_growth()
 
     def _end_growth(self) -> None:
@@ -262,6 +266,7 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def _enter(self, number: int, failures: int = 0) -> None:
         """Enter a stage, or the next one whose component is a member or may become one."""
+        was_growing = self.is_growing
         while number < len(self.stages):
             kind, component, _ = self.stages[number]
             is_over = kind in ("propose", "refine") and component in self.members
@@ -269,6 +274,8 @@ class RecursiveMixtureGuide(MixtureGuide):
                 break
             number += 1
         self.progress[:3] = torch.tensor([number, 0, failures])
+        if was_growing and not self.is_growing:
+            self.progress[3:].clamp_(max=1)
         if self.stage.kind == "refine":
             self.progress[3 + (self.stage.component or 0)] = 1  # on trial
 
