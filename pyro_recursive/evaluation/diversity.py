@@ -14,9 +14,9 @@ from pyro_recursive.evaluation.calls import checked, measurement
 from pyro_recursive.evaluation.evidence import CHUNK_ROWS
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.packing import LatentBlock
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.protocols import MixtureLike
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 

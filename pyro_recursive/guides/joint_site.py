@@ -17,7 +17,6 @@ from torch import Tensor
 from pyro_recursive.guides.call import GuideCall
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.handlers import joint_draw
-from pyro_recursive.tracing.plates import outer_shape as outer_shape
 from pyro_recursive.tracing.sites import JOINT, LEAVES_OUT, MODEL_MASK, PACKED, JointDraw
 
 

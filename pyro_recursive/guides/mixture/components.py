@@ -19,12 +19,12 @@ from torch import Tensor
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall
-from pyro_recursive.guides.joint_site import outer_shape
 from pyro_recursive.guides.marginals import kept_log_density
 from pyro_recursive.guides.packing import LatentBlock, PackedSite, Values
 from pyro_recursive.tracing.compatibility import check_angle, log_prob_of
 from pyro_recursive.tracing.handlers import SubstituteByName
 from pyro_recursive.tracing.masks import SUFFIX, without_events
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import JOINT, Site, is_delta, latent_sites, layers
 
 

@@ -17,7 +17,7 @@ from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.guides.call import GuideCall, first_argument
 from pyro_recursive.guides.gaussian_families import Family, FamilyName
-from pyro_recursive.guides.joint_site import emit, inside, outer_shape
+from pyro_recursive.guides.joint_site import emit, inside
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.mixture.components import component_of
 from pyro_recursive.guides.mixture.weights import Weights
@@ -27,6 +27,7 @@ from pyro_recursive.guides.row_families import MixtureRows, RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, component_steps
 from pyro_recursive.guides.whitening import Gaussian
 from pyro_recursive.tracing.handlers import ComponentAssignment, ComponentIndex, current_assignment
+from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import PARTICLE_PLATE
 
 # Components are drawn at random where no loss assigns them.
