@@ -163,8 +163,10 @@ class AmortizedGuide(LatentGuide):
     def set_gaussian(self, latents: LatentBlock, loc: Tensor, scale_tril: Tensor) -> None:
         """Set the free Gaussians of a block to the members of the family near these.
 
-        ``[*rows, D]`` and ``[*rows, D, D]``, in unconstrained space.
+        ``[*rows, D]`` and ``[*rows, D, D]``, in unconstrained space. The next call does not replace
+        them by what Pyro's store has under the guide's name.
         """
+        self.is_computed = True
         with torch.no_grad():
             if latents.whitening is not None:
                 loc, scale_tril = latents.whitening.whitened_gaussian(loc, scale_tril)

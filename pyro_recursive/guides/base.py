@@ -101,7 +101,7 @@ class LatentGuide(AutoGuide):
         self.nesting = 0  # how many dims the model's plates take
         self._plates = ModelPlates()
         self._in_calls = LatentsInCalls()
-        self.is_loaded = False  # since the last call
+        self.is_loaded = self.is_computed = False  # the parameters, since the last call
         self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(check_prepared)
         self.register_load_state_dict_post_hook(note_loaded)
@@ -320,13 +320,15 @@ class LatentGuide(AutoGuide):
 
     def get_ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Prepare a new guide; load parameters from Pyro's store, or evict another guide's."""
-        if self.whiten is True and not self.is_loaded:
+        is_newer = self.is_loaded or self.is_computed
+        if self.whiten is True and not is_newer:
             check_coordinates(self)
         is_new = claim_name(self)
         self.prepare(*args, **kwargs)
-        if self.is_loaded:
+        if is_newer:
             evict_stale(self, self._pyro_name)
-            self.is_loaded, self._shared = False, None
+            self.is_loaded = self.is_computed = False
+            self._shared = None
         elif is_new or self._store_was_loaded():
             load_from_store(self, self._pyro_name)
 

@@ -2,8 +2,8 @@
 
 The store outlives modules. Pyro copies stored values into a `PyroParam` but not into other
 parameters: the program would then run with the module's parameters and train those of the store. A
-guide therefore decides: a state loaded since its last call replaces the entries of the store;
-otherwise the values of the store replace those of the guide.
+guide therefore decides: a state loaded, or a result computed, since its last call replaces the
+entries of the store; otherwise the values of the store replace those of the guide.
 """
 
 from collections.abc import Iterator

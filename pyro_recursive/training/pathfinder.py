@@ -47,6 +47,7 @@ class PathfinderGuide(MixtureGuide):
         for m, component in enumerate(self.components):
             component.set_gaussian(latents, gaussians.loc[m], gaussians.scale_tril[m])
         self.weights.set_shared(log_weights)
+        self.is_computed = True
 
     def extra_repr(self) -> str:
         """Return how many paths found each component, ELBO, k-hat and the number of gradients."""

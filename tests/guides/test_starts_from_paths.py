@@ -1,6 +1,7 @@
 """Growing mixtures whose components come from the paths of an optimiser."""
 
 import copy
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,20 @@ def test_both_roots_are_members_after_one_step(seed: int) -> None:
     assert guide.members == (0, 1)
     torch.testing.assert_close(guide.component_weights(), torch.full((2,), 0.5), atol=0.03, rtol=0)
     assert problem.log_evidence - elbo(guide) < 0.013
+
+
+def test_members_from_paths_are_not_those_that_the_store_has() -> None:
+    """An earlier guide of the same name left its parameters in Pyro's store."""
+
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 9.0)), 0.1), obs=x)
+
+    for x in torch.tensor([2.0, -5.0]):
+        guide = RecursiveMixtureGuide(model, 2, schedule=SHORT)
+        step(guide, x)
+        assert guide.component(0).free_global[0].item() == pytest.approx(x.item(), abs=0.01)
+        del guide
+        gc.collect()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pathfinder: exact on Gaussians, all modes of several, and a guide like any other."""
 
 import copy
+import gc
 import math
 import pickle
 from typing import Any
@@ -176,6 +177,25 @@ def test_the_result_is_a_guide_for_losses_and_evaluations() -> None:
     assert svi.step(X, Y) == pytest.approx(-exact, abs=0.5)
     history = fit(regression, guide, (X, Y), loss=Trace_ELBO(), epochs=3, progress=False)
     assert len(history.loss) == 3
+
+
+def test_a_later_guide_keeps_its_result() -> None:
+    """Also where Pyro's store has parameters of an earlier one, of the same name."""
+
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 9.0)), 0.1), obs=x)
+
+    for x in torch.tensor([2.0, -5.0]):
+        guide = pathfinder(model, x, paths=2)
+        expected = guide.gaussian
+        draws = posterior_draws(model, guide, x, num_draws=4)["z"]
+        assert ((draws - x).abs() < 1).all()
+        torch.testing.assert_close(guide.gaussian, expected)
+        guide.set_gaussians(Gaussians(expected[0][None] + 1, expected[1][None]), torch.zeros(1))
+        draws = posterior_draws(model, guide, x, num_draws=4)["z"]
+        assert ((draws - x - 1).abs() < 1).all()
+        del guide
+        gc.collect()
 
 
 def evidence_of_regression() -> float:

@@ -210,6 +210,7 @@ class RecursiveMixtureGuide(MixtureGuide):
             self.component(m).set_gaussian(self.groups[0], loc, scale_tril)
             self.progress[3 + m] = 1 + count
         self.set_log_weights(found.log_weights)
+        self.is_computed = True
         self.end_if_complete(found.log_ratios)
 
     def end_if_complete(self, log_ratios: Tensor) -> None:
