@@ -82,15 +82,35 @@ def posterior_draws(
     check_at_least(1, num_draws=num_draws, num_proposals=num_proposals, chunk_size=chunk_size)
     if resample not in (None, "psis"):
         raise ValueError(f"resample must be None or 'psis', got {resample!r}.")
+    program = Program(model, guide, args, kwargs)
+    chosen = num_draws if resample else None
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
-    run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize_particles}
-    with torch.no_grad():
-        program = Program(model, guide, args, kwargs)
-        chunks = program, count, chunk_size, compile
-        draws = _from_guide(*chunks, weighted=resample is not None, **run)
-        if resample is not None:
-            draws = draws.take(resampled_index(draws.log_weights, num_draws, draws.plates))
-    call, how = (model, args, kwargs), (chunk_size, vectorize_particles)
+    nesting: dict[str, Any] = {"max_plate_nesting": max_plate_nesting}
+    chunks: dict[str, Any] = {"chunk_size": chunk_size, "compile": compile}
+    return draws_of(program, count, chosen, vectorize=vectorize_particles, **chunks, **nesting)
+
+
+@torch.no_grad()
+def draws_of(
+    program: Program,
+    count: int,
+    chosen: int | None = None,
+    *,
+    chunk_size: int | None = None,
+    vectorize: bool | str = True,
+    compile: bool = False,
+    max_plate_nesting: float = math.inf,
+) -> Draws:
+    """Return so many draws of a program, or of these so many that are chosen by their weights.
+
+    As `posterior_draws`, whose keywords are no names that the model's arguments may have.
+    """
+    run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize}
+    is_weighted = chosen is not None
+    draws = _from_guide(program, count, chunk_size, compile, weighted=is_weighted, **run)
+    if chosen is not None:
+        draws = draws.take(resampled_index(draws.log_weights, chosen, draws.plates))
+    call, how = (program.model, program.args, program.kwargs), (chunk_size, vectorize)
     draws = draws.of_this_call()
     if draws.summed:
         draws = with_enumerated(*call, draws, *how, compile=compile)

@@ -1,5 +1,7 @@
 """Draws of a posterior by the cheapest of Pathfinder, importance weights and NUTS to be trusted."""
 
+import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import MCMC
+from pyro.infer.mcmc.util import diagnostics
 from torch import Tensor
 
 from pyro_recursive.evaluation.calls import sampling, shown_as_html
@@ -19,14 +22,20 @@ from pyro_recursive.evaluation.importance import (
     pareto_k_threshold,
     psis,
 )
-from pyro_recursive.evaluation.predictions import posterior_draws, resampled_index
+from pyro_recursive.evaluation.predictions import resampled_index
+from pyro_recursive.guides.gaussian_families import Full
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.pathfinder.gaussians import Gaussians
-from pyro_recursive.guides.pathfinder.mixture import PathReport, paths_for
+from pyro_recursive.guides.pathfinder.mixture import PathReport, mixture_of_paths, paths_for
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.training.nuts import packed, start_from, weighted_covariance
-from pyro_recursive.training.pathfinder import PathfinderGuide, pathfinder
+from pyro_recursive.training.nuts import (
+    draws_where_possible,
+    start_from,
+    weighted_covariance,
+    weighted_vectors,
+)
+from pyro_recursive.training.pathfinder import PathfinderGuide, guide_of_paths
 
 PROPOSALS = 10_000  # draws of a guide for its importance weights, at least
 PROPOSALS_PER_DRAW = 2.5
@@ -35,6 +44,7 @@ MORE_PATHS = (1, 2, 4)  # times as many, while modes may be missing
 ROUNDS = 6  # of moments that are matched
 LEAST_DRAWS = 1  # for each latent that the weights are worth, for moments
 LEAST_WEIGHT = 1e-3  # of a component
+NUMBERS = itertools.count(1)  # of the guides, for names of their own
 
 
 @dataclass(frozen=True)
@@ -160,27 +170,27 @@ def fit_or_sample(
     """
     check_at_least(1, paths=paths, num_chains=num_chains)
     check_at_least(4 * num_chains, num_draws=num_draws)  # for r-hat
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()):  # the name of the guide is free for the next call
-        return _approximate(model, args, kwargs, num_draws, paths, num_chains, compile)
+    store, clock = pyro.get_param_store(), time.perf_counter()
+    with store.scope(store.get_state()):  # the guide leaves nothing there
+        density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
+        with pyro.validation_enabled(False):  # points outside of a domain have a density of 0
+            return _approximate(density, num_draws, paths, num_chains, compile, clock)
 
 
 def _approximate(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
+    density: LogDensity,
     num_draws: int,
     paths: int,
     num_chains: int,
     compile: bool,
+    clock: float,
 ) -> PosteriorApproximation:
-    clock = time.perf_counter()
-    density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
+    model, args, kwargs = density.program.model, density.program.args, density.program.kwargs
+    family, name = Full(), f"fit_or_sample_{next(NUMBERS)}"
     cost = num_values = 0
     for factor in MORE_PATHS:
-        guide = pathfinder(model, *args, paths=factor * paths, **kwargs)
-        report = guide.report
-        assert report is not None
+        found = mixture_of_paths(copy.copy(density), factor * paths, family)  # counts from 0
+        guide, report = guide_of_paths(density, found, family, name), found.report
         cost += report.num_gradients + density.size * report.num_hessians
         num_values += report.num_values
         if not _may_miss_modes(report):
@@ -188,9 +198,7 @@ def _approximate(
     proposals = max(PROPOSALS, math.ceil(PROPOSALS_PER_DRAW * num_draws))
     stages, best = list[StageReport](), None
     for number in range(ROUNDS + 1):
-        draws = posterior_draws(
-            model, guide, *args, num_draws=proposals, chunk_size=density.chunk, **kwargs
-        )
+        draws, are_all = draws_where_possible(density, guide, proposals)
         log_weights = draws.log_weights.reshape(len(draws), -1).sum(-1)
         stage = StageReport(
             f"moments {number}" if number else "Pathfinder",
@@ -198,7 +206,7 @@ def _approximate(
             num_gradients=0 if number else cost,
             num_values=proposals + (0 if number else num_values),
             seconds=time.perf_counter() - clock,
-            elbo=log_weights.mean().item(),
+            elbo=log_weights.mean().item() if are_all else -math.inf,
             pareto_k=psis(log_weights).pareto_k.item(),
         )
         stages.append(stage)
@@ -213,7 +221,7 @@ def _approximate(
         if stage.ess < LEAST_DRAWS * density.size:
             break
         if number < ROUNDS:
-            _match_moments(guide, *mixture, packed(density, draws), log_weights)
+            _match_moments(guide, *mixture, *weighted_vectors(density, draws))
     assert best is not None
     stage, draws, mixture = best
     guide.set_gaussians(*mixture)
@@ -221,7 +229,7 @@ def _approximate(
     mcmc = MCMC(**start, num_samples=math.ceil(num_draws / num_chains), disable_progbar=True)
     mcmc.run(*args, **kwargs)
     draws, _ = chain_draws(mcmc, model, args, kwargs, {})
-    stages.append(_of_chains(mcmc, draws, time.perf_counter() - clock))
+    stages.append(_of_chains(mcmc, time.perf_counter() - clock))
     return PosteriorApproximation(draws, guide, stage.pareto_k, tuple(stages), mcmc)
 
 
@@ -231,17 +239,23 @@ def _may_miss_modes(report: PathReport) -> bool:
     return is_rare or report.paths < paths_for(count)
 
 
-def _of_chains(mcmc: MCMC, draws: Draws, seconds: float) -> StageReport:
-    """Return what NUTS found and took."""
-    found = mcmc.diagnostics()
-    sites = [found[name] for name in mcmc.get_samples()]
+def _of_chains(mcmc: MCMC, seconds: float) -> StageReport:
+    """Return what NUTS found and took.
+
+    Constant numbers, as the first of a Cholesky factor of correlations, have no r-hat.
+    """
+    found, samples = mcmc.diagnostics(), mcmc.get_samples(group_by_chain=True)
+    moves = {name: (x != x[:1, :1]).flatten(0, 1).any(0) for name, x in samples.items()}
+    if any(bool(each.any()) for each in moves.values()):  # else all chains are stuck
+        samples = {n: x[:, :, moves[n]] for n, x in samples.items() if bool(moves[n].any())}
+    sites = [diagnostics({name: x})[name] for name, x in samples.items()]
     return StageReport(
         "NUTS",
-        ess=min(site["n_eff"].min().item() for site in sites),
+        ess=torch.stack([site["n_eff"].min() for site in sites]).min().item(),
         num_gradients=sum(found["gradients"].values()),
         num_values=0,
         seconds=seconds,
-        r_hat=max(site["r_hat"].max().item() for site in sites),
+        r_hat=torch.stack([site["r_hat"].max() for site in sites]).max().item(),
         divergences=sum(map(len, found["divergences"].values())),
     )
 

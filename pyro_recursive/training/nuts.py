@@ -2,7 +2,8 @@
 
 import multiprocessing
 from collections.abc import Callable
-from typing import Any, TypedDict
+from dataclasses import replace
+from typing import Any, NamedTuple, TypedDict
 
 import pyro
 import torch
@@ -12,24 +13,27 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_recursive.evaluation.draws import Draws
+from pyro_recursive.evaluation.calls import sampling
+from pyro_recursive.evaluation.draws import Draws, joined
 from pyro_recursive.evaluation.importance import (
     effective_sample_size,
     pareto_k_threshold,
     psis,
 )
 from pyro_recursive.evaluation.model_runs import ModelRuns, run_on_draws
-from pyro_recursive.evaluation.predictions import posterior_draws
-from pyro_recursive.guides.log_density import LogDensity
+from pyro_recursive.evaluation.predictions import draws_of
+from pyro_recursive.guides.log_density import FAILURES, LogDensity
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.pathfinder.gaussians import random_starts
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.program import Program
 from pyro_recursive.training.potential import Potential
 
 PACKED = "latents"  # the one site of Pyro's kernel
 DRAWS = 4000  # of the guide
 WARMUP, LONG_WARMUP = 50, 500  # steps, for the step size alone and for the mass matrix, too
+ATTEMPTS = 20  # single draws in a row at which a model may raise
 PRIOR_DRAWS = 5.0  # that the diagonal of a covariance counts for, as in Stan
 
 
@@ -207,6 +211,7 @@ class NUTSStart(TypedDict):
     warmup_steps: int
 
 
+@sampling()
 def nuts_start(
     guide: Callable,
     model: Callable,
@@ -255,18 +260,16 @@ def nuts_start(
     check_at_least(1, num_chains=num_chains, num_draws=num_draws)
     trace = StartSearch(model, args, kwargs).trace
     density = LogDensity(model, args, kwargs, trace)
-    options: dict[str, Any] = {"num_draws": num_draws, "chunk_size": density.chunk}
-    draws = posterior_draws(model, guide, *args, **options, **kwargs)
-    return start_from(density, draws, num_chains, compile=compile)
+    with pyro.validation_enabled(False):  # points outside of a domain have a density of 0
+        draws = draws_where_possible(density, guide, num_draws).draws
+        return start_from(density, draws, num_chains, compile=compile)
 
 
 def start_from(
     density: LogDensity, draws: Draws, num_chains: int, *, compile: bool = False
 ) -> NUTSStart:
     """Return arguments of `pyro.infer.MCMC` from draws of a guide with their weights."""
-    u = packed(density, draws)
-    log_weights = draws.log_weights.reshape(len(draws), -1).sum(-1)
-    log_weights = log_weights.masked_fill(~u.isfinite().all(-1), -torch.inf)
+    u, log_weights = weighted_vectors(density, draws)
     if not bool(log_weights.isfinite().any()):
         raise ValueError(f"None of {len(draws)} draws of the guide has a weight.")
     smoothed = psis(log_weights)
@@ -311,6 +314,52 @@ def weighted_covariance(u: Tensor, weights: Tensor) -> Tensor:
     covariance = (w * centred).mT @ centred * ess / (ess - 1).clamp(min=1.0)
     diagonal = covariance.diagonal().clamp(min=torch.finfo(u.dtype).tiny).diag()
     return (ess * covariance + PRIOR_DRAWS * diagonal) / (ess + PRIOR_DRAWS)
+
+
+class PossibleDraws(NamedTuple):
+    """Draws at which a model runs, and whether there were others, at which it raises."""
+
+    draws: Draws
+    are_all: bool
+
+
+def draws_where_possible(density: LogDensity, guide: Callable, count: int) -> PossibleDraws:
+    """Return so many draws of a guide at which the model of a density runs.
+
+    Draws at which it raises have the density 0 and are left out: parts of the draws, each half as
+    large as the one before where that raises, are drawn anew. Weights that are not finite are 0.
+    """
+    call = density.program
+    program = Program(call.model, guide, call.args, call.kwargs)
+    parts, size, left, attempts, are_all = list[Draws](), count, count, 0, True
+    while left:
+        size = min(size, left)
+        try:
+            parts.append(draws_of(program, size, chunk_size=density.chunk))
+        except FAILURES:
+            attempts += size == 1
+            if attempts == ATTEMPTS:
+                raise
+            size, are_all = max(1, size // 2), False
+        else:
+            attempts, left, size = 0, left - size, 2 * size
+    draws = parts[0]
+    if len(parts) > 1:
+        sites = joined([part.sites for part in parts])
+        log_p, log_q = map(torch.cat, zip(*(part.log_densities for part in parts), strict=True))
+        draws = replace(draws, sites=sites, count=count, log_p=log_p, log_q=log_q)
+    log_p, log_q = draws.log_densities
+    has_weight = (log_p - log_q).isfinite()
+    log_p, log_q = log_p.where(has_weight, -torch.inf), log_q.where(has_weight, 0.0)
+    return PossibleDraws(replace(draws, log_p=log_p, log_q=log_q), are_all)
+
+
+def weighted_vectors(density: LogDensity, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Return draws as `packed` does, and their log-weights, ``[S]``: -inf for those not finite."""
+    u = packed(density, draws)
+    is_finite = u.isfinite().all(-1)
+    log_weights = draws.log_weights.reshape(len(draws), -1).sum(-1)
+    return torch.where(is_finite[:, None], u, 0.0), log_weights.where(is_finite, -torch.inf)
 
 
 def packed(density: LogDensity, draws: Draws) -> Tensor:

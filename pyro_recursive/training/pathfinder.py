@@ -107,23 +107,15 @@ def pathfinder(
     check_at_least(1, paths=paths)
     family = family_of(family)
     density = LogDensity(model, args, kwargs, StartSearch(model, args, kwargs).trace)
-    found = mixture_of_paths(density, paths, family)
-    guide = _guide(model, args, kwargs, density, family, found, name)
-    guide.report = found.report
-    return guide
+    return guide_of_paths(density, mixture_of_paths(density, paths, family), family, name)
 
 
-def _guide(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    density: LogDensity,
-    family: Family,
-    found: PathMixture,
-    name: str | None,
+def guide_of_paths(
+    density: LogDensity, found: PathMixture, family: Family, name: str | None
 ) -> PathfinderGuide:
-    """Return the mixture as a guide that starts at its first component."""
-    gaussians, log_weights, *_ = found
+    """Return a mixture as a guide of a density's model, which starts at the first component."""
+    model, args, kwargs = density.program.model, density.program.args, density.program.kwargs
+    gaussians, log_weights, _, report = found
     at = density.values(gaussians.loc[0])
     slots = {slot.name: slot for slot in density.block.slots}
 
@@ -135,4 +127,5 @@ def _guide(
     guide.prepare(*args, **kwargs)
     guide.set_gaussians(gaussians, log_weights)
     guide.init_loc_fn = None  # which a pickle could not hold
+    guide.report = report
     return guide

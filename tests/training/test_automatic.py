@@ -1,9 +1,13 @@
 """`fit_or_sample`: each stage on a posterior that needs it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.mcmc.util import diagnostics
 from torch import Tensor
 
 from pyro_recursive import fit_or_sample, pathfinder
@@ -41,6 +45,103 @@ def test_a_gaussian_posterior_takes_no_second_stage() -> None:
     table = str(found).splitlines()
     assert table[0].split() == ["stage", "ELBO", "k-hat", "ESS", "gradients", "densities", "s"]
     assert table[1].startswith("Pathfinder") and "4000 draws, weighted" in table[2]
+
+
+def test_guides_of_all_results_can_be_called_beside_each_other() -> None:
+    """Pyro's store is by name, and has the parameters of another guide of that class."""
+
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 9.0)), 0.1), obs=x)
+
+    data = torch.tensor([2.0, -5.0, 3.0])
+    guides = [pathfinder(model, data[0], paths=1)]
+    posterior_draws(model, guides[0], data[0], num_draws=2)
+    stored = set(pyro.get_param_store())
+    guides += [fit_or_sample(model, x, paths=1, num_draws=4).guide for x in data[1:]]
+    assert set(pyro.get_param_store()) == stored
+    for x, guide in zip(data, guides, strict=True):
+        draws = posterior_draws(model, guide, x, num_draws=4)["z"]
+        assert ((draws - x).abs() < 1).all()
+
+
+def test_keywords_are_those_of_the_model() -> None:
+    """Also where functions that are called on the way have some of these names."""
+    seen: set[tuple[str, str, int]] = set()
+
+    def model(x: Tensor, family: str = "", name: str = "", chunk_size: int = 0) -> None:
+        seen.add((family, name, chunk_size))
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 9.0)), 0.1), obs=x)
+
+    given: dict[str, Any] = {"family": "poisson", "name": "b", "chunk_size": 2}
+    found = fit_or_sample(model, X[0], paths=1, num_draws=4, **given)
+    nuts.nuts_start(found.guide, model, X[0], num_draws=40, **given)
+    assert seen == {("poisson", "b", 2)}
+
+
+def outside(z: Tensor) -> None:
+    """A scale that is negative beyond 3.2."""
+    pyro.sample("x", dist.Normal(0.0, torch.where(z > 3.2, -1.0, 1.0)), obs=torch.tensor(0.0))
+
+
+def indefinite(z: Tensor) -> None:
+    """A matrix that has no Cholesky factor beyond 1 / 0.3."""
+    corner = 0.3 * z[..., None, None] * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    factor = torch.linalg.cholesky(torch.eye(2) + corner)
+    pyro.factor("f", 0.0 * factor[..., 0, 0])
+
+
+@pytest.mark.parametrize("failing", [outside, indefinite])
+def test_draws_at_which_the_model_fails_have_no_weight(failing: Any) -> None:
+    def model() -> None:
+        failing(pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+    pyro.set_rng_seed(2)
+    found = fit_or_sample(model, paths=2)
+    stage = found.stages[0]
+    assert found.mcmc is None and stage.elbo == -torch.inf and stage.ess > 9900
+    assert 2.5 < found["z"].max() < 1 / 0.3
+    assert found["z"].var() == pytest.approx(1.0, abs=0.1)
+    start = nuts.nuts_start(found.guide, model)
+    assert start["warmup_steps"] == 50
+    assert start["kernel"].start_matrix.item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_model_that_always_fails_is_told() -> None:
+    calls: list[int] = []
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if calls:
+            raise ValueError("the rows of my table differ")
+        pyro.factor("f", -z)
+
+    guide, density = pathfinder(model, paths=1), nuts.LogDensity(model)
+    calls.append(1)
+    with pytest.raises(ValueError, match="rows of my table"):
+        nuts.draws_where_possible(density, guide, 100)
+
+
+def test_numbers_that_are_constant_have_no_r_hat() -> None:
+    chains = torch.randn(2, 50, 3, 3).tril()
+    chains[..., 0, 0] = 1.0
+
+    def worst(**samples: Tensor) -> tuple[float, float]:
+        found = {"gradients": {"chain 0": 3}, "divergences": {"chain 0": []}}
+        mcmc: Any = SimpleNamespace(
+            diagnostics=lambda: found, get_samples=lambda group_by_chain: samples
+        )
+        stage = automatic._of_chains(mcmc, 0.0)
+        return stage.r_hat, stage.ess
+
+    rest = chains[..., [1, 1, 2, 2, 2], [0, 1, 0, 1, 2]]
+    assert worst(z=rest + 1, factor=chains) == worst(factor=chains) == worst(factor=rest)
+    assert worst(factor=chains) == (
+        diagnostics({"z": rest})["z"]["r_hat"].max(),
+        diagnostics({"z": rest})["z"]["n_eff"].min(),
+    )
+    stuck = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 50, 1)
+    assert not worst(z=stuck, y=rest)[0] < 10
+    assert not worst(z=torch.zeros(2, 50, 1))[0] < 10
 
 
 def test_many_draws_take_more_proposals() -> None:

@@ -20,7 +20,12 @@ from pyro_recursive.evaluation import importance_weights, posterior_draws
 from pyro_recursive.guides.gaussian_families import LowRank
 from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.pathfinder import mixture
-from pyro_recursive.guides.pathfinder.gaussians import BestOfPaths, Gaussians, find_gaussians
+from pyro_recursive.guides.pathfinder.gaussians import (
+    BestOfPaths,
+    Gaussians,
+    find_gaussians,
+    random_starts,
+)
 from pyro_recursive.guides.pathfinder.lbfgs import minimise
 
 
@@ -309,6 +314,33 @@ def test_starts_without_a_density_are_told() -> None:
     with pytest.raises(ValueError, match=r"raised at each of 4 starts.*rows of my table") as caught:
         find_gaussians(density, 4)
     assert "rows of my table" in str(caught.value.__cause__)
+
+
+def test_only_starts_that_fail_are_evaluated_again() -> None:
+    """From the same random numbers as if all were."""
+    seen: list[Tensor] = []
+
+    class Density:
+        start, num_values, num_errors = torch.ones(2), 1, 0
+
+        def __call__(self, u: Tensor) -> Tensor:
+            seen.append(u.clone())
+            return torch.where(u[:, 0] > 0.8, 0.0, math.nan)
+
+    density: Any = Density()
+    torch.manual_seed(0)
+    found = random_starts(density, 8)
+    assert bool((found[:, 0] > 0.8).all())
+    assert all(bool((points[:, 0] <= 0.8).any()) for points in seen[:-1])
+    torch.manual_seed(0)
+    expected = 2 * (2 * torch.rand(8, 2) - 1)
+    for attempt, points in enumerate(seen):
+        if attempt:
+            near = 1 + 2 * (1.01 - attempt / 100) * (2 * torch.rand(8, 2) - 1)
+            wrong = expected[:, :1] <= 0.8
+            assert len(points) == int(wrong.sum())
+            expected = torch.where(wrong, near, expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_best_single_member_has_the_highest_elbo_of_members() -> None:

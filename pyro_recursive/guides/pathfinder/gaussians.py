@@ -157,13 +157,15 @@ def random_starts(density: LogDensity, num_paths: int) -> Tensor:
     start = density.start.reshape(-1).double()
     noise = 2 * torch.rand(num_paths, len(start), dtype=start.dtype, device=start.device) - 1
     found = RADIUS * noise
-    for attempt in range(ATTEMPTS + 1):
-        wrong = ~density(found).isfinite()
-        if attempt == ATTEMPTS or not bool(wrong.any()):
+    wrong = ~density(found).isfinite()
+    for attempt in range(ATTEMPTS):
+        if not bool(wrong.any()):
             break
         radius = RADIUS * (1 - attempt / ATTEMPTS)
         near = start + radius * (2 * torch.rand_like(found) - 1)
-        found = torch.where(wrong[:, None], near, found)
+        again = wrong.nonzero().squeeze(-1)
+        found[again] = near[again]
+        wrong[again] = ~density(found[again]).isfinite()
     if not bool(wrong.all()):
         return found
     if density.num_errors == density.num_values:
