@@ -8,10 +8,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, ReweightedWakeSleep
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_recursive.losses.base import LogWeightELBO
-from pyro_recursive.tracing.param_store import parameters_in
+from pyro_recursive.tracing.param_store import parameters_in, unconstrained
 from pyro_recursive.tracing.protocols import StagedLoss
 
 ENDLESS = 2**31  # steps
@@ -50,24 +51,35 @@ def _from_gradients(
     loss: ELBO, model: Callable, guide: Callable, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Return a loss of Pyro with the gradients that it gives the parameters."""
-    before: dict[Tensor, Tensor | None] = {}
-
-    def forget(parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            before.setdefault(parameter, parameter.grad)
-            parameter.grad = None
-
-    forget(_leaves(vars(pyro.get_param_store())["_params"].values()))
+    forgotten = _ForgottenGradients()
+    forgotten.forget(vars(pyro.get_param_store())["_params"].values())
     try:
-        with poutine.trace(param_only=True) as captured:
+        with forgotten, poutine.trace(param_only=True) as captured:
             value: Any = loss.loss_and_grads(model, guide, *args, **kwargs)
         leaves = _leaves(parameters_in(captured.trace).values())
         reached = [each for each in leaves if each.grad is not None]
         gradients = [each.grad for each in reached]
     finally:
-        for parameter, gradient in before.items():
+        for parameter, gradient in forgotten.before.items():
             parameter.grad = gradient
     return _WithGradients.apply(torch.as_tensor(value), gradients, *reached)
+
+
+class _ForgottenGradients(Messenger):
+    """Takes the gradient that each parameter has ``before`` a run; Pyro's store may hold none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[Tensor, Tensor | None] = {}
+
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in _leaves(parameters):
+            if parameter not in self.before:  # else it is that of an earlier particle
+                self.before[parameter] = parameter.grad
+                parameter.grad = None
+
+    def _pyro_post_param(self, message: Any) -> None:
+        self.forget([unconstrained(message["value"])])
 
 
 def _leaves(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -8,11 +8,13 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_recursive import CompiledSVI
 from tests.models import ROWS
+from tests.training.compiled.scenarios import X, adam, check, shifted
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "Trace": Trace_ELBO,
@@ -54,6 +56,18 @@ def test_steps_are_those_of_svi(loss: str, name: str) -> None:
     found = trained(row, LOSSES[loss], partial(CompiledSVI, engine="graph", strict=True))
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["Trace of 3, looped", "MeanField"])
+def test_steps_are_those_of_svi_on_parameters_of_modules_alone(loss: str) -> None:
+    """Under ``module_local_params``, which Pyro's store has no parameters of."""
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi = make(shifted, AutoNormal(shifted), adam(), LOSSES[loss]())
+        return [svi.step(X) for _ in range(6)]
+
+    with pyro.settings.context(module_local_params=True):
+        check(scenario)
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no")
