@@ -30,7 +30,7 @@ from pyro_recursive.tracing.program import FAILURES
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
-from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, advance
+from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, Owners, advance
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
@@ -157,7 +157,8 @@ class Learner:
                     first = self._note_block(found.step.health[0], losses)
                     if first is not None:
                         advance(found.groups, first - len(losses))
-                        bad = piece.batch(done + first) if isinstance(piece, Table) else piece
+                        number = done + min(first, len(losses) - 1)
+                        bad = piece.batch(number) if isinstance(piece, Table) else piece
                         self.check(bad, epoch)
                     self._add_sums(found, len(losses))
                 else:
@@ -168,14 +169,17 @@ class Learner:
     def _note_block(self, health: Tensor, losses: Tensor) -> int | None:
         """Count the steps of a block; return the first that is not finite, where that is checked.
 
-        Compiled steps change nothing from that one on, and their losses are NaN or infinite.
+        Compiled steps change nothing from that one on, and their losses are NaN or infinite. It is
+        the number of all steps where none of these was, but an earlier one of another graph.
         """
         self.steps += len(losses)
-        self.health = health.squeeze(0)
+        before = self.health.to(health.device)  # also that of eager steps and other graphs
+        self.health = torch.where(before.isfinite(), health.squeeze(0), before)
         every = self.check_every or (1 if health.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY)
         if self.steps % every >= len(losses) or math.isfinite(self.health.item()):
             return None
-        first = int((~losses.isfinite()).int().argmax())
+        bad = (~losses.isfinite()).nonzero()
+        first = int(bad[0]) if len(bad) else len(losses)  # it was in another graph
         self.steps -= len(losses) - first
         return first
 
@@ -209,7 +213,7 @@ class Learner:
         return Training(
             traced_loss(self.model, self.guide, self.loss),
             lambda call: self.step(*self._present),
-            lambda parameter: (self.optimizer, {}),
+            Owners(lambda: self.optimizer),
             clip_norm=self.clip_norm,
             is_guarded=True,
             is_summed=is_summed,

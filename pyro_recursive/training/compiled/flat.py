@@ -19,27 +19,33 @@ SPEED_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # of optim
 NOT_IN_UPDATE = DYNAMIC | SPEED_OPTIONS | {"initial_accumulator_value"}
 GROUPS, VARYING = "_flat_groups", "_varying_options"  # attributes that optimisers are given
 LARGE = 4096  # entries of a parameter that has a group for itself
-OwnerOf = Callable[[Tensor], tuple[Optimizer, dict[str, float]]]
 
 
 class NoOptimiser(Unsupported):
-    """Says that a parameter is too new to have an optimiser: an eager step makes it."""
+    """Says that a parameter has no optimiser or a new one: an eager step makes what is missing."""
 
 
-def owner_in(optimizer: Any) -> OwnerOf:
-    """Return the function that finds the torch optimiser of a parameter, and its clipping."""
-    if isinstance(optimizer, Optimizer):
-        return lambda parameter: (optimizer, {})
+class Owners:
+    """Finds the torch optimisers of parameters in the optimiser that ``present`` returns."""
 
-    def find(parameter: Tensor) -> tuple[Optimizer, dict[str, float]]:
-        assert isinstance(optimizer, PyroOptim)
+    def __init__(self, present: Callable[[], PyroOptim | Optimizer]) -> None:
+        self._present = present
+
+    def all(self) -> list[Any]:
+        """Return all optimisers and schedules that parameters have now."""
+        optimizer = self._present()
+        return [optimizer] if isinstance(optimizer, Optimizer) else [*optimizer.optim_objs.values()]
+
+    def find(self, parameter: Tensor) -> tuple[Optimizer, dict[str, float]]:
+        """Return the torch optimiser of a parameter, and its clipping."""
+        optimizer = self._present()
+        if isinstance(optimizer, Optimizer):
+            return optimizer, {}
         found = optimizer.optim_objs.get(parameter)
         if found is None:
             raise NoOptimiser("a parameter has no optimiser")
         # A schedule has an optimiser of its own.
         return getattr(found, "optimizer", found), optimizer._get_grad_clip_args(parameter)
-
-    return find
 
 
 class Member(NamedTuple):
@@ -65,20 +71,16 @@ class FlatGroup:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], owner: OwnerOf, is_summed: bool = False
+        self, parameters: Sequence[Tensor], owners: Owners, is_summed: bool = False
     ) -> None:
-        self.members = list[Member]()
-        for parameter in parameters:
-            (optimizer, clip), start = owner(parameter), self.size
-            group, end = _group_of(optimizer, parameter), start + parameter.numel()
-            self.members.append(Member(parameter, optimizer, group, start, end, clip))
+        self.parameters, self.owners = list(parameters), owners
+        self._find_members()
         kinds = {type(member.optimizer) for member in self.members}
         if len(kinds) != 1 or not kinds <= RULES.keys():
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             known = ", ".join(kind.__name__ for kind in RULES)
             raise Unsupported(f"optimiser {names} has no compiled form (which have: {known})")
         self.rule: Rule = RULES[kinds.pop()]
-        self.optimizers = list({id(m.optimizer): m.optimizer for m in self.members}.values())
         self.options = self._read_options()
         some = parameters[0]
         size = self.size
@@ -103,7 +105,18 @@ class FlatGroup:
 
     @property
     def size(self) -> int:
-        return self.members[-1].end if self.members else 0
+        return self.members[-1].end
+
+    def _find_members(self) -> None:
+        """Find the optimisers that the parameters have now."""
+        owners, members, start = self.owners.all(), list[Member](), 0
+        for parameter in self.parameters:
+            optimizer, clip = self.owners.find(parameter)
+            group, end = _group_of(optimizer, parameter), start + parameter.numel()
+            members.append(Member(parameter, optimizer, group, start, end, clip))
+            start = end
+        self.members, self._owners_read = members, owners
+        self.optimizers = list({id(m.optimizer): m.optimizer for m in self.members}.values())
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -151,18 +164,18 @@ class FlatGroup:
             total.zero_()
         return found
 
-    def read_counts(self) -> None:
-        """Take over the number of steps that the optimiser counts."""
-        new = self._spread(self._counts(), torch.int64)
-        if len(new) > len(self.steps):
-            raise Unsupported("the step counts of parameters, equal at first, now differ")
-        self.steps.copy_(new)
-        self.is_current = True
-
     @torch.no_grad()
     def bind(self) -> None:
-        """Copy parameters and states into the buffers, and make them views of these."""
-        self.members = [m._replace(group=_group_of(m.optimizer, m.parameter)) for m in self.members]
+        """Copy parameters, states and step counts into the buffers; make the former two views."""
+        self.is_current = False  # until all is read: it may raise
+        self.write_counts()
+        self._find_members()
+        if any(RULES.get(type(each)) is not self.rule for each in self.optimizers):
+            raise Unsupported("the kind of the optimiser")
+        counts = self._spread(self._counts(), torch.int64)
+        if len(counts) > len(self.steps):
+            raise Unsupported("the step counts of parameters, equal at first, now differ")
+        self.steps.copy_(counts)
         for optimizer in self.optimizers:
             _groups_of(optimizer).add(self)
         self._bound: list[tuple[Tensor, int, Optimizer, dict[str, Any]]] = []
@@ -171,8 +184,7 @@ class FlatGroup:
             state = member.optimizer.state[member.parameter]
             for name, buffer in self.slots.items():
                 view = member.view(buffer)
-                if (old := state.get(name)) is not view and old is not None:
-                    view.copy_(old)
+                view.copy_(state[name])
                 state[name] = view
             view = member.view(self.values)
             if member.parameter.data_ptr() != view.data_ptr():
@@ -181,6 +193,7 @@ class FlatGroup:
             place = view.data_ptr()
             self._bound.append((member.parameter, place, member.optimizer, state))
             self._views += [(state, name, state[name]) for name in self.slots]
+        self.is_current = True
 
     @property
     def is_bound(self) -> bool:
@@ -195,10 +208,9 @@ class FlatGroup:
 
         Raises Unsupported where the graph does not hold for the optimiser as it is now.
         """
-        if not (self.is_current and self.is_bound):
-            self.is_current = False  # until all is read: it may raise
+        is_owner = self.owners.all() == self._owners_read
+        if not (is_owner and self.is_current and self.is_bound):
             self.bind()
-            self.read_counts()
         self._read_rates()
 
     def _read_rates(self) -> None:
@@ -219,8 +231,9 @@ class FlatGroup:
         """Give the optimiser the number of steps, which the buffers count."""
         if not self.done:
             return
-        for member in self.members:
-            state = member.optimizer.state[member.parameter]
+        for parameter, _, optimizer, state in self._bound:
+            if optimizer.state.get(parameter) is not state:
+                continue  # another one, with a count of its own
             if isinstance(count := state.get("step"), Tensor):
                 count += self.done
             elif count is not None:
@@ -249,14 +262,14 @@ class FlatGroup:
         """Take over options that have changed: inputs of the graphs that are made from now on."""
         found = self._read_options()
         for name, old in self.options.items():
-            pairs = list(zip(tree_leaves(found[name]), tree_leaves(old), strict=True))
-            if all(isinstance(each, Tensor) for pair in pairs for each in pair):
-                for value, own in pairs:
+            for value, own in zip(tree_leaves(found[name]), tree_leaves(old), strict=True):
+                is_input, is_tensor = (isinstance(each, Tensor) for each in (own, value))
+                if is_input and is_tensor and value.numel() <= own.numel():
                     own.copy_(value)
-            elif any(value is not own and value != own for value, own in pairs):
-                for optimizer in self.optimizers:
-                    vars(optimizer).setdefault(VARYING, set()).add(name)
-                raise Unsupported(f"option {name} of the optimiser")
+                elif is_input or is_tensor or (value is not own and value != own):
+                    for optimizer in self.optimizers:
+                        vars(optimizer).setdefault(VARYING, set()).add(name)
+                    raise Unsupported(f"option {name} of the optimiser")
         self._options_read = [self._read(member.group) for member in self.members]
 
     def _rates(self) -> list[float]:
@@ -288,9 +301,12 @@ class FlatGroup:
     def _counts(self) -> list[int]:
         for optimizer in self.optimizers:
             _write_counts(_groups_of(optimizer))  # of other graphs, too
-        states = [m.optimizer.state[m.parameter] for m in self.members]
-        # Plain SGD counts no steps, and needs to know its first one alone.
-        return [int(state["step"]) if "step" in state else bool(state) for state in states]
+        states = [m.optimizer.state.get(m.parameter, {}) for m in self.members]
+        needed = [*self.slots, *(["step"] if self.rule.counts else [])]
+        if any(state.get(name) is None for state in states for name in needed):
+            raise NoOptimiser("the optimiser has no state of a parameter")
+        # SGD counts no steps, and only needs to know its first one.
+        return [int(state["step"]) if self.rule.counts else bool(state) for state in states]
 
 
 def _groups_of(optimizer: Optimizer) -> set[FlatGroup]:
@@ -344,7 +360,7 @@ def advance(groups: Sequence[FlatGroup], count: int) -> None:
 
 
 def flat_groups(
-    parameters: Iterable[Tensor], owner: OwnerOf, is_summed: bool = False
+    parameters: Iterable[Tensor], owners: Owners, is_summed: bool = False
 ) -> list[FlatGroup]:
     """Return the parameters by dtype and device: small ones together, each large one alone.
 
@@ -354,4 +370,4 @@ def flat_groups(
     for number, parameter in enumerate(parameters):
         alone = number if parameter.numel() >= LARGE else None
         found.setdefault((parameter.dtype, parameter.device, alone), []).append(parameter)
-    return [FlatGroup(each, owner, is_summed) for each in found.values()]
+    return [FlatGroup(each, owners, is_summed) for each in found.values()]

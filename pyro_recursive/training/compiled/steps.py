@@ -23,7 +23,7 @@ from pyro_recursive.training.compiled.engines import EngineName, tolerances
 from pyro_recursive.training.compiled.flat import (
     FlatGroup,
     NoOptimiser,
-    OwnerOf,
+    Owners,
     flat_groups,
 )
 from pyro_recursive.training.compiled.losses import TracedLoss
@@ -47,8 +47,8 @@ def steps_to_earn(operations: int) -> int:
 class Training(NamedTuple):
     """What is trained: the loss with its graph, and a whole eager step.
 
-    ``eager`` takes a step on a call and returns its loss, a scalar in nats; ``owner`` finds the
-    optimiser of a parameter; ``others`` returns parameters that it has beside those of the loss,
+    ``eager`` takes a step on a call and returns its loss, a scalar in nats; ``owners`` finds
+    optimisers of parameters; ``others`` returns parameters that it has beside those of the loss,
     and may change for their gradient of zero; ``clip_norm`` is the largest norm of all gradients
     together. With ``is_guarded`` steps change nothing after a loss or gradient that is not finite;
     with ``is_summed`` they add up the values of the parameters.
@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
     loss: TracedLoss
     eager: Callable[[Call], Tensor]
-    owner: OwnerOf
+    owners: Owners
     others: Callable[[], list[Tensor]] = list
     clip_norm: float | None = None
     is_guarded: bool = False
@@ -103,7 +103,14 @@ class CompiledSteps:
             return self.training.eager(call)
         outdated = None
         for step in self._steps.setdefault(key, []):
-            outdated = step.outdated(call) or self._prepare(step, call)
+            try:
+                outdated = step.outdated(call)
+                if outdated is None:
+                    step.prepare(call)
+            except NoOptimiser:
+                return self.training.eager(call)
+            except Unsupported as error:
+                outdated = str(error)
             if outdated is None:
                 if any(group.has_gradients for group in step.groups):
                     return self.training.eager(call)
@@ -155,14 +162,6 @@ class CompiledSteps:
         self._eager_steps[key] = self._eager_steps.get(key, 0) + 1
         return self.training.eager(call)
 
-    def _prepare(self, step: CompiledStep, call: Call) -> str | None:
-        """Give a step the call and what the optimiser has now; return why it does not hold."""
-        try:
-            step.prepare(call)
-        except Unsupported as error:
-            return str(error)
-        return None
-
     def _compared(self, key: Any, step: CompiledStep, call: Call) -> Tensor:
         """Take an eager step and return its loss; give up a compiled step that differs."""
         changed = set(map(id, step.step.changed))
@@ -175,7 +174,8 @@ class CompiledSteps:
         result = self.training.eager(call)
         expected = result.item()
         tight, loose = tolerances(step.step)
-        if not math.isfinite(expected):
+        is_finite = all(bool(group.values.isfinite().all()) for group in step.groups)
+        if not (is_finite and math.isfinite(expected)):
             return result  # the next step is compared
         step.is_compared = True
         is_same = abs(loss - expected) <= tight * (1 + abs(expected))
@@ -194,11 +194,13 @@ class CompiledSteps:
         try:
             for group in self._groups.get(key, ()):
                 group.refresh()
+        except NoOptimiser:
+            raise
         except Unsupported:  # options of the optimiser are others now
             del self._groups[key]
         if key not in self._groups:
             self._groups[key] = flat_groups(
-                parameters, self.training.owner, self.training.is_summed
+                parameters, self.training.owners, self.training.is_summed
             )
         return self._groups[key]
 

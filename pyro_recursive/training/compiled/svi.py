@@ -19,7 +19,7 @@ from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.param_store import parameters_in
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName, check_engine
-from pyro_recursive.training.compiled.flat import owner_in
+from pyro_recursive.training.compiled.flat import Owners
 from pyro_recursive.training.compiled.losses import traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.interrupts import Interrupts
@@ -89,8 +89,9 @@ class CompiledSVI:
         parts = self.model, self.guide, self.optim, self.loss
         if self._trained is None or any(map(operator.is_not, parts, self._trained)):
             traced = traced_loss(self.model, self.guide, self.loss)
-            others = partial(_parameters, self.optim)
-            training = Training(traced, self._eager, owner_in(self.optim), others)
+            optim = self.optim
+            others = partial(_parameters, optim)
+            training = Training(traced, self._eager, Owners(lambda: optim), others)
             self._made = CompiledSteps(training, *self._options)
             self._trained = parts
         return self._made

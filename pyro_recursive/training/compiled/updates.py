@@ -22,6 +22,7 @@ class Rule(NamedTuple):
 
     update: Update
     slots: Callable[[Options], tuple[str, ...]]
+    counts: bool = True  # the steps, in its state
 
 
 def _adam(
@@ -109,7 +110,7 @@ RULES: dict[type[Optimizer], Rule] = {
     Adam: Rule(_adam, _adam_slots),
     AdamW: Rule(_adam, _adam_slots),
     ClippedAdam: Rule(_clipped_adam, _adam_slots),
-    SGD: Rule(_sgd, lambda o: ("momentum_buffer",) if _has_momentum(o) else ()),
+    SGD: Rule(_sgd, lambda o: ("momentum_buffer",) if _has_momentum(o) else (), counts=False),
     RMSprop: Rule(
         _rmsprop,
         lambda o: (

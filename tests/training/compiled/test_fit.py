@@ -141,6 +141,20 @@ def test_a_block_stops_before_a_gradient_that_is_not_finite() -> None:
     assert {int(state["step"]) for state in states} == {7}
 
 
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_of_two_graphs_is_reported() -> None:
+    """The last batch has a graph of its own, of which all is finite."""
+    x = X.clone()
+
+    def on_step(step: int, loss: Tensor) -> None:
+        if step == 8:  # both graphs were compared
+            x[0] = 20.0
+
+    options: dict[str, Any] = {"batch_size": 48, "shuffle": False, "check_every": 1000, "epochs": 6}
+    with pytest.raises(NonFiniteError, match="epoch 5"):
+        run("graph", x, program=Root, on_step=on_step, **options)
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("check_every", [None, 100])
 def test_what_does_not_recur_is_said_to_be_so(

@@ -10,8 +10,9 @@ import pyro.optim
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_recursive import IWAE_ELBO
+from pyro_recursive import IWAE_ELBO, CompiledSVI
 from tests.training.compiled.scenarios import Scenario, X, adam, check, check_eager, guide, shifted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Plate 'data' encloses")
@@ -67,6 +68,70 @@ def test_hooks_of_an_optimiser_run() -> None:
                 each.register_step_post_hook(lambda *args, p=parameter: p.data.clamp_(max=0.05))
 
     check_eager(steps_and(change), "the optimiser has hooks")
+
+
+def sgd() -> Any:
+    return pyro.optim.SGD({"lr": 0.05, "momentum": 0.9, "dampening": 0.3})
+
+
+@pytest.mark.quick("adam-load the state", "sgd-clear the optimisers")
+@pytest.mark.parametrize("change", ["clear the state", "load the state", "clear the optimisers"])
+@pytest.mark.parametrize("optim", [adam, sgd])
+def test_an_optimiser_may_start_afresh(optim: Callable[[], Any], change: str) -> None:
+    """An eager step makes the state anew, and compiled ones go on."""
+    fresh: list[Any] = []
+
+    def restart(step: int, optim: Any) -> None:
+        if not fresh:  # as an optimiser of no steps
+            first = next(iter(optim.optim_objs.values()))
+            fresh.append(first.state_dict() | {"state": {}})
+        if step == 6 and change == "clear the optimisers":
+            optim.optim_objs.clear()
+        for each in optim.optim_objs.values() if step == 6 else ():
+            each.state.clear() if change == "clear the state" else each.load_state_dict(fresh[0])
+        if step == 11:
+            counts = [
+                each.state_dict()["state"][0].get("step", 5) for each in optim.optim_objs.values()
+            ]
+            assert set(map(int, counts)) == {5}
+
+    check(steps_and(restart, optim))
+
+
+def test_a_parameter_may_be_trained_later() -> None:
+    """Its optimiser, which was made before, has no state of it."""
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        module = AutoNormal(shifted)
+        module(X)
+        frozen = next(module.parameters())
+        frozen.requires_grad_(False)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+        if make is SVI:
+            make = partial(CompiledSVI, engine="eager")  # `SVI` takes no optimiser of torch
+        svi = make(shifted, module, optimizer, IWAE_ELBO(3))
+        losses = [svi.step(X) for _ in range(4)]
+        frozen.requires_grad_(True)
+        return losses + [svi.step(X) for _ in range(5)]
+
+    check(scenario)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(
+    "options", [[{"weight_decay": 0.1}, {}], [{"betas": (0.5, 0.999)}, {"betas": (0.4, 0.999)}]]
+)
+def test_options_of_one_parameter_may_change(options: list[dict[str, Any]]) -> None:
+    """From equal to different ones, to others, and back to equal ones."""
+
+    def change(step: int, optim: Any) -> None:
+        defaults = {"weight_decay": 0.0, "betas": (0.9, 0.999)}
+        if step in (3, 6, 9):
+            first, second = options if step == 3 else options[::-1]
+            for each, new in zip(optim.optim_objs.values(), [first, second], strict=True):
+                each.param_groups[0].update(defaults if step == 9 else new)
+
+    check(steps_and(change))
 
 
 @pytest.mark.slow
