@@ -334,9 +334,9 @@ class LatentGuide(AutoGuide):
 
     def _store_was_loaded(self) -> bool:
         """Whether Pyro's store was loaded since the last call."""
-        if self._shared is None:
+        if self._shared is None:  # the last call was the first
             self._shared = shared_parameter(self, self._pyro_name)
-            return False
+            return self._shared is None
         (name, parameter), store = self._shared, pyro.get_param_store()
         return name in store and store[name] is not parameter
 

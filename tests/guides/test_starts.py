@@ -574,6 +574,22 @@ def test_methods_use_a_store_that_was_loaded(make: Callable, tmp_path: Any) -> N
     torch.testing.assert_close(found(), expected)
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_store_that_is_loaded_after_a_call_counts(calls: int) -> None:
+    guide, x = AmortizedGuide(small.vector_rows, nn.Linear(3, 6)), torch.randn(4, 3)
+    for _ in range(calls):
+        guide(x)
+    store = pyro.get_param_store()
+    state = copy.deepcopy(store.get_state())
+    with torch.no_grad():
+        guide.encoder.weight.add_(7.0)
+    store.clear()
+    store.set_state(state)
+    guide(x)
+    (name,) = (key for key in store if key.endswith("weight"))
+    assert guide.encoder.weight is store[name] and guide.encoder.weight.abs().max() < 1
+
+
 # --- Improper priors, with the exact posterior as guide
 
 
