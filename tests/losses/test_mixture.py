@@ -25,6 +25,7 @@ from pyro_recursive import (
     Stratified_ELBO,
     bounds,
 )
+from pyro_recursive.tracing.handlers import KLWarmup
 from tests.models.small import normal_rows
 from tests.oracles.mixtures import (
     ALIKE,
@@ -43,6 +44,7 @@ from tests.oracles.mixtures import (
     put,
     setting,
 )
+from tests.oracles.quadrature import log_normal
 
 LOG_WEIGHTS = LOGITS.log_softmax(-1)
 
@@ -148,6 +150,18 @@ def test_looped_equals_vectorised(loss: type, estimator: str, count: int) -> Non
             value = chosen.differentiable_loss(s.model, s.guide)
         results.append((value.detach(), *torch.autograd.grad(value, s.parameters())))
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)
+
+
+def test_kl_warm_up_weighs_the_mixture_inside_a_logarithm() -> None:
+    """And not the components' weights, by which their draws are there."""
+    noise = torch.randn(2, 5)
+    s = setting(5)
+    with KLWarmup(0.2), pinned(noise), torch.no_grad():
+        value = SIWAE_ELBO(1).differentiable_loss(s.model, s.guide)
+    z, log_weights = PLACES[:, :1] + PLACES[:, 1:].exp() * noise, LOGITS.log_softmax(-1)
+    kl = log_normal(z, THETA, 1.3) - log_q(z, PLACES, log_weights)
+    terms = log_weights[:, None] + log_normal(1.7, z**2, 0.8) + 0.2 * kl
+    torch.testing.assert_close(value, -terms.logsumexp(0).sum())
 
 
 # --- What the bounds are worth
