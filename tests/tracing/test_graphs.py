@@ -1,10 +1,12 @@
 """Graphs of runs become machine code that does the same, by interfaces of torch that may change."""
 
+import copy
 import gc
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +27,9 @@ from pyro_recursive.tracing.graphs.kernels import (
     _recording,
     compile_graph,
 )
-from pyro_recursive.tracing.graphs.python_state import PythonState
+from pyro_recursive.tracing.graphs.python_state import PythonState, undone_runs
 from pyro_recursive.tracing.graphs.references import Entry, read_copy
+from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
 P = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).view(6, 4)
 
@@ -248,6 +251,39 @@ def test_bound_methods_are_compared_in_the_quick_way(monkeypatch: pytest.MonkeyP
         assert state.changed() is None
     owner.scale = 3.0
     assert "scale" in str(state.changed())
+
+
+CHANGED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "new key": ({"a": 1}, lambda kept: kept.setdefault(len(kept), 2)),
+    "moved key": ({"a": 1, "b": 2}, lambda kept: kept.update(c=3, a=kept.pop("a"))),
+    "key less": ({"a": 1, "b": 2}, lambda kept: kept.pop("a")),
+    "attribute": (types.SimpleNamespace(a=1), lambda kept: setattr(kept, "b", 2)),
+    "longer list": ([1, 2], lambda kept: kept.extend([3, 4])),
+    "shorter list": ([1, 2, 3], lambda kept: kept.pop(0)),
+    "empty list": ([1, 2, 3], lambda kept: kept.clear()),
+    "list of many": (list(range(70)), lambda kept: kept.append(1)),
+    "longer deque": (deque([1, 2]), lambda kept: kept.appendleft(3)),
+    "full deque": (deque([1, 2], maxlen=2), lambda kept: kept.append(3)),
+    "shorter deque": (deque([1, 2, 3]), lambda kept: kept.popleft()),
+    "set": ({1, 2}, lambda kept: kept.symmetric_difference_update({2, 3})),
+    "ndarray": (np.arange(3.0), lambda kept: kept.__iadd__(1.0)),
+    "bytearray": (bytearray(b"ab"), lambda kept: kept.append(1)),
+    "array": (array("d", [1.0, 2.0]), lambda kept: kept.append(3.0)),
+}
+
+
+@pytest.mark.parametrize(("kept", "change"), CHANGED.values(), ids=CHANGED)
+def test_what_a_run_changes_in_containers_is_undone(
+    kept: Any, change: Callable[[Any], Any]
+) -> None:
+    def model() -> None:
+        change(kept)
+
+    before = copy.deepcopy(kept)
+    state = PythonState({"model": model})
+    with pytest.raises(Unsupported, match="changes in each run"), undone_runs(state):
+        model()
+    assert np.array_equal(kept, before) if isinstance(kept, np.ndarray) else kept == before
 
 
 def test_arrays_are_compared_without_a_copy() -> None:

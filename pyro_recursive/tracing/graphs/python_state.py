@@ -59,6 +59,7 @@ class PythonState:
         # By id; held, so that no other object gets it.
         self._seen: dict[int, Any] = {id(root): root for root in roots.values()}
         self._waiting = [(root, name, False) for name, root in roots.items()]
+        self._keys = dict[int, set[Any]]()  # of dictionaries, by id
         self._names = set[str]()  # that code names
         self._owners = set[int]()  # whose attributes count where code names them
         for root in roots.values():
@@ -116,7 +117,7 @@ class PythonState:
             changing += [entry._replace(is_private=False) for entry in replaced]
         for entry in changing:
             if not entry.is_private:
-                entry.restore()
+                entry.restore(self._keys.get(id(entry.container), ()))
         self.entries = [entry for entry in self.entries if id(entry) not in gone]
         self._sort()
         return changing
@@ -145,6 +146,8 @@ class PythonState:
         read, container, key, value, label = part
         if read is not None:
             self.entries.append(Entry(read, container, key, value, name + label, is_private))
+        if read is read_length and isinstance(container, dict):
+            self._keys[id(container)] = set(container)
         if len(self.entries) > MAX_ENTRIES:
             raise Unsupported(f"{name} leads to more than {MAX_ENTRIES} Python values")
         if read is read_copy or isinstance(value, (*SCALARS, Tensor)):
@@ -160,7 +163,8 @@ class PythonState:
         if isinstance(value, types.FunctionType):
             is_private = is_library(value.__module__)
         else:
-            is_closed = is_private or not isinstance(value, CONTAINERS)
+            is_data = isinstance(value, CONTAINERS) or hasattr(type(value), "__array__")
+            is_closed = is_private or not is_data
             is_private = is_closed and is_library(type(value).__module__)
         if isinstance(value, GENERATORS):
             state = read_random(value, None)

@@ -9,7 +9,7 @@ import types
 import weakref
 from array import array
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -83,20 +83,28 @@ class Entry(NamedTuple):
             return is_copy and np.array_equal(now, old, equal_nan=now.dtype.kind in "fc")
         return (self.read is read_copy or isinstance(now, SCALARS)) and bool(now == old)
 
-    def restore(self) -> None:
-        """Write the value back, where that can be done."""
+    def restore(self, keys: Collection[Any]) -> None:
+        """Write the value back, where that can be done; a dictionary had ``keys``."""
         owner = self.container
         if self.value is MISSING and isinstance(owner, dict):
-            owner.pop(self.key)
+            owner.pop(self.key, None)
         elif self.read is read_random:
             write_random(owner, self.value)
+        elif self.read is read_copy:
+            _write_copy(owner, self.value)
         elif self.read is _cell:
             owner.cell_contents = self.value
         elif self.read is _attribute:
             setattr(owner, self.key, self.value)
-        elif self.read is read_length and isinstance(owner, list):
-            del owner[self.value :]
-        elif isinstance(owner, dict) or (self.read is _element and self.key < len(owner)):
+        elif self.read is read_length and isinstance(owner, dict):
+            for key in [key for key in owner if key not in keys]:
+                del owner[key]
+        elif self.read is read_length and isinstance(owner, list | deque):
+            while len(owner) > self.value:
+                owner.pop()
+        elif self.read is _element and self.key == len(owner):  # after those before it
+            owner.append(self.value)
+        elif self.read is _element or isinstance(owner, dict):
             owner[self.key] = self.value
 
 
@@ -132,6 +140,18 @@ def _attribute(owner: Any, name: str) -> Any:
 def read_copy(container: Any, kind: Any) -> Any:
     """Return a copy of numbers, to be compared by what they are."""
     return container.copy() if kind is None else kind(container)
+
+
+def _write_copy(container: Any, value: Any) -> None:
+    if isinstance(container, set):
+        container.clear()
+        container.update(value)
+    elif isinstance(container, array):
+        container[:] = array(container.typecode, value)
+    elif not isinstance(container, np.ndarray):
+        container[:] = value
+    elif container.shape == value.shape:
+        container[...] = value
 
 
 def _in_context(variable: Any, key: None) -> Any:

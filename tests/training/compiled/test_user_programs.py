@@ -239,6 +239,16 @@ def in_list() -> Callable:
     return model
 
 
+def in_array() -> Callable:
+    counts = np.zeros(2)
+
+    def model(x: Tensor) -> None:
+        counts[1] += 1
+        shifted(x, float(counts[1]) / 10)
+
+    return model
+
+
 def hooked() -> Callable:
     net, seen = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), list[Tensor]()
     net[1].register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
@@ -267,6 +277,7 @@ EACH_RUN = {
     "dictionary": (in_dictionary, r"model -> counts\['runs'\] changes in each run"),
     "hook": (hooked, "model -> seen changes in each run"),
     "list": (in_list, "model -> runs changes in each run"),
+    "array": (in_array, "model -> counts changes in each run"),
     "random": (lambda: drawing(random.random), "the state of random changes"),
     "Random": (lambda: drawing(random.Random(1).random), "model -> draw changes"),
     "NumPy": (lambda: drawing(np.random.rand), "the state of numpy.random.* changes"),
