@@ -83,33 +83,40 @@ def posterior_draws(
     if resample not in (None, "psis"):
         raise ValueError(f"resample must be None or 'psis', got {resample!r}.")
     program = Program(model, guide, args, kwargs)
-    chosen = num_draws if resample else None
+    num_chosen = num_draws if resample else None
     count = num_draws if resample is None else num_proposals or PROPOSALS * num_draws
-    nesting: dict[str, Any] = {"max_plate_nesting": max_plate_nesting}
-    chunks: dict[str, Any] = {"chunk_size": chunk_size, "compile": compile}
-    return draws_of(program, count, chosen, vectorize=vectorize_particles, **chunks, **nesting)
+    return draws_of(
+        program,
+        count,
+        num_chosen,
+        chunk_size=chunk_size,
+        vectorize=vectorize_particles,
+        compile=compile,
+        max_plate_nesting=max_plate_nesting,
+    )
 
 
 @torch.no_grad()
 def draws_of(
     program: Program,
     count: int,
-    chosen: int | None = None,
+    num_chosen: int | None = None,
     *,
     chunk_size: int | None = None,
     vectorize: bool | str = True,
     compile: bool = False,
     max_plate_nesting: float = math.inf,
 ) -> Draws:
-    """Return so many draws of a program, or of these so many that are chosen by their weights.
+    """Return ``count`` draws, or ``num_chosen`` of them by weight.
 
-    As `posterior_draws`, whose keywords are no names that the model's arguments may have.
+    Takes a `Program`, so that arguments of the model may have the names of options. These are as in
+    `posterior_draws`.
     """
     run: dict[str, Any] = {"max_plate_nesting": max_plate_nesting, "vectorize": vectorize}
-    is_weighted = chosen is not None
+    is_weighted = num_chosen is not None
     draws = _from_guide(program, count, chunk_size, compile, weighted=is_weighted, **run)
-    if chosen is not None:
-        draws = draws.take(resampled_index(draws.log_weights, chosen, draws.plates))
+    if num_chosen is not None:
+        draws = draws.take(resampled_index(draws.log_weights, num_chosen, draws.plates))
     call, how = (program.model, program.args, program.kwargs), (chunk_size, vectorize)
     draws = draws.of_this_call()
     if draws.summed:

@@ -74,6 +74,9 @@ class LatentGuide(AutoGuide):
 
     can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`
     has_marginals: ClassVar[bool] = False  # whether it can leave out sites that a call observes
+    # Of the class, for pickles of versions that had no such attributes.
+    is_loaded = is_computed = False  # the parameters, since the last call
+    _shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
 
     def __init__(
         self,
@@ -101,8 +104,6 @@ class LatentGuide(AutoGuide):
         self.nesting = 0  # how many dims the model's plates take
         self._plates = ModelPlates()
         self._in_calls = LatentsInCalls()
-        self.is_loaded = self.is_computed = False  # the parameters, since the last call
-        self._shared: tuple[str, Tensor] | None = None  # a parameter that Pyro's store had, too
         self.register_load_state_dict_pre_hook(check_prepared)
         self.register_load_state_dict_post_hook(note_loaded)
 
@@ -334,10 +335,13 @@ class LatentGuide(AutoGuide):
 
     def _store_was_loaded(self) -> bool:
         """Whether Pyro's store was loaded since the last call."""
-        if self._shared is None:  # the last call was the first
+        store = pyro.get_param_store()
+        if not len(store):
+            return False
+        if self._shared is None:  # no parameter is known to be shared
             self._shared = shared_parameter(self, self._pyro_name)
             return self._shared is None
-        (name, parameter), store = self._shared, pyro.get_param_store()
+        name, parameter = self._shared
         return name in store and store[name] is not parameter
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:

@@ -99,6 +99,8 @@ class MAPAGuide(LatentGuide):
 
     can_be_component: ClassVar[bool] = False
     steps_to_warm_up: Tensor
+    # That buffer and its version, once it is 0. Of the class, for pickles that lack it.
+    _warm: tuple[Tensor, int] | None = None
 
     def __init__(
         self,
@@ -142,7 +144,6 @@ class MAPAGuide(LatentGuide):
         self._neighbour_rows: NeighbourRows | None = None
         self.table = table
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
-        self._warm: tuple[Tensor, int] | None = None  # that buffer and its version, once it is 0
         self.passes: Passes | None = None
 
     @property

@@ -173,6 +173,9 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
         for module in modules:
             for part in module.modules():
                 modes.setdefault(part, modes[module])
+        for part, is_training in modes.items():  # wholes before their parts
+            if part.training != is_training:
+                part.train(is_training)  # a module's own may do more than set the mode
         for part, is_training in modes.items():
             part.training = is_training
 

@@ -22,12 +22,12 @@ from pyro_recursive.evaluation.importance import (
 )
 from pyro_recursive.evaluation.model_runs import ModelRuns, run_on_draws
 from pyro_recursive.evaluation.predictions import draws_of
-from pyro_recursive.guides.log_density import FAILURES, LogDensity
+from pyro_recursive.guides.log_density import LogDensity
 from pyro_recursive.guides.packing import LatentBlock, Values
 from pyro_recursive.guides.pathfinder.gaussians import random_starts
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
-from pyro_recursive.tracing.program import Program
+from pyro_recursive.tracing.program import FAILURES, Program
 from pyro_recursive.training.potential import Potential
 
 PACKED = "latents"  # the one site of Pyro's kernel

@@ -353,6 +353,18 @@ def test_pickles_say_what_is_missing(name: str) -> None:
     assert one.guide(one.x)["z"].shape == (ROWS, LATENTS)
 
 
+@each(["encoder", "mapa"], "encoder", "mapa")
+def test_pickles_without_later_attributes_are_loaded(name: str) -> None:
+    """As versions wrote them that had no such attributes."""
+    trained = program(name).train(1)
+    loaded = HOW["pickle"](trained.guide)
+    for attribute in ("is_loaded", "is_computed", "_shared", "_warm"):
+        vars(loaded).pop(attribute, None)
+    loaded.attach(trained.model)
+    with pyro.get_param_store().scope():
+        Program(trained.model, loaded, trained.x, trained.kind).train(1)
+
+
 @each(OF_PYRO, "mixture_auto_normal", "mapa_rest")
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("steps", [0, 1])

@@ -8,7 +8,13 @@ from pyro import poutine
 from torch import nn
 
 from pyro_recursive.tracing.handlers import DryRun, RunCache, is_dry_run, run_cache
-from pyro_recursive.tracing.isolation import SharedNoise, isolated, outline, random_state
+from pyro_recursive.tracing.isolation import (
+    SharedNoise,
+    eval_mode,
+    isolated,
+    outline,
+    random_state,
+)
 
 
 def noise() -> torch.Tensor:
@@ -110,3 +116,23 @@ def test_guides_are_told_of_dry_runs_and_second_runs() -> None:
         found["draw"] = 1
     with RunCache(cache.content):
         assert run_cache() == {"draw": 1}
+
+
+class Merged(nn.Linear):
+    """Has its update in its weight in eval mode only, as adapters of low rank have."""
+
+    is_merged = False
+
+    def train(self, mode: bool = True) -> "Merged":
+        self.is_merged = not mode
+        return super().train(mode)
+
+
+def test_modules_whose_train_does_more_than_set_the_mode_are_trained_again() -> None:
+    moving, held = Merged(1, 1), Merged(1, 1)
+    held.eval()
+    whole = nn.Sequential(moving, held)
+    with eval_mode(whole):
+        assert moving.is_merged and held.is_merged
+    assert whole.training and moving.training and not held.training
+    assert held.is_merged and not moving.is_merged
