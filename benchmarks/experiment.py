@@ -306,10 +306,11 @@ def _scored(
 
 
 def kept_scores(method: Method, options: str, empty: Any) -> tuple[Any, Callable[[], None]]:
-    """Return what is evaluated so far, to be added to, and what writes it from time to time.
+    """Return the scores kept so far, to which the caller adds, and a function to save them.
 
-    It is ``empty`` where the file has nothing of these options and of the method's parameters: a
-    run that is trained again has others.
+    That function writes no more often than every ``WRITE_SECONDS``. The scores are ``empty`` where
+    the file has none of these options and of the method's parameters: a run that is trained again
+    has others.
     """
     path, kept, written = method.evaluated, dict[str, Any](), time.monotonic()
     if path is not None and path.exists():

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -56,7 +55,7 @@ def _processor() -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # of this writer alone
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # of this process alone
     text = json.dumps(content, indent=1) + "\n"
     try:
         part.write_text(text)

@@ -136,8 +136,8 @@ OBJECTIVES = {"exact": Exact(), "skew": Skew(), "relbo": Relbo(), "elbo": Alone(
 class Gain(NamedTuple):
     """The gain in a mixture's bound by a component, in nats summed over the data.
 
-    ``standard_error`` is over paired draws; ``ceiling`` is ``log(1 + exp(ELBO(q) - L(Q)))``, an
-    upper bound on the gain at any weight.
+    ``standard_error`` is over paired draws; ``ceiling`` is an upper bound on the gain at any weight
+    of the component, ``b log(1 + exp((ELBO(q) - L(Q)) / b))`` under a weight b of the KL term.
     """
 
     mean: float
@@ -173,8 +173,9 @@ def gain(
     (``own``) at all draws are ``[S, J, *rows]``, ``log_weights`` ``[*rows, J]``. Both bounds use
     the same draws. Where the rows are a sample of the data, their spread is part of the standard
     error. ``latent_weight``, ``[S, J, *rows]``, is what densities of latents are multiplied by in
-    all of these: a scale of the loss, or KL warm-up's weight. All is computed in float64: the sum
-    of weights in float32 times the evidence of many data may exceed the gain.
+    all of these: a scale of the loss, or KL warm-up's weight. All is computed in float64: in
+    float32 the weights sum to 1 only up to rounding, and that error times the evidence of much data
+    may exceed the gain.
     """
     if log_weights.shape[-1] < 2:
         raise ValueError("A gain needs at least 2 components, got 1.")
@@ -218,7 +219,8 @@ def corrective_weights(
     """
     log_p, table = double(log_p), double(table)
     weights = double(log_weights.detach()).log_softmax(-1)
-    rate = 1 / torch.as_tensor(latent_weight).max()  # the bound is so smooth, relative to entropy
+    # A step size with which mirror ascent never lowers the bound.
+    rate = 1 / torch.as_tensor(latent_weight).max()
     for step in range(max_steps):
         slopes = (log_p - latent_weight * log_mixture(table, weights)).mean(0)
         slopes = slopes.clamp(min=-1e30)  # a component outside of the support gets no weight

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from pyro_recursive.bounds.missing_mass import missing_gaussians
 from pyro_recursive.bounds.mixture_objectives import best_gain, log_mixture
-from pyro_recursive.losses.mixture import latent_weight
+from pyro_recursive.losses.mixture import density_weight
 from pyro_recursive.tracing import batched
 from pyro_recursive.tracing.choice import brief
 from pyro_recursive.tracing.densities import densities
@@ -223,6 +223,6 @@ class _Search:
             assignment=ComponentAssignment(components, record, points=points, members=members),
         )
         layout = layout_of(particles, [run.table for run in runs])
-        log_p, weight = densities(runs, layout).log_weights[0], latent_weight(runs, layout)[0]
+        log_p, weight = densities(runs, layout).log_weights[0], density_weight(runs, layout)[0]
         log_p = torch.where(weight > 0, log_p / weight, log_p)  # 0 where it is masked
         return log_p, torch.stack(list(log_q.values())).reshape(log_p.shape)

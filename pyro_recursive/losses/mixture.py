@@ -215,7 +215,7 @@ def component_site(run: ParticleRun) -> Site:
     return next(record.site for record in run.table.guide if record.group == "score")
 
 
-def latent_weight(runs: Sequence[ParticleRun], layout: PlateLayout) -> Tensor:
+def density_weight(runs: Sequence[ParticleRun], layout: PlateLayout) -> Tensor:
     """Return what log Q is multiplied by in the log-weights, ``[M, K, *plates]``.
 
     The product of mask, the user's scale and KL warm-up's weight: 1 without them.

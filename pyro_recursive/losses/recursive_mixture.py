@@ -28,8 +28,8 @@ from pyro_recursive.losses.component_search import place_component
 from pyro_recursive.losses.mixture import (
     MixtureLoss,
     component_site,
+    density_weight,
     joined_density,
-    latent_weight,
     log_mixture_weights,
     mixture_of,
     remaining_estimator,
@@ -53,7 +53,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
 
     The component in training climbs ``E_q[log p(x, z) - log R(z)]`` with its objective's reference
     R, the others are held; the model climbs the ELBO of the mixture, which is what `loss` returns,
-    in nats. Parameters that a step does not train keep ``grad=None``.
+    in nats. Parameters that a step does not train get no gradient; one that waits for the
+    optimiser stays.
 
     Args:
         num_particles: S, the samples of each component; 4 or more for a clamped objective.
@@ -183,8 +184,8 @@ class RecursiveMixture_ELBO(MixtureLoss):
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return the value of `differentiable_loss`, and add its gradients to the parameters'.
 
-        Parameters that this step does not train have no gradient in place of one of zeros, which
-        Pyro leaves after each step: optimisers then leave them as they are.
+        A gradient of zeros, which Pyro leaves after each step, becomes None in parameters that
+        this step does not train, so that optimisers skip them; other gradients stay.
         """
         with poutine.trace(param_only=True) as seen:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -225,7 +226,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
             run.log_weights(),
             scale,
             rows_are_a_sample=self.holdout is not None or scale != 1,
-            latent_weight=run.latent_weight(),
+            latent_weight=run.density_weight(),
         )
 
     def _plan(self, mixture: GrowingMixture) -> "StepPlan | None":
@@ -379,9 +380,9 @@ class PlanRun(NamedTuple):
         """Return the same where S draws of every member take turns, ``[S, J, *rows]``."""
         return self.gather(log_density).unflatten(0, (-1, len(self.plan.members)))
 
-    def latent_weight(self) -> Tensor:
+    def density_weight(self) -> Tensor:
         """Return what log-densities are multiplied by in `by_member`, in its form."""
-        weight = latent_weight(self.evaluation.runs, self.evaluation.local.layout)
+        weight = density_weight(self.evaluation.runs, self.evaluation.local.layout)
         return weight[:, 0].unflatten(0, (-1, len(self.plan.members)))
 
     def log_p(self, like: Tensor) -> Tensor:
@@ -436,7 +437,7 @@ def best_log_weights(run: PlanRun, weights: str) -> Tensor:
 
     One vector serves all rows, so that a row's draws are further draws of the components.
     """
-    count, weight = len(run.plan.members), run.latent_weight()
+    count, weight = len(run.plan.members), run.density_weight()
 
     def member(j: int) -> Tensor:
         found = run.by_member(lambda table, _: table[..., j])

@@ -73,8 +73,8 @@ def coordinates(fn: Any, is_angle: bool) -> Transform:
 def is_circular(fn: Any) -> bool:
     """Whether a distribution is one of angles, or of a function of angles.
 
-    The density of angles over the real line has the period 2 pi. Each type is looked at until
-    densities of it are finite, and no more.
+    The density of angles over the real line has the period 2 pi. The answer for a type is
+    kept once its densities are finite.
     """
     base = layers(fn)[-1]
     if type(base) is dist.Normal:  # in each step, for most sites

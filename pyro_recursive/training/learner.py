@@ -75,7 +75,6 @@ class Learner:
         self.num_initial = 0  # how many parameters the optimiser was made with
         self.optimizer: Any = None  # made in the first step
         self.initial_states: dict[Tensor, dict[str, Any]] = {}  # of the optimiser: of most, none
-        self.has_new_stage = False  # since the last step
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
@@ -147,11 +146,7 @@ class Learner:
             with batch.rows:
                 call = Call(tuple(batch), {}, *table)
                 self._present = batch, epoch
-                if self.has_new_stage:  # the optimiser makes new states
-                    found: CompiledStep | Tensor = self.step(batch, epoch)
-                else:
-                    found = self.compiled.find(call, coming - done)
-                self.has_new_stage = False
+                found = self.compiled.find(call, coming - done)
                 if isinstance(found, CompiledStep):
                     losses = found.take_many(min(count - done, most)).clone()
                     first = self._note_block(found.step.health[0], losses)
@@ -169,8 +164,8 @@ class Learner:
     def _note_block(self, health: Tensor, losses: Tensor) -> int | None:
         """Count the steps of a block; return the first that is not finite, where that is checked.
 
-        Compiled steps change nothing from that one on, and their losses are NaN or infinite. It is
-        the number of all steps where none of these was, but an earlier one of another graph.
+        Compiled steps change nothing from that one on, and their losses are NaN or infinite. If
+        only an earlier step, of another graph, was not finite, returns the number of steps.
         """
         self.steps += len(losses)
         before = self.health.to(health.device)  # also that of eager steps and other graphs
@@ -197,12 +192,10 @@ class Learner:
         """Multiply the learning rate; go on from an average of the parameters if there is one."""
         if average:
             self.parameters.load({"parameter": dict(average), "buffer": {}})
-            self.optimizer.state_dict()  # compiled steps have given it their counts
             self.optimizer.state.clear()
             self.optimizer.state.update(
                 {p: deepcopy(state) for p, state in self.initial_states.items()}
             )
-            self.has_new_stage = True
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] * factor
 

@@ -110,7 +110,7 @@ class TrainedParameters:
 
 
 class IterateSum:
-    """The sum of unconstrained parameters over steps, in float64 on their devices."""
+    """The sum of unconstrained parameters over steps, in double precision on their devices."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -123,7 +123,7 @@ class IterateSum:
             if name in self.sums:
                 self.sums[name] += value
             else:
-                self.sums[name] = value.double() * ((self.count + count) / count)
+                self.sums[name] = _doubled(value) * ((self.count + count) / count)
         self.count += count
 
     def mean(self) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class IterateSum:
         """Take over ``vars`` of another, on the devices of parameters."""
         self.count = state["count"]
         sums = state["sums"].items()
-        self.sums = {name: own.to(like[name].device, torch.float64) for name, own in sums}
+        self.sums = {name: _doubled(own).to(like[name].device) for name, own in sums}
 
 
 def _modules(owners: Iterable[Any]) -> list[Module]:
@@ -147,6 +147,10 @@ def _modules(owners: Iterable[Any]) -> list[Module]:
         if isinstance(owner, Module):
             found[id(owner)] = owner
     return list(found.values())
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float64))  # complex128 if complex
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

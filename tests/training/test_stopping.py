@@ -187,6 +187,15 @@ def test_the_average_is_that_of_the_last_half(length: dict[str, Any], compile: A
         assert torch.allclose(value, expected, rtol=1e-12)
 
 
+def test_averages_of_complex_parameters_keep_their_imaginary_part() -> None:
+    like = {"root": torch.tensor([1 + 2j], dtype=torch.complex64)}
+    total, resumed = IterateSum(), IterateSum()
+    total.add(like)
+    resumed.set_state(vars(total), like)
+    resumed.add({"root": torch.tensor([3 - 1j], dtype=torch.complex64)})
+    assert resumed.mean()["root"].tolist() == [2 + 0.5j]
+
+
 def test_sums_of_many_steps_keep_the_digits_of_float32() -> None:
     """In float32 ``2**24 + 1`` is ``2**24``."""
     ones = {"loc": torch.ones(2, dtype=torch.float32)}

@@ -102,7 +102,8 @@ class Entry(NamedTuple):
         elif self.read is read_length and isinstance(owner, list | deque):
             while len(owner) > self.value:
                 owner.pop()
-        elif self.read is _element and self.key == len(owner):  # after those before it
+        elif self.read is _element and self.key == len(owner):
+            # Entries are restored in order, so this one is next.
             owner.append(self.value)
         elif self.read is _element or isinstance(owner, dict):
             owner[self.key] = self.value

@@ -220,9 +220,10 @@ def _is_same(
         is_finite = other.isfinite()
         if not torch.equal(one.isfinite(), is_finite):
             return False
-        error, change = (
-            torch.where(is_finite, each, 0.0).norm() for each in (one - other, other - before)
+        error, change, size = (
+            torch.where(is_finite, each, 0.0).norm()
+            for each in (one - other, other - before, before)
         )
-        if not error <= loose * change + tight**2 * (1 + before.norm()):
+        if not error <= loose * change + tight**2 * (1 + size):
             return False
     return True

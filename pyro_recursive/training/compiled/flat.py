@@ -208,8 +208,8 @@ class FlatGroup:
 
         Raises Unsupported where the graph does not hold for the optimiser as it is now.
         """
-        is_owner = self.owners.all() == self._owners_read
-        if not (is_owner and self.is_current and self.is_bound):
+        same_owners = self.owners.all() == self._owners_read
+        if not (same_owners and self.is_current and self.is_bound):
             self.bind()
         self._read_rates()
 
@@ -302,11 +302,11 @@ class FlatGroup:
         for optimizer in self.optimizers:
             _write_counts(_groups_of(optimizer))  # of other graphs, too
         states = [m.optimizer.state.get(m.parameter, {}) for m in self.members]
-        needed = [*self.slots, *(["step"] if self.rule.counts else [])]
+        needed = [*self.slots, *(["step"] if self.rule.has_step_count else [])]
         if any(state.get(name) is None for state in states for name in needed):
             raise NoOptimiser("the optimiser has no state of a parameter")
         # SGD counts no steps, and only needs to know its first one.
-        return [int(state["step"]) if self.rule.counts else bool(state) for state in states]
+        return [int(state["step"]) if self.rule.has_step_count else bool(state) for state in states]
 
 
 def _groups_of(optimizer: Optimizer) -> set[FlatGroup]:

@@ -66,7 +66,7 @@ def _from_gradients(
 
 
 class _ForgottenGradients(Messenger):
-    """Takes the gradient that each parameter has ``before`` a run; Pyro's store may hold none."""
+    """Sets parameters' gradients aside in ``before``, also of those not in Pyro's store."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -174,14 +174,20 @@ class CompiledSteps:
         result = self.training.eager(call)
         expected = result.item()
         tight, loose = tolerances(step.step)
-        is_finite = all(bool(group.values.isfinite().all()) for group in step.groups)
+        pairs = zip(step.groups, start, strict=True)  # a logit may be -inf from the start
+        is_finite = all(bool((g.values.isfinite() | ~b.isfinite()).all()) for g, b in pairs)
         if not (is_finite and math.isfinite(expected)):
             return result  # the next step is compared
         step.is_compared = True
         is_same = abs(loss - expected) <= tight * (1 + abs(expected))
         for group, before, after in zip(step.groups, start, ends, strict=True):
-            error = (after - group.values).norm()
-            is_same &= bool(error <= loose * (group.values - before).norm() + tight**2)
+            finite = group.values.isfinite()
+            is_same &= torch.equal(after.isfinite(), finite)
+            error, change = (
+                torch.where(finite, each, 0.0).norm()
+                for each in (after - group.values, group.values - before)
+            )
+            is_same &= bool(error <= loose * change + tight**2)
         for found, own in zip(moved, constants, strict=True):
             is_same &= torch.allclose(found, own.to(found), rtol=tight, atol=tight, equal_nan=True)
         if not is_same:

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
 
     update: Update
     slots: Callable[[Options], tuple[str, ...]]
-    counts: bool = True  # the steps, in its state
+    has_step_count: bool = True  # in its state
 
 
 def _adam(
@@ -110,7 +110,9 @@ RULES: dict[type[Optimizer], Rule] = {
     Adam: Rule(_adam, _adam_slots),
     AdamW: Rule(_adam, _adam_slots),
     ClippedAdam: Rule(_clipped_adam, _adam_slots),
-    SGD: Rule(_sgd, lambda o: ("momentum_buffer",) if _has_momentum(o) else (), counts=False),
+    SGD: Rule(
+        _sgd, lambda o: ("momentum_buffer",) if _has_momentum(o) else (), has_step_count=False
+    ),
     RMSprop: Rule(
         _rmsprop,
         lambda o: (

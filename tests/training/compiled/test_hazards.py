@@ -32,6 +32,7 @@ from pyro_recursive import (
 )
 from pyro_recursive.tracing.graphs.python_state import PythonState
 from pyro_recursive.tracing.handlers import KLWarmup
+from pyro_recursive.training.compiled.steps import CompiledSteps
 from tests.training.compiled.scenarios import (
     X,
     adam,
@@ -182,6 +183,32 @@ def test_data_of_closures_may_be_rebound_or_change_in_place() -> None:
 
     for is_rebound in (False, True):
         check(partial(scenario, is_rebound=is_rebound))
+
+
+def test_parameters_with_an_entry_of_minus_infinity_are_compared_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_logits(x: Tensor) -> None:
+        logits = pyro.param("logits", lambda: torch.tensor([0.0, 1.0, 2.0]).log())
+        with pyro.plate("data", len(x)):
+            loc = (logits.softmax(0) * torch.tensor([3.0, 0.5, -0.5])).sum()
+            pyro.sample("z", dist.Normal(loc, 0.7))
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi = make(shifted, with_logits, adam(), IWAE_ELBO(2))
+        return [svi.step(X) for _ in range(4)]
+
+    compared = list[bool]()
+    compare = CompiledSteps._compared
+
+    def counted(self: Any, key: Any, step: Any, call: Any) -> Tensor:
+        result = compare(self, key, step, call)
+        compared.append(step.is_compared)
+        return result
+
+    monkeypatch.setattr(CompiledSteps, "_compared", counted)
+    check(scenario)
+    assert compared == [True]
 
 
 @pytest.mark.slow
