@@ -326,8 +326,8 @@ class PossibleDraws(NamedTuple):
 def draws_where_possible(density: LogDensity, guide: Callable, count: int) -> PossibleDraws:
     """Return so many draws of a guide at which the model of a density runs.
 
-    Draws at which it raises have the density 0 and are left out: parts of the draws, each half as
-    large as the one before where that raises, are drawn anew. Weights that are not finite are 0.
+    Draws at which it raises are left out: if a part of the draws raises, it is drawn again in
+    halves. Weights that are not finite are 0.
     """
     call = density.program
     program = Program(call.model, guide, call.args, call.kwargs)
@@ -341,6 +341,9 @@ def draws_where_possible(density: LogDensity, guide: Callable, count: int) -> Po
             if attempts == ATTEMPTS:
                 raise
             size, are_all = max(1, size // 2), False
+            # Runs that look at the structure restore the random state: without this they would
+            # raise again.
+            torch.rand((), device=density.start.device)
         else:
             attempts, left, size = 0, left - size, 2 * size
     draws = parts[0]

@@ -106,6 +106,23 @@ def test_draws_at_which_the_model_fails_have_no_weight(failing: Any) -> None:
     assert start["kernel"].start_matrix.item() == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:Samples run one by one")
+def test_a_run_that_looks_at_the_structure_and_fails_is_repeated_at_another_point() -> None:
+    def model() -> None:
+        outside(pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(limit, 1.0))  # every second draw fails
+
+    limit = 3.2
+    density = nuts.LogDensity(model)
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        found = nuts.draws_where_possible(density, lambda: guide(), 3)  # a guide not yet known
+        assert not found.are_all and len(found.draws) == 3
+        assert found.draws["z"].max() < limit
+
+
 def test_a_model_that_always_fails_is_told() -> None:
     calls: list[int] = []
 
