@@ -160,7 +160,9 @@ def test_two_writers_of_a_file_are_not_in_each_others_way(
 
     def late(part: Path, target: Path) -> Path:
         monkeypatch.setattr(Path, "replace", replaced)
-        write_json(path, "the other's")
+        with monkeypatch.context() as other_process:
+            other_process.setattr("os.getpid", lambda: 0)
+            write_json(path, "the other's")
         return replaced(part, target)
 
     monkeypatch.setattr(Path, "replace", late)
