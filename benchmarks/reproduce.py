@@ -155,8 +155,6 @@ def experiment(
     hidden, latent = map(int, networks.split("-"))
     name = "-".join([dataset, networks, str(options.epochs), "epochs", *_kinds(options)])
     folder = f"{options.output}/{name}"
-    # Replays of kernels leave out torch's convolutions: other engines run these.
-    compiled = "auto" if options.decoder == "pixelcnn" else "replay"
     burda = partial(burda_schedule, num_epochs=options.epochs)
     own = argparse.Namespace(**vars(options))
     vars(own).update(dataset=dataset, output=folder, resume=resume)
@@ -172,7 +170,7 @@ def experiment(
         study.validation_particles,
         study.patience,
         scheduler=burda if study.scheduler == "burda" else study.scheduler,
-        compile=False if options.eager else compiled,
+        compile=False if options.eager else "replay",
         compile_cache=None if options.eager else f"{options.output}/graphs",
     )
 
