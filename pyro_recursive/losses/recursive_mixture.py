@@ -147,8 +147,7 @@ class RecursiveMixture_ELBO(MixtureLoss):
             else:
                 loss = self.stage_loss(model, guide, *args, **kwargs)
                 mixture.count_step()
-            if not mixture.is_growing and mixture.steps_taken % WATCHED_EVERY == 0:
-                mixture.watch(*args, **kwargs)
+            _watch(mixture, args, kwargs)
             return loss
 
     def stage_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -164,12 +163,12 @@ class RecursiveMixture_ELBO(MixtureLoss):
     def stage_of(self, guide: Callable) -> tuple[Any, int]:
         """Return what decides a step, and for how many steps: 0 for one that places or tests.
 
-        So does the last step of a stage, and one that looks for components without weight.
+        So does the last step of a stage. Members without weight are looked for after the steps.
         """
         mixture = growing_mixture_of(guide)
         stage, taken, left = mixture.stage, mixture.steps_taken, mixture.stage_steps_left - 1
         if not mixture.is_growing:
-            until = WATCHED_EVERY - 1 - taken % WATCHED_EVERY
+            until = WATCHED_EVERY - taken % WATCHED_EVERY
             left = until if stage.steps == 0 else min(left, until)
         is_turn = self.update == "alternating" and stage.component is not None
         turn = taken % 2 if is_turn else None
@@ -177,9 +176,11 @@ class RecursiveMixture_ELBO(MixtureLoss):
         left = 0 if is_start else max(min(left, 1) if is_turn else left, 0)
         return (stage.kind, stage.component, mixture.members, turn), left
 
-    def count_steps(self, guide: Callable, count: int) -> None:
-        """Count steps whose loss was `stage_loss`."""
-        growing_mixture_of(guide).count_step(count)
+    def count_steps(self, guide: Callable, count: int, /, *args: Any, **kwargs: Any) -> None:
+        """Count steps whose loss was `stage_loss`, the first of them on these arguments."""
+        mixture = growing_mixture_of(guide)
+        mixture.count_step(count)
+        _watch(mixture, args, kwargs)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return the value of `differentiable_loss`, and add its gradients to the parameters'.
@@ -460,6 +461,12 @@ def growing_mixture_of(guide: Callable) -> GrowingMixture:
             "mixtures with Stratified_ELBO."
         )
     return mixture
+
+
+def _watch(mixture: GrowingMixture, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Look for members without weight, when growth has ended and then at intervals."""
+    if not mixture.is_growing and mixture.steps_taken % WATCHED_EVERY == 0:
+        mixture.watch(*args, **kwargs)
 
 
 def _objective(objective: str | Objective) -> Objective:

@@ -89,12 +89,13 @@ class StagedLoss(Protocol):
     """A loss whose steps depend on a state of the guide that advances with them.
 
     ``stage_of`` returns what decides a step, and for how many steps from now it stays so: 0 where
-    a step does more than train. ``stage_loss`` is the loss of a step that is not counted.
+    a step does more than train. ``stage_loss`` is the loss of a step that is not counted;
+    ``count_steps`` counts such steps, and has the arguments of the first.
     """
 
     def stage_of(self, guide: Callable) -> tuple[Any, int]: ...
     def stage_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor: ...
-    def count_steps(self, guide: Callable, count: int) -> None: ...
+    def count_steps(self, guide: Callable, count: int, /, *args: Any, **kwargs: Any) -> None: ...
 
 
 @runtime_checkable

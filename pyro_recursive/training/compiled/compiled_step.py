@@ -117,6 +117,7 @@ class CompiledStep:
 
         Raises Unsupported where the step does not hold for these.
         """
+        self.call = call
         for group in self.groups:
             group.refresh()
         if self._places != self._constants_at():  # as of parameters that another graph trains
@@ -181,5 +182,5 @@ class CompiledStep:
         self.engine.run(count)
         advance(self.groups, count)
         if not self._is_undone:
-            self.training.loss.advance(count)
+            self.training.loss.advance(count, *self.call.args, **self.call.kwargs)
         return self.step.losses[:count]

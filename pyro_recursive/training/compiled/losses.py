@@ -22,12 +22,13 @@ class TracedLoss(NamedTuple):
     """A loss of a model and a guide: with its graph, and what a step depends on beside arguments.
 
     ``stage`` returns that, and for how many steps it stays the same: 0 where a step runs eagerly.
-    ``advance`` notes compiled steps; ``roots`` are what its Python values are reached from.
+    ``advance`` notes a number of compiled steps, with the arguments of the first; ``roots`` are
+    what its Python values are reached from.
     """
 
     differentiable: Callable[..., Tensor]
     stage: Callable[[], tuple[Any, int]]
-    advance: Callable[[int], None]
+    advance: Callable[..., None]
     roots: dict[str, Any]
 
 
@@ -44,7 +45,7 @@ def traced_loss(model: Callable, guide: Callable, loss: ELBO) -> TracedLoss:
     if isinstance(loss, LogWeightELBO):
         differentiable = loss.differentiable_loss
     run = partial(differentiable, model, guide)
-    return TracedLoss(run, lambda: (None, ENDLESS), lambda count: None, roots)
+    return TracedLoss(run, lambda: (None, ENDLESS), lambda *_, **__: None, roots)
 
 
 def _from_gradients(
