@@ -59,11 +59,11 @@ class Call:
         self.args, self.kwargs, self.columns, self.table = args, kwargs, columns, table
         self.leaves: Sequence[Any] = args
         self.spec: Any = None
-        self.others: list[Any] = []
+        self.others: dict[int, Any] = {}  # by their place, which also tells where tensors are
         self.inputs = list(args)
         if kwargs or not all(type(each) is Tensor for each in args):
             self.leaves, self.spec = tree_flatten((args, kwargs))
-            self.others = [each for each in self.leaves if not isinstance(each, Tensor)]
+            self.others = {n: v for n, v in enumerate(self.leaves) if not isinstance(v, Tensor)}
             self.inputs = [each for each in self.leaves if isinstance(each, Tensor)]
         self.rows, self.handlers = minibatch_rows(), list(poutine.runtime._PYRO_STACK)
         self.weights = [h for h in self.handlers if type(h) is KLWarmup]
@@ -97,7 +97,7 @@ class Call:
     @property
     def roots(self) -> dict[str, Any]:
         """What else its Python values are reached from."""
-        found = {f"argument {n}": each for n, each in enumerate(self.others)}
+        found = {f"argument {n}": each for n, each in self.others.items()}
         around = [each for each in self.handlers if each not in self.weights]
         return found | {f"{type(each).__name__} {n}": each for n, each in enumerate(around)}
 

@@ -30,6 +30,7 @@ from pyro_recursive import (
     Schedule,
     fit,
 )
+from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.graphs.python_state import PythonState
 from pyro_recursive.tracing.handlers import KLWarmup
 from pyro_recursive.training.compiled.steps import CompiledSteps
@@ -161,6 +162,35 @@ def test_python_values_that_change_are_seen(reader: tuple[Callable, Callable]) -
         check(scenario)
     finally:
         change(0.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (((X, None), {}), ((None, X), {})),
+        (((X, 2), {}), ((2, X), {})),
+        ((({"a": X, "b": None},), {}), (({"a": None, "b": X},), {})),
+        (((), {"image": X, "text": None}), ((), {"image": None, "text": X})),
+    ],
+)
+def test_calls_whose_tensor_is_elsewhere_have_other_graphs(one: Any, other: Any) -> None:
+    assert Call(*one).key == Call(*one).key
+    assert Call(*one).key != Call(*other).key
+
+
+def test_each_of_two_data_may_be_missing() -> None:
+    def model(image: Tensor | None = None, text: Tensor | None = None) -> None:
+        shifted(X if image is None else image, 0.0 if text is None else text)
+
+    def own_guide(*data: Any) -> None:
+        guide(X)
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi = make(model, own_guide, adam(), IWAE_ELBO(3))
+        losses = [svi.step(X + 1.0, None) for _ in range(4)]
+        return losses + [svi.step(None, X + 1.0) for _ in range(4)]
+
+    check(scenario)
 
 
 def test_data_of_closures_may_be_rebound_or_change_in_place() -> None:
