@@ -14,9 +14,10 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pyro_recursive.tracing.graphs import compiler
 from pyro_recursive.tracing.graphs.calls import Call
@@ -29,6 +30,7 @@ from pyro_recursive.tracing.graphs.kernels import (
 )
 from pyro_recursive.tracing.graphs.python_state import PythonState, undone_runs
 from pyro_recursive.tracing.graphs.references import Entry, read_copy
+from pyro_recursive.tracing.graphs.run_graph import recorded, trace_run
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
 P = torch.linspace(0.1, 0.9, 24, dtype=torch.float64).view(6, 4)
@@ -96,6 +98,45 @@ def test_bernoulli_draws_are_atens() -> None:
 @pytest.mark.slow
 def test_random_operators_in_machine_code_draw_what_aten_draws() -> None:
     check_stream(list(SAMPLERS))
+
+
+# Values that torch reads without an operator.
+
+COUNTS = torch.tensor([4, 3, 2])
+
+
+def packed(network: nn.Module) -> Callable[..., Any]:
+    return lambda p, counts: network(PackedSequence(p[:9], counts))[0].data
+
+
+READERS: dict[str, tuple[Callable[..., Any], Tensor]] = {
+    "rnn": (packed(nn.RNN(4, 3, dtype=P.dtype)), torch.tensor([4, 4, 1])),
+    "relu": (packed(nn.RNN(4, 3, nonlinearity="relu", dtype=P.dtype)), torch.tensor([4, 4, 1])),
+    "gru": (packed(nn.GRU(4, 3, dtype=P.dtype)), torch.tensor([4, 4, 1])),
+    "lstm": (packed(nn.LSTM(4, 3, dtype=P.dtype)), torch.tensor([4, 4, 1])),
+    "split": (lambda p, counts: torch.tensor_split(p, counts)[0], torch.tensor([2, 3, 4])),
+    "method": (lambda p, counts: p.tensor_split(counts, 1)[1], torch.tensor([1, 3, 2])),
+    "dlpack": (lambda p, counts: p * float(np.from_dlpack(counts).max()), torch.tensor([2, 3, 2])),
+}
+
+
+@pytest.mark.parametrize(("reader", "other"), READERS.values(), ids=READERS)
+def test_values_that_torch_reads_without_an_operator_are_compared(
+    reader: Callable[..., Any], other: Tensor
+) -> None:
+    data = torch.cat([P, P])
+    recorder, expected = recorded(lambda: reader(data, COUNTS))
+    inputs = [data, COUNTS]
+    traced = trace_run(lambda: [reader(data, COUNTS)], recorder, inputs, 0, lambda: None)
+    found = traced.graph(*inputs, *traced.constants)
+    torch.testing.assert_close(found[0], expected)
+    assert traced.reads.hold([*inputs, *traced.constants])
+    assert not traced.reads.hold([data, other, *traced.constants])
+
+
+def test_packing_by_lengths_is_refused() -> None:
+    with pytest.raises(Unsupported, match=r"pack_padded_sequence .* \(test_graphs.py:\d+\)"):
+        recorded(lambda: pack_padded_sequence(P[:, :3, None], COUNTS))
 
 
 # Interfaces of torch that are private.

@@ -24,7 +24,9 @@ from pyro_recursive.tracing.graphs.unsupported import SKIPPED, Unsupported
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS
 from pyro_recursive.tracing.user_warnings import folder_of
 
-UNSEEN = ("tolist", "numpy", "__array__")  # methods that read memory without an operator
+# Methods that read memory without an operator, and functions that so read arguments of integers.
+UNSEEN = ("tolist", "numpy", "__array__", "__dlpack__")
+SIZED = ("lstm", "gru", "rnn_tanh", "rnn_relu", "tensor_split")
 PYRO_INFER = folder_of(pyro.infer.__file__)
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -56,6 +58,9 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        if name == "aten::_pack_padded_sequence":
+            text = f"pack_padded_sequence reads lengths in Python{_place(self._site())}"
+            raise Unsupported(f"{text}; use padded data and a mask to compile")
         if name == "aten::masked_select":
             return torch.ops.aten.index.Tensor(args[0], self._indices([args[1]]))
         if name in INDEXED:
@@ -106,6 +111,8 @@ class _Methods(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in UNSEEN:
             return self.reads.read(func, args, kwargs)
+        if name in SIZED:
+            self.reads.note(*filter(_is_integer, (*args[1:], *kwargs.values())))
         if name in ("item", "__bool__"):
             caller = sys._getframe(1).f_code
             if name == "item" and caller.co_filename.startswith(PYRO_INFER):
@@ -115,6 +122,11 @@ class _Methods(TorchFunctionMode):
             if caller.co_filename == distribution.__file__:
                 return True  # validation, as of a distribution made elsewhere
         return func(*args, **kwargs)
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether a value is a tensor of integers, as sizes of batches."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 class ReadValues:
