@@ -16,6 +16,7 @@ from pyro_recursive.tracing.graphs.kernels import (
     compile_graph,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported, as_unsupported
+from pyro_recursive.training.compiled.capture import captured
 from pyro_recursive.training.compiled.loop_graph import loop_graph
 from pyro_recursive.training.compiled.step_graph import StepGraph
 
@@ -83,7 +84,8 @@ class ReplayEngine:
         tensors = self.step.tensors
         self.step.index.zero_()  # a whole block may have been taken: the next step has no draws
         if self.step.index.is_cuda:
-            self._repeat: Callable[[int], None] = _captured(self.compiled, tensors)
+            replay = captured(self.step.module, self.compiled, tensors, self.step.index)
+            self._repeat: Callable[[int], None] = replay
             return
         calls = KernelCalls(self.compiled, tensors)
         known = calls.pointers()
@@ -93,33 +95,6 @@ class ReplayEngine:
 
     def run(self, count: int) -> None:
         self._repeat(count)
-
-
-def _captured(compiled: Compiled, tensors: list[Tensor]) -> Callable[[int], None]:
-    """Return a function that repeats a step on a GPU, as a captured CUDA graph.
-
-    The first run, which compiles kernels, takes a step. Random operators in the graph draw anew in
-    each replay, from torch's CUDA generator: a capture registers it.
-    """
-    if not all(each.is_cuda and each.device == tensors[0].device for each in tensors):
-        raise NotRecordable("a CUDA graph keeps the values of tensors on the CPU")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        compiled(*tensors)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            compiled(*tensors)
-    except RuntimeError as error:
-        raise NotRecordable(f"a CUDA graph cannot hold the step ({error})") from error
-
-    def repeat(count: int) -> None:
-        for _ in range(count):
-            graph.replay()
-
-    return repeat
 
 
 class LoopEngine:

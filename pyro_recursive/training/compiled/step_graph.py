@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive.tracing.graphs.gradients import GradientGraph
 from pyro_recursive.tracing.graphs.lowering import DECOMPOSITIONS, lower
+from pyro_recursive.training.compiled.capture import without_checks
 from pyro_recursive.training.compiled.flat import FlatGroup
 from pyro_recursive.training.compiled.loop_graph import changed_inputs
 
@@ -88,6 +89,7 @@ class StepGraph:
         with torch.no_grad():
             tracer = make_fx(self._step, DECOMPOSITIONS, tracing_mode="fake")
             module = tracer(*self.tensors)
+        without_checks(module)
         lower(module)
         return module
 

@@ -1,0 +1,91 @@
+"""Which steps are captured as a CUDA graph; a GPU is not needed to know that."""
+
+from collections.abc import Callable
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_recursive.tracing.graphs.kernels import NotRecordable
+from pyro_recursive.training.compiled import capture
+from pyro_recursive.training.compiled.capture import captured, check_capturable, without_checks
+
+GPU = torch.device("cuda", 1)
+
+
+def traced(function: Callable[..., Tensor], *others: torch.device | str) -> GraphModule:
+    """Return the graph of a function of matrices, the first one on a GPU."""
+    with FakeTensorMode():
+        matrices = [torch.empty(4, 3, 3, device=device) for device in (GPU, *others)]
+    return make_fx(function, tracing_mode="fake")(*matrices)
+
+
+def waiting() -> GraphModule:
+    module = traced(torch.exp)
+    (node,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    node.target = torch.ops.aten.nonzero.default
+    return module
+
+
+REFUSED = {
+    "input": (lambda: traced(lambda x, y: x + y.to(x), "cpu"), "an input is on cpu, the step on"),
+    "constant": (lambda: traced(lambda x: x + torch.ones(())), "aten.ones.default is on cpu"),
+    "copy": (lambda: traced(lambda x: x.cpu()), "aten._to_copy.default is on cpu"),
+    "check": (lambda: traced(torch.linalg.cholesky), "check_errors.default waits"),
+    "read": (waiting, "aten.nonzero.default waits for the device"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_steps_that_no_cuda_graph_can_hold(case: str) -> None:
+    graph, reason = REFUSED[case]
+    with pytest.raises(NotRecordable, match=reason):
+        check_capturable(graph(), GPU)
+
+
+def factors(x: Tensor) -> Tensor:
+    return torch.linalg.cholesky(x) + torch.linalg.inv(x)
+
+
+def test_failed_factorisations_on_a_gpu_are_nan() -> None:
+    """They wait for no check; on a CPU they raise, as they do in an eager step."""
+    torch.manual_seed(0)
+    root = torch.randn(4, 3, 3)
+    x = root @ root.mT + torch.eye(3)
+    expected = factors(x)
+    x[1], expected[1] = -1.0, torch.nan
+    module = traced(factors)
+    without_checks(module)
+    module.recompile()
+    check_capturable(module, GPU)
+    torch.testing.assert_close(module(x), expected, equal_nan=True)
+    on_cpu = make_fx(factors)(expected[2:])
+    without_checks(on_cpu)
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        on_cpu(x[:2])
+
+
+def test_a_step_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's CUDA has a stand-in: the stream and the mode are as before, no capture is begun."""
+    cuda = MagicMock()
+    cuda.device.return_value.__exit__.return_value = False
+    cuda.stream.return_value.__exit__.return_value = False
+    monkeypatch.setattr(capture, "cuda", cuda)
+    calls = []
+
+    def compiled(*tensors: Tensor) -> None:
+        calls.append(cuda.set_sync_debug_mode.call_args)
+        if len(calls) == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    index = torch.zeros(1)
+    with pytest.raises(NotRecordable, match=r"cannot hold the step \(called a synchronizing"):
+        captured(make_fx(torch.exp)(index), compiled, [index], index)
+    (mode,), (before,) = (call.args for call in cuda.set_sync_debug_mode.call_args_list)
+    assert calls[0] is None and mode == "error" and before is cuda.get_sync_debug_mode.return_value
+    assert cuda.stream.return_value.__exit__.called and not cuda.graph.called
+    assert cuda.current_stream.return_value.wait_stream.called
