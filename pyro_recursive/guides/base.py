@@ -19,6 +19,7 @@ from pyro_recursive.guides.joint_site import emit
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
 from pyro_recursive.guides.model_plates import ModelPlates, of_all_rows
+from pyro_recursive.guides.model_reference import ModelReference
 from pyro_recursive.guides.neutra import NeutraGuide
 from pyro_recursive.guides.packing import LatentBlock, Values, latents_of
 from pyro_recursive.guides.placement import check_bounds
@@ -47,29 +48,14 @@ from pyro_recursive.tracing.sites import (
 )
 
 
-class ModelReference:
-    """A model that is neither copied nor pickled with the guide."""
-
-    def __init__(self, model: Callable | None) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: Any) -> "ModelReference":
-        """Refer to the same model."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Refer to none."""
-        return ModelReference, (None,)
-
-
 class LatentGuide(AutoGuide):
     """An autoguide over a model's continuous latents, in one or two blocks of packed vectors.
 
     With an encoder or ``plate=``, the latents inside the plate of the data are one block, with a
     distribution for each row, and those outside another. Else all latents have one joint
     distribution. A subclass defines `posterior` and `build`; for refinement and
-    `pyro_recursive.gaps` also `variational_params` and `row_family`. Copies share the model, and
-    pickles leave it out: see `attach`.
+    `pyro_recursive.gaps` also `variational_params` and `row_family`. Copies of a guide alone share
+    the model, and pickles leave it out: see `attach`.
     """
 
     can_be_component: ClassVar[bool] = True  # of a mixture: sampling needs only `posterior`

@@ -30,6 +30,7 @@ from pyro_recursive import (
     ExemplarPrior,
     MAPAGuide,
     RecursiveMixture_ELBO,
+    SemiAmortizedGuide,
     Stratified_ELBO,
     VampPrior,
     empirical,
@@ -341,6 +342,52 @@ def test_copies(steps: int, how: str, name: str) -> None:
         copied.train(1)
     original.model.load_state_dict(state)
     same(original.outcome(), expected)
+
+
+class Owner(nn.Module):
+    """A module that has a guide and the model whose decoder the guide runs."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        model = Model()
+        kinds: dict[str, Callable[[], Callable]] = {
+            "method": lambda: self.model,
+            "module": lambda: model,
+            "partial": lambda: partial(call, model),
+            "handled method": lambda: pyro.poutine.scale(pyro.poutine.lift(self.model, {}), 1.0),
+        }
+        inner = AmortizedGuide(kinds[how](), nn.Linear(3, 2 * LATENTS))
+        # Before the model, so that it is copied first.
+        self.guide = SemiAmortizedGuide(kinds[how](), inner, steps=1, seed=0)
+        self.net = model
+
+    def model(self, x: Tensor) -> None:
+        self.net(x)
+
+
+def call(model: Callable, x: Tensor) -> None:
+    model(x)
+
+
+@pytest.mark.parametrize("how", ["method", "module", "partial", "handled method"])
+@pytest.mark.parametrize("part", ["owner", "guide"])
+def test_copies_of_guide_and_model_belong_together(part: str, how: str) -> None:
+    """The copy's guide runs the copied decoder; where the guide alone is copied, the original's."""
+    original = Owner(how)
+    original.guide.prepare(data())
+    if part == "owner":
+        copied = copy.deepcopy(copy.deepcopy(original))  # the first was not in use
+        guide, decoder, other = copied.guide, copied.net.decoder, original.net.decoder
+    else:
+        guide, decoder = copy.deepcopy(original.guide), original.net.decoder
+        other = copy.deepcopy(original).net.decoder
+        assert guide.model == original.guide.model
+    with pyro.get_param_store().scope():
+        before = guide.refine(data()).params
+        other.weight.data += 3.0
+        same(guide.refine(data()).params, before)
+        decoder.weight.data += 3.0
+        assert (guide.refine(data()).params != before).any(-1).all()
 
 
 @each(OWN, "encoder", "mapa")
