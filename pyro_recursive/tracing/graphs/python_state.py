@@ -21,6 +21,13 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyro_recursive.tracing.graphs.library_objects import (
+    BY_SYNTAX,
+    hidden_of,
+    names_for,
+    set_by_libraries,
+    without_own,
+)
 from pyro_recursive.tracing.graphs.references import (
     CONTAINERS,
     GENERATORS,
@@ -30,20 +37,17 @@ from pyro_recursive.tracing.graphs.references import (
     Entry,
     Part,
     codes_of,
-    hidden_of,
     is_library,
     parts_of,
     read_copy,
     read_item,
     read_length,
+    read_property,
     read_random,
-    set_by_libraries,
-    without_own,
 )
 from pyro_recursive.tracing.graphs.unsupported import Unsupported
 
 MAX_ENTRIES = 20_000
-DYNAMIC = {"getattr", "hasattr", "vars", "__dict__"}  # with these, names do not show what is read
 
 
 class PythonState:
@@ -60,13 +64,14 @@ class PythonState:
         self._seen: dict[int, Any] = {id(root): root for root in roots.values()}
         self._waiting = [(root, name, False) for name, root in roots.items()]
         self._keys = dict[int, set[Any]]()  # of dictionaries, by id
-        self._names = set[str]()  # that code names
+        self._names = set(BY_SYNTAX)  # that code names
         self._owners = set[int]()  # whose attributes count where code names them
         for root in roots.values():
             owner = root.__self__ if isinstance(root, types.MethodType) else None
             if not (isinstance(owner, OPEN) or is_library(type(owner).__module__)):
                 self._owners |= {id(owner), id(type(owner))}
-        self._hidden: dict[tuple[int, str], tuple[Part, str]] = {}  # by owner and attribute
+        # By owner and attribute: with the names in code with which it is read.
+        self._hidden: dict[tuple[int, str], tuple[Part, str, frozenset[str]]] = {}
         self._random = list[Entry]()  # states, which only runs of the program must not change
         for generator in (random.getstate.__self__, np.random.mtrand._rand):  # type: ignore
             self._walk(generator, f"the state of {type(generator).__module__}", True)
@@ -78,9 +83,11 @@ class PythonState:
         while self._waiting:
             self._walk(*self._waiting.pop())
             if not self._waiting:
-                is_open = not self._names.isdisjoint(DYNAMIC)
-                for key in [key for key in self._hidden if is_open or key[1] in self._names]:
-                    self._add(*self._hidden.pop(key), False)
+                named = [k for k, v in self._hidden.items() if not self._names.isdisjoint(v[2])]
+                for part, name, _ in map(self._hidden.pop, named):
+                    if part[0] is read_property:
+                        part = *part[:3], read_property(*part[1:3]), part[4]
+                    self._add(part, name, False)
         self._sort()
 
     def changed(self) -> str | None:
@@ -185,7 +192,8 @@ class PythonState:
             is_inherited = part[1] is own and part[2] in inherited
             self._add(part, name, is_private or is_inherited)
         for part in hidden:
-            self._hidden[id(part[1]), str(part[2])] = part, name
+            attribute = str(part[2])
+            self._hidden[id(part[1]), attribute] = part, name, names_for(value, attribute)
 
 
 def _counts(part: Part, is_class: bool) -> bool:

@@ -1,6 +1,7 @@
 """What Python values refer to, how that is read, and whether it is another value now."""
 
 import argparse
+import contextlib
 import dis
 import pickle
 import random
@@ -11,13 +12,12 @@ from array import array
 from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.infer import ELBO
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from scipy.sparse import sparray, spmatrix
 from torch.distributions import Distribution, Transform
@@ -35,12 +35,9 @@ OPEN = (  # library classes whose attributes are compared all the same
     *(Module, Messenger, ELBO, Distribution, Transform, sparray, spmatrix),
     *(types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap),
 )
-# Libraries whose objects' attributes are compared only if the program's code names them.
-NAMED = {"torch", "pyro", "_thread"}
 GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")  # operations on names of a module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONTENTS = ("_parameters", "_buffers", "_modules", *HOOKS)
-OWN = vars(PyroModule()).keys()  # attributes of modules that are not their author's
 CONTAINERS = (  # of a program, unlike other objects of libraries
     *(dict, list, tuple, set, frozenset, deque, types.SimpleNamespace, argparse.Namespace),
     *(UserDict, UserList, ChainMap, array, bytearray, weakref.ref, types.MappingProxyType),
@@ -96,6 +93,9 @@ class Entry(NamedTuple):
             owner.cell_contents = self.value
         elif self.read is _attribute:
             setattr(owner, self.key, self.value)
+        elif self.read is read_property and self.value is not MISSING:
+            with contextlib.suppress(AttributeError):  # it may be for reading only
+                setattr(owner, self.key, self.value)
         elif self.read is read_length and isinstance(owner, dict):
             for key in [key for key in owner if key not in keys]:
                 del owner[key]
@@ -136,6 +136,15 @@ def read_length(container: Any, key: None) -> int:
 
 def _attribute(owner: Any, name: str) -> Any:
     return getattr(owner, name, MISSING)
+
+
+def read_property(owner: Any, name: str) -> Any:
+    """Return an attribute that is computed, if it is a number (not NaN), a string or the like."""
+    with contextlib.suppress(Exception):
+        value = getattr(owner, name)
+        if isinstance(value, SCALARS) and value == value:
+            return value
+    return MISSING
 
 
 def read_copy(container: Any, kind: Any) -> Any:
@@ -316,47 +325,12 @@ def _of_object(owner: Any) -> Iterator[Part]:
             yield read_item, vars(owner), name, each, f".{name}"
 
 
-def without_own(owner: Any) -> Iterator[Part]:
-    """Yield the attributes that an object has from its class, and may get of its own."""
-    own = getattr(owner, "__dict__", {})
-    names = {name for each in type(owner).__mro__ for name in vars(each)} - own.keys()
-    yield from ((read_item, own, name, MISSING, f".{name}") for name in names)
-
-
-def hidden_of(owner: Any) -> Iterator[Part]:
-    """Yield attributes that are read where code names them: private ones, of libraries' objects."""
-    if isinstance(owner, types.FunctionType | types.ModuleType | type):
-        return
-    is_private = is_library(type(owner).__module__)
-    is_closed = is_private and not isinstance(owner, OPEN)
-    if is_closed and type(owner).__module__.partition(".")[0] not in NAMED:
-        return
-    for name, each in list(getattr(owner, "__dict__", {}).items()):
-        is_left = name.startswith("_") and (is_private or isinstance(owner, Module))
-        if name not in OWN and (is_closed or is_left):
-            yield read_item, vars(owner), name, each, f".{name}"
-
-
 def _slots(owner: type) -> tuple[str, ...]:
     if is_library(owner.__module__):
         return ()
     found = vars(owner).get("__slots__", ())
     names = (found,) if isinstance(found, str) else tuple(found)
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-@cache
-def set_by_libraries(kind: type) -> frozenset[str]:
-    """Return the attributes that code of the libraries' classes among its bases sets alone."""
-    found: dict[bool, set[str]] = {True: set(), False: set()}
-    for base in set(kind.__mro__) - {Module}:  # whose modes are the user's
-        codes = [each.__code__ for each in vars(base).values() if hasattr(each, "__code__")]
-        found[is_library(base.__module__)] |= {name for code in codes for name in _stored(code)}
-    return frozenset(found[True] - found[False])
-
-
-def _stored(code: types.CodeType) -> set[str]:
-    return {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR"}
 
 
 def is_library(module: str | None) -> bool:

@@ -1,11 +1,14 @@
 """Programs as users write them: compiled steps see what these depend on, or are eager steps."""
 
 import itertools
+import multiprocessing
 import random
 import sys
+import threading
 from array import array
 from collections import ChainMap, UserDict
 from collections.abc import Callable
+from configparser import ConfigParser
 from contextvars import ContextVar
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -19,9 +22,10 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
-from scipy import sparse
+from scipy import sparse, stats
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 from pyro_recursive import IWAE_ELBO, CompiledSVI
 from pyro_recursive.tracing.graphs.python_state import PythonState
@@ -137,12 +141,43 @@ def schedule() -> Case:
     return lambda x: shifted(x, optimizer.param_groups[0]["lr"]), lambda: rates.update(lr=3.0)
 
 
+def progress_bar() -> Case:
+    bar = tqdm(total=10, disable=True)
+    return lambda x: shifted(x, bar.n / 10), lambda: setattr(bar, "n", 5)
+
+
+def shared_number(kind: Callable[..., Any]) -> Case:
+    number = kind("d", 0.0)
+    return lambda x: shifted(x, number.value), lambda: setattr(number, "value", 3.0)
+
+
+def frozen_distribution() -> Case:
+    """A method of a library reads what the program does not name."""
+    prior = stats.norm(1.0)
+    return lambda x: shifted(x, float(prior.mean())), lambda: setattr(prior, "args", (3.0,))
+
+
+def configuration() -> Case:
+    settings = ConfigParser()
+    settings["model"] = {"shift": "0.0"}
+    change = partial(settings["model"].__setitem__, "shift", "3.0")
+    return lambda x: shifted(x, float(settings["model"]["shift"])), change
+
+
+def event() -> Case:
+    is_late = threading.Event()
+    return lambda x: shifted(x, 3.0 if is_late.is_set() else 0.0), is_late.set
+
+
 CHANGED = {
     "private of a module": partial(private_attribute, nn.Module),
     "private of a Pyro module": partial(private_attribute, PyroModule),
     **{f.__name__: f for f in (local_import, by_globals, context_variable, distribution)},
     **{f.__name__: f for f in (data_set, numbers, long_list, sparse_matrix, schedule)},
-    **{f.__name__: f for f in (containers, base_class)},
+    **{f.__name__: f for f in (containers, base_class, progress_bar, configuration)},
+    **{f.__name__: f for f in (frozen_distribution, event)},
+    "shared number": partial(shared_number, multiprocessing.Value),
+    "raw number": partial(shared_number, multiprocessing.RawValue),
 }
 
 
@@ -249,6 +284,16 @@ def in_array() -> Callable:
     return model
 
 
+def in_shared_number() -> Callable:
+    count = multiprocessing.Value("d", 0.0)
+
+    def model(x: Tensor) -> None:
+        count.value += 1
+        shifted(x, count.value / 10)
+
+    return model
+
+
 def hooked() -> Callable:
     net, seen = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), list[Tensor]()
     net[1].register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
@@ -284,6 +329,7 @@ EACH_RUN = {
     "generator of NumPy": (lambda: drawing(np.random.default_rng(1).random), "model -> draw"),
     "count": (lambda: iterating(itertools.count()), "model -> values is an iterator"),
     "generator": (lambda: iterating(float(n > 6) for n in range(99)), "model -> values is an"),
+    "shared": (in_shared_number, "model -> count.* changes in each run"),
     "argument": (lambda: changing_argument, "model or guide change an argument in place"),
 }
 
