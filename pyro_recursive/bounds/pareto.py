@@ -16,6 +16,8 @@ SMALLEST_TAIL = 4
 # Largest weights that differ by less than this, in nats, have no tail: the rest may be rounding.
 NO_TAIL = 1e-4
 PRIOR_SCALE, PRIOR_DRAWS = 3, 10  # of the estimator's prior; k-hat is drawn to 1/2 by 10 draws
+HEAVY = 0.5  # k-hats from here on are compared with those of the upper parts of the tail
+SMALLEST_PART = 10  # of these
 COLUMNS = 256  # that are fitted at once
 
 
@@ -37,7 +39,9 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
     The min(S / 5, 3 sqrt(S / relative_ess)) largest weights are replaced by quantiles of a
     generalised Pareto distribution fitted to them. k-hat is 0 if the tail's weights agree within
     0.01 %. It is infinite, and nothing is smoothed, if S is 20 or less, if no more than 4 weights
-    are above the tail's smallest, or if the fit fails.
+    are above the tail's smallest, or if the fit fails. Where k-hat falls by three standard errors
+    from one half of the tail to the next, the tail is the upper one: weights of guides that are
+    nearly exact pile up at local maxima of the density ratio, which are no Pareto distribution.
 
     Args:
         log_weights: unnormalised, ``[S, *batch]`` in nats; -inf for a weight of 0. nan and +inf
@@ -62,11 +66,30 @@ def psis(log_weights: Tensor, *, relative_ess: float = 1.0) -> PSIS:
         count = (tail > cutoff).sum(0).masked_fill(flat, 0)
         for length in count[count > SMALLEST_TAIL].unique().tolist():
             for own in (count == length).nonzero().squeeze(-1).split(COLUMNS):
-                found, k[own] = _smoothed(tail[:length, own], cutoff[own])
+                found, k[own] = _without_pile(tail[:length, own], cutoff[own])
                 smoothed[where[:length, own], own] = found
         k = torch.where(k.isfinite(), k, math.inf).masked_fill(flat, 0.0)
     normalized = smoothed - smoothed.logsumexp(0).nan_to_num(neginf=0.0)
     return PSIS(normalized.reshape(raw.shape), k.reshape(raw.shape[1:]))
+
+
+def _without_pile(tail: Tensor, cutoff: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_smoothed` does, for the part of the tail above weights that have piled up."""
+    smoothed, k = _smoothed(tail, cutoff)
+    size, columns = len(tail), (k >= HEAVY).nonzero().squeeze(-1)
+    highest, size_of_highest = k[columns], torch.full_like(k[columns], size)
+    while len(columns) and size >= 2 * SMALLEST_PART:
+        size //= 2
+        upper, k_upper = _smoothed(tail[:size, columns], tail[size, columns])
+        error = (1 + highest) * (1 / size - 1 / size_of_highest).sqrt()  # of the difference
+        is_pile = highest - k_upper > 3 * error
+        own, is_higher = columns[is_pile], k_upper > highest
+        smoothed[:size, own], smoothed[size:, own] = upper[:, is_pile], tail[size:, own]
+        k[own] = k_upper[is_pile]
+        highest = torch.where(is_higher, k_upper, highest)[~is_pile]
+        size_of_highest = size_of_highest.masked_fill(is_higher, size)[~is_pile]
+        columns = columns[~is_pile]
+    return smoothed, k
 
 
 def _smoothed(tail: Tensor, cutoff: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_recursive import log_marginal
+from pyro_recursive.bounds import pareto
 from pyro_recursive.evaluation import (
     ImportanceWeights,
     effective_sample_size,
@@ -60,6 +61,22 @@ def test_columns_are_those_of_arviz(tail: str, count: int, relative_ess: float) 
         both = [each.sort(0).values for each in both]
     torch.testing.assert_close(*both)
     torch.testing.assert_close(found.log_weights.logsumexp(0), torch.zeros(2, 3))
+
+
+def test_weights_piled_up_at_a_local_maximum_are_no_tail() -> None:
+    """As those of a Gaussian for a skewed posterior."""
+    z = torch.randn(10_000, 40)
+    log_weights = 0.02 * (z - z**3 / 3)  # 0.013 at z = 1, more at z < -2
+    k = psis(log_weights).pareto_k
+    of_all = torch.stack([_smoothed_tail(column) for column in log_weights.T])
+    assert (of_all > 1).sum() >= 10
+    assert (k < 0.7).all()
+
+
+def _smoothed_tail(log_weights: torch.Tensor) -> torch.Tensor:
+    """Return the k-hat of the whole tail."""
+    tail = (log_weights - log_weights.max()).topk(301).values
+    return pareto._smoothed(tail[:-1, None], tail[-1:])[1][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
