@@ -1,6 +1,6 @@
 """Draws of the sites of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -129,7 +129,19 @@ class Draws:
         return log_p - log_q
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sites:
+            raise KeyError(f"No draws of '{name}', only of {sorted(self.sites)}.")
         return self.sites[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sites
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the sites, so that ``dict(draws)`` has their tensors."""
+        return self.sites.keys()
 
     def __len__(self) -> int:
         return self.count

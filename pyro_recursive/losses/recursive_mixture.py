@@ -31,7 +31,6 @@ from pyro_recursive.losses.mixture import (
     density_weight,
     joined_density,
     log_mixture_weights,
-    mixture_of,
     remaining_estimator,
 )
 from pyro_recursive.losses.surrogate import finite, surrogate
@@ -454,7 +453,7 @@ def best_log_weights(run: PlanRun, weights: str) -> Tensor:
 
 def growing_mixture_of(guide: Callable) -> GrowingMixture:
     """Return the growing mixture under handlers; raise TypeError where there is none."""
-    mixture = mixture_of(guide)
+    mixture = poutine.unwrap(guide)
     if not isinstance(mixture, GrowingMixture):
         raise TypeError(
             f"Growth needs a RecursiveMixtureGuide, got {type(mixture).__name__}: train other "

@@ -6,6 +6,7 @@ guide therefore decides: a state loaded, or a result computed, since its last ca
 entries of the store; otherwise the values of the store replace those of the guide.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,12 @@ def claim_name(guide: PyroModule) -> bool:
                 raise ValueError(f"Another guide named '{name}' is in Pyro's store. Give name=.")
     _OWNERS[name] = guide
     return True
+
+
+def free_name(name: str) -> str:
+    """Return a name, or that with a number where a living guide has claimed it."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in _OWNERS)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, KeysView
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from pyro_recursive.guides.pathfinder.gaussians import Gaussians
 from pyro_recursive.guides.pathfinder.mixture import PathReport, mixture_of_paths, paths_for
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.terminal import stderr_is_watched
+from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training.nuts import (
     draws_where_possible,
     start_from,
@@ -44,7 +47,11 @@ MORE_PATHS = (1, 2, 4)  # times as many, while modes may be missing
 ROUNDS = 6  # of moments that are matched
 LEAST_DRAWS = 1  # for each latent that the weights are worth, for moments
 LEAST_WEIGHT = 1e-3  # of a component
+LARGEST_R_HAT = 1.05  # of chains without a warning
+LEAST_ESS, LEAST_ESS_SHARE = 100, 0.1
 NUMBERS = itertools.count(1)  # of the guides, for names of their own
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,16 @@ class PosteriorApproximation:
     def __getitem__(self, name: str) -> Tensor:
         return self.draws[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.draws)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.draws
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the sites, so that ``dict(found)`` has their tensors."""
+        return self.draws.keys()
+
     _repr_html_ = shown_as_html
 
     def __str__(self) -> str:
@@ -143,7 +160,9 @@ def fit_or_sample(
     2. Else the mixture gets the weighted moments of the draws, up to six times, until it is so.
        This takes values of the density, and no gradients. It needs an effective sample size of
        at least D.
-    3. Else NUTS starts from the best of these mixtures, as by `nuts_start`.
+    3. Else NUTS starts from the best of these mixtures, as by `nuts_start`. It warns of an r-hat
+       above 1.05, of divergences, and of an effective sample size below 100 (and a tenth of the
+       draws).
 
     Args:
         model: with continuous latents; flat priors and enumerated latents are allowed.
@@ -226,11 +245,25 @@ def _approximate(
     stage, draws, mixture = best
     guide.set_gaussians(*mixture)
     start = start_from(density, draws, num_chains, compile=compile)
-    mcmc = MCMC(**start, num_samples=math.ceil(num_draws / num_chains), disable_progbar=True)
+    logger.info("NUTS follows: k-hat is %.2f, ESS %.0f.", stage.pareto_k, stage.ess)
+    length = math.ceil(num_draws / num_chains)
+    mcmc = MCMC(**start, num_samples=length, disable_progbar=not stderr_is_watched())
     mcmc.run(*args, **kwargs)
     draws, _ = chain_draws(mcmc, model, args, kwargs, {})
     stages.append(_of_chains(mcmc, time.perf_counter() - clock))
+    _warn_of_chains(stages[-1], length * num_chains)
     return PosteriorApproximation(draws, guide, stage.pareto_k, tuple(stages), mcmc)
+
+
+def _warn_of_chains(stage: StageReport, num_draws: int) -> None:
+    least = min(LEAST_ESS, LEAST_ESS_SHARE * num_draws)
+    if stage.r_hat <= LARGEST_R_HAT and stage.ess >= least and not stage.divergences:
+        return
+    warn_user(
+        f"NUTS has r-hat {stage.r_hat:.2f}, {stage.divergences} divergences in {num_draws} draws "
+        f"and an effective sample size of {stage.ess:.0f}: its draws may be wrong. Reparametrise "
+        "the model, or take more draws."
+    )
 
 
 def _may_miss_modes(report: PathReport) -> bool:

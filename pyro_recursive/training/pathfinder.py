@@ -14,6 +14,7 @@ from pyro_recursive.guides.pathfinder.gaussians import Gaussians
 from pyro_recursive.guides.pathfinder.mixture import PathMixture, PathReport, mixture_of_paths
 from pyro_recursive.guides.starts import StartSearch
 from pyro_recursive.tracing.arguments import check_at_least
+from pyro_recursive.tracing.param_store import claim_name, free_name
 
 
 class PathfinderGuide(MixtureGuide):
@@ -86,7 +87,8 @@ def pathfinder(
             with probability 0.87 or more.
         family: of the Gaussians: ``"full"``, ``"diagonal"``, or a
             `pyro_recursive.guides.gaussian_families.Family` such as ``LowRank(2)``.
-        name: as in `AmortizedGuide`.
+        name: as in `AmortizedGuide`; by default ``PathfinderGuide``, with a number where a living
+            guide has that name.
 
     Raises:
         ValueError: a plate is subsampled, no start has a finite density, or no path a Gaussian with
@@ -123,7 +125,10 @@ def guide_of_paths(
         return slots[site["name"]].of(site["fn"]).transform(at[site["name"]])
 
     components = [AmortizedGuide(model, family=family) for _ in log_weights]
+    is_named, name = name is not None, name or free_name(PathfinderGuide.__name__)
     guide = PathfinderGuide(model, components, init_loc_fn=init_loc_fn, name=name)
+    if not is_named:
+        claim_name(guide)
     guide.prepare(*args, **kwargs)
     guide.set_gaussians(gaussians, log_weights)
     guide.init_loc_fn = None  # which a pickle could not hold

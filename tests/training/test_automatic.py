@@ -1,5 +1,7 @@
 """`fit_or_sample`: each stage on a posterior that needs it."""
 
+import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +163,22 @@ def test_numbers_that_are_constant_have_no_r_hat() -> None:
     assert not worst(z=torch.zeros(2, 50, 1))[0] < 10
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"r_hat": 1.06, "ess": 300.0}, "r-hat 1.06, 0 divergences in 1000 draws"),
+        ({"r_hat": 1.0, "ess": 99.0}, "effective sample size of 99:"),
+        ({"r_hat": 1.0, "ess": 300.0, "divergences": 1}, ", 1 divergences"),
+        ({"r_hat": math.nan, "ess": 300.0}, "r-hat nan"),
+        ({"r_hat": 1.05, "ess": 100.0}, None),
+    ],
+)
+def test_draws_of_nuts_that_may_be_wrong_are_told(found: dict[str, Any], said: str | None) -> None:
+    stage = automatic.StageReport("NUTS", num_gradients=1, num_values=0, seconds=0.0, **found)
+    with nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        automatic._warn_of_chains(stage, 1000)
+
+
 def test_many_draws_take_more_proposals() -> None:
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -170,6 +188,7 @@ def test_many_draws_take_more_proposals() -> None:
     assert len(found["z"]) == 6000 and len(found["z"].unique()) > 4800
 
 
+@pytest.mark.filterwarnings("ignore:NUTS has r-hat")
 def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEAST_DRAWS": 0, "ROUNDS": 1, "PROPOSALS": 300, "LEAST_SHARE": 2}.items():
         monkeypatch.setattr(automatic, name, value)
@@ -177,6 +196,10 @@ def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> N
     found = fit_or_sample(scales, X, paths=2, num_draws=10)
     assert [stage.name for stage in found.stages] == ["Pathfinder", "moments 1", "NUTS"]
     assert found["scale"].shape == (10,) and bool((found["scale"] > 0).all())
+    assert {*found} == {*found.keys()} == {*dict(found)} == {"loc", "scale", "variance"}
+    assert "scale" in found and "x" not in found
+    with pytest.raises(KeyError, match="No draws of 'x', only of"):
+        found["x"]
     torch.testing.assert_close(found["variance"], found["scale"] ** 2)
     counts = found.mcmc.diagnostics()["gradients"]["chain 0"]
     assert found.stages[-1].num_gradients == counts > 15
@@ -184,6 +207,7 @@ def test_nuts_starts_where_weights_are_bad(monkeypatch: pytest.MonkeyPatch) -> N
     assert "10 draws of NUTS: r-hat at most" in str(found)
 
 
+@pytest.mark.filterwarnings("ignore:NUTS has r-hat")
 def test_moments_of_few_draws_are_not_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEAST_DRAWS": 400, "PROPOSALS": 300, "LEAST_SHARE": 2}.items():
         monkeypatch.setattr(automatic, name, value)

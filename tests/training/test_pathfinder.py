@@ -203,6 +203,18 @@ def test_a_later_guide_keeps_its_result() -> None:
         gc.collect()
 
 
+def test_guides_of_several_models_can_be_called_beside_each_other() -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 9.0)), 0.1), obs=x)
+
+    data = torch.tensor([2.0, -5.0])
+    guides = [pathfinder(model, x, paths=2) for x in data]
+    assert [guide.name for guide in guides] == ["PathfinderGuide", "PathfinderGuide_2"]
+    for x, guide in zip(data, guides, strict=True):
+        draws = posterior_draws(model, guide, x, num_draws=4)["z"]
+        assert ((draws - x).abs() < 1).all()
+
+
 def evidence_of_regression() -> float:
     """By the closed form of flat coefficients and a sum over a grid of log sigma."""
     design = torch.stack([torch.ones_like(X), X], -1)
