@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
+from pyro_recursive.losses.base import LogWeightELBO
 from pyro_recursive.tracing.graphs.calls import Call
 from pyro_recursive.tracing.isolation import (
     RandomState,
@@ -27,11 +28,12 @@ from pyro_recursive.tracing.isolation import (
     set_random_state,
 )
 from pyro_recursive.tracing.program import FAILURES
+from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
 from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, Owners, advance
-from pyro_recursive.training.compiled.losses import traced_loss
+from pyro_recursive.training.compiled.losses import ForgottenGradients, traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
 from pyro_recursive.training.distributed import DistributedStep
@@ -77,11 +79,14 @@ class Learner:
         self.initial_states: dict[Tensor, dict[str, Any]] = {}  # of the optimiser: of most, none
         self.scheduler: LRScheduler | None = None
         self.health = torch.zeros((), dtype=torch.float64)  # finite if all losses, gradients are
+        self.has_value = not isinstance(loss, TraceTailAdaptive_ELBO)  # whose value is inf
         self.sizes: BatchTakenForData | None = BatchTakenForData()  # of the first step alone
         self.has_validated = False
         self.interrupts = Interrupts()
         self.compiled: CompiledSteps | None = None
-        if engine is not None:
+        if engine is not None and not self.has_value:
+            warn_user(f"Training steps run eagerly: {type(loss).__name__} has no value.")
+        elif engine is not None:
             training = self._training(is_summed)
             self.compiled = CompiledSteps(training, engine, False, compile_cache, shows_progress)
         self.steps = 0
@@ -117,7 +122,9 @@ class Learner:
             loss = self.group.combine(loss, self.parameters.by_name, self.parameters.buffers)
         optimizer = self.optimizer or self._start_optimizer()
         norm = clip_grad_norm_(self.parameters.by_name.values(), self.clip_norm).double()
-        self.health = self.health.to(norm.device) + loss.to(norm.device) + norm
+        self.health = self.health.to(norm.device) + norm
+        if self.has_value:
+            self.health += loss.to(norm.device)
         every = 1 if norm.device.type == "cpu" else ACCELERATOR_CHECKS_EVERY
         if (self.steps + self.guide_steps) % (self.check_every or every) == 0:
             self.check(batch, epoch, before, owner)
@@ -352,16 +359,17 @@ class Learner:
         if self.group.has_no_rows:
             some = next(iter(parameters.by_name.values()), torch.empty(()))
             return torch.zeros((), dtype=torch.float64, device=some.device)
-        differentiable = getattr(self.loss, "differentiable_loss", None)
-        run = differentiable or self.loss.loss_and_grads
-        with batch.rows, poutine.trace(param_only=True) as captured:
-            value = run(self.model, self.guide, *batch)
+        # Pyro's own may have another gradient than its `loss_and_grads`, which SVI takes.
+        is_own = isinstance(self.loss, LogWeightELBO)
+        run = self.loss.differentiable_loss if is_own else self.loss.loss_and_grads
+        with batch.rows, ForgottenGradients(), poutine.trace(param_only=True) as captured:
+            value: Any = run(self.model, self.guide, *batch)
         new = parameters.add(captured.trace)
         if self.optimizer is not None:
             _add(self.optimizer, new)
-        loss = torch.as_tensor(sum(value) if isinstance(value, tuple) else value)
-        if differentiable is not None and loss.requires_grad:
-            parameters.zero_gradients()  # those of parameters that are new in this run too
+        value = sum(value) if isinstance(value, tuple) else value
+        loss = torch.as_tensor(value, dtype=None if is_own else torch.float64)
+        if is_own and loss.requires_grad:
             others = set(map(id, parameters.others(owner)))
             moving = [p for p in parameters.by_name.values() if id(p) not in others]
             loss.backward(inputs=moving if others else None)

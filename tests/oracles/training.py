@@ -206,9 +206,11 @@ class LossWithModule(Trace_ELBO):
         super().__init__()
         self.weight = nn.Linear(1, 1)
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any) -> Tensor:
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any) -> float:
         weight = pyro.module("own", self.weight)(torch.ones(1)).exp().sum()
-        return weight * super().differentiable_loss(model, guide, *args)
+        loss = weight * self.differentiable_loss(model, guide, *args)
+        loss.backward()
+        return loss.item()
 
 
 def own_loss() -> dict[str, Any]:
@@ -266,10 +268,10 @@ class Noting(TraceMeanField_ELBO):
         self.batches: list[Tensor] = []
         self.scales: list[float] = []
 
-    def differentiable_loss(self, model: Callable, guide: Callable, x: Tensor) -> Tensor:
+    def loss_and_grads(self, model: Callable, guide: Callable, x: Tensor) -> float:
         self.batches.append(x)
         self.scales.append(poutine.trace(guide).get_trace(x).nodes["z"]["scale"])
-        return super().differentiable_loss(model, guide, x)
+        return super().loss_and_grads(model, guide, x)
 
 
 class Counted(torch.optim.Adam):

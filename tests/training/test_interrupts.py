@@ -148,8 +148,8 @@ def test_an_infinite_loss_is_no_finite_one() -> None:
     """Not NaN, and with a gradient that is finite."""
 
     class Infinite(Trace_ELBO):
-        def differentiable_loss(self, *args: Any) -> Tensor:
-            return super().differentiable_loss(*args) + torch.inf
+        def loss_and_grads(self, *args: Any) -> float:
+            return super().loss_and_grads(*args) + torch.inf
 
     with pytest.raises(NonFiniteError, match="not finite in step 1, epoch 1"):
         run(auto_normal, loss=Infinite())

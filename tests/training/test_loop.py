@@ -14,7 +14,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
@@ -85,13 +92,45 @@ def test_equals_a_loop_by_hand_bit_for_bit(batch_size: int | None) -> None:
     assert same(store(), parameters)
 
 
-@pytest.mark.parametrize("loss", [Trace_ELBO(), RenyiELBO(alpha=0.5, num_particles=2)])
-def test_equals_svi(loss: Any) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        Trace_ELBO,
+        partial(RenyiELBO, alpha=0.5, num_particles=2),
+        partial(TraceTailAdaptive_ELBO, num_particles=3, vectorize_particles=True),
+        partial(JitTrace_ELBO, ignore_jit_warnings=True),
+    ],
+    ids=["Trace", "Renyi", "TailAdaptive", "JitTrace"],
+)
+def test_equals_svi(make: Any) -> None:
     pyro.set_rng_seed(1)
-    svi = SVI(normal_model, AutoNormal(normal_model), pyro.optim.Adam({"lr": 1e-3}), loss)
+    options = {"lr": 1e-3, "momentum": 0.9}
+    svi = SVI(normal_model, AutoNormal(normal_model), pyro.optim.SGD(options), make())
     expected = [svi.step(normal_data()) for _ in range(4)]
-    found = run(auto_normal, loss=loss, batch_size=None, transform=None)
+    parameters = store()
+    optimizer = partial(torch.optim.SGD, **options)
+    changes = {"loss": make(), "optimizer": optimizer, "batch_size": None, "transform": None}
+    found = run(auto_normal, **changes)
     assert found.loss == pytest.approx(expected)
+    torch.testing.assert_close(store(), parameters)
+
+
+def test_a_loss_without_a_value_trains_eagerly() -> None:
+    loss = TraceTailAdaptive_ELBO(num_particles=3, vectorize_particles=True)
+    with pytest.warns(UserWarning, match="run eagerly: TraceTailAdaptive_ELBO has no value"):
+        assert run(auto_normal, loss=loss, compile="graph").loss[-1] == math.inf
+
+
+def test_a_gradient_from_before_is_not_added() -> None:
+    found = []
+    for old in (0.0, 7.0):
+        program = auto_normal()
+        program["guide"](program["data"])
+        for parameter in program["guide"].parameters():
+            parameter.grad = torch.full_like(parameter, old)
+        fit(**program, epochs=1, optimizer=sgd, progress=False, seed=2)
+        found.append([p.detach() for p in program["guide"].parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_late_parameters_share_the_optimiser_and_its_schedule() -> None:

@@ -52,7 +52,7 @@ def _from_gradients(
     loss: ELBO, model: Callable, guide: Callable, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Return a loss of Pyro with the gradients that it gives the parameters."""
-    forgotten = _ForgottenGradients()
+    forgotten = ForgottenGradients()
     forgotten.forget(vars(pyro.get_param_store())["_params"].values())
     try:
         with forgotten, poutine.trace(param_only=True) as captured:
@@ -66,7 +66,7 @@ def _from_gradients(
     return _WithGradients.apply(torch.as_tensor(value), gradients, *reached)
 
 
-class _ForgottenGradients(Messenger):
+class ForgottenGradients(Messenger):
     """Sets parameters' gradients aside in ``before``, also of those not in Pyro's store."""
 
     def __init__(self) -> None:
