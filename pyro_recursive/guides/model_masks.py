@@ -48,8 +48,9 @@ class LatentsInCalls:
         form = form_of(args), form_of(kwargs)
         if form not in self.absent:
             own = {slot.name for latents in guide.groups for slot in latents.slots}
+            model = guide.served_model()
             try:
-                trace = outline(guide.served_model(), args, kwargs)
+                trace = outline(model, args, kwargs)
                 self.are_masked |= _are_masked(trace)
                 absent = own - {site["name"] for site in sampled_latents(trace)}
             except torch.OutOfMemoryError:

@@ -441,6 +441,28 @@ def test_minibatches_are_told_from_all_data(how: str) -> None:
     assert guide(torch.randn(6, 1))["z"].shape == (6,)
 
 
+def test_pickles_say_that_a_new_form_of_call_needs_the_model() -> None:
+    """Which latents a call observes or masks is the model's to say."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide, x = AmortizedGuide(model, inputs=no_inputs), torch.randn(3)
+    guide.prepare(x)
+    guide = HOW["pickle"](guide)
+    assert guide(x).keys() == {"z", "y"}
+    with pytest.raises(RuntimeError, match=r"attach\(model\)"):
+        guide(x, x)
+    guide.attach(model)
+    assert guide(x, x).keys() == {"z"}
+
+
+def no_inputs(*args: Any) -> None:
+    return None
+
+
 # Other dtypes and devices
 
 
