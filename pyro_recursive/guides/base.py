@@ -387,7 +387,7 @@ class LatentGuide(AutoGuide):
         Raises:
             NotImplementedError: the guide's marginals are no Gaussians.
         """
-        self.prepare(*args, **kwargs)
+        self.get_ready(args, kwargs)
         with poutine.block():
             call = self.new_call(args, kwargs)
             marginals = [self.marginals(latents, call) for latents in self.groups]
@@ -417,7 +417,7 @@ class LatentGuide(AutoGuide):
         Raises:
             NotImplementedError: the guide is no such map, or has one for each row of the data.
         """
-        self.prepare(*args, **kwargs)
+        self.get_ready(args, kwargs)
         latents, *others = self.groups
         if others or latents.local:
             raise NotImplementedError(

@@ -42,6 +42,7 @@ from pyro_recursive.tracing.handlers import (
     is_dry_run,
 )
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS, eval_mode, isolated, outline
+from pyro_recursive.tracing.param_store import load_from_store
 from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
@@ -256,7 +257,16 @@ class MAPAGuide(LatentGuide):
 
         An ordinary Pyro model, with the prior as its ``prior``. Arguments and errors are those of
         `pyro_recursive.mapa.recover_prior`; ``"auto"`` is the exact prior of codes with a scale.
+
+        Raises:
+            RuntimeError: the guide has not seen its model, and has no ``site``.
         """
+        if self.site is None:
+            raise RuntimeError("The guide has not seen its model. Call guide.prepare(*args) first.")
+        if self.groups:
+            self.get_ready((), {})
+        elif not self.is_loaded:
+            load_from_store(self, self._pyro_name)
         with torch.no_grad(), eval_mode(self.codes):
             index = torch.arange(len(self.codes), device=self.codes.logits.device)
             codes = torch.cat([self.codes(part) for part in index.split(_ENCODED_AT_ONCE)])
@@ -264,7 +274,7 @@ class MAPAGuide(LatentGuide):
         if kind == "auto" and scale is not None:
             kind, options = "kernels", {"scale": scale.item(), **options}
         prior = recover_prior(codes, kind, log_weights=log_weights.detach(), **options)
-        return with_prior(self.own_model(), str(self.site), prior)
+        return with_prior(self.own_model(), self.site, prior)
 
     def posterior(self, latents: LatentBlock, call: GuideCall) -> CodeMixture:
         """Return the posterior over the codes of each row: batch ``[*batch]``, event ``[D]``."""

@@ -292,6 +292,52 @@ def test_a_new_guide_takes_what_the_store_has(name: str, tmp_path: Path) -> None
     assert_moves(fresh, copy.deepcopy(fresh.guide.state_dict()))
 
 
+def mapa_with_site(is_prepared: bool) -> Any:
+    one = program("mapa", is_prepared=is_prepared)
+    one.guide.site = "z"
+    return one.guide
+
+
+SUMMARIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "median": (lambda: AmortizedGuide(Model()), lambda guide: guide.median(data())["z"]),
+    "transform": (
+        lambda: AmortizedGuide(Model()),
+        lambda guide: guide.get_transform(data())(torch.zeros(ROWS * LATENTS)),
+    ),
+    "new prior": (partial(mapa_with_site, False), lambda guide: guide.recovered().prior().sample()),
+    "prior": (partial(mapa_with_site, True), lambda guide: guide.recovered().prior().sample()),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_summaries_of_a_new_guide_are_of_what_the_store_has(name: str, tmp_path: Path) -> None:
+    """No call of the guide comes before, which would take the values."""
+    make, summary = SUMMARIES[name]
+
+    def found() -> Any:
+        guide = make()
+        if not (tmp_path / "store").exists():
+            guide(data())
+            for parameter in guide.parameters():
+                parameter.data += 1.5
+            pyro.get_param_store().save(tmp_path / "store")
+        pyro.set_rng_seed(1)
+        return summary(guide)
+
+    expected = found()
+    forget()
+    pyro.get_param_store().load(tmp_path / "store")
+    same(found(), expected)
+
+
+def test_a_prior_needs_the_name_of_its_site() -> None:
+    trained = program("mapa").train()
+    fresh = program("mapa")
+    fresh.guide.load_state_dict(trained.guide.state_dict())
+    with pytest.raises(RuntimeError, match=r"guide\.prepare"):
+        fresh.guide.recovered()
+
+
 HOW: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda guide: pickle.loads(pickle.dumps(guide)),
