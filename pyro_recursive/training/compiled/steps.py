@@ -36,6 +36,7 @@ FEWEST = math.ceil(SECONDS_EACH / EAGER_EACH)  # steps that a graph of any size 
 MAX_GRAPHS = 8  # of calls of one form, before these run eagerly
 MAX_KEPT = 4  # of these
 MAX_FORMS = 64
+MAX_ATTEMPTS = 8  # to compare a compiled step with an eager one
 
 
 def steps_to_earn(operations: int) -> int:
@@ -82,6 +83,7 @@ class CompiledSteps:
         self._steps: dict[Any, list[CompiledStep]] = {}  # of calls of a form, the last one first
         self._eager_forms: set[Any] = set()
         self._is_full = False  # calls of more than MAX_FORMS forms were seen
+        self._attempts: dict[Any, int] = {}  # to compare steps of calls of a form
         self._graphs: dict[Any, int] = {}  # how many were made of calls of a form
         self._groups: dict[tuple[int, ...], list[FlatGroup]] = {}
 
@@ -95,11 +97,7 @@ class CompiledSteps:
         if left == 0 or self.engine == "eager" or key in self._eager_forms:
             return self.training.eager(call)
         if key not in self._graphs:  # the first step creates parameters and optimisers
-            if len(self._graphs) < MAX_FORMS:
-                self._graphs[key] = 0
-            elif not self._is_full:
-                self._is_full = not self.strict
-                self._give_up(key, Unsupported(f"arguments have had {MAX_FORMS} forms or values"))
+            self._add_form(key)
             return self.training.eager(call)
         outdated = None
         for step in self._steps.setdefault(key, []):
@@ -145,6 +143,19 @@ class CompiledSteps:
             return self.training.eager(call)
         return self._compared(key, step, call)
 
+    def _add_form(self, key: Any) -> None:
+        """Note calls of a new form; of too many, the first one that was seen once is forgotten."""
+        if len(self._graphs) >= MAX_FORMS:
+            if not self._is_full:
+                text = f"arguments have had {MAX_FORMS} forms or values; pass numbers that change"
+                self._tell(Unsupported(f"{text} as tensors, or use KLWarmup"))
+            self._is_full = True
+            once = (k for k, n in self._graphs.items() if n == 0 and k not in self._eager_steps)
+            if (first := next(once, None)) is None:
+                return
+            del self._graphs[first]
+        self._graphs[key] = 0
+
     def _policy(self, key: Any, coming: int) -> CompilePolicy | None:
         """Return the compile policy, or None if too few steps are expected."""
         if self.engine != "auto" or self.strict:
@@ -163,7 +174,10 @@ class CompiledSteps:
         return self.training.eager(call)
 
     def _compared(self, key: Any, step: CompiledStep, call: Call) -> Tensor:
-        """Take an eager step and return its loss; give up a compiled step that differs."""
+        """Take an eager step and return its loss; give up a compiled step that differs.
+
+        Where both losses are infinite, as by design of some losses, their updates are compared.
+        """
         changed = set(map(id, step.step.changed))
         constants = [each for each in step.step.gradients.constants if id(each) in changed]
         start = [group.values.clone() for group in step.groups]
@@ -174,12 +188,19 @@ class CompiledSteps:
         result = self.training.eager(call)
         expected = result.item()
         tight, loose = tolerances(step.step)
-        pairs = zip(step.groups, start, strict=True)  # a logit may be -inf from the start
+        pairs = list(zip(step.groups, start, strict=True))  # a logit may be -inf from the start
         is_finite = all(bool((g.values.isfinite() | ~b.isfinite()).all()) for g, b in pairs)
-        if not (is_finite and math.isfinite(expected)):
+        has_moved = any(not torch.equal(g.values, before) for g, before in pairs)
+        is_infinite = loss == expected and has_moved and not self.training.is_guarded
+        if not (is_finite and (is_infinite or math.isfinite(expected))):
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            if self._attempts[key] >= MAX_ATTEMPTS:
+                text = f"the loss {expected:.7g} or its update is not finite"
+                self._give_up(key, Unsupported(f"no step could be compared, as {text}"))
             return result  # the next step is compared
+        self._attempts.pop(key, None)
         step.is_compared = True
-        is_same = abs(loss - expected) <= tight * (1 + abs(expected))
+        is_same = loss == expected or abs(loss - expected) <= tight * (1 + abs(expected))
         for group, before, after in zip(step.groups, start, ends, strict=True):
             finite = group.values.isfinite()
             is_same &= torch.equal(after.isfinite(), finite)
@@ -211,8 +232,12 @@ class CompiledSteps:
         return self._groups[key]
 
     def _give_up(self, key: Any, error: Unsupported) -> None:
-        if self.strict:
-            raise error
+        self._tell(error)
         self._steps.pop(key, None)
         self._eager_forms.add(key)
+
+    def _tell(self, error: Unsupported) -> None:
+        """Warn why steps run eagerly, or raise that."""
+        if self.strict:
+            raise error
         warn_user(f"Training steps run eagerly: {error}.")

@@ -7,14 +7,21 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
+from pyro.optim import SGD, Adam
 from torch import Tensor
 
 from pyro_recursive import CompiledSVI
 from tests.models import ROWS
-from tests.training.compiled.scenarios import X, adam, check, shifted
+from tests.training.compiled.scenarios import X, adam, check, check_eager, guide, shifted
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "Trace": Trace_ELBO,
@@ -67,6 +74,32 @@ def test_steps_are_those_of_svi_on_parameters_of_modules_alone() -> None:
 
     with pyro.settings.context(module_local_params=True):
         check(scenario)
+
+
+def test_a_loss_that_is_always_infinite_is_compared_by_its_updates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        options = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
+        svi = make(shifted, guide, adam(), TraceTailAdaptive_ELBO(**options))
+        return [svi.step(X) for _ in range(6)]
+
+    eager, calls = CompiledSVI._eager, list[Any]()
+    monkeypatch.setattr(CompiledSVI, "_eager", lambda *args: calls.append(1) or eager(*args))
+    assert check(scenario)[0] == torch.inf
+    assert len(calls) == 2  # the first step, and the one that is compared
+
+
+def test_steps_that_cannot_be_compared_are_eager_after_some() -> None:
+    def model(x: Tensor) -> None:
+        shifted(x)
+        pyro.factor("impossible", torch.tensor(-torch.inf))
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        svi = make(model, guide, SGD({"lr": 0.0}), Trace_ELBO())
+        return [svi.step(X) for _ in range(12)]
+
+    check_eager(scenario, "no step could be compared, as the loss inf or its update")
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no")

@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from scipy import sparse, stats
@@ -239,6 +240,26 @@ def test_too_many_forms_are_told_after_another_warning(monkeypatch: pytest.Monke
             for _ in range(3):
                 svi.step(X[:count])
     assert sum("have had 2 forms" in str(each.message) for each in caught) == 1
+
+
+def test_a_value_that_stays_is_compiled_after_many_that_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model(x: Tensor, scale: float) -> None:
+        with poutine.scale(scale=scale):
+            shifted(x)
+
+    made: Any = None
+
+    def scenario(make: Callable[..., Any]) -> list[Any]:
+        nonlocal made
+        made = make(model, guide, adam(), IWAE_ELBO(3))
+        scales = [0.1, 0.2, 0.3, 0.4, 0.5, *[1.0] * 5]
+        return [made.step(X, scale) for scale in scales]
+
+    monkeypatch.setattr(steps, "MAX_FORMS", 3)
+    check_eager(scenario, "arguments have had 3 forms or values; pass .* as tensors")
+    assert list(made._steps._steps) == list(made._steps._graphs)[-1:]
 
 
 # Values that change in each run.
