@@ -27,7 +27,7 @@ from pyro_recursive.guides.row_families import RowFamily
 from pyro_recursive.guides.starts import InitLocFn, StartSearch, site_function
 from pyro_recursive.guides.whitening import Gaussian, Whitening
 from pyro_recursive.tracing.compatibility import check_batch_shapes
-from pyro_recursive.tracing.isolation import eval_mode
+from pyro_recursive.tracing.isolation import eval_mode, isolated
 from pyro_recursive.tracing.param_store import (
     check_coordinates,
     check_prepared,
@@ -382,27 +382,40 @@ class LatentGuide(AutoGuide):
     def quantiles(self, quantiles: Iterable[float], *args: Any, **kwargs: Any) -> Values:
         """Return posterior quantiles of each latent, ``[Q, *site's shape]``.
 
-        Vectors such as simplices have those of each unconstrained coordinate, as in Pyro.
+        Vectors such as simplices have those of each unconstrained coordinate, as in Pyro. Where the
+        model's plates draw a minibatch, those of all rows that the guide or its inputs have.
 
         Raises:
-            NotImplementedError: the guide's marginals are no Gaussians.
+            NotImplementedError: the guide's marginals are no Gaussians, or bounds depend on other
+                latents.
         """
         self.get_ready(args, kwargs)
-        with poutine.block():
-            call = self.new_call(args, kwargs)
-            marginals = [self.marginals(latents, call) for latents in self.groups]
         found: dict[str, list[Tensor]] = {}
         levels = list(quantiles)
-        blocks = [replace(latents, whitening=None) for latents in self.groups]
-        for block, (loc, scale) in zip(blocks, marginals, strict=True):
-            normal = torch.distributions.Normal(loc, scale)
-            latents = call.shared_block(block, loc - scale, loc + scale)
-            for q in levels:
-                ends = [normal.icdf(loc.new_tensor(p)) for p in (q, 1 - q)]
-                below, above = map(latents.unpack, ends)
-                for slot in latents.slots:
-                    values = above if slot.is_decreasing else below
-                    found.setdefault(slot.name, []).append(values[slot.name])
+        with isolated():
+            call = self.new_call(args, kwargs)
+            of_all_rows = call.of_all_rows(self.groups, self.by_row)
+            marginals = [self.marginals(latents, of_all_rows) for latents in self.groups]
+            blocks = [replace(latents, whitening=None) for latents in self.groups]
+            earlier: tuple[Values, Values] = {}, {}
+            for block, (loc, scale) in zip(blocks, marginals, strict=True):
+                normal = torch.distributions.Normal(loc, scale)
+                if of_all_rows is not call and block.rows and block.varying_supports:
+                    raise NotImplementedError(
+                        f"The bounds of latent site '{block.varying_supports[0]}' are known for "
+                        "the rows of one minibatch at a time: take the quantiles of draws."
+                    )
+                points = loc - scale, loc + scale
+                latents = call.shared_block(block, points, earlier)
+                for values, point in zip(earlier, points, strict=True):
+                    values.update(latents.unpack(point))
+                for q in levels:
+                    ends = [normal.icdf(loc.new_tensor(p)) for p in (q, 1 - q)]
+                    below, above = map(latents.unpack, ends)
+                    for slot in latents.slots:
+                        if slot.name not in call.absent:
+                            values = above if slot.is_decreasing else below
+                            found.setdefault(slot.name, []).append(values[slot.name])
         return {name: torch.stack(values) for name, values in found.items()}
 
     def transform_of(self, latents: LatentBlock, call: GuideCall) -> Transform:

@@ -1,8 +1,8 @@
 """One call of a guide: its plates, and outputs of encoders and tables for its minibatch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,11 +81,23 @@ class GuideCall:
             return latents
         return self._read(Placement(latents, values=values, stop=True))
 
-    def shared_block(self, latents: LatentBlock, *points: Tensor) -> LatentBlock:
-        """Return a block with the supports of this call, which must not depend on latents."""
+    def shared_block(
+        self,
+        latents: LatentBlock,
+        points: tuple[Tensor, Tensor],
+        earlier: tuple[Values, Values] = ({}, {}),
+    ) -> LatentBlock:
+        """Return a block with the supports of this call, which must not depend on latents.
+
+        They are compared at two points of the block, each with values of the blocks before it.
+        """
         if not latents.varying_supports:
             return latents
-        first, *others = (self.block_at(latents, u) for u in (*points, torch.ones_like(points[0])))
+        pairs = [*zip(points, earlier, strict=True), (torch.ones_like(points[0]), earlier[0])]
+        first, *others = (
+            replace(self, given={**self.given, **values}).block_at(latents, u)
+            for u, values in pairs
+        )
         for other in others:
             for one, slot in zip(first.slots, other.slots, strict=True):
                 if not same_tensors(one.support, slot.support):
@@ -94,6 +106,27 @@ class GuideCall:
                         "the quantiles of draws."
                     )
         return first
+
+    def of_all_rows(self, blocks: Sequence[LatentBlock], by_inputs: bool) -> "GuideCall":
+        """Return the call with all rows of plates that the guide has drawn a minibatch of.
+
+        ``by_inputs`` says that the rows have those parameters that a network makes of the inputs.
+        """
+        known = {*self.created, *self.row_plates}
+        if by_inputs:
+            known |= {name for name, size in self.input_sizes.items() if size == "minibatch"}
+        drawn = [
+            self.plates[frame.name]
+            for latents in blocks
+            for frame in latents.rows
+            if frame.name not in known
+        ]
+        drawn = [plate for plate in drawn if plate.subsample_size < plate.size]
+        if not drawn:
+            return self
+        whole = {p.name: pyro.plate(p.name, p.size, dim=p.dim) for p in drawn}
+        created = self.created | whole.keys()
+        return replace(self, plates={**self.plates, **whole}, created=created)
 
     def _read(self, placed: Placement) -> LatentBlock:
         assert self.model is not None

@@ -88,7 +88,7 @@ class NeutraGuide(AutoContinuous):
             return slot.support
         points = latent.reshape(-1, *[1] * self._latents.nesting, self.latent_dim)
         try:
-            block = self._call.shared_block(self._latents, points[0], points[-1])
+            block = self._call.shared_block(self._latents, (points[0], points[-1]))
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"The bounds of '{slot.name}' or another site depend on other latents. Use "

@@ -96,3 +96,63 @@ def test_quantiles_zero_and_one_are_the_ends_of_supports() -> None:
     torch.testing.assert_close(found[0], X)
     torch.testing.assert_close(found[2], X + 2.0)
     assert ((found[0] < found[1]) & (found[1] < found[2])).all()
+
+
+@pytest.mark.parametrize("bound", ["later block", "own block"])
+def test_bounds_that_depend_on_other_latents_are_refused(bound: str) -> None:
+    def bounded(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Gamma(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0.0, scale))
+
+    guide = AmortizedGuide(bounded, plate="data" if bound == "later block" else None)
+    with pytest.raises(NotImplementedError, match=r"bounds of latent site 'z' depend on other"):
+        guide.median(X)
+
+
+@pytest.mark.parametrize("kind", ["table", "encoder"])
+def test_quantiles_are_of_all_rows(kind: str) -> None:
+    """Where the model subsamples; the call leaves random state and buffers as they were."""
+    x = torch.arange(10.0)[:, None]
+
+    def subsampled(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Uniform(0.0, x.max()))  # bounds that each call reads
+        with pyro.plate("data", 10, subsample_size=3) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows, 0])
+
+    encoder = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.BatchNorm1d(2))
+    options = {"encoder": encoder} if kind == "encoder" else {"plate": "data"}
+    guide = AmortizedGuide(subsampled, **options)
+    guide.prepare(x)
+    if kind == "table":
+        guide.free_local.data[:, 0] = x[:, 0]
+    state, buffer = torch.get_rng_state(), encoder[1].running_mean.clone()
+    found = guide.median(x)["z"]
+    torch.testing.assert_close(found, x[:, 0] if kind == "table" else encoder(x)[:, 0])
+    encoder[1].running_mean.copy_(buffer)
+    assert torch.equal(guide.median(x)["z"], found)
+    assert torch.equal(encoder[1].running_mean, buffer)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_minibatches_with_bounds_of_their_own_are_refused() -> None:
+    def subsampled(x: Tensor) -> None:
+        with pyro.plate("data", 3, subsample_size=2) as rows:
+            pyro.sample("z", dist.Uniform(x[rows], x[rows] + 1.0))
+
+    with pytest.raises(NotImplementedError, match="one minibatch at a time"):
+        AmortizedGuide(subsampled, plate="data").median(X)
+
+
+def test_observed_sites_have_no_quantiles() -> None:
+    def labelled(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "x", dist.Normal(pyro.sample("y", dist.Normal(0.0, 1.0), obs=y), 1.0), obs=x
+            )
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AmortizedGuide(labelled)
+    assert guide.median(X).keys() == {"y", "z"}
+    assert guide.median(X, X).keys() == {"z"}
