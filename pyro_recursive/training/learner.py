@@ -32,7 +32,7 @@ from pyro_recursive.tracing.user_warnings import warn_user
 from pyro_recursive.training import checkpoint
 from pyro_recursive.training.compiled.compiled_step import CompiledStep
 from pyro_recursive.training.compiled.engines import EngineName
-from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, Owners, advance
+from pyro_recursive.training.compiled.flat import SPEED_OPTIONS, FlatGroup, Owners, advance
 from pyro_recursive.training.compiled.losses import ForgottenGradients, traced_loss
 from pyro_recursive.training.compiled.steps import CompiledSteps, Training
 from pyro_recursive.training.data import Batch, Minibatches, Table
@@ -84,6 +84,7 @@ class Learner:
         self.has_validated = False
         self.interrupts = Interrupts()
         self.compiled: CompiledSteps | None = None
+        self.flat = set[FlatGroup]()  # of compiled steps
         if engine is not None and not self.has_value:
             warn_user(f"Training steps run eagerly: {type(loss).__name__} has no value.")
         elif engine is not None:
@@ -155,6 +156,7 @@ class Learner:
                 self._present = batch, epoch
                 found = self.compiled.find(call, coming - done)
                 if isinstance(found, CompiledStep):
+                    self.flat.update(found.groups)
                     losses = found.take_many(min(count - done, most)).clone()
                     first = self._note_block(found.step.health[0], losses)
                     if first is not None:
@@ -194,6 +196,11 @@ class Learner:
             values = self.parameters.by_name.items()
             found = {name: sums.get(id(p), p.detach() * count) for name, p in values}
             self.iterates.add(found, count)
+
+    def end_compiled(self) -> None:
+        """Let parameters no longer be views of buffers of compiled steps."""
+        for group in self.flat:
+            group.release()
 
     def begin_stage(self, average: Mapping[str, Tensor], factor: float) -> None:
         """Multiply the learning rate; go on from an average of the parameters if there is one."""
@@ -282,10 +289,11 @@ class Learner:
         """Let an optimiser that has modes put its averaged weights into the parameters."""
         _set_mode(self.optimizer, "eval")
 
-    def end_epoch(self, value: float) -> None:
-        """Step the learning-rate schedule, with ``value`` if it reduces on a plateau."""
+    def end_epoch(self, value: float | None) -> None:
+        """Step the learning-rate schedule; one of plateaus with ``value``, if there is one."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(value)
+            if value is not None:
+                self.scheduler.step(value)
         elif self.scheduler is not None:
             self.scheduler.step()
 

@@ -173,7 +173,7 @@ def fit(
                     weight = min(1.0, (run.num_epochs + 1) / max(kl_warmup, 1))
                     validates = held_out is not None and (run.num_epochs + 1) % validate_every == 0
                     run.epoch(weight, held_out if validates else None, validation_loss or loss, bar)
-                    run.end_epoch(keep_best=patience is not None)
+                    run.end_epoch(held_out is not None, keep_best=patience is not None)
                     run.report(on_epoch)
                 interrupts.check()
             except KeyboardInterrupt as error:

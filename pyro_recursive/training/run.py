@@ -250,10 +250,10 @@ class Run:
         is_last = not isinstance(piece, Table) and rows_of(piece) != self.batches.size
         return passes * (1 if is_last else alike)
 
-    def end_epoch(self, keep_best: bool) -> None:
+    def end_epoch(self, has_validation: bool, keep_best: bool) -> None:
         """Step the schedule, keep the best weights, write the checkpoint."""
-        validated = [value for value in self.history.validation if value is not None]
-        self.learner.end_epoch(validated[-1] if validated else self.history.loss[-1])
+        judged = self.history.validation if has_validation else self.history.loss
+        self.learner.end_epoch(judged[-1])
         if keep_best and self.history.best_epoch == self.num_epochs:
             self.best = self.learner.parameters.copied()
         self.write()
@@ -295,6 +295,7 @@ class Run:
 
     def finish(self) -> None:
         """Record why training has stopped; leave the best parameters, or their average."""
+        self.learner.end_compiled()
         history, load = self.history, self.learner.parameters.load
         if history.interrupted:
             history.stopped = "interrupted"

@@ -25,7 +25,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_recursive import RecursiveMixture_ELBO, RecursiveMixtureGuide, Schedule
@@ -335,6 +335,15 @@ def test_validation_rows() -> None:
     batches = Minibatches(DataLoader(TensorDataset(x, y), 3))
     assert same(batches.choose(4), (x[:4], y[:4]))
     assert same(batches.choose(99), (x, y))
+
+
+def test_a_plateau_is_one_of_validations() -> None:
+    """Neither the training loss nor a value that was seen before ends it."""
+    plateau = partial(ReduceLROnPlateau, patience=0, factor=0.1)
+    options = {"validation": normal_data()[:4], "validate_every": 3, "epochs": 13}
+    values = Scripted([5.0, 4.0, 4.5, 3.0])
+    found = run(auto_normal, scheduler=plateau, validation_loss=values, **options)
+    assert found.learning_rate == pytest.approx([1e-3] * 9 + [1e-4] * 4)
 
 
 def test_history_tells_what_happened() -> None:

@@ -240,6 +240,13 @@ class FlatGroup:
                 state["step"] = count + self.done
         self.done = 0
 
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give parameters storages of their own: one that is saved has all of its storage."""
+        for parameter, place, _, _ in self._bound:
+            if parameter.data_ptr() == place:
+                parameter.data = parameter.data.clone()
+
     @property
     def has_gradients(self) -> bool:
         """Whether a parameter has a gradient that is not of these steps, for the next one."""

@@ -173,6 +173,17 @@ def test_engines_are_checked() -> None:
 
 
 @pytest.mark.slow
+def test_trained_parameters_have_storages_of_their_own() -> None:
+    """A saved parameter that is a view has the whole storage of all."""
+    pyro.clear_param_store()
+    model = Model()
+    guide = AmortizedGuide(model, nn.Linear(2, 2))
+    settings = {"optimizer": ADAM, "batch_size": 16, "epochs": 3, "progress": False}
+    fit(model, guide, X, loss=IWAE_ELBO(1), compile="graph", **settings)
+    for parameter in [*model.parameters(), *guide.parameters()]:
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
 def test_checkpoints_hold_the_state_of_compiled_steps(tmp_path: Any) -> None:
     file = tmp_path / "run.pt"
     run("graph", checkpoint=file, epochs=2)
