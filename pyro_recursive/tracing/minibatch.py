@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_recursive.tracing.isolation import outline
 from pyro_recursive.tracing.sites import plates_of, sites
@@ -119,7 +120,7 @@ def plates_of_rows(
 
     alike = {name: f for name, f in frames(args, kwargs).items() if f.size == rows}
     try:
-        other = frames(tuple(map(part, args)), {k: part(v) for k, v in kwargs.items()})
+        other = frames(*tree_map(part, (tuple(args), kwargs)))
     except Exception:  # a model that fits this number of rows alone
         return frozenset(alike)
     return frozenset(

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from pyro_recursive.evaluation.parallel import ProcessGroup
@@ -322,9 +323,12 @@ class Passes:
 
 
 def rows_of(batch: tuple[Any, ...]) -> int:
-    """Return the rows of a batch: the length of its first tensor, 1 if that is a scalar."""
-    first = batch[0] if batch else None
-    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+    """Return the rows of a batch: the length of its first tensor, 1 without or if it is a scalar.
+
+    Tensors in tuples, lists and dicts count, too.
+    """
+    first = next((each for each in tree_leaves(tuple(batch)) if isinstance(each, Tensor)), None)
+    return len(first) if first is not None and first.dim() else 1
 
 
 def _columns(data: Any, name: str) -> tuple[Tensor, ...]:

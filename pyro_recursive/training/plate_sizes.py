@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList, AutoMes
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.isolation import outline
@@ -51,7 +52,9 @@ def check_shares(model: Callable, guide: Callable, batch: Batch) -> None:
                 return {"guide": guided, "model": program.run_model(guided)}
 
     batch = batch if isinstance(batch, Batch) else Batch.of(batch)
-    rest = Batch.of([*map(part, batch)], MinibatchRows(part(batch.rows.index), batch.rows.total))
+    rest = Batch.of(
+        tree_map(part, tuple(batch)), MinibatchRows(part(batch.rows.index), batch.rows.total)
+    )
     if rows_of(rest) == rows:
         kind = type(batch[0]).__name__
         raise ValueError(f"Processes share the rows of a batch, but a {kind} has none.")

@@ -99,6 +99,15 @@ vectorised = Trace_ELBO(num_particles=4, vectorize_particles=True)
 loader = DataLoader(TensorDataset(normal_data()), 4)
 part = DataLoader(TensorDataset(normal_data()), 8, sampler=SubsetRandomSampler(range(8)))
 
+
+def in_a_dict(x: Tensor) -> tuple[dict[str, Tensor]]:
+    return ({"x": x},)
+
+
+def of_dict(model: Callable) -> Callable:
+    return lambda batch: model(batch["x"])
+
+
 MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "plate of the batch": (grouped(of_batch), {"kl_warmup": 5}, True),
     "in a loop": (loop, {}, True),
@@ -112,6 +121,8 @@ MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
     "full batch": (grouped(of_batch), {"batch_size": None}, False),
     "all of a part": (grouped(of_batch), {"data": part, "batch_size": None}, False),
     "local": (local, {"guide": LocalGuide()}, False),
+    "dicts": (of_dict(grouped(of_batch)), {"transform": in_a_dict}, True),
+    "dicts of all": (of_dict(grouped(of_all)), {"transform": in_a_dict}, False),
     "vectorised": (grouped(of_batch), {"loss": vectorised}, True),
 }
 
@@ -120,10 +131,10 @@ MISLED: dict[str, tuple[Callable, dict[str, Any], bool]] = {
 def test_a_batch_taken_for_all_data_is_told(name: str) -> None:
     model, changes, misled = MISLED[name]
     guide = AutoNormal(poutine.block(model, hide_fn=lambda site: False))
-    arguments = {**auto_normal(), "model": model, "guide": guide, **changes}
+    arguments = {**auto_normal(), "transform": None, "model": model, "guide": guide, **changes}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(lambda: arguments, epochs=2, transform=None)
+        assert run(lambda: arguments, epochs=2).rows[0] > 1
     assert len(caught) == misled
     for warning in caught:
         assert warning.filename == run.__code__.co_filename
@@ -230,7 +241,15 @@ def test_batches_that_cannot_be_shared_are_refused(name: str, rows: int) -> None
 
 def test_a_batch_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="rows of a batch, but a dict has none"):
-        check_shares(known_size, AutoDelta(known_size), ({"x": few_rows(4)},))
+        check_shares(known_size, AutoDelta(known_size), ({"x": 4.0},))
+
+
+def test_rows_in_a_dict_are_shared() -> None:
+    for model, make, message in (REFUSED["plate"], REFUSED["twice"]):
+        with pytest.raises(ValueError, match=message):
+            check_shares(of_dict(model), make(of_dict(model)), ({"x": few_rows(4)},))
+    model = of_dict(known_size)
+    check_shares(model, AutoDelta(model), ({"x": few_rows(4)},))
 
 
 def other_minibatch(x: Tensor) -> None:

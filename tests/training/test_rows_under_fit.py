@@ -200,6 +200,14 @@ def half(x: Tensor) -> Tensor:
     return x[:2]
 
 
+def in_a_dict(x: Tensor) -> tuple[dict[str, Tensor]]:
+    return ({"x": x},)
+
+
+def of_dict(batch: Any) -> None:
+    model(batch["x"] if isinstance(batch, dict) else batch)
+
+
 JOINT = "one distribution for all entries of plate 'data', and each batch has other rows"
 REFUSED: dict[str, tuple[Callable, dict[str, Any], str]] = {
     "joint": (AmortizedGuide, {}, JOINT),
@@ -219,6 +227,8 @@ REFUSED: dict[str, tuple[Callable, dict[str, Any], str]] = {
         for kind in (autoguide.AutoNormal, autoguide.AutoDelta, autoguide.AutoDiagonalNormal,
                      autoguide.AutoNormalMessenger)
     },
+    "AutoNormal of dicts": (lambda _: autoguide.AutoNormal(of_dict),
+                            {"transform": in_a_dict}, "AutoNormal has parameters for 4 rows"),
     "AutoNormal in a mixture": (lambda model: MixtureGuide(model, [autoguide.AutoNormal(model)]),
                                 {}, "MixtureGuide has parameters for 4 rows"),
     "AutoNormal, other data for validation": (autoguide.AutoNormal,
@@ -232,7 +242,7 @@ REFUSED: dict[str, tuple[Callable, dict[str, Any], str]] = {
 def test_rows_without_numbers_are_refused(name: str) -> None:
     make, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        trained(model, make(model), **options)
+        trained(of_dict, make(model), **options)
 
 
 @pytest.mark.parametrize(
