@@ -112,8 +112,11 @@ class CompiledSVI:
         while done < num_steps:
             found = self._steps.find(call, num_steps - done)
             if isinstance(found, CompiledStep):
+                groups = found.groups
                 with Interrupts() as interrupts:  # Ctrl-C ends the run between two blocks
                     found = found.take_many(num_steps - done).clone()
+                    for group in groups:
+                        group.write_counts()
                 interrupts.check()
             losses.append(found.detach().reshape(-1))
             done += len(losses[-1])

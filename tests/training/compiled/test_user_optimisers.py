@@ -1,6 +1,7 @@
 """Optimisers as users change, share and hook them: the steps are those of `SVI`."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,19 @@ def test_an_optimiser_may_serve_two(is_eager: bool, length: int) -> None:
         return losses
 
     check(scenario)
+
+
+def test_an_optimiser_is_up_to_date_after_a_run() -> None:
+    """A copy has no hooks that would write the counts."""
+    pyro.clear_param_store()
+    optim = adam()
+    svi = CompiledSVI(shifted, guide, optim, IWAE_ELBO(3), engine="graph", strict=True)
+    svi.run(10, X)
+    for each in deepcopy(list(optim.optim_objs.values())):
+        assert [int(state["step"]) for state in each.state.values()] == [10]
+    svi.run(3, X)
+    (state,) = optim.optim_objs[pyro.param("loc")].state.values()
+    assert int(state["step"]) == 13
 
 
 @pytest.mark.slow
