@@ -1,19 +1,23 @@
 """CUDA graphs of compiled steps, and which steps have one."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, cuda
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from pyro_recursive.tracing.graphs.draws import is_random
+from pyro_recursive.tracing.graphs.gradients import GradientGraph
 from pyro_recursive.tracing.graphs.kernels import Compiled, NotRecordable
 
 ATEN = torch.ops.aten
+LITERAL = ATEN.lift_fresh_copy.default  # copies numbers of the program, as of ``torch.tensor(1.0)``
 CHECK = ATEN._linalg_check_errors.default
-WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def captured(
@@ -62,6 +66,25 @@ def _no_waits() -> Iterator[None]:
         cuda.set_sync_debug_mode(before)
 
 
+def on_device(gradients: GradientGraph, device: torch.device) -> GradientGraph:
+    """Return a graph that makes its own tensors on a device: literals, ranges, zeros.
+
+    It cannot be traced where the program computes with them on the CPU.
+    """
+    graph, constants = copy.deepcopy(gradients.graph), list(gradients.constants)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    own = inputs[len(inputs) - len(constants) :]
+    for number, node in enumerate(own):
+        if node.users and all(user.target is LITERAL for user in node.users):
+            constants[number] = constants[number].to(device)
+    for node in graph.graph.nodes:
+        is_own = not node.all_input_nodes and not is_random(node.target)
+        if is_own and node.kwargs.get("device") == torch.device("cpu"):
+            node.update_kwarg("device", device)
+    graph.recompile()
+    return replace(gradients, graph=graph, constants=constants)
+
+
 def check_capturable(module: GraphModule, device: torch.device) -> None:
     """Raise NotRecordable where a graph works on another device, or waits for this one.
 
@@ -75,7 +98,7 @@ def check_capturable(module: GraphModule, device: torch.device) -> None:
         for value in tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and value.device != device:
                 raise NotRecordable(f"{name} is on {value.device}, the step on {device}")
-        if node.target is CHECK or not WAITS.isdisjoint(getattr(node.target, "tags", ())):
+        if node.target is CHECK:
             raise NotRecordable(f"{name} waits for the device")
 
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_recursive.tracing.graphs.gradients import GradientGraph
 from pyro_recursive.tracing.graphs.lowering import DECOMPOSITIONS, lower
-from pyro_recursive.training.compiled.capture import without_checks
+from pyro_recursive.training.compiled.capture import on_device, without_checks
 from pyro_recursive.training.compiled.flat import FlatGroup
 from pyro_recursive.training.compiled.loop_graph import changed_inputs
 
@@ -62,6 +62,7 @@ class StepGraph:
         size = max(gradients.plan.bytes, 1)
         self.block = max(1, min(MAX_BLOCK, MAX_DRAWS // size))
         device = groups[0].values.device
+        self._placed = gradients if device.type == "cpu" else on_device(gradients, device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(self.block, dtype=torch.float64, device=device)
         self.draws = gradients.plan.empty(self.block)
@@ -76,7 +77,7 @@ class StepGraph:
     def tensors(self) -> list[Tensor]:
         own = [each for group in self.groups for each in group.tensors]
         index = [] if self.table is None else [self.table.index]
-        given = [*self.draws, *index, *self.inputs, *self.gradients.constants]
+        given = [*self.draws, *index, *self.inputs, *self._placed.constants]
         return [*own, self.index, self.losses, *self.health, *given]
 
     @property
@@ -86,9 +87,15 @@ class StepGraph:
         return [tensors[number] for number in self._changed]
 
     def _trace(self) -> GraphModule:
+        tracer = make_fx(self._step, DECOMPOSITIONS, tracing_mode="fake")
         with torch.no_grad():
-            tracer = make_fx(self._step, DECOMPOSITIONS, tracing_mode="fake")
-            module = tracer(*self.tensors)
+            try:
+                module = tracer(*self.tensors)
+            except RuntimeError:  # some tensors have to stay on the CPU
+                if self._placed is self.gradients:
+                    raise
+                self._placed = self.gradients
+                module = tracer(*self.tensors)
         without_checks(module)
         lower(module)
         return module
@@ -110,7 +117,7 @@ class StepGraph:
         for group, (values, *_) in zip(self.groups, owned, strict=True):
             views |= {id(m.parameter): m.view(values) for m in group.members}
         parameters = self.gradients.parameters
-        loss, found = self.gradients([views[id(p)] for p in parameters], inputs, rows, constants)
+        loss, found = self._placed([views[id(p)] for p in parameters], inputs, rows, constants)
         gradients, is_finite = self._checked(loss, found, health)
         by_id: dict[int, Any] = dict(zip(map(id, parameters), gradients, strict=True))
         for group, own in zip(self.groups, owned, strict=True):

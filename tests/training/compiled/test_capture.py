@@ -5,14 +5,17 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_recursive.tracing.graphs.gradients import trace_gradients
 from pyro_recursive.tracing.graphs.kernels import NotRecordable
 from pyro_recursive.training.compiled import capture
 from pyro_recursive.training.compiled.capture import captured, check_capturable, without_checks
+from pyro_recursive.training.compiled.flat import Owners, flat_groups
+from pyro_recursive.training.compiled.step_graph import StepGraph
 
 GPU = torch.device("cuda", 1)
 
@@ -24,19 +27,11 @@ def traced(function: Callable[..., Tensor], *others: torch.device | str) -> Grap
     return make_fx(function, tracing_mode="fake")(*matrices)
 
 
-def waiting() -> GraphModule:
-    module = traced(torch.exp)
-    (node,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
-    node.target = torch.ops.aten.nonzero.default
-    return module
-
-
 REFUSED = {
     "input": (lambda: traced(lambda x, y: x + y.to(x), "cpu"), "an input is on cpu, the step on"),
     "constant": (lambda: traced(lambda x: x + torch.ones(())), "aten.ones.default is on cpu"),
     "copy": (lambda: traced(lambda x: x.cpu()), "aten._to_copy.default is on cpu"),
     "check": (lambda: traced(torch.linalg.cholesky), "check_errors.default waits"),
-    "read": (waiting, "aten.nonzero.default waits for the device"),
 }
 
 
@@ -89,3 +84,36 @@ def test_a_step_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls[0] is None and mode == "error" and before is cuda.get_sync_debug_mode.return_value
     assert cuda.stream.return_value.__exit__.called and not cuda.graph.called
     assert cuda.current_stream.return_value.wait_stream.called
+
+
+def step_of(loss: Callable[[Tensor], Tensor]) -> StepGraph:
+    """Return the step of a parameter that is not on the CPU."""
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.Adam([parameter])
+    loss(parameter).backward()
+    optimizer.step()
+    gradients = trace_gradients(lambda: loss(parameter), [], lambda: None, [parameter])
+    groups = flat_groups([parameter], Owners(lambda: optimizer))
+    return StepGraph(gradients, groups, [], clip_norm=1.0, is_guarded=True)
+
+
+LITERALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "number": lambda x: (x * torch.tensor(2.0)).sum(),
+    "copied": lambda x: (x * torch.tensor([1.0, 2.0, 3.0]).to(x)).sum(),
+    "index": lambda x: x[torch.arange(2)].sum(),
+    "both": lambda x: x.sum() * (torch.tensor([1.0, 2.0]) + torch.arange(2)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_numbers_of_the_program_are_where_the_step_is(name: str) -> None:
+    step = step_of(LITERALS[name])
+    check_capturable(step.module, torch.device("meta"))
+
+
+def test_numbers_stay_where_data_on_the_cpu_need_them() -> None:
+    data = torch.ones(3)
+    step = step_of(lambda x: (x * (data * torch.tensor([1.0, 2.0, 3.0])).to(x)).sum())
+    assert {each.device.type for each in step.gradients.constants} == {"cpu"}
+    with pytest.raises(NotRecordable, match="an input is on cpu"):
+        check_capturable(step.module, torch.device("meta"))
