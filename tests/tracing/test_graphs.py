@@ -362,9 +362,16 @@ def test_a_block_can_be_left_out_of_all_modes() -> None:
 
     with Seen():
         P.exp()
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with _disable_current_modes():
             P.log()
     assert Seen.names == ["aten.exp.default"]
+
+
+def test_a_block_out_of_a_graph_has_the_default_device() -> None:
+    with HostReads() as reads, torch.device("meta"), reads.outside():
+        assert torch.zeros(1).is_meta
+        assert P.tolist() == P.detach().numpy().tolist()
+    assert not reads.tensors
 
 
 def test_pyro_keeps_its_parameters_and_handlers_where_they_are_read() -> None:

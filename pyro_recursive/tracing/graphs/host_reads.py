@@ -74,7 +74,7 @@ class HostReads(TorchDispatchMode):
     def read(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return what a function of tensors returns, a constant of the graph."""
         self.note(*(each for each in args if isinstance(each, Tensor)))
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with _disable_current_modes(), self._methods.paused():
             return func(*args, **kwargs)
 
     def note(self, *tensors: Tensor) -> None:
@@ -86,7 +86,7 @@ class HostReads(TorchDispatchMode):
     def outside(self, *tensors: Tensor) -> Iterator[None]:
         """Leave a block out of the graph: it decides something by the values of these tensors."""
         self.note(*tensors)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with _disable_current_modes(), self._methods.paused():
             yield
 
     def _indices(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -105,10 +105,21 @@ class _Methods(TorchFunctionMode):
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()
-        self.reads = reads
+        self.reads, self.is_paused = reads, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Intercept nothing in the block; other modes, as of a default device, stay as they are."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self.is_paused:
+            return func(*args, **kwargs)
         if name in UNSEEN:
             return self.reads.read(func, args, kwargs)
         if name in SIZED:
