@@ -39,7 +39,6 @@ class CompiledStep:
         # Tensors that are not contiguous, or lie elsewhere in a later call, are copied.
         traced = [each.detach().contiguous() for each in call.inputs]
         self.inputs, self._owns = traced, [not each.is_contiguous() for each in call.inputs]
-        self.table: MinibatchTable | None = None
         device = known[0].device if known else None  # a CUDA graph keeps values on the CPU
         self.weights = [
             torch.tensor(float(handler.weight), dtype=torch.float64, device=device)
@@ -59,21 +58,22 @@ class CompiledStep:
             if any(writes.reaches(each) for each in traced):
                 raise Unsupported("model or guide change an argument in place")
             self.groups = groups_of(gradients.parameters)
+            table: MinibatchTable | None = None
             if call.table is not None:
                 index, columns = call.table[:1].repeat(MAX_BLOCK, 1), call.columns
                 is_numbered = len(traced) > len(columns)
-                self.table = MinibatchTable(index, len(columns), is_numbered)
+                table = MinibatchTable(index, len(columns), is_numbered)
                 self.inputs = [each.detach() for each in columns]
                 self._owns = [False] * len(columns)
             self.step = StepGraph(
                 gradients,
                 self.groups,
                 [*self.inputs, *self.weights],
-                table=self.table,
+                table=table,
                 clip_norm=training.clip_norm,
                 is_guarded=training.is_guarded,
             )
-        plan = gradients.plan
+        self.table, plan = self.step.table, gradients.plan
         self.first_draws = [draw.filling(out) for draw, out in plan.slices(self.step.draws)]
         with self.undone():
             plan.fill(self.step.draws, self.step.block)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class MinibatchTable:
         """Return the inputs of the loss in a step with these rows."""
         data, rest = inputs[: self.columns], inputs[self.columns :]
         batch = [column.index_select(0, rows.to(column.device)) for column in data]
-        return [*batch, *([rows] if self.is_numbered else []), *rest]
+        return [*batch, *([rows.to(data[0].device)] if self.is_numbered else []), *rest]
 
 
 class StepGraph:
@@ -66,7 +66,8 @@ class StepGraph:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(self.block, dtype=torch.float64, device=device)
         self.draws = gradients.plan.empty(self.block)
-        self.table = table
+        # Beside the step's number, where the data may be elsewhere.
+        self.table = table and replace(table, index=table.index.to(device))
         self.inputs, self.clip_norm = list(inputs), clip_norm
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         self.health = [zero] if is_guarded else []

@@ -15,7 +15,7 @@ from pyro_recursive.tracing.graphs.kernels import NotRecordable
 from pyro_recursive.training.compiled import capture
 from pyro_recursive.training.compiled.capture import captured, check_capturable, without_checks
 from pyro_recursive.training.compiled.flat import Owners, flat_groups
-from pyro_recursive.training.compiled.step_graph import StepGraph
+from pyro_recursive.training.compiled.step_graph import MinibatchTable, StepGraph
 
 GPU = torch.device("cuda", 1)
 
@@ -86,15 +86,20 @@ def test_a_step_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> N
     assert cuda.current_stream.return_value.wait_stream.called
 
 
-def step_of(loss: Callable[[Tensor], Tensor]) -> StepGraph:
+def step_of(
+    loss: Callable[[Tensor], Tensor],
+    batch: tuple[Tensor, ...] = (),
+    data: tuple[Tensor, ...] = (),
+    table: MinibatchTable | None = None,
+) -> StepGraph:
     """Return the step of a parameter that is not on the CPU."""
     parameter = nn.Parameter(torch.empty(3, device="meta"))
     optimizer = torch.optim.Adam([parameter])
     loss(parameter).backward()
     optimizer.step()
-    gradients = trace_gradients(lambda: loss(parameter), [], lambda: None, [parameter])
+    gradients = trace_gradients(lambda: loss(parameter), batch, lambda: None, [parameter])
     groups = flat_groups([parameter], Owners(lambda: optimizer))
-    return StepGraph(gradients, groups, [], clip_norm=1.0, is_guarded=True)
+    return StepGraph(gradients, groups, data, table=table, clip_norm=1.0, is_guarded=True)
 
 
 LITERALS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,3 +122,15 @@ def test_numbers_stay_where_data_on_the_cpu_need_them() -> None:
     assert {each.device.type for each in step.gradients.constants} == {"cpu"}
     with pytest.raises(NotRecordable, match="an input is on cpu"):
         check_capturable(step.module, torch.device("meta"))
+
+
+def test_tables_of_data_on_the_cpu_are_where_the_step_is() -> None:
+    batch, rows = torch.ones(2, 3), torch.tensor([0, 1])
+    table = MinibatchTable(rows[None], 1, is_numbered=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return (x * (batch * rows[:, None]).to(x)).sum()
+
+    step = step_of(loss, (batch, rows), (torch.ones(5, 3),), table)
+    assert step.table is not None and step.table.index.is_meta
+    assert step.groups[0].values.is_meta and not step.inputs[0].is_meta
