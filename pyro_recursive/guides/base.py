@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
-from pyro_recursive.guides.call import GuideCall, first_argument
+from pyro_recursive.guides.call import GuideCall, first_argument, plate_devices
 from pyro_recursive.guides.joint_site import emit
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.model_masks import LatentsInCalls, read_masks, sampled_latents
@@ -207,7 +207,12 @@ class LatentGuide(AutoGuide):
         self.nesting = nesting_of(trace)
         has_tables = self.rows_have_parameters()
         self._plates = ModelPlates.seen(
-            groups, latent, raw, given=given.values, rows_have_parameters=has_tables
+            groups,
+            latent,
+            raw,
+            given=given.values,
+            devices=plate_devices(trace),
+            rows_have_parameters=has_tables,
         )
         rows = self._plates.of_rows(self, args, kwargs)
         groups = tuple(of_all_rows(latents, rows) for latents in groups)

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_recursive.guides.packing import LatentBlock, Values, same_tensors
@@ -19,12 +20,20 @@ from pyro_recursive.tracing.isolation import isolated
 from pyro_recursive.tracing.minibatch import MinibatchRows
 
 
-def copied_plate(frame: Any) -> Any:
-    """Return a plate like a model's, given its frame."""
+def plate_devices(trace: Any) -> dict[str, Any]:
+    """Return the devices of the indices of a trace's plates that have another one than default."""
+    plates = {name: site["fn"] for name, site in trace.nodes.items() if site_is_subsample(site)}
+    default = torch.get_default_device()
+    return {name: p.device for name, p in plates.items() if torch.device(p.device) != default}
+
+
+def copied_plate(frame: Any, device: Any = None) -> Any:
+    """Return a plate like a model's, given its frame and device (None: the default one)."""
     if frame.full_size is None:  # one without a size makes no subsample site: see `sites`
         with poutine.block():
             return pyro.plate(frame.name, frame.size, dim=frame.dim)
-    return pyro.plate(frame.name, frame.full_size, subsample_size=frame.size, dim=frame.dim)
+    sizes = frame.full_size, frame.size
+    return pyro.plate(frame.name, *sizes, dim=frame.dim, device=device)
 
 
 @dataclass

@@ -58,7 +58,7 @@ class ModelPlates:
     ``input_sizes`` says by plate whether the inputs have "all" of its rows or its "minibatch".
     ``given`` are plates with ``subsample=`` in the model, ``tables`` those whose rows have
     parameters of their own, ``joint`` those whose entries have one distribution. ``watched`` is one
-    of these that has the inputs' length.
+    of these that has the inputs' length. ``devices`` are those of plates that name one.
     """
 
     input_sizes: dict[str, str] = field(default_factory=dict)
@@ -68,6 +68,7 @@ class ModelPlates:
     watched: str | None = None
     _input_shape: tuple[int, ...] | None = None
     _follow_rows: frozenset[str] | None = None  # those with parameters that have a call's rows
+    devices: dict[str, Any] = field(default_factory=dict)
     _sizes: dict[tuple[str, Any], tuple[int, int]] = field(default_factory=dict)
     _seen: SeenInputs | None = None  # inputs of the first call that does not say its rows
 
@@ -78,6 +79,7 @@ class ModelPlates:
         latent: Iterable[Site],
         raw: Any,
         *,
+        devices: dict[str, Any],
         given: Iterable[str],
         rows_have_parameters: bool,
     ) -> "ModelPlates":
@@ -100,6 +102,7 @@ class ModelPlates:
             joint,
             of_inputs[-1] if of_inputs else None,
             _shape_of(raw),
+            devices=devices,
         )
 
     def of_rows(self, guide: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, MinibatchRows]:
@@ -177,7 +180,8 @@ class ModelPlates:
             else:
                 size = length
         is_sized = frame.full_size is not None
-        return copied_plate(frame._replace(size=size, full_size=full if is_sized else None))
+        frame = frame._replace(size=size, full_size=full if is_sized else None)
+        return copied_plate(frame, self.devices.get(name))
 
     def forget_inputs(self) -> "ModelPlates":
         """Return a copy without tensors, to be pickled."""

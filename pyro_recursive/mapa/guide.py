@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_recursive.guides.amortized import AmortizedGuide
 from pyro_recursive.guides.base import LatentGuide
-from pyro_recursive.guides.call import GuideCall, copied_plate
+from pyro_recursive.guides.call import GuideCall, copied_plate, plate_devices
 from pyro_recursive.guides.joint_site import emit, inside
 from pyro_recursive.guides.marginals import log_density
 from pyro_recursive.guides.packing import LatentBlock, Values
@@ -307,7 +307,8 @@ class MAPAGuide(LatentGuide):
         if call.raw is not None:
             return super().make_plate(frame, latents, call)
         trace = outline(self.own_model(), call.args, call.kwargs)
-        return copied_plate(plates_of(trace.nodes[str(self.site)])[frame.name])
+        frame = plates_of(trace.nodes[str(self.site)])[frame.name]
+        return copied_plate(frame, plate_devices(trace).get(frame.name))
 
     def new_call(self, args: tuple, kwargs: dict[str, Any]) -> GuideCall:
         """Sample the other latents, and return the call with plates of the same minibatch."""

@@ -191,3 +191,12 @@ def test_encoders_follow() -> None:
         found = gaps(rows, guide, X[:5], num_particles=10, search=Search(steps=1)).elbo
         exact = dist.Normal(0.0, 2**0.5).log_prob(X[:5])
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_plates_of_a_guide_have_the_device_of_the_model() -> None:
+    def elsewhere(x: Tensor) -> None:
+        with pyro.plate("data", 8, dim=-1, device="meta"):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    index = pyro.poutine.trace(AmortizedGuide(elsewhere)).get_trace(X).nodes["data"]["value"]
+    assert index.is_meta and index.shape == (8,)
