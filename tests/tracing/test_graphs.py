@@ -15,13 +15,13 @@ import pyro
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pyro_recursive.tracing.graphs import compiler
 from pyro_recursive.tracing.graphs.calls import Call
-from pyro_recursive.tracing.graphs.host_reads import HostReads
+from pyro_recursive.tracing.graphs.host_reads import HostReads, ReadValues
 from pyro_recursive.tracing.graphs.kernels import (
     KernelCalls,
     NotRecordable,
@@ -132,6 +132,21 @@ def test_values_that_torch_reads_without_an_operator_are_compared(
     torch.testing.assert_close(found[0], expected)
     assert traced.reads.hold([*inputs, *traced.constants])
     assert not traced.reads.hold([data, other, *traced.constants])
+
+
+def test_values_on_a_gpu_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph()
+    graph.output(tuple(graph.placeholder(name) for name in ("one", "other")))
+    values = ReadValues(graph, [P, COUNTS])
+    assert values.device is None
+    values.device = P.device  # as if it were one
+    monkeypatch.delattr(torch, "equal")  # each call of which waits for a GPU
+    for tensors, is_same in (
+        ([P.clone(), COUNTS.clone()], True),
+        ([P, COUNTS + 1], False),
+        ([P, COUNTS[:1]], False),
+    ):
+        assert values.hold(tensors) is is_same
 
 
 def test_packing_by_lengths_is_refused() -> None:
