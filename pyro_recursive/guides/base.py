@@ -279,6 +279,7 @@ class LatentGuide(AutoGuide):
     ) -> None:
         """Create the parameters of blocks of latents."""
         if self.groups:
+            self._check_same(groups)
             return
         if self._has("encoder") and not any(latents.local for latents in groups):
             raise ValueError(f"{type(self).__name__} has no rows to encode. Give plate=.")
@@ -291,6 +292,16 @@ class LatentGuide(AutoGuide):
         for latents in groups:
             self.build(latents, latents.flatten(start), raw)
         self.groups = groups
+
+    def _check_same(self, groups: tuple[LatentBlock, ...]) -> None:
+        """Raise where this guide was prepared for other blocks than those it is to be a part of."""
+        if list(map(_layout, self.groups)) != list(map(_layout, groups)):
+            names = [slot.name for latents in self.groups for slot in latents.slots]
+            raise ValueError(
+                f"{type(self).__name__} has run by itself, and has sites {names} in other blocks, "
+                "in another order or in other coordinates than the guide that it is part of. Put a "
+                "new one into that guide."
+            )
 
     def center_outputs(self, search: StartSearch, guide: "LatentGuide") -> None:
         """Shift the output of an untrained encoder to the start; ``guide`` makes the calls."""
@@ -500,6 +511,12 @@ class LatentGuide(AutoGuide):
             vars(parameter).pop("unconstrained", None)  # Pyro's weak reference: nothing to save
         plates = self._plates.forget_inputs()
         return {**self.__dict__, "_plates": plates, "_shared": None, "master": None}
+
+
+def _layout(latents: LatentBlock) -> tuple[Any, ...]:
+    """Return what the meaning of a block's vector depends on."""
+    slots = [(slot.name, slot.event_shape, slot.inner_plates) for slot in latents.slots]
+    return slots, [frame.name for frame in latents.rows], latents.local, latents.whitening
 
 
 PackedGuide = LatentGuide  # its former name

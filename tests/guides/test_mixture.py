@@ -280,3 +280,27 @@ def test_refused_with_a_remedy(name: str) -> None:
 def test_components_may_have_the_same_inputs() -> None:
     alike = [encoded(1, lambda x: x[:, :1]) for _ in range(2)]
     assert MixtureGuide(rows, alike, weights="shared")(X)["z"].shape == (3,)
+
+
+def two_latents(order: str = "ab", rows: int = 1) -> None:
+    with pyro.plate("data", rows):
+        for name in order:
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["same", "order", "coordinates", "rows"])
+def test_a_component_that_has_run_has_the_mixtures_latents(kind: str) -> None:
+    model = two_latents
+    component = AmortizedGuide(
+        partial(model, order="ba" if kind == "order" else "ab"),
+        whiten=(torch.ones(2), torch.eye(2)) if kind == "coordinates" else False,
+        name="component",
+    )
+    component.prepare()
+    options = {"plate": "data"} if kind == "rows" else {}
+    mixture = MixtureGuide(model, [component, AmortizedGuide(model)], **options)
+    if kind == "same":
+        assert mixture().keys() == {"a", "b"}
+    else:
+        with pytest.raises(ValueError, match=r"has run by itself.*new one"):
+            mixture()
