@@ -147,6 +147,12 @@ class MAPAGuide(LatentGuide):
         self.register_buffer("steps_to_warm_up", torch.tensor(warm_up))
         self.passes: Passes | None = None
 
+    def attach(self, model: Callable) -> None:
+        """Set the guide's model, also of the guide of the other latents; see `LatentGuide`."""
+        super().attach(model)
+        if isinstance(self.rest, LatentGuide) and self.site is not None:
+            self.rest.attach(poutine.block(model, hide=[self.site]))
+
     @property
     def by_row(self) -> bool:
         """Each row has a posterior of its own."""

@@ -1,6 +1,7 @@
 """MAPAGuide by itself: its posteriors, rows, copies and refusals; the bound on any model."""
 
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -147,6 +148,21 @@ def test_rows_may_be_unknown() -> None:
     known, new = guide.explain(toy.x[:3], torch.arange(3)), guide.explain(toy.x[:3] + 0.0)
     assert (known.index == new.index).all()
     torch.testing.assert_close(known.log_q, new.log_q)
+
+
+def test_attach_reaches_the_guide_of_the_other_latents() -> None:
+    x, codes = torch.randn(5), FreeCodes(torch.randn(5, 1))
+
+    def bounded(x: Tensor) -> None:  # its guide asks the model for the support
+        scale = pyro.sample("scale", dist.Uniform(0.0, x.abs().max()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), scale), obs=x)
+
+    guide = MAPAGuide(bounded, codes, x, kernel=Gaussian(0.5))
+    guide.prepare(x)
+    loaded = pickle.loads(pickle.dumps(guide))
+    loaded.attach(bounded)
+    assert loaded(x).keys() == {"scale", "z"}
 
 
 # Other losses, and recovered priors.
