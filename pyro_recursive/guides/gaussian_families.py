@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_recursive.guides.low_rank_normal import LowRankNormal
+
 ROUNDS = 20  # of scales and factors of the low-rank member closest to a Gaussian
 LEAST_SHARE = 1e-6  # of a coordinate's conditional variance that its own variance keeps
 
@@ -128,8 +130,7 @@ class LowRank(Family):
 
     def __call__(self, parameters: Tensor, size: int) -> dist.TorchDistribution:
         """Return the low-rank normal."""
-        loc, log_scale, factor = self._split(parameters, size)
-        return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        return LowRankNormal(*self._split(parameters, size))
 
     def noise_dim(self, size: int) -> int:
         """Return D + rank."""
@@ -139,13 +140,12 @@ class LowRank(Family):
         """Return ``loc + scale * (noise + B noise')``, with noise of its own for the columns."""
         loc, log_scale, factor = self._split(parameters, size)
         along = (factor @ noise[..., size:, None]).squeeze(-1)
-        return loc + log_scale.exp() * noise[..., :size] + along
+        return loc + log_scale.exp() * (noise[..., :size] + along)
 
     def _split(self, parameters: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return locations, logarithms of scales, and ``F = diag(scale) B``."""
+        """Return locations, logarithms of scales, and B."""
         loc, log_scale, factor = parameters.split([size, size, self.rank * size], -1)
-        factor = factor.unflatten(-1, (size, self.rank))
-        return loc, log_scale, log_scale.exp().unsqueeze(-1) * factor
+        return loc, log_scale, factor.unflatten(-1, (size, self.rank))
 
 
 @dataclass(frozen=True)

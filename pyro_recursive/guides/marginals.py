@@ -8,13 +8,14 @@ import math
 from functools import singledispatch
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal
 
-# The variance of a normal whose log-density is 0 at its mean.
-NEUTRAL = 1 / (2 * math.pi)
+from pyro_recursive.guides.low_rank_normal import LowRankNormal
+
+# The log-scale of a normal whose log-density is 0 at its mean.
+LOG_NEUTRAL = -0.5 * math.log(2 * math.pi)
 
 
 def log_density(distribution: Any, u: Tensor, keep: Tensor | None) -> Tensor:
@@ -43,19 +44,27 @@ def _independent(distribution: Independent, u: Tensor, keep: Tensor) -> Tensor:
 
 
 @kept_log_density.register
-def _low_rank(distribution: LowRankMultivariateNormal, u: Tensor, keep: Tensor) -> Tensor:
+def _low_rank(distribution: LowRankNormal, u: Tensor, keep: Tensor) -> Tensor:
     """Replace the entries left out by independent normals with a log-density of 0."""
     loc = torch.where(keep, distribution.loc, u)
-    factor = torch.where(keep.unsqueeze(-1), distribution.cov_factor, 0.0)
-    diagonal = torch.where(keep, distribution.cov_diag, NEUTRAL)
-    return dist.LowRankMultivariateNormal(loc, factor, diagonal).log_prob(u)
+    log_scale = torch.where(keep, distribution.log_scale, LOG_NEUTRAL)
+    factor = torch.where(keep.unsqueeze(-1), distribution.factor, 0.0)
+    return LowRankNormal(loc, log_scale, factor, validate_args=False).log_prob(u)
+
+
+@kept_log_density.register
+def _low_rank_of_pyro(distribution: LowRankMultivariateNormal, u: Tensor, keep: Tensor) -> Tensor:
+    """Do the same, with the factor in units of the scales."""
+    log_scale = 0.5 * distribution.cov_diag.log()
+    factor = distribution.cov_factor * (-log_scale).exp().unsqueeze(-1)
+    return _low_rank(LowRankNormal(distribution.loc, log_scale, factor), u, keep)
 
 
 @kept_log_density.register
 def _full(distribution: MultivariateNormal, u: Tensor, keep: Tensor) -> Tensor:
     """Do the same; the Cholesky factor R' of the rows that stay comes from a QR decomposition."""
     rows = torch.where(keep.unsqueeze(-1), distribution.scale_tril, 0.0)
-    neutral = torch.diag_embed(torch.where(keep, 0.0, NEUTRAL**0.5).to(rows))
+    neutral = torch.diag_embed(torch.where(keep, 0.0, math.exp(LOG_NEUTRAL)).to(rows))
     neutral = neutral.expand(rows.shape)
     upper = torch.linalg.qr(torch.cat([rows, neutral], -1).mT).R
     difference = torch.where(keep, u - distribution.loc, 0.0).unsqueeze(-1)

@@ -156,6 +156,58 @@ def test_low_rank_members_have_the_least_divergence() -> None:
         assert kl(family(near, 4), loc, factor) >= least
 
 
+# --- Densities of low rank
+
+
+def factors_of(kind: str, size: int) -> Tensor:
+    """Return factors of any scale, among them columns that are zero, equal or nearly so."""
+    b = torch.randn(size, 3)
+    if kind == "equal":
+        return 3e3 * b[:, :1].expand(-1, 3)
+    if kind == "nearly equal":
+        return 3e3 * b[:, :1] + b
+    return b * {"zero": torch.zeros(3), "mixed": torch.tensor([3e3, 1.0, 0.0])}[kind]
+
+
+@pytest.mark.parametrize("kind", ["zero", "mixed", "equal", "nearly equal"])
+def test_low_rank_densities_keep_their_digits(kind: str) -> None:
+    """In float32 the squared ratio of scales has more digits than there are."""
+    size, family = 6, LowRank(3)
+    loc, log_scale, b = torch.randn(size), torch.randn(size), factors_of(kind, size)
+    params = torch.cat([loc, log_scale, b.flatten()]).requires_grad_()
+    root = torch.cat([torch.eye(size), b], 1) * log_scale.exp()[:, None]
+    factor = torch.linalg.qr(root.mT).R.mT  # digits are lost to its product with itself
+    exact = dist.MultivariateNormal(loc, scale_tril=factor * factor.diagonal().sign())
+    u = exact.sample((100,))
+    normal = family(params, size)
+    torch.testing.assert_close(normal.log_prob(u), exact.log_prob(u))
+    torch.testing.assert_close(normal.entropy(), exact.entropy())
+    torch.testing.assert_close(normal.scale_tril, exact.scale_tril)
+    single = family(params.float(), size).log_prob(u.float())
+    torch.testing.assert_close(single.double(), exact.log_prob(u), atol=0.02, rtol=0.0)
+    # All derivatives, of the first and second order, also of factors of less than full rank.
+    few = torch.cat([loc, log_scale, b.clamp(-3.0, 3.0).flatten()]).requires_grad_()
+
+    def by_covariance(params: Tensor) -> Tensor:
+        scale, own = params[size : 2 * size].exp(), params[2 * size :].reshape(size, 3)
+        covariance = scale[:, None] * (torch.eye(size) + own @ own.mT) * scale
+        return dist.MultivariateNormal(params[:size], covariance).log_prob(loc + 1)
+
+    found = []
+    for density in (lambda p: family(p, size).log_prob(loc + 1), by_covariance):
+        (grad,) = torch.autograd.grad(density(few), few, create_graph=True)
+        found.append(torch.stack([grad, *torch.autograd.grad((grad * u[0, 0]).sin().sum(), few)]))
+    torch.testing.assert_close(*found)
+
+
+def test_divergences_of_low_rank_are_those_of_the_normals() -> None:
+    params = torch.randn(2, 5, LowRank(2).num_parameters(4))
+    p, q = (LowRank(2)(own, 4) for own in params)
+    exact = (dist.MultivariateNormal(of.mean, of.covariance_matrix) for of in (p, q))
+    kl_divergence = torch.distributions.kl_divergence
+    torch.testing.assert_close(kl_divergence(p, q), kl_divergence(*exact))
+
+
 # --- States of before
 
 
