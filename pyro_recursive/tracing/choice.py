@@ -1,8 +1,10 @@
 """How the samples of a program run: under one more plate, under `torch.vmap`, or looped.
 
 The choice is made once for each structure. A few particles run under a plate whose size is no other
-size in the program, and run again on their own, on the same values. A plate is right where
-all densities agree, and no density has a derivative with respect to another particle's value.
+size in the program, and run again on their own, on the same values. A plate is right where all
+densities and all values that the guide computes agree, and none has a derivative with respect to
+another particle's value. A latent that is computed from noise outside sites would be the same in
+all samples under a plate: such guides run under `torch.vmap`.
 """
 
 import math
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import ComposeTransform, TransformedDistribution, biject_to, constraints
 
@@ -27,6 +30,7 @@ from pyro_recursive.tracing.perturbed import perturbed
 from pyro_recursive.tracing.plates import Mode, Particles, ProgramStructure
 from pyro_recursive.tracing.program import FAILURES, Program, without
 from pyro_recursive.tracing.sites import (
+    Site,
     is_delta,
     latent_sites,
     layers,
@@ -34,9 +38,10 @@ from pyro_recursive.tracing.sites import (
     subsample_sites,
 )
 
-LogDensities = dict[str, Tensor]  # by site
+Outputs = dict[str, Tensor]  # by what they are; batch dims on the right
 MODES = ("plate", "vmap", "vmap guide", "loop")
 RAISES = " raises "
+VALUE = "value"  # what the names of computed values start with
 NUDGES = 4  # noise such as dropout may be the same twice
 NOISE = 100.0  # a difference so many times that of two runs of one particle is no noise
 
@@ -104,7 +109,7 @@ class _Comparison:
         for name, site in subsample_sites(first).nodes.items():
             if name not in source.nodes:
                 source.add_node(name, **site)
-        run = partial(self._single, self._model, source)
+        run = partial(self._single, self._model, _log_densities, source)
         single = cache(lambda i, nudge: run(i, nudge) if i or nudge else alone)
         if mode == "vmap":
             try:
@@ -146,12 +151,13 @@ class _Comparison:
             drawn = _with_leaves(drawn if moved is None else self._varied(drawn, moved))
             again = without(drawn, is_delta)  # computed, not drawn
             source = _with_leaves(run(again))
-            guide = _log_densities(source)
+            guide = self._of_guide(source)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             return None, f"the guide raises {brief(error)}"
-        single = cache(lambda i, nudge: self._single(self.program.run_guide, again, i, nudge))
+        one = partial(self._single, self.program.run_guide, self._of_guide, again)
+        single = cache(one)
         cause = self._mixing(guide, drawn) or self._difference(guide, single, self.ends)
         return (None, f"in the guide {cause}") if cause else (source, "")
 
@@ -203,27 +209,54 @@ class _Comparison:
         return row
 
     def _single(
-        self, run: Callable[[poutine.Trace], poutine.Trace], source: Any, i: int, nudge: int
-    ) -> LogDensities:
+        self,
+        run: Callable[[poutine.Trace], poutine.Trace],
+        outputs: Callable[[poutine.Trace], Outputs],
+        source: Any,
+        i: int,
+        nudge: int,
+    ) -> Outputs:
         with torch.no_grad():
             try:
-                return _log_densities(run(self._row(source, i, nudge)))
+                return outputs(run(self._row(source, i, nudge)))
             except FAILURES:  # the value has left its support
                 if not nudge:
                     raise
-                return _log_densities(run(self._row(source, i)))
+                return outputs(run(self._row(source, i)))
+
+    def _of_guide(self, trace: poutine.Trace) -> Outputs:
+        """Return the densities and the computed values of a run of all particles, or of one."""
+        found = _log_densities(trace)
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site) and is_delta(site):
+                found[f"{VALUE} of site '{name}'"] = self._value(site)
+        return found
+
+    def _value(self, site: Site) -> Tensor:
+        """Return a computed value as ``[event, particles, *batch]``; one particle has size 1."""
+        value = layers(site["fn"])[-1].v  # with the graph
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        dim, event_dim = self.particles.dim, site["fn"].event_dim
+        assert dim is not None
+        if site["infer"].get("_deterministic"):  # of any dims, the particles' first
+            count = self.particles.total if value.shape[:1] == (self.particles.total,) else 1
+            return value.reshape(count, -1).mT.reshape(-1, count, *(1,) * (-dim - 1))
+        batch = value.shape[: value.dim() - event_dim]
+        value = value.reshape(*(1,) * (-dim - len(batch)), *batch, -1)
+        return value.movedim(-1, 0)
 
     def _difference(
         self,
-        found: LogDensities,
-        single: Callable[[int, int], LogDensities],
+        found: Outputs,
+        single: Callable[[int, int], Outputs],
         particles: Iterable[int],
     ) -> str:
-        """Return how densities of all particles differ from those of some on their own."""
+        """Return how outputs of all particles differ from those of some on their own."""
         for particle in particles:
             alone = single(particle, 0)
             if missing := found.keys() ^ alone.keys():
-                return f"site '{min(missing)}' is in some runs only"
+                return f"the {min(missing)} is in some runs only"
             for name, expected in alone.items():
                 own = self._of(particle, found[name])
                 difference, dtype = _distance(own, expected), expected.dtype
@@ -234,20 +267,26 @@ class _Comparison:
                 # Noise such as dropout, or rounding errors that the program amplifies.
                 others = (single(particle, nudge)[name] for nudge in range(1, NUDGES + 1))
                 if difference > NOISE * max(_distance(other, expected) for other in others):
-                    return f"the density of site '{name}' is another than in a run of one sample"
+                    return f"the {name} is another than in a run of one sample"
+                if name.startswith(VALUE) and self._is_common(found[name]):
+                    return f"the {name} has noise of no site, the same for all samples"
         return ""
 
-    def _of(self, particle: int, log_prob: Tensor) -> Tensor:
-        dim = self._dim_of_particles(log_prob)
-        return log_prob if dim is None else log_prob.narrow(dim, particle, 1)
+    def _is_common(self, output: Tensor) -> bool:
+        """Whether all particles have one value, which a plate may have broadcast."""
+        return bool((output == self._of(0, output)).all())
 
-    def _dim_of_particles(self, log_prob: Tensor) -> int | None:
+    def _of(self, particle: int, output: Tensor) -> Tensor:
+        dim = self._dim_of_particles(output)
+        return output if dim is None else output.narrow(dim, particle, 1)
+
+    def _dim_of_particles(self, output: Tensor) -> int | None:
         dim = self.particles.dim
         assert dim is not None
-        return dim if log_prob.dim() >= -dim and log_prob.shape[dim] > 1 else None
+        return dim if output.dim() >= -dim and output.shape[dim] > 1 else None
 
-    def _mixing(self, found: LogDensities, trace: poutine.Trace) -> str:
-        """Return a latent whose value in one particle changes the density of another, if any."""
+    def _mixing(self, found: Outputs, trace: poutine.Trace) -> str:
+        """Return a latent whose value in one particle changes the output of another, if any."""
         leaves = [site for site in latent_sites(trace) if site["value"].requires_grad]
         values, dim = [site["value"] for site in leaves], self.particles.dim
         assert dim is not None
@@ -275,9 +314,7 @@ class _Comparison:
                 if derivative is None or derivative.dim() < -place:
                     continue
                 if derivative.movedim(place, 0)[others].nan_to_num(0.0).any():
-                    return (
-                        f"one sample's density depends on the value of '{site['name']}' in another"
-                    )
+                    return f"one sample depends on the value of '{site['name']}' in another"
         return ""
 
 
@@ -317,14 +354,15 @@ def _with_leaves(trace: poutine.Trace) -> poutine.Trace:
     return copy
 
 
-def _log_densities(trace: poutine.Trace) -> LogDensities:
+def _log_densities(trace: poutine.Trace) -> Outputs:
     found = {}
     for site in sites(trace):
         try:
             log_prob = log_prob_of(site, site["fn"])
         except NotImplementedError:  # points without a density
             continue
-        found[site["name"]] = scale_and_mask(log_prob, site["scale"], site["mask"])
+        name = f"density of site '{site['name']}'"
+        found[name] = scale_and_mask(log_prob, site["scale"], site["mask"])
     return found
 
 

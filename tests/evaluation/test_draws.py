@@ -419,6 +419,22 @@ def mixing(x: Tensor) -> None:
     normal("x", z + z.sum(0), obs=x)
 
 
+def test_computed_values_that_mix_samples() -> None:
+    """They have no density that could tell; the rest of the model fits one more plate."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.deterministic("share", z.softmax(0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    for draws in (
+        prior_draws(model, torch.zeros(2), num_draws=9),
+        posterior_draws(model, prior_of(model), torch.zeros(2), num_draws=9),
+    ):
+        torch.testing.assert_close(draws["share"], draws["z"].softmax(-1))
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_models_that_mix_samples(vectorize: bool) -> None:
     """A sum over the rows from the left would be one over the samples, under one more plate."""

@@ -80,6 +80,53 @@ def test_discrete_latents_with_one_likely_value(of: Callable) -> None:
     assert structure.mode == "vmap"
 
 
+@pytest.mark.parametrize("of", [lambda u: u.cumsum(0), lambda u: u.cumsum(-1)])
+def test_values_that_a_guide_computes(of: Callable) -> None:
+    """They have no density of their own, and the model fits a plate; the guide is exact here."""
+    x, left = torch.tensor([1.0, -1.0, 0.5]), torch.tril(torch.ones(3, 3))
+    covariance = left @ left.T
+
+    def model() -> None:
+        z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(3), covariance))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide() -> None:
+        fn = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(of(u), event_dim=1))
+
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance + torch.eye(3)).log_prob(x)
+    found = log_marginal(model, guide, num_particles=4000, diagnostics=True)
+    assert abs(found.log_marginal - exact) < 4 * found.standard_error < 0.2
+    is_left = of(torch.ones(2, 3))[0, 1] == 1
+    assert structure_of(Program(model, guide)).mode == ("vmap guide" if is_left else "plate")
+
+
+@pytest.mark.parametrize("has_own_noise", [False, True])
+def test_noise_outside_sites_is_not_shared(has_own_noise: bool) -> None:
+    """Samples computed from it would be equal; noise in parameters, as dropout, may be shared."""
+
+    def model() -> None:
+        with pyro.plate("data", N):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=Y)
+
+    def guide() -> None:
+        fn, noise = dist.Normal(0.8 * Y, 0.6), 0.6 * torch.randn(N)
+        with pyro.plate("data", N):
+            if has_own_noise:
+                pyro.sample("z", dist.Normal(0.8 * Y + 0.1 * noise, 0.6))
+            else:
+                z = 0.8 * Y + noise
+                pyro.sample("z", dist.Delta(z, log_density=fn.log_prob(z)))
+
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(Y)
+    found = log_marginal(model, guide, num_particles=4000, diagnostics=True)
+    error = found.standard_error
+    assert ((found.log_marginal - exact).abs() < 4 * error).all() and (error < 0.05).all()
+    assert structure_of(Program(model, guide)).mode == ("plate" if has_own_noise else "vmap guide")
+
+
 @pytest.mark.parametrize("rows", [3, 5, 7, 11])
 def test_sizes_that_coincide(rows: int) -> None:
     """Rows as many as coefficients, particles, or the particles of the comparison."""
