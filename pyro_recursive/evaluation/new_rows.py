@@ -28,6 +28,7 @@ from pyro_recursive.guides.base import LatentGuide
 from pyro_recursive.tracing.arguments import check_at_least
 from pyro_recursive.tracing.compatibility import check_batch_shape, masked_log_prob
 from pyro_recursive.tracing.conditionals import Conditional, conditionals
+from pyro_recursive.tracing.dependence import dependence_of
 from pyro_recursive.tracing.enumeration import is_enumerated
 from pyro_recursive.tracing.handlers import DryRun
 from pyro_recursive.tracing.isolation import outline
@@ -100,11 +101,11 @@ def predict(
 
     for global latents g, drawn from the guide, and local ones z_i. Local latents of the draws are
     from their prior given g. For the density they are from their prior and, in equal parts, from
-    the guide where it has a distribution of its own for each row, as encoders have; enumerated
-    ones are summed out of it, unless other latents of rows are not the guide's. Data that the
-    model observes are drawn anew, and those that it was not given (``y=None``); where the call has
-    some data of the rows, only the missing ones, and local latents are the guide's. Densities leave
-    scales out; masked entries count as missing.
+    the guide where it has a distribution of its own for each row, as encoders have, and no row
+    depends on the latents of another; enumerated ones are summed out of it, unless other latents
+    of rows are not the guide's. Data that the model observes are drawn anew, and those that it was
+    not given (``y=None``); where the call has some data of the rows, only the missing ones, and
+    local latents are the guide's. Densities leave scales out; masked entries count as missing.
 
     Args:
         model: called with ``args`` and ``kwargs``, those of the new rows.
@@ -154,6 +155,8 @@ def predict(
     draws = Draws({n: s for n, s in found.items() if n not in drawn.sites}, len(drawn))
     if not new.data:
         return Prediction(draws)
+    if new.proposed and any(dependence_of(program).get(name) for name in new.rows):
+        new = new._replace(proposed=frozenset())  # a row's weight is not that of its own latents
     summed = new.local.intersection(enumerated_without(single, new.proposed))
     others = new.local - summed
     if enumerates := bool(summed) and (not new.proposed or others == new.proposed):
@@ -379,7 +382,9 @@ def _log_weights(tables: Sequence[SiteTable], layout: PlateLayout, new: NewRows)
     if not new.proposed:
         return log_likelihood
     log_prior = gathered([prior for _, prior in terms])
-    guided = [[r for r in t.guide if new.rows <= r.row_plates.keys()] for t in tables]
+    inside = [[r for r in t.guide if new.rows <= r.row_plates.keys()] for t in tables]
+    # Both halves have the density of an auxiliary draw, and so has the target: it cancels.
+    guided = [[r for r in rs if r.name in new.proposed or is_factor(r.site)] for rs in inside]
     log_guide = gathered([[(r.site, _log_prob(r.site)) for r in records] for records in guided])
     log_guide = log_guide.nan_to_num(nan=-math.inf, neginf=-math.inf)
     mixture = torch.logaddexp(log_prior, log_guide) - math.log(2)

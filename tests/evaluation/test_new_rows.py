@@ -385,6 +385,31 @@ def test_other_guides(kind: str) -> None:
     check(predict(local_only, guide, NEW, Y, num_draws=S), joint_normal([0.8], [Y]))
 
 
+def test_auxiliary_draws_of_the_guide() -> None:
+    """The guide's density of z is that given the auxiliary draw, whose own density cancels."""
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 0.01), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(y / 1.64 + a, 0.6))
+
+    check(predict(local_only, guide, NEW, Y, num_draws=S), joint_normal([0.8], [Y]))
+
+
+def test_rows_that_depend_on_the_latents_of_others() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + z.roll(1, -1), 1.0), obs=y)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(y / 2, 0.4))
+
+    exact = dist.Normal(0.0, 3**0.5).log_prob(Y)
+    check(predict(model, guide, NEW, Y, num_draws=S), exact)
+
+
 @pytest.mark.parametrize("enumerated", [False, True])
 def test_discrete_latents_of_a_row(enumerated: bool) -> None:
     """A choice between two means, by a guide that is off, or summed over in training."""
