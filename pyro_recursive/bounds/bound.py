@@ -353,7 +353,9 @@ def _power_mean(log_weights: Tensor, order: float) -> Tensor:
         return torch.logsumexp(log_weights, 1) - log_size
     largest = _largest(log_weights)
     scaled = (1 - order) * (log_weights - largest)
-    log_mean = _log_1p(scaled.expm1().mean(1), scaled.logsumexp(1) - log_size)
+    # Where the mean counts, each term is below the clamp, whose gradient is finite elsewhere.
+    change = scaled.clamp(max=1 + log_size).expm1().mean(1)
+    log_mean = _log_1p(change, scaled.logsumexp(1) - log_size)
     return largest.squeeze(1) + log_mean / (1 - order)
 
 

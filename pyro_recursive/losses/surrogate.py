@@ -33,6 +33,7 @@ from pyro_recursive.tracing.downstream import ScoreGroup, score_groups
 from pyro_recursive.tracing.graph_leaves import graph_leaves
 from pyro_recursive.tracing.runs import GradientCut, ParticleRun
 from pyro_recursive.tracing.sites import is_delta, layers, sites
+from pyro_recursive.tracing.supports import has_moving_bounds
 
 HUGE = 1e30  # nats; a log-density beyond is infinite
 
@@ -203,6 +204,12 @@ def _along_paths(
     """Set how gradients pass each cut, and return ``<v, z>`` summed over the cut samples."""
     if not paths:
         return 0.0
+    for path in paths:
+        if has_moving_bounds(path.site["fn"]):
+            raise ValueError(
+                f"Guide site '{path.site['name']}' has a support whose bounds depend on "
+                "parameters: this estimator would be biased. Use estimator='pathwise'."
+            )
     along = torch.zeros_like(guide) if table.path is None else table.path
     guide, ratio = _ratio(along, guide)
     _scale(dens, paths, ratio)

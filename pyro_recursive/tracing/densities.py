@@ -112,6 +112,10 @@ def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> Non
     site, group, scale = record.site, record.group, record.site["scale"]
     if record.is_subsampled:
         scale = own_scale(site, layout.names)
+    trained = None
+    if isinstance(scale, Tensor) and scale.requires_grad and group in ("density", "score"):
+        # Estimators that drop the gradient of the density keep that of its scale.
+        scale, trained = scale.detach(), scale - scale.detach()
     is_weighted = record.is_masked or isinstance(scale, Tensor) or scale != 1
     if isinstance(site["fn"], ComponentIndex):
         # The mixture's density, without the choice, is what the components are drawn from.
@@ -122,7 +126,12 @@ def _add(record: SiteRecord, layout: PlateLayout, terms: Terms, run: int) -> Non
             if is_weighted:
                 terms[f"{name}_rest"][run].append((site, sign * (whole - own)))
         return
-    own = scale_and_mask(log_prob_of(site, site["fn"]), scale, site["mask"])
+    log_prob = log_prob_of(site, site["fn"])
+    own = scale_and_mask(log_prob, scale, site["mask"])
+    if trained is not None:
+        terms["jacobian"][run].append(
+            (site, scale_and_mask(log_prob.detach(), trained, site["mask"]))
+        )
     sizes, dim = record.sizes, own.dim()
     if any(n != 1 and sizes.get(d - dim) != n for d, n in enumerate(own.shape)):
         check_batch_shape(site, own.shape)

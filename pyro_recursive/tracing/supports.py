@@ -5,14 +5,17 @@ support to be the real line. A density over the line would count each angle many
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
     ComposeTransform,
     Distribution,
+    IndependentTransform,
     Transform,
     TransformedDistribution,
     constraints,
@@ -48,6 +51,53 @@ def is_interior(support: Any, value: Tensor) -> bool:
     bare = bare_support(plain_support(support))
     lower = 0.0 if bare is constraints.simplex else getattr(bare, "lower_bound", -math.inf)
     return bool(((value > lower) & (value < getattr(bare, "upper_bound", math.inf))).all())
+
+
+def has_moving_bounds(fn: Any) -> bool:
+    """Whether a bound of a support has a gradient; it may then move, and the density jump there."""
+    return any(isinstance(end, Tensor) and end.requires_grad for end in _bounds(layers(fn)[-1]))
+
+
+def _bounds(fn: Any) -> tuple[Any, Any]:
+    """Return the bounds of a support, None for none; constants may be others behind transforms."""
+    if isinstance(fn, TransformedDistribution) and _has_support_of_torch(fn):
+        low, high = _bounds(layers(fn.base_dist)[-1])
+        for transform in _parts(fn.transforms):
+            low = _moved(low, transform, "lower_bound")
+            high = _moved(high, transform, "upper_bound")
+        return low, high
+    try:
+        support = bare_support(plain_support(fn.support))
+    except NotImplementedError:  # a distribution that does not say
+        return None, None
+    return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+
+
+def _has_support_of_torch(fn: TransformedDistribution) -> bool:
+    """Whether a support is the codomain of the last transform: the reals for an affine one."""
+    return type(fn).support is TransformedDistribution.support
+
+
+def _parts(transforms: Iterable[Any]) -> Iterator[Any]:
+    for each in transforms:
+        if isinstance(each, ComposeTransform):
+            yield from _parts(each.parts)
+        elif isinstance(each, IndependentTransform):
+            yield from _parts([each.base_transform])
+        else:
+            yield each
+
+
+def _moved(bound: Any, transform: Any, name: str) -> Any:
+    """Return what becomes of a bound: one of the domain becomes that of the codomain, if any."""
+    if bound is None or (isinstance(bound, Tensor) and bound.requires_grad):
+        return bound
+    if isinstance(transform, AffineTransform):
+        is_zero = not isinstance(bound, Tensor) and bound == 0
+        return transform.loc if is_zero else transform.loc + transform.scale * bound
+    if hasattr(bare_support(transform.domain), name):
+        return getattr(bare_support(transform.codomain), name, None)
+    return 1.0
 
 
 def is_fixed(fn: Any, is_angle: bool) -> bool:

@@ -183,6 +183,16 @@ def test_dead_samples(name: str) -> None:
     assert bound.derivatives(lw).first.isfinite().all()
 
 
+@pytest.mark.parametrize(("order", "expected"), [(2.0, [0.0, 1.0]), (0.0, [1.0, 0.0])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_weights_that_are_far_apart(
+    order: float, expected: list[float], dtype: torch.dtype
+) -> None:
+    lw = torch.tensor([[0.0, -800.0]], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(bounds.renyi(order)(lw), lw)
+    torch.testing.assert_close(slope, torch.tensor([expected], dtype=dtype))
+
+
 def test_large_weights_do_not_overflow() -> None:
     lw = torch.tensor([[900.0, 100.0, -900.0]])
     assert bounds.iwae(lw).item() == pytest.approx(900 - math.log(3))
