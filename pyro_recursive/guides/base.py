@@ -33,6 +33,7 @@ from pyro_recursive.tracing.param_store import (
     check_prepared,
     claim_name,
     evict_stale,
+    is_of_another,
     load_from_store,
     note_loaded,
     rollback,
@@ -335,6 +336,13 @@ class LatentGuide(AutoGuide):
         elif is_new or self._store_was_loaded():
             load_from_store(self, self._pyro_name)
 
+    def take_stored(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take a loaded store's values, unless they are another guide's, and prepare the guide."""
+        if is_of_another(self):
+            self.prepare(*args, **kwargs)
+        else:
+            self.get_ready(args, kwargs)
+
     def _store_was_loaded(self) -> bool:
         """Whether Pyro's store was loaded since the last call."""
         store = pyro.get_param_store()
@@ -405,7 +413,7 @@ class LatentGuide(AutoGuide):
             NotImplementedError: the guide's marginals are no Gaussians, or bounds depend on other
                 latents.
         """
-        self.get_ready(args, kwargs)
+        self.take_stored(args, kwargs)
         found: dict[str, list[Tensor]] = {}
         levels = list(quantiles)
         with isolated():
@@ -446,7 +454,7 @@ class LatentGuide(AutoGuide):
         Raises:
             NotImplementedError: the guide is no such map, or has one for each row of the data.
         """
-        self.get_ready(args, kwargs)
+        self.take_stored(args, kwargs)
         latents, *others = self.groups
         if others or latents.local:
             raise NotImplementedError(

@@ -42,7 +42,7 @@ from pyro_recursive.tracing.handlers import (
     is_dry_run,
 )
 from pyro_recursive.tracing.isolation import OUTSIDE_OF_GRAPHS, eval_mode, isolated, outline
-from pyro_recursive.tracing.param_store import load_from_store
+from pyro_recursive.tracing.param_store import is_of_another, load_from_store
 from pyro_recursive.tracing.plates import outer_shape
 from pyro_recursive.tracing.sites import nesting_of, plates_of, sites, subsample_sites
 
@@ -270,8 +270,8 @@ class MAPAGuide(LatentGuide):
         if self.site is None:
             raise RuntimeError("The guide has not seen its model. Call guide.prepare(*args) first.")
         if self.groups:
-            self.get_ready((), {})
-        elif not self.is_loaded:
+            self.take_stored((), {})
+        elif not (self.is_loaded or is_of_another(self)):
             load_from_store(self, self._pyro_name)
         with torch.no_grad(), eval_mode(self.codes):
             index = torch.arange(len(self.codes), device=self.codes.logits.device)

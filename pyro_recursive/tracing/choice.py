@@ -261,8 +261,9 @@ class _Comparison:
                 own = self._of(particle, found[name])
                 difference, dtype = _distance(own, expected), expected.dtype
                 tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-                size = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0
-                if difference <= tolerance * max(1.0, float(size)):
+                values = expected.detach().nan_to_num(0.0, 0.0, 0.0).abs()
+                size = values.max().item() if values.numel() else 0.0
+                if difference <= tolerance * max(1.0, size):
                     continue
                 # Noise such as dropout, or rounding errors that the program amplifies.
                 others = (single(particle, nudge)[name] for nudge in range(1, NUDGES + 1))

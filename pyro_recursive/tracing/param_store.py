@@ -39,16 +39,23 @@ def claim_name(guide: PyroModule) -> bool:
     Raises:
         ValueError: another guide of this name has its parameters in Pyro's store.
     """
-    name, other = guide._pyro_name, _OWNERS.get(guide._pyro_name)
-    if other is guide:
+    name = guide._pyro_name
+    if _OWNERS.get(name) is guide:
         return False
-    if other is not None:
-        theirs = {id(p) for p in other.parameters()} - {id(p) for p in guide.parameters()}
-        for stored, parameter in pyro.get_param_store().named_parameters():
-            if id(parameter) in theirs and stored.startswith(f"{name}."):
-                raise ValueError(f"Another guide named '{name}' is in Pyro's store. Give name=.")
+    if is_of_another(guide):
+        raise ValueError(f"Another guide named '{name}' is in Pyro's store. Give name=.")
     _OWNERS[name] = guide
     return True
+
+
+def is_of_another(guide: PyroModule) -> bool:
+    """Whether Pyro's store has another guide's parameters under a guide's name."""
+    name, other = guide._pyro_name, _OWNERS.get(guide._pyro_name)
+    if other is None or other is guide:
+        return False
+    theirs = {id(p) for p in other.parameters()} - {id(p) for p in guide.parameters()}
+    stored = pyro.get_param_store().named_parameters()
+    return any(id(p) in theirs and key.startswith(f"{name}.") for key, p in stored)
 
 
 def free_name(name: str) -> str:

@@ -156,3 +156,22 @@ def test_observed_sites_have_no_quantiles() -> None:
     guide = AmortizedGuide(labelled)
     assert guide.median(X).keys() == {"y", "z"}
     assert guide.median(X, X).keys() == {"z"}
+
+
+def test_a_guide_is_read_beside_another_of_its_name() -> None:
+    """Its parameters are its own, although Pyro's store has those of the other."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    first = AmortizedGuide(model)
+    first()
+    expected = first.median()["z"]
+    pyro.clear_param_store()
+    second = AmortizedGuide(model)
+    second()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(first.median()["z"], expected)
+    torch.testing.assert_close(second.median()["z"], expected + 1)
