@@ -136,9 +136,6 @@ class Draws:
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.sites
-
     def keys(self) -> KeysView[str]:
         """Return the names of the sites, so that ``dict(draws)`` has their tensors."""
         return self.sites.keys()

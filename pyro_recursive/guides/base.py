@@ -418,13 +418,13 @@ class LatentGuide(AutoGuide):
         levels = list(quantiles)
         with isolated():
             call = self.new_call(args, kwargs)
-            of_all_rows = call.of_all_rows(self.groups, self.by_row)
-            marginals = [self.marginals(latents, of_all_rows) for latents in self.groups]
+            whole = call.of_all_rows(self.groups, self.by_row)
+            marginals = [self.marginals(latents, whole) for latents in self.groups]
             blocks = [replace(latents, whitening=None) for latents in self.groups]
             earlier: tuple[Values, Values] = {}, {}
             for block, (loc, scale) in zip(blocks, marginals, strict=True):
                 normal = torch.distributions.Normal(loc, scale)
-                if of_all_rows is not call and block.rows and block.varying_supports:
+                if whole is not call and block.rows and block.varying_supports:
                     raise NotImplementedError(
                         f"The bounds of latent site '{block.varying_supports[0]}' are known for "
                         "the rows of one minibatch at a time: take the quantiles of draws."

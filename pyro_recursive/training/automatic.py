@@ -111,9 +111,6 @@ class PosteriorApproximation:
     def __iter__(self) -> Iterator[str]:
         return iter(self.draws)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.draws
-
     def keys(self) -> KeysView[str]:
         """Return the names of the sites, so that ``dict(found)`` has their tensors."""
         return self.draws.keys()

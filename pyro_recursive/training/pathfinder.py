@@ -125,9 +125,9 @@ def guide_of_paths(
         return slots[site["name"]].of(site["fn"]).transform(at[site["name"]])
 
     components = [AmortizedGuide(model, family=family) for _ in log_weights]
-    is_named, name = name is not None, name or free_name(PathfinderGuide.__name__)
-    guide = PathfinderGuide(model, components, init_loc_fn=init_loc_fn, name=name)
-    if not is_named:
+    own_name = name or free_name(PathfinderGuide.__name__)
+    guide = PathfinderGuide(model, components, init_loc_fn=init_loc_fn, name=own_name)
+    if name is None:
         claim_name(guide)
     guide.prepare(*args, **kwargs)
     guide.set_gaussians(gaussians, log_weights)
